@@ -1,0 +1,344 @@
+"""Operations take the tensors of a checkpoint to the tensors of a model: small, pure, and data themselves.
+
+An operation maps a list of tensors to a list of tensors and knows the shapes of its results without seeing data.
+Entries of a plan chain them: ``[q, k, v] --concat--> [qkv]``, ``[c_attn] --transpose--> --split--> [q, k, v]``.
+Operations that work on each tensor alone (transpose, permute, reshape, cast) take lists of any length; those that
+join take consecutive runs of the list, so ``[g0, u0, g1, u1]`` concatenates pairwise and then stacks.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_wsl.errors import PlanError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operation(ABC):
+    """One step from source tensors to target tensors.
+
+    Attributes:
+        name: The word for it in plans and reports.
+        lossless: Whether no value is changed and nothing is invented.
+        needs_target: Whether :meth:`apply` needs the target's present values (only value-changing operations).
+    """
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool] = True
+    needs_target: ClassVar[bool] = False
+
+    @abstractmethod
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
+        """Shapes of the results for inputs of these shapes.
+
+        Raises:
+            PlanError: If the operation does not fit the shapes.
+        """
+
+    @abstractmethod
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Transform the tensors; results are views of the inputs where possible."""
+
+    @abstractmethod
+    def reverse(self) -> Operation:
+        """The inverse operation: ``op.reverse().apply(op.apply(x)) == x``.
+
+        Raises:
+            PlanError: If there is none.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """The operation as plain data, ``{"op": name, ...}``."""
+        return {"op": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
+
+    def _misfit(self, inputs: Sequence[Shape], why: str) -> PlanError:
+        return PlanError(f"{self.name} does not fit shapes {list(inputs)}: {why}.")
+
+
+@dataclass(frozen=True)
+class Permute(Operation):
+    """Reorder the axes of each tensor, as ``Tensor.permute``."""
+
+    dims: tuple[int, ...]
+    name: ClassVar[str] = "permute"
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        if any(len(s) != len(self.dims) for s in inputs):
+            raise self._misfit(inputs, f"the order {self.dims} is for {len(self.dims)} axes")
+        return [tuple(s[d] for d in self.dims) for s in inputs]
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        return [t.permute(self.dims) for t in inputs]
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return Permute(tuple(self.dims.index(i) for i in range(len(self.dims))))
+
+
+@dataclass(frozen=True)
+class Transpose(Operation):
+    """Swap two axes of each tensor: ``Conv1D`` of GPT-2 against ``nn.Linear``."""
+
+    dim0: int = 0
+    dim1: int = 1
+    name: ClassVar[str] = "transpose"
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        if any(len(s) <= max(self.dim0, self.dim1) for s in inputs):
+            raise self._misfit(inputs, f"axes {self.dim0} and {self.dim1} are needed")
+        out = []
+        for s in inputs:
+            t = list(s)
+            t[self.dim0], t[self.dim1] = t[self.dim1], t[self.dim0]
+            out.append(tuple(t))
+        return out
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        return [t.transpose(self.dim0, self.dim1) for t in inputs]
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return self
+
+
+@dataclass(frozen=True)
+class Reshape(Operation):
+    """Give each tensor another shape of as many elements: Linear <-> 1x1 conv, ``(C, 1, 1)`` <-> ``(C,)``."""
+
+    source: Shape
+    target: Shape
+    name: ClassVar[str] = "reshape"
+
+    def __post_init__(self) -> None:
+        if math.prod(self.source) != math.prod(self.target):
+            raise PlanError(f"reshape from {self.source} to {self.target} changes the number of elements.")
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        if any(tuple(s) != tuple(self.source) for s in inputs):
+            raise self._misfit(inputs, f"it was planned for shape {self.source}")
+        return [tuple(self.target) for _ in inputs]
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        self.shapes([tuple(t.shape) for t in inputs])
+        return [t.reshape(self.target) for t in inputs]
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return Reshape(self.target, self.source)
+
+
+@dataclass(frozen=True)
+class Split(Operation):
+    """Cut each tensor along an axis into parts of the given sizes: qkv -> q, k, v."""
+
+    dim: int
+    sizes: tuple[int, ...]
+    name: ClassVar[str] = "split"
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        out: list[Shape] = []
+        for s in inputs:
+            if len(s) <= self.dim or s[self.dim] != sum(self.sizes):
+                raise self._misfit(inputs, f"axis {self.dim} must have {sum(self.sizes)} entries")
+            out += [(*s[: self.dim], size, *s[self.dim + 1 :]) for size in self.sizes]
+        return out
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        return [part for t in inputs for part in t.split(list(self.sizes), dim=self.dim)]
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return Concat(self.dim, self.sizes)
+
+
+@dataclass(frozen=True)
+class Concat(Operation):
+    """Join consecutive runs of ``len(sizes)`` tensors along an axis: q, k, v -> qkv."""
+
+    dim: int
+    sizes: tuple[int, ...]
+    name: ClassVar[str] = "concat"
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        n = len(self.sizes)
+        if not inputs or len(inputs) % n:
+            raise self._misfit(inputs, f"it joins runs of {n} tensors")
+        out: list[Shape] = []
+        for start in range(0, len(inputs), n):
+            run = inputs[start : start + n]
+            rest = {(*s[: self.dim], *s[self.dim + 1 :]) for s in run}
+            if any(len(s) <= self.dim for s in run) or len(rest) != 1:
+                raise self._misfit(inputs, f"the other axes must agree to join along axis {self.dim}")
+            if tuple(s[self.dim] for s in run) != tuple(self.sizes):
+                raise self._misfit(inputs, f"axis {self.dim} must have the sizes {self.sizes}")
+            out.append((*run[0][: self.dim], sum(self.sizes), *run[0][self.dim + 1 :]))
+        return out
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        n = len(self.sizes)
+        return [torch.cat(list(inputs[i : i + n]), dim=self.dim) for i in range(0, len(inputs), n)]
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return Split(self.dim, self.sizes)
+
+
+@dataclass(frozen=True)
+class Stack(Operation):
+    """Stack consecutive runs of ``count`` tensors along a new axis: N experts -> one 3-D tensor."""
+
+    dim: int
+    count: int
+    name: ClassVar[str] = "stack"
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        if not inputs or len(inputs) % self.count:
+            raise self._misfit(inputs, f"it stacks runs of {self.count} tensors")
+        out: list[Shape] = []
+        for start in range(0, len(inputs), self.count):
+            run = inputs[start : start + self.count]
+            if any(tuple(s) != tuple(run[0]) for s in run):
+                raise self._misfit(inputs, "all tensors of a stack must have one shape")
+            out.append((*run[0][: self.dim], self.count, *run[0][self.dim :]))
+        return out
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        return [torch.stack(list(inputs[i : i + self.count]), dim=self.dim) for i in range(0, len(inputs), self.count)]
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return Unstack(self.dim, self.count)
+
+
+@dataclass(frozen=True)
+class Unstack(Operation):
+    """Take each tensor apart along an axis of ``count`` entries: one 3-D tensor -> N experts."""
+
+    dim: int
+    count: int
+    name: ClassVar[str] = "unstack"
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        out: list[Shape] = []
+        for s in inputs:
+            if len(s) <= self.dim or s[self.dim] != self.count:
+                raise self._misfit(inputs, f"axis {self.dim} must have {self.count} entries")
+            out += [(*s[: self.dim], *s[self.dim + 1 :])] * self.count
+        return out
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        return [part for t in inputs for part in t.unbind(self.dim)]
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return Stack(self.dim, self.count)
+
+
+@dataclass(frozen=True)
+class FanOut(Operation):
+    """Give one source to ``count`` targets that are tied in the source and separate in the target."""
+
+    count: int
+    name: ClassVar[str] = "fan_out"
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        return [tuple(s) for s in inputs for _ in range(self.count)]
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        return [t for t in inputs for _ in range(self.count)]
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return Tie(self.count)
+
+
+@dataclass(frozen=True)
+class Tie(Operation):
+    """Take one of each run of ``count`` equal tensors; refuse if they differ, since then nothing is tied."""
+
+    count: int
+    name: ClassVar[str] = "tie"
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        if not inputs or len(inputs) % self.count:
+            raise self._misfit(inputs, f"it ties runs of {self.count} tensors")
+        return [tuple(inputs[i]) for i in range(0, len(inputs), self.count)]
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        out = []
+        for i in range(0, len(inputs), self.count):
+            first = inputs[i]
+            if any(not torch.equal(first, other) for other in inputs[i + 1 : i + self.count]):
+                raise PlanError(f"tie: the {self.count} tensors differ, so they cannot become one tensor.")
+            out.append(first)
+        return out
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return FanOut(self.count)
+
+
+@dataclass(frozen=True)
+class Cast(Operation):
+    """Convert each tensor from one data type to another, e.g. ``float16`` -> ``float32``."""
+
+    source: str
+    target: str
+    name: ClassVar[str] = "cast"
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        return [tuple(s) for s in inputs]
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        return [t.to(getattr(torch, self.target)) for t in inputs]
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return Cast(self.target, self.source)
+
+
+OPERATIONS: dict[str, type[Operation]] = {
+    op.name: op for op in (Permute, Transpose, Reshape, Split, Concat, Stack, Unstack, FanOut, Tie, Cast)
+}
+
+
+def operation_from_dict(data: Mapping[str, Any]) -> Operation:
+    """Rebuild an operation from :meth:`Operation.to_dict`.
+
+    Raises:
+        PlanError: If the name is unknown or an argument is missing, unknown or of the wrong type.
+    """
+    name = data.get("op")
+    cls = OPERATIONS.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise PlanError(f"unknown operation {name!r}; known are {', '.join(sorted(OPERATIONS))}.")
+    known = {f.name for f in fields(cls)}
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "op"}
+    if set(args) != known:
+        raise PlanError(f"operation {name!r} takes {sorted(known)}, but the plan gives {sorted(args)}.")
+    return cls(**args)
+
+
+def run_operations(
+    operations: Sequence[Operation], inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """Chain operations over a list of tensors.
+
+    >>> run_operations([Transpose(), Split(0, (2, 2))], [torch.zeros(3, 4)])[0].shape
+    torch.Size([2, 3])
+    """
+    tensors = list(inputs)
+    for op in operations:
+        tensors = op.apply(tensors, targets)
+    return tensors
+
+
+def run_shapes(operations: Sequence[Operation], inputs: Sequence[Shape]) -> list[Shape]:
+    """Chain operations over shapes only.
+
+    >>> run_shapes([Concat(0, (2, 2)), Transpose()], [(2, 3), (2, 3)])
+    [(3, 4)]
+    """
+    shapes = [tuple(s) for s in inputs]
+    for op in operations:
+        shapes = op.shapes(shapes)
+    return shapes
