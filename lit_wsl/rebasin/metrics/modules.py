@@ -1,0 +1,242 @@
+"""The metrics as torchmetrics classes: they accumulate over tensors, sync over processes and combine in collections.
+
+>>> import torch
+>>> metrics = task_vector_metrics()
+>>> metrics.update({"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])})
+>>> round(metrics.compute()["angle"].item(), 6)
+90.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.metrics import vectors
+from lit_wsl.rebasin.metrics.matrices import is_matrix, matrix_metrics, spectrum
+from lit_wsl.rebasin.metrics.vectors import PairMoments, pair_moments
+
+Vector = Tensor | Mapping[str, Tensor]
+
+
+def _pairs(a: Vector, b: Vector) -> list[tuple[Tensor, Tensor]]:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return [(a, b)]
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        raise RebasinError("give two tensors or two mappings of tensors, not one of each")
+    if set(a) != set(b):
+        raise RebasinError(f"tensors in one of the vectors only: {sorted(set(a) ^ set(b))[:5]}")
+    return [(a[name], b[name]) for name in a if a[name].is_floating_point()]
+
+
+class _VectorMetric(Metric):
+    """Accumulates :class:`PairMoments`; all subclasses have the same states, so that a collection shares them."""
+
+    is_differentiable = False
+    full_state_update = False
+    formula: Callable[[PairMoments], float]
+    dot: Tensor
+    sq_a: Tensor
+    sq_b: Tensor
+    sq_diff: Tensor
+    conflicts: Tensor
+    active: Tensor
+    numel: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("dot", "sq_a", "sq_b", "sq_diff", "conflicts", "active", "numel"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, a: Vector, b: Vector) -> None:
+        """Add one tensor of each vector, or all of them as mappings by name."""
+        for x, y in _pairs(a, b):
+            m = pair_moments(x, y)
+            self.dot += m.dot
+            self.sq_a += m.sq_a
+            self.sq_b += m.sq_b
+            self.sq_diff += m.sq_diff
+            self.conflicts += m.conflicts
+            self.active += m.active
+            self.numel += m.numel
+
+    def compute(self) -> Tensor:
+        """The metric of everything added so far, a float64 scalar (nan where it has no meaning)."""
+        moments = PairMoments(
+            float(self.dot),
+            float(self.sq_a),
+            float(self.sq_b),
+            float(self.sq_diff),
+            int(self.conflicts),
+            int(self.active),
+            int(self.numel),
+        )
+        return torch.tensor(type(self).formula(moments), dtype=torch.float64)
+
+
+class VectorCosineSimilarity(_VectorMetric):
+    """Cosine of the angle between two vectors spread over tensors; see :func:`vectors.cosine_similarity`."""
+
+    formula = staticmethod(vectors.cosine_similarity)
+
+
+class VectorL2Distance(_VectorMetric):
+    """Euclidean distance; see :func:`vectors.l2_distance`."""
+
+    formula = staticmethod(vectors.l2_distance)
+
+
+class VectorDotProduct(_VectorMetric):
+    """Inner product; see :func:`vectors.dot_product`."""
+
+    formula = staticmethod(vectors.dot_product)
+
+
+class VectorAngle(_VectorMetric):
+    """Angle in degrees; see :func:`vectors.angle`."""
+
+    formula = staticmethod(vectors.angle)
+
+
+class MagnitudeRatio(_VectorMetric):
+    """Length of the second vector over that of the first; see :func:`vectors.magnitude_ratio`."""
+
+    formula = staticmethod(vectors.magnitude_ratio)
+
+
+class SignConflict(_VectorMetric):
+    """Share of opposite signs; see :func:`vectors.sign_conflict`."""
+
+    formula = staticmethod(vectors.sign_conflict)
+
+
+class StackEffectiveRank(_VectorMetric):
+    """Effective rank of the stack of both vectors, in [1, 2]; see :func:`vectors.effective_rank`."""
+
+    @staticmethod
+    def formula(m: PairMoments) -> float:
+        """Of the singular values of the stack."""
+        return vectors.effective_rank(vectors.stack_singular_values(m))
+
+
+class StackStableRank(_VectorMetric):
+    """Stable rank of the stack of both vectors, in [1, 2]; see :func:`vectors.stable_rank`."""
+
+    @staticmethod
+    def formula(m: PairMoments) -> float:
+        """Of the singular values of the stack."""
+        return vectors.stable_rank(vectors.stack_singular_values(m))
+
+
+class StackParticipationRatio(_VectorMetric):
+    """Participation ratio of the stack of both vectors, in [1, 2]; see :func:`vectors.participation_ratio`."""
+
+    @staticmethod
+    def formula(m: PairMoments) -> float:
+        """Of the singular values of the stack."""
+        return vectors.participation_ratio(vectors.stack_singular_values(m))
+
+
+class StackSpectralGap(_VectorMetric):
+    """Difference of the two singular values of the stack of both vectors; see :func:`vectors.spectral_gap`."""
+
+    @staticmethod
+    def formula(m: PairMoments) -> float:
+        """Of the singular values of the stack."""
+        return vectors.spectral_gap(vectors.stack_singular_values(m))
+
+
+_MATRIX_KEYS = ("spectrum_overlap", "left_subspace_overlap", "right_subspace_overlap", "interaction_overlap")
+
+
+class _MatrixMetric(Metric):
+    """Mean over matrices; all subclasses have the same states, so that a collection decomposes each matrix once."""
+
+    is_differentiable = False
+    full_state_update = False
+    key: str
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, k: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.k = k
+        self.add_state("sums", torch.zeros(len(_MATRIX_KEYS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(_MATRIX_KEYS), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, a: Vector, b: Vector) -> None:
+        """Add a pair of matrices, or all matrices of two mappings; tensors that are no matrices are passed over."""
+        for x, y in _pairs(a, b):
+            if not is_matrix(x):
+                continue
+            values = matrix_metrics(spectrum(x), spectrum(y), self.k)
+            row = torch.tensor([values[key] for key in _MATRIX_KEYS], dtype=torch.float64, device=self.sums.device)
+            self.sums += torch.nan_to_num(row)
+            self.counts += ~torch.isnan(row)
+
+    def compute(self) -> Tensor:
+        """Mean over the matrices that have a value, a float64 scalar; nan without any."""
+        index = _MATRIX_KEYS.index(self.key)
+        return self.sums[index] / self.counts[index]
+
+
+class SpectrumOverlap(_MatrixMetric):
+    """Cosine of the singular-value vectors, mean over matrices; see :func:`matrices.spectrum_overlap`."""
+
+    key = "spectrum_overlap"
+
+
+class LeftSubspaceOverlap(_MatrixMetric):
+    """Overlap of the output subspaces, mean over matrices; see :func:`matrices.left_subspace_overlap`."""
+
+    key = "left_subspace_overlap"
+
+
+class RightSubspaceOverlap(_MatrixMetric):
+    """Overlap of the input subspaces, mean over matrices; see :func:`matrices.right_subspace_overlap`."""
+
+    key = "right_subspace_overlap"
+
+
+class InteractionOverlap(_MatrixMetric):
+    """Interaction overlap, mean over matrices; see :func:`matrices.interaction_overlap`."""
+
+    key = "interaction_overlap"
+
+
+_VECTOR_METRICS: dict[str, type[Metric]] = {
+    "cosine": VectorCosineSimilarity,
+    "l2": VectorL2Distance,
+    "dot": VectorDotProduct,
+    "angle": VectorAngle,
+    "magnitude_ratio": MagnitudeRatio,
+    "sign_conflict": SignConflict,
+    "effective_rank": StackEffectiveRank,
+    "stable_rank": StackStableRank,
+    "participation_ratio": StackParticipationRatio,
+    "spectral_gap": StackSpectralGap,
+}
+_MATRIX_METRICS: dict[str, type[Metric]] = {
+    "spectrum_overlap": SpectrumOverlap,
+    "left_subspace_overlap": LeftSubspaceOverlap,
+    "right_subspace_overlap": RightSubspaceOverlap,
+    "interaction_overlap": InteractionOverlap,
+}
+
+
+def task_vector_metrics(*, spectra: bool = True, prefix: str | None = None) -> MetricCollection:
+    """All metrics in one collection that reads every tensor once and decomposes every matrix once.
+
+    Args:
+        spectra: also the metrics that need singular value decompositions.
+        prefix: put in front of the names, as in torchmetrics.
+    """
+    groups = [list(_VECTOR_METRICS)] + ([list(_MATRIX_METRICS)] if spectra else [])
+    classes = _VECTOR_METRICS | (_MATRIX_METRICS if spectra else {})
+    # The groups are given, not found: torchmetrics would update every metric on its own the first time.
+    return MetricCollection({name: cls() for name, cls in classes.items()}, prefix=prefix, compute_groups=groups)
