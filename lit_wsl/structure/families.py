@@ -1,0 +1,178 @@
+"""Families: names that differ only by indices, folded into ``blocks.{0..11}.attn.weight``.
+
+A deep model repeats itself: a person reads "twelve blocks", not 144 names. :func:`fold` groups rows of names (one name
+for an unmatched tensor, source and target names for a step of a plan) in linear time, and never loses anything: a
+:class:`Family` expands to exactly the rows that it stands for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+_INDEX = re.compile(r"(?:(?<=[._/])|^)\d+(?=[._/]|$)")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in a name that holds an index: the value of a variable plus an offset.
+
+    Attributes:
+        variable: Which of the family's variables, from 0.
+        offset: What is added to its value.
+    """
+
+    variable: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """Rows of names that differ only by indices, which run through a product of ranges.
+
+    Attributes:
+        templates: One per name of a row: the fixed pieces of text and, between them, the :class:`Slot` objects.
+        variables: The values of each variable, ascending. The rows are their product, the first variable outermost.
+        members: For each row of that product, its position in the folded sequence.
+    """
+
+    templates: tuple[tuple[str | Slot, ...], ...]
+    variables: tuple[tuple[int, ...], ...]
+    members: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Each name with its ranges written out, for people: ``blocks.{0..11}.attn.weight``."""
+        return tuple(
+            "".join(
+                piece if isinstance(piece, str) else _braces([v + piece.offset for v in self.variables[piece.variable]])
+                for piece in template
+            )
+            for template in self.templates
+        )
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Every row the family stands for, in the order of ``members``."""
+        return [
+            tuple(
+                "".join(p if isinstance(p, str) else str(values[p.variable] + p.offset) for p in template)
+                for template in self.templates
+            )
+            for values in itertools.product(*self.variables)
+        ]
+
+
+def fold(rows: Sequence[Sequence[str]], keys: Sequence[Hashable] | None = None) -> list[Family]:
+    """Fold rows of names that differ only by indices.
+
+    Indices that move together (``blocks.3 -> layer.3``, ``blocks.3 -> layer.5`` by a constant distance) share a
+    variable; independent ones (``layers.{0..3}.experts.{0..7}``) fold when every combination is there, and otherwise
+    range by range.
+
+    Args:
+        rows: Rows of names; a row alone folds into a family of one.
+        keys: What must also be equal within a family (shapes, operation), one per row.
+
+    Returns:
+        The families, in the order of their first rows. Every position of ``rows`` is in exactly one.
+
+    >>> [f.patterns for f in fold([(f"blocks.{i}.w", f"enc.{i + 1}.w") for i in range(12)] + [("head.w", "fc.w")])]
+    [('blocks.{0..11}.w', 'enc.{1..12}.w'), ('head.w', 'fc.w')]
+    """
+    groups: dict[tuple[tuple[tuple[str, ...], ...], Hashable], list[tuple[int, tuple[int, ...]]]] = {}
+    for position, row in enumerate(rows):
+        cuts = [_cut(name) for name in row]
+        indices = tuple(index for _, found in cuts for index in found)
+        key = (tuple(texts for texts, _ in cuts), keys[position] if keys is not None else None)
+        groups.setdefault(key, []).append((position, indices))
+    families = [family for (texts, _), group in groups.items() for family in _fold_group(texts, group)]
+    return sorted(families, key=lambda family: min(family.members))
+
+
+def fold_names(names: Sequence[str]) -> list[str]:
+    """Fold a list of names into patterns.
+
+    >>> fold_names(["enc.0.weight", "enc.0.bias", "enc.1.weight", "enc.1.bias"])
+    ['enc.{0..1}.weight', 'enc.{0..1}.bias']
+    """
+    return [family.patterns[0] for family in fold([(name,) for name in names])]
+
+
+def _cut(name: str) -> tuple[tuple[str, ...], list[int]]:
+    """Cut a name at its indices: the texts around them, and the indices. ``007`` is text: it would not come back."""
+    texts, indices, end = [], [], 0
+    for match in _INDEX.finditer(name):
+        digits = match.group()
+        if (digits != "0" and digits.startswith("0")) or not digits.isascii():
+            continue
+        texts.append(name[end : match.start()])
+        indices.append(int(digits))
+        end = match.end()
+    texts.append(name[end:])
+    return tuple(texts), indices
+
+
+def _fold_group(texts: tuple[tuple[str, ...], ...], group: list[tuple[int, tuple[int, ...]]]) -> list[Family]:
+    """Fold rows of equal texts; where the indices aren't a full product, divide along the first free one."""
+    first = group[0][1]
+    columns = list(zip(*(indices for _, indices in group)))
+    variables: list[tuple[int, ...]] = []  # value column of each variable
+    slots: list[Slot | None] = []  # None: a constant
+    by_shift: dict[tuple[int, ...], int] = {}
+    for place, column in enumerate(columns):
+        shifted = tuple(value - first[place] for value in column)
+        if not any(shifted):
+            slots.append(None)
+            continue
+        if shifted not in by_shift:
+            by_shift[shifted] = len(variables)
+            variables.append(column)
+        number = by_shift[shifted]
+        slots.append(Slot(number, column[0] - variables[number][0]))
+    values = [sorted(set(column)) for column in variables]
+    rows = list(zip(*variables)) if variables else [()] * len(group)
+    if math.prod(map(len, values)) == len(group) == len(set(rows)):
+        order = sorted(range(len(group)), key=lambda k: rows[k])
+        templates = _templates(texts, slots, first)
+        return [Family(templates, tuple(map(tuple, values)), tuple(group[k][0] for k in order))]
+    if len(variables) < 2:  # the same row several times
+        return [family for member in group for family in _fold_group(texts, [member])]
+    parts: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+    for member, value in zip(group, variables[0]):
+        parts.setdefault(value, []).append(member)
+    return [family for part in parts.values() for family in _fold_group(texts, part)]
+
+
+def _templates(
+    texts: tuple[tuple[str, ...], ...], slots: list[Slot | None], constants: tuple[int, ...]
+) -> tuple[tuple[str | Slot, ...], ...]:
+    place = 0
+    templates = []
+    for pieces in texts:
+        template: list[str | Slot] = [pieces[0]]
+        for text in pieces[1:]:
+            slot = slots[place]
+            if slot is None:
+                template[-1] = f"{template[-1]}{constants[place]}{text}"
+            else:
+                template += [slot, text]
+            place += 1
+        templates.append(tuple(template))
+    return tuple(templates)
+
+
+def _braces(values: Sequence[int]) -> str:
+    """Write ascending integers as ranges: ``{0..3,7}``."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
