@@ -1,0 +1,83 @@
+# Everything a fresh machine with Python 3.10+ and make needs. Each command makes its own virtual environment with the
+# pinned versions of requirements/constraints.txt the first time, and is quick the second time.
+#
+#   make demo    the main job on real images, in under a minute
+#   make test    the tests                  (make test ARGS="-k plan -x" passes options on to pytest)
+#   make lint    ruff and mypy
+#   make help    all commands
+
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+CONSTRAINTS := requirements/constraints.txt
+PIP := -m pip --disable-pip-version-check install --quiet --quiet --constraint $(CONSTRAINTS)
+TORCH := torch==2.13.0
+# A worker per core, each with one thread: threads of several workers would fight for the same cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format gauntlet rebasin-bench scale sharded-memory docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+demo: .venv/.ready  ## train, refactor, transfer, compare: the main job on real images
+	@.venv/bin/python examples/demo_digits.py $(ARGS)
+
+test: .venv/.ready  ## the tests
+	$(ONE_THREAD) .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: .venv/.ready  ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/.ready  ## format the code
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+gauntlet: .venv-bench/.ready  ## map pairs of public implementations with known truth, beside the peers
+	.venv-bench/bin/python -m benchmarks.gauntlet $(ARGS)
+
+rebasin-bench: .venv-bench/.ready  ## align models of torchvision, timm and transformers
+	.venv-bench/bin/python -m benchmarks.rebasin $(ARGS)
+
+scale: .venv/.ready  ## map up to 120,000 tensors on the meta device
+	.venv/bin/python -m benchmarks.scale $(ARGS)
+
+sharded-memory: .venv/.ready  ## peak memory of a sharded transfer, against plain load_state_dict
+	.venv/bin/python -m benchmarks.sharded_memory $(ARGS)
+
+docs: .venv-docs/.ready  ## build the documentation into site/
+	.venv-docs/bin/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "site/index.html"
+
+clean:  ## remove the virtual environments and everything built
+	rm -rf .venv .venv-bench .venv-docs build dist site demo-output lightning_logs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# ---- virtual environments: a stamp, newer than the files that decide what is in them ------------------------------
+
+# $(call venv,folder,extra): torch first, on its own, so that an index's newer build of it is never taken by the rest.
+define venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+  echo "lit_wsl needs Python 3.10 or newer, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
+  echo "Name another one, e.g.: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+@echo "Setting up $(1) with pinned versions (once; the download of torch can take minutes) ..."
+@test -x $(1)/bin/python && $(1)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(1)
+@$(1)/bin/python $(PIP) $(TORCH)
+@$(1)/bin/python $(PIP) --editable '.[$(2)]'
+@touch $@
+endef
+
+# torchvision from the package index is a CUDA build, which breaks imports beside a CPU build of torch: it stays out of
+# .venv and lives in .venv-bench, behind benchmarks/torchvision_guard.py.
+.venv/.ready: pyproject.toml $(CONSTRAINTS)
+	$(call venv,.venv,dev)
+
+.venv-bench/.ready: pyproject.toml $(CONSTRAINTS)
+	$(call venv,.venv-bench,rebasin-bench)
+
+.venv-docs/.ready: pyproject.toml $(CONSTRAINTS)
+	$(call venv,.venv-docs,docs)
