@@ -18,15 +18,21 @@ _INDEX = re.compile(r"(?:(?<=[._/])|^)\d+(?=[._/]|$)")
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in a name that holds an index: the value of a variable plus an offset.
+    """A place in a name that holds an index: an affine function of a variable.
 
     Attributes:
         variable: Which of the family's variables, from 0.
-        offset: What is added to its value.
+        offset: What is added to its scaled value.
+        factor: What its value is multiplied with: ``features.{0,3,6}`` may walk along with ``convs.{0..2}``.
     """
 
     variable: int
     offset: int = 0
+    factor: int = 1
+
+    def at(self, value: int) -> int:
+        """The index for a value of the variable."""
+        return self.factor * value + self.offset
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Family:
         """Each name with its ranges written out, for people: ``blocks.{0..11}.attn.weight``."""
         return tuple(
             "".join(
-                piece if isinstance(piece, str) else _braces([v + piece.offset for v in self.variables[piece.variable]])
+                piece if isinstance(piece, str) else _braces([piece.at(v) for v in self.variables[piece.variable]])
                 for piece in template
             )
             for template in self.templates
@@ -61,7 +67,7 @@ class Family:
         """Every row the family stands for, in the order of ``members``."""
         return [
             tuple(
-                "".join(p if isinstance(p, str) else str(values[p.variable] + p.offset) for p in template)
+                "".join(p if isinstance(p, str) else str(p.at(values[p.variable])) for p in template)
                 for template in self.templates
             )
             for values in itertools.product(*self.variables)
@@ -71,9 +77,9 @@ class Family:
 def fold(rows: Sequence[Sequence[str]], keys: Sequence[Hashable] | None = None) -> list[Family]:
     """Fold rows of names that differ only by indices.
 
-    Indices that move together (``blocks.3 -> layer.3``, ``blocks.3 -> layer.5`` by a constant distance) share a
-    variable; independent ones (``layers.{0..3}.experts.{0..7}``) fold when every combination is there, and otherwise
-    range by range.
+    Indices that move together (``blocks.3 -> layer.5``: by a constant distance; ``features.6 -> convs.2``: by a
+    constant factor) share a variable; independent ones (``layers.{0..3}.experts.{0..7}``) fold when every combination
+    is there, and otherwise range by range.
 
     Args:
         rows: Rows of names; a row alone folds into a family of one.
@@ -127,14 +133,19 @@ def _fold_group(texts: tuple[tuple[str, ...], ...], group: list[tuple[int, tuple
     by_shift: dict[tuple[int, ...], int] = {}
     for place, column in enumerate(columns):
         shifted = tuple(value - first[place] for value in column)
-        if not any(shifted):
+        factor = math.gcd(*shifted)
+        if not factor:
             slots.append(None)
             continue
-        if shifted not in by_shift:
-            by_shift[shifted] = len(variables)
-            variables.append(column)
-        number = by_shift[shifted]
-        slots.append(Slot(number, column[0] - variables[number][0]))
+        if next(value for value in shifted if value) < 0:
+            factor = -factor
+        steps = tuple(value // factor for value in shifted)
+        if steps not in by_shift:
+            by_shift[steps] = len(variables)
+            # a variable is the index itself where the first name that uses it is so plain
+            variables.append(column if factor == 1 else steps)
+        number = by_shift[steps]
+        slots.append(Slot(number, column[0] - factor * variables[number][0], factor))
     values = [sorted(set(column)) for column in variables]
     rows = list(zip(*variables)) if variables else [()] * len(group)
     if math.prod(map(len, values)) == len(group) == len(set(rows)):
@@ -168,11 +179,25 @@ def _templates(
 
 
 def _braces(values: Sequence[int]) -> str:
-    """Write ascending integers as ranges: ``{0..3,7}``."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][1] + 1:
-            runs[-1][1] = value
-        else:
-            runs.append([value, value])
-    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
+    return "{" + ranges(values) + "}"
+
+
+def ranges(values: Sequence[int]) -> str:
+    """Write integers as ranges, with the step where it is not 1, in their order.
+
+    >>> ranges([0, 1, 2, 3, 7]), ranges([0, 3, 6, 9]), ranges([3, 2, 1, 0])
+    ('0..3,7', '0..9..3', '3..0..-1')
+    """
+    pieces: list[str] = []
+    start = 0
+    while start < len(values):
+        end = start + 1
+        step = values[end] - values[start] if end < len(values) else 0
+        while step and end < len(values) and values[end] - values[end - 1] == step:
+            end += 1
+        if end - start == 2 and step != 1:  # two values say more than a range with a step
+            end = start + 1
+        first, last = values[start], values[end - 1]
+        pieces.append(str(first) if end - start == 1 else f"{first}..{last}" + ("" if step == 1 else f"..{step}"))
+        start = end
+    return ",".join(pieces)

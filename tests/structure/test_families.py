@@ -53,3 +53,10 @@ def test_gaps_and_other_shapes_stay_visible():
 def test_folding_is_linear_enough_for_large_models():
     rows = [(f"m.layers.{i}.mlp.experts.{j}.up.weight",) for i in range(60) for j in range(256)]
     assert [f.patterns[0] for f in fold(rows)] == ["m.layers.{0..59}.mlp.experts.{0..255}.up.weight"]
+
+
+def test_indices_that_walk_at_different_paces_fold_together():
+    rows = [(f"features.{3 * i + 1}.w", f"convs.{i}.w", f"back.{9 - i}.w") for i in range(4)]
+    (family,) = fold(rows)
+    assert family.patterns == ("features.{1..10..3}.w", "convs.{0..3}.w", "back.{9..6..-1}.w")
+    assert family.rows() == rows
