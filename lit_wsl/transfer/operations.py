@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import MISSING, asdict, dataclass, fields
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -61,7 +62,19 @@ class Operation(ABC):
         return {"op": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
 
     def _misfit(self, inputs: Sequence[Shape], why: str) -> PlanError:
-        return PlanError(f"{self.name} does not fit shapes {list(inputs)}: {why}.")
+        shown = ", ".join(map(str, map(tuple, inputs[:4]))) + (f", ... ({len(inputs)} tensors)" if inputs[4:] else "")
+        return PlanError(f"{self.name} does not fit shapes [{shown}]: {why}.")
+
+    def _check(self, inputs: Sequence[Tensor]) -> None:
+        """Refuse tensors that the operation was not planned for; torch alone would take some of them."""
+        self.shapes([tuple(t.shape) for t in inputs])
+
+    def _at_least(self, least: int, **values: object) -> None:
+        """Check arguments that are integers, or tuples of them."""
+        for argument, value in values.items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(n, bool) or not isinstance(n, int) or n < least for n in numbers):
+                raise PlanError(f"{self.name}: {argument} must be at least {least}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -71,12 +84,17 @@ class Permute(Operation):
     dims: tuple[int, ...]
     name: ClassVar[str] = "permute"
 
+    def __post_init__(self) -> None:
+        if sorted(self.dims) != list(range(len(self.dims))):
+            raise PlanError(f"permute: dims must name each axis from 0 once, got {self.dims}.")
+
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         if any(len(s) != len(self.dims) for s in inputs):
             raise self._misfit(inputs, f"the order {self.dims} is for {len(self.dims)} axes")
         return [tuple(s[d] for d in self.dims) for s in inputs]
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        self._check(inputs)
         return [t.permute(self.dims) for t in inputs]
 
     def reverse(self) -> Operation:  # noqa: D102
@@ -91,6 +109,9 @@ class Transpose(Operation):
     dim1: int = 1
     name: ClassVar[str] = "transpose"
 
+    def __post_init__(self) -> None:
+        self._at_least(0, dim0=self.dim0, dim1=self.dim1)
+
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         if any(len(s) <= max(self.dim0, self.dim1) for s in inputs):
             raise self._misfit(inputs, f"axes {self.dim0} and {self.dim1} are needed")
@@ -102,6 +123,7 @@ class Transpose(Operation):
         return out
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        self._check(inputs)
         return [t.transpose(self.dim0, self.dim1) for t in inputs]
 
     def reverse(self) -> Operation:  # noqa: D102
@@ -117,6 +139,7 @@ class Reshape(Operation):
     name: ClassVar[str] = "reshape"
 
     def __post_init__(self) -> None:
+        self._at_least(0, source=self.source, target=self.target)
         if math.prod(self.source) != math.prod(self.target):
             raise PlanError(f"reshape from {self.source} to {self.target} changes the number of elements.")
 
@@ -126,7 +149,7 @@ class Reshape(Operation):
         return [tuple(self.target) for _ in inputs]
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
-        self.shapes([tuple(t.shape) for t in inputs])
+        self._check(inputs)
         return [t.reshape(self.target) for t in inputs]
 
     def reverse(self) -> Operation:  # noqa: D102
@@ -141,6 +164,11 @@ class Split(Operation):
     sizes: tuple[int, ...]
     name: ClassVar[str] = "split"
 
+    def __post_init__(self) -> None:
+        self._at_least(0, dim=self.dim, sizes=self.sizes)
+        if not self.sizes:
+            raise PlanError("split: sizes must give at least one size.")
+
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         out: list[Shape] = []
         for s in inputs:
@@ -150,6 +178,7 @@ class Split(Operation):
         return out
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        self._check(inputs)
         return [part for t in inputs for part in t.split(list(self.sizes), dim=self.dim)]
 
     def reverse(self) -> Operation:  # noqa: D102
@@ -163,6 +192,11 @@ class Concat(Operation):
     dim: int
     sizes: tuple[int, ...]
     name: ClassVar[str] = "concat"
+
+    def __post_init__(self) -> None:
+        self._at_least(0, dim=self.dim, sizes=self.sizes)
+        if not self.sizes:
+            raise PlanError("concat: sizes must give at least one size.")
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         n = len(self.sizes)
@@ -180,6 +214,7 @@ class Concat(Operation):
         return out
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        self._check(inputs)
         n = len(self.sizes)
         return [torch.cat(list(inputs[i : i + n]), dim=self.dim) for i in range(0, len(inputs), n)]
 
@@ -195,18 +230,23 @@ class Stack(Operation):
     count: int
     name: ClassVar[str] = "stack"
 
+    def __post_init__(self) -> None:
+        self._at_least(0, dim=self.dim)
+        self._at_least(1, count=self.count)
+
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         if not inputs or len(inputs) % self.count:
             raise self._misfit(inputs, f"it stacks runs of {self.count} tensors")
         out: list[Shape] = []
         for start in range(0, len(inputs), self.count):
             run = inputs[start : start + self.count]
-            if any(tuple(s) != tuple(run[0]) for s in run):
-                raise self._misfit(inputs, "all tensors of a stack must have one shape")
+            if any(tuple(s) != tuple(run[0]) for s in run) or self.dim > len(run[0]):
+                raise self._misfit(inputs, f"it stacks tensors of one shape, along a new axis {self.dim}")
             out.append((*run[0][: self.dim], self.count, *run[0][self.dim :]))
         return out
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        self._check(inputs)
         return [torch.stack(list(inputs[i : i + self.count]), dim=self.dim) for i in range(0, len(inputs), self.count)]
 
     def reverse(self) -> Operation:  # noqa: D102
@@ -221,6 +261,10 @@ class Unstack(Operation):
     count: int
     name: ClassVar[str] = "unstack"
 
+    def __post_init__(self) -> None:
+        self._at_least(0, dim=self.dim)
+        self._at_least(1, count=self.count)
+
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         out: list[Shape] = []
         for s in inputs:
@@ -230,6 +274,7 @@ class Unstack(Operation):
         return out
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        self._check(inputs)
         return [part for t in inputs for part in t.unbind(self.dim)]
 
     def reverse(self) -> Operation:  # noqa: D102
@@ -242,6 +287,9 @@ class FanOut(Operation):
 
     count: int
     name: ClassVar[str] = "fan_out"
+
+    def __post_init__(self) -> None:
+        self._at_least(1, count=self.count)
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         return [tuple(s) for s in inputs for _ in range(self.count)]
@@ -260,16 +308,23 @@ class Tie(Operation):
     count: int
     name: ClassVar[str] = "tie"
 
+    def __post_init__(self) -> None:
+        self._at_least(1, count=self.count)
+
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         if not inputs or len(inputs) % self.count:
             raise self._misfit(inputs, f"it ties runs of {self.count} tensors")
-        return [tuple(inputs[i]) for i in range(0, len(inputs), self.count)]
+        starts = range(0, len(inputs), self.count)
+        if any(tuple(s) != tuple(inputs[i]) for i in starts for s in inputs[i : i + self.count]):
+            raise self._misfit(inputs, "tensors that become one must have one shape")
+        return [tuple(inputs[i]) for i in starts]
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        self._check(inputs)
         out = []
         for i in range(0, len(inputs), self.count):
             first = inputs[i]
-            if any(not torch.equal(first, other) for other in inputs[i + 1 : i + self.count]):
+            if any(not _same_bits(first, other) for other in inputs[i + 1 : i + self.count]):
                 raise PlanError(f"tie: the {self.count} tensors differ, so they cannot become one tensor.")
             out.append(first)
         return out
@@ -280,11 +335,19 @@ class Tie(Operation):
 
 @dataclass(frozen=True)
 class Cast(Operation):
-    """Convert each tensor from one data type to another, e.g. ``float16`` -> ``float32``."""
+    """Convert each tensor from one data type to another, e.g. ``float16`` -> ``float32``.
+
+    Only a cast to a type that holds every value of the first can be reversed: rounding cannot be undone.
+    """
 
     source: str
     target: str
     name: ClassVar[str] = "cast"
+
+    def __post_init__(self) -> None:
+        for dtype in (self.source, self.target):
+            if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+                raise PlanError(f"cast: {dtype!r} is not a torch data type such as 'float32' or 'bfloat16'.")
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         return [tuple(s) for s in inputs]
@@ -293,7 +356,36 @@ class Cast(Operation):
         return [t.to(getattr(torch, self.target)) for t in inputs]
 
     def reverse(self) -> Operation:  # noqa: D102
+        if not _holds(getattr(torch, self.source), getattr(torch, self.target)):
+            raise PlanError(
+                f"cast: {self.source} -> {self.target} rounds, which cannot be undone. To go back all the same, remove "
+                "the cast from the plan's entry first."
+            )
         return Cast(self.target, self.source)
+
+
+def _holds(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether every value of one data type has an exact counterpart in another."""
+    if source == target or source == torch.bool:
+        return True
+    if source.is_floating_point or source.is_complex:
+        try:
+            return torch.promote_types(source, target) == target
+        except RuntimeError:  # torch promotes no 8-bit floating-point types
+            return target in (torch.float32, torch.float64)
+    low, high = torch.iinfo(source).min, torch.iinfo(source).max
+    if target.is_floating_point or target.is_complex:
+        return high <= 2 / torch.finfo(target).eps
+    return target != torch.bool and torch.iinfo(target).min <= low and high <= torch.iinfo(target).max
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    """Equal values, where NaN equals itself; tensors without data count as equal."""
+    if first is second or first.is_meta or second.is_meta:
+        return True
+    return torch.equal(first, second) or (
+        first.is_floating_point() and torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True)
+    )
 
 
 OPERATIONS: dict[str, type[Operation]] = {
@@ -302,20 +394,51 @@ OPERATIONS: dict[str, type[Operation]] = {
 
 
 def operation_from_dict(data: Mapping[str, Any]) -> Operation:
-    """Rebuild an operation from :meth:`Operation.to_dict`.
+    """Rebuild an operation from :meth:`Operation.to_dict`; arguments that have defaults may be left out.
 
     Raises:
-        PlanError: If the name is unknown or an argument is missing, unknown or of the wrong type.
+        PlanError: If the name is unknown, or an argument is missing, unknown or not allowed.
+
+    >>> operation_from_dict({"op": "split", "dim": 0, "sizes": [2, 2]})
+    Split(dim=0, sizes=(2, 2))
     """
     name = data.get("op")
     cls = OPERATIONS.get(name) if isinstance(name, str) else None
     if cls is None:
         raise PlanError(f"unknown operation {name!r}; known are {', '.join(sorted(OPERATIONS))}.")
+    hints = get_type_hints(cls)
+    args = {k: v for k, v in data.items() if k != "op"}
     known = {f.name for f in fields(cls)}
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "op"}
-    if set(args) != known:
-        raise PlanError(f"operation {name!r} takes {sorted(known)}, but the plan gives {sorted(args)}.")
-    return cls(**args)
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    if not needed <= set(args) <= known:
+        raise PlanError(f"operation {name!r} takes {sorted(known)}, but the plan gives {sorted(map(str, args))}.")
+    return cls(**{key: _typed(value, hints[key], f"{name}: {key}") for key, value in args.items()})
+
+
+def _typed(value: object, hint: Any, where: str) -> Any:
+    """Take a plain value for an argument of the given type; lists become tuples."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if len(parts) == 2 and parts[1] is Ellipsis:
+            return tuple(_typed(v, parts[0], where) for v in value)
+        if len(parts) == len(value):
+            return tuple(_typed(v, p, where) for v, p in zip(value, parts))
+    elif origin in (Union, UnionType):
+        for part in parts:
+            try:
+                return _typed(value, part, where)
+            except PlanError:
+                continue
+    elif origin is Literal:
+        if any(value == p and type(value) is type(p) for p in parts):
+            return value
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    shown = repr(value)
+    wanted = hint.__name__ if isinstance(hint, type) and origin is None else str(hint)
+    raise PlanError(f"{where} must be {wanted}, got {shown[:60] + '...' if len(shown) > 60 else shown}.")
 
 
 def run_operations(
