@@ -1,7 +1,50 @@
-"""Weight transfer across refactored models, and Git Re-Basin for task vectors, as PyTorch Lightning callbacks."""
+"""Weight transfer across refactored models, and Git Re-Basin for task vectors, as PyTorch Lightning callbacks.
+
+The public names are looked up when they are first used, so that ``import lit_wsl`` and the command start fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from lit_wsl.errors import LitWslError
 
+if TYPE_CHECKING:
+    from lit_wsl.callbacks.rebasin import RebasinCallback as RebasinCallback
+    from lit_wsl.callbacks.weight_transfer import WeightTransferCallback as WeightTransferCallback
+    from lit_wsl.checkpoint import load_checkpoint_as_dict as load_checkpoint_as_dict
+    from lit_wsl.mapper import MappingResult as MappingResult
+    from lit_wsl.mapper import WeightMapper as WeightMapper
+    from lit_wsl.models.weight_renamer import WeightRenamer as WeightRenamer
+    from lit_wsl.transfer.api import transfer_weights as transfer_weights
+    from lit_wsl.transfer.plan import TransferPlan as TransferPlan
+    from lit_wsl.transfer.report import TransferReport as TransferReport
+
 __version__ = "0.1.0"
 
-__all__ = ["LitWslError", "__version__"]
+_HOMES = {
+    "MappingResult": "lit_wsl.mapper",
+    "RebasinCallback": "lit_wsl.callbacks.rebasin",
+    "TransferPlan": "lit_wsl.transfer.plan",
+    "TransferReport": "lit_wsl.transfer.report",
+    "WeightMapper": "lit_wsl.mapper",
+    "WeightRenamer": "lit_wsl.models.weight_renamer",
+    "WeightTransferCallback": "lit_wsl.callbacks.weight_transfer",
+    "load_checkpoint_as_dict": "lit_wsl.checkpoint",
+    "transfer_weights": "lit_wsl.transfer.api",
+}
+
+__all__ = ["LitWslError", "__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

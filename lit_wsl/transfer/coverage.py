@@ -41,7 +41,8 @@ class ModuleCoverage:
     """One row of the coverage table: a top-level module of the target.
 
     Attributes:
-        module: Name of the top-level module; ``(root)`` for the root's own tensors.
+        module: Path of the module; ``(root)`` for the root's own tensors. Wrappers that hold everything in one child
+            (a ``LightningModule`` with its ``model``) are passed through, so that the rows tell something.
         loaded: Tensors and elements loaded, of how many.
         missing: Number of tensors without a source.
         missing_elements: Number of their elements.
@@ -89,6 +90,27 @@ def _count(infos: Iterable[ParameterInfo], moved: frozenset[str]) -> Count:
     return Count(len(hit), len(listed), sum(i.numel for i in hit), sum(i.numel for i in listed))
 
 
+def _trunk(infos: Iterable[ParameterInfo]) -> str:
+    """The dotted prefix, ``""`` or ending in a dot, below which the hierarchy first branches.
+
+    >>> _trunk([ParameterInfo("model.encoder.weight", (1,)), ParameterInfo("model.head.weight", (1,))])
+    'model.'
+    """
+    paths = [info.name.split(".")[:-1] for info in infos]
+    trunk: list[str] = []
+    while paths and all(len(path) > len(trunk) + 1 for path in paths):
+        heads = {path[len(trunk)] for path in paths}
+        if len(heads) > 1:
+            break
+        trunk += heads
+    return "".join(f"{part}." for part in trunk)
+
+
+def _row_of(info: ParameterInfo, trunk: str) -> str:
+    head, _, rest = info.name[len(trunk) :].partition(".")
+    return trunk + head if rest else trunk.rstrip(".") or "(root)"
+
+
 def measure_coverage(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> Coverage:
     """Count what a plan moves.
 
@@ -102,10 +124,10 @@ def measure_coverage(plan: TransferPlan, source: ModelDescription, target: Model
     unsure = frozenset(name for a in plan.ambiguous for name in a.targets)
     with_buffers = plan.options.get("buffers") != "exclude"
     rows: dict[str, list[ParameterInfo]] = {}
+    trunk = _trunk(target.parameters)
     for info in target.parameters:
         if info.kind == "parameter" or with_buffers:
-            head, _, rest = info.name.partition(".")
-            rows.setdefault(head if rest else "(root)", []).append(info)
+            rows.setdefault(_row_of(info, trunk), []).append(info)
 
     def row(module: str, infos: list[ParameterInfo]) -> ModuleCoverage:
         doubtful = [i for i in infos if i.name in unsure and i.name not in filled]

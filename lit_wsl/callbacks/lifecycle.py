@@ -1,0 +1,160 @@
+"""When in Lightning's life cycle a model is whole, whether a run resumes, and who copied the model already.
+
+``Trainer._run`` calls, in this order: ``DataModule.setup``, ``Callback.setup``, ``LightningModule.setup``,
+``configure_model``, the restoring of a resumed checkpoint, ``Strategy.setup`` (device, wrapping, optimizers),
+``on_fit_start``. A model built in ``__init__`` is whole at ``Callback.setup``; one that overrides ``setup`` or
+``configure_model`` is whole only after both, and Lightning has no callback hook there, so one call of
+``Strategy.setup`` is preceded by ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lit_wsl.transfer.apply import copy_into, live_tensors
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import Strategy
+
+_BUILDERS = ("setup", "configure_model", "configure_sharded_model")
+
+
+def is_whole(module: pl.LightningModule) -> bool:
+    """Whether no later hook of the module itself may add parameters to it."""
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    return not any(is_overridden(name, module) for name in _BUILDERS if hasattr(module, name))
+
+
+def resumed_path(trainer: pl.Trainer) -> str | None:
+    """The checkpoint that this run restores, if it restores one.
+
+    ``trainer.ckpt_path`` is set only when the restoring begins, after the setup hooks. Until then the path is an
+    argument of ``Trainer._run`` and stored nowhere, so it is read from that frame. Should a future Lightning name
+    things differently, nothing is found, the restored weights still win, and ``on_load_checkpoint`` tells us then.
+    """
+    if trainer.ckpt_path:
+        return str(trainer.ckpt_path)
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
+            path = frame.f_locals.get("ckpt_path")
+            return str(path) if path else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def when_whole(strategy: Strategy, run: Callable[[], None], needs_memory: Callable[[], bool]) -> Callable[[], None]:
+    """Call ``run`` once when the next ``strategy.setup`` begins; several calls queue up in the order they came.
+
+    Args:
+        strategy: The trainer's strategy.
+        run: What to do.
+        needs_memory: Whether the model's tensors have no memory yet, so that ``run`` must wait until the strategy
+            has given them some (tensors on the meta device, sharded).
+
+    Returns:
+        A function that takes the request back.
+    """
+    installed = vars(strategy).get("setup")
+    queue: list[tuple[Callable[[], None], Callable[[], bool]]] | None = getattr(installed, "lit_wsl_queue", None)
+    if queue is None:
+        queue = []
+        original = strategy.setup
+        requests = queue
+
+        def setup(trainer: pl.Trainer) -> Any:
+            _uninstall(strategy, setup, installed)
+            waiting = []
+            for request, has_to_wait in requests:
+                if has_to_wait():
+                    waiting.append(request)
+                else:
+                    request()
+            result = original(trainer)
+            for request in waiting:
+                request()
+            return result
+
+        setup.lit_wsl_queue = queue  # type: ignore[attr-defined]
+        strategy.setup = setup  # type: ignore[method-assign]
+    request = (run, needs_memory)
+    queue.append(request)
+    current = vars(strategy)["setup"]
+
+    def take_back() -> None:
+        if request in queue:
+            queue.remove(request)
+        if not queue:
+            _uninstall(strategy, current, installed)
+
+    return take_back
+
+
+def _uninstall(strategy: Strategy, ours: Any, before: Any) -> None:
+    if vars(strategy).get("setup") is ours:
+        if before is None:
+            del strategy.setup
+        else:
+            strategy.setup = before  # type: ignore[method-assign]
+
+
+def needs_memory(module: nn.Module) -> bool:
+    """Whether some parameters are on the meta device."""
+    return any(p.is_meta for p in module.parameters())
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """A copy of the model that another callback keeps, such as the average of ``WeightAveraging``.
+
+    Attributes:
+        callback: The callback's class name.
+        module: The copy.
+        prefix: What stands before the model's names in the copy's state dict.
+        listed_before: Whether that callback is set up before ours.
+    """
+
+    callback: str
+    module: nn.Module
+    prefix: str
+    listed_before: bool
+
+    def feed(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        """Give the copy the model's values of some tensors."""
+        ours, theirs = live_tensors(model), live_tensors(self.module)
+        for name in names:
+            if self.prefix + name in theirs:
+                copy_into(theirs[self.prefix + name], ours[name].detach())
+
+
+def shadows(trainer: pl.Trainer, model: nn.Module, ours: Any) -> Iterator[Shadow]:
+    """Find the copies of the model that other callbacks keep, by structure: modules that hold all its tensors."""
+    inside = {id(sub) for sub in model.modules()}
+    shapes = {n: t.shape for n, t in live_tensors(model).items() if not _is_lazy(t)}
+    first = next(iter(shapes), None)
+    if first is None:
+        return
+    callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    place = callbacks.index(ours) if ours in callbacks else len(callbacks)
+    for index, callback in enumerate(callbacks):
+        for value in list(vars(callback).values()) if hasattr(callback, "__dict__") else []:
+            if not isinstance(value, nn.Module) or id(value) in inside:
+                continue
+            theirs = {n: t.shape for n, t in live_tensors(value).items() if not _is_lazy(t)}
+            prefixes = [name[: -len(first)] for name in theirs if name == first or name.endswith("." + first)]
+            for prefix in prefixes:
+                if all(theirs.get(prefix + name) == shape for name, shape in shapes.items()):
+                    yield Shadow(type(callback).__name__, value, prefix, index < place)
+                    break
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)

@@ -1,0 +1,191 @@
+"""A sample batch for the execution order, taken so that the run that follows cannot tell.
+
+The training data must come in the same order, with the same augmentations, as without us. So no loader of the run is
+iterated: two items are read from its data set and collated as it would, and whatever Python state that touches
+(generators, counters, open files) is put back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, IterableDataset
+
+from lit_wsl.structure.preserving import preserved_objects, preserved_rng
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+_ITEMS = 2  # enough for batch statistics in models that refuse a batch of one
+_LOADERS = {  # which loaders a stage has, the best first
+    "fit": ("train_dataloader", "val_dataloader"),
+    "validate": ("val_dataloader", "train_dataloader"),
+    "test": ("test_dataloader", "val_dataloader", "train_dataloader"),
+    "predict": ("predict_dataloader", "test_dataloader", "val_dataloader"),
+}
+
+
+class NoSampleError(Exception):
+    """A place that could have had a sample has none; the reason in words."""
+
+
+def find_samples(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> tuple[list[Call], str]:
+    """Ways to call ``module.forward`` on one sample, the likeliest first.
+
+    The sample comes from the datamodule, from the loaders of the model or of the ``fit`` call, or from
+    ``example_input_array``, in that order; batch transfer hooks are applied to it.
+
+    Args:
+        trainer: The trainer.
+        module: The model, whose parameters exist.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Returns:
+        The calls, and one line saying why there are none if there are none.
+    """
+    reasons: list[str] = []
+    calls: list[Call] = []
+    with preserved_rng(module):
+        for owner, name in _places(trainer, module, stage):
+            try:
+                with preserved_objects(owner):
+                    batch = _batch(getattr(owner, name)() if isinstance(name, str) else owner)
+                    batch = _to_model(batch, trainer, module)
+            except NoSampleError as error:
+                reasons.append(str(error))
+            except Exception as error:
+                reasons.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
+            else:
+                calls += ways_to_call(module, batch)
+                break
+        calls += _example_calls(module)
+    if calls:
+        return calls, ""
+    why = f" ({reasons[0]})" if reasons else ""
+    return [], f"no execution order, matched without it: there is no sample batch{why}"
+
+
+def _places(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> Iterator[tuple[Any, Any]]:
+    """Yield ``(owner, method name)`` or ``(loaders, None)`` for every place that may give a batch."""
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    names = _LOADERS.get(stage, _LOADERS["fit"])
+    datamodule = getattr(trainer, "datamodule", None)
+    owners = [owner for owner in (datamodule, module) if owner is not None]
+    for owner in owners[:1] if datamodule is not None else []:
+        for name in names:
+            if is_overridden(name, owner):
+                yield owner, name
+    for name in names:
+        loop = {
+            "train_dataloader": trainer.fit_loop,
+            "val_dataloader": trainer.fit_loop.epoch_loop.val_loop if stage == "fit" else trainer.validate_loop,
+            "test_dataloader": trainer.test_loop,
+            "predict_dataloader": trainer.predict_loop,
+        }[name]
+        given = getattr(getattr(loop, "_data_source", None), "instance", None)
+        if given is not None and given is not datamodule and given is not module:
+            yield given, None
+        elif is_overridden(name, module):
+            yield module, name
+
+
+def _batch(loaders: Any) -> Any:
+    """One small batch in the form in which ``loaders`` would give it."""
+    from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+    if isinstance(loaders, CombinedLoader):
+        loaders = loaders.iterables
+    if isinstance(loaders, (list, tuple)) and loaders and not isinstance(loaders[0], DataLoader):
+        return loaders[0]  # a list of ready batches
+    if isinstance(loaders, (list, tuple, dict)):
+        if not loaders:
+            raise NoSampleError("the list of data loaders is empty")
+        return tree_map(_loader_batch, loaders)
+    return _loader_batch(loaders)
+
+
+def _loader_batch(loader: Any) -> Any:
+    if not isinstance(getattr(loader, "dataset", None), object) or not hasattr(loader, "dataset"):
+        return _first_of(loader)
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        raise NoSampleError("the data set is a stream, and reading from it would take a sample away from the run")
+    collate = loader.collate_fn
+    with preserved_objects(dataset, loader.sampler, loader.batch_sampler, getattr(loader, "generator", None), collate):
+        if loader.batch_sampler is None:  # the data set gives whole batches
+            return collate(dataset[next(iter(loader.sampler))])
+        try:
+            items = [dataset[i] for i in range(min(_ITEMS, len(dataset)))]
+        except (KeyError, TypeError, IndexError):  # indices of another kind: ask the sampler
+            items = [dataset[i] for i in next(iter(loader.batch_sampler))[:_ITEMS]]
+        return collate(items)
+
+
+def _first_of(loader: Any) -> Any:
+    """The first batch of a loader that is not PyTorch's, if looking at it takes nothing away."""
+    if isinstance(loader, Sequence) and len(loader):
+        return loader[0]
+    raise NoSampleError(f"a {type(loader).__name__} may not give the batch it is asked for twice")
+
+
+def _to_model(batch: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Any:
+    """Bring a batch to the model as the trainer would: transfer hooks, the model's device."""
+    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    with preserved_objects(trainer.datamodule, module):
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
+
+
+def _example_calls(module: pl.LightningModule) -> list[Call]:
+    example = getattr(module, "example_input_array", None)
+    if example is None:
+        return []
+    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    example = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, example)
+    if isinstance(example, dict):
+        return [((), dict(example))]
+    return [(tuple(example) if isinstance(example, (tuple, list)) else (example,), {})]
+
+
+def ways_to_call(module: nn.Module, batch: Any) -> list[Call]:
+    """How ``forward`` may take a batch: as it is, its inputs without the labels, unpacked, by name.
+
+    >>> class Net(nn.Module):
+    ...     def forward(self, image, mask=None):
+    ...         return image
+    >>> [(len(a), sorted(k)) for a, k in ways_to_call(Net(), {"image": torch.ones(1), "label": torch.ones(1)})]
+    [(0, ['image']), (1, []), (1, [])]
+    """
+    calls: list[Call] = []
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(module.forward).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            calls.append(((), dict(batch)))
+        known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        named = {key: value for key, value in batch.items() if key in known}
+        if named:
+            calls.append(((), named))
+        calls.append(((batch,), {}))
+        first = next((value for value in batch.values() if isinstance(value, Tensor)), None)
+        if first is not None:
+            calls.append(((first,), {}))
+        return calls
+    calls.append(((batch,), {}))
+    if isinstance(batch, (tuple, list)) and batch:
+        calls += ways_to_call(module, batch[0])
+        if len(batch) > 1:
+            calls.append((tuple(batch), {}))
+            if len(batch) > 2:
+                calls.append((tuple(batch[:-1]), {}))
+    unique: list[Call] = []
+    for call in calls:
+        if not any(call is other for other in unique):
+            unique.append(call)
+    return unique

@@ -1,0 +1,293 @@
+"""``WeightTransferCallback``: a refactored Lightning model starts from its old checkpoint."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lit_wsl.callbacks.lifecycle import is_whole, needs_memory, resumed_path, shadows, when_whole
+from lit_wsl.callbacks.sample import find_samples
+from lit_wsl.errors import LitWslError, MappingError
+from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
+from lit_wsl.structure import describe
+from lit_wsl.transfer.api import Prepared, finish_transfer, open_source, prepare_transfer
+from lit_wsl.transfer.coverage import measure_coverage
+from lit_wsl.transfer.plan import SideSummary, TransferPlan
+from lit_wsl.transfer.report import TransferReport
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+Resume = Literal["weights", "optimizer", "all"]
+REPORT_FILE = "weight_transfer.json"
+
+
+class WeightTransferCallback(Callback):
+    """Fill the model from a checkpoint of another version of it, once, before training or evaluation starts.
+
+    The transfer happens as soon as the model is whole: at ``setup`` for models built in ``__init__``, after
+    ``LightningModule.setup`` and ``configure_model`` for models that override these, and in any case before the
+    optimizers are made. It is done once per model: a ``test`` after a ``fit``, or a second ``fit``, goes on with the
+    weights that training left. Where the run itself restores a checkpoint (``ckpt_path``), that one wins and nothing
+    is transferred.
+
+    Nothing else changes: random generators, the order and augmentation of the data, modes, buffers, metrics and
+    gradients are as they would be without the callback.
+
+    List it before callbacks that copy the model, such as ``WeightAveraging``.
+
+    Args:
+        checkpoint: The old checkpoint, of any format that :func:`lit_wsl.checkpoint.open_checkpoint` reads.
+        buffers: ``"exclude"`` ignores buffers, ``"lenient"`` takes them along where they fit, ``"strict"`` asks that
+            all of a module's buffers match.
+        strategy: ``"best_match"``, ``"conservative"`` (scores of at least 0.75) or ``"shape_only"`` (ignores names).
+        threshold: Least score of a match, 0 to 1.
+        weights: Weights of ``shape``, ``name`` and ``hierarchy`` in the score.
+        incompatible_pairs: Pairs of sets of name chunks that must not match across.
+        plan: A plan, or the path of one, to replay instead of matching.
+        min_coverage: Least share, 0 to 1, of parameter elements that must find a place; below it the run stops.
+        source_module: The module the checkpoint was saved from, for users who still have the old code.
+        adapt: Operations that change values, asked for by name.
+        checkpoint_weights: Which weights of the file: the ``"model"``'s, its ``"ema"``, or what it marks as its own.
+        resume: ``"weights"`` starts training afresh; ``"optimizer"`` carries the optimizer's state along too, ``"all"``
+            also schedulers, epoch and step.
+        verbose: Whether to print the coverage.
+
+    Attributes:
+        report: The :class:`~lit_wsl.transfer.report.TransferReport` of the last transfer, ``None`` before it.
+
+    Raises:
+        MappingError: If an option has a value that is not allowed.
+
+    Example::
+
+        trainer = Trainer(callbacks=[WeightTransferCallback("old.ckpt", buffers="exclude")])
+        trainer.fit(model, datamodule=data)
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        buffers: BufferMode = "lenient",
+        strategy: Strategy = "best_match",
+        threshold: float = 0.6,
+        weights: Mapping[str, float] | None = None,
+        incompatible_pairs: Sequence[tuple[set[str], set[str]]] | None = None,
+        plan: str | Path | TransferPlan | None = None,
+        min_coverage: float = 0.5,
+        source_module: nn.Module | None = None,
+        adapt: Sequence[str] = (),
+        checkpoint_weights: Literal["auto", "model", "ema"] = "auto",
+        resume: Resume = "weights",
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self.options = MatchingOptions.make(
+            buffers=buffers,
+            strategy=strategy,
+            threshold=threshold,
+            weights=weights,
+            incompatible_pairs=incompatible_pairs,
+            adapt=adapt,
+        )
+        for option, value, allowed in (
+            ("resume", resume, get_args(Resume)),
+            ("checkpoint_weights", checkpoint_weights, ("auto", "model", "ema")),
+        ):
+            if value not in allowed:
+                raise MappingError(f"{option} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+        if not 0.0 <= min_coverage <= 1.0:
+            raise MappingError(f"min_coverage must lie between 0 and 1, got {min_coverage!r}.")
+        self.checkpoint = checkpoint
+        self.plan = plan
+        self.min_coverage = min_coverage
+        self.source_module = source_module
+        self.checkpoint_weights = checkpoint_weights
+        self.resume = resume
+        self.verbose = verbose
+        self.report: TransferReport | None = None
+        self._served: weakref.ref[nn.Module] | None = None
+        self._take_back: Callable[[], None] | None = None
+
+    # -- hooks of Lightning ----------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Transfer now if the model is whole, else as soon as it is."""
+        self._forget_request()
+        if self._served is not None and self._served() is pl_module:
+            return
+        resumed = resumed_path(trainer)
+        if resumed is not None:
+            self._served = weakref.ref(pl_module)
+            self._yield_to(trainer, pl_module, resumed)
+        elif is_whole(pl_module):
+            self._transfer(trainer, pl_module, stage)
+        else:
+            self._take_back = when_whole(
+                trainer.strategy,
+                lambda: self._transfer(trainer, pl_module, stage, late=True),
+                lambda: needs_memory(pl_module),
+            )
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so where a checkpoint is restored over a transfer, which :meth:`setup` could not foresee."""
+        if self.report is not None and self.report.applied and self._served is not None:
+            note = f"the checkpoint restored from {trainer.ckpt_path} wins over the transferred weights"
+            self.report = replace(self.report, applied=False).with_remarks(notes=(note,))
+            rank_zero_info(f"Weight transfer: {note}.")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave nothing behind."""
+        self._forget_request()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind."""
+        self._forget_request()
+
+    @property
+    def state_key(self) -> str:
+        """Two transfers, from two checkpoints, may stand in one trainer."""
+        return self._generate_state_key(checkpoint=self._label)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the transfer: primitives only."""
+        if self.report is None:
+            return {"checkpoint": self._label, "transferred": False}
+        coverage = self.report.coverage
+        return {
+            "checkpoint": self._label,
+            "transferred": self.report.applied,
+            "target_coverage": float(coverage.target.share),
+            "source_coverage": float(coverage.source.share),
+            "tensors": len(self.report.loaded),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Weak references and requests stay in their process."""
+        return {**self.__dict__, "_served": None, "_take_back": None}
+
+    # -- the transfer ------------------------------------------------------------------------------------------------
+
+    @property
+    def _label(self) -> str:
+        if isinstance(self.checkpoint, (str, os.PathLike)):
+            return os.fspath(self.checkpoint)
+        return type(self.checkpoint).__name__
+
+    def _forget_request(self) -> None:
+        if self._take_back is not None:
+            self._take_back()
+            self._take_back = None
+
+    def _transfer(self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, *, late: bool = False) -> None:
+        """Plan, apply, report."""
+        self._take_back = None
+        tensors = open_source(self.checkpoint, self.checkpoint_weights)
+        prepared = self._prepare(trainer, model, stage, tensors)
+        report = finish_transfer(prepared, tensors, model)
+        report = self._mind_copies(trainer, model, report, late=late)
+        self._served = weakref.ref(model)
+        self._announce(trainer, report)
+
+    def _prepare(
+        self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, tensors: Mapping[str, Any]
+    ) -> Prepared:
+        """Make the plan: pure, touches neither the model nor tensor data."""
+        samples, remark = find_samples(trainer, model, stage)
+        with quiet(trainer, model):
+            prepared = prepare_transfer(
+                model,
+                tensors,
+                self.checkpoint,
+                self.options,
+                samples=samples,
+                plan=self.plan,
+                min_coverage=self.min_coverage,
+                old=self.source_module,
+            )
+        return replace(prepared, notes=(*prepared.notes, remark)) if remark else prepared
+
+    def _mind_copies(
+        self, trainer: pl.Trainer, model: nn.Module, report: TransferReport, *, late: bool
+    ) -> TransferReport:
+        """Feed averages that are listed after us and were copied before the transfer; warn about those listed before."""
+        warnings, notes = [], []
+        for shadow in shadows(trainer, model, self):
+            if shadow.listed_before:
+                warnings.append(
+                    f"{shadow.callback} is listed before WeightTransferCallback and copied the model before the "
+                    "transfer, so its copy starts from the old values; list WeightTransferCallback first"
+                )
+            elif late:
+                shadow.feed(model, report.loaded)
+                notes.append(f"the copy of the model in {shadow.callback} was given the transferred weights too")
+        for text in warnings:
+            rank_zero_warn(f"Weight transfer: {text}.")
+        return report.with_remarks(warnings=tuple(warnings), notes=tuple(notes))
+
+    def _yield_to(self, trainer: pl.Trainer, model: pl.LightningModule, resumed: str) -> None:
+        """Report that a resumed checkpoint wins."""
+        note = f"this run restores {resumed}, which wins; nothing was transferred from {self._label}"
+        source = SideSummary(self._label, 0, 0, 0, 0, "")
+        try:
+            target = describe(model)
+        except LitWslError:  # not built yet
+            target = replace(describe({"": nn.Parameter()}), parameters=(), label=type(model).__name__)
+        plan = TransferPlan((), source, SideSummary.of(target), options=self.options.to_dict())
+        nothing = replace(target, parameters=(), tied={}, label=self._label)
+        report = TransferReport.of(plan, measure_coverage(plan, nothing, target), nothing, target, notes=(note,))
+        self.report = replace(report, applied=False)
+        rank_zero_info(f"Weight transfer: {note}.")
+        self._write(trainer)
+
+    def _announce(self, trainer: pl.Trainer, report: TransferReport) -> None:
+        """Tell the terminal, the loggers and a file; rank zero only."""
+        self.report = report
+        if trainer.is_global_zero:
+            from lit_wsl.report.coverage import print_report
+            from lit_wsl.report.loggers import log_report
+
+            if self.verbose:
+                print_report(report)
+            log_report(trainer.loggers, report)
+        self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        directory = trainer.log_dir  # a collective call: on all ranks
+        if self.report is None or not trainer.is_global_zero or directory is None or trainer.fast_dev_run:
+            return
+        os.makedirs(directory, exist_ok=True)
+        self.report.to_json(Path(directory) / REPORT_FILE)
+
+
+class quiet:  # noqa: N801  used as a context, like a function
+    """Keep a sample call from logging: ``self.log`` does nothing and the trainer has no loggers meanwhile."""
+
+    def __init__(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        self._trainer, self._model = trainer, model
+
+    def __enter__(self) -> None:
+        self._loggers = self._trainer.loggers
+        self._trainer.loggers = []
+        for name in ("log", "log_dict"):
+            vars(self._model)[name] = _do_nothing
+
+    def __exit__(self, *exc: object) -> None:
+        self._trainer.loggers = self._loggers
+        for name in ("log", "log_dict"):
+            vars(self._model).pop(name, None)
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``self.log`` during a sample call."""

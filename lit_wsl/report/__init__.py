@@ -1,0 +1,1 @@
+"""Reports: tables and trees for the terminal, HTML pages, loggers."""

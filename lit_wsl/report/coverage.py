@@ -1,0 +1,142 @@
+"""Coverage for people: a summary and a table per module, in colour on a terminal and as plain text elsewhere."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from lit_wsl.transfer.coverage import Count, Coverage
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from lit_wsl.transfer.report import TransferReport
+
+HEADER = ("module", "loaded", "missing", "ambiguous", "elements loaded", "share")
+_SHOWN = 8  # names listed per kind of gap; the report and the JSON file have them all
+
+
+def rows(coverage: Coverage) -> list[tuple[str, ...]]:
+    """The coverage table as text cells, one row per module under :data:`HEADER`."""
+    return [
+        (
+            row.module,
+            f"{row.loaded.tensors} of {row.loaded.of_tensors}",
+            str(row.missing),
+            str(row.ambiguous),
+            f"{row.loaded.elements:,} of {row.loaded.of_elements:,}",
+            f"{row.loaded.share:.1%}",
+        )
+        for row in coverage.modules
+    ]
+
+
+def coverage_table(coverage: Coverage) -> Table:
+    """The coverage per top-level module as a rich table."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, title in enumerate(HEADER):
+        table.add_column(title, justify="left" if index == 0 else "right", overflow="fold")
+    for row, cells in zip(coverage.modules, rows(coverage)):
+        full = row.loaded.tensors == row.loaded.of_tensors
+        style = "green" if full else "red" if not row.loaded.tensors else "yellow"
+        table.add_row(*(Text(cell) for cell in cells[:-1]), Text(cells[-1], style=style))
+    return table
+
+
+def summary_lines(report: TransferReport) -> list[str]:
+    """The report in a few lines, without the table."""
+    plan, coverage = report.plan, report.coverage
+    verb = "Loaded" if report.applied else "Not loaded"
+    lines = [
+        f"{verb} {plan.source.label} -> {plan.target.label}",
+        f"model:      {_share(coverage.target)}",
+        f"checkpoint: {_share(coverage.source)}",
+    ]
+    if plan.options.get("buffers") != "exclude" and coverage.target_buffers.of_tensors:
+        lines.append(f"buffers:    {_share(coverage.target_buffers)}")
+    if plan.proof != "not tested":
+        lines.append(f"function check: {plan.proof}")
+    return lines
+
+
+def gap_lines(report: TransferReport) -> list[str]:
+    """Warnings, notes, and the first names of what was not loaded."""
+    lines = [f"warning: {text}" for text in report.warnings]
+    lines += _some("missing", report.missing)
+    lines += _some("ambiguous, left alone", report.ambiguous)
+    lines += _some("unused in the checkpoint", report.unused)
+    lines += [f"note: {text}" for text in report.notes]
+    return lines
+
+
+def _share(count: Count) -> str:
+    return f"{count.share:.1%} of {count.of_elements:,} elements, {count.tensors} of {count.of_tensors} tensors"
+
+
+def _some(title: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"{title} ({len(names)}): {', '.join(names[:_SHOWN])}{more}"]
+
+
+def renderables(report: TransferReport) -> Iterator[RenderableType]:
+    """The report as rich renderables: summary, table, gaps."""
+    from rich.text import Text
+
+    first, *rest = summary_lines(report)
+    yield Text(first, style="bold")
+    yield Text("\n".join(rest))
+    yield coverage_table(report.coverage)
+    for line in gap_lines(report):
+        style = "yellow" if line.startswith(("warning", "missing", "ambiguous")) else "dim"
+        yield Text(line, style=style)
+
+
+def plain_text(report: TransferReport) -> str:
+    """The report as plain text: summary, aligned table, gaps."""
+    table = [HEADER, *rows(report.coverage)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
+    lines = [*summary_lines(report), ""]
+    for row in table:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, "", *gap_lines(report)]).rstrip()
+
+
+def markdown(report: TransferReport) -> str:
+    """The report as Markdown, for loggers that show text."""
+    head = [f"| {' | '.join(HEADER)} |", "|" + " --- |" * len(HEADER)]
+    body = [f"| {' | '.join(cells)} |" for cells in rows(report.coverage)]
+    lines = [line + "  " for line in summary_lines(report)]
+    return "\n".join([*lines, "", *head, *body, "", *_bullets(gap_lines(report))])
+
+
+def _bullets(lines: Iterable[str]) -> list[str]:
+    return [f"- {line}" for line in lines]
+
+
+def print_report(report: TransferReport) -> None:
+    """Print through rich on a terminal and as plain text elsewhere."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(report)
+    else:
+        print(report, flush=True)
+
+
+def as_html(report: TransferReport) -> str:
+    """The terminal's rendering as HTML, for loggers that show HTML."""
+    from rich.console import Console
+
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(report)
+    return console.export_html(inline_styles=True)

@@ -1,0 +1,70 @@
+"""Coverage for loggers: scalars for all of them, text, tables or HTML for those that can.
+
+No logger's library is imported here: a logger is known by what its ``experiment`` offers, so whatever is not
+installed is never asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from lit_wsl.report.coverage import HEADER, as_html, markdown, plain_text, rows
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+    from lit_wsl.transfer.report import TransferReport
+
+_log = logging.getLogger(__name__)
+PREFIX = "weight_transfer"
+
+
+def scalars(report: TransferReport) -> dict[str, float]:
+    """The report's numbers: coverage as shares from 0 to 1, the rest as numbers of tensors."""
+    coverage = report.coverage
+    values = {
+        "target_coverage": coverage.target.share,
+        "source_coverage": coverage.source.share,
+        "target_tensor_coverage": coverage.target.tensor_share,
+        "source_tensor_coverage": coverage.source.tensor_share,
+        "loaded": float(len(report.loaded)),
+        "missing": float(len(report.missing)),
+        "ambiguous": float(len(report.ambiguous)),
+        "unused": float(len(report.unused)),
+    }
+    for row in coverage.modules:
+        values[f"module_coverage/{row.module.strip('()')}"] = row.loaded.share
+    return {f"{PREFIX}/{name}": value for name, value in values.items()}
+
+
+def log_report(loggers: Iterable[Logger], report: TransferReport, step: int = 0) -> None:
+    """Send the report to every logger; a logger that fails is warned about and does not stop the run.
+
+    Args:
+        loggers: The trainer's loggers.
+        report: The report.
+        step: The step to log at.
+    """
+    for logger in loggers:
+        try:
+            logger.log_metrics(scalars(report), step=step)
+            _log_text(logger, report, step)
+        except Exception as error:
+            _log.warning("weight transfer: %s could not log the report: %s", type(logger).__name__, error)
+
+
+def _log_text(logger: Logger, report: TransferReport, step: int) -> None:
+    """Log the report as text, table or HTML, whichever the logger's experiment offers."""
+    if hasattr(logger, "log_table"):  # Weights & Biases
+        logger.log_table(key=f"{PREFIX}/coverage", columns=list(HEADER), data=[list(r) for r in rows(report.coverage)])
+        return
+    experiment: Any = getattr(logger, "experiment", None)
+    run_id = getattr(logger, "run_id", None)
+    if hasattr(experiment, "add_text"):  # TensorBoard
+        experiment.add_text(PREFIX, markdown(report), step)
+    elif hasattr(experiment, "log_html"):  # Comet
+        experiment.log_html(as_html(report))
+    elif hasattr(experiment, "log_text") and run_id is not None:  # MLflow
+        experiment.log_text(run_id, plain_text(report), f"{PREFIX}.txt")

@@ -1,0 +1,300 @@
+"""``transfer_weights``: put the weights of one model into another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lit_wsl.checkpoint import Checkpoint, open_checkpoint
+from lit_wsl.errors import MappingError
+from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
+from lit_wsl.structure import ModelDescription, describe, trace_execution_order
+from lit_wsl.transfer.apply import Progress, apply_plan
+from lit_wsl.transfer.checks import check_plan, left_alone
+from lit_wsl.transfer.coverage import Coverage, measure_coverage
+from lit_wsl.transfer.floor import check_floor
+from lit_wsl.transfer.plan import TransferPlan
+from lit_wsl.transfer.report import TransferReport
+
+Source = str | Path | Mapping[str, Tensor] | nn.Module
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A transfer that is planned and checked, and not yet done. Made of names, shapes and structure only.
+
+    Attributes:
+        plan: The plan, which fits both sides.
+        coverage: What it moves.
+        source: The checkpoint's side.
+        target: The model's side.
+        notes: Remarks for the report.
+    """
+
+    plan: TransferPlan
+    coverage: Coverage
+    source: ModelDescription
+    target: ModelDescription
+    notes: tuple[str, ...] = ()
+
+    def report(self, *, warnings: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> TransferReport:
+        """The report of this transfer."""
+        return TransferReport.of(
+            self.plan,
+            self.coverage,
+            self.source,
+            self.target,
+            warnings=warnings,
+            notes=(*self.notes, *self.plan.notes, *notes),
+        )
+
+
+def transfer_weights(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor] | nn.Module,
+    *,
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    buffers: BufferMode = "lenient",
+    strategy: Strategy = "best_match",
+    threshold: float = 0.6,
+    weights: Mapping[str, float] | None = None,
+    incompatible_pairs: Sequence[tuple[Any, Any]] | None = None,
+    plan: TransferPlan | str | Path | None = None,
+    min_coverage: float = 0.5,
+    source_module: nn.Module | None = None,
+    adapt: Sequence[str] = (),
+    checkpoint_weights: Literal["auto", "model", "ema"] = "auto",
+) -> TransferReport:
+    """Put the weights of one model into another, in place, all or nothing.
+
+    Args:
+        model: The model to fill.
+        source: A checkpoint file of any format, a state dict, or a module.
+        example_args: Positional arguments of one sample call of ``model``, from which its execution order is read.
+            A call that fails costs nothing but a note in the report.
+        example_kwargs: Keyword arguments of that call.
+        buffers: ``"exclude"`` ignores buffers, ``"lenient"`` takes them along where they fit, ``"strict"`` asks that
+            all of a module's buffers match.
+        strategy: ``"best_match"``, ``"conservative"`` (scores of at least 0.75) or ``"shape_only"`` (ignores names).
+        threshold: Least score of a match, 0 to 1.
+        weights: Weights of ``shape``, ``name`` and ``hierarchy`` in the score.
+        incompatible_pairs: Pairs of sets of name chunks that must not match across, such as
+            ``[({"backbone"}, {"head"})]``.
+        plan: A plan, or the path of one, to replay instead of matching.
+        min_coverage: Least share, 0 to 1, of parameter elements that must find a place (of the checkpoint's or of
+            the model's, whichever share is larger).
+        source_module: The module the checkpoint was saved from, for users who still have the old code.
+        adapt: Operations that change values, asked for by name.
+        checkpoint_weights: Which weights of the file: the ``"model"``'s, its ``"ema"``, or what it marks as its own.
+
+    Returns:
+        What was loaded, what was not, and why.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+        MappingError: If an option is wrong or a side holds no tensors.
+        PlanError: If the given plan does not fit.
+        CoverageError: If too little matches.
+        TransferError: If something fails while the weights are copied. After any error the model is as it was.
+
+    >>> import torch
+    >>> old = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> new = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> report = transfer_weights(new, old.state_dict())
+    >>> report.coverage.target.share, report.missing
+    (1.0, ())
+    >>> x = torch.randn(5, 3)
+    >>> torch.equal(old(x), new(x))
+    True
+    """
+    options = MatchingOptions.make(
+        buffers=buffers,
+        strategy=strategy,
+        threshold=threshold,
+        weights=weights,
+        incompatible_pairs=incompatible_pairs,
+        adapt=adapt,
+    )
+    tensors = open_source(source, checkpoint_weights)
+    sample = [(example_args, dict(example_kwargs or {}))] if example_args or example_kwargs else []
+    prepared = prepare_transfer(
+        model, tensors, source, options, samples=sample, plan=plan, min_coverage=min_coverage, old=source_module
+    )
+    return finish_transfer(prepared, tensors, model)
+
+
+def open_source(source: Source, checkpoint_weights: Literal["auto", "model", "ema"] = "auto") -> Mapping[str, Tensor]:
+    """The tensors of a source by name; files are opened lazily and without running code.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+        MappingError: If it is nothing of the kind.
+    """
+    if isinstance(source, nn.Module):
+        return {n: t.detach() for n, t in source.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    if isinstance(source, (str, Path)):
+        return open_checkpoint(source, weights=checkpoint_weights)
+    if isinstance(source, Mapping):
+        return source
+    raise MappingError(f"source must be a path, a state dict or a module, not {type(source).__name__}.")
+
+
+def prepare_transfer(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: Source,
+    options: MatchingOptions,
+    *,
+    samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]] = (),
+    plan: TransferPlan | str | Path | None = None,
+    min_coverage: float = 0.5,
+    old: nn.Module | None = None,
+) -> Prepared:
+    """Describe both sides, match them or take the given plan, and check it. Changes nothing, reads no tensor data.
+
+    Args:
+        model: The model to fill.
+        tensors: The checkpoint's tensors, from :func:`open_source`.
+        source: What they were opened from; a module tells more of its structure than its tensors do.
+        options: How to match.
+        samples: Ways to call ``model``, ``(args, kwargs)`` each; the first that works gives the execution order.
+        plan: A plan to replay instead of matching.
+        min_coverage: The floor.
+        old: The module the checkpoint was saved from.
+
+    Returns:
+        The checked transfer.
+    """
+    notes: list[str] = list(tensors.notes) if isinstance(tensors, Checkpoint) else []
+    target, remark = describe_target(model, samples)
+    theirs = describe_source(tensors, source, old, samples)
+    if remark:
+        notes.append(remark)
+    if plan is not None:
+        chosen = plan if isinstance(plan, TransferPlan) else TransferPlan.load(plan)
+        chosen, dropped = _leave_alone(chosen, target)
+        notes += dropped
+        check_plan(chosen, theirs, target)
+    else:
+        from lit_wsl.mapper import build_plan
+
+        chosen, dropped = _leave_alone(build_plan(theirs, target, options), target)
+        notes += dropped
+        check_plan(chosen, theirs, target)
+    coverage = measure_coverage(chosen, theirs, target)
+    check_floor(chosen, coverage, theirs, target, min_coverage)
+    return Prepared(chosen, coverage, theirs, target, tuple(notes))
+
+
+def finish_transfer(
+    prepared: Prepared, tensors: Mapping[str, Tensor], model: nn.Module, *, progress: Progress | None = None
+) -> TransferReport:
+    """Apply a prepared transfer, all or nothing, and report."""
+    applied = apply_plan(prepared.plan, tensors, model, progress=progress)
+    return prepared.report(warnings=applied.warnings, notes=applied.notes)
+
+
+def describe_target(
+    model: nn.Module, samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]] = ()
+) -> tuple[ModelDescription, str]:
+    """Describe the model, with execution order if a sample call works.
+
+    Returns:
+        The description, and a remark for the report if no sample call worked; empty otherwise.
+    """
+    order, remark = trace_samples(model, samples)
+    return describe(model, execution_order=order), remark
+
+
+def trace_samples(
+    model: nn.Module, samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
+) -> tuple[dict[str, int] | None, str]:
+    """Execution order from the first sample call that works, or why none does, in one line."""
+    failures: list[str] = []
+    for args, kwargs in samples:
+        try:
+            return trace_execution_order(model, args, kwargs), ""
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            failures.append(f"{type(error).__name__}: {first[:160]}")
+    if not failures:
+        return None, ""
+    return None, f"no execution order, matched without it: the sample call failed ({failures[0]})"
+
+
+def describe_source(
+    tensors: Mapping[str, Tensor],
+    source: Source,
+    old: nn.Module | None = None,
+    samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]] = (),
+) -> ModelDescription:
+    """Describe the checkpoint's side, from its module where there is one.
+
+    Raises:
+        MappingError: If ``old`` is not the module the checkpoint was saved from.
+    """
+    label = str(source) if isinstance(source, (str, Path)) else None
+    module = source if isinstance(source, nn.Module) else old
+    if module is None:
+        return describe(tensors, label=label)
+    order, _ = trace_samples(module, samples)
+    described = describe(module, execution_order=order, label=label)
+    if old is None or source is old:
+        return described
+    return _under_the_names_of(described, describe(tensors, label=label))
+
+
+def _under_the_names_of(module: ModelDescription, file: ModelDescription) -> ModelDescription:
+    """The module's description under the checkpoint's names, which may carry or lack a prefix."""
+    if all(info.name in file for info in module.parameters if info.kind == "parameter"):
+        prefix = ""
+    else:
+        first = module.parameters[0].name
+        found = [i.name[: -len(first)] for i in file.parameters if i.name.endswith("." + first)]
+        prefix = next((p for p in found if all(p + i.name in file for i in module.parameters)), "")
+        if not prefix:
+            lacking = next(i.name for i in module.parameters if i.name not in file)
+            raise MappingError(
+                f"source_module is not the module that {file.label} was saved from: the file has no {lacking!r}."
+            )
+    known = {prefix + info.name: info for info in module.parameters}
+    wrong = next((i for i in file.parameters if i.name in known and known[i.name].shape != i.shape), None)
+    if wrong is not None:
+        raise MappingError(
+            f"source_module is not the module that {file.label} was saved from: {wrong.name} is "
+            f"{known[wrong.name].shape} in the module and {wrong.shape} in the file."
+        )
+    return replace(
+        file,
+        parameters=tuple(
+            replace(
+                info,
+                kind=known[info.name].kind,
+                execution_order=known[info.name].execution_order,
+                module_type=known[info.name].module_type,
+            )
+            if info.name in known
+            else info
+            for info in file.parameters
+        ),
+        is_module=True,
+    )
+
+
+def _leave_alone(plan: TransferPlan, target: ModelDescription) -> tuple[TransferPlan, list[str]]:
+    """Take entries out of a plan that would write into packed or quantised weights."""
+    packed = {info.name for info in target.parameters if left_alone(info)}
+    entries = tuple(e for e in plan.entries if not any(target.tied.get(n, n) in packed for n in e.targets))
+    if len(entries) == len(plan.entries):
+        return plan, []
+    names = sorted({n for e in plan.entries for n in e.targets if n in packed})
+    note = f"left alone, quantised or packed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    return replace(plan, entries=entries), [note]
+
+
+__all__ = ["Prepared", "finish_transfer", "open_source", "prepare_transfer", "transfer_weights"]

@@ -1,0 +1,270 @@
+"""Apply a plan: verify everything, then copy in place, all or nothing, one tensor at a time.
+
+Peak memory. Nothing of the model's size is held beside the model: sources are read one by one (views of the mapped
+file where the format allows), transformed as views where the operation allows, and copied straight into the target.
+The undo log that stands behind "all or nothing" is bounded: copies that allocate nothing and were read once already
+do not fail, so they come last and are not logged beyond a budget of an eighth of what is copied.
+"""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_wsl.errors import LitWslError, TransferError
+from lit_wsl.structure.describe import HasMeta
+from lit_wsl.transfer.checks import describe_entry
+from lit_wsl.transfer.operations import run_operations
+from lit_wsl.transfer.plan import PlanEntry, TransferPlan
+
+_CHUNK = 1 << 24  # elements looked at in one go; bounds the temporary memory of a check
+_MIN_BUDGET = 64 << 20  # bytes the undo log may always take
+_VIEWS = frozenset({"permute", "transpose", "reshape", "split", "unstack", "fan_out"})  # allocate nothing, cannot fail
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was noticed while a plan was applied.
+
+    Attributes:
+        warnings: Things the user should look at: not a number, infinite, out of the range of the new data type.
+        notes: Things worth a line: casts.
+    """
+
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def copy_into(target: Tensor, value: Tensor) -> None:
+    """Copy a value into a tensor of the model, in place; dtype, device, identity and ``requires_grad`` stay.
+
+    Args:
+        target: The model's tensor.
+        value: A tensor of the same shape, on any device, of any dtype.
+    """
+    with torch.no_grad():
+        target.copy_(value)
+
+
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model under their state-dict names: the objects themselves, aliases of tied ones included."""
+    return {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+
+
+def apply_plan(
+    plan: TransferPlan, tensors: Mapping[str, Tensor], model: nn.Module, *, progress: Progress | None = None
+) -> Applied:
+    """Fill a model in place by a plan that fits (:func:`lit_wsl.transfer.checks.check_plan`), all or nothing.
+
+    First every source is read and looked at and every target is checked; then everything is copied. Ctrl-C during
+    the copying is answered when the model is whole.
+
+    Args:
+        plan: The plan.
+        tensors: The checkpoint's tensors by name; may read them lazily.
+        model: The model to fill.
+        progress: Called with ``("verify" | "copy", bytes)`` after each entry.
+
+    Returns:
+        What was noticed on the way.
+
+    Raises:
+        TransferError: If something fails; the model is as it was before, bit for bit.
+    """
+    targets = live_tensors(model)
+    _check_targets(plan, targets, model)
+    warnings, casts = _verify(plan.entries, tensors, targets, progress or _silent)
+    with _interrupt_later():
+        _copy(plan.entries, tensors, targets, progress or _silent)
+    notes = tuple(f"cast {n} tensors from {a} to {b}" for (a, b), n in sorted(casts.items()))
+    return Applied(tuple(warnings), notes)
+
+
+def _silent(stage: str, size: int) -> None:
+    """Report nothing."""
+
+
+def _check_targets(plan: TransferPlan, targets: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse targets that cannot be written in place."""
+    held = {id(t) for t in model.parameters()} | {id(t) for t in model.buffers()}
+    for entry in plan.entries:
+        for name in entry.targets:
+            target = targets[name]
+            if isinstance(target, nn.parameter.UninitializedTensorMixin):
+                raise TransferError(
+                    f"{name} belongs to a lazy module and has no shape yet. Give a sample (example_args, "
+                    "example_input_array, or a datamodule), or call the model once before the transfer."
+                )
+            if target.is_meta:
+                raise TransferError(
+                    f"{name} of shape {tuple(target.shape)} is on the meta device, so there is no memory to fill. "
+                    "Materialise the model first: model.to_empty(device='cpu') and its reset_parameters()."
+                )
+            if id(target) not in held:
+                raise TransferError(
+                    f"{name} is made up by the model's state_dict() and is no tensor of the model itself, so it cannot "
+                    "be filled in place. Load into the inner module instead."
+                )
+
+
+def _verify(
+    entries: Sequence[PlanEntry], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], progress: Progress
+) -> tuple[list[str], dict[tuple[str, str], int]]:
+    """Read every source once and run what can fail on data, so that failures surface before the first write."""
+    warnings: list[str] = []
+    casts: dict[tuple[str, str], int] = {}
+    for entry in entries:
+        size = 0
+        with _named(entry):
+            values = [tensors[name] for name in entry.sources]
+            for name, value in zip(entry.sources, values):
+                warnings += _look_at(name, value, targets[entry.targets[0]].dtype)
+                size += value.nbytes
+            if any(op.name == "tie" or not op.lossless for op in entry.operations):
+                run_operations(entry.operations, values, [targets[name] for name in entry.targets])
+        dtype, wanted = _short(values[0].dtype), _short(targets[entry.targets[0]].dtype)
+        if dtype != wanted:
+            casts[dtype, wanted] = casts.get((dtype, wanted), 0) + len(entry.targets)
+        progress("verify", size)
+    return warnings, casts
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _look_at(name: str, value: Tensor, wanted: torch.dtype) -> Iterator[str]:
+    """Yield a warning for values that are not finite, or that the target's dtype cannot hold."""
+    if not value.is_floating_point() or value.numel() == 0:
+        return
+    flat = value.detach().reshape(-1)
+    narrow = wanted.is_floating_point and torch.finfo(wanted).max < torch.finfo(value.dtype).max
+    bad = over = 0
+    for chunk in flat.split(_CHUNK):
+        # One pass over memory: a sum is finite only if every term is. Only a sum that is not is looked at closely.
+        wide = chunk.float() if chunk.dtype.itemsize < 4 else chunk
+        if not bool(torch.isfinite(wide.sum())):
+            bad += int((~torch.isfinite(wide)).sum())
+        if narrow:
+            over += int((chunk.to(wanted).isinf() & ~chunk.isinf()).sum())
+    if bad:
+        yield f"{name} {tuple(value.shape)}: {bad} of {value.numel()} values are not finite (NaN or infinite)"
+    if over:
+        yield f"{name} {tuple(value.shape)}: {over} values are out of the range of {_short(wanted)} and become infinite"
+
+
+def _copy(
+    entries: Sequence[PlanEntry], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], progress: Progress
+) -> None:
+    """Copy everything; on any failure put back what was there."""
+    total = sum(targets[name].nbytes for entry in entries for name in entry.targets)
+    own = {_storage(t) for t in targets.values()} - {0}
+    # Copies that allocate can fail for want of memory, so they go first, while little has to be taken back.
+    ordered = sorted(entries, key=lambda entry: _allocates(entry))
+    ordered.reverse()
+    # Sources that are the model's own tensors (a model filled from itself) must all be read before any is written.
+    in_memory = () if isinstance(tensors, HasMeta) else tuple(n for entry in entries for n in entry.sources)
+    held = {name: tensors[name].clone() for name in in_memory if _storage(tensors[name]) in own}
+    with _UndoLog(max(_MIN_BUDGET, total // 8)) as undo:
+        try:
+            for entry in ordered:
+                with _named(entry):
+                    values = [held[n] if n in held else tensors[n] for n in entry.sources]
+                    outputs = [targets[name] for name in entry.targets]
+                    results = run_operations(entry.operations, values, outputs)
+                    for target, result in zip(outputs, results, strict=True):
+                        undo.remember(target, must=_allocates(entry))
+                        copy_into(target, result)
+                progress("copy", sum(target.nbytes for target in outputs))
+        except BaseException:
+            undo.restore()
+            raise
+
+
+def _allocates(entry: PlanEntry) -> bool:
+    return any(op.name not in _VIEWS for op in entry.operations)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # tensor subclasses without one storage, such as DTensor
+        return 0
+
+
+@contextmanager
+def _named(entry: PlanEntry) -> Iterator[None]:
+    """Say which entry failed; errors of our own that already name things pass as they are."""
+    try:
+        yield
+    except LitWslError as error:
+        raise TransferError(f"{describe_entry(entry)}: {error} The model is unchanged.") from error
+    except Exception as error:
+        raise TransferError(
+            f"{describe_entry(entry)} failed: {type(error).__name__}: {error}. The model is unchanged."
+        ) from error
+
+
+class _UndoLog:
+    """Remembers what is overwritten: in memory up to a budget, then, for copies that may fail, in a temporary file."""
+
+    def __init__(self, budget: int) -> None:
+        self._left = budget
+        self._memory: list[tuple[Tensor, Tensor]] = []
+        self._spilled: list[tuple[Tensor, int]] = []
+        self._file: Any = None
+
+    def __enter__(self) -> _UndoLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def remember(self, target: Tensor, *, must: bool) -> None:
+        """Keep a target's value; beyond the budget only if its copy may fail (``must``)."""
+        if target.nbytes <= self._left:
+            self._left -= target.nbytes
+            self._memory.append((target, target.detach().clone()))
+        elif must:
+            self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115  closed with the log
+            self._spilled.append((target, self._file.tell()))
+            torch.save(target.detach().cpu(), self._file)
+
+    def restore(self) -> None:
+        """Put everything back, the last first."""
+        for target, offset in reversed(self._spilled):
+            self._file.seek(offset)
+            copy_into(target, torch.load(self._file, weights_only=True))
+        for target, value in reversed(self._memory):
+            copy_into(target, value)
+
+
+@contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Hold back Ctrl-C until the model is whole again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[tuple[int, Any]] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is None:  # installed from C; not ours to replace
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed and callable(before):
+        before(*pressed[0])

@@ -1,0 +1,129 @@
+"""The coverage floor, and the most likely cause when a transfer falls below it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from lit_wsl.errors import CoverageError, MappingError
+from lit_wsl.structure.info import ModelDescription, ParameterInfo
+from lit_wsl.transfer.coverage import Coverage
+from lit_wsl.transfer.plan import TransferPlan
+
+
+def check_floor(
+    plan: TransferPlan, coverage: Coverage, source: ModelDescription, target: ModelDescription, min_coverage: float
+) -> None:
+    """Raise if fewer weights found a place than asked for.
+
+    Args:
+        plan: The plan.
+        coverage: Its coverage.
+        source: The checkpoint's side.
+        target: The model's side.
+        min_coverage: Least share, 0 to 1, of the checkpoint's parameter elements that found a place or of the
+            model's that were filled, whichever is larger.
+
+    Raises:
+        CoverageError: If both shares are below; the message names the most likely cause.
+        MappingError: If ``min_coverage`` is not a share.
+    """
+    if not 0.0 <= min_coverage <= 1.0:
+        raise MappingError(f"min_coverage must lie between 0 and 1, got {min_coverage!r}.")
+    if coverage.floor_share >= min_coverage:
+        return
+    raise CoverageError(
+        f"{source.label} -> {target.label}: {coverage.source.share:.1%} of the checkpoint's parameter elements found "
+        f"a place ({coverage.source.tensors} of {coverage.source.of_tensors} tensors) and {coverage.target.share:.1%} "
+        f"of the model's were filled ({coverage.target.tensors} of {coverage.target.of_tensors}); "
+        f"min_coverage={min_coverage:g} asks for more. {likely_cause(plan, source, target)} "
+        "Nothing was changed. If so little is meant to match, lower min_coverage."
+    )
+
+
+def likely_cause(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> str:
+    """Say in one or two sentences why so little matched, from names and shapes.
+
+    Args:
+        plan: The plan that fell short.
+        source: The checkpoint's side.
+        target: The model's side.
+    """
+    ours = [i for i in target.parameters if i.kind == "parameter"]
+    theirs = [i for i in source.parameters if i.kind == "parameter"]
+    if not theirs:
+        return "The checkpoint holds no trainable weights, only buffers: was the optimizer or a metric saved alone?"
+    if not ours:
+        return "The model has no trainable parameters yet: is it built later, in setup or configure_model?"
+    common = _multiset_share(theirs, ours)
+    if plan.ambiguous:
+        waiting = sum(len(a.targets) for a in plan.ambiguous)
+        if waiting * 2 >= len(ours):
+            return (
+                f"{waiting} tensors are ambiguous: several sources fit each equally well. A sample batch "
+                "(execution order) or an edited plan decides between them."
+            )
+    widths = _same_names_other_shapes(theirs, ours)
+    if widths:
+        return widths
+    if common >= 0.9:
+        refused = _strict_options(plan)
+        return f"The shapes are nearly the same on both sides ({common:.0%}), so this looks like the same network" + (
+            f", and the options refused the matches: {refused}." if refused else " under other names."
+        )
+    sizes = sum(i.numel for i in theirs), sum(i.numel for i in ours)
+    if sizes[0] * 10 < sizes[1]:
+        return (
+            f"The checkpoint is much smaller than the model ({sizes[0]:,} against {sizes[1]:,} parameter elements): "
+            "it may hold only a part, such as a head or an adapter."
+        )
+    return (
+        f"Only {common:.0%} of the tensors have a shape that the other side knows too (largest in the checkpoint: "
+        f"{_largest(theirs)}; in the model: {_largest(ours)}): the checkpoint is probably of another model."
+    )
+
+
+def _multiset_share(theirs: list[ParameterInfo], ours: list[ParameterInfo]) -> float:
+    """Share of the smaller side's tensors whose shape, axes in any order, has a partner on the other side."""
+    a, b = (Counter(tuple(sorted(i.shape)) for i in side) for side in (theirs, ours))
+    return sum((a & b).values()) / min(len(theirs), len(ours))
+
+
+def _same_names_other_shapes(theirs: list[ParameterInfo], ours: list[ParameterInfo]) -> str:
+    """The sentence for "same names, other widths", with or without a common prefix; empty if it does not apply."""
+    by_tail = {_tail(i.name): i for i in theirs}
+    pairs = [(by_tail[_tail(i.name)], i) for i in ours if _tail(i.name) in by_tail]
+    other = [(a, b) for a, b in pairs if a.shape != b.shape and len(a.shape) == len(b.shape)]
+    if len(pairs) * 2 < len(ours) or len(other) * 2 < len(pairs):
+        return ""
+    ratios = Counter(y / x for a, b in other for x, y in zip(a.shape, b.shape) if x != y and x)
+    ratio, _ = max(ratios.items(), key=lambda item: (item[1], -item[0]))
+    a, b = other[0]
+    scale = f" (mostly {ratio:g} times as wide)" if math.isfinite(ratio) else ""
+    return (
+        f"The names agree but {len(other)} of {len(pairs)} shapes do not, e.g. {b.name} is {b.shape} in the model and "
+        f"{a.shape} in the checkpoint: the model is of another width{scale}."
+    )
+
+
+def _tail(name: str) -> str:
+    """The last two components, what is left when wrappers are stripped... long enough to tell layers apart."""
+    return ".".join(name.split(".")[-3:])
+
+
+def _strict_options(plan: TransferPlan) -> str:
+    given = []
+    if plan.options.get("strategy") == "conservative":
+        given.append("strategy='conservative'")
+    if float(plan.options.get("threshold", 0.6)) > 0.6:
+        given.append(f"threshold={plan.options['threshold']}")
+    if plan.options.get("incompatible_pairs"):
+        given.append(f"incompatible_pairs={plan.options['incompatible_pairs']}")
+    if plan.options.get("buffers") == "strict":
+        given.append("buffers='strict'")
+    return ", ".join(given)
+
+
+def _largest(infos: list[ParameterInfo]) -> str:
+    info = max(infos, key=lambda i: (i.numel, i.name))
+    return f"{info.name} {info.shape}"
