@@ -1,0 +1,380 @@
+"""``WeightMapper``: match two models, look at the answer, dig where it is doubtful."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor, nn
+
+from lit_wsl.checkpoint import open_checkpoint
+from lit_wsl.errors import MappingError
+from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
+from lit_wsl.mapper.planner import build_plan
+from lit_wsl.mapper.result import MappingResult
+from lit_wsl.report.rows import By
+from lit_wsl.structure.describe import describe
+from lit_wsl.structure.info import ModelDescription
+from lit_wsl.structure.tracing import trace_execution_order
+from lit_wsl.transfer.coverage import measure_coverage
+
+Pairs = Sequence[tuple[Any, Any]]
+
+
+class WeightMapper:
+    """Match the tensors of a source model to those of a target model.
+
+    The mapper works on names, shapes and structure only. It reads no tensor data, changes neither model, and gives
+    the same answer every time. To load weights, use :func:`lit_wsl.transfer_weights` or the callback; the mapper is
+    for looking first.
+
+    Args:
+        source_module: The old model. Without its code, use :meth:`from_state_dict` or :meth:`from_checkpoint`.
+        target_module: The new model, on any device, the meta device included.
+        shape_tolerance: Relative difference up to which the sizes of *buffers* count as near (0.1 is 10 %). Trainable
+            parameters never match across different shapes, whatever it is.
+        dummy_input: One sample call, for the execution order: a tensor (the only argument), a tuple (positional
+            arguments) or a dict (keyword arguments). It is run through the target, and through ``source_module``
+            where that is given.
+        incompatible_pairs: Pairs of sets of name chunks that must not match across, both ways. Names are cut at dots,
+            underscores, digits and capitals: ``[({"encoder"}, {"decoder"})]``.
+        buffer_matching_mode: ``"exclude"`` ignores buffers, ``"lenient"`` takes them along where they fit,
+            ``"strict"`` refuses a module whose buffers don't all match.
+
+    Raises:
+        MappingError: If a side is missing or empty, or an option has a value that is not allowed.
+
+    Example:
+        >>> old = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> new = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> WeightMapper(old, new).suggest_mapping()["2.weight"]
+        '2.weight'
+    """
+
+    def __init__(
+        self,
+        source_module: nn.Module | None = None,
+        target_module: nn.Module | None = None,
+        shape_tolerance: float = 0.0,
+        dummy_input: Any = None,
+        incompatible_pairs: Pairs | None = None,
+        buffer_matching_mode: BufferMode = "exclude",
+    ) -> None:
+        if source_module is None or target_module is None:
+            side = "source_module" if source_module is None else "target_module"
+            raise MappingError(
+                f"WeightMapper needs both models, and {side} is missing. If the source is a file or a state dict, use "
+                "WeightMapper.from_checkpoint(path, target_module) or WeightMapper.from_state_dict(sd, target_module)."
+            )
+        self._notes: list[str] = []
+        source = describe(source_module, execution_order=self._order(source_module, dummy_input, "source"))
+        self._set_up(source, target_module, shape_tolerance, dummy_input, incompatible_pairs, buffer_matching_mode)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        target_module: nn.Module,
+        *,
+        source_module: nn.Module | None = None,
+        shape_tolerance: float = 0.0,
+        dummy_input: Any = None,
+        incompatible_pairs: Pairs | None = None,
+        buffer_matching_mode: BufferMode = "exclude",
+        label: str | None = None,
+    ) -> WeightMapper:
+        """Match a bare state dict to a model; options as in the constructor.
+
+        Args:
+            state_dict: Name -> tensor. Only names, shapes and types are looked at.
+            target_module: The new model.
+            source_module: The old model, if its code is still there: it tells parameters from buffers, and with
+                ``dummy_input`` the execution order.
+            shape_tolerance: See the constructor.
+            dummy_input: See the constructor.
+            incompatible_pairs: See the constructor.
+            buffer_matching_mode: See the constructor.
+            label: What to call the source in tables.
+
+        Raises:
+            MappingError: If the state dict holds no tensors, or ``source_module`` is another model.
+        """
+        mapper = cls.__new__(cls)
+        mapper._notes = []
+        source = describe(state_dict, label=label)
+        if source_module is not None:
+            order = mapper._order(source_module, dummy_input, "source")
+            source = _as_module(source, describe(source_module, execution_order=order, label=label))
+        mapper._set_up(source, target_module, shape_tolerance, dummy_input, incompatible_pairs, buffer_matching_mode)
+        return mapper
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        target_module: nn.Module,
+        *,
+        source_module: nn.Module | None = None,
+        shape_tolerance: float = 0.0,
+        dummy_input: Any = None,
+        incompatible_pairs: Pairs | None = None,
+        buffer_matching_mode: BufferMode = "exclude",
+    ) -> WeightMapper:
+        """Match a checkpoint of any readable format to a model; options as in :meth:`from_state_dict`.
+
+        Nothing in the file is run.
+
+        Raises:
+            CheckpointError: If the file is missing or unreadable, or holds no tensors.
+            MappingError: As :meth:`from_state_dict`.
+        """
+        return cls.from_state_dict(
+            open_checkpoint(path),
+            target_module,
+            source_module=source_module,
+            shape_tolerance=shape_tolerance,
+            dummy_input=dummy_input,
+            incompatible_pairs=incompatible_pairs,
+            buffer_matching_mode=buffer_matching_mode,
+            label=Path(path).name,
+        )
+
+    def _set_up(
+        self,
+        source: ModelDescription,
+        target_module: nn.Module,
+        shape_tolerance: float,
+        dummy_input: Any,
+        incompatible_pairs: Pairs | None,
+        buffer_matching_mode: BufferMode,
+    ) -> None:
+        if not isinstance(target_module, nn.Module):
+            raise MappingError(f"target_module must be an nn.Module, got {type(target_module).__name__}.")
+        self.source = source
+        self.target = describe(target_module, execution_order=self._order(target_module, dummy_input, "target"))
+        self._options: dict[str, Any] = {
+            "buffers": buffer_matching_mode,
+            "incompatible_pairs": incompatible_pairs,
+            "shape_tolerance": shape_tolerance,
+        }
+        self.options = MatchingOptions.make(**self._options)  # a wrong option is told now, not at the first match
+        self._result: MappingResult | None = None
+
+    def _order(self, module: nn.Module, dummy_input: Any, side: str) -> dict[str, int] | None:
+        """Execution order of one sample call; without one where the call fails, saying so."""
+        if dummy_input is None:
+            return None
+        args, kwargs = _as_call(dummy_input)
+        try:
+            return trace_execution_order(module, args, kwargs)
+        except Exception as error:  # the model's own code: anything may come
+            note = (
+                f"dummy_input could not be run through the {side} ({type(error).__name__}: {error}); matching goes on "
+                "without execution order."
+            )
+            self._notes.append(note)
+            warnings.warn(note, stacklevel=4)
+            return None
+
+    # -- matching ---------------------------------------------------------------------------------------------------
+
+    def suggest_mapping(
+        self, threshold: float = 0.6, strategy: Strategy = "best_match", weights: Mapping[str, float] | None = None
+    ) -> MappingResult:
+        """Match group by group, one to one.
+
+        Args:
+            threshold: Least score of a match, 0 to 1.
+            strategy: ``"best_match"``, ``"conservative"`` (a score of at least 0.75) or ``"shape_only"`` (names are
+                ignored).
+            weights: Weights of ``"shape"``, ``"name"`` and ``"hierarchy"``, scaled to a sum of 1; default 0.5, 0.3
+                and 0.2. Missing ones count as 0.
+
+        Returns:
+            The mapping, which is also what the other methods then show.
+
+        Raises:
+            MappingError: If an option has a value that is not allowed.
+        """
+        self.options = MatchingOptions.make(**self._options, threshold=threshold, strategy=strategy, weights=weights)
+        plan = build_plan(self.source, self.target, self.options)
+        self._result = MappingResult(plan, measure_coverage(plan, self.source, self.target))
+        return self._result
+
+    @property
+    def result(self) -> MappingResult:
+        """The last mapping; :meth:`suggest_mapping` with its defaults, if there is none yet."""
+        return self._result if self._result is not None else self.suggest_mapping()
+
+    def get_mapping_dict(self) -> dict[str, str]:
+        """Source name -> target name, for steps of one tensor to one tensor (see :class:`MappingResult`)."""
+        return dict(self.result)
+
+    def get_mapping_with_scores(self) -> list[tuple[str, str, float]]:
+        """``(source name, target name, score)``, the best first."""
+        found = [(s, t, score) for s, (t, score) in self.result.get_mapping_with_scores().items()]
+        return sorted(found, key=lambda row: -row[2])
+
+    def get_unmatched(self) -> dict[str, list[str]]:
+        """Names without a partner: ``{"source": [...], "target": [...]}``."""
+        return self.result.get_unmatched()
+
+    # -- looking ----------------------------------------------------------------------------------------------------
+
+    def visualize_mapping(
+        self,
+        result: MappingResult | None = None,
+        show_unmatched: bool = True,
+        max_matches: int | None = 30,
+        max_unmatched: int | None = 15,
+        *,
+        by: By = "group",
+        folded: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        """Print coverage, the mapping, what is ambiguous and what is left over.
+
+        Args:
+            result: The mapping to show; the last one by default.
+            show_unmatched: Also show what found no partner.
+            max_matches: At most so many lines of mappings; the lowest scores always stay. ``None`` for all.
+            max_unmatched: At most so many lines of leftovers per side; ``None`` for all.
+            by: One line per pair of modules (``"group"``) or per step (``"tensor"``).
+            folded: Fold lines that differ only by indices into ``blocks.{0..11}``.
+            console: Where to print.
+        """
+        from lit_wsl.report.tables import AmbiguousView, MappingView, SummaryPanel, UnmatchedView
+
+        shown = result if result is not None else self.result
+        out = console or Console()
+        out.print(SummaryPanel(shown.plan, shown.coverage))
+        out.print(MappingView(shown.plan, by=by, folded=folded, max_rows=max_matches))
+        if shown.plan.ambiguous:
+            out.print(AmbiguousView(shown.plan, max_rows=max_unmatched))
+        if show_unmatched:
+            out.print(UnmatchedView(shown.plan, max_rows=max_unmatched))
+        for note in self._notes:
+            out.print(f"note: {note}", markup=False)
+
+    def visualize_hierarchies(
+        self, max_depth: int = 5, show_matches: bool = False, *, folded: bool = True, console: Console | None = None
+    ) -> None:
+        """Print both module trees side by side.
+
+        Args:
+            max_depth: Number of levels to show.
+            show_matches: Mark what is matched, and name the partner beside each module of the source.
+            folded: Fold repeated modules into one line, ``{0..11} x12``.
+            console: Where to print.
+        """
+        from lit_wsl.report.trees import HierarchyView
+
+        plan = self.result.plan if show_matches else None
+        view = HierarchyView(self.source, self.target, plan, max_depth=max_depth, folded=folded)
+        (console or Console()).print(view)
+
+    def visualize_score_breakdown(self, name: str, *, console: Console | None = None) -> None:
+        """Print how the score of a tensor's match comes about, and who the runner-up was.
+
+        Args:
+            name: Name of a source or target tensor.
+            console: Where to print.
+
+        Raises:
+            MappingError: If neither model has a tensor of this name; the message names the nearest ones.
+        """
+        from lit_wsl.report.breakdown import BreakdownView
+
+        self._check_name(name)
+        view = BreakdownView(name, self.result.plan, self.source, self.target, self.options)
+        (console or Console()).print(view)
+
+    def print_analysis(self, top_n: int = 10, show_unmatched: bool = True, *, console: Console | None = None) -> None:
+        """Print coverage by module, the matches to look at first, and what is left over by reason.
+
+        Args:
+            top_n: Number of lines in each list.
+            show_unmatched: Also show what found no partner.
+            console: Where to print.
+        """
+        from lit_wsl.report.analysis import AnalysisView
+
+        view = AnalysisView(self.result.plan, self.result.coverage, top_n=top_n, show_unmatched=show_unmatched)
+        (console or Console()).print(view)
+
+    def export_mapping_report(self, path: str | os.PathLike[str]) -> Path:
+        """Write the mapping as JSON: models, counts, coverage, every step with scores, shapes and operation, leftovers.
+
+        Args:
+            path: The file to write, atomically. The schema is ``lit_wsl/report/assets/schema.json``.
+
+        Raises:
+            CheckpointError: If the file cannot be written.
+        """
+        from lit_wsl.report.json_report import save_json
+
+        result = self.result
+        return save_json(
+            result,
+            path,
+            source=self.source,
+            target=self.target,
+            notes=self._notes,
+            options=self.options,
+        )
+
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the interactive report: one file that needs no network.
+
+        Raises:
+            CheckpointError: If the file cannot be written.
+        """
+        from lit_wsl.report.html import save_html
+
+        result = self.result
+        return save_html(
+            result,
+            path,
+            source=self.source,
+            target=self.target,
+            notes=self._notes,
+            options=self.options,
+        )
+
+    def _check_name(self, name: str) -> None:
+        if name in self.source or name in self.target:
+            return
+        from rapidfuzz import process
+
+        known = [info.name for side in (self.source, self.target) for info in side.parameters]
+        near = [match[0] for match in process.extract(name, list(dict.fromkeys(known)), limit=3)]
+        raise MappingError(f"neither model has a tensor named {name!r}; the nearest names are {', '.join(near)}.")
+
+
+def _as_call(dummy_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A sample call from what users write: a dict is keyword arguments, a tuple or list positional ones."""
+    if isinstance(dummy_input, Mapping):
+        return (), dict(dummy_input)
+    if isinstance(dummy_input, (tuple, list)):
+        return tuple(dummy_input), {}
+    return (dummy_input,), {}
+
+
+def _as_module(source: ModelDescription, module: ModelDescription) -> ModelDescription:
+    """The description by the module, once it is clear that the state dict is one of this module."""
+    for info in source.parameters:
+        if info.name not in module:
+            raise MappingError(
+                f"source_module is another model than the state dict: it has no tensor {info.name!r} of shape "
+                f"{info.shape}. Pass the model that wrote the state dict, or leave source_module out."
+            )
+        if module[info.name].shape != info.shape:
+            raise MappingError(
+                f"source_module is another model than the state dict: {info.name!r} is {module[info.name].shape} there "
+                f"and {info.shape} in the state dict. Build it with the sizes it was trained with."
+            )
+    return module

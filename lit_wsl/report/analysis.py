@@ -1,0 +1,106 @@
+"""The analysis of a mapping in one screen: coverage by module, what to look at first, what is left over and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.jupyter import JupyterMixin
+from rich.table import Table
+from rich.text import Text
+
+from lit_wsl.report.console import COLOURS, LEGEND, Bar, plain, score_text
+from lit_wsl.report.rows import confidence, count_text, mapping_rows
+from lit_wsl.report.tables import SummaryPanel, percent
+from lit_wsl.transfer.coverage import Coverage
+from lit_wsl.transfer.plan import TransferPlan
+
+
+@dataclass(frozen=True)
+class AnalysisView(JupyterMixin):
+    """Summary, coverage by module, lowest scores and leftovers by reason.
+
+    Attributes:
+        plan: The plan.
+        coverage: Its coverage.
+        top_n: Number of lines in each list.
+        show_unmatched: Also show what found no partner.
+    """
+
+    plan: TransferPlan
+    coverage: Coverage
+    top_n: int = 10
+    show_unmatched: bool = True
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield SummaryPanel(self.plan, self.coverage)
+        yield self._modules()
+        yield self._distribution()
+        yield from self._doubtful(console)
+        if self.show_unmatched:
+            yield from self._leftovers()
+
+    def _modules(self) -> Table:
+        table = Table(title="Target by module", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+        table.add_column("module", overflow="fold")
+        table.add_column("loaded", justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        table.add_column("tensors", justify="right")
+        table.add_column("missing", justify="right")
+        table.add_column("ambiguous", justify="right")
+        shown = sorted(self.coverage.modules, key=lambda m: m.loaded.share)[: self.top_n]
+        kept = {row.module for row in shown}
+        for row in self.coverage.modules:
+            if row.module in kept:
+                table.add_row(
+                    Text(row.module),
+                    percent(row.loaded.share),
+                    Bar(row.loaded.share, COLOURS[confidence(row.loaded.share)], 12),
+                    f"{row.loaded.tensors} of {row.loaded.of_tensors}",
+                    str(row.missing),
+                    str(row.ambiguous),
+                )
+        hidden = len(self.coverage.modules) - len(shown)
+        if hidden:
+            table.add_row(Text(f"... and {hidden} more modules, covered as well or better", style="dim"))
+        return table
+
+    def _distribution(self) -> Text:
+        counts = Counter(confidence(entry.score) for entry in self.plan.entries)
+        text = Text("\nscores: ")
+        text.append(f"{counts['high']} above 0.8", style=COLOURS["high"]).append(", ")
+        text.append(f"{counts['medium']} from 0.6 to 0.8", style=COLOURS["medium"]).append(", ")
+        return text.append(f"{counts['low']} below 0.6", style=COLOURS["low"])
+
+    def _doubtful(self, console: Console) -> RenderResult:
+        rows = sorted(mapping_rows(self.plan), key=lambda row: (row.score, row.margin))[: self.top_n]
+        if not rows:
+            return
+        table = Table(title="Lowest scores", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+        table.add_column("score", no_wrap=True)
+        table.add_column("margin", no_wrap=True)
+        table.add_column("operation", overflow="fold")
+        table.add_column(plain("source → target", console), overflow="fold", ratio=1)
+        for row in rows:
+            names = plain(f"{' + '.join(row.sources)} → {' + '.join(row.targets)}", console)
+            table.add_row(score_text(row.score), f"{row.margin:.2f}", row.badge, Text(names))
+        yield Text("")
+        yield table
+        yield Text(LEGEND, style="dim")
+
+    def _leftovers(self) -> RenderResult:
+        for side, left in (("source", self.plan.unmatched_source), ("target", self.plan.unmatched_target)):
+            reasons: dict[str, list[int]] = {}
+            for item in left:
+                size = 1
+                for length in item.shape:
+                    size *= length
+                reasons.setdefault(item.reason, []).append(size)
+            yield Text(f"\nunmatched in {side}: {len(left)}", style="bold" if left else "dim")
+            for reason, sizes in sorted(reasons.items(), key=lambda kv: -sum(kv[1]))[: self.top_n]:
+                yield Text(f"  {len(sizes)} tensors, {count_text(sum(sizes))} elements: {reason}")
+        for case in self.plan.ambiguous[: self.top_n]:
+            best = ", ".join(f"{' + '.join(c.sources)} {c.score:.2f}" for c in case.candidates[:3])
+            yield Text(f"  ambiguous: {', '.join(case.targets[:3])}: {case.reason} ({best})", style="yellow")

@@ -1,0 +1,167 @@
+"""The report as JSON: what a program reads. The schema is ``assets/schema.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lit_wsl.checkpoint import atomic_write_text
+from lit_wsl.mapper.options import MatchingOptions
+from lit_wsl.report.material import Material, breakdown, pairs
+from lit_wsl.report.rows import operation_counts
+from lit_wsl.structure.info import ModelDescription
+from lit_wsl.transfer.coverage import Count, Coverage
+from lit_wsl.transfer.plan import PlanEntry, TransferPlan, Unmatched
+
+VERSION = 1
+SCHEMA = Path(__file__).parent / "assets" / "schema.json"
+
+
+def report_dict(
+    result: Any,
+    *,
+    source: ModelDescription | None = None,
+    target: ModelDescription | None = None,
+    coverage: Coverage | None = None,
+    options: MatchingOptions | None = None,
+    warnings: tuple[str, ...] | list[str] = (),
+    notes: tuple[str, ...] | list[str] = (),
+    breakdowns: bool = True,
+) -> dict[str, Any]:
+    """The report as plain data.
+
+    Args:
+        result: A :class:`~lit_wsl.TransferReport`, a :class:`~lit_wsl.MappingResult` or a plan.
+        source: The checkpoint's side; rebuilt from the plan where it is not given.
+        target: The model's side; likewise.
+        coverage: The coverage; counted where it is not given.
+        options: The options of the matching.
+        warnings: Further warnings.
+        notes: Further notes.
+        breakdowns: Also give the parts of each score.
+
+    Returns:
+        Data that fits ``lit_wsl/report/assets/schema.json``; the same input gives the same data.
+    """
+    from lit_wsl import __version__
+
+    material = Material.gather(
+        result, source=source, target=target, coverage=coverage, options=options, warnings=warnings, notes=notes
+    )
+    plan = material.plan
+    return {
+        "format": "lit_wsl.report",
+        "version": VERSION,
+        "lit_wsl": __version__,
+        "models": {"source": asdict(plan.source), "target": asdict(plan.target)},
+        "options": dict(plan.options),
+        "proof": plan.proof,
+        "counts": _counts(plan),
+        "coverage": coverage_dict(material.coverage),
+        "mappings": [_mapping(material, entry, breakdowns) for entry in plan.entries],
+        "ambiguous": [
+            {
+                "targets": list(case.targets),
+                "shape": list(case.shape),
+                "reason": case.reason,
+                "candidates": [{"sources": list(c.sources), "score": _round(c.score)} for c in case.candidates],
+            }
+            for case in plan.ambiguous
+        ],
+        "unmatched": {
+            "source": [_unmatched(item) for item in plan.unmatched_source],
+            "target": [_unmatched(item) for item in plan.unmatched_target],
+        },
+        "warnings": list(material.warnings),
+        "notes": list(material.notes),
+    }
+
+
+def save_json(result: Any, path: str | os.PathLike[str], **details: Any) -> Path:
+    """Write :func:`report_dict` to a file, atomically.
+
+    Args:
+        result: See :func:`report_dict`.
+        path: The file to write.
+        details: The keyword arguments of :func:`report_dict`.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
+    """
+    path = Path(path)
+    atomic_write_text(path, json.dumps(report_dict(result, **details), indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def coverage_dict(coverage: Coverage) -> dict[str, Any]:
+    """Coverage as plain data, shares included."""
+
+    def count(moved: Count) -> dict[str, Any]:
+        return {**asdict(moved), "tensor_share": _round(moved.tensor_share), "share": _round(moved.share)}
+
+    return {
+        "source": count(coverage.source),
+        "target": count(coverage.target),
+        "source_buffers": count(coverage.source_buffers),
+        "target_buffers": count(coverage.target_buffers),
+        "floor_share": _round(coverage.floor_share),
+        "modules": [{**asdict(row), "loaded": count(row.loaded)} for row in coverage.modules],
+    }
+
+
+def _counts(plan: TransferPlan) -> dict[str, Any]:
+    return {
+        "mappings": len(plan.entries),
+        "sources_used": len(plan.by_source),
+        "targets_filled": len(plan.by_target),
+        "operations": operation_counts(plan),
+        "ambiguous_targets": sum(len(case.targets) for case in plan.ambiguous),
+        "unmatched_source": len(plan.unmatched_source),
+        "unmatched_target": len(plan.unmatched_target),
+    }
+
+
+def _mapping(material: Material, entry: PlanEntry, breakdowns: bool) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "sources": list(entry.sources),
+        "targets": list(entry.targets),
+        "source_shapes": [list(shape) for shape in entry.source_shapes],
+        "target_shapes": [list(shape) for shape in entry.target_shapes],
+        "kind": entry.kind,
+        "operation": entry.badge,
+        "operations": [operation.to_dict() for operation in entry.operations],
+        "lossless": entry.lossless,
+        "score": _round(entry.score),
+        "margin": _round(entry.margin),
+        "reason": entry.reason,
+    }
+    if breakdowns:
+        data["pairs"] = [_pair(material, entry, source, target) for source, target in pairs(entry)]
+    return data
+
+
+def _pair(material: Material, entry: PlanEntry, source: str, target: str) -> dict[str, Any]:
+    parts = breakdown(material, entry, source, target)
+    return {
+        "source": source,
+        "target": target,
+        "shape": _round(parts.shape),
+        "name": _round(parts.name),
+        "hierarchy": _round(parts.hierarchy),
+        "name_parts": {key: _round(value) for key, value in parts.name_parts.items()},
+        "hierarchy_parts": {key: _round(value) for key, value in parts.hierarchy_parts.items()},
+        "weights": {key: _round(value) for key, value in parts.weights.items()},
+        "score": _round(parts.total),
+    }
+
+
+def _unmatched(item: Unmatched) -> dict[str, Any]:
+    return {"name": item.name, "shape": list(item.shape), "kind": item.kind, "reason": item.reason}
+
+
+def _round(value: float) -> float:
+    """Six digits: enough for any reader, and free of the last bit's noise."""
+    return round(float(value), 6)

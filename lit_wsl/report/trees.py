@@ -1,0 +1,253 @@
+"""Both module trees side by side, repeated modules folded, for the terminal, a log file or a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.jupyter import JupyterMixin
+from rich.table import Table
+from rich.text import Text
+
+from lit_wsl.report.console import plain
+from lit_wsl.report.rows import count_text, shape_text
+from lit_wsl.structure.families import fold_names, ranges
+from lit_wsl.structure.info import ModelDescription, ModuleNode, ParameterGroup
+from lit_wsl.transfer.plan import TransferPlan
+
+SIDE_BY_SIDE = 76  # columns from which the trees stand beside each other
+_MATCHED = {"all": ("●", "green"), "part": ("~", "yellow"), "none": ("○", "red")}
+
+
+@dataclass(frozen=True)
+class TreeLine:
+    """One line of a tree.
+
+    Attributes:
+        label: Name of the module; ``{0..11}`` where modules are folded.
+        depth: Number of levels above it.
+        paths: Paths of the modules that the line stands for.
+        group: The own tensors of the first of them.
+        numel: Number of elements below all of them.
+        status: Whether ``all``, ``part`` or ``none`` of the tensors below are matched; ``""`` if nobody asked.
+        hidden: Number of modules below that the depth limit hides.
+        guide: The lines to the left of the name.
+    """
+
+    label: str
+    depth: int
+    paths: tuple[str, ...]
+    group: ParameterGroup
+    numel: int
+    status: str
+    hidden: int
+    guide: str
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is counted bottom-up for a subtree: what makes it equal to a sibling, size, matched tensors, modules."""
+
+    signature: int
+    numel: int
+    tensors: int
+    matched: int
+    modules: int
+
+
+def tree_lines(
+    side: ModelDescription,
+    *,
+    max_depth: int = 5,
+    folded: bool = True,
+    matched: frozenset[str] | None = None,
+    with_buffers: bool = True,
+) -> list[TreeLine]:
+    """The lines of one tree, parents first.
+
+    Siblings with a number for a name fold when everything below them is alike: names, shapes, and whether it is
+    matched. Linear in the number of tensors.
+
+    Args:
+        side: The model.
+        max_depth: Number of levels below the root.
+        folded: Fold repeated modules.
+        matched: Names of the matched tensors; ``None`` leaves the status out.
+        with_buffers: Whether the status counts buffers.
+    """
+    facts = _measure(side.root, matched, with_buffers)
+    lines: list[TreeLine] = []
+
+    def visit(nodes: Sequence[ModuleNode], depth: int, guide: str, label: str, hang: str) -> None:
+        first = nodes[0]
+        total = [facts[node.path] for node in nodes]
+        hidden = sum(f.modules - 1 for f in total) if depth >= max_depth else 0
+        status = ""
+        if matched is not None:
+            hit, of = sum(f.matched for f in total), sum(f.tensors for f in total)
+            status = "all" if hit == of and of else "part" if hit else "none"
+            status = status if of else ""
+        paths = tuple(node.path for node in nodes)
+        numel = sum(f.numel for f in total)
+        lines.append(TreeLine(label, depth, paths, first.group, numel, status, hidden, guide))
+        if depth >= max_depth:
+            return
+        runs = _runs(first.children, facts) if folded else [[child] for child in first.children]
+        for place, run in enumerate(runs):
+            last = place == len(runs) - 1
+            # in a folded line, what is said of a child is said of this child of every folded module
+            below = [c for node in nodes for c in _same(node, first, run)] if len(nodes) > 1 else run
+            name = run[0].name if len(run) == 1 else "{" + ranges([int(node.name) for node in run]) + "}"
+            visit(below, depth + 1, hang + ("└─ " if last else "├─ "), name, hang + ("   " if last else "│  "))
+
+    visit([side.root], 0, "", side.label, "")
+    return lines
+
+
+def _same(node: ModuleNode, first: ModuleNode, run: Sequence[ModuleNode]) -> list[ModuleNode]:
+    """The children of ``node`` at the places that ``run`` has among those of ``first``."""
+    places = {id(child): place for place, child in enumerate(first.children)}
+    return [node.children[places[id(child)]] for child in run]
+
+
+def _measure(root: ModuleNode, matched: frozenset[str] | None, with_buffers: bool) -> dict[str, _Facts]:
+    """Facts of every subtree, children before parents; equal subtrees get equal signatures."""
+    known: dict[tuple[object, ...], int] = {}
+    facts: dict[str, _Facts] = {}
+    for node in reversed(list(root.walk())):
+        below = [facts[child.path] for child in node.children]
+        own = node.group.members
+        asked = [with_buffers or info.kind == "parameter" for info in own]
+        hits = [matched is not None and ask and info.name in matched for info, ask in zip(own, asked)]
+        key: tuple[object, ...] = (
+            tuple((info.leaf, info.shape, info.kind, hit) for info, hit in zip(own, hits)),
+            tuple((child.name, f.signature) for child, f in zip(node.children, below)),
+        )
+        facts[node.path] = _Facts(
+            signature=known.setdefault(key, len(known)),
+            numel=node.group.numel + sum(f.numel for f in below),
+            tensors=sum(asked) + sum(f.tensors for f in below),
+            matched=sum(hits) + sum(f.matched for f in below),
+            modules=1 + sum(f.modules for f in below),
+        )
+    return facts
+
+
+def _runs(children: Sequence[ModuleNode], facts: Mapping[str, _Facts]) -> list[list[ModuleNode]]:
+    runs: list[list[ModuleNode]] = []
+    for child in children:
+        before = runs[-1][-1] if runs else None
+        if (
+            before is not None
+            and child.name.isdecimal()
+            and before.name.isdecimal()
+            and facts[before.path].signature == facts[child.path].signature
+        ):
+            runs[-1].append(child)
+        else:
+            runs.append([child])
+    return runs
+
+
+@dataclass(frozen=True)
+class HierarchyView(JupyterMixin):
+    """Source and target tree side by side; below each other where there are fewer than 76 columns.
+
+    ``[W]`` and ``[B]`` mark modules with a weight and a bias, followed by the weight's shape.
+
+    Attributes:
+        source: The checkpoint's side.
+        target: The model's side.
+        plan: Where given, matched modules are marked, and the source's name their partners.
+        max_depth: Number of levels to show.
+        folded: Fold repeated modules.
+    """
+
+    source: ModelDescription
+    target: ModelDescription
+    plan: TransferPlan | None = None
+    max_depth: int = 5
+    folded: bool = True
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        trees = [self._tree("source", console), self._tree("target", console)]
+        beside = options.max_width >= SIDE_BY_SIDE
+        table = Table(box=None, pad_edge=False, show_edge=False, expand=beside)
+        table.add_column("source", overflow="fold", ratio=1)
+        if beside:
+            table.add_column("target", overflow="fold", ratio=1)
+            table.add_row(*trees)
+        else:
+            table.add_row(trees[0])
+            table.add_row(Text("\ntarget", style="bold"))
+            table.add_row(trees[1])
+        yield table
+        legend = "[W] weight, [B] bias, xN folded modules"
+        if self.plan is not None:
+            legend += plain("; ● all matched, ~ in part, ○ nothing", console)
+        yield Text(legend, style="dim")
+
+    def _tree(self, which: str, console: Console) -> Text:
+        side = self.source if which == "source" else self.target
+        matched, partners = None, {}
+        if self.plan is not None:
+            moved = [entry.sources if which == "source" else entry.targets for entry in self.plan.entries]
+            matched = frozenset(side.tied.get(name, name) for names in moved for name in names)
+            partners = _partners(self.plan) if which == "source" else {}
+        text = Text()
+        with_buffers = self.plan is None or self.plan.options.get("buffers") != "exclude"
+        for line in tree_lines(
+            side, max_depth=self.max_depth, folded=self.folded, matched=matched, with_buffers=with_buffers
+        ):
+            text.append_text(_line(line, partners, console)).append("\n")
+        text.right_crop(1)
+        return text
+
+
+def _partners(plan: TransferPlan) -> dict[str, tuple[str, ...]]:
+    """Source module path -> paths of the target modules that its own tensors go to."""
+    found: dict[str, dict[str, None]] = {}
+    for entry in plan.entries:
+        targets = dict.fromkeys(target.rpartition(".")[0] for target in entry.targets)
+        for source in entry.sources:
+            found.setdefault(source.rpartition(".")[0], {}).update(targets)
+    return {path: tuple(targets) for path, targets in found.items()}
+
+
+def _line(line: TreeLine, partners: Mapping[str, tuple[str, ...]], console: Console) -> Text:
+    text = Text(plain(line.guide, console), style="dim")
+    if line.status:
+        mark, colour = _MATCHED[line.status]
+        text.append(plain(mark, console) + " ", style=colour)
+    text.append(line.label, style="bold" if line.depth == 0 else "")
+    if len(line.paths) > 1:
+        text.append(f" x{len(line.paths)}", style="cyan")
+    badges = _badges(line.group)
+    if badges:
+        text.append(f" {badges}", style="dim")
+    elif line.numel:
+        text.append(f" {count_text(line.numel)}", style="dim")
+    if line.hidden:
+        text.append(f" (+{line.hidden} modules)", style="dim")
+    named = dict.fromkeys(target for path in line.paths for target in partners.get(path, ()))
+    if named:
+        folded = fold_names([target or "(root)" for target in named])
+        more = f" and {len(folded) - 2} more" if len(folded) > 2 else ""
+        text.append(plain(" → ", console) + ", ".join(folded[:2]) + more, style="green")
+    return text
+
+
+def _badges(group: ParameterGroup) -> str:
+    """Badges and the shape of a module's own tensors: ``[W][B] 64x3x7x7 +2 buffers``."""
+    leaves = {info.leaf: info for info in group.parameters}
+    words = "".join(f"[{leaf[0].upper()}]" for leaf in ("weight", "bias") if leaf in leaves)
+    if leaves:
+        first = leaves.get("weight") or group.parameters[0]
+        words += f" {shape_text(first.shape)}"
+    others = [leaf for leaf in leaves if leaf not in ("weight", "bias")]
+    if others:
+        words += " " + ", ".join(others[:3]) + ("..." if len(others) > 3 else "")
+    if group.buffers:
+        words += f" +{len(group.buffers)} buffer" + ("s" if len(group.buffers) > 1 else "")
+    return words.strip()
