@@ -6,11 +6,13 @@ import collections
 import random
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _LIMIT = 10_000  # objects looked at; beyond that a graph is data, not state
 _SKIP = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device)
@@ -38,6 +40,137 @@ def preserved_rng(module: nn.Module | None = None) -> Iterator[None]:
         finally:
             random.setstate(python)
             numpy.random.set_state(arrays)
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode to run it, and leave it and the world as they were.
+
+    Put back at the end, whatever the run did: the mode of every sub-module; attributes, buffers and parameters that
+    were assigned, lists and dicts that were changed (states of metrics); values of buffers, and of any other tensor
+    of the module that an operation wrote to (``Embedding(max_norm=...)`` rescales its weight in ``forward``);
+    gradients and ``requires_grad``; generators of Python, NumPy and torch. Nothing is copied beforehand but buffers;
+    what is overwritten is kept at the first write to it. Compiled modules run uncompiled.
+
+    Args:
+        module: The module that will run.
+
+    >>> net = nn.BatchNorm1d(2)
+    >>> with undisturbed(net):
+    ...     _ = net.train()(torch.randn(8, 2))
+    >>> net.running_mean, net.training
+    (tensor([0., 0.]), True)
+    """
+    flags = [(p, p.requires_grad, p.grad) for p in module.parameters()]
+    buffers = [(b, b.detach().clone()) for b in module.buffers() if not (b.is_meta or nn.parameter.is_lazy(b))]
+    fast_path = torch.backends.mha.get_fastpath_enabled()  # fuses whole layers, so hides the order of their parts
+    with ExitStack() as stack:
+        stack.enter_context(preserved_rng(module))
+        stack.enter_context(_preserved_modules(module))
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        writes = stack.enter_context(_WriteGuard(module))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            module.eval()
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            writes.restore()
+            for buffer, value in buffers:  # batch norm writes its statistics without declaring it
+                if not torch.equal(buffer, value):
+                    with torch.no_grad():
+                        buffer.copy_(value)
+            for parameter, requires_grad, grad in flags:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+
+
+class _WriteGuard(TorchDispatchMode):
+    """Copy on write: keep the memory behind a module's tensors when an operation is about to write to it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._known = {s.data_ptr(): s for t in _all_tensors(module) if (s := _storage_of(t)) is not None}
+        self._kept: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                storage = _storage_of(tensor) if isinstance(tensor, Tensor) else None
+                key = storage.data_ptr() if storage is not None else 0
+                if key in self._known and key not in self._kept:
+                    self._kept[key] = self._known[key].clone()
+        return func(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Put the kept memory back."""
+        for key, content in self._kept.items():
+            self._known[key].copy_(content)
+
+
+def _all_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, their gradients, buffers, and tensors in plain attributes, also in lists and dicts there."""
+    for sub in module.modules():
+        for value in list(vars(sub).values()):
+            items = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            for item in items:
+                if isinstance(item, Tensor):
+                    yield item
+                    if item.is_leaf and item.grad is not None:
+                        yield item.grad
+
+
+def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    try:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        storage = local.untyped_storage()
+        return storage if storage.data_ptr() else None
+    except (RuntimeError, NotImplementedError, ValueError):  # lazy, meta, sparse: no memory to keep
+        return None
+
+
+@contextmanager
+def _preserved_modules(module: nn.Module) -> Iterator[None]:
+    """Put back what the modules' attributes refer to, and the content of lists and dicts there."""
+    saved: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
+    restorers: list[Callable[[], None]] = []
+    others: list[Any] = []
+    for sub in module.modules():
+        saved.append((sub, type(sub), dict(vars(sub))))
+        for value in vars(sub).values():
+            if isinstance(value, dict):
+                restorers.append(_refill(value, dict(value)))
+            elif isinstance(value, (list, set, collections.deque)):
+                restorers.append(_refill(value, value.copy()))
+            elif not isinstance(value, (*_SKIP, Tensor, nn.Module)):
+                others.append(value)
+    with preserved_objects(*others):
+        try:
+            yield
+        finally:
+            for sub, kind, attributes in saved:
+                sub.__class__ = kind
+                vars(sub).clear()
+                vars(sub).update(attributes)
+            for restore in restorers:
+                restore()
+
+
+def _refill(container: Any, content: Any) -> Callable[[], None]:
+    """What puts the content of a list, deque, set or dict back, keeping the container itself."""
+
+    def refill() -> None:
+        container.clear()
+        container.extend(content) if hasattr(container, "extend") else container.update(content)
+
+    return refill
 
 
 @contextmanager
@@ -80,26 +213,22 @@ def _walk(queue: list[Any]) -> Iterator[Callable[[], None]]:
             continue
         seen.add(id(value))
         if isinstance(value, torch.Generator):
-            yield _setter(value.set_state, value.get_state())
+            yield partial(value.set_state, value.get_state())
         elif isinstance(value, numpy.random.Generator):
-            yield _setter(lambda s, g=value: setattr(g.bit_generator, "state", s), value.bit_generator.state)
+            yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
         elif isinstance(value, numpy.random.RandomState):
-            yield _setter(value.set_state, value.get_state())
+            yield partial(value.set_state, value.get_state())
         elif isinstance(value, random.Random):
-            yield _setter(value.setstate, value.getstate())
-        elif isinstance(value, (list, collections.deque)) and len(value) <= _LIMIT:
-            yield _setter(lambda s, c=value: (c.clear(), c.extend(s)), list(value))
-            pending.extend(value)
-        elif isinstance(value, dict) and len(value) <= _LIMIT:
-            yield _setter(lambda s, c=value: (c.clear(), c.update(s)), dict(value))
-            pending.extend(value.values())
-        elif isinstance(value, set) and len(value) <= _LIMIT:
-            yield _setter(lambda s, c=value: (c.clear(), c.update(s)), set(value))
-        elif isinstance(value, (tuple, frozenset)) and len(value) <= _LIMIT:
-            pending.extend(value)
+            yield partial(value.setstate, value.getstate())
+        elif isinstance(value, (list, dict, set, collections.deque)):
+            if len(value) <= _LIMIT:
+                yield _refill(value, value.copy())
+                pending.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, (tuple, frozenset)):
+            pending.extend(value if len(value) <= _LIMIT else ())
         elif isinstance(getattr(value, "__dict__", None), dict):
             attributes = vars(value)
-            yield _setter(lambda s, c=attributes: (c.clear(), c.update(s)), dict(attributes))
+            yield _refill(attributes, dict(attributes))
             if not _is_engine(value):
                 pending.extend(attributes.values())
 
@@ -112,10 +241,3 @@ def _is_code(value: Any) -> bool:
 def _is_engine(value: Any) -> bool:
     """Whether to stop at an object: networks and the trainer have guards of their own."""
     return isinstance(value, nn.Module) or hasattr(value, "fit_loop")
-
-
-def _setter(put: Callable[[Any], Any], state: Any) -> Callable[[], None]:
-    def restore() -> None:
-        put(state)
-
-    return restore

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from lit_wsl.structure.preserving import undisturbed
+
+__all__ = ["is_lazy", "trace_execution_order", "undisturbed"]
+
 
 class _FirstUse(TorchFunctionMode):
-    """Note the first use of each tensor in a torch call, for parameters that no module call announces."""
+    """Note the first use of each tensor in a torch call, for parameters that no module call announces.
+
+    A use is a call that gives a tensor: asking for a weight's shape, dtype or device is none.
+    """
 
     def __init__(self, names: Mapping[int, str], seen: dict[str, None]) -> None:
         super().__init__()
@@ -21,11 +28,12 @@ class _FirstUse(TorchFunctionMode):
         self._seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in _tensors((args, kwargs or {})):
-            name = self._names.get(id(value))
-            if name is not None:
+        found = [name for v in _tensors((args, kwargs or {})) if (name := self._names.get(id(v))) is not None]
+        result = func(*args, **(kwargs or {}))
+        if found and any(True for _ in _tensors(result)):
+            for name in found:
                 self._seen.setdefault(name)
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
@@ -48,8 +56,8 @@ def trace_execution_order(
     module (``F.linear(x, self.weight)``, a class token) comes where a torch function first takes it. Modules
     called several times count once; modules never called are absent from the result.
 
-    The call runs without gradients, in eval mode, and leaves the RNG, the mode of every sub-module and all
-    buffers as they were.
+    The call runs without gradients, in eval mode, and leaves the model as it was, see :func:`undisturbed`. A model
+    with lazy modules is run as a copy, so that it stays lazy.
 
     Args:
         module: The model to run.
@@ -71,6 +79,8 @@ def trace_execution_order(
     >>> sorted(trace_execution_order(Swapped(), (torch.ones(1, 4),)).items(), key=lambda kv: kv[1])[0]
     ('first.weight', 0)
     """
+    if is_lazy(module):
+        module = copy.deepcopy(module)
     state = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     names: dict[int, str] = {}
     for name, tensor in state.items():
@@ -95,19 +105,7 @@ def trace_execution_order(
     return {name: place for place, name in enumerate(seen)}
 
 
-@contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Put the module in eval mode, and leave modes, buffers and every RNG as they were."""
-    modes = [(sub, sub.training) for sub in module.modules()]
-    buffers = [(b, b.detach().clone()) for b in module.buffers() if not b.is_meta]
-    devices = sorted({t.device.index or 0 for t in module.parameters() if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        module.eval()
-        try:
-            yield
-        finally:
-            for sub, training in modes:
-                sub.training = training
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+def is_lazy(module: nn.Module) -> bool:
+    """Whether some tensors have no shape before the first call (``nn.LazyLinear``)."""
+    tensors = (*module.parameters(), *module.buffers())
+    return any(nn.parameter.is_lazy(tensor) for tensor in tensors)
