@@ -1,0 +1,263 @@
+"""Fold the rows of a plan into families, in an order that comes back exactly."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lit_wsl.structure.families import Family, Slot, fold, ranges
+from lit_wsl.transfer.patterns import fold_list, is_plain
+
+Order = Literal["tree", "sorted", "listed"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+
+_INDEX = re.compile(r"(?<![^_/])\d+(?![^_/])")
+_BRACKETS = re.compile(r"\[[^\]]*\]")
+_GUARD = "\0"  # put before digits that must not be folded; no plain name holds it
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one line of a plan file stands for.
+
+    Attributes:
+        sides: For each side of the rows either a pattern, or the exact names where they cannot be one.
+        members: Positions of the rows, in the order in which the patterns expand.
+    """
+
+    sides: tuple[str | tuple[str, ...], ...]
+    members: tuple[int, ...]
+
+
+def fold_rows(
+    rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable], key_side: int = -1
+) -> tuple[list[Line], Order]:
+    """Fold rows into lines.
+
+    Args:
+        rows: For each row its sides, and for each side its names: sources and targets, or a single name.
+        keys: What must be equal within a line (operations, shapes), one per row.
+        key_side: The side whose first name places the row.
+
+    Returns:
+        The lines, and how their rows are ordered: ``tree`` (by modules, see :func:`registration_order`), ``sorted``
+        (by name) or ``listed`` (line by line; less is folded then).
+    """
+    names = [row[key_side][0] for row in rows]
+    lines, plain = _fold_plain(rows, keys, _guarded(names), key_side)
+    ranks = _skeleton_ranks(names)
+    tree = sorted(lines, key=lambda line: (ranks[line.members[0]], min(line.members)))
+    if unfold_order("tree", tree, names) == list(range(len(rows))):
+        return tree, "tree"
+    lines.sort(key=lambda line: min(line.members))
+    if unfold_order("sorted", lines, names) == list(range(len(rows))):
+        return lines, "sorted"
+    whole = [line for line in lines if _is_run(line.members)]
+    single = [Line(plain[m], (m,)) for line in lines if not _is_run(line.members) for m in line.members]
+    return sorted(whole + single, key=lambda line: line.members[0]), "listed"
+
+
+def unfold_order(order: Order, lines: Sequence[Line], names: Sequence[str]) -> list[int]:
+    """The rows of lines in their order; ``names`` places them."""
+    members = [member for line in lines for member in line.members]
+    if order == "tree":
+        return [members[i] for i in registration_order([names[m] for m in members])]
+    return sorted(members, key=lambda m: names[m]) if order == "sorted" else members
+
+
+def registration_order(names: Sequence[str]) -> list[int]:
+    """Order names as a model would register them, going only by their order of appearance.
+
+    Modules register their tensors depth first, so the names of a module stand together, children in the order in which
+    they first appear; numbered children ascend, as those of ``ModuleList`` and ``Sequential`` do.
+
+    Returns:
+        Positions in ``names``.
+
+    >>> names = ["b.0.q", "b.1.q", "b.0.k", "b.1.k", "head"]
+    >>> [names[i] for i in registration_order(names)]
+    ['b.0.q', 'b.0.k', 'b.1.q', 'b.1.k', 'head']
+    """
+    root: dict[str | None, Any] = {}
+    for position, name in enumerate(names):
+        node = root
+        for component in name.split("."):
+            node = node.setdefault(component, {})
+        node.setdefault(None, []).append(position)
+    ordered: list[int] = []
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        ordered += node.get(None, ())
+        children = [component for component in node if component is not None]
+        if any(map(_is_number, children)):
+            first = next(i for i, component in enumerate(children) if _is_number(component))
+            numbers = sorted(filter(_is_number, children), key=int)
+            others = [component for component in children if not _is_number(component)]
+            children = others[:first] + numbers + others[first:]
+        stack.extend(node[component] for component in reversed(children))
+    return ordered
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and text.isascii() and len(text) <= 12
+
+
+def _is_run(members: Sequence[int]) -> bool:
+    return all(b == a + 1 for a, b in itertools.pairwise(members))
+
+
+def _fold_plain(
+    rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable], guarded: Sequence[str], key_side: int
+) -> tuple[list[Line], list[tuple[str | tuple[str, ...], ...]]]:
+    """Fold the rows whose names can stand in patterns; give also what each row would look like alone."""
+    lines: list[Line] = []
+    alone: list[tuple[str | tuple[str, ...], ...]] = []
+    positions: list[int] = []
+    flat: list[tuple[str, ...]] = []
+    flat_keys: list[Hashable] = []
+    for position, (row, key) in enumerate(zip(rows, keys)):
+        if not all(names and all(map(is_plain, names)) for names in row):
+            alone.append(row)
+            lines.append(Line(row, (position,)))
+            continue
+        sides = [fold_list(names) for names in row]
+        alone.append(tuple(", ".join(side) for side in sides))
+        if len(row[key_side]) == 1:
+            sides[key_side] = [guarded[position]]
+        texts = [text for side in sides for text in side]
+        brackets = tuple(match for text in texts for match in _BRACKETS.findall(text))
+        positions.append(position)
+        flat.append(tuple(_BRACKETS.sub("[]", text) for text in texts))
+        flat_keys.append((tuple(map(len, sides)), brackets, key))
+    for family in fold(flat, flat_keys):
+        counts, brackets, _ = flat_keys[family.members[0]]  # type: ignore[misc]
+        texts = _written(family, brackets)
+        sides_text, start = [], 0
+        for count in counts:
+            sides_text.append(", ".join(texts[start : start + count]))
+            start += count
+        lines.append(Line(tuple(sides_text), tuple(positions[m] for m in family.members)))
+    return lines, alone
+
+
+def _written(family: Family, brackets: Sequence[str]) -> list[str]:
+    """The patterns of a family, with letters where there are several variables and with the brackets put back."""
+    letters = [f"{letter}:" for letter in _letters(len(family.variables))]
+    contents = iter(brackets)
+
+    def slot(piece: Slot) -> str:
+        letter = letters[piece.variable] if len(letters) > 1 else ""
+        return f"{{{letter}{ranges([piece.at(v) for v in family.variables[piece.variable]])}}}"
+
+    texts = ["".join(p if isinstance(p, str) else slot(p) for p in template) for template in family.templates]
+    return [re.sub(r"\[\]", lambda _: next(contents), text).replace(_GUARD, "") for text in texts]
+
+
+def _letters(count: int) -> list[str]:
+    """As many names in alphabetical order, the usual ``i, j, k`` first."""
+    return (
+        [chr(ord("i") + n) for n in range(count)]
+        if count <= 18
+        else [f"v{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(count)]
+    )
+
+
+def _skeleton(component: str, kept: frozenset[str]) -> str:
+    skeleton = _INDEX.sub("#", component)
+    return component if skeleton in kept else skeleton
+
+
+def _divergences(names: Sequence[str]) -> list[tuple[list[str], list[str], int]]:
+    """Consecutive names and the depth at which they part."""
+    found = []
+    rows = [name.split(".") for name in names]
+    for a, b in itertools.pairwise(rows):
+        depth = next((d for d, (x, y) in enumerate(zip(a, b)) if x != y), -1)
+        if depth >= 0:
+            found.append((a, b, depth))
+    return found
+
+
+def _interleaved(names: Sequence[str]) -> frozenset[str]:
+    """Components such as ``conv_#`` whose numbered siblings don't stand together: ``conv_1, norm_1, conv_2, ...``."""
+    closed: dict[str, dict[str, None]] = {}
+    interleaved: dict[str, None] = {}
+    for a, b, depth in _divergences(names):
+        old, new = _INDEX.sub("#", a[depth]), _INDEX.sub("#", b[depth])
+        seen = closed.setdefault(".".join(a[:depth]), {})
+        if old != new:
+            seen[old] = None
+        if new in seen and new != "#":
+            interleaved[new] = None
+    return frozenset(interleaved)
+
+
+def _guarded(names: Sequence[str]) -> list[str]:
+    """Names in which the digits that must stay as they are have a guard before them."""
+    kept = _interleaved(names)
+    if not kept:
+        return list(names)
+    return [
+        ".".join(
+            re.sub(r"(?=\d)", _GUARD, component) if _INDEX.sub("#", component) in kept else component
+            for component in name.split(".")
+        )
+        for name in names
+    ]
+
+
+def _skeleton_ranks(names: Sequence[str]) -> list[tuple[int, ...]]:
+    """For each name its place in the tree of skeletons, whose children are in an order that suits every instance.
+
+    Layers may differ: the first has ``attn, mlp.up, norm``, later ones ``attn, mlp.experts, norm``. The order of a
+    module's children is merged from all modules of its kind (a topological sort; first come, first served).
+    """
+    kept = _interleaved(names)
+    skeletons = [tuple(_skeleton(component, kept) for component in name.split(".")) for name in names]
+    children: dict[tuple[str, ...], dict[str, None]] = {}
+    after: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
+    for skeleton in dict.fromkeys(skeletons):
+        for depth, component in enumerate(skeleton):
+            children.setdefault(skeleton[:depth], {})[component] = None
+    for a, b, depth in _divergences(names):
+        old, new = _skeleton(a[depth], kept), _skeleton(b[depth], kept)
+        if old != new:
+            parent = tuple(_skeleton(component, kept) for component in a[:depth])
+            after.setdefault(parent, {}).setdefault(old, {})[new] = None
+    rank = {
+        (*parent, component): place
+        for parent, found in children.items()
+        for place, component in enumerate(_merged(list(found), after.get(parent, {})))
+    }
+    ranks = {s: tuple(rank[s[: depth + 1]] for depth in range(len(s))) for s in dict.fromkeys(skeletons)}
+    return [ranks[skeleton] for skeleton in skeletons]
+
+
+def _merged(items: list[str], after: dict[str, dict[str, None]]) -> list[str]:
+    """Topological order, earliest item first where there is a choice; items of a cycle stay as they were."""
+    place = {item: number for number, item in enumerate(items)}
+    blockers = dict.fromkeys(items, 0)
+    for followers in after.values():
+        for follower in followers:
+            blockers[follower] += 1
+    free = [place[item] for item, count in blockers.items() if count == 0]
+    heapq.heapify(free)
+    done: dict[str, None] = {}
+    for fallback in items:
+        if not free and fallback not in done:  # only a cycle is left
+            free = [place[fallback]]
+        while free:
+            item = items[heapq.heappop(free)]
+            if item in done:
+                continue
+            done[item] = None
+            for follower in after.get(item, ()):
+                blockers[follower] -= 1
+                if blockers[follower] == 0:
+                    heapq.heappush(free, place[follower])
+    return list(done)
