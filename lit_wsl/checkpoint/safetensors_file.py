@@ -1,0 +1,77 @@
+"""Files of the safetensors format, by the safetensors library; tensors are read when asked for."""
+
+from __future__ import annotations
+
+import struct
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_wsl.checkpoint.document import Document, LazyTensor
+from lit_wsl.checkpoint.rebuild import RefusedError
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def is_safetensors(head: bytes, path: Path) -> bool:
+    """Tell the format by its first bytes: the length of a JSON header, and the header's brace."""
+    if len(head) < 9 or head[:2] == b"PK":
+        return False
+    (length,) = struct.unpack_from("<Q", head)
+    return head[8:9] == b"{" and (length < 1 << 40 or path.suffix == ".safetensors")
+
+
+def read_safetensors(path: Path) -> Document:
+    """Read the header of a safetensors file.
+
+    Raises:
+        RefusedError: if the file is damaged, or holds a dtype that torch does not have.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        opened = safe_open(str(path), framework="pt", device="cpu")
+        names = opened.offset_keys() if hasattr(opened, "offset_keys") else opened.keys()
+        slices = {name: opened.get_slice(name) for name in names}
+        metadata = dict(opened.metadata() or {})
+        tree = {
+            name: LazyTensor(torch.Size(part.get_shape()), _dtype(name, part.get_dtype()), partial(_get, opened, name))
+            for name, part in slices.items()
+        }
+    except SafetensorError as error:
+        raise RefusedError(f"a damaged or truncated safetensors file ({error})") from error
+    return Document("safetensors", tree, metadata=metadata)
+
+
+def _get(opened: object, name: str) -> Tensor:
+    from safetensors import SafetensorError
+
+    try:
+        return opened.get_tensor(name)  # type: ignore[attr-defined, no-any-return]
+    except SafetensorError as error:
+        raise RefusedError(f"a damaged safetensors file ({error})") from error
+
+
+def _dtype(name: str, code: object) -> torch.dtype:
+    if code not in _DTYPES:
+        raise RefusedError(f"a safetensors file whose tensor {name!r} has the dtype {code}, which is not supported")
+    return _DTYPES[str(code)]
