@@ -1,1 +1,1 @@
-"""Measurements of lit_wsl: real conversions with known truth, scale, and peers beside it. Not part of the test suite."""
+"""Measurements: real conversions with known truth, scale, and peers beside lit_wsl. Not part of the test suite."""

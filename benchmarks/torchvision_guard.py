@@ -1,8 +1,8 @@
 """Import this module before torchvision, timm, torchmetrics or lightning.
 
 The torchvision wheel that belongs to our torch is a CUDA build. Beside a CPU-only torch its compiled operators do not
-load, and the import of torchvision stops at the registration of fake kernels for operators that do not exist. Defining the
-schemas of these operators first is enough: no model of the gauntlet calls them.
+load, and the import of torchvision stops at the registration of fake kernels for operators that do not exist. Defining
+the schemas of these operators first is enough: no model of the gauntlet calls them.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Pair:
         source_call: What of the source is compared in the proof.
         target_call: What of the target is compared in the proof.
         new: Pattern of target names without a source.
-        permute: The truth needs a permutation of axes (interleaved heads, rotary layout), which names and shapes don't show.
+        permute: The truth needs a permutation of axes (interleaved heads, rotary layout).
         insensitive: Pattern of target parameters that the output does not depend on (a key's bias under softmax); the
             rule holds by analogy for them.
         tolerance: Largest difference of outputs, relative to the largest output, in float64.
@@ -173,8 +173,8 @@ class Pair:
             The target parameters that the output did not react to, all of them allowed by ``insensitive``.
 
         Raises:
-            TruthError: If names or shapes don't fit, if a target tensor is neither in the truth nor declared new, if the
-                outputs differ, or if the output does not depend on a parameter that the truth claims to place.
+            TruthError: If names or shapes don't fit, if a target tensor is neither in the truth nor new, if the outputs
+                differ, or if the output does not depend on a parameter that the truth claims to place.
         """
         source, target = self.build_source(), self.build_target()
         truth = self.expected(source.state_dict(), target)

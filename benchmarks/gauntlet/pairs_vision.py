@@ -351,7 +351,7 @@ def vits() -> list[Pair]:
 def _inverse_vit_names() -> tuple:
     return (
         concat(
-            [rf"vit\.layers\.(\d+)\.attention\.q_proj\.(weight|bias)"]
+            [r"vit\.layers\.(\d+)\.attention\.q_proj\.(weight|bias)"]
             + [rf"vit.layers.\1.attention.{part}_proj.\2" for part in "kv"],
             r"blocks.\1.attn.qkv.\2",
         ),
@@ -486,7 +486,7 @@ def timm_vgg(batch_norm: bool = False) -> nn.Module:
 def tv_densenet() -> nn.Module:
     from torchvision.models import DenseNet
 
-    return DenseNet(growth_rate=8, block_config=(2, 3, 4), num_classes=CLASSES)
+    return DenseNet(growth_rate=8, block_config=(2, 3, 4), num_init_features=16, num_classes=CLASSES)
 
 
 def timm_densenet() -> nn.Module:
@@ -543,7 +543,7 @@ def _timm(name: str, **options: object) -> nn.Module:
 
 
 def _efficientnet_block(match: re.Match[str]) -> str:
-    """torchvision numbers a block's units; in the first stage, which does not expand, all numbers are one lower."""
+    """Torchvision numbers a block's units; in the first stage, which does not expand, all numbers are one lower."""
     stage, block, unit = int(match[1]) - 1, match[2], int(match[3])
     if stage == 0:
         units = ["conv_dw|bn1", "se", "conv_pw|bn2"]

@@ -85,6 +85,11 @@ def add_axes(pattern: str, count: int = 2) -> Rule:
     return change(pattern, lambda value: value.reshape(*value.shape, *[1] * count))
 
 
+def add_leading_axis(pattern: str) -> Rule:
+    """Put an axis of size one in front."""
+    return change(pattern, lambda value: value.unsqueeze(0))
+
+
 def squeeze(pattern: str) -> Rule:
     """Remove all axes of size one."""
     return change(pattern, lambda value: value.squeeze())
@@ -103,7 +108,7 @@ def permute_axes(pattern: str, view: Sequence[int], order: Sequence[int]) -> Rul
 
 
 def split(pattern: str, into: Sequence[str], dim: int = 0, sizes: Sequence[int] | None = None) -> Rule:
-    """Cut a tensor into parts along ``dim``; ``into`` are templates of the match (``\\1``)."""
+    """Cut a tensor into parts along ``dim``; ``into`` are templates of the match."""
 
     def rule(state: Tensors) -> Tensors:
         out: Tensors = {}
@@ -130,7 +135,7 @@ def concat(parts: Sequence[str], into: str, dim: int = 0) -> Rule:
     def rule(state: Tensors) -> Tensors:
         out: Tensors = {}
         used: set[str] = set()
-        for name, value in state.items():
+        for name in state:
             match = re.fullmatch(parts[0], name)
             if match is None:
                 continue
@@ -151,7 +156,7 @@ def concat(parts: Sequence[str], into: str, dim: int = 0) -> Rule:
 
 
 def stack(pattern: str, into: str, dim: int = 0) -> Rule:
-    """Stack tensors that differ by an index, the group ``(?P<i>\\d+)``, along a new axis."""
+    r"""Stack tensors that differ by an index, the group ``(?P<i>\d+)``, along a new axis."""
 
     def rule(state: Tensors) -> Tensors:
         out: Tensors = {}
