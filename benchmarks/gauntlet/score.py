@@ -171,4 +171,4 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _digest(plan: Any) -> str:
-    return hashlib.sha256(repr((plan.entries, plan.ambiguous, plan.unmatched)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((plan.entries, plan.ambiguous)).encode()).hexdigest()[:16]
