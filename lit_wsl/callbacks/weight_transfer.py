@@ -20,6 +20,7 @@ from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.structure import describe
 from lit_wsl.transfer.api import Prepared, finish_transfer, open_source, prepare_transfer
 from lit_wsl.transfer.coverage import measure_coverage
+from lit_wsl.transfer.distributed import NOT_RUN, Ranks, has_sharded_tensors, refuse_wrapped
 from lit_wsl.transfer.plan import SideSummary, TransferPlan
 from lit_wsl.transfer.report import TransferReport
 
@@ -135,7 +136,7 @@ class WeightTransferCallback(Callback):
             self._take_back = when_whole(
                 trainer.strategy,
                 lambda: self._transfer(trainer, pl_module, stage, late=True),
-                lambda: needs_memory(pl_module),
+                lambda: needs_memory(pl_module) or has_sharded_tensors(pl_module),
             )
 
     def on_load_checkpoint(
@@ -193,18 +194,20 @@ class WeightTransferCallback(Callback):
     def _transfer(self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, *, late: bool = False) -> None:
         """Plan, apply, report."""
         self._take_back = None
-        tensors = open_source(self.checkpoint, self.checkpoint_weights)
-        prepared = self._prepare(trainer, model, stage, tensors)
-        report = finish_transfer(prepared, tensors, model)
+        ranks = Ranks.of_run()
+        ranks.together(lambda: refuse_wrapped(model, trainer.strategy))
+        tensors = ranks.together(lambda: open_source(self.checkpoint, self.checkpoint_weights))
+        prepared = self._prepare(trainer, model, stage, tensors, ranks)
+        report = finish_transfer(prepared, tensors, model, ranks=ranks)
         report = self._mind_copies(trainer, model, report, late=late)
         self._served = weakref.ref(model)
         self._announce(trainer, report)
 
     def _prepare(
-        self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, tensors: Mapping[str, Any]
+        self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, tensors: Mapping[str, Any], ranks: Ranks
     ) -> Prepared:
         """Make the plan: pure, touches neither the model nor tensor data."""
-        samples, remark = find_samples(trainer, model, stage)
+        samples, remark = ([], NOT_RUN) if has_sharded_tensors(model) else find_samples(trainer, model, stage)
         with quiet(trainer, model):
             prepared = prepare_transfer(
                 model,
@@ -215,6 +218,7 @@ class WeightTransferCallback(Callback):
                 plan=self.plan,
                 min_coverage=self.min_coverage,
                 old=self.source_module,
+                ranks=ranks,
             )
         return replace(prepared, notes=(*prepared.notes, remark)) if remark else prepared
 

@@ -16,6 +16,7 @@ from lit_wsl.structure import ModelDescription, describe, trace_execution_order
 from lit_wsl.transfer.apply import Progress, apply_plan
 from lit_wsl.transfer.checks import check_plan, left_alone
 from lit_wsl.transfer.coverage import Coverage, measure_coverage
+from lit_wsl.transfer.distributed import ALONE, NOT_RUN, Ranks, has_sharded_tensors
 from lit_wsl.transfer.floor import check_floor
 from lit_wsl.transfer.plan import TransferPlan
 from lit_wsl.transfer.report import TransferReport
@@ -120,12 +121,21 @@ def transfer_weights(
         incompatible_pairs=incompatible_pairs,
         adapt=adapt,
     )
-    tensors = open_source(source, checkpoint_weights)
+    ranks = Ranks.of_model(model)
+    tensors = ranks.together(lambda: open_source(source, checkpoint_weights))
     sample = [(example_args, dict(example_kwargs or {}))] if example_args or example_kwargs else []
     prepared = prepare_transfer(
-        model, tensors, source, options, samples=sample, plan=plan, min_coverage=min_coverage, old=source_module
+        model,
+        tensors,
+        source,
+        options,
+        samples=sample,
+        plan=plan,
+        min_coverage=min_coverage,
+        old=source_module,
+        ranks=ranks,
     )
-    return finish_transfer(prepared, tensors, model)
+    return finish_transfer(prepared, tensors, model, ranks=ranks)
 
 
 def open_source(source: Source, checkpoint_weights: Literal["auto", "model", "ema"] = "auto") -> Mapping[str, Tensor]:
@@ -154,8 +164,12 @@ def prepare_transfer(
     plan: TransferPlan | str | Path | None = None,
     min_coverage: float = 0.5,
     old: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """Describe both sides, match them or take the given plan, and check it. Changes nothing, reads no tensor data.
+
+    Of several processes all make the sample call, since it may communicate; rank zero makes the plan, and the others
+    check that it fits what they see.
 
     Args:
         model: The model to fill.
@@ -166,15 +180,39 @@ def prepare_transfer(
         plan: A plan to replay instead of matching.
         min_coverage: The floor.
         old: The module the checkpoint was saved from.
+        ranks: The processes that fill the model together.
 
     Returns:
         The checked transfer.
     """
+    if samples and has_sharded_tensors(model):
+        target, remark = describe(model), NOT_RUN
+    else:
+        target, remark = describe_target(model, samples)
+    prepared = ranks.once(
+        lambda: _plan_transfer(
+            target, tensors, source, options, samples=samples, plan=plan, min_coverage=min_coverage, old=old
+        )
+    )
+    label = str(source) if isinstance(source, (str, Path)) else None
+    ranks.together(lambda: None if ranks.is_zero else check_plan(prepared.plan, describe(tensors, label=label), target))
+    return replace(prepared, notes=(*prepared.notes, remark)) if remark else prepared
+
+
+def _plan_transfer(
+    target: ModelDescription,
+    tensors: Mapping[str, Tensor],
+    source: Source,
+    options: MatchingOptions,
+    *,
+    samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    plan: TransferPlan | str | Path | None,
+    min_coverage: float,
+    old: nn.Module | None,
+) -> Prepared:
+    """The part of :func:`prepare_transfer` that one process does for all."""
     notes: list[str] = list(tensors.notes) if isinstance(tensors, Checkpoint) else []
-    target, remark = describe_target(model, samples)
     theirs = describe_source(tensors, source, old, samples)
-    if remark:
-        notes.append(remark)
     if plan is not None:
         chosen = plan if isinstance(plan, TransferPlan) else TransferPlan.load(plan)
         chosen, dropped = _leave_alone(chosen, target)
@@ -192,10 +230,15 @@ def prepare_transfer(
 
 
 def finish_transfer(
-    prepared: Prepared, tensors: Mapping[str, Tensor], model: nn.Module, *, progress: Progress | None = None
+    prepared: Prepared,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    *,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> TransferReport:
     """Apply a prepared transfer, all or nothing, and report."""
-    applied = apply_plan(prepared.plan, tensors, model, progress=progress)
+    applied = apply_plan(prepared.plan, tensors, model, progress=progress, ranks=ranks)
     return prepared.report(warnings=applied.warnings, notes=applied.notes)
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import signal
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from lit_wsl.errors import LitWslError, TransferError
 from lit_wsl.structure.describe import HasMeta
 from lit_wsl.transfer.checks import describe_entry
+from lit_wsl.transfer.distributed import ALONE, Ranks, copy_into_shard, has_sharded_tensors, held_part, is_sharded
 from lit_wsl.transfer.operations import run_operations
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan
 
@@ -49,9 +52,12 @@ def copy_into(target: Tensor, value: Tensor) -> None:
     """Copy a value into a tensor of the model, in place; dtype, device, identity and ``requires_grad`` stay.
 
     Args:
-        target: The model's tensor.
+        target: The model's tensor; of a sharded one, each rank fills the part that it holds.
         value: A tensor of the same shape, on any device, of any dtype.
     """
+    if is_sharded(target):
+        copy_into_shard(target, value)
+        return
     with torch.no_grad():
         target.copy_(value)
 
@@ -62,7 +68,12 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def apply_plan(
-    plan: TransferPlan, tensors: Mapping[str, Tensor], model: nn.Module, *, progress: Progress | None = None
+    plan: TransferPlan,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    *,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Applied:
     """Fill a model in place by a plan that fits (:func:`lit_wsl.transfer.checks.check_plan`), all or nothing.
 
@@ -74,6 +85,7 @@ def apply_plan(
         tensors: The checkpoint's tensors by name; may read them lazily.
         model: The model to fill.
         progress: Called with ``("verify" | "copy", bytes)`` after each entry.
+        ranks: The processes that fill the model together; what fails on one of them is undone on all.
 
     Returns:
         What was noticed on the way.
@@ -82,12 +94,22 @@ def apply_plan(
         TransferError: If something fails; the model is as it was before, bit for bit.
     """
     targets = live_tensors(model)
-    _check_targets(plan, targets, model)
-    warnings, casts = _verify(plan.entries, tensors, targets, progress or _silent)
+    note_progress = progress or _silent
+    # The ranks of a sharded model divide the looking too; replicas each look at all that they are going to copy.
+    divided = has_sharded_tensors(model)
+
+    def verify() -> tuple[list[str], dict[tuple[str, str], int]]:
+        _check_targets(plan, targets, model)
+        return _verify(ranks.share(plan.entries) if divided else plan.entries, tensors, targets, note_progress)
+
+    found = ranks.gather(ranks.together(verify))
     with _interrupt_later():
-        _copy(plan.entries, tensors, targets, progress or _silent)
-    notes = tuple(f"cast {n} tensors from {a} to {b}" for (a, b), n in sorted(casts.items()))
-    return Applied(tuple(warnings), notes)
+        _copy(plan.entries, tensors, targets, note_progress, ranks)
+    warnings = dict.fromkeys(text for texts, _ in found for text in texts)
+    casts: Counter[tuple[str, str]] = Counter()
+    for _, counted in found if divided else found[:1]:
+        casts.update(counted)
+    return Applied(tuple(warnings), tuple(f"cast {n} tensors from {a} to {b}" for (a, b), n in sorted(casts.items())))
 
 
 def _silent(stage: str, size: int) -> None:
@@ -115,6 +137,11 @@ def _check_targets(plan: TransferPlan, targets: Mapping[str, Tensor], model: nn.
                     f"{name} is made up by the model's state_dict() and is no tensor of the model itself, so it cannot "
                     "be filled in place. Load into the inner module instead."
                 )
+            if is_sharded(target) and any(op.needs_target for op in entry.operations):
+                raise TransferError(
+                    f"{entry.badge} needs the present values of {name}, which are spread over several processes. Make "
+                    "the adapted checkpoint in one process first (plan.convert_checkpoint, or the convert command)."
+                )
 
 
 def _verify(
@@ -128,6 +155,11 @@ def _verify(
         with _named(entry):
             values = [tensors[name] for name in entry.sources]
             for name, value in zip(entry.sources, values):
+                if is_sharded(value):
+                    raise TransferError(
+                        f"the source's {name} is sharded. Give whole tensors: get_model_state_dict(model, "
+                        "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict."
+                    )
                 warnings += _look_at(name, value, targets[entry.targets[0]].dtype)
                 size += value.nbytes
             if any(op.name == "tie" or not op.lossless for op in entry.operations):
@@ -164,28 +196,36 @@ def _look_at(name: str, value: Tensor, wanted: torch.dtype) -> Iterator[str]:
 
 
 def _copy(
-    entries: Sequence[PlanEntry], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], progress: Progress
+    entries: Sequence[PlanEntry],
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    progress: Progress,
+    ranks: Ranks,
 ) -> None:
-    """Copy everything; on any failure put back what was there."""
-    total = sum(targets[name].nbytes for entry in entries for name in entry.targets)
+    """Copy everything; on any failure, on any rank, put back what was there."""
+    total = sum(held_part(targets[name]).nbytes for entry in entries for name in entry.targets)
     own = {_storage(t) for t in targets.values()} - {0}
     # Copies that allocate can fail for want of memory, so they go first, while little has to be taken back.
-    ordered = sorted(entries, key=lambda entry: _allocates(entry))
-    ordered.reverse()
+    stages = [entry for entry in entries if _allocates(entry)], [entry for entry in entries if not _allocates(entry)]
     # Sources that are the model's own tensors (a model filled from itself) must all be read before any is written.
     in_memory = () if isinstance(tensors, HasMeta) else tuple(n for entry in entries for n in entry.sources)
     held = {name: tensors[name].clone() for name in in_memory if _storage(tensors[name]) in own}
     with _UndoLog(max(_MIN_BUDGET, total // 8)) as undo:
-        try:
-            for entry in ordered:
+
+        def copy_all(stage: Sequence[PlanEntry]) -> None:
+            for entry in stage:
                 with _named(entry):
                     values = [held[n] if n in held else tensors[n] for n in entry.sources]
                     outputs = [targets[name] for name in entry.targets]
                     results = run_operations(entry.operations, values, outputs)
                     for target, result in zip(outputs, results, strict=True):
-                        undo.remember(target, must=_allocates(entry))
+                        undo.remember(held_part(target), must=_allocates(entry))
                         copy_into(target, result)
                 progress("copy", sum(target.nbytes for target in outputs))
+
+        try:
+            for stage in stages:
+                ranks.together(partial(copy_all, stage))
         except BaseException:
             undo.restore()
             raise
