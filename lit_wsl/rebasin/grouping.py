@@ -1,0 +1,249 @@
+"""From units to a permutation spec: units of equal use are the units of one group."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from lit_wsl.rebasin.rules import Run
+from lit_wsl.rebasin.spec import AxisSpec, PermutationGroup, PermutationSpec
+from lit_wsl.rebasin.units import FIXED, Array, mix
+
+Place = tuple[int, int]
+_NOWHERE = np.iinfo(np.int64).max
+
+
+class Grouping:
+    """Sorts the units of a finished run into groups, and the groups into a spec."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.units = run.algebra.units
+        self.order = sorted(run.axes)
+        self.arrays: dict[Place, Array] = {place: self.units.find(run.axes[place]) for place in self.order}
+        self.parent = self.units.parents(np.arange(len(self.units)))
+        self.groups: dict[str, PermutationGroup] = {}
+        self.member: dict[int, tuple[str, int]] = {}  # unit -> its group and its number in it
+        self.reasons: dict[Place, str] = {}
+
+    def build(self) -> PermutationSpec:
+        """The spec."""
+        colour, first = self._colours()
+        self._sort_into_groups(colour, first)
+        axes: dict[str, dict[int, AxisSpec]] = {}
+        used: set[str] = set()
+        for place in self.order:
+            spec = self._axis(place)
+            if spec is not None and spec.groups:
+                for name in self.run.trace.parameters[place[0]]:
+                    axes.setdefault(name, {})[place[1]] = spec
+                used.update(spec.groups)
+        groups = {name: group for name, group in self.groups.items() if self._needed(name, used)}
+        shapes, frozen = {}, {}
+        for number, names in self.run.trace.parameters.items():
+            for name in names:
+                shapes[name] = self.run.shape_of(number)
+                if why := self._why(number):
+                    frozen[name] = why
+        return PermutationSpec(groups, axes, shapes=shapes, frozen=frozen)
+
+    def _needed(self, name: str, used: set[str]) -> bool:
+        return name in used
+
+    def _why(self, number: int) -> dict[int, str]:
+        why = {}
+        for axis, size in enumerate(self.run.shape_of(number)):
+            if size < 2 or (number, axis) not in self.arrays:
+                continue
+            if (number, axis) in self.reasons:
+                why[axis] = self.reasons[(number, axis)]
+                continue
+            still = self.run.axes[(number, axis)][self.arrays[(number, axis)] == FIXED]
+            reasons = Counter(r for r in self.units.reason(still) if r) if still.size else Counter()
+            if reasons:
+                why[axis] = max(sorted(reasons), key=lambda r: reasons[r])
+        return why
+
+    # ---- colours -----------------------------------------------------------------------------------------------------
+
+    def _colours(self) -> tuple[np.ndarray, np.ndarray]:
+        """Colour of every unit (equal: interchangeable as far as use tells) and its first position anywhere."""
+        colour = self.units.signatures()
+        unused = (colour == 0) & (self.parent == FIXED)
+        first = np.full(len(self.units), _NOWHERE)
+        position = 0
+        with np.errstate(over="ignore"):
+            for place in self.order:
+                flat = self.arrays[place].ravel()
+                np.add.at(colour, flat, np.uint64(mix(*place, 77)))
+                np.minimum.at(first, flat, position + np.arange(flat.size))
+                position += flat.size
+            colour[unused] = 0
+            # Blocks: what their children look like, from the innermost level outwards.
+            depth = self.units.depth(np.arange(len(self.units)))
+            for level in range(int(depth.max()), 0, -1):
+                child = np.nonzero((depth == level) & (first != _NOWHERE))[0]
+                child = child[self.units.find(child) == child]
+                mixed = (colour[child] ^ np.uint64(0x5851F42D4C957F2D)) * np.uint64(0x14057B7EF767814F)
+                np.add.at(colour, self.parent[child], mixed ^ (mixed >> np.uint64(29)))
+                np.minimum.at(first, self.parent[child], first[child])
+        return colour, first
+
+    def _sort_into_groups(self, colour: np.ndarray, first: np.ndarray) -> None:
+        roots = np.unique(self.units.find(np.nonzero((first != _NOWHERE) & (colour != 0))[0]))
+        live = [int(u) for u in roots if u != FIXED and colour[u] != 0 and first[u] != _NOWHERE]
+        live.sort(key=lambda u: (int(first[u]), u))
+        by_parent: dict[int, list[int]] = defaultdict(list)
+        for unit in live:
+            by_parent[int(self.parent[unit])].append(unit)
+        names = self._names(live, first)
+        self._level(by_parent, [((), FIXED)], None, colour, names)
+
+    def _level(
+        self,
+        by_parent: Mapping[int, list[int]],
+        parents: list[tuple[tuple[int, ...], int]],
+        parent: str | None,
+        colour: np.ndarray,
+        names: Mapping[int, str],
+    ) -> None:
+        """Groups among the children of the units of one group, one family for each colour."""
+        families: dict[int, list[list[int]]] = {}
+        for row, (_, block) in enumerate(parents):
+            sorted_out: dict[int, list[int]] = defaultdict(list)
+            for unit in by_parent.get(block, ()):
+                sorted_out[int(colour[unit])].append(unit)
+            for key, members in sorted_out.items():
+                families.setdefault(key, [[] for _ in parents])[row] = members
+        for members_by_row in families.values():
+            sizes = {len(members) for members in members_by_row}
+            if len(sizes) > 1:
+                # Not the same in every block of the parent: nothing may be said of it here.
+                continue
+            size = sizes.pop()
+            nested = [
+                ((*path, k), unit)
+                for (path, _), members in zip(parents, members_by_row, strict=True)
+                for k, unit in enumerate(members)
+            ]
+            if size == 1 and parent is None:
+                self._level(by_parent, [((), nested[0][1])], None, colour, names)
+                continue
+            if size == 1:
+                # One unit inside each block: it moves with the block, and so does all that is inside of it.
+                for (_, unit), (_, block) in zip(nested, parents, strict=True):
+                    self.member[unit] = self.member[block]
+                self._level(by_parent, [(p[:-1], u) for p, u in nested], parent, colour, names)
+                continue
+            name = self._unique(names[nested[0][1]])
+            self.groups[name] = PermutationGroup(name, size, parent)
+            for path, unit in nested:
+                self.member[unit] = (name, path[-1])
+            self._level(by_parent, nested, name, colour, names)
+
+    def _names(self, live: list[int], first: np.ndarray) -> dict[int, str]:
+        starts = np.cumsum([0, *(self.arrays[place].size for place in self.order)])
+        names = {}
+        for unit in live:
+            place = self.order[int(np.searchsorted(starts, first[unit], side="right")) - 1]
+            names[unit] = f"{self.run.trace.parameters[place[0]][0]}:{place[1]}"
+        return names
+
+    def _unique(self, name: str) -> str:
+        base, count = name, 1
+        while name in self.groups:
+            name, count = f"{base}/{count}", count + 1
+        return name
+
+    # ---- axes --------------------------------------------------------------------------------------------------------
+
+    def _chain(self, unit: int) -> dict[str, int]:
+        """Coordinates of a unit: its number in its group, and those of the blocks around it."""
+        coords: dict[str, int] = {}
+        while unit != FIXED:
+            if unit in self.member:
+                name, number = self.member[unit]
+                coords.setdefault(name, number)
+            unit = int(self.parent[unit])
+        return coords
+
+    def _axis(self, place: Place) -> AxisSpec | None:
+        array, joint = self.arrays[place], self.run.joints.get(place)
+        if joint is None or array.shape[joint.outer_axis] == 1:
+            return self._plain(array.ravel())
+        rows = np.moveaxis(array, (joint.outer_axis, place[1]), (0, 1)).reshape(-1, array.shape[place[1]])
+        if (rows == rows[:1]).all():
+            return self._plain(rows[0])
+        outer_array = self.arrays.get((place[0], joint.outer_axis))
+        outer = self._plain(outer_array.ravel()) if outer_array is not None else self._plain(np.zeros(0, np.int64))
+        specs = [self._plain(row) for row in rows]
+        inner = tuple(g for g in specs[0].groups if not self._given(g, specs, outer))
+        if not inner and not any(spec.groups for spec in specs):
+            return None
+        if not (self._ancestors(inner) <= {*outer.groups, *inner} and self._alike(specs, outer, inner)):
+            raise _Retry(rows)
+        if not inner:
+            return None
+        return AxisSpec(inner, torch.stack([specs[0].coordinate(g) for g in inner]), joint.outer_axis)
+
+    def _given(self, group: str, specs: list[AxisSpec], outer: AxisSpec) -> bool:
+        """Whether the place on the outer axis alone says which unit of a group a row belongs to."""
+        return group in outer.groups and all(
+            group not in spec.groups or bool((spec.coordinate(group) == outer.coordinate(group)[k]).all())
+            for k, spec in enumerate(specs)
+        )
+
+    def _alike(self, specs: list[AxisSpec], outer: AxisSpec, inner: tuple[str, ...]) -> bool:
+        """Whether all rows of a joint axis have the same inner coordinates, and the outer ones of their own row."""
+        for k, spec in enumerate(specs):
+            if not set(inner) <= set(spec.groups):
+                return False
+            for group in spec.groups:
+                mine = spec.coordinate(group)
+                if group in inner:
+                    if not torch.equal(mine, specs[0].coordinate(group)):
+                        return False
+                elif not bool(((mine == outer.coordinate(group)[k]) | (mine < 0)).all()):
+                    return False
+        return True
+
+    def _ancestors(self, names: tuple[str, ...]) -> set[str]:
+        above: set[str] = set()
+        for name in names:
+            parent = self.groups[name].parent
+            while parent is not None:
+                above.add(parent)
+                parent = self.groups[parent].parent
+        return above
+
+    def _plain(self, flat: Array) -> AxisSpec:
+        chains = {int(u): self._chain(int(u)) for u in np.unique(flat)}
+        present = {name for chain in chains.values() for name in chain}
+        groups = tuple(name for name in self.groups if name in present)
+        coords = torch.full((len(groups), flat.size), -1, dtype=torch.long)
+        values, inverse = np.unique(flat, return_inverse=True)
+        for row, name in enumerate(groups):
+            numbers = np.array([chains[int(u)].get(name, -1) for u in values], dtype=np.int64)
+            coords[row] = torch.from_numpy(numbers[inverse.reshape(-1)])
+        return AxisSpec(groups, coords)
+
+
+class _Retry(Exception):  # noqa: N818  (control flow, not an error)
+    """Some units cannot be expressed: freeze them and sort again."""
+
+    def __init__(self, rows: Array) -> None:
+        super().__init__("freeze and sort again")
+        self.rows = rows
+
+
+def build_spec(run: Run) -> PermutationSpec:
+    """The permutation spec of a finished run."""
+    for _ in range(50):
+        try:
+            return Grouping(run).build()
+        except _Retry as retry:
+            run.algebra.units.freeze(retry.rows, "differs between the blocks of another axis")
+    return PermutationSpec({}, {})

@@ -1,0 +1,80 @@
+"""Infer the permutation spec of any model from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin import rules_compute, rules_index, rules_shape  # noqa: F401  (they register their rules)
+from lit_wsl.rebasin.grouping import build_spec
+from lit_wsl.rebasin.rules import Joint, Run
+from lit_wsl.rebasin.spec import PermutationSpec
+from lit_wsl.rebasin.tracing import Trace, trace_forward, undisturbed
+
+MAX_PASSES = 5
+
+
+def infer_permutation_spec(
+    model: nn.Module,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    verify: bool = True,
+) -> PermutationSpec:
+    """Find every permutation of units that leaves the function of a model as it is.
+
+    One forward pass is recorded at the ATen level. Every position of every parameter axis (and of the statistics of
+    norms) is a unit; operations that move data move units, operations that compute tie units together, fix them, or
+    tie them into blocks (heads, groups, experts). Units of equal use form a group. An operation without a rule fixes
+    all that enters it.
+
+    Args:
+        model: Any module; its mode, buffers, gradients and the random state are left as they were.
+        example_args: Positional arguments of one call.
+        example_kwargs: Keyword arguments of the call.
+        verify: Check the result with :func:`verify_permutation_spec` and drop groups that would break the function.
+
+    Returns:
+        The spec; ``spec.summary()`` says what was found, ``spec.coverage`` how much of the parameters it moves.
+
+    Raises:
+        RebasinError: The forward pass fails, or no axis at all may be permuted.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> spec = infer_permutation_spec(net, (torch.ones(1, 3),))
+    >>> [(group.name, group.size) for group in spec.groups.values()]
+    [('0.weight:0', 8)]
+    """
+    with undisturbed(model):
+        try:
+            trace = trace_forward(model, example_args, example_kwargs)
+        except RebasinError:
+            raise
+        except Exception as error:
+            raise RebasinError(
+                f"The forward pass of {type(model).__name__} with the example arguments failed "
+                f"({type(error).__name__}: {error}); pass example_args and example_kwargs that fit its forward()."
+            ) from error
+    spec = spec_from_trace(trace)
+    spec = replace(spec, parameters=tuple(dict(model.named_parameters())))
+    if verify and spec.groups:
+        from lit_wsl.rebasin.verify import verify_permutation_spec
+
+        spec = verify_permutation_spec(spec, model, example_args, example_kwargs).spec
+    return spec
+
+
+def spec_from_trace(trace: Trace) -> PermutationSpec:
+    """Apply the rules to a trace until no rule asks for a finer labelling."""
+    joints: dict[tuple[int, int], Joint] = {}
+    for _ in range(MAX_PASSES):
+        run = Run(trace, joints=dict(joints)).run()
+        if not run.requests:
+            break
+        joints.update(run.requests)
+    return build_spec(run)

@@ -1,0 +1,281 @@
+"""Labels of tensors: which unit stands at each position of each axis, and what computing does to units.
+
+A label of a tensor is a list of *factors*. A factor is an integer array of units with as many axes as the tensor; it
+has size 1 on the axes it does not depend on. A channel axis is one factor of shape ``(1, C, 1, 1)``; a query of an
+attention layer ``(1, heads, 1, head_dim)``. An axis without a factor is not moved by anything. ``varies`` says on which
+axes the *values* may differ: what is constant along an axis (a broadcast, zeros) goes with any permutation of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from lit_wsl.rebasin.units import Array, Units, mix
+
+MAX_LABEL = 4_000_000
+"""Largest label array that is built; what would need more stays fixed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Label:
+    """Label of one tensor.
+
+    Attributes:
+        shape: Shape of the tensor.
+        factors: Arrays of units, see the module.
+        varies: Whether the values may differ along each axis.
+        tainted: The tensor depends on the example inputs.
+        values: For integer tensors that index units (top-k indices): the unit of each index value.
+        routed: Rows were picked by a routing decision: they stand in an order of their own.
+        segments: For row offsets of a grouped product: the unit of each segment.
+        origin: The parameter this tensor is a view or a rescaling of.
+    """
+
+    shape: tuple[int, ...]
+    factors: tuple[Array, ...] = ()
+    varies: tuple[bool, ...] = ()
+    tainted: bool = False
+    values: Array | None = None
+    routed: bool = False
+    segments: Array | None = None
+    origin: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.varies) != len(self.shape):
+            object.__setattr__(self, "varies", (True,) * len(self.shape))
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+
+def depends(factor: Array) -> frozenset[int]:
+    """Axes on which a factor depends."""
+    return frozenset(axis for axis, size in enumerate(factor.shape) if size > 1)
+
+
+def compress(factor: Array) -> Array:
+    """Size 1 on every axis along which the units are equal."""
+    for axis, size in enumerate(factor.shape):
+        if size > 1:
+            first = factor.take([0], axis=axis)
+            if (factor == first).all():
+                factor = first
+    return factor
+
+
+@dataclass
+class Algebra:
+    """What computing does to labels: unify, freeze, form blocks. State is the :class:`Units` and the current node."""
+
+    units: Units = field(default_factory=Units)
+    node: int = 0
+
+    # ---- factors -----------------------------------------------------------------------------------------------------
+
+    def settle(self, label: Label) -> Label:
+        """Factors by the representatives of their units, without those that say nothing."""
+        if not label.factors:
+            return label
+        kept: list[Array] = []
+        for factor in label.factors:
+            found = compress(self.units.find(factor))
+            if depends(found) and found.any():
+                kept.append(found)
+        return replace(label, factors=tuple(self.prune(kept)))
+
+    def prune(self, factors: Sequence[Array]) -> list[Array]:
+        """Leave out factors that are repeated, or are the blocks of another factor."""
+        kept: list[Array] = []
+        for i, factor in enumerate(factors):
+            mine = depends(factor)
+            implied = False
+            for j, other in enumerate(factors):
+                if i == j or not mine <= depends(other):
+                    continue
+                if mine == depends(other):
+                    if j < i and np.array_equal(factor, other):
+                        implied = True
+                    continue
+                current = other
+                for _ in range(4):
+                    current = self.units.parents(current)
+                    if not current.any():
+                        break
+                    if (np.broadcast_to(factor, np.broadcast_shapes(factor.shape, current.shape)) == current).all():
+                        implied = True
+                        break
+            if not implied:
+                kept.append(factor)
+        return kept
+
+    def blocks(self, factor: Array, along: Iterable[int]) -> Array | None:
+        """The blocks that fibres of a factor along some axes form; None if nothing is left that moves."""
+        factor = self.units.find(factor)
+        dims = depends(factor)
+        gone = sorted(dims.intersection(along))
+        if not gone:
+            return factor
+        keep = sorted(dims.difference(gone))
+        if not keep:
+            return None
+        rest = [axis for axis in range(factor.ndim) if axis not in gone and axis not in keep]
+        moved = factor.transpose([*keep, *gone, *rest])
+        rows = int(np.prod([factor.shape[a] for a in keep]))
+        found = self.units.blocks_of_rows(np.ascontiguousarray(moved).reshape(rows, -1))
+        if found is None or not found.any():
+            return None
+        shape = [factor.shape[axis] if axis in keep else 1 for axis in range(factor.ndim)]
+        return found.reshape(shape)
+
+    def freeze(self, label: Label, reason: str) -> None:
+        """Everything that moves this tensor stays."""
+        for factor in label.factors:
+            self.units.freeze(factor, reason)
+        for extra in (label.values, label.segments):
+            if extra is not None:
+                self.units.freeze(extra, reason)
+
+    def pin(self, factor: Array, along: Iterable[int], reason: str) -> Array | None:
+        """The order along some axes stays: what remains are whole blocks."""
+        along = list(along)
+        factor = self.units.find(factor)
+        if not depends(factor).intersection(along):
+            return factor
+        block = self.blocks(factor, along)
+        if block is None:
+            self.units.freeze(factor, reason)
+            return None
+        self.units.collapse(factor, block)
+        return self.units.find(block)
+
+    def pinned(self, label: Label, along: Iterable[int], reason: str) -> Label:
+        """A label with the order along some axes fixed."""
+        along = list(along)
+        factors = [self.pin(factor, along, reason) for factor in label.factors]
+        return self.settle(replace(label, factors=tuple(f for f in factors if f is not None)))
+
+    def sign(self, label: Label, operand: int) -> None:
+        """Note that the current computation used the units of a label."""
+        for factor in label.factors:
+            code = mix(self.node, operand, *sorted(depends(factor)))
+            self.units.sign(factor, code, once=label.routed)
+
+    # ---- computing ---------------------------------------------------------------------------------------------------
+
+    def join(
+        self, labels: Sequence[Label], shape: Sequence[int], reason: str = "combined with something that stays"
+    ) -> Label:
+        """Combine operands position by position, with broadcasting: they all have to move alike."""
+        shape = tuple(shape)
+        aligned = [self._align(label, len(shape)) for label in labels]
+        for operand, label in enumerate(aligned):
+            self.sign(label, operand)
+        varies = tuple(any(label.varies[a] and label.shape[a] > 1 for label in aligned) for a in range(len(shape)))
+        tainted = any(label.tainted for label in labels)
+        routed = any(label.routed for label in labels)
+        origins = [label.origin for label in labels if label.shape == shape and label.origin is not None]
+        moving = [label for label in aligned if label.factors]
+        origin = origins[0] if len(origins) == 1 and not tainted else None
+        result = Label(shape, (), varies, tainted=tainted, routed=routed, origin=origin)
+        if not moving:
+            return result
+        aligned = self._pin_where_fixed(aligned, shape, reason)
+        factors = self._reconcile([factor for label in aligned for factor in label.factors], reason)
+        return self.settle(replace(result, factors=tuple(factors)))
+
+    def _align(self, label: Label, ndim: int) -> Label:
+        label = self.settle(label)
+        extra = ndim - label.ndim
+        if extra <= 0:
+            return label
+        factors = tuple(f.reshape((1,) * extra + f.shape) for f in label.factors)
+        return replace(label, shape=(1,) * extra + label.shape, factors=factors, varies=(False,) * extra + label.varies)
+
+    def _pin_where_fixed(self, labels: Sequence[Label], shape: Sequence[int], reason: str) -> list[Label]:
+        """Where one operand moves along an axis and another varies there without moving, nothing may move."""
+        moved = [frozenset().union(*(depends(f) for f in label.factors)) for label in labels]
+        anywhere = frozenset().union(*moved)
+        fixed = {
+            axis
+            for axis in anywhere
+            for label, mine in zip(labels, moved, strict=True)
+            if label.shape[axis] > 1 and label.varies[axis] and axis not in mine
+        }
+        if not fixed:
+            return list(labels)
+        return [self.pinned(label, fixed, reason) for label in labels]
+
+    def _reconcile(self, factors: list[Array], reason: str) -> list[Array]:
+        """Make factors of several operands agree: equal axes unify, overlapping ones agree on their blocks."""
+        by_axes: dict[frozenset[int], Array] = {}
+        for factor in factors:
+            mine = depends(factor)
+            if mine in by_axes:
+                self.units.unify(by_axes[mine], factor, reason)
+            else:
+                by_axes[mine] = factor
+        keys = sorted(by_axes, key=lambda axes: (len(axes), sorted(axes)))
+        for i, one in enumerate(keys):
+            for two in keys[i + 1 :]:
+                common = one & two
+                if not common:
+                    continue
+                first, second = self.blocks(by_axes[one], one - common), self.blocks(by_axes[two], two - common)
+                if first is None or second is None:
+                    for factor in (by_axes[one], by_axes[two]):
+                        self.pin(factor, common, reason)
+                    continue
+                first, second = np.broadcast_arrays(first, second)
+                self.units.unify(first, second, reason)
+        return [by_axes[key] for key in keys]
+
+    def reduce(self, label: Label, axes: Iterable[int], keepdim: bool) -> Label:
+        """Sum, mean, maximum over axes."""
+        label = self.settle(label)
+        axes = sorted({axis % max(label.ndim, 1) for axis in axes})
+        factors = [self.blocks(factor, axes) for factor in label.factors]
+        kept = tuple(f for f in factors if f is not None)
+        if keepdim:
+            shape = tuple(1 if a in axes else n for a, n in enumerate(label.shape))
+            varies = tuple(a not in axes and v for a, v in enumerate(label.varies))
+            return self.settle(Label(shape, kept, varies, tainted=label.tainted, routed=label.routed))
+        stay = [a for a in range(label.ndim) if a not in axes]
+        kept = tuple(f.reshape([f.shape[a] for a in stay]) for f in kept)
+        shape = tuple(label.shape[a] for a in stay)
+        varies = tuple(label.varies[a] for a in stay)
+        return self.settle(Label(shape, kept, varies, tainted=label.tainted, routed=label.routed))
+
+    def normalise(self, label: Label, axes: Iterable[int]) -> Label:
+        """Softmax, norms: each position depends on all along some axes, symmetrically."""
+        label = self.settle(label)
+        axes = sorted({axis % max(label.ndim, 1) for axis in axes})
+        for factor in label.factors:
+            self.blocks(factor, axes)
+        varies = tuple(v for v in label.varies)
+        return self.settle(replace(label, varies=varies, values=None, segments=None))
+
+    def contract(self, labels: Sequence[Label], letters: Sequence[str], out: str, sizes: dict[str, int]) -> Label:
+        """Einstein sum of labelled tensors: join over all letters, reduce those that are not in ``out``."""
+        every = out + "".join(sorted({c for word in letters for c in word if c not in out}))
+        shape = tuple(sizes[c] for c in every)
+        spread = [self._spread(label, word, every) for label, word in zip(labels, letters, strict=True)]
+        joined = self.join(spread, shape, "multiplied with something that stays")
+        reduced = self.reduce(joined, range(len(out), len(every)), keepdim=False)
+        return replace(reduced, varies=(True,) * len(out))
+
+    def _spread(self, label: Label, word: str, every: str) -> Label:
+        label = self.settle(label)
+        order = sorted(range(len(word)), key=lambda k: every.index(word[k]))
+        shape = tuple(label.shape[word.index(c)] if c in word else 1 for c in every)
+        varies = tuple(c in word and label.varies[word.index(c)] for c in every)
+        factors = []
+        for factor in label.factors:
+            moved = factor.transpose(order)
+            sizes = {word[k]: factor.shape[k] for k in order}
+            factors.append(moved.reshape([sizes.get(c, 1) for c in every]))
+        return replace(label, shape=shape, factors=tuple(factors), varies=varies)

@@ -1,0 +1,240 @@
+"""What each ATen operation does to labels: the registry of rules, and the run over a trace.
+
+A rule takes the :class:`Run` and the node and returns the labels of what the node returns. An operation without a rule
+freezes all that enters it, so that what is found is safe by construction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from lit_wsl.rebasin.labels import Algebra, Label
+from lit_wsl.rebasin.tracing import Node, Ref, Trace
+from lit_wsl.rebasin.units import Array
+
+Rule: TypeAlias = Callable[["Run", Node], "Label | Sequence[Label]"]
+RULES: dict[str, Rule] = {}
+PATTERNS: list[tuple[re.Pattern[str], Rule]] = []
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operations by name."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[f"aten.{name}" if "." not in name else name] = function
+        return function
+
+    return register
+
+
+def pattern(expression: str) -> Callable[[Rule], Rule]:
+    """Register a rule for all operations whose name matches."""
+
+    def register(function: Rule) -> Rule:
+        PATTERNS.append((re.compile(expression), function))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Joint:
+    """An axis whose units are different for each place on another axis: ``(outer axis, number of outer blocks)``."""
+
+    outer_axis: int
+    blocks: int
+
+
+@dataclass
+class Run:
+    """One pass of the rules over a trace."""
+
+    trace: Trace
+    joints: dict[tuple[int, int], Joint] = field(default_factory=dict)
+    algebra: Algebra = field(default_factory=Algebra)
+    labels: dict[int, Label] = field(default_factory=dict)
+    axes: dict[tuple[int, int], Array] = field(default_factory=dict)
+    requests: dict[tuple[int, int], Joint] = field(default_factory=dict)
+    unknown: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._starts: list[int] = []
+        self._owners: list[tuple[int, int]] = []
+        self._by_storage: dict[int, list[int]] = {}
+        for number in self.trace.parameters:
+            self._label_parameter(number)
+
+    def _label_parameter(self, number: int) -> None:
+        shape = self.trace.tensors[number].shape
+        factors = []
+        for axis, size in enumerate(shape):
+            if size < 2:
+                continue
+            joint = self.joints.get((number, axis))
+            view = [1] * len(shape)
+            view[axis] = size
+            self._starts.append(len(self.algebra.units))
+            self._owners.append((number, axis))
+            if joint is None:
+                units = self.algebra.units.fresh(size)
+                factor = units.reshape(view)
+            else:
+                outer = shape[joint.outer_axis]
+                fresh = self.algebra.units.fresh(joint.blocks * size).reshape(joint.blocks, size)
+                rows = np.repeat(fresh, outer // joint.blocks, axis=0)
+                view[joint.outer_axis] = outer
+                factor = (rows if joint.outer_axis < axis else rows.T).reshape(view)
+            self.axes[(number, axis)] = factor
+            factors.append(factor)
+        self._set(number, Label(shape, tuple(factors), origin=number))
+
+    def owner(self, factor: Array) -> tuple[int, int] | None:
+        """Parameter and axis that all units of a factor were made for, None if they come from several."""
+        found = self.algebra.units.find(factor)
+        low, high = int(found.min()), int(found.max())
+        place = int(np.searchsorted(self._starts, low, side="right")) - 1
+        same = int(np.searchsorted(self._starts, high, side="right")) - 1
+        if low == 0 or place < 0 or place != same:
+            return None
+        return self._owners[place]
+
+    def label(self, value: Any) -> Label:
+        """Label of a tensor; constants and example inputs are not moved by anything."""
+        if not isinstance(value, Ref):
+            return Label(())
+        found = self.labels.get(value.number)
+        if found is None:
+            found = Label(self.trace.tensors[value.number].shape, tainted=value.number in self.trace.inputs)
+            self._set(value.number, found)
+        return found
+
+    def _set(self, number: int, label: Label) -> None:
+        if number not in self.labels:
+            self._by_storage.setdefault(self.trace.tensors[number].storage, []).append(number)
+        self.labels[number] = label
+
+    def integers(self, node: Node, value: Any) -> torch.Tensor | None:
+        """The values of an integer tensor when the node ran, None if it was too large to keep."""
+        return self.trace.integers.get((node.number, value.number)) if isinstance(value, Ref) else None
+
+    def aliases(self, value: Any) -> list[int]:
+        """Other tensors with the same storage."""
+        if not isinstance(value, Ref):
+            return []
+        same = self._by_storage.get(self.trace.tensors[value.number].storage, [])
+        return [number for number in same if number != value.number]
+
+    def shape(self, value: Any) -> tuple[int, ...]:
+        """Shape of a tensor of the trace."""
+        return self.trace.tensors[value.number].shape if isinstance(value, Ref) else ()
+
+    def shape_of(self, number: int) -> tuple[int, ...]:
+        """Shape of a tensor by its number."""
+        return self.trace.tensors[number].shape
+
+    def request(self, number: int, axis: int, joint: Joint) -> None:
+        """Ask for a further pass in which an axis has other units for each place on another axis."""
+        if (number, axis) not in self.joints:
+            self.requests[(number, axis)] = joint
+
+    # ---- running -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Run:
+        """Apply the rules to every node, then fix the outputs."""
+        for node in self.trace.nodes:
+            self.step(node)
+        for output in self.trace.outputs:
+            self.algebra.freeze(self.label(output), "output of the model")
+        return self
+
+    def step(self, node: Node) -> None:
+        """Apply the rule of one node."""
+        self.algebra.node = node.number + 1
+        function = find_rule(node)
+        labels = unknown(self, node) if function is None else function(self, node)
+        if isinstance(labels, Label):
+            labels = (labels,)
+        written = written_arguments(node)
+        for out, label in zip(flat_refs(node.outs), labels, strict=False):
+            shape = self.trace.tensors[out.number].shape
+            if label.shape != shape:
+                self.algebra.freeze(label, f"operation {node.name} with a shape its rule does not expect")
+                label = Label(shape, tainted=True)
+            tainted = label.tainted or any(self.label(ref).tainted for ref in tensor_args(node))
+            label = replace(label, tainted=tainted)
+            if out.number in written:
+                self._overwrite(out, label)
+            self._set(out.number, label)
+
+    def _overwrite(self, out: Ref, label: Label) -> None:
+        """Writing into a tensor also changes its views: what they did not carry before must stay where it is."""
+        aliases = self.aliases(out)
+        if not aliases:
+            return
+        units = self.algebra.units
+        before = [units.find(f) for f in self.label(out).factors]
+        for factor in label.factors:
+            found = units.find(factor)
+            if not any(found.shape == f.shape and np.array_equal(found, f) for f in before):
+                units.freeze(factor, "written into a part of another tensor")
+        for number in aliases:
+            old = self.labels[number]
+            self.labels[number] = replace(old, varies=(True,) * old.ndim, tainted=old.tainted or label.tainted)
+
+
+def find_rule(node: Node) -> Rule | None:
+    """The rule for a node: by name, by name without the in-place mark, by pattern, or because it is pointwise."""
+    name = node.name
+    if name in RULES:
+        return RULES[name]
+    if name.endswith("_") and name[:-1] in RULES:
+        return RULES[name[:-1]]
+    for expression, function in PATTERNS:
+        if expression.fullmatch(name):
+            return function
+    if torch.Tag.pointwise in node.func.tags:
+        return RULES["aten.pointwise"]
+    if not any(True for _ in tensor_args(node)):
+        return RULES["aten.constant"]
+    return None
+
+
+def unknown(run: Run, node: Node) -> list[Label]:
+    """Freeze all that enters an operation without a rule."""
+    moved = [label for ref in tensor_args(node) if (label := run.label(ref)).factors or label.values is not None]
+    if moved:
+        run.unknown[node.name] = run.unknown.get(node.name, 0) + 1
+    for label in moved:
+        run.algebra.freeze(label, f"operation {node.name}, which has no rule")
+    return [Label(run.trace.tensors[out.number].shape, tainted=True) for out in flat_refs(node.outs)]
+
+
+def flat_refs(value: Any) -> Iterator[Ref]:
+    """References in nested tuples."""
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from flat_refs(item)
+
+
+def tensor_args(node: Node) -> Iterator[Ref]:
+    """All tensors that enter a node."""
+    for value in node.args.values():
+        yield from flat_refs(value)
+
+
+def written_arguments(node: Node) -> set[int]:
+    """Tensors that a node writes into."""
+    written: set[int] = set()
+    for argument in node.func._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.update(ref.number for ref in flat_refs(node.args.get(argument.name)))
+    return written

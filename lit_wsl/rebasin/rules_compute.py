@@ -1,0 +1,299 @@
+"""Rules for operations that compute: pointwise, reductions, products, convolutions, norms, pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lit_wsl.rebasin.labels import Label, depends
+from lit_wsl.rebasin.rules import Joint, Run, flat_refs, pattern, rule, tensor_args
+from lit_wsl.rebasin.rules_shape import reshape_label, take
+from lit_wsl.rebasin.tracing import Node
+
+ORDER = "an operation that depends on the order of positions"
+
+
+@rule("constant", "pointwise_constant")
+def constant(run: Run, node: Node) -> list[Label]:
+    """Made of nothing: not moved."""
+    return [Label(run.shape(out)) for out in flat_refs(node.outs)]
+
+
+@pattern(r"aten\.(new_)?(zeros|ones|full|empty)(_like|_strided)?|aten\.(zero|fill|scalar_tensor)_?")
+def filled(run: Run, node: Node) -> Label:
+    """The same value everywhere (what is empty is written before it is read)."""
+    shape = run.shape(node.outs[0])
+    return Label(shape, (), (False,) * len(shape))
+
+
+@rule(
+    "pointwise",
+    "_prelu_kernel",
+    "prelu",
+    "bernoulli",
+    "native_dropout",
+    "masked_fill",
+    "hardtanh",
+    "nan_to_num",
+    "rrelu_with_noise",
+    "lerp",
+    "addcmul",
+    "isin",
+)
+def pointwise(run: Run, node: Node) -> list[Label]:
+    """Position by position, with broadcasting."""
+    labels = [run.label(ref) for ref in tensor_args(node)]
+    for label in labels:
+        for extra in (label.values, label.segments):
+            if extra is not None:
+                run.algebra.units.freeze(extra, "routing indices that are computed with")
+    outs = list(flat_refs(node.outs))
+    joined = run.algebra.join(labels, run.shape(outs[0]))
+    return [joined if run.shape(out) == joined.shape else Label(run.shape(out)) for out in outs]
+
+
+def _dims(value: Any, ndim: int) -> list[int]:
+    if value is None or value == ():
+        return list(range(ndim))
+    return [int(d) % max(ndim, 1) for d in (value if isinstance(value, tuple) else (value,))]
+
+
+@rule(
+    *("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "prod"),
+    *("logsumexp", "any", "all", "max", "min", "aminmax", "argmax", "argmin", "count_nonzero", "nansum"),
+)
+def reduction(run: Run, node: Node) -> list[Label]:
+    """A symmetric function of all positions along some axes."""
+    if "other" in node.args:
+        return pointwise(run, node)
+    label = run.label(node.args["self"])
+    dims = _dims(node.args.get("dim"), label.ndim)
+    outs = list(flat_refs(node.outs))
+    run.algebra.sign(run.algebra.settle(label), 0)
+    positions = node.name in ("aten.argmax", "aten.argmin") or (len(outs) == 2 and "indices" in _return_names(node))
+    if positions:
+        label = run.algebra.pinned(label, dims, "its positions are counted")
+    result = run.algebra.reduce(label, dims, keepdim=bool(node.args.get("keepdim", False)))
+    return [result if run.shape(out) == result.shape else Label(run.shape(out)) for out in outs]
+
+
+def _return_names(node: Node) -> list[str]:
+    return [value.name for value in node.func._schema.returns]
+
+
+@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
+def softmax(run: Run, node: Node) -> Label:
+    """Each position depends on all positions of an axis, symmetrically."""
+    label = run.label(node.args["self"])
+    run.algebra.sign(run.algebra.settle(label), 0)
+    return run.algebra.normalise(label, [int(node.args["dim"])])
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "topk", "kthvalue", "median", "mode")
+def ordered(run: Run, node: Node) -> list[Label]:
+    """Depends on the order of positions along an axis."""
+    label = run.label(node.args["self"])
+    label = run.algebra.pinned(label, [int(node.args.get("dim", -1)) % max(label.ndim, 1)], ORDER)
+    run.algebra.sign(label, 0)
+    return [replace(label, shape=run.shape(out)) for out in flat_refs(node.outs)]
+
+
+@rule("tril", "triu")
+def triangle(run: Run, node: Node) -> Label:
+    """Zeros above or below the diagonal."""
+    label = run.label(node.args["self"])
+    return run.algebra.pinned(label, [label.ndim - 2, label.ndim - 1], ORDER)
+
+
+@rule("glu")
+def glu(run: Run, node: Node) -> Label:
+    """First half times the gate of the second."""
+    label = run.label(node.args["self"])
+    dim = int(node.args.get("dim", -1)) % label.ndim
+    half = label.shape[dim] // 2
+    parts = [take(label, dim, slice(0, half)), take(label, dim, slice(half, 2 * half))]
+    return run.algebra.join(parts, parts[0].shape)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def _ask_for_joint(run: Run, label: Label, batch: int, axes: Sequence[int]) -> None:
+    """A parameter multiplied batch by batch may have other units inside each batch: ask for them in the next pass."""
+    outer = [f for f in label.factors if depends(f) == {batch}]
+    owner = run.owner(outer[0]) if outer else None
+    if owner is None:
+        return
+    for factor in label.factors:
+        if depends(factor) <= set(axes) and (inner := run.owner(factor)) and inner[0] == owner[0]:
+            run.request(inner[0], inner[1], Joint(owner[1], run.trace.tensors[owner[0]].shape[owner[1]]))
+
+
+def product(run: Run, refs: Sequence[Any], words: Sequence[str], out: str) -> Label:
+    """Einstein sum of tensors of the trace."""
+    labels = [run.algebra.settle(run.label(ref)) for ref in refs]
+    sizes: dict[str, int] = {}
+    for label, word in zip(labels, words, strict=True):
+        sizes.update({c: n for c, n in zip(word, label.shape, strict=True) if n > 1 or c not in sizes})
+        if "b" in word and label.shape[word.index("b")] > 1:
+            batch = word.index("b")
+            _ask_for_joint(run, label, batch, [a for a in range(label.ndim) if a != batch])
+    return run.algebra.contract(labels, words, out, sizes)
+
+
+@rule("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv", "linear", "matmul")
+def matrix_product(run: Run, node: Node) -> Label:
+    """Matrix products with an optional summand."""
+    args, name = node.args, node.name.removeprefix("aten.")
+    if name == "linear":
+        label = run.label(args["input"])
+        lead = "abcdefgh"[: label.ndim - 1].replace("b", "z")
+        result = product(run, [args["input"], args["weight"]], [lead + "k", "mk"], lead + "m")
+        return result if args.get("bias") is None else run.algebra.join([result, run.label(args["bias"])], result.shape)
+    refs = {
+        "mm": ("self", "mat2"),
+        "bmm": ("self", "mat2"),
+        "mv": ("self", "vec"),
+        "dot": ("self", "tensor"),
+        "addmm": ("mat1", "mat2"),
+        "baddbmm": ("batch1", "batch2"),
+        "addmv": ("mat", "vec"),
+    }.get(name)
+    if refs is None:
+        for ref in tensor_args(node):
+            run.algebra.freeze(run.label(ref), f"operation {node.name}")
+        return Label(run.shape(node.outs[0]))
+    one, two = args[refs[0]], args[refs[1]]
+    words = {
+        (3, 3): ("bnk", "bkm", "bnm"),
+        (2, 2): ("nk", "km", "nm"),
+        (2, 1): ("nk", "k", "n"),
+        (1, 1): ("k", "k", ""),
+    }
+    word_one, word_two, out = words[len(run.shape(one)), len(run.shape(two))]
+    result = product(run, [one, two], [word_one, word_two], out)
+    if name.startswith(("add", "badd")):
+        return run.algebra.join([result, run.label(args["self"])], result.shape)
+    return result
+
+
+@rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
+def convolution(run: Run, node: Node) -> Label:
+    """Convolutions of any number of axes: contract channels, group by group; the order of pixels stays."""
+    args, algebra = node.args, run.algebra
+    x, weight = run.label(args["input"]), run.label(args["weight"])
+    groups, transposed = int(args["groups"]), bool(args.get("transposed", False))
+    shape = run.shape(node.outs[0])
+    x = algebra.pinned(x, range(2, x.ndim), ORDER)
+    weight = algebra.pinned(weight, range(2, weight.ndim), ORDER)
+    inner = 1  # the axis of the weight that has one group's channels only
+    if groups > 1 and weight.shape[inner] > 1 and weight.origin is not None:
+        owned = [f for f in weight.factors if depends(f) == {inner}]
+        if owned and run.shape_of(weight.origin) == weight.shape:
+            run.request(weight.origin, inner, Joint(0, groups))
+            weight = replace(weight, factors=tuple(f for f in weight.factors if depends(f) != {inner}))
+            weight = replace(weight, varies=tuple(v and a != inner for a, v in enumerate(weight.varies)))
+    n, c = x.shape[0], x.shape[1]
+    x = _channels_only(x, (n, groups, c // groups))
+    rows, columns = weight.shape[:2]
+    x = reshape_label(algebra, x, (n, groups, c // groups))
+    weight = reshape_label(algebra, _channels_only(weight, ()), (groups, rows // groups, columns))
+    words = ["ngi", "gio"] if transposed else ["ngi", "goi"]
+    outs = columns if transposed else rows // groups
+    sizes = {"n": n, "g": groups, "i": c // groups, "o": outs}
+    result = algebra.contract([x, weight], words, "ngo", sizes)
+    result = reshape_label(algebra, result, (n, groups * outs))
+    spatial = len(shape) - 2
+    result = replace(
+        result,
+        shape=shape,
+        factors=tuple(f.reshape((*f.shape, *(1,) * spatial)) for f in result.factors),
+        varies=(True,) * len(shape),
+    )
+    if args.get("bias") is None:
+        return result
+    bias = run.label(args["bias"])
+    bias = reshape_label(algebra, bias, (bias.shape[0], *(1,) * spatial))
+    return algebra.join([result, bias], shape)
+
+
+def _channels_only(label: Label, _: Sequence[int]) -> Label:
+    """The first two axes of a label whose other axes nothing moves."""
+    factors = tuple(f.reshape(f.shape[:2]) for f in label.factors)
+    return replace(label, shape=label.shape[:2], factors=factors, varies=label.varies[:2])
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+@pattern(r"aten\.(_?native_batch_norm\w*|cudnn_batch_norm|miopen_batch_norm|_batch_norm\w*|batch_norm\w*)")
+def batch_norm(run: Run, node: Node) -> list[Label]:
+    """Each channel by itself, with its statistics."""
+    x = run.label(node.args["input"])
+    operands = [x]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if isinstance(node.args.get(name), tuple) or node.args.get(name) is None:
+            continue
+        one = run.label(node.args[name])
+        operands.append(reshape_label(run.algebra, one, (one.shape[0], *(1,) * (x.ndim - 2))))
+    axes = [a for a in range(x.ndim) if a != 1]
+    result = run.algebra.join([run.algebra.normalise(x, axes), *operands[1:]], x.shape)
+    return [result, *(Label(run.shape(out)) for out in list(flat_refs(node.outs))[1:])]
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
+def layer_norm(run: Run, node: Node) -> list[Label]:
+    """Last axes normalised together, then gain and bias."""
+    x = run.label(node.args["input"])
+    count = len(node.args["normalized_shape"])
+    operands = [run.algebra.normalise(x, range(x.ndim - count, x.ndim))]
+    operands += [run.label(node.args[name]) for name in ("weight", "bias") if node.args.get(name) is not None]
+    result = run.algebra.join(operands, x.shape)
+    rest = [run.algebra.reduce(result, range(x.ndim - count, x.ndim), True) for _ in range(2)]
+    outs = list(flat_refs(node.outs))
+    return [
+        result,
+        *(r if run.shape(o) == r.shape else Label(run.shape(o)) for r, o in zip(rest, outs[1:], strict=False)),
+    ]
+
+
+@rule("native_group_norm")
+def group_norm(run: Run, node: Node) -> list[Label]:
+    """Channels of a group normalised together, then gain and bias of each channel."""
+    x, groups = run.label(node.args["input"]), int(node.args["group"])
+    n, c = x.shape[:2]
+    split_up = reshape_label(run.algebra, x, (n, groups, c // groups, *x.shape[2:]))
+    run.algebra.normalise(split_up, range(2, split_up.ndim))
+    operands = [x]
+    for name in ("weight", "bias"):
+        if node.args.get(name) is not None:
+            operands.append(reshape_label(run.algebra, run.label(node.args[name]), (c, *(1,) * (x.ndim - 2))))
+    result = run.algebra.join(operands, x.shape)
+    return [result, *(Label(run.shape(out)) for out in list(flat_refs(node.outs))[1:])]
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+
+@pattern(r"aten\.\w*(pool|upsample|reflection_pad|replication_pad)\w*?([123])d\w*")
+def pixels(run: Run, node: Node) -> list[Label]:
+    """Pooling, resizing, padding: the last axes are worked on, all others are carried along."""
+    label = run.label(node.args.get("self", node.args.get("input")))
+    count = next(int(c) for c in node.name if c in "123" and node.name[node.name.index(c) + 1] == "d")
+    label = run.algebra.pinned(label, range(label.ndim - count, label.ndim), ORDER)
+    run.algebra.sign(label, 0)
+    return [replace(label, shape=run.shape(out), values=None) for out in flat_refs(node.outs)]
+
+
+@rule("im2col")
+def im2col(run: Run, node: Node) -> Label:
+    """Patches as columns: each channel gives one row for each place in the patch."""
+    label = run.label(node.args["self"])
+    label = run.algebra.pinned(label, range(label.ndim - 2, label.ndim), ORDER)
+    kernel = 1
+    for size in node.args["kernel_size"]:
+        kernel *= int(size)
+    shape = run.shape(node.outs[0])
+    factors = tuple(f.reshape(f.shape[:-1]).repeat(kernel, axis=f.ndim - 3) for f in label.factors)
+    return replace(label, shape=shape, factors=factors, varies=(True,) * len(shape))

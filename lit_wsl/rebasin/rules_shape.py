@@ -1,0 +1,416 @@
+"""Rules for operations that only move data: they act on the units as on the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lit_wsl.rebasin.labels import MAX_LABEL, Algebra, Label, compress, depends
+from lit_wsl.rebasin.rules import Run, rule
+from lit_wsl.rebasin.tracing import Node
+from lit_wsl.rebasin.units import FIXED, Array
+
+
+def moved(label: Label, shape: Sequence[int], function: Callable[[Array], Array], varies: Sequence[bool]) -> Label:
+    """A label with another shape whose factors are made by a function."""
+    factors = tuple(function(factor) for factor in label.factors)
+    return replace(label, shape=tuple(shape), factors=factors, varies=tuple(varies))
+
+
+def _dims(value: Any, ndim: int) -> list[int]:
+    given = value if isinstance(value, (tuple, list)) else [value]
+    return [int(dim) % max(ndim, 1) for dim in given]
+
+
+@rule("clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous", "_conj", "lift", "view_as_real_copy")
+def identity(run: Run, node: Node) -> Label:
+    """The same values."""
+    return run.label(node.args["self"])
+
+
+@rule("copy")
+def copy(run: Run, node: Node) -> Label:
+    """Values of another tensor, broadcast. A view keeps what moves it: the rest of its base is moved alike."""
+    target, source = run.label(node.args["self"]), run.label(node.args["src"])
+    if target.factors and run.aliases(node.args["self"]):
+        return run.algebra.join([target, source], target.shape)
+    return expand_label(source, target.shape)
+
+
+def expand_label(label: Label, shape: Sequence[int]) -> Label:
+    """Broadcast; values do not vary along the new axes."""
+    extra = len(shape) - label.ndim
+    old = (1,) * extra + label.shape
+    full = tuple(o if n == -1 else n for n, o in zip(shape, old, strict=True))
+    varies = [a >= extra and label.varies[a - extra] and not (old[a] == 1 and full[a] > 1) for a in range(len(full))]
+    return moved(label, full, lambda f: f.reshape((1,) * extra + f.shape), varies)
+
+
+@rule("expand")
+def expand(run: Run, node: Node) -> Label:
+    """Broadcast."""
+    return expand_label(run.label(node.args["self"]), node.args["size"])
+
+
+def reshape_blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of axes of equal product, before and after a reshape.
+
+    >>> reshape_blocks([2, 12, 7], [2, 3, 4, 7])
+    [([0], [0]), ([1], [1, 2]), ([2], [3])]
+    """
+    blocks, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        first, second = [i] if i < len(old) else [], [j] if j < len(new) else []
+        p, q = (old[i] if first else 1), (new[j] if second else 1)
+        i, j = i + len(first), j + len(second)
+        while p != q:
+            if p < q:
+                p, first, i = p * old[i], [*first, i], i + 1
+            else:
+                q, second, j = q * new[j], [*second, j], j + 1
+        blocks.append((first, second))
+    return blocks
+
+
+def reshape_label(algebra: Algebra, label: Label, shape: Sequence[int]) -> Label:
+    """View as another shape."""
+    shape = tuple(shape)
+    if shape == label.shape:
+        return label
+    if 0 in shape or not label.factors:
+        return Label(
+            shape, (), _reshape_varies(label, shape), label.tainted, label.values, label.routed, label.segments
+        )
+    label = algebra.settle(label)
+    blocks = reshape_blocks(label.shape, shape)
+    factors = []
+    for factor in label.factors:
+        mine = depends(factor)
+        full, target = list(factor.shape), [1] * len(shape)
+        for before, after in blocks:
+            if mine.intersection(before):
+                for axis in before:
+                    full[axis] = label.shape[axis]
+                for axis in after:
+                    target[axis] = shape[axis]
+        if int(np.prod(full)) > MAX_LABEL:
+            algebra.units.freeze(factor, "reshaped together with too many other positions")
+            continue
+        factors.append(compress(np.broadcast_to(factor, full).reshape(target)))
+    factors = _one_each(algebra, label.factors, factors)
+    return replace(label, shape=shape, factors=tuple(factors), varies=_reshape_varies(label, shape))
+
+
+def _reshape_varies(label: Label, shape: Sequence[int]) -> tuple[bool, ...]:
+    varies = [True] * len(shape)
+    if 0 in shape or 0 in label.shape:
+        return tuple(varies)
+    for before, after in reshape_blocks(label.shape, shape):
+        wide = [axis for axis in before if label.shape[axis] > 1]
+        for axis in after:
+            varies[axis] = any(label.varies[a] for a in wide)
+    return tuple(varies)
+
+
+def _one_each(algebra: Algebra, before: Sequence[Array], after: list[Array]) -> list[Array]:
+    """Two independent permutations that were put onto one axis: the larger one stays, the other is frozen."""
+    if len(after) < 2 or len(after) != len(before):
+        return after
+    kept: list[int] = []
+    for k in sorted(range(len(after)), key=lambda k: (-after[k].size, k)):
+        clash = [
+            other
+            for other in kept
+            if depends(after[k]) & depends(after[other]) and not depends(before[k]) & depends(before[other])
+        ]
+        if clash:
+            algebra.units.freeze(before[k], "shares an axis with another independent permutation")
+        else:
+            kept.append(k)
+    return [after[k] for k in sorted(kept)]
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
+def view(run: Run, node: Node) -> Label:
+    """View as another shape."""
+    if "size" in node.args and isinstance(node.args["size"], tuple):
+        return reshape_label(run.algebra, run.label(node.args["self"]), run.shape(node.outs[0]))
+    return run.label(node.args["self"])  # view as another dtype
+
+
+@rule("squeeze", "unsqueeze")
+def squeeze(run: Run, node: Node) -> Label:
+    """Axes of size 1 go or come."""
+    label = run.label(node.args["self"])
+    shape = run.shape(node.outs[0])
+    if node.name.startswith("aten.unsqueeze"):
+        dim = int(node.args["dim"]) % (label.ndim + 1)
+        varies = [*label.varies[:dim], False, *label.varies[dim:]]
+        return moved(label, shape, lambda f: np.expand_dims(f, dim), varies)
+    dims = _dims(node.args["dim"], label.ndim) if "dim" in node.args else list(range(label.ndim))
+    gone = [axis for axis in dims if label.shape[axis] == 1]
+    stay = [axis for axis in range(label.ndim) if axis not in gone]
+    return moved(label, shape, lambda f: np.squeeze(f, tuple(gone)), [label.varies[a] for a in stay])
+
+
+@rule("permute", "transpose", "t", "numpy_T", "swapaxes", "movedim")
+def permute(run: Run, node: Node) -> Label:
+    """Axes in another order."""
+    label = run.label(node.args["self"])
+    order = list(range(label.ndim))
+    if "dims" in node.args:
+        order = _dims(node.args["dims"], label.ndim)
+    elif "dim0" in node.args:
+        i, j = _dims((node.args["dim0"], node.args["dim1"]), label.ndim)
+        order[i], order[j] = order[j], order[i]
+    else:
+        order.reverse()
+    return permute_label(label, order)
+
+
+def permute_label(label: Label, order: Sequence[int]) -> Label:
+    """Axes in another order."""
+    shape = [label.shape[a] for a in order]
+    return moved(label, shape, lambda f: f.transpose(order), [label.varies[a] for a in order])
+
+
+def take(label: Label, dim: int, index: Array | slice) -> Label:
+    """Some positions of one axis, by a slice or a 1-D index."""
+    size = len(range(label.shape[dim])[index]) if isinstance(index, slice) else len(index)
+    shape = [*label.shape[:dim], size, *label.shape[dim + 1 :]]
+
+    def pick(factor: Array) -> Array:
+        if factor.shape[dim] == 1:
+            return factor
+        where: list[Any] = [slice(None)] * factor.ndim
+        where[dim] = index
+        return factor[tuple(where)]
+
+    return moved(label, shape, pick, label.varies)
+
+
+@rule("slice", "narrow")
+def slices(run: Run, node: Node) -> Label:
+    """A slice of one axis."""
+    label, args = run.label(node.args["self"]), node.args
+    dim = _dims(args["dim"], label.ndim)[0]
+    return take(label, dim, slice(args.get("start"), args.get("end"), args.get("step", 1)))
+
+
+def select_label(label: Label, dim: int, index: int) -> Label:
+    """One position of an axis; the axis goes."""
+    one = take(label, dim, np.array([index % label.shape[dim]]))
+    stay = [a for a in range(label.ndim) if a != dim]
+    return moved(one, [one.shape[a] for a in stay], lambda f: np.squeeze(f, dim), [one.varies[a] for a in stay])
+
+
+@rule("select")
+def select(run: Run, node: Node) -> Label:
+    """One position of an axis."""
+    label = run.label(node.args["self"])
+    dim = _dims(node.args["dim"], label.ndim)[0]
+    index = node.args["index"]
+    if not isinstance(index, int):
+        run.algebra.freeze(label, "selected by a computed position")
+        return Label(run.shape(node.outs[0]))
+    return select_label(label, dim, index)
+
+
+@rule("unbind")
+def unbind(run: Run, node: Node) -> list[Label]:
+    """All positions of an axis, one by one."""
+    label = run.label(node.args["self"])
+    dim = _dims(node.args["dim"], label.ndim)[0]
+    return [select_label(label, dim, index) for index in range(label.shape[dim])]
+
+
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "tensor_split")
+def split(run: Run, node: Node) -> list[Label]:
+    """Consecutive parts of an axis."""
+    label = run.label(node.args["self"])
+    dim = _dims(node.args["dim"], label.ndim)[0]
+    parts, start = [], 0
+    for out in node.outs:
+        size = run.shape(out)[dim]
+        parts.append(take(label, dim, slice(start, start + size)))
+        start += size
+    return parts
+
+
+@rule("flip")
+def flip(run: Run, node: Node) -> Label:
+    """Axes backwards."""
+    label = run.label(node.args["self"])
+    dims = _dims(node.args["dims"], label.ndim)
+    return moved(label, label.shape, lambda f: np.flip(f, dims), label.varies)
+
+
+@rule("roll")
+def roll(run: Run, node: Node) -> Label:
+    """Axes rotated."""
+    label = run.label(node.args["self"])
+    shifts = node.args["shifts"] if isinstance(node.args["shifts"], tuple) else (node.args["shifts"],)
+    if not node.args.get("dims"):
+        run.algebra.freeze(label, "rolled as a whole")
+        return Label(label.shape)
+    dims = _dims(node.args["dims"], label.ndim)
+    return moved(label, label.shape, lambda f: np.roll(f, tuple(shifts), tuple(dims)), label.varies)
+
+
+@rule("repeat")
+def repeat(run: Run, node: Node) -> Label:
+    """Tiles."""
+    label = run.label(node.args["self"])
+    times = tuple(int(n) for n in node.args["repeats"])
+    extra = len(times) - label.ndim
+    shape = run.shape(node.outs[0])
+    old = (1,) * extra + label.shape
+    varies = [a >= extra and label.varies[a - extra] and old[a] > 1 for a in range(len(shape))]
+
+    def tile(factor: Array) -> Array:
+        factor = factor.reshape((1,) * extra + factor.shape)
+        return np.tile(factor, [times[a] if factor.shape[a] > 1 else 1 for a in range(factor.ndim)])
+
+    return moved(label, shape, tile, varies)
+
+
+@rule("unfold")
+def unfold(run: Run, node: Node) -> Label:
+    """Sliding windows of one axis, a new last axis."""
+    label, args = run.label(node.args["self"]), node.args
+    dim, size, step = _dims(args["dimension"], label.ndim)[0], int(args["size"]), int(args["step"])
+    count = (label.shape[dim] - size) // step + 1
+    index = np.arange(count)[:, None] * step + np.arange(size)
+
+    def windows(factor: Array) -> Array:
+        if factor.shape[dim] == 1:
+            return factor[..., None]
+        return np.moveaxis(np.take(factor, index, axis=dim), dim + 1, -1)
+
+    shape = [*label.shape[:dim], count, *label.shape[dim + 1 :], size]
+    return moved(label, shape, windows, [*label.varies, label.varies[dim]])
+
+
+@rule("cat", "concatenate", "concat")
+def cat(run: Run, node: Node) -> Label:
+    """Parts one behind the other."""
+    labels = [run.label(ref) for ref in node.args["tensors"]]
+    labels = [label for label in labels if label.shape != (0,)]
+    if not labels:
+        return Label((0,))
+    return cat_labels(run.algebra, labels, _dims(node.args.get("dim", 0), labels[0].ndim)[0])
+
+
+@rule("stack")
+def stack(run: Run, node: Node) -> Label:
+    """Parts side by side on a new axis."""
+    labels = [run.label(ref) for ref in node.args["tensors"]]
+    dim = _dims(node.args.get("dim", 0), labels[0].ndim + 1)[0]
+    lifted = []
+    for label in labels:
+        shape = [*label.shape[:dim], 1, *label.shape[dim:]]
+        varies = [*label.varies[:dim], False, *label.varies[dim:]]
+        lifted.append(moved(label, shape, lambda f: np.expand_dims(f, dim), varies))
+    result = cat_labels(run.algebra, lifted, dim)
+    return replace(result, varies=tuple(v or a == dim for a, v in enumerate(result.varies)))
+
+
+def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int) -> Label:
+    """Concatenate along ``dim``: units side by side there, and the same units on all other axes."""
+    labels = [algebra.settle(label) for label in labels]
+    shape = list(labels[0].shape)
+    shape[dim] = sum(label.shape[dim] for label in labels)
+    tainted, routed = any(label.tainted for label in labels), any(label.routed for label in labels)
+    varies = tuple(any(label.varies[a] for label in labels) or a == dim for a in range(len(shape)))
+    result = Label(tuple(shape), (), varies, tainted=tainted, routed=routed)
+    labels = _pin_missing(algebra, labels, dim)
+    slots = sorted({depends(f) - {dim} for label in labels for f in label.factors}, key=lambda s: (len(s), sorted(s)))
+    factors = []
+    for slot in slots:
+        parts = [_slot(label, slot, dim) for label in labels]
+        if all(part is None or part.shape[dim] == 1 for part in parts) and slot:
+            present = [part for part in parts if part is not None]
+            for part in present[1:]:
+                algebra.units.unify(present[0], part)
+            factors.append(present[0])
+            continue
+        factors.append(_beside(algebra, labels, parts, slot, dim))
+    return algebra.settle(replace(result, factors=tuple(factors)))
+
+
+def _pin_missing(algebra: Algebra, labels: Sequence[Label], dim: int) -> list[Label]:
+    moving = [frozenset().union(*(depends(f) for f in label.factors)) - {dim} for label in labels]
+    anywhere = frozenset().union(*moving)
+    fixed = [
+        axis
+        for axis in sorted(anywhere)
+        if any(label.varies[axis] and axis not in mine for label, mine in zip(labels, moving, strict=True))
+    ]
+    return [algebra.pinned(label, fixed, "beside something that stays") for label in labels] if fixed else list(labels)
+
+
+def _slot(label: Label, slot: frozenset[int], dim: int) -> Array | None:
+    found = [f for f in label.factors if depends(f) - {dim} == slot]
+    found.sort(key=lambda f: f.shape[dim] == 1)
+    return found[0] if found else None
+
+
+def _beside(
+    algebra: Algebra, labels: Sequence[Label], parts: Sequence[Array | None], slot: frozenset[int], dim: int
+) -> Array:
+    shape = [labels[0].shape[a] if a in slot else 1 for a in range(labels[0].ndim)]
+    pieces = []
+    for label, part in zip(labels, parts, strict=True):
+        shape[dim] = label.shape[dim]
+        if part is not None:
+            pieces.append(np.broadcast_to(part, shape))
+        elif not label.varies[dim] and not slot:
+            # Constant along the axis (zeros, padding): its positions may be permuted freely.
+            pieces.append(algebra.units.fresh(shape[dim]).reshape(shape))
+        else:
+            pieces.append(np.full(shape, FIXED, dtype=np.int64))
+    return np.concatenate(pieces, axis=dim)
+
+
+@rule("constant_pad_nd", "pad")
+def pad(run: Run, node: Node) -> Label:
+    """A constant around, or parts cut off."""
+    label, amounts = run.label(node.args["self"]), node.args["pad"]
+    for k in range(len(amounts) // 2):
+        dim = label.ndim - 1 - k
+        before, after = int(amounts[2 * k]), int(amounts[2 * k + 1])
+        if before < 0 or after < 0:
+            label = take(label, dim, slice(max(0, -before), label.shape[dim] - max(0, -after)))
+        before, after = max(0, before), max(0, after)
+        if not before and not after:
+            continue
+        around = []
+        for size in (before, after):
+            shape = [*label.shape[:dim], size, *label.shape[dim + 1 :]]
+            around.append(Label(tuple(shape), (), (False,) * label.ndim))
+        parts = [p for p in (around[0], label, around[1]) if p.shape[dim]]
+        label = cat_labels(run.algebra, parts, dim)
+    return label
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+def shuffle(run: Run, node: Node) -> Label:
+    """Channels to pixels, pixels to channels, channels among channels: a view, a permutation, a view."""
+    label = run.label(node.args["self"])
+    *batch, c, h, w = label.shape
+    n = len(batch)
+    if "groups" in node.args:
+        g = int(node.args["groups"])
+        steps: tuple[list[int], list[int], list[int]] = ([g, c // g, h, w], [1, 0, 2, 3], [c, h, w])
+    elif "upscale_factor" in node.args:
+        r = int(node.args["upscale_factor"])
+        steps = ([c // r**2, r, r, h, w], [0, 3, 1, 4, 2], [c // r**2, h * r, w * r])
+    else:
+        r = int(node.args["downscale_factor"])
+        steps = ([c, h // r, r, w // r, r], [0, 2, 4, 1, 3], [c * r**2, h // r, w // r])
+    split_up = reshape_label(run.algebra, label, [*batch, *steps[0]])
+    turned = permute_label(split_up, [*range(n), *(n + k for k in steps[1])])
+    return reshape_label(run.algebra, turned, [*batch, *steps[2]])

@@ -1,0 +1,208 @@
+"""Record one real forward pass at the ATen level, without disturbing the model.
+
+The result is plain data: nodes with references to tensors instead of tensors. The rules that give it a meaning are in
+``rules*.py`` and know nothing of how it was recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+MAX_INDEX = 4_000_000
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Reference to a tensor of a trace."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor of a trace.
+
+    Attributes:
+        shape: Its shape.
+        integral: Integer or boolean.
+        storage: Number of its storage: tensors of equal storage are views of one another.
+    """
+
+    shape: tuple[int, ...]
+    integral: bool
+    storage: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """One ATen call: ``func(*args, **kwargs) -> outs``, with :class:`Ref` for tensors, args filled up with defaults."""
+
+    number: int
+    func: Any
+    args: dict[str, Any]
+    outs: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """Namespace and name without the overload, ``aten.convolution``."""
+        return f"{self.func.namespace}.{self.func._opname}"
+
+
+@dataclass
+class Trace:
+    """A recorded forward pass."""
+
+    nodes: list[Node] = field(default_factory=list)
+    tensors: list[TensorInfo] = field(default_factory=list)
+    parameters: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    inputs: set[int] = field(default_factory=set)
+    outputs: list[Ref] = field(default_factory=list)
+    integers: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+class Recorder(TorchDispatchMode):
+    """Dispatch mode that writes every ATen call into a :class:`Trace`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._opaque = 0
+
+    def number(self, tensor: Tensor) -> int:
+        """Number of a tensor in the trace; a new one if it was not seen before."""
+        found = self._numbers.get(tensor)
+        if found is not None:
+            return int(found)
+        number = len(self.trace.tensors)
+        self._numbers[tensor] = number
+        integral = not tensor.is_floating_point() and not tensor.is_complex()
+        self.trace.tensors.append(TensorInfo(tuple(tensor.shape), integral, self._storage(tensor)))
+        return number
+
+    def _storage(self, tensor: Tensor) -> int:
+        # The address may be taken again by a later tensor; then two tensors only look like views of one another,
+        # which costs freedom but never correctness.
+        try:
+            return int(tensor.untyped_storage()._cdata)
+        except (RuntimeError, NotImplementedError):
+            self._opaque -= 1
+            return self._opaque
+
+    def refer(self, value: Any) -> Any:
+        """A value with tensors replaced by references."""
+        if isinstance(value, Tensor):
+            return Ref(self.number(value))
+        if isinstance(value, (list, tuple)):
+            return tuple(self.refer(v) for v in value)
+        return value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the call and write it down."""
+        kwargs = kwargs or {}
+        number = len(self.trace.nodes)
+        schema = func._schema.arguments
+        named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+        named.update({argument.name: value for argument, value in zip(schema, args, strict=False)})
+        named.update(kwargs)
+        recorded = {name: self.refer(value) for name, value in named.items()}
+        for value in _tensors(list(named.values())):
+            if not value.is_floating_point() and not value.is_complex() and 0 < value.numel() <= MAX_INDEX:
+                self.trace.integers[(number, self.number(value))] = value.detach().clone()
+        result = func(*args, **kwargs)
+        outs = tuple(self.refer(v) for v in (result if isinstance(result, (list, tuple)) else (result,)))
+        self.trace.nodes.append(Node(number, func, recorded, outs))
+        return result
+
+
+def _tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
+    """Tensors of nested lists, tuples, mappings and dataclasses, in order; other objects are passed over."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item, depth - 1)
+    elif depth and isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item, depth - 1)
+    elif depth and is_dataclass(value) and not isinstance(value, type):
+        for item in fields(value):
+            yield from _tensors(getattr(value, item.name), depth - 1)
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors that a model returned, floating ones only."""
+    return [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and persistent floating buffers, under every name that the state dict has for them."""
+    known = set(model.state_dict(keep_vars=True))
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in known and buffer.is_floating_point():
+            found[name] = buffer
+    return found
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, plain math kernels, no gradients; afterwards mode, RNG, buffers and flags are as before.
+
+    Train mode is entered for a moment first: some networks cache attention biases on the way into evaluation mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # The fused kernel hides the gates; the plain one shows them.
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            model.train()
+            model.eval()
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            model.train()
+            for module, training in modes:
+                module.training = training
+            after = dict(model.named_buffers())
+            for name, value in buffers.items():
+                if name in after and after[name].shape == value.shape:
+                    after[name].copy_(value)
+
+
+def trace_forward(
+    model: nn.Module, example_args: Sequence[Any], example_kwargs: Mapping[str, Any] | None = None
+) -> Trace:
+    """Run ``model(*example_args, **example_kwargs)`` once and record it.
+
+    The caller keeps the model undisturbed, see :func:`undisturbed`.
+    """
+    recorder = Recorder()
+    trace = recorder.trace
+    names: dict[int, list[str]] = {}
+    for name, tensor in named_tensors(model).items():
+        names.setdefault(recorder.number(tensor), []).append(name)
+    trace.parameters = {number: tuple(of) for number, of in names.items()}
+    for tensor in _tensors([list(example_args), dict(example_kwargs or {})]):
+        trace.inputs.add(recorder.number(tensor))
+    with recorder:
+        output = model(*example_args, **(example_kwargs or {}))
+    trace.outputs = [Ref(recorder.number(tensor)) for tensor in output_tensors(output)]
+    return trace

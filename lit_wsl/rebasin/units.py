@@ -1,0 +1,249 @@
+"""Union-find over units: which positions of which axes have to move together.
+
+Every position of every parameter axis starts as a unit of its own. What a network computes then *unifies* units (they
+move together), *freezes* them (they stay), or asks for *blocks*: units that move only together with the block they are
+in, like the channels of one attention head. All operations work on whole arrays; unit 0 is "does not move".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.int64]
+FIXED = 0
+_MAX_DEPTH = 8
+
+
+def mix(*values: int) -> int:
+    """64-bit hash of small integers that does not depend on the process (splitmix64)."""
+    state = 0x9E3779B97F4A7C15
+    for value in values:
+        state = (state ^ (value & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 27
+        state = state * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state
+
+
+class Units:
+    """Union-find over units with block parents, freezing and usage signatures, vectorised over arrays of units."""
+
+    def __init__(self) -> None:
+        self._n = 1
+        self._link = np.zeros(1024, dtype=np.int64)
+        self._parent = np.zeros(1024, dtype=np.int64)  # block a root unit is in; 0: none
+        self._frozen = np.zeros(1024, dtype=bool)
+        self._frozen[0] = True
+        self._reason = np.zeros(1024, dtype=np.int16)
+        self._signature = np.zeros(1024, dtype=np.uint64)
+        self.reasons: list[str] = [""]
+
+    def __len__(self) -> int:
+        return self._n
+
+    def fresh(self, count: int) -> Array:
+        """``count`` new units."""
+        need = self._n + count
+        if need > len(self._link):
+            size = max(need, 2 * len(self._link))
+            for name in ("_link", "_parent", "_frozen", "_reason", "_signature"):
+                old = getattr(self, name)
+                new = np.zeros(size, dtype=old.dtype)
+                new[: self._n] = old[: self._n]
+                setattr(self, name, new)
+        units = np.arange(self._n, need, dtype=np.int64)
+        self._link[units] = units
+        self._n = need
+        return units
+
+    def roots(self, units: Array) -> Array:
+        """Representative of each unit, frozen or not."""
+        root = self._link[units]
+        while True:
+            above = self._link[root]
+            if np.array_equal(above, root):
+                break
+            root = above
+        self._link[units] = root
+        return root
+
+    def find(self, units: Array) -> Array:
+        """Representative of each unit, 0 for those that are frozen."""
+        root = self.roots(units)
+        return np.where(self._frozen[root], FIXED, root)
+
+    def parents(self, units: Array) -> Array:
+        """The block that each unit is in, 0 if none (or the block is frozen)."""
+        return self.find(self._parent[self.roots(units)])
+
+    def reason(self, units: Array) -> list[str]:
+        """Why each unit is frozen."""
+        return [self.reasons[code] for code in self._reason[self.roots(units)]]
+
+    # ---- constraints -------------------------------------------------------------------------------------------------
+
+    def freeze(self, units: Array, reason: str) -> None:
+        """Units stay where they are, and so do the blocks around them."""
+        root = np.unique(self.roots(units.ravel()))
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        code = self.reasons.index(reason)
+        for _ in range(_MAX_DEPTH):
+            root = root[(root != FIXED) & ~self._frozen[root]]
+            if not root.size:
+                return
+            self._frozen[root] = True
+            self._reason[root] = code
+            root = np.unique(self.roots(self._parent[root]))
+
+    def unify(self, first: Array, second: Array, reason: str = "added to something that stays") -> None:
+        """Units of equal places move together; a unit that meets a frozen one is frozen, with its blocks."""
+        a, b = self.find(first.ravel()), self.find(second.ravel())
+        apart = a != b
+        a, b = a[apart], b[apart]
+        if not a.size:
+            return
+        fixed = (a == FIXED) | (b == FIXED)
+        if fixed.any():
+            self.freeze(np.concatenate([a[fixed], b[fixed]]), reason)
+            a, b = a[~fixed], b[~fixed]
+        self._merge(a, b)
+
+    def _merge(self, a: Array, b: Array, depth: int = 0) -> None:
+        members = np.unique(np.concatenate([a, b]))
+        above = self._parent[members].copy()
+        while True:
+            a, b = self.roots(a), self.roots(b)
+            apart = a != b
+            if not apart.any():
+                break
+            a, b = a[apart], b[apart]
+            np.minimum.at(self._link, np.maximum(a, b), np.minimum(a, b))
+        root = self.roots(members)
+        frozen = np.zeros(self._n, dtype=bool)
+        frozen[root[self._frozen[members]]] = True
+        lost = root[frozen[root]]
+        has = above != FIXED
+        root, above = root[has], self.roots(above[has])
+        if root.size:
+            order = np.argsort(root, kind="stable")
+            root, above = root[order], above[order]
+            self._parent[root] = above
+            same = root[1:] == root[:-1]
+            one, two = above[1:][same], above[:-1][same]
+            differ = self.roots(one) != self.roots(two)
+            if differ.any():
+                if depth > _MAX_DEPTH:
+                    self.freeze(np.concatenate([one, two]), "blocks inside one another")
+                else:
+                    live = self.find(one) != self.find(two)
+                    stuck = differ & ((self.find(one) == FIXED) | (self.find(two) == FIXED)) & live
+                    self.freeze(np.concatenate([one[stuck], two[stuck]]), "added to something that stays")
+                    self._merge(one[differ & ~stuck], two[differ & ~stuck], depth + 1)
+            looped = self.roots(self._parent[root]) == root
+            self._parent[root[looped]] = FIXED
+        if lost.size:
+            self.freeze(lost, "added to something that stays")
+
+    def collapse(self, units: Array, blocks: Array) -> None:
+        """Units keep their place inside their block: from now on they are labelled by the block alone."""
+        units, blocks = np.broadcast_arrays(units, blocks)
+        root, block = self.roots(units.ravel()), self.roots(blocks.ravel())
+        apart = (root != block) & ~self._frozen[root] & (root != FIXED)
+        root, block = root[apart], block[apart]
+        if not root.size:
+            return
+        root, first = np.unique(root, return_index=True)
+        target = block[first]
+        stuck = self._frozen[target]
+        self.freeze(root[stuck], "its block stays")
+        root, target = root[~stuck], target[~stuck]
+        self._link[root] = target
+        if not np.array_equal(self.roots(block), self.roots(units.ravel()[apart])):
+            self.unify(block, units.ravel()[apart])
+
+    def sign(self, units: Array, code: int, once: bool = False) -> None:
+        """Note that a computation used these units: only units of equal use are interchangeable."""
+        flat = self.find(units.ravel())
+        if once:
+            flat = np.unique(flat)
+        with np.errstate(over="ignore"):
+            np.add.at(self._signature, flat, np.uint64(code))
+
+    def signatures(self) -> NDArray[np.uint64]:
+        """Signature of every root: the sum over the units it stands for."""
+        total = np.zeros(self._n, dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            np.add.at(total, self.roots(np.arange(self._n)), self._signature[: self._n])
+        return total
+
+    # ---- blocks ------------------------------------------------------------------------------------------------------
+
+    def depth(self, units: Array) -> Array:
+        """Number of blocks around each unit."""
+        depth = np.zeros(units.shape, dtype=np.int64)
+        current = self.parents(units)
+        for _ in range(_MAX_DEPTH):
+            if not current.any():
+                return depth
+            depth += current != FIXED
+            current = np.where(current == FIXED, FIXED, self.parents(current))
+        self.freeze(units[current != FIXED], "blocks inside one another")
+        return np.where(current != FIXED, 0, depth)
+
+    def blocks_of_rows(self, matrix: Array) -> Array | None:
+        """The block of each row of a matrix of units: its units move only together with the row.
+
+        Rows of equal content share their block. Blocks that exist are found, others are made.
+
+        Returns:
+            One unit per row (0 for rows without a unit that moves); None if the rows overlap, and all is frozen now.
+        """
+        matrix = self.find(matrix)
+        live = matrix != FIXED
+        any_live = live.any(axis=1)
+        if not any_live.any():
+            return np.zeros(len(matrix), dtype=np.int64)
+        depth = self.depth(matrix)
+        live &= self.find(matrix) != FIXED
+        row_id: Array | None = None
+        level = int(depth[live].min())
+        current, below = matrix, None
+        while True:
+            while (deeper := live & (depth > level)).any():
+                current = np.where(deeper, self.parents(current), current)
+                depth = depth - deeper
+            value = np.where(live, current, FIXED).max(axis=1)
+            if (np.where(live, current, value[:, None]) == value[:, None]).all():
+                row_id = self._row_ids(matrix) if row_id is None else row_id
+                pairs = np.unique(np.stack([row_id[any_live], value[any_live]]), axis=1)
+                if len(np.unique(pairs[1])) == len(np.unique(pairs[0])):
+                    return value
+                if below is None:
+                    return value if self._same_rows(matrix, live) else self._give_up(matrix)
+                return self._insert(below, live, row_id, value)
+            if level == 0:
+                row_id = self._row_ids(matrix)
+                return self._insert(current, live, row_id, None)
+            below, level = current, level - 1
+
+    def _same_rows(self, matrix: Array, live: NDArray[np.bool_]) -> bool:
+        return bool((np.where(live, matrix, matrix.max(axis=1)[:, None]) == matrix.max(axis=1)[:, None]).all())
+
+    def _row_ids(self, matrix: Array) -> Array:
+        return np.unique(matrix, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+    def _insert(self, members: Array, live: NDArray[np.bool_], row_id: Array, above: Array | None) -> Array | None:
+        rows = np.broadcast_to(row_id[:, None], members.shape)[live]
+        pairs = np.unique(np.stack([members[live], rows]), axis=1)
+        if len(np.unique(pairs[0])) != pairs.shape[1]:
+            return self._give_up(members)
+        made = self.fresh(int(row_id.max()) + 1)
+        self._parent[pairs[0]] = made[pairs[1]]
+        if above is not None:
+            self._parent[made[row_id]] = above
+        return np.where(live.any(axis=1), made[row_id], FIXED)
+
+    def _give_up(self, units: Array) -> None:
+        self.freeze(units, "used in blocks that overlap")
