@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import re
@@ -48,8 +49,9 @@ def fold_rows(
         (by name) or ``listed`` (line by line; less is folded then).
     """
     names = [row[key_side][0] for row in rows]
-    lines, plain = _fold_plain(rows, keys, _guarded(names), key_side)
-    ranks = _skeleton_ranks(names)
+    described = _Names(names)
+    lines, plain = _fold_plain(rows, keys, described.guarded(), key_side)
+    ranks = described.ranks()
     tree = sorted(lines, key=lambda line: (ranks[line.members[0]], min(line.members)))
     if unfold_order("tree", tree, names) == list(range(len(rows))):
         return tree, "tree"
@@ -167,75 +169,76 @@ def _letters(count: int) -> list[str]:
     )
 
 
-def _skeleton(component: str, kept: frozenset[str]) -> str:
-    skeleton = _INDEX.sub("#", component)
+@functools.lru_cache(maxsize=65536)  # a model has few different components
+def _skeleton(component: str, kept: frozenset[str] = frozenset()) -> str:
+    skeleton = _INDEX.sub("#", component) if any(map(str.isdigit, component)) else component
     return component if skeleton in kept else skeleton
 
 
-def _divergences(names: Sequence[str]) -> list[tuple[list[str], list[str], int]]:
-    """Consecutive names and the depth at which they part."""
-    found = []
-    rows = [name.split(".") for name in names]
-    for a, b in itertools.pairwise(rows):
-        depth = next((d for d, (x, y) in enumerate(zip(a, b)) if x != y), -1)
-        if depth >= 0:
-            found.append((a, b, depth))
-    return found
+class _Names:
+    """The names that place the rows, cut into components, and what their order says about the model.
 
-
-def _interleaved(names: Sequence[str]) -> frozenset[str]:
-    """Components such as ``conv_#`` whose numbered siblings don't stand together: ``conv_1, norm_1, conv_2, ...``."""
-    closed: dict[str, dict[str, None]] = {}
-    interleaved: dict[str, None] = {}
-    for a, b, depth in _divergences(names):
-        old, new = _INDEX.sub("#", a[depth]), _INDEX.sub("#", b[depth])
-        seen = closed.setdefault(".".join(a[:depth]), {})
-        if old != new:
-            seen[old] = None
-        if new in seen and new != "#":
-            interleaved[new] = None
-    return frozenset(interleaved)
-
-
-def _guarded(names: Sequence[str]) -> list[str]:
-    """Names in which the digits that must stay as they are have a guard before them."""
-    kept = _interleaved(names)
-    if not kept:
-        return list(names)
-    return [
-        ".".join(
-            re.sub(r"(?=\d)", _GUARD, component) if _INDEX.sub("#", component) in kept else component
-            for component in name.split(".")
-        )
-        for name in names
-    ]
-
-
-def _skeleton_ranks(names: Sequence[str]) -> list[tuple[int, ...]]:
-    """For each name its place in the tree of skeletons, whose children are in an order that suits every instance.
-
-    Layers may differ: the first has ``attn, mlp.up, norm``, later ones ``attn, mlp.experts, norm``. The order of a
-    module's children is merged from all modules of its kind (a topological sort; first come, first served).
+    Attributes:
+        kept: Skeletons such as ``conv_#`` whose numbered siblings don't stand together (``conv_1, norm_1, conv_2``):
+            folded, they would not come back in order.
     """
-    kept = _interleaved(names)
-    skeletons = [tuple(_skeleton(component, kept) for component in name.split(".")) for name in names]
-    children: dict[tuple[str, ...], dict[str, None]] = {}
-    after: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
-    for skeleton in dict.fromkeys(skeletons):
-        for depth, component in enumerate(skeleton):
-            children.setdefault(skeleton[:depth], {})[component] = None
-    for a, b, depth in _divergences(names):
-        old, new = _skeleton(a[depth], kept), _skeleton(b[depth], kept)
-        if old != new:
-            parent = tuple(_skeleton(component, kept) for component in a[:depth])
-            after.setdefault(parent, {}).setdefault(old, {})[new] = None
-    rank = {
-        (*parent, component): place
-        for parent, found in children.items()
-        for place, component in enumerate(_merged(list(found), after.get(parent, {})))
-    }
-    ranks = {s: tuple(rank[s[: depth + 1]] for depth in range(len(s))) for s in dict.fromkeys(skeletons)}
-    return [ranks[skeleton] for skeleton in skeletons]
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.rows = [name.split(".") for name in names]
+        self.partings: list[tuple[list[str], list[str], int]] = []  # consecutive names, and the depth where they part
+        for a, b in itertools.pairwise(self.rows):
+            for depth, (x, y) in enumerate(zip(a, b)):
+                if x != y:
+                    self.partings.append((a, b, depth))
+                    break
+        self.kept = self._interleaved()
+
+    def _interleaved(self) -> frozenset[str]:
+        closed: dict[tuple[str, ...], dict[str, None]] = {}
+        interleaved: dict[str, None] = {}
+        for a, b, depth in self.partings:
+            old, new = _skeleton(a[depth]), _skeleton(b[depth])
+            if old != new:
+                seen = closed.setdefault(tuple(a[:depth]), {})
+                seen[old] = None
+                if new in seen and "#" in new and new != "#":
+                    interleaved[new] = None
+        return frozenset(interleaved)
+
+    def guarded(self) -> list[str]:
+        """The names, with a guard before the digits that must stay as they are."""
+        if not self.kept:
+            return [".".join(row) for row in self.rows]
+        return [
+            ".".join(re.sub(r"(?=\d)", _GUARD, part) if _skeleton(part) in self.kept else part for part in row)
+            for row in self.rows
+        ]
+
+    def ranks(self) -> list[tuple[int, ...]]:
+        """For each name its place in the tree of skeletons, whose children are in an order that suits every instance.
+
+        Layers may differ: the first has ``attn, mlp.up, norm``, later ones ``attn, mlp.experts, norm``. The order of a
+        module's children is merged from all modules of its kind (a topological sort; first come, first served).
+        """
+        skeletons = [tuple(_skeleton(part, self.kept) for part in row) for row in self.rows]
+        unique = dict.fromkeys(skeletons)
+        children: dict[tuple[str, ...], dict[str, None]] = {}
+        after: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
+        for skeleton in unique:
+            for depth, part in enumerate(skeleton):
+                children.setdefault(skeleton[:depth], {})[part] = None
+        for a, b, depth in self.partings:
+            old, new = _skeleton(a[depth], self.kept), _skeleton(b[depth], self.kept)
+            if old != new:
+                parent = tuple(_skeleton(part, self.kept) for part in a[:depth])
+                after.setdefault(parent, {}).setdefault(old, {})[new] = None
+        rank = {
+            (*parent, part): place
+            for parent, found in children.items()
+            for place, part in enumerate(_merged(list(found), after.get(parent, {})))
+        }
+        placed = {s: tuple(rank[s[: depth + 1]] for depth in range(len(s))) for s in unique}
+        return [placed[skeleton] for skeleton in skeletons]
 
 
 def _merged(items: list[str], after: dict[str, dict[str, None]]) -> list[str]:
