@@ -37,10 +37,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Archive:
-    """A checked archive: the folder all members are in, and the members by their name inside it."""
+    """A checked archive: its members by their names inside the one folder, and the names of compressed ones.
 
-    folder: str
+    Compressed members (the code of a script module) are never read, so nothing can be unpacked to a monstrous size.
+    """
+
     members: dict[str, Member]
+    compressed: frozenset[str] = frozenset()
 
 
 class _View(io.RawIOBase):
@@ -64,7 +67,7 @@ class _View(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def read(self, size: int = -1) -> bytes:  # type: ignore[override]
+    def read(self, size: int = -1) -> bytes:
         end = len(self._data) if size is None or size < 0 else self._at + size
         part = bytes(self._data[self._at : end])
         self._at += len(part)
@@ -82,7 +85,7 @@ def read_archive(data: memoryview) -> Archive:
     """
     try:
         # zipfile keeps a reference to the view only while it is open
-        with zipfile.ZipFile(_View(data)) as opened:  # type: ignore[arg-type]
+        with zipfile.ZipFile(_View(data)) as opened:
             entries = opened.infolist()
     except zipfile.BadZipFile as error:
         raise RefusedError(f"a zip archive that is truncated or damaged ({error})") from error
@@ -91,21 +94,29 @@ def read_archive(data: memoryview) -> Archive:
     if len(entries) > MAX_MEMBERS:
         raise RefusedError(f"a zip archive of {len(entries)} members")
     members: dict[str, Member] = {}
+    compressed: set[str] = set()
     spans: list[tuple[int, int, str]] = []
     for entry in entries:
         if entry.is_dir():
             continue
         name = _checked_name(entry)
-        if name in members:
+        if name in members or name in compressed:
             raise RefusedError(f"a zip archive with two members named {name!r:.200}")
         start = _data_start(data, entry)
-        members[name] = Member(start, entry.file_size, entry.CRC)
-        spans.append((entry.header_offset, start + entry.file_size, name))
+        if entry.compress_type == zipfile.ZIP_STORED:
+            members[name] = Member(start, entry.file_size, entry.CRC)
+        else:
+            compressed.add(name)
+        spans.append((entry.header_offset, start + entry.compress_size, name))
     spans.sort()
     for (_, end, name), (begin, _, other) in pairwise(spans):
         if end > begin:
             raise RefusedError(f"a zip archive whose members {name!r:.200} and {other!r:.200} overlap")
-    return _without_folder(members)
+    folder = _common_folder([*members, *sorted(compressed)])
+    return Archive(
+        {name[len(folder) :]: member for name, member in members.items()},
+        frozenset(name[len(folder) :] for name in compressed),
+    )
 
 
 def _checked_name(entry: zipfile.ZipInfo) -> str:
@@ -115,11 +126,8 @@ def _checked_name(entry: zipfile.ZipInfo) -> str:
         raise RefusedError(f"a zip archive with a member outside its folder ({entry.orig_filename!r:.200})")
     if entry.flag_bits & 0x1:
         raise RefusedError(f"a zip archive with an encrypted member ({name!r:.200})")
-    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-        raise RefusedError(
-            f"a zip archive with a compressed member ({name!r:.200}); torch.save never compresses. "
-            "If somebody packed a checkpoint into this archive, unpack it first"
-        )
+    if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
+        raise RefusedError(f"a zip archive that states two sizes of the member {name!r:.200}")
     return name
 
 
@@ -134,18 +142,15 @@ def _data_start(data: memoryview, entry: zipfile.ZipInfo) -> int:
     if signature != b"PK\x03\x04" or local.decode("utf-8", "replace") != entry.filename:
         raise RefusedError(f"a zip archive whose parts disagree about the member {entry.filename!r:.200}")
     start += name_length + extra_length
-    if start + entry.file_size > len(data):
+    if start + entry.compress_size > len(data):
         raise RefusedError(f"a zip archive with the member {entry.filename!r:.200} beyond its end (truncated?)")
     return start
 
 
-def _without_folder(members: dict[str, Member]) -> Archive:
-    """Cut the one folder that torch puts all members in; other archives keep their names."""
-    folders = {name.partition("/")[0] for name in members if "/" in name}
-    if len(folders) == 1 and all("/" in name for name in members):
-        (folder,) = folders
-        return Archive(folder, {name[len(folder) + 1 :]: member for name, member in members.items()})
-    return Archive("", members)
+def _common_folder(names: list[str]) -> str:
+    """The one folder that torch puts all members in, with its slash; empty for other archives."""
+    folders = {name.partition("/")[0] for name in names}
+    return f"{folders.pop()}/" if len(folders) == 1 and all("/" in name for name in names) else ""
 
 
 def checked_bytes(data: memoryview, member: Member, what: str) -> memoryview:

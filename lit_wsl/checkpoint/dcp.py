@@ -194,11 +194,22 @@ def _nest(leaves: Mapping[str, Any], paths: Mapping[Any, Any]) -> dict[str, Any]
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         path = paths.get(name)
-        usable = isinstance(path, tuple) and path and all(isinstance(key, (str, int)) for key in path)
-        keys = path if usable else (name,)
+        keys: tuple[Any, ...] = path if isinstance(path, tuple) and path else (name,)
+        if not all(isinstance(key, (str, int)) for key in keys):
+            raise RefusedError(f"an index with a damaged path of {name!r:.200}")
         inner: Any = tree
         for key in keys[:-1]:
             inner = inner.setdefault(key, {}) if isinstance(inner, dict) else {}
         if isinstance(inner, dict):
             inner[keys[-1]] = leaf
-    return tree
+    return {key: _lists(value) for key, value in tree.items()}
+
+
+def _lists(value: Any) -> Any:
+    """Make lists of dicts with the keys 0, 1, 2, ...: the planner writes integers for places in lists only."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _lists(item) for key, item in value.items()}
+    if inner and all(type(key) is int for key in inner) and sorted(inner) == list(range(len(inner))):
+        return [inner[key] for key in sorted(inner)]
+    return inner

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,13 +63,14 @@ def read_safetensors(path: Path) -> Document:
     return Document("safetensors", tree, metadata=metadata)
 
 
-def _get(opened: object, name: str) -> Tensor:
+def _get(opened: Any, name: str) -> Tensor:
     from safetensors import SafetensorError
 
     try:
-        return opened.get_tensor(name)  # type: ignore[attr-defined, no-any-return]
+        tensor: Tensor = opened.get_tensor(name)
     except SafetensorError as error:
         raise RefusedError(f"a damaged safetensors file ({error})") from error
+    return tensor
 
 
 def _dtype(name: str, code: object) -> torch.dtype:

@@ -49,7 +49,7 @@ class MappedFile:
             raise RefusedError("a storage beyond the end of the file (truncated?)")
         if nbytes == 0:
             return torch.UntypedStorage(0)
-        return self._bytes[start : start + nbytes]  # type: ignore[return-value]
+        return self._bytes[start : start + nbytes]
 
 
 def read_torch_file(path: Path) -> Document:
@@ -116,7 +116,8 @@ def read_zip(file: MappedFile, start: int = 0, length: int | None = None) -> Unp
         nbytes = numel * dtype.itemsize
         entry = archive.members.get(f"data/{key}")
         if entry is None:
-            raise RefusedError(f"a tensor whose storage {key!r:.100} is not in the file")
+            packed = " (compressed, which torch.save never does)" if f"data/{key}" in archive.compressed else ""
+            raise RefusedError(f"a tensor whose storage {key!r:.100} is not in the file{packed}")
         if nbytes > entry.size:
             raise RefusedError(f"a storage {key!r:.100} of {nbytes} bytes, of which the file has {entry.size}")
         if key not in cache:
@@ -138,11 +139,13 @@ def _byte_order(data: memoryview, archive: Archive) -> str:
 
 
 def _what_archive(archive: Archive) -> str:
-    names = sorted(archive.members)
+    names = sorted([*archive.members, *archive.compressed])
     if names and all(name.endswith(".npy") for name in names):
         return "a NumPy archive (.npz); load it with numpy, wrap its arrays as tensors and torch.save them"
     if any(name.endswith((".ckpt", ".pt", ".pth", ".bin", ".safetensors")) for name in names):
         return f"a zip archive that packs other checkpoints ({', '.join(names[:3])}); unpack it first"
+    if "data.pkl" in archive.compressed:
+        return "a compressed zip archive; torch.save never compresses. Unpack it and save it again"
     if "archive_format" in names or any(name.endswith("model.json") for name in names):
         return "a program exported by torch.export; take the checkpoint it was exported from"
     if "config.json" in names and any(name.endswith(".weights.h5") for name in names):

@@ -232,6 +232,8 @@ class _Machine:
             raise RefusedError(f"a call of a {type(func).__name__}, which is not a class or function")
         if isinstance(func, ForeignName) and not kwargs:
             try:
+                if func.name in ("_rebuild_from_type_v2", "_rebuild_parameter_with_state"):
+                    self.lossy = self.lossy or any(args[-1:])  # attributes set on a tensor are dropped
                 return rebuild.build(func, args)
             except rebuild.ForeignUseError:
                 self.foreign_uses.update({str(func)} if rebuild.is_known(func) else ())
@@ -276,7 +278,7 @@ class _Machine:
         text = self.line()
         if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b'"', b"'"):
             raise RefusedError("a damaged pickle (a text without quotes)")
-        self.push(_python2_text(codecs.escape_decode(text[1:-1])[0]))  # type: ignore[attr-defined]
+        self.push(_python2_text(codecs.escape_decode(text[1:-1])[0]))
 
     def text(self, length: int) -> None:
         self.push(str(self.take(length), "utf-8", "surrogatepass"))
@@ -307,7 +309,7 @@ class _Machine:
             for key, value in zip(items[::2], items[1::2]):
                 if type(key) is not str:
                     check_key(key)
-                dict.__setitem__(target, key, value)
+                target[key] = value
         elif isinstance(target, ForeignObject):
             self.charge(40 * len(items))
             target.orders.extend(("setitem", check_key(k), v) for k, v in zip(items[::2], items[1::2]))

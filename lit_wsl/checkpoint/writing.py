@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lit_wsl.checkpoint.inert import contains_foreign
+from lit_wsl.checkpoint.repickle import save_with_records
 from lit_wsl.errors import CheckpointError
 
 _REMEDIES = {
@@ -153,7 +155,9 @@ def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
     """Save ``obj`` with ``torch.save``, or a dict of tensors as safetensors where ``path`` says ``.safetensors``.
 
     Args:
-        obj: anything ``torch.save`` takes; for ``.safetensors`` a mapping of names to tensors.
+        obj: anything ``torch.save`` takes, inert records of foreign objects included (they are written as the same
+            orders that the original file had, see :mod:`lit_wsl.checkpoint.repickle`); for ``.safetensors`` a mapping
+            of names to tensors.
         path: the file to write.
 
     Raises:
@@ -165,7 +169,10 @@ def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
     with atomic(path) as temporary, open(temporary, "wb") as raw:
         file = _ErrorKeepingFile(raw)
         try:
-            torch.save(obj, file)  # type: ignore[arg-type]
+            if contains_foreign(obj):
+                save_with_records(obj, file)
+            else:
+                torch.save(obj, file)  # type: ignore[arg-type]
         except RuntimeError as error:
             if file.error is not None:
                 raise file.error from error
