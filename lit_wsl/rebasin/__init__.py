@@ -4,19 +4,34 @@ from __future__ import annotations
 
 from lit_wsl.rebasin.apply import apply_permutation, compose_permutations, invert_permutations
 from lit_wsl.rebasin.inference import infer_permutation_spec
+from lit_wsl.rebasin.matching import MatchingResult, weight_matching
+from lit_wsl.rebasin.merging import average, reestimate_batchnorm, task_arithmetic
 from lit_wsl.rebasin.spec import AxisSpec, AxisUse, PermutationGroup, Permutations, PermutationSpec
+from lit_wsl.rebasin.task_vectors import (
+    apply_permutation_to_task_vectors,
+    task_vector,
+    weight_matching_for_task_vectors,
+)
 from lit_wsl.rebasin.verify import Verification, verify_permutation_spec
 
 __all__ = [
     "AxisSpec",
     "AxisUse",
+    "MatchingResult",
     "PermutationGroup",
     "PermutationSpec",
     "Permutations",
     "Verification",
     "apply_permutation",
+    "apply_permutation_to_task_vectors",
+    "average",
     "compose_permutations",
     "infer_permutation_spec",
     "invert_permutations",
+    "reestimate_batchnorm",
+    "task_arithmetic",
+    "task_vector",
     "verify_permutation_spec",
+    "weight_matching",
+    "weight_matching_for_task_vectors",
 ]

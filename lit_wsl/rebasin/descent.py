@@ -1,0 +1,294 @@
+"""Coordinate descent over the trees of a permutation spec: the present order, the objective, single steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lit_wsl.rebasin.apply import permute_tensor
+from lit_wsl.rebasin.nested import Similarity, Solution, TreeSolver, similarity
+from lit_wsl.rebasin.progress import Progress
+from lit_wsl.rebasin.spec import PermutationSpec
+from lit_wsl.rebasin.terms import Term, Tree, build_trees, tree_roots
+
+#: Gains below this share of the objective's scale are rounding.
+TOLERANCE = 1e-12
+
+
+class Descent:
+    """The other model in its present order, against the reference.
+
+    Args:
+        spec: permutation spec.
+        reference: the tensors that count in the objective.
+        other: tensors of the same names and shapes.
+        device: where to compute; by default where the reference is.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        reference: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.spec = spec
+        self.reference = {n: t.detach().to(device or t.device) for n, t in reference.items()}
+        self.other = {n: t.detach().to(self.reference[n].device) for n, t in other.items()}
+        self.trees = build_trees(spec, self.reference)
+        self._roots = tree_roots(spec)
+        self._scale = sum(_norm(self.reference[n]) * _norm(self.other[n]) for n in self.reference)
+        self._initial_dots = {n: dot(self.reference[n], self.other[n]) for n in self.reference}
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the order in which the other model came."""
+        self.current = dict(self.other)
+        self.dots = dict(self._initial_dots)
+        self.permutations = self.spec.identity()
+        self._clock = 0
+        self._changed = dict.fromkeys(self.reference, 0)
+        self._solved = dict.fromkeys(self.trees, -1)
+        self._sure = dict.fromkeys(self.trees, False)
+
+    @property
+    def objective(self) -> float:
+        """Inner product of the reference with the other model in its present order, in float64."""
+        return math.fsum(self.dots.values())
+
+    @property
+    def certain(self) -> bool:
+        """Whether the last solution of every tree was its row-wise maxima."""
+        return all(self._sure.values())
+
+    # ---- passes ------------------------------------------------------------------------------------------------------
+
+    def identity_is_optimal(self, seed: int, bar: Progress) -> bool:
+        """Whether, at every tree, the units' best partners are where they stand. Stops at the first that is not."""
+        generator = torch.Generator().manual_seed(seed)
+        names = list(self.trees)
+        for number in torch.randperm(len(names), generator=generator).tolist():
+            tree = self.trees[names[number]]
+            for solution in self._solutions(tree):
+                if not solution.certain or not _is_identity(solution):
+                    return False
+            self._solved[tree.root] = self._clock
+            self._sure[tree.root] = True
+            bar.advance()
+        return True
+
+    def sweep(self, order: Sequence[int], bar: Progress) -> bool:
+        """One step for every tree that can have something to gain; whether any gained."""
+        gained = False
+        names = list(self.trees)
+        for number in order:
+            tree = self.trees[names[number]]
+            if any(self._changed[n] > self._solved[tree.root] for n in tree.tensors if n in self._changed) or (
+                self._solved[tree.root] < 0
+            ):
+                gained |= self.step(tree)
+            bar.advance()
+        return gained
+
+    def step(self, tree: Tree) -> bool:
+        """Solve one tree with everything else fixed, and keep the solution if the objective grows."""
+        gained, sure = False, True
+        for solution in self._solutions(tree):
+            sure &= solution.certain
+            gained |= self._accept(tree, solution)
+        # A linear step leaves its own tree at the optimum; a quadratic one only looked at the neighbourhood.
+        linear = not any(term.quadratic for term in tree.terms)
+        self._solved[tree.root] = self._clock if linear or not gained else -1
+        self._sure[tree.root] = sure
+        return gained
+
+    def resolve_first(self, bar: Progress) -> None:
+        """Settle all trees in the order of the evidence at hand, see :mod:`lit_wsl.rebasin.matching`."""
+        bar.start("matching: resolved first", len(self.trees))
+        evidence = Evidence(self.spec, self.trees, self.reference)
+        while evidence.open:
+            root = evidence.strongest()
+            tree = self.trees[root]
+            terms = evidence.terms(root) or [(term, {}) for term in tree.terms if not term.quadratic]
+            found = self._similarities(terms, normalise=True)
+            if tuple(found) and (len(tree.groups) > 1 or (root,) in found):
+                self._accept(tree, TreeSolver(self.spec, tree, found).solve(), always=True)
+            evidence.settle(root)
+            bar.advance()
+
+    # ---- one tree ----------------------------------------------------------------------------------------------------
+
+    def _solutions(self, tree: Tree) -> Iterator[Solution]:
+        """The solutions of one tree; the second is computed only after the first was dealt with."""
+        for solve in (self.solve_joint, self.solve_inner):
+            solution = solve(tree)
+            if solution is not None:
+                yield solution
+
+    def solve_joint(self, tree: Tree) -> Solution | None:
+        """Optimum of the whole tree, without the terms that are not linear in it (except at a lone group)."""
+        terms = [t for t in tree.terms if not t.quadratic or t.units[0] == 1]
+        found = self._similarities([(t, {}) for t in terms])
+        if not found or (len(tree.groups) == 1 and (tree.root,) not in found):
+            return None
+        return TreeSolver(self.spec, tree, found).solve()
+
+    def solve_inner(self, tree: Tree) -> Solution | None:
+        """Optimum of each group alone, with the terms that couple it to others of its tree taken at their present."""
+        if len(tree.groups) == 1 or not any(t.quadratic and t.units[0] > 1 for t in tree.terms):
+            return None
+        found = self._similarities([(t, {}) for t in tree.terms if len(t.groups) == 1 and t.units[0] > 1])
+        return TreeSolver(self.spec, tree, found).solve_inner()
+
+    def _similarities(
+        self, terms: Sequence[tuple[Term, Mapping[int, Tensor]]], normalise: bool = False
+    ) -> dict[tuple[str, ...], Similarity]:
+        rows: dict[tuple[str, ...], list[tuple[Tensor, Tensor]]] = {}
+        weights: dict[tuple[str, ...], list[float]] = {}
+        for term, only in terms:
+            a = term.rows(self.reference[term.tensor], only)
+            b = term.rows(self.current[term.tensor], only)
+            weight = 1.0
+            if normalise:
+                spread = _spread(self.reference[term.tensor]) * _spread(self.current[term.tensor])
+                if not spread > 0:
+                    continue
+                weight = 1.0 / spread
+            rows.setdefault(term.groups, []).append((a, b))
+            weights.setdefault(term.groups, []).append(weight)
+        return {key: similarity(rows[key], weights[key]) for key in rows}
+
+    def _accept(self, tree: Tree, solution: Solution, always: bool = False) -> bool:
+        """Permute all tensors of the tree if the objective grows by it (or always); whether anything was moved."""
+        if _is_identity(solution):
+            return False
+        moved = {
+            name: permute_tensor(self.spec, solution.permutations, name, self.current[name])
+            for name in tree.tensors
+            if name in self.current
+        }
+        dots = {name: dot(self.reference[name], tensor) for name, tensor in moved.items()}
+        gain = math.fsum([*dots.values(), *(-self.dots[name] for name in dots)])
+        if not always and not gain > TOLERANCE * self._scale:
+            return False
+        self._clock += 1
+        self.current.update(moved)
+        self.dots.update(dots)
+        self._changed.update(dict.fromkeys(moved, self._clock))
+        self._compose(tree, solution.permutations)
+        return True
+
+    def _compose(self, tree: Tree, later: Mapping[str, Tensor]) -> None:
+        """Follow the present permutations of a tree by further ones."""
+        identity = {g: self.permutations[g] for g in tree.groups}
+        for group in tree.groups:
+            shape = self.spec.permutation_shape(group)
+            grid = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
+            path = tuple(
+                later[member][tuple(grid[: level + 1])] if member in later else grid[level]
+                for level, member in enumerate((*self.spec.ancestors(group), group))
+            )
+            self.permutations[group] = identity[group][path]
+
+
+class Evidence:
+    """Which trees are settled, and how much the settled ones say about the others.
+
+    The evidence for a tree is the number of entries per unit that can be compared: those of the tensors it moves whose
+    other coordinates nothing moves, or only settled trees do.
+    """
+
+    def __init__(self, spec: PermutationSpec, trees: Mapping[str, Tree], tensors: Mapping[str, Tensor]) -> None:
+        self.trees = trees
+        self.roots = tree_roots(spec)
+        self.axes = {name: spec.axes[name] for name in tensors}
+        self.open = dict.fromkeys(trees)
+        self.free = {
+            (name, axis): (axis_spec.coords < 0).all(dim=0)
+            for name, axes in self.axes.items()
+            for axis, axis_spec in axes.items()
+        }
+        self.sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._strength = {root: self._measure(root) for root in trees}
+        self._neighbours = {name: [r for r in trees if name in trees[r].tensors] for name in tensors}
+
+    def strongest(self) -> str:
+        """The open tree with the most evidence; the first of the spec among equals."""
+        return max(self.open, key=self._strength.__getitem__)
+
+    def settle(self, root: str) -> None:
+        """Count a tree as settled."""
+        del self.open[root]
+        again: dict[str, None] = {}
+        for name in self.trees[root].tensors:
+            if name not in self.axes:
+                continue
+            for axis, axis_spec in self.axes[name].items():
+                if any(self.roots[g] == root for g in axis_spec.groups):
+                    self.free[name, axis] = self._free(name, axis)
+            again.update(dict.fromkeys(self._neighbours[name]))
+        for other in again:
+            if other in self.open:
+                self._strength[other] = self._measure(other)
+
+    def _free(self, name: str, axis: int) -> Tensor:
+        axis_spec = self.axes[name][axis]
+        free = torch.ones(axis_spec.length, dtype=torch.bool)
+        for row, group in enumerate(axis_spec.groups):
+            if self.roots[group] in self.open:
+                free &= axis_spec.coords[row] < 0
+        return free
+
+    def _usable(self, term: Term) -> bool:
+        if any(tree in self.open for tree in term.trees):
+            return False
+        return not term.quadratic or term.units[0] == 1
+
+    def terms(self, root: str) -> list[tuple[Term, dict[int, Tensor]]]:
+        """Terms of a tree that can be used now, with the limits on other axes."""
+        usable = []
+        for term in self.trees[root].terms:
+            if not self._usable(term):
+                continue
+            limits = {}
+            for axis in self.axes[term.tensor]:
+                if axis in (term.axis, term.outer_axis) or axis in term.only:
+                    continue
+                free = self.free[term.tensor, axis]
+                if not bool(free.all()):
+                    limits[axis] = torch.nonzero(free).flatten()
+            if all(index.numel() for index in limits.values()):
+                usable.append((term, limits))
+        return usable
+
+    def _measure(self, root: str) -> float:
+        strength = 0.0
+        for term, limits in self.terms(root):
+            entries = float(math.prod(self.sizes[term.tensor]))
+            for axis, index in {**term.only, **limits}.items():
+                entries *= index.numel() / self.sizes[term.tensor][axis]
+            share = 1.0 if term.positions is None else term.positions.numel() / self.sizes[term.tensor][term.axis]
+            strength += entries * share / math.prod(term.units)
+        return strength
+
+
+def _is_identity(solution: Solution) -> bool:
+    return all(bool((p == torch.arange(p.shape[-1])).all()) for p in solution.permutations.values())
+
+
+def dot(a: Tensor, b: Tensor, chunk: int = 2**22) -> float:
+    """Inner product of two tensors of the same shape, accumulated in float64."""
+    x, y = a.reshape(-1), b.reshape(-1)
+    parts = [torch.dot(x[i : i + chunk].double(), y[i : i + chunk].double()) for i in range(0, x.numel(), chunk)]
+    return float(torch.stack(parts).sum()) if parts else 0.0
+
+
+def _norm(tensor: Tensor) -> float:
+    return math.sqrt(dot(tensor, tensor))
+
+
+def _spread(tensor: Tensor) -> float:
+    return float(tensor.float().std(correction=0)) if tensor.numel() > 1 else 0.0
