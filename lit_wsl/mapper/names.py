@@ -134,8 +134,8 @@ def best_pairs_similarity(
         if i not in used_a and j not in used_b:
             used_a.add(i)
             used_b.add(j)
-            shared += -negative * (weight(a[i], 1.0) + weight(b[j], 1.0)) / 2  # type: ignore[operator]
-    total = sum(weight(x, 1.0) for x in a) + sum(weight(y, 1.0) for y in b)  # type: ignore[misc]
+            shared += -negative * (weight(a[i], 1.0) + weight(b[j], 1.0)) / 2
+    total = sum(weight(x, 1.0) for x in a) + sum(weight(y, 1.0) for y in b)
     union = total - shared
     return shared / union if union > 0 else 1.0
 

@@ -1,10 +1,36 @@
-"""From two descriptions to a plan."""
+"""From two descriptions to a plan: passes of the alignment, buffers, scores, and the reasons of what stays out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from lit_wsl.mapper.align import Aligner, Match, Outcome
+from lit_wsl.mapper.buffers import match_buffers, refuse_modules, split_kinds
+from lit_wsl.mapper.entries import EntryWriter
+from lit_wsl.mapper.evidence import Evidence, OrderVotes
+from lit_wsl.mapper.names import Dictionary, split_numbers
 from lit_wsl.mapper.options import MatchingOptions
-from lit_wsl.structure.info import ModelDescription
-from lit_wsl.transfer.plan import PlanEntry, SideSummary, TransferPlan, Unmatched
+from lit_wsl.mapper.tree import TreeBuilder
+from lit_wsl.structure.info import ModelDescription, ParameterInfo, tokenize
+from lit_wsl.transfer.plan import SideSummary, TransferPlan
+
+MAX_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The outcome of the passes, in terms of the tensors themselves.
+
+    Attributes:
+        matches: Source tensors, target tensors, the match.
+        doubts: Target tensors, source tensors, the reason.
+        dictionary: What the passes learned about names.
+    """
+
+    matches: tuple[tuple[tuple[ParameterInfo, ...], tuple[ParameterInfo, ...], Match], ...]
+    doubts: tuple[tuple[tuple[ParameterInfo, ...], tuple[ParameterInfo, ...], str], ...]
+    dictionary: Dictionary
 
 
 def build_plan(
@@ -21,27 +47,117 @@ def build_plan(
         The plan; deterministic, and made without tensor data.
     """
     options = options or MatchingOptions()
-    entries = tuple(
-        PlanEntry((t.name,), (t.name,), (), (t.shape,), (t.shape,), t.kind, reason="same name and shape")
-        for t in target.parameters
-        if t.name in source.by_name
-        and source.by_name[t.name].shape == t.shape
-        and not (options.buffers == "exclude" and t.kind == "buffer")
-    )
-    used = {name for entry in entries for name in entry.sources}
+    weights_s, buffers_s, weights_t, buffers_t = split_kinds(source, target)
+    alignment = align(weights_s, weights_t, options)
+    if target.has_execution_order:
+        alignment = _with_execution_order(alignment, weights_s, weights_t, options)
+    writer = EntryWriter(source, target, options, alignment.dictionary)
+    for sources, targets, match in alignment.matches:
+        writer.add(sources, targets, match.operations, match.margin, match.reason)
+    for targets, sources, reason in alignment.doubts:
+        writer.doubt(targets, sources, reason)
+    if options.buffers != "exclude":
+        for s, t, reason in match_buffers(writer.pairs(), source, buffers_s, buffers_t):
+            writer.add((s,), (t,), (), 1.0, reason)
+    if options.buffers == "strict":
+        refuse_modules(writer, source, target)
+    entries, ambiguous, unmatched_source, unmatched_target = writer.finish()
     return TransferPlan(
         entries=entries,
         source=SideSummary.of(source),
         target=SideSummary.of(target),
-        unmatched_source=tuple(
-            Unmatched(i.name, i.shape, i.kind, "no target of this shape is free")
-            for i in source.parameters
-            if i.name not in used
-        ),
-        unmatched_target=tuple(
-            Unmatched(i.name, i.shape, i.kind, "no source of this shape is free")
-            for i in target.parameters
-            if i.name not in used
-        ),
+        ambiguous=ambiguous,
+        unmatched_source=unmatched_source,
+        unmatched_target=unmatched_target,
         options=options.to_dict(),
     )
+
+
+def align(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], options: MatchingOptions) -> Alignment:
+    """Run passes until they learn nothing more.
+
+    The first pass doesn't use order at all; what it is certain of tells how far order can be trusted, which way
+    round matrices are stored, and which words stand for which.
+    """
+    if not source or not target:
+        return Alignment((), (), Dictionary())
+    builder = TreeBuilder()
+    root_s, order_s = builder.build(source)
+    root_t, order_t = builder.build(target)
+    forbidden = _forbidden(options)
+    evidence = Evidence(order=OrderVotes(same=0, total=1))
+    outcome = Outcome()
+    matched = -1
+    for _ in range(MAX_PASSES):
+        aligner = Aligner(options, builder, evidence, forbidden)
+        outcome = aligner.align(root_s, root_t)
+        count = sum(len(m.targets) for m in outcome.matches)
+        if count <= matched:
+            break
+        matched = count
+        evidence = replace(aligner.gathered, dictionary=_learn(outcome, order_s, order_t))
+    matches = tuple(
+        (tuple(order_s[p] for p in m.sources), tuple(order_t[p] for p in m.targets), m) for m in outcome.matches
+    )
+    doubts = tuple(
+        (tuple(order_t[p] for p in d.targets), tuple(order_s[p] for p in d.sources), d.reason) for d in outcome.doubts
+    )
+    return Alignment(matches, doubts, evidence.dictionary)
+
+
+def _with_execution_order(
+    first: Alignment, source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], options: MatchingOptions
+) -> Alignment:
+    """Let execution order decide what is still open, and nothing else: it only turns missing into right."""
+    matched = {t.name for _, targets, _ in first.matches for t in targets}
+    if len(matched) == len(target):
+        return first
+    second = align(_by_execution(source), _by_execution(target), options)
+    used = {s.name for sources, _, _ in first.matches for s in sources}
+    agreed = {(tuple(s.name for s in ss), tuple(t.name for t in ts)) for ss, ts, _ in first.matches}
+    if any(
+        (tuple(s.name for s in ss), tuple(t.name for t in ts)) not in agreed
+        for ss, ts, _ in second.matches
+        if any(t.name in matched for t in ts) or any(s.name in used for s in ss)
+    ):
+        return first  # the two orders contradict each other somewhere, so neither may add to the other
+    extra = tuple(m for m in second.matches if not any(t.name in matched for t in m[1]))
+    decided = matched | {t.name for _, targets, _ in extra for t in targets}
+    doubts = tuple(d for d in first.doubts if not all(t.name in decided for t in d[0]))
+    return Alignment((*first.matches, *extra), doubts, second.dictionary)
+
+
+def _by_execution(infos: Sequence[ParameterInfo]) -> list[ParameterInfo]:
+    """Sort by execution order; tensors the sample never reached go last."""
+    late = len(infos) + max((i.execution_order or 0 for i in infos), default=0)
+    return sorted(infos, key=lambda i: (late if i.execution_order is None else i.execution_order, i.index))
+
+
+def _learn(outcome: Outcome, source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]) -> Dictionary:
+    """Learn words from matched pairs; every pair of families counts once, however many members it has."""
+    dictionary = Dictionary()
+    seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
+    for match in outcome.matches:
+        if len(match.sources) != 1 or len(match.targets) != 1:
+            continue
+        key = (
+            split_numbers(source[match.sources[0]].name)[0],
+            split_numbers(target[match.targets[0]].name)[0],
+        )
+        if key not in seen:
+            seen.add(key)
+            dictionary.learn([w for w in key[0] if w != "#"], [w for w in key[1] if w != "#"])
+    return dictionary
+
+
+def _forbidden(options: MatchingOptions) -> Callable[[str, str], bool]:
+    """Whether two paths stand on different sides of an incompatible pair."""
+    pairs = [({w.lower() for w in a}, {w.lower() for w in b}) for a, b in options.incompatible_pairs]
+
+    def check(source: str, target: str) -> bool:
+        if not pairs:
+            return False
+        s, t = set(tokenize(source)), set(tokenize(target))
+        return any((s & a and t & b) or (s & b and t & a) for a, b in pairs)
+
+    return check

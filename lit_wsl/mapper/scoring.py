@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 
-from rapidfuzz.distance import LCSseq, Levenshtein
+from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.mapper.names import Dictionary, best_pairs_similarity
 from lit_wsl.mapper.options import MatchingOptions
@@ -75,7 +76,7 @@ def name_parts(source: str, target: str, dictionary: Dictionary | None = None) -
     return {
         "token": best_pairs_similarity(ws, wt, dictionary) if ws or wt else 1.0,
         "edit": Levenshtein.normalized_similarity(source, target),
-        "substring": LCSseq.similarity(source, target) / longest,
+        "substring": SequenceMatcher(None, source, target, autojunk=False).find_longest_match().size / longest,
         "type": 1.0 if leaf_s == leaf_t else best_pairs_similarity(tokenize(leaf_s), tokenize(leaf_t), dictionary),
     }
 

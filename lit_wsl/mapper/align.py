@@ -1,0 +1,289 @@
+"""Alignment of two trees: equal subtrees first, from the largest down, then units, then single tensors.
+
+The method, for a region (a pair of subtrees known to correspond; at first the two whole models):
+
+1. **Top-down by size.** Take the largest item of either side. If both sides have items with that number of elements
+   they are a *class* and are paired; otherwise the item is dissolved into its children. The number of elements is
+   invariant under every lossless operation, so this finds corresponding subtrees under renaming, regrouping, fusing
+   and splitting. (The idea of matching isomorphic subtrees greedily from the top is that of GumTree, Falleri et al.
+   2014, with an invariant instead of a hash.)
+2. **A class with several members** is decided jointly: members whose paths differ only by numbers are a family and go
+   by their numbers; families are assigned to one another by the words that tell them apart, by the dictionary
+   learned from this pair of models, and by order as far as order has proved trustworthy. What has no margin over the
+   best alternative assignment is ambiguous.
+3. **Left-over units** are joined and cut (:mod:`lit_wsl.mapper.fusion`), then matched tensor by tensor.
+
+Every pair found is a region of its own. Regions of the same structure are solved once, so thousands of layers cost
+no more than one, and all of them get the same answer.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from lit_wsl.mapper.classes import ClassSolver, Pairing
+from lit_wsl.mapper.evidence import Evidence
+from lit_wsl.mapper.fusion import Fusion, find_fusions, fold_run
+from lit_wsl.mapper.options import MatchingOptions
+from lit_wsl.mapper.shapes import operations_between
+from lit_wsl.mapper.tree import Item, TreeBuilder, relative, role_of, shape_key
+from lit_wsl.transfer.operations import Operation
+
+Forbidden = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Source tensors become target tensors; positions are ordinals of the two sides."""
+
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+    operations: tuple[Operation, ...]
+    margin: float
+    reason: str
+
+    def shifted(self, by_source: int, by_target: int) -> Match:
+        """The same match at other ordinals."""
+        return replace(
+            self,
+            sources=tuple(p + by_source for p in self.sources),
+            targets=tuple(p + by_target for p in self.targets),
+        )
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Targets whose sources nothing decides between."""
+
+    targets: tuple[int, ...]
+    sources: tuple[int, ...]
+    reason: str
+
+    def shifted(self, by_source: int, by_target: int) -> Doubt:
+        """The same doubt at other ordinals."""
+        return replace(
+            self,
+            sources=tuple(p + by_source for p in self.sources),
+            targets=tuple(p + by_target for p in self.targets),
+        )
+
+
+@dataclass
+class Outcome:
+    """What a region gave."""
+
+    matches: list[Match] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
+
+    def add(self, other: Outcome, by_source: int = 0, by_target: int = 0) -> None:
+        """Take over another region's outcome, at shifted ordinals."""
+        if by_source or by_target:
+            self.matches += [m.shifted(by_source, by_target) for m in other.matches]
+            self.doubts += [d.shifted(by_source, by_target) for d in other.doubts]
+        else:
+            self.matches += other.matches
+            self.doubts += other.doubts
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where items are compared: below ``source`` and ``target``.
+
+    Attributes:
+        source: Root of the source's side.
+        target: Root of the target's side.
+        complete: Whether both sides have the same number of elements, so that everything must find a partner.
+    """
+
+    source: Item
+    target: Item
+    complete: bool
+
+
+class Aligner:
+    """Aligns two trees once, with the evidence of an earlier pass.
+
+    Args:
+        options: How to match.
+        builder: The builder of both trees.
+        evidence: What earlier passes learned.
+        forbidden: Whether two paths must not match (incompatible pairs).
+    """
+
+    def __init__(
+        self, options: MatchingOptions, builder: TreeBuilder, evidence: Evidence, forbidden: Forbidden
+    ) -> None:
+        self.options = options
+        self.builder = builder
+        self.evidence = evidence
+        self.gathered = Evidence()
+        self.turned = evidence.turned_matrices > evidence.exact_matrices
+        self._classes = ClassSolver(options, evidence, forbidden, self.turned)
+        self._memo: dict[tuple[int, int], tuple[int, int, Outcome]] = {}
+        self._forbidden = forbidden
+
+    def align(self, source: Item, target: Item) -> Outcome:
+        """Align two whole trees."""
+        region = Region(source, target, complete=source.numel == target.numel)
+        return self._solve([source], [target], region)
+
+    # regions ---------------------------------------------------------------------------------------------------
+
+    def _descend(self, s: Item, t: Item, out: Outcome, margin: float, reason: str) -> None:
+        """Match the inside of a pair."""
+        if s.level == t.level == 0:
+            self._match_tensors(s, t, out, margin, reason)
+            return
+        key = (s.structure, t.structure)
+        plain = not any(i.operations for i in (*s.tensors, *t.tensors))
+        known = self._memo.get(key) if plain else None
+        if known is None:
+            outcome = self._inside(s, t)
+            if plain:
+                self._memo[key] = (s.start, t.start, outcome)
+            known = (s.start, t.start, outcome)
+        start_s, start_t, outcome = known
+        capped = Outcome([replace(m, margin=min(m.margin, margin)) for m in outcome.matches], outcome.doubts)
+        out.add(capped, s.start - start_s, t.start - start_t)
+
+    def _inside(self, s: Item, t: Item) -> Outcome:
+        if s.level == t.level == 1 and Counter(c.shape for c in s.children) == Counter(c.shape for c in t.children):
+            by_role = {role_of(c.path): c for c in s.children}
+            out = Outcome()
+            if all(role_of(c.path) in by_role for c in t.children):
+                for c in t.children:
+                    self._match_tensors(by_role[role_of(c.path)], c, out, 1.0, "same role in the same module")
+                return out
+        return self._solve(list(s.children) or [s], list(t.children) or [t], Region(s, t, complete=s.numel == t.numel))
+
+    def _match_tensors(self, s: Item, t: Item, out: Outcome, margin: float, reason: str) -> None:
+        operations = operations_between(s.shape, t.shape, transposed=self.turned)
+        if operations is None:
+            return
+        if len(s.shape) == len(t.shape) == 2 and len(shape_key(s.shape)) == 2 and s.shape[0] != s.shape[1]:
+            self.gathered.exact_matrices += not operations
+            self.gathered.turned_matrices += any(op.name == "transpose" for op in operations)
+        undone = tuple(op.reverse() for op in reversed(t.operations))
+        out.matches.append(Match(s.positions, t.positions, (*s.operations, *operations, *undone), margin, reason))
+
+    def _solve(self, sources: list[Item], targets: list[Item], region: Region) -> Outcome:
+        out = Outcome()
+        sure: list[tuple[Item, Item]] = []
+        units_s, units_t = self._top_down(sources, targets, region, out, sure)
+        for fusion in find_fusions(units_s, units_t, region.source, region.target, self.evidence, self.turned):
+            self._take_fusion(fusion, units_s, units_t, out)
+        for level in ("unit", "tensor"):
+            if level == "tensor":
+                units_s, units_t = _tensors(units_s), _tensors(units_t)
+            units_s, units_t = self._match_level(units_s, units_t, region, out, sure)
+        self._vote(sure)
+        return out
+
+    def _top_down(
+        self, sources: list[Item], targets: list[Item], region: Region, out: Outcome, sure: list[tuple[Item, Item]]
+    ) -> tuple[list[Item], list[Item]]:
+        """Pair classes of equal size from the largest down; return the units that found none."""
+        pools: tuple[dict[int, list[Item]], dict[int, list[Item]]] = (defaultdict(list), defaultdict(list))
+        heap: list[int] = []
+
+        def put(side: int, items: Sequence[Item]) -> None:
+            for item in items:
+                pools[side][item.numel].append(item)
+                heapq.heappush(heap, -item.numel)
+
+        put(0, sources)
+        put(1, targets)
+        units: tuple[list[Item], list[Item]] = ([], [])
+        while heap:
+            numel = -heapq.heappop(heap)
+            both = pools[0].pop(numel, []), pools[1].pop(numel, [])
+            if not (both[0] or both[1]):
+                continue
+            if both[0] and both[1]:
+                both = self._pair_class(both[0], both[1], region, out, sure)
+            for side in (0, 1):
+                rest = both[side]
+                waiting = [*units[1 - side], *(i for pool in pools[1 - side].values() for i in pool)] if rest else []
+                folded = fold_run(rest, waiting, self.builder) if len(rest) > 1 else None
+                if folded is not None:
+                    put(side, folded)
+                    continue
+                for item in rest:
+                    if item.level == 2:
+                        put(side, item.children)
+                    else:
+                        units[side].append(item)
+        return sorted(units[0], key=lambda i: i.start), sorted(units[1], key=lambda i: i.start)
+
+    def _pair_class(
+        self, s: list[Item], t: list[Item], region: Region, out: Outcome, sure: list[tuple[Item, Item]]
+    ) -> tuple[list[Item], list[Item]]:
+        """Pair what a class decides, and return what it leaves open."""
+        s, t = sorted(s, key=lambda i: i.start), sorted(t, key=lambda i: i.start)
+        pairing = self._classes.solve(s, t, region.source, region.target, complete=region.complete)
+        return self._take_pairing(pairing, s, t, out, sure)
+
+    def _take_pairing(
+        self, pairing: Pairing, s: list[Item], t: list[Item], out: Outcome, sure: list[tuple[Item, Item]]
+    ) -> tuple[list[Item], list[Item]]:
+        for p in pairing.pairs:
+            self._descend(p.source, p.target, out, p.margin, p.reason)
+            if p.certain:
+                sure.append((p.source, p.target))
+        for doubt in pairing.doubts:
+            out.doubts.append(
+                Doubt(
+                    tuple(x for i in doubt.targets for x in i.positions),
+                    tuple(x for i in doubt.sources for x in i.positions),
+                    doubt.reason,
+                )
+            )
+        gone = {id(p.source) for p in pairing.pairs} | {id(i) for d in pairing.doubts for i in d.sources}
+        gone |= {id(p.target) for p in pairing.pairs} | {id(i) for d in pairing.doubts for i in d.targets}
+        return [i for i in s if id(i) not in gone], [i for i in t if id(i) not in gone]
+
+    def _take_fusion(self, fusion: Fusion, units_s: list[Item], units_t: list[Item], out: Outcome) -> None:
+        for step in fusion.steps:
+            out.matches.append(Match(step.sources, step.targets, step.operations, fusion.margin, fusion.reason))
+        if fusion.doubt:
+            out.doubts.append(Doubt(fusion.target_positions, fusion.source_positions, fusion.reason))
+        gone = {id(i) for i in fusion.items}
+        units_s[:] = [i for i in units_s if id(i) not in gone]
+        units_t[:] = [i for i in units_t if id(i) not in gone]
+
+    def _match_level(
+        self, sources: list[Item], targets: list[Item], region: Region, out: Outcome, sure: list[tuple[Item, Item]]
+    ) -> tuple[list[Item], list[Item]]:
+        """Match units (or tensors) that are left, class by class."""
+        classes_s, classes_t = _by_profile(sources), _by_profile(targets)
+        left_s, left_t = [], []
+        for key in sorted(set(classes_s) | set(classes_t)):
+            s, t = classes_s.get(key, []), classes_t.get(key, [])
+            if s and t:
+                s, t = self._pair_class(s, t, region, out, sure)
+            left_s += s
+            left_t += t
+        return sorted(left_s, key=lambda i: i.start), sorted(left_t, key=lambda i: i.start)
+
+    def _vote(self, sure: list[tuple[Item, Item]]) -> None:
+        """Let certain pairs tell how far order can be trusted, and teach the dictionary their words."""
+        for vector in (True, False):
+            self.gathered.order.add([(s.start, t.start) for s, t in sure if (s.rank < 2) == vector])
+
+
+def _tensors(units: Sequence[Item]) -> list[Item]:
+    return [t for u in units for t in u.tensors]
+
+
+def _by_profile(items: Sequence[Item]) -> dict[tuple, list[Item]]:  # type: ignore[type-arg]
+    found: dict[tuple, list[Item]] = {}  # type: ignore[type-arg]
+    for item in items:
+        key = (item.level, *sorted(item.profile.items()))
+        found.setdefault(key, []).append(item)
+    return found
+
+
+__all__ = ["Aligner", "Doubt", "Match", "Outcome", "Region", "relative"]

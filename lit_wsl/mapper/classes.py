@@ -1,0 +1,300 @@
+"""Deciding a class: several items of one size on both sides, which belongs to which?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lit_wsl.mapper.assignment import FORBIDDEN, assign
+from lit_wsl.mapper.evidence import Evidence
+from lit_wsl.mapper.names import best_pairs_similarity, path_tokens
+from lit_wsl.mapper.options import MatchingOptions
+from lit_wsl.mapper.shapes import operation_cost
+from lit_wsl.mapper.tree import Family, Item, families_of, relative, shape_key
+
+MARGIN = 0.08
+ORDER_WEIGHT = 0.2
+NAME_SUPPORT = 0.5
+STRONG_NAME = 0.8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A decided pair.
+
+    Attributes:
+        source: Item of the source.
+        target: Item of the target.
+        margin: How much worse the best alternative assignment would be.
+        reason: What decided, in words.
+        certain: Whether something other than order decided, so that the pair may vote on order.
+    """
+
+    source: Item
+    target: Item
+    margin: float
+    reason: str
+    certain: bool = False
+
+
+@dataclass(frozen=True)
+class ItemDoubt:
+    """Targets and sources that belong together in an order that nothing decides."""
+
+    targets: tuple[Item, ...]
+    sources: tuple[Item, ...]
+    reason: str
+
+
+@dataclass
+class Pairing:
+    """The decisions of a class."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    doubts: list[ItemDoubt] = field(default_factory=list)
+
+
+class ClassSolver:
+    """Decides classes with the evidence of the whole pair of models.
+
+    Args:
+        options: How to match; ``shape_only`` ignores names.
+        evidence: The dictionary and the trust in order.
+        forbidden: Whether two paths must not match.
+        turned: Whether the pair stores its matrices the other way round.
+    """
+
+    def __init__(
+        self, options: MatchingOptions, evidence: Evidence, forbidden: Callable[[str, str], bool], turned: bool
+    ) -> None:
+        self.names = options.strategy != "shape_only"
+        self.evidence = evidence
+        self.forbidden = forbidden
+        self.turned = turned
+
+    def solve(self, s: list[Item], t: list[Item], root_s: Item, root_t: Item, *, complete: bool) -> Pairing:
+        """Pair the members of a class.
+
+        Args:
+            s: Source members, in registration order.
+            t: Target members, in registration order.
+            root_s: Item below which source paths are compared.
+            root_t: Item below which target paths are compared.
+            complete: Whether everything in the region must find a partner, so that being the only one of a size
+                is proof enough.
+
+        Returns:
+            Pairs and doubts; members in neither stay open.
+        """
+        if len(s) == len(t) == 1:
+            return self._single(s[0], t[0], root_s, root_t, complete)
+        families_s, families_t = families_of(s, root_s), families_of(t, root_t)
+        if len(s) != len(t):
+            return self._unbalanced(families_s, families_t)
+        families_s, families_t = _even(families_s, families_t)
+        if not complete and len(s) < 3 and not all(_strong(i) for i in (*s, *t)):
+            return self._unbalanced(families_s, families_t)
+        if sorted(len(f.members) for f in families_s) != sorted(len(f.members) for f in families_t):
+            return self._by_order(s, t)
+        return self._assign(families_s, families_t)
+
+    # one member -------------------------------------------------------------------------------------------------
+
+    def _single(self, s: Item, t: Item, root_s: Item, root_t: Item, complete: bool) -> Pairing:
+        if self.cost(s, t) is None:
+            return Pairing()
+        if not (complete or _strong(s)) and self.similarity(relative(s, root_s), relative(t, root_t)) < NAME_SUPPORT:
+            return Pairing()
+        return Pairing([Pair(s, t, 1.0, "the only ones of this size and structure on both sides", certain=True)])
+
+    def similarity(self, a: str, b: str) -> float:
+        """Similarity of two whole relative paths by their words."""
+        if a == b:
+            return 1.0
+        words = [[w for w in path_tokens(p) if not w.isdigit()] for p in (a, b)]
+        return best_pairs_similarity(words[0], words[1], self.evidence.dictionary)
+
+    def cost(self, s: Item, t: Item) -> float | None:
+        """Cost of pairing two items by structure and shapes; ``None`` where they can't correspond."""
+        if self.forbidden(s.path, t.path):
+            return None
+        if s.level == t.level == 0:
+            return operation_cost(s.shape, t.shape, transposed=self.turned)
+        if s.structure == t.structure:
+            return 0.0
+        if s.profile == t.profile:
+            same = Counter(i.shape for i in s.tensors) == Counter(i.shape for i in t.tensors)
+            return 0.0 if same or self.turned else 0.3
+        return 0.2 if max(s.level, t.level) == 2 else None
+
+    # several members --------------------------------------------------------------------------------------------
+
+    def _assign(self, fs: list[Family], ft: list[Family]) -> Pairing:
+        """Assign families to families, jointly, and their members by number."""
+        n = len(fs)
+        words_s, words_t = _telling(fs), _telling(ft)
+        base = np.full((n, n), FORBIDDEN)
+        for i, f in enumerate(fs):
+            for j, g in enumerate(ft):
+                shape = self._family_cost(f, g)
+                if shape is None:
+                    continue
+                alike = best_pairs_similarity(words_s[i], words_t[j], self.evidence.dictionary) if self.names else 0.5
+                base[i, j] = shape + (1.0 - alike)
+        trust = self.evidence.order.trust
+        order = 1.0 - np.eye(n)
+        solved = assign(base + ORDER_WEIGHT * trust * order)
+        by_names = {(i, j): margin for i, j, margin in assign(base)}
+        pairing = Pairing()
+        open_s, open_t = set(range(n)), set(range(n))
+        for i, j, margin in solved:
+            if n > 1 and margin < MARGIN:
+                continue
+            open_s.discard(i)
+            open_t.discard(j)
+            certain = by_names.get((i, j), 0.0) >= MARGIN
+            reason = _reason(n, len(fs[i].members), certain)
+            pairing.pairs += _zip(fs[i], ft[j], margin, reason, certain)
+        if open_s and open_t:
+            pairing.doubts.append(
+                ItemDoubt(
+                    tuple(m for j in sorted(open_t) for m in ft[j].members),
+                    tuple(m for i in sorted(open_s) for m in fs[i].members),
+                    "same shapes, and neither names nor order decide between them",
+                )
+            )
+        return pairing
+
+    def _family_cost(self, f: Family, g: Family) -> float | None:
+        """Mean cost over the members paired by number; ``None`` if any can't correspond."""
+        if len(f.members) != len(g.members):
+            return None
+        known: dict[tuple[int, int], float | None] = {}
+        total = 0.0
+        check_paths = f.members[0].path, g.members[0].path
+        if self.forbidden(*check_paths):
+            return None
+        for a, b in zip(f.members, g.members):
+            key = (a.structure, b.structure)
+            if key not in known:
+                known[key] = self.cost(a, b)
+            cost = known[key]
+            if cost is None:
+                return None
+            total += cost
+        return total / len(f.members)
+
+    def _by_order(self, s: list[Item], t: list[Item]) -> Pairing:
+        """Families don't fit together; if order has proved trustworthy, go by it."""
+        margin = ORDER_WEIGHT * self.evidence.order.trust
+        pairs = list(zip(s, t))
+        if margin >= MARGIN and all(self.cost(a, b) is not None for a, b in pairs):
+            return Pairing([Pair(a, b, margin, "same place in order among those of its shape") for a, b in pairs])
+        return Pairing(doubts=[ItemDoubt(tuple(t), tuple(s), "same shapes, and the order can't be trusted")])
+
+    def _unbalanced(self, fs: list[Family], ft: list[Family]) -> Pairing:
+        """More on one side than on the other: only names that leave no doubt decide, the rest stays open."""
+        if not self.names:
+            return Pairing()
+        fs, ft = _literal_if_needed(fs, ft)
+        cost = np.full((len(fs), len(ft) + len(fs)), 1.0 - NAME_SUPPORT)
+        words_s, words_t = _telling(fs), _telling(ft)
+        full_s, full_t = [f.words for f in fs], [g.words for g in ft]
+        for i, f in enumerate(fs):
+            for j, g in enumerate(ft):
+                shape = self._family_cost(f, g) if f.numbers == g.numbers or len(f.members) == 1 else None
+                if shape is None:
+                    cost[i, j] = FORBIDDEN
+                    continue
+                alike = best_pairs_similarity(words_s[i], words_t[j], self.evidence.dictionary)
+                whole = best_pairs_similarity(full_s[i], full_t[j], self.evidence.dictionary)
+                cost[i, j] = shape + 1.0 - (alike + whole) / 2
+        pairing = Pairing()
+        for i, j, margin in assign(cost):
+            if j < len(ft) and margin >= MARGIN and cost[i, j] <= 1.0 - NAME_SUPPORT:
+                pairing.pairs += _zip(fs[i], ft[j], margin, "their names single them out", True)
+        return pairing
+
+
+def _strong(item: Item) -> bool:
+    """Whether so much structure is below that an equal one elsewhere can't be chance."""
+    return len(item.tensors) >= 4 and len(item.profile) >= 2
+
+
+def _telling(families: Sequence[Family]) -> list[tuple[str, ...]]:
+    """The words that tell each family from its rivals."""
+    words = [f.words for f in families]
+    if len(words) < 2:
+        return words
+    common = set(words[0]).intersection(*words[1:])
+    return [tuple(w for w in ws if w not in common) for ws in words]
+
+
+def _reason(rivals: int, members: int, certain: bool) -> str:
+    if rivals == 1:
+        return "same family of repeated modules, by number" if members > 1 else "the only ones of this shape"
+    return "their names tell them apart" if certain else "same place in order among those of its shape"
+
+
+def _zip(f: Family, g: Family, margin: float, reason: str, certain: bool) -> list[Pair]:
+    members = _aligned_axes(f, g)
+    # one vote of a family is enough: its members follow from each other
+    return [Pair(a, b, margin, reason, certain and k == 0) for k, (a, b) in enumerate(zip(f.members, members))]
+
+
+def _aligned_axes(f: Family, g: Family) -> tuple[Item, ...]:
+    """The members of ``g`` in the order of ``f``, where the two number axes stand the other way round."""
+    axes_f, axes_g = f.axes(), g.axes()
+    if len(axes_f) == len(axes_g) == 2:
+        size_f = [len({n[a] for n in f.numbers}) for a in axes_f]
+        size_g = [len({n[a] for n in g.numbers}) for a in axes_g]
+        if size_f != size_g and size_f == size_g[::-1]:
+            order = sorted(range(len(g.members)), key=lambda i: (g.numbers[i][axes_g[1]], g.numbers[i][axes_g[0]]))
+            return tuple(g.members[i] for i in order)
+    return g.members
+
+
+def _even(fs: list[Family], ft: list[Family]) -> tuple[list[Family], list[Family]]:
+    """Cut families along a number that plays a role (``norm1``, ``norm2``) until both sides have as many."""
+    for _ in range(3):
+        if len(fs) == len(ft):
+            break
+        fewer, more = (fs, ft) if len(fs) < len(ft) else (ft, fs)
+        wanted = Counter(len(f.members) for f in more)
+        cut = _cut_one(fewer, wanted)
+        if cut is None:
+            break
+        fs, ft = (cut, ft) if fewer is fs else (fs, cut)
+    return fs, ft
+
+
+def _cut_one(families: list[Family], wanted: Counter[int]) -> list[Family] | None:
+    have = Counter(len(f.members) for f in families)
+    for k, family in enumerate(families):
+        if have[len(family.members)] <= wanted[len(family.members)]:
+            continue
+        for axis in reversed(family.axes()):
+            parts = family.split(axis)
+            if all(wanted[len(p.members)] >= len(parts) for p in parts):
+                out = [*families[:k], *parts, *families[k + 1 :]]
+                return sorted(out, key=lambda f: f.start)
+    return None
+
+
+def _literal_if_needed(fs: list[Family], ft: list[Family]) -> tuple[list[Family], list[Family]]:
+    """Families of one member each, unless whole families stand against each other."""
+    sizes = {len(f.members) for f in (*fs, *ft)}
+    if len(sizes) == 1 and all(f.numbers == ft[0].numbers or sizes == {1} for f in (*fs, *ft)):
+        return fs, ft
+    return _literal(fs), _literal(ft)
+
+
+def _literal(families: list[Family]) -> list[Family]:
+    singles = [Family(f.pattern, (m,), (n,)) for f in families for m, n in zip(f.members, f.numbers)]
+    return sorted(singles, key=lambda f: f.start)
+
+
+__all__ = ["ClassSolver", "ItemDoubt", "Pair", "Pairing", "shape_key"]
