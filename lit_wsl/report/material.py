@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lit_wsl.mapper.options import MatchingOptions
@@ -35,6 +36,11 @@ class Material:
     options: MatchingOptions
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def last_places(self) -> tuple[int, int]:
+        """Last place in the execution order of each side, at least 1."""
+        return _last_place(self.source), _last_place(self.target)
 
     @classmethod
     def gather(
@@ -75,6 +81,10 @@ class Material:
         )
 
 
+def _last_place(side: ModelDescription) -> int:
+    return max((i.execution_order for i in side.parameters if i.execution_order is not None), default=0) or 1
+
+
 def _description(result: Any, side: str) -> ModelDescription | None:
     found = getattr(result, side, None)
     return found if isinstance(found, ModelDescription) else None
@@ -110,11 +120,8 @@ def order_agreement(material: Material, source: ParameterInfo, target: Parameter
     """How well two places in the execution order agree, 0 to 1; ``None`` where either has none."""
     if source.execution_order is None or target.execution_order is None:
         return None
-    ends = [
-        max((i.execution_order for i in side.parameters if i.execution_order is not None), default=0) or 1
-        for side in (material.source, material.target)
-    ]
-    return 1.0 - abs(source.execution_order / ends[0] - target.execution_order / ends[1])
+    first, second = material.last_places
+    return 1.0 - abs(source.execution_order / first - target.execution_order / second)
 
 
 def _info(side: ModelDescription, name: str) -> ParameterInfo:

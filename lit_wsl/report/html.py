@@ -1,0 +1,204 @@
+"""The report as one HTML file that needs no network: both trees, lines between them, search, and every score.
+
+Names come from checkpoints, so they are data, never markup: they travel as JSON whose ``<`` is escaped, and the page
+shows them as text only. Its content security policy forbids any connection.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+from lit_wsl.checkpoint import atomic_write_text
+from lit_wsl.mapper.options import MatchingOptions
+from lit_wsl.report.json_report import coverage_dict
+from lit_wsl.report.material import Material, breakdown, pairs
+from lit_wsl.report.rows import operation_counts, shape_text
+from lit_wsl.structure.info import ModelDescription, ParameterInfo
+from lit_wsl.transfer.coverage import Coverage
+from lit_wsl.transfer.plan import PlanEntry, Unmatched
+
+_ASSETS = Path(__file__).parent / "assets"
+_NAME_PARTS = ("token", "edit", "substring", "type")
+_HIERARCHY_PARTS = ("depth", "path", "parents", "order")
+
+
+def save_html(
+    result: Any,
+    path: str | os.PathLike[str],
+    *,
+    source: ModelDescription | None = None,
+    target: ModelDescription | None = None,
+    coverage: Coverage | None = None,
+    options: MatchingOptions | None = None,
+    warnings: tuple[str, ...] | list[str] = (),
+    notes: tuple[str, ...] | list[str] = (),
+) -> Path:
+    """Write the interactive report.
+
+    Args:
+        result: A :class:`~lit_wsl.TransferReport`, a :class:`~lit_wsl.MappingResult` or a plan.
+        path: The file to write, atomically.
+        source: The checkpoint's side; rebuilt from the plan where it is not given.
+        target: The model's side; likewise.
+        coverage: The coverage; counted where it is not given.
+        options: The options of the matching.
+        warnings: Further warnings.
+        notes: Further notes.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
+    """
+    material = Material.gather(
+        result, source=source, target=target, coverage=coverage, options=options, warnings=warnings, notes=notes
+    )
+    path = Path(path)
+    atomic_write_text(path, render_html(material))
+    return path
+
+
+def render_html(material: Material) -> str:
+    """The page as text."""
+    plan = material.plan
+    pieces = {
+        "title": html.escape(f"{plan.source.label} → {plan.target.label}"),
+        "css": (_ASSETS / "report.css").read_text(encoding="utf-8"),
+        "data": _embed(page_data(material)),
+        "js": (_ASSETS / "report.js").read_text(encoding="utf-8"),
+    }
+    page = (_ASSETS / "report.html").read_text(encoding="utf-8")
+    before, *rest = page.split("{{")
+    text = [before]
+    for piece in rest:  # one pass, so that braces inside a piece are never taken for a place
+        name, _, after = piece.partition("}}")
+        text += [pieces[name], after]
+    return "".join(text)
+
+
+def _embed(data: Any) -> str:
+    """JSON that cannot end the script element that holds it."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+class _Table:
+    """Number values by first appearance, so that repeated texts and shapes are written once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+
+    def number(self, value: Hashable) -> int:
+        return self._numbers.setdefault(value, len(self._numbers))
+
+    def values(self) -> list[Any]:
+        return list(self._numbers)
+
+
+def page_data(material: Material) -> dict[str, Any]:
+    """What the page draws, as compact plain data: names once, everything else by number."""
+    from lit_wsl import __version__
+
+    plan = material.plan
+    shapes, texts, badges = _Table(), _Table(), _Table()
+    sides = {
+        "source": _side(material.source, plan.unmatched_source, shapes, texts),
+        "target": _side(material.target, plan.unmatched_target, shapes, texts),
+    }
+    numbers = {side: {name: i for i, name in enumerate(sides[side]["names"])} for side in ("source", "target")}
+    where = {
+        "source": _Finder(material.source, numbers["source"]),
+        "target": _Finder(material.target, numbers["target"]),
+    }
+    entries = [_entry(material, entry, where, texts, badges) for entry in plan.entries]
+    weights = material.options.score_weights
+    return {
+        "version": __version__,
+        "labels": {"source": plan.source.label, "target": plan.target.label},
+        "options": dict(plan.options),
+        "proof": plan.proof,
+        "counts": {
+            "operations": operation_counts(plan),
+            "ambiguous_targets": sum(len(case.targets) for case in plan.ambiguous),
+        },
+        "coverage": coverage_dict(material.coverage),
+        "weights": [round(weights[key], 3) for key in ("shape", "name", "hierarchy")],
+        "nameParts": _NAME_PARTS,
+        "hierarchyParts": _HIERARCHY_PARTS,
+        **sides,
+        "entries": entries,
+        "ambiguous": [
+            {
+                "t": where["target"].all(case.targets),
+                "c": [[where["source"].all(c.sources), round(c.score, 3)] for c in case.candidates],
+                "reason": case.reason,
+            }
+            for case in plan.ambiguous
+        ],
+        "shapes": shapes.values(),
+        "texts": texts.values(),
+        "badges": badges.values(),
+        "warnings": list(material.warnings),
+        "notes": list(material.notes),
+    }
+
+
+class _Finder:
+    """Number of a tensor by its name, or by another name of the same tensor."""
+
+    def __init__(self, side: ModelDescription, numbers: dict[str, int]) -> None:
+        self._side = side
+        self._numbers = numbers
+
+    def all(self, names: tuple[str, ...]) -> list[int]:
+        """The numbers of the names that are known."""
+        found = (self._numbers.get(self._side.tied.get(name, name)) for name in names)
+        return [number for number in found if number is not None]
+
+
+def _side(side: ModelDescription, left: tuple[Unmatched, ...], shapes: _Table, texts: _Table) -> dict[str, Any]:
+    infos: tuple[ParameterInfo, ...] = side.parameters
+    numbers = {info.name: i for i, info in enumerate(infos)}
+    return {
+        "names": [info.name for info in infos],
+        "shapes": [shapes.number((shape_text(info.shape), info.numel)) for info in infos],
+        "buffers": [i for i, info in enumerate(infos) if info.kind == "buffer"],
+        "types": [info.module_type for info in infos] if side.is_module else None,
+        "unmatched": [[numbers[item.name], texts.number(item.reason)] for item in left if item.name in numbers],
+    }
+
+
+def _entry(material: Material, entry: PlanEntry, where: dict[str, _Finder], texts: _Table, badges: _Table) -> list[Any]:
+    found = []
+    for source, target in pairs(entry):
+        s, t = where["source"].all((source,)), where["target"].all((target,))
+        if s and t:
+            parts = breakdown(material, entry, source, target)
+            details = [parts.name_parts.get(key) for key in _NAME_PARTS]
+            details += [parts.hierarchy_parts.get(key) for key in _HIERARCHY_PARTS]
+            found.append(
+                [
+                    s[0],
+                    t[0],
+                    round(parts.shape, 3),
+                    round(parts.name, 3),
+                    round(parts.hierarchy, 3),
+                    [None if value is None else round(value, 3) for value in details],
+                    round(parts.total, 3),
+                ]
+            )
+    return [
+        where["source"].all(entry.sources),
+        where["target"].all(entry.targets),
+        badges.number(entry.badge),
+        round(entry.score, 3),
+        round(entry.margin, 3),
+        texts.number(entry.reason),
+        found,
+    ]

@@ -1,0 +1,228 @@
+"""The HTML report in a real headless browser: it loads, filters, expands, explains, and says nothing to the console."""
+
+import json
+import os
+import re
+import shutil
+import time
+
+import pytest
+
+from lit_wsl.report.html import save_html
+from lit_wsl.report.material import Material
+from lit_wsl.structure.info import ModelDescription, ParameterInfo
+from lit_wsl.transfer.plan import PlanEntry, SideSummary, TransferPlan
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1500,900",
+)
+
+
+def test_page_is_one_file_without_links_and_names_cannot_leave_their_json(tmp_path):
+    evil = "</script><img src=x onerror=alert(1)>.weight"
+    info = ParameterInfo(evil, (2,))
+    side = ModelDescription((info,), label="<b>&evil")
+    plan = TransferPlan(
+        (PlanEntry((evil,), (evil,), (), ((2,),), ((2,),)),), SideSummary.of(side), SideSummary.of(side)
+    )
+    page = save_html(plan, tmp_path / "r.html", source=side, target=side).read_text(encoding="utf-8")
+    assert page.count("</script>") == 2  # the data's and the code's
+    assert "<img" not in page
+    assert "<title>&lt;b&gt;&amp;evil" in page
+    embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S).group(1)
+    rest = page.replace(embedded, "")
+    assert not re.search(r"""(src|href)\s*=|https?://(?!www\.w3\.org/2000/svg)|@import|url\(""", rest)
+    data = json.loads(embedded)
+    assert data["source"]["names"] == [evil]
+
+
+def test_same_input_gives_the_same_page(tmp_path, example):
+    source, target, plan = example
+    pages = [save_html(plan, tmp_path / n, source=source, target=target).read_bytes() for n in ("a", "b")]
+    assert pages[0] == pages[1]
+
+
+def test_material_from_the_plan_alone_counts_like_the_descriptions(example):
+    source, target, plan = example
+    with_sides = Material.gather(plan, source=source, target=target).coverage
+    assert Material.gather(plan).coverage.source == with_sides.source
+    assert Material.gather(plan).coverage.target == with_sides.target
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    options = selenium.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = selenium.Chrome(options=options, service=selenium.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """What a reader does with the page."""
+
+    def __init__(self, driver, path):
+        self.driver = driver
+        driver.get(path.as_uri())
+        self.wait("return document.documentElement.dataset.ready === 'true' && !!document.querySelector('.row')")
+
+    def js(self, code, *args):
+        return self.driver.execute_script(code, *args)
+
+    def wait(self, code, *args, seconds=15):
+        end = time.monotonic() + seconds
+        while not (value := self.js(code, *args)):
+            assert time.monotonic() < end, f"never came true: {code} {args}"
+            time.sleep(0.02)
+        return value
+
+    def rows(self, side):
+        """Labels of the rows, once the page has drawn what it was told."""
+        return self.driver.execute_async_script(
+            "const [side, done] = arguments; requestAnimationFrame(() => requestAnimationFrame(() => "
+            "done([...document.querySelectorAll(`#${side} .row .label`)].map(label => label.textContent))))",
+            side,
+        )
+
+    def row(self, side, label):
+        found = [r for r in self.driver.find_elements("css selector", f"#{side} .row") if label in r.text.split("\n")]
+        assert found, f"no row {label} in {self.rows(side)}"
+        return found[0]
+
+    def search(self, text):
+        box = self.driver.find_element("id", "search")
+        box.clear()
+        box.send_keys(text)
+
+    def chip(self, name):
+        self.driver.find_element("css selector", f"[data-chip={name}]").click()
+
+    @property
+    def details(self):
+        return self.driver.find_element("id", "details").text
+
+    def lines(self, kind="path"):
+        return self.js("return document.querySelectorAll('#lines ' + arguments[0]).length", kind)
+
+
+@pytest.fixture
+def page(browser, tmp_path, example):
+    source, target, plan = example
+    save_html(plan, tmp_path / "r.html", source=source, target=target, warnings=["2 tensors hold <i>NaN</i>"])
+    browser.get_log("browser")
+    shown = Page(browser, tmp_path / "r.html")
+    yield shown
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+def test_layers_are_folded_and_lines_join_the_fused_tensors(page):
+    assert "encoder.layer.{0..11}" in page.rows("source")
+    assert "blocks.{0..11}" in page.rows("target")
+    page.wait("return document.querySelectorAll('#lines path').length === 6")  # 3 into qkv, mlp, norm, embed
+    assert page.lines("path.transformed") == 4
+    assert "98.4 %" in page.driver.find_element("id", "coverage").text
+    assert "2 tensors hold <i>NaN</i>" in page.driver.find_element("id", "remarks").text
+
+
+def test_click_shows_the_breakdown_and_marks_the_partners(page):
+    page.row("target", "attn.qkv.weight").click()
+    page.wait("return document.querySelectorAll('#source .row.partner').length === 3")
+    page.driver.find_element("css selector", "#details .pairlist button").click()
+    page.wait("return document.querySelectorAll('#details table.parts').length === 3")
+    shown = page.details
+    for word in ("0.83", "margin 0.20", "concat", "fused", "shape", "hierarchy", "token", "edit", "substring", "depth"):
+        assert word in shown
+    assert page.lines("path.chosen") == 3
+
+
+def test_search_and_chips_filter_both_trees(page):
+    page.search("qkv")
+    page.wait("return document.getElementById('found').textContent === '12 matches'")
+    page.wait("return ![...document.querySelectorAll('.row')].some(r => r.textContent.includes('embed'))")
+    assert "query.weight" in page.rows("source")  # found by its partner's name
+    page.search("nothing like this")
+    page.wait("return document.getElementById('found').textContent === '0 matches'")
+    assert page.rows("source") == []
+    page.search(" ")
+    page.chip("unmatched")
+    page.wait("return document.getElementById('found').textContent === '3 matches'")
+    assert any("old_head" in label for label in page.rows("source"))
+    assert any("new_head" in label for label in page.rows("target"))
+    page.chip("doubtful")
+    page.wait("return document.getElementById('found').textContent === '13 matches'")
+
+
+def test_ambiguous_tensors_show_candidates_and_reason(page):
+    page.chip("ambiguous")
+    page.wait("return document.getElementById('found').textContent.startsWith('4')")
+    page.row("target", "x").click()
+    page.wait("return document.querySelectorAll('#lines path.candidate').length === 2")
+    for word in ("both orders fit equally well", "twin.a", "twin.b", "0.61"):
+        assert word in page.details
+
+
+def test_unfolding_and_the_keyboard(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.driver.find_element("id", "fold").click()
+    page.wait("return ![...document.querySelectorAll('.row')].some(r => r.textContent.includes('{0..11}'))")
+    page.driver.find_element("id", "collapse").click()
+    page.wait("return document.querySelectorAll('#target .row').length === 5")
+    tree = page.driver.find_element("id", "target")
+    tree.send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
+    page.wait("return document.querySelectorAll('#target .row').length === 17")
+    assert page.js("return document.querySelector('#target .row.active').getAttribute('aria-expanded')") == "true"
+    tree.send_keys(Keys.ARROW_LEFT, Keys.ARROW_UP, Keys.ENTER)
+    page.wait("return document.getElementById('details').textContent.includes('wte.weight')")
+
+
+def test_light_and_dark_both_have_contrast(page):
+    code = """
+        const linear = (v) => (v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+        const light = (c) => c.match(/[\\d.]+/g).slice(0, 3).map(v => linear(v / 255))
+            .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+        const style = (s) => getComputedStyle(document.querySelector(s));
+        const page = light(style('.scroll').backgroundColor);
+        return ['.label', '.shape', '.matched', '.ambiguous', '.unmatched'].map(s => {
+            const [y, x] = [light(style('.row ' + s).color), page].sort((p, q) => p - q);
+            return (x + .05) / (y + .05);
+        });
+    """
+    for _ in range(2):
+        assert min(page.js(code)) >= 4.5  # WCAG AA
+        page.driver.find_element("id", "theme").click()
+        time.sleep(0.3)
+
+
+def test_ten_thousand_tensors_stay_quick(browser, tmp_path, large):
+    source, target, plan = large
+    path = save_html(plan, tmp_path / "large.html", source=source, target=target)
+    assert path.stat().st_size < 6_000_000
+    start = time.monotonic()
+    page = Page(browser, path)
+    assert time.monotonic() - start < 8
+    page.driver.find_element("id", "fold").click()
+    page.driver.find_element("id", "expand").click()
+    page.wait("return document.getElementById('source').querySelector('.spacer').clientHeight > 240000")
+    assert page.js("return document.querySelectorAll('.row').length") < 200  # only what is in view is drawn
+    page.js("document.getElementById('source').scrollTop = 120000")
+    page.wait("return parseInt(document.querySelector('#source .row').style.top) > 110000")
+    page.search("layers.7.experts.90.up")
+    page.wait("return document.getElementById('found').textContent === '1 match'")
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
