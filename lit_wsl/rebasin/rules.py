@@ -199,11 +199,20 @@ def find_rule(node: Node) -> Rule | None:
     for expression, function in PATTERNS:
         if expression.fullmatch(name):
             return function
-    if torch.Tag.pointwise in node.func.tags:
+    if _pointwise(node):
         return RULES["aten.pointwise"]
     if not any(True for _ in tensor_args(node)):
         return RULES["aten.constant"]
     return None
+
+
+def _pointwise(node: Node) -> bool:
+    """Whether torch tags the operation, or its form that does not write in place, as pointwise."""
+    if torch.Tag.pointwise in node.func.tags:
+        return True
+    packet = getattr(torch.ops.aten, node.name.removeprefix("aten.").removesuffix("_"), None)
+    overloads = packet.overloads() if packet is not None and node.name.startswith("aten.") else []
+    return any(torch.Tag.pointwise in getattr(packet, name).tags for name in overloads)
 
 
 def unknown(run: Run, node: Node) -> list[Label]:

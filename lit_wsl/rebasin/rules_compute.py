@@ -33,13 +33,15 @@ def filled(run: Run, node: Node) -> Label:
     "prelu",
     "bernoulli",
     "native_dropout",
-    "masked_fill",
-    "hardtanh",
-    "nan_to_num",
+    "hardswish",
+    "log_sigmoid_forward",
     "rrelu_with_noise",
-    "lerp",
-    "addcmul",
-    "isin",
+    "floor_divide",
+    "special_ndtr",
+    "complex",
+    "polar",
+    "real",
+    "imag",
 )
 def pointwise(run: Run, node: Node) -> list[Label]:
     """Position by position, with broadcasting."""

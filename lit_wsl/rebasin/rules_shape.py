@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lit_wsl.rebasin.labels import MAX_LABEL, Algebra, Label, compress, depends
-from lit_wsl.rebasin.rules import Run, rule
+from lit_wsl.rebasin.rules import Run, rule, unknown
 from lit_wsl.rebasin.tracing import Node
 from lit_wsl.rebasin.units import FIXED, Array
 
@@ -139,6 +139,28 @@ def view(run: Run, node: Node) -> Label:
     if "size" in node.args and isinstance(node.args["size"], tuple):
         return reshape_label(run.algebra, run.label(node.args["self"]), run.shape(node.outs[0]))
     return run.label(node.args["self"])  # view as another dtype
+
+
+@rule("as_strided")
+def as_strided(run: Run, node: Node) -> Sequence[Label]:
+    """Other strides; known only where they describe the same tensor (new strides for axes of size 1)."""
+    ref, size, stride = node.args["self"], node.args["size"], node.args["stride"]
+    info = run.trace.tensors[ref.number]
+    same = all(a == b or n == 1 for a, b, n in zip(info.stride, stride, size, strict=False))
+    if tuple(size) == info.shape and same and node.args.get("storage_offset") is None:
+        return [run.label(ref)]
+    return unknown(run, node)
+
+
+@rule("view_as_complex", "view_as_real")
+def complex_view(run: Run, node: Node) -> Label:
+    """Real and imaginary part as a last axis of two, whose order stays."""
+    label = run.label(node.args["self"])
+    if node.name.endswith("real"):
+        return moved(label, (*label.shape, 2), lambda f: f[..., None], (*label.varies, True))
+    last = label.ndim - 1
+    label = run.algebra.pinned(label, [last], "real and imaginary part")
+    return moved(label, label.shape[:last], lambda f: f[..., 0], label.varies[:last])
 
 
 @rule("squeeze", "unsqueeze")

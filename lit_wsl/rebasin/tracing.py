@@ -35,11 +35,13 @@ class TensorInfo:
         shape: Its shape.
         integral: Integer or boolean.
         storage: Number of its storage: tensors of equal storage are views of one another.
+        stride: Its strides when it was first seen.
     """
 
     shape: tuple[int, ...]
     integral: bool
     storage: int
+    stride: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,13 @@ class Recorder(TorchDispatchMode):
             return int(found)
         number = len(self.trace.tensors)
         self._numbers[tensor] = number
-        integral = not tensor.is_floating_point() and not tensor.is_complex()
-        self.trace.tensors.append(TensorInfo(tuple(tensor.shape), integral, self._storage(tensor)))
+        self.trace.tensors.append(self._info(tensor))
         return number
+
+    def _info(self, tensor: Tensor) -> TensorInfo:
+        integral = not tensor.is_floating_point() and not tensor.is_complex()
+        stride = tuple(tensor.stride()) if tensor.layout == torch.strided else ()
+        return TensorInfo(tuple(tensor.shape), integral, self._storage(tensor), stride)
 
     def _storage(self, tensor: Tensor) -> int:
         # The address may be taken again by a later tensor; then two tensors only look like views of one another,
