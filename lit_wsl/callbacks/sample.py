@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_wsl.structure.preserving import preserved_objects, preserved_rng
+from lit_wsl.structure.tracing import only_child
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -62,7 +63,7 @@ def find_samples(trainer: pl.Trainer, module: pl.LightningModule, stage: str) ->
             except Exception as error:
                 reasons.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
             else:
-                calls += ways_to_call(module, batch)
+                calls += ways_to_call(_callee(module), batch)
                 break
         calls += _example_calls(module)
     if calls:
@@ -152,6 +153,14 @@ def _example_calls(module: pl.LightningModule) -> list[Call]:
     if isinstance(example, dict):
         return [((), dict(example))]
     return [(tuple(example) if isinstance(example, (tuple, list)) else (example,), {})]
+
+
+def _callee(module: pl.LightningModule) -> nn.Module:
+    """The module whose ``forward`` takes the batch: the model's own, or that of the network it wraps."""
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    path = None if is_overridden("forward", module) else only_child(module)
+    return module if path is None else module.get_submodule(path)
 
 
 def ways_to_call(module: nn.Module, batch: Any) -> list[Call]:

@@ -118,6 +118,7 @@ class WeightTransferCallback(Callback):
         self.report: TransferReport | None = None
         self._served: weakref.ref[nn.Module] | None = None
         self._take_back: Callable[[], None] | None = None
+        self._fresh = False  # transferred in this very run
 
     # -- hooks of Lightning ----------------------------------------------------------------------------------------
 
@@ -139,14 +140,15 @@ class WeightTransferCallback(Callback):
                 lambda: needs_memory(pl_module) or has_sharded_tensors(pl_module),
             )
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Say so where a checkpoint is restored over a transfer, which :meth:`setup` could not foresee."""
-        if self.report is not None and self.report.applied and self._served is not None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so where a checkpoint was restored over the transfer, which :meth:`setup` could not foresee."""
+        if self._fresh and trainer.ckpt_path and self.report is not None and self.report.applied:
             note = f"the checkpoint restored from {trainer.ckpt_path} wins over the transferred weights"
             self.report = replace(self.report, applied=False).with_remarks(notes=(note,))
             rank_zero_info(f"Weight transfer: {note}.")
+        self._fresh = False
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave nothing behind."""
@@ -200,7 +202,7 @@ class WeightTransferCallback(Callback):
         prepared = self._prepare(trainer, model, stage, tensors, ranks)
         report = finish_transfer(prepared, tensors, model, ranks=ranks)
         report = self._mind_copies(trainer, model, report, late=late)
-        self._served = weakref.ref(model)
+        self._served, self._fresh = weakref.ref(model), True
         self._announce(trainer, report)
 
     def _prepare(
@@ -225,7 +227,7 @@ class WeightTransferCallback(Callback):
     def _mind_copies(
         self, trainer: pl.Trainer, model: nn.Module, report: TransferReport, *, late: bool
     ) -> TransferReport:
-        """Feed averages that are listed after us and were copied before the transfer; warn about those listed before."""
+        """Feed copies of the model that callbacks listed after us made too early; warn about those listed before."""
         warnings, notes = [], []
         for shadow in shadows(trainer, model, self):
             if shadow.listed_before:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_wsl.structure.preserving import undisturbed
 
-__all__ = ["is_lazy", "trace_execution_order", "undisturbed"]
+__all__ = ["is_lazy", "only_child", "trace_execution_order", "undisturbed"]
 
 
 class _FirstUse(TorchFunctionMode):
@@ -109,3 +109,15 @@ def is_lazy(module: nn.Module) -> bool:
     """Whether some tensors have no shape before the first call (``nn.LazyLinear``)."""
     tensors = (*module.parameters(), *module.buffers())
     return any(nn.parameter.is_lazy(tensor) for tensor in tensors)
+
+
+def only_child(module: nn.Module) -> str | None:
+    """Name of the child that holds all parameters of a wrapper; ``None`` if the module is no wrapper.
+
+    >>> only_child(nn.ModuleDict({"model": nn.Linear(2, 2), "loss": nn.MSELoss()}))
+    'model'
+    """
+    if any(True for _ in module.parameters(recurse=False)):
+        return None
+    holding = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+    return holding[0] if len(holding) == 1 else None

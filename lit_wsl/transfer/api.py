@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lit_wsl.checkpoint import Checkpoint, open_checkpoint
-from lit_wsl.errors import MappingError
+from lit_wsl.checkpoint import Checkpoint
 from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
-from lit_wsl.structure import ModelDescription, describe, trace_execution_order
+from lit_wsl.structure import ModelDescription, describe
+from lit_wsl.structure.tracing import is_lazy
 from lit_wsl.transfer.apply import Progress, apply_plan
 from lit_wsl.transfer.checks import check_plan, left_alone
 from lit_wsl.transfer.coverage import Coverage, measure_coverage
@@ -20,8 +20,7 @@ from lit_wsl.transfer.distributed import ALONE, NOT_RUN, Ranks, has_sharded_tens
 from lit_wsl.transfer.floor import check_floor
 from lit_wsl.transfer.plan import TransferPlan
 from lit_wsl.transfer.report import TransferReport
-
-Source = str | Path | Mapping[str, Tensor] | nn.Module
+from lit_wsl.transfer.sides import Call, Source, describe_source, describe_target, materialise, open_source
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Prepared:
         source: The checkpoint's side.
         target: The model's side.
         notes: Remarks for the report.
+        materialise: The sample call, ``(args, kwargs)``, that gives lazy modules their shapes; ``None`` without any.
     """
 
     plan: TransferPlan
@@ -41,6 +41,7 @@ class Prepared:
     source: ModelDescription
     target: ModelDescription
     notes: tuple[str, ...] = ()
+    materialise: Call | None = field(default=None, repr=False)
 
     def report(self, *, warnings: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> TransferReport:
         """The report of this transfer."""
@@ -138,29 +139,13 @@ def transfer_weights(
     return finish_transfer(prepared, tensors, model, ranks=ranks)
 
 
-def open_source(source: Source, checkpoint_weights: Literal["auto", "model", "ema"] = "auto") -> Mapping[str, Tensor]:
-    """The tensors of a source by name; files are opened lazily and without running code.
-
-    Raises:
-        CheckpointError: If the file cannot be read.
-        MappingError: If it is nothing of the kind.
-    """
-    if isinstance(source, nn.Module):
-        return {n: t.detach() for n, t in source.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    if isinstance(source, (str, Path)):
-        return open_checkpoint(source, weights=checkpoint_weights)
-    if isinstance(source, Mapping):
-        return source
-    raise MappingError(f"source must be a path, a state dict or a module, not {type(source).__name__}.")
-
-
 def prepare_transfer(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     source: Source,
     options: MatchingOptions,
     *,
-    samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]] = (),
+    samples: Sequence[Call] = (),
     plan: TransferPlan | str | Path | None = None,
     min_coverage: float = 0.5,
     old: nn.Module | None = None,
@@ -186,9 +171,9 @@ def prepare_transfer(
         The checked transfer.
     """
     if samples and has_sharded_tensors(model):
-        target, remark = describe(model), NOT_RUN
+        target, remark, call = describe(model), NOT_RUN, None
     else:
-        target, remark = describe_target(model, samples)
+        target, remark, call = describe_target(model, samples)
     prepared = ranks.once(
         lambda: _plan_transfer(
             target, tensors, source, options, samples=samples, plan=plan, min_coverage=min_coverage, old=old
@@ -196,7 +181,8 @@ def prepare_transfer(
     )
     label = str(source) if isinstance(source, (str, Path)) else None
     ranks.together(lambda: None if ranks.is_zero else check_plan(prepared.plan, describe(tensors, label=label), target))
-    return replace(prepared, notes=(*prepared.notes, remark)) if remark else prepared
+    notes = (*prepared.notes, remark) if remark else prepared.notes
+    return replace(prepared, notes=notes, materialise=call if is_lazy(model) else None)
 
 
 def _plan_transfer(
@@ -205,7 +191,7 @@ def _plan_transfer(
     source: Source,
     options: MatchingOptions,
     *,
-    samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    samples: Sequence[Call],
     plan: TransferPlan | str | Path | None,
     min_coverage: float,
     old: nn.Module | None,
@@ -238,95 +224,11 @@ def finish_transfer(
     ranks: Ranks = ALONE,
 ) -> TransferReport:
     """Apply a prepared transfer, all or nothing, and report."""
+    if prepared.materialise is not None and prepared.plan.entries:
+        args, kwargs = prepared.materialise
+        materialise(model, args, kwargs)
     applied = apply_plan(prepared.plan, tensors, model, progress=progress, ranks=ranks)
     return prepared.report(warnings=applied.warnings, notes=applied.notes)
-
-
-def describe_target(
-    model: nn.Module, samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]] = ()
-) -> tuple[ModelDescription, str]:
-    """Describe the model, with execution order if a sample call works.
-
-    Returns:
-        The description, and a remark for the report if no sample call worked; empty otherwise.
-    """
-    order, remark = trace_samples(model, samples)
-    return describe(model, execution_order=order), remark
-
-
-def trace_samples(
-    model: nn.Module, samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
-) -> tuple[dict[str, int] | None, str]:
-    """Execution order from the first sample call that works, or why none does, in one line."""
-    failures: list[str] = []
-    for args, kwargs in samples:
-        try:
-            return trace_execution_order(model, args, kwargs), ""
-        except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
-            failures.append(f"{type(error).__name__}: {first[:160]}")
-    if not failures:
-        return None, ""
-    return None, f"no execution order, matched without it: the sample call failed ({failures[0]})"
-
-
-def describe_source(
-    tensors: Mapping[str, Tensor],
-    source: Source,
-    old: nn.Module | None = None,
-    samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]] = (),
-) -> ModelDescription:
-    """Describe the checkpoint's side, from its module where there is one.
-
-    Raises:
-        MappingError: If ``old`` is not the module the checkpoint was saved from.
-    """
-    label = str(source) if isinstance(source, (str, Path)) else None
-    module = source if isinstance(source, nn.Module) else old
-    if module is None:
-        return describe(tensors, label=label)
-    order, _ = trace_samples(module, samples)
-    described = describe(module, execution_order=order, label=label)
-    if old is None or source is old:
-        return described
-    return _under_the_names_of(described, describe(tensors, label=label))
-
-
-def _under_the_names_of(module: ModelDescription, file: ModelDescription) -> ModelDescription:
-    """The module's description under the checkpoint's names, which may carry or lack a prefix."""
-    if all(info.name in file for info in module.parameters if info.kind == "parameter"):
-        prefix = ""
-    else:
-        first = module.parameters[0].name
-        found = [i.name[: -len(first)] for i in file.parameters if i.name.endswith("." + first)]
-        prefix = next((p for p in found if all(p + i.name in file for i in module.parameters)), "")
-        if not prefix:
-            lacking = next(i.name for i in module.parameters if i.name not in file)
-            raise MappingError(
-                f"source_module is not the module that {file.label} was saved from: the file has no {lacking!r}."
-            )
-    known = {prefix + info.name: info for info in module.parameters}
-    wrong = next((i for i in file.parameters if i.name in known and known[i.name].shape != i.shape), None)
-    if wrong is not None:
-        raise MappingError(
-            f"source_module is not the module that {file.label} was saved from: {wrong.name} is "
-            f"{known[wrong.name].shape} in the module and {wrong.shape} in the file."
-        )
-    return replace(
-        file,
-        parameters=tuple(
-            replace(
-                info,
-                kind=known[info.name].kind,
-                execution_order=known[info.name].execution_order,
-                module_type=known[info.name].module_type,
-            )
-            if info.name in known
-            else info
-            for info in file.parameters
-        ),
-        is_module=True,
-    )
 
 
 def _leave_alone(plan: TransferPlan, target: ModelDescription) -> tuple[TransferPlan, list[str]]:

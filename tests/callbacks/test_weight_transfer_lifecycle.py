@@ -1,0 +1,241 @@
+"""When the transfer happens, how often, and who wins: real Trainer runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lit_wsl import LitWslError, WeightTransferCallback
+from lit_wsl.errors import CheckpointError, CoverageError, MappingError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import BUILDERS, InConfigureModel, InInit, InSetup, loader
+
+
+@pytest.fixture
+def old(tmp_path):
+    """The old model and its Lightning checkpoint."""
+    torch.manual_seed(1)
+    model = InInit()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.rand(tensor.shape) + 1)
+    path = tmp_path / "old.ckpt"
+    torch.save({"state_dict": model.state_dict(), "pytorch-lightning_version": "2.0.0", "epoch": 3}, path)
+    return model, path
+
+
+class AtOptimizers(Callback):
+    """Notes the weights at the moment the optimizers are made."""
+
+    def setup(self, trainer, pl_module, stage):
+        original = pl_module.configure_optimizers
+
+        def configure_optimizers():
+            self.weights = copy.deepcopy(pl_module.state_dict())
+            return original()
+
+        pl_module.configure_optimizers = configure_optimizers
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_fit_starts_from_the_old_weights_wherever_the_model_is_built(builder, old, trainer_kwargs, same_tensors):
+    model, watch = builder(), AtOptimizers()
+    callback = WeightTransferCallback(old[1])
+    trainer = L.Trainer(**trainer_kwargs, callbacks=[callback, watch])
+    trainer.fit(model, loader())
+    assert same_tensors(watch.weights, old[0].state_dict())
+    assert not same_tensors(model.state_dict(), old[0].state_dict())  # it trained on from there
+    assert callback.report.coverage.target.share == 1.0
+    assert callback.report.plan.target.parameters == 6
+    assert "setup" not in vars(trainer.strategy)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_evaluation_alone_starts_from_the_old_weights(builder, stage, old, trainer_kwargs, same_tensors):
+    model = builder()
+    trainer = L.Trainer(**trainer_kwargs, callbacks=[WeightTransferCallback(old[1])])
+    getattr(trainer, stage)(model, loader())
+    assert same_tensors(model.state_dict(), old[0].state_dict())
+
+
+@pytest.mark.parametrize("builder", [InInit, InConfigureModel])
+def test_what_training_made_is_never_overwritten_by_a_later_run(builder, old, trainer_kwargs, same_tensors):
+    model = builder()
+    callback = WeightTransferCallback(old[1])
+    trainer = L.Trainer(**trainer_kwargs, callbacks=[callback])
+    trainer.fit(model, loader())
+    trained = copy.deepcopy(model.state_dict())
+    trainer.test(model, loader())
+    trainer.validate(model, loader())
+    trainer.predict(model, loader())
+    assert same_tensors(model.state_dict(), trained)
+    trainer.fit_loop.max_epochs = 1
+    report = callback.report
+    trainer.fit(model, loader())
+    assert callback.report is report
+
+
+def test_another_model_in_the_same_trainer_gets_the_weights_too(old, trainer_kwargs, same_tensors):
+    trainer = L.Trainer(**trainer_kwargs, callbacks=[WeightTransferCallback(old[1])])
+    for model in (InInit(), InInit()):
+        trainer.validate(model, loader())
+        assert same_tensors(model.state_dict(), old[0].state_dict())
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("old_file_is_gone", [False, True])
+def test_a_resumed_checkpoint_wins_and_the_report_says_so(
+    builder, old_file_is_gone, old, trainer_kwargs, tmp_path, same_tensors
+):
+    trainer_kwargs["enable_checkpointing"] = True
+    first = builder()
+    saving = ModelCheckpoint(tmp_path / "saved", filename="last")
+    L.Trainer(**trainer_kwargs, callbacks=[WeightTransferCallback(old[1]), saving]).fit(first, loader())
+    if old_file_is_gone:
+        old[1].unlink()
+    trainer_kwargs.update(max_epochs=1, enable_checkpointing=False)
+    model, callback = builder(), WeightTransferCallback(old[1])
+    L.Trainer(**trainer_kwargs, callbacks=[callback]).fit(model, loader(), ckpt_path=saving.best_model_path)
+    assert same_tensors(model.state_dict(), first.state_dict())
+    assert not callback.report.applied
+    assert "last.ckpt" in str(callback.report)
+    assert "wins" in str(callback.report)
+    assert callback.state_dict()["transferred"] is False
+    written = json.loads((tmp_path / "weight_transfer.json").read_text())
+    assert written["applied"] is False
+    assert "wins" in written["notes"][0]
+
+
+def test_a_tested_checkpoint_wins_too(old, trainer_kwargs, tmp_path, same_tensors):
+    other = InInit()
+    torch.save({"state_dict": other.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / "other.ckpt")
+    model, callback = InSetup(), WeightTransferCallback(old[1])
+    trainer = L.Trainer(**trainer_kwargs, callbacks=[callback])
+    trainer.test(model, loader(), ckpt_path=str(tmp_path / "other.ckpt"))
+    assert same_tensors(model.state_dict(), other.state_dict())
+    assert not callback.report.applied
+
+
+def test_a_restore_that_setup_could_not_foresee_is_reported_when_it_comes(
+    old, trainer_kwargs, tmp_path, same_tensors, monkeypatch
+):
+    monkeypatch.setattr("lit_wsl.callbacks.weight_transfer.resumed_path", lambda trainer: None)
+    other = InInit()
+    torch.save({"state_dict": other.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / "other.ckpt")
+    model, callback = InInit(), WeightTransferCallback(old[1])
+    L.Trainer(**trainer_kwargs, callbacks=[callback]).test(model, loader(), ckpt_path=str(tmp_path / "other.ckpt"))
+    assert same_tensors(model.state_dict(), other.state_dict())
+    assert not callback.report.applied
+    assert "other.ckpt" in callback.report.notes[-1]
+
+
+def test_the_saved_state_holds_primitives_only_and_survives_a_strict_reader(old, trainer_kwargs, tmp_path):
+    callback = WeightTransferCallback(old[1])
+    trainer = L.Trainer(**trainer_kwargs, callbacks=[callback])
+    trainer.fit(InInit(), loader())
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    saved = torch.load(tmp_path / "new.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert saved == callback.state_dict()
+    assert saved["transferred"] is True
+    assert saved["checkpoint"] == str(old[1])
+    assert all(type(value) in (str, bool, int, float) for value in saved.values())
+
+
+def test_two_transfers_in_one_trainer_are_done_in_their_order(old, trainer_kwargs, tmp_path, same_tensors):
+    second = InInit()
+    torch.save(second.state_dict(), tmp_path / "second.pt")
+    for builder in (InInit, InConfigureModel):
+        model = builder()
+        callbacks = [WeightTransferCallback(old[1]), WeightTransferCallback(tmp_path / "second.pt")]
+        trainer = L.Trainer(**trainer_kwargs, callbacks=callbacks)
+        trainer.validate(model, loader())
+        assert same_tensors(model.state_dict(), second.state_dict())
+        assert all(callback.report.applied for callback in callbacks)
+        assert "setup" not in vars(trainer.strategy)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_a_failure_stops_the_run_and_leaves_model_and_trainer_untouched(builder, trainer_kwargs, tmp_path):
+    torch.save({"a.weight": torch.ones(77, 99)}, tmp_path / "other.pt")
+    for path, error in ((tmp_path / "other.pt", CoverageError), (tmp_path / "none.ckpt", CheckpointError)):
+        torch.manual_seed(0)
+        model = builder()
+        before = copy.deepcopy(model.state_dict())
+        trainer = L.Trainer(**trainer_kwargs, callbacks=[WeightTransferCallback(path)])
+        with pytest.raises(error):
+            trainer.fit(model, loader())
+        assert "setup" not in vars(trainer.strategy)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+        assert not is_overridden("log", model) or "log" not in vars(model)
+
+
+def test_frozen_parameters_stay_frozen_and_identity_is_kept(old, trainer_kwargs):
+    model = InInit()
+    model.net[0].requires_grad_(False)
+    objects = [id(p) for p in model.parameters()]
+    L.Trainer(**trainer_kwargs, callbacks=[WeightTransferCallback(old[1])]).fit(model, loader())
+    assert [id(p) for p in model.parameters()] == objects
+    assert [p.requires_grad for p in model.net[0].parameters()] == [False, False]
+    assert torch.equal(model.net[0].weight, old[0].net[0].weight)
+
+
+def test_a_lazy_model_is_materialised_by_the_sample(old, trainer_kwargs, same_tensors):
+    class Lazy(InInit):
+        def __init__(self):
+            super().__init__()
+            self.net[0] = nn.LazyLinear(8)
+
+    model = Lazy()
+    L.Trainer(**trainer_kwargs, callbacks=[WeightTransferCallback(old[1])]).validate(model, loader())
+    assert same_tensors(model.state_dict(), old[0].state_dict())
+
+
+def test_a_lazy_model_without_a_sample_is_named(old, trainer_kwargs):
+    class Lazy(InInit):
+        def __init__(self):
+            super().__init__()
+            self.net[0] = nn.LazyLinear(8)
+
+        def train_dataloader(self):
+            return iter([])
+
+    with pytest.raises(LitWslError, match=r"net\.0\.weight"):
+        L.Trainer(**trainer_kwargs, callbacks=[WeightTransferCallback(old[1])]).fit(Lazy())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"buffers": "some"},
+        {"strategy": "bold"},
+        {"threshold": 2},
+        {"weights": {"colour": 1}},
+        {"incompatible_pairs": [1]},
+        {"min_coverage": 7},
+        {"adapt": ["stretch"]},
+        {"resume": "everything"},
+        {"checkpoint_weights": "best"},
+    ],
+)
+def test_a_wrong_option_names_itself(option):
+    with pytest.raises(MappingError, match=next(iter(option))):
+        WeightTransferCallback("old.ckpt", **option)
+
+
+def test_the_callback_can_be_pickled_and_copied(old, trainer_kwargs):
+    callback = WeightTransferCallback(old[1])
+    L.Trainer(**trainer_kwargs, callbacks=[callback]).validate(InInit(), loader())
+    again = pickle.loads(pickle.dumps(copy.deepcopy(callback)))
+    assert again.state_dict() == callback.state_dict()
