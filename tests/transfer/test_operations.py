@@ -34,7 +34,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
 def bits(tensors):
     """What must be equal; of NaN only that it is one, since a cast keeps no payload."""
     tensors = [t.nan_to_num(nan=12345.0, posinf=float("inf")) if t.is_floating_point() else t for t in tensors]
-    return [(t.dtype, tuple(t.shape), t.reshape(-1).view(torch.uint8).tolist() if t.numel() else []) for t in tensors]
+    flat = [torch.empty(t.numel(), dtype=t.dtype).copy_(t.reshape(-1)) for t in tensors]
+    return [(t.dtype, tuple(t.shape), f.view(torch.uint8).tolist()) for t, f in zip(tensors, flat)]
 
 
 @st.composite
