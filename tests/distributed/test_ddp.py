@@ -1,0 +1,74 @@
+"""DDP in two real processes: one plan, identical weights, and one rank's failure stops all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import run_ranks
+
+BUILT = ["built_in_init", "built_in_setup", "built_in_configure_model"]
+FAILING = [
+    "missing_on_rank_one",
+    "truncated_on_rank_one",
+    "another_model_on_rank_one",
+    "copy_fails_on_rank_one",
+    "fails_everywhere",
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    scenarios = Path(__file__).with_name("scenarios_ddp.py")
+    return run_ranks(scenarios, [*BUILT, "validate_alone", "resume", *FAILING], tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_every_rank_starts_from_the_same_transferred_weights(results, name):
+    zero, one = results[name]
+    assert zero["equal"] is True, zero
+    assert one["equal"] is True, one
+    assert zero["before"] == one["before"]
+    assert zero["after"] == one["after"] != zero["start"]  # a step was made, and DDP kept the ranks together
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_the_plan_is_made_once_and_reported_once(results, name):
+    zero, one = results[name]
+    assert (zero["planned"], one["planned"]) == (1, 0)
+    assert zero["loaded"] == one["loaded"] > 0
+    assert zero["reports"] == 1
+
+
+def test_validate_alone(results):
+    zero, one = results["validate_alone"]
+    assert zero["equal"] is True
+    assert zero["before"] == one["before"]
+
+
+def test_a_resumed_checkpoint_wins_on_every_rank(results):
+    for rank in results["resume"]:
+        assert rank["resumed"] is True
+        assert rank["applied"] is False
+        assert any("wins" in note for note in rank["notes"])
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_failing_rank_stops_all_with_the_same_error_and_nothing_is_changed(results, name):
+    zero, one = results[name]
+    assert zero["kind"] == one["kind"], results[name]
+    assert zero["kind"].endswith("Error")
+    assert zero["message"] == one["message"]
+    assert zero["unchanged"] is True
+    assert one["unchanged"] is True
+
+
+@pytest.mark.parametrize("name", FAILING[:-1])
+def test_the_error_names_the_rank(results, name):
+    assert "rank 1 of 2" in results[name][0]["message"]
+
+
+def test_an_error_of_all_ranks_names_none(results):
+    assert "rank" not in results["fails_everywhere"][0]["message"]
+    assert "nowhere.ckpt" in results["fails_everywhere"][0]["message"]

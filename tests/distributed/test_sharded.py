@@ -1,0 +1,71 @@
+"""FSDP2 and tensor parallelism in two real processes: the same checkpoint lands identically, part by part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import run_ranks
+
+FITS = ["fsdp2", "fsdp2_meta", "tensor_parallel", "tensor_parallel_meta"]
+FAILING = ["missing_on_rank_one", "copy_fails_on_rank_one", "copy_fails_on_rank_one_tensor_parallel", "sharded_source"]
+OTHERS = ["validate_alone", "matched_without_a_plan", "resume", "function_alone", "wrapped_by_fsdp_one"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    scenarios = Path(__file__).with_name("scenarios_sharded.py")
+    return run_ranks(scenarios, [*FITS, *OTHERS, *FAILING], tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_model_sharded_in_configure_model_gets_every_weight(results, name):
+    for rank in results[name]:
+        assert rank.get("wrong") == [], rank
+        assert rank["sharded"] > 0
+        assert rank["held"] < 0.8 * rank["total"]  # it was sharded when it was filled
+        assert rank["loaded"] == results[name][0]["loaded"] > 0
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_the_report_is_written_once(results, name):
+    assert results[name][0]["reports"] == 1
+
+
+@pytest.mark.parametrize("name", ["validate_alone", "matched_without_a_plan"])
+def test_other_ways_in(results, name):
+    for rank in results[name]:
+        assert rank.get("wrong") == [], rank
+
+
+def test_a_resumed_checkpoint_wins(results):
+    for rank in results["resume"]:
+        assert rank.get("resumed") == [], rank
+        assert rank["moved"] > 0  # training had moved on from the transferred weights
+        assert rank["applied"] is False
+
+
+def test_the_function_fills_a_sharded_model_which_then_computes_the_same(results):
+    for rank in results["function_alone"]:
+        assert rank.get("wrong") == [], rank
+        assert rank["difference"] < 1e-5
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_failing_rank_stops_all_with_the_same_error_and_nothing_is_changed(results, name):
+    zero, one = results[name]
+    assert zero.get("kind", "").endswith("Error"), results[name]
+    assert (zero["kind"], zero["message"]) == (one["kind"], one["message"])
+    assert zero["unchanged"] is True
+    assert one["unchanged"] is True
+
+
+def test_a_sharded_source_is_refused_with_the_remedy(results):
+    assert "full_state_dict=True" in results["sharded_source"][0]["message"]
+
+
+def test_a_model_wrapped_by_fsdp_one_is_refused_with_the_remedy(results):
+    for rank in results["wrapped_by_fsdp_one"]:
+        assert "FullyShardedDataParallel" in rank["message"]
+        assert "fully_shard" in rank["message"]
