@@ -83,7 +83,7 @@ def read_distributed(path: Path, read_file: Callable[[Path], Document]) -> Docum
     planned = index.get("planner_data")
     tree = _nest(leaves, planned if isinstance(planned, dict) else {})
     rest, stubbed, notes = _lightning_metadata(path, read_file)
-    return Document("dcp", {**rest, **tree}, stubbed, notes)
+    return Document("dcp", {**rest, **tree}, stubbed, notes, lazy=True)
 
 
 def _lightning_metadata(

@@ -40,6 +40,7 @@ class Document:
         notes: remarks for the report.
         metadata: the ``__metadata__`` of a safetensors file.
         lossy: whether writing the tree again would lose something of the file.
+        lazy: whether the tree holds lazy tensors.
     """
 
     format: str
@@ -48,14 +49,23 @@ class Document:
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] | None = None
     lossy: bool = False
+    lazy: bool = False
+
+    def read(self, part: Any) -> Any:
+        """Read the lazy tensors of a part of the tree, if the reader makes any."""
+        return materialize(part) if self.lazy else part
 
 
 def materialize(tree: Any) -> Any:
-    """Read every lazy tensor of a tree of plain dicts and lists; other values are returned as they are."""
+    """Read every lazy tensor of nested plain dicts and lists.
+
+    Only readers of folders and safetensors make lazy tensors, in trees of their own making, which hold no cycles; a
+    tree without any is given back as it is.
+    """
     if isinstance(tree, LazyTensor):
         return tree.read()
-    if type(tree) is dict:
+    if type(tree) is dict and any(isinstance(value, (LazyTensor, dict, list)) for value in tree.values()):
         return {key: materialize(value) for key, value in tree.items()}
-    if type(tree) is list:
+    if type(tree) is list and any(isinstance(value, (LazyTensor, dict, list)) for value in tree):
         return [materialize(value) for value in tree]
     return tree

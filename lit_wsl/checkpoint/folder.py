@@ -91,7 +91,7 @@ def _read_sharded(index: Path, read_file: ReadFile) -> Document:
     notes = (f"{len(unlisted)} tensors of the shards are not in the index: {unlisted[:3]}",) if unlisted else ()
     kind = "safetensors" if all(shard.format == "safetensors" for shard in shards.values()) else "torch"
     stubbed = tuple(sorted({name for shard in shards.values() for name in shard.stubbed}))
-    return Document(f"{kind}-sharded", tree, stubbed, notes, metadata=_first_metadata(shards))
+    return Document(f"{kind}-sharded", tree, stubbed, notes, metadata=_first_metadata(shards), lazy=True)
 
 
 def _first_metadata(shards: dict[str, Document]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_wsl.checkpoint.document import Document, LazyTensor, materialize
+from lit_wsl.checkpoint.document import Document, LazyTensor
 from lit_wsl.checkpoint.folder import read_folder
 from lit_wsl.checkpoint.inert import ForeignObject, as_mapping
 from lit_wsl.checkpoint.rebuild import RefusedError
@@ -92,11 +92,11 @@ class Checkpoint(Mapping[str, Tensor]):
         tree = as_mapping(self._document.tree)
         if tree is None or not self.prefix:
             return {}
-        return {key: materialize(value) for key, value in tree.items() if key != self.prefix[0]}
+        return {key: self._document.read(value) for key, value in tree.items() if key != self.prefix[0]}
 
     def document(self) -> Any:
         """Give the whole content as one tree, tensors included, as the file has it."""
-        return materialize(self._document.tree)
+        return self._document.read(self._document.tree)
 
     @property
     def lossy(self) -> bool:
@@ -222,9 +222,9 @@ def load_checkpoint_as_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: naming the file, what it looks like, and the remedy.
     """
     path = Path(path)
-    tree = read_document(path).tree
+    document = read_document(path)
     with _errors_of(path):
-        mapping = as_mapping(tree)
+        mapping = as_mapping(document.tree)
         if mapping is None:
-            mapping = select_weights(tree).nest.tensors
-        return {key: materialize(value) for key, value in mapping.items()}
+            mapping = select_weights(document.tree).nest.tensors
+        return {key: document.read(value) for key, value in mapping.items()}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_wsl.checkpoint.inert import ForeignName
+from lit_wsl.checkpoint.inert import ForeignName, ForeignObject
 from lit_wsl.errors import CheckpointError
 
 MAX_DIMENSIONS = 64  # torch's own limit for most operations
@@ -198,6 +198,8 @@ def _frozenset(items: Any = ()) -> frozenset[Any]:
 
 
 def _members(items: Any) -> Iterable[Any]:
+    if isinstance(items, (ForeignName, ForeignObject)):
+        raise ForeignUseError
     if not isinstance(items, (list, tuple, set, frozenset)):
         raise RefusedError(f"a container made from a {type(items).__name__}")
     return items

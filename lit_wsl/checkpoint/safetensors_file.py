@@ -60,7 +60,7 @@ def read_safetensors(path: Path) -> Document:
         }
     except SafetensorError as error:
         raise RefusedError(f"a damaged or truncated safetensors file ({error})") from error
-    return Document("safetensors", tree, metadata=metadata)
+    return Document("safetensors", tree, metadata=metadata, lazy=True)
 
 
 def _get(opened: Any, name: str) -> Tensor:

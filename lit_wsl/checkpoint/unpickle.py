@@ -14,6 +14,7 @@ protocols (0 to 5), written for untrusted input:
 from __future__ import annotations
 
 import _compat_pickle
+import codecs
 import pickle
 import struct
 from collections import OrderedDict
@@ -273,8 +274,6 @@ class _Machine:
         self.push(float(text))
 
     def string_line(self) -> None:
-        import codecs
-
         text = self.line()
         if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b'"', b"'"):
             raise RefusedError("a damaged pickle (a text without quotes)")
@@ -466,7 +465,7 @@ _DISPATCH: dict[int, Callable[[_Machine], Any]] = {
         pickle.STRING: _M.string_line,
         pickle.BINSTRING: lambda m: m.push(_python2_text(bytes(m.take(m.number("<i", 4))))),
         pickle.SHORT_BINSTRING: lambda m: m.push(_python2_text(bytes(m.take(m.byte())))),
-        pickle.UNICODE: lambda m: m.push(str(m.line(), "raw-unicode-escape")),
+        pickle.UNICODE: lambda m: m.push(codecs.raw_unicode_escape_decode(m.line())[0]),
         pickle.BINUNICODE: lambda m: m.text(m.number("<I", 4)),
         pickle.SHORT_BINUNICODE: lambda m: m.text(m.byte()),
         pickle.BINUNICODE8: lambda m: m.text(m.number("<Q", 8)),

@@ -144,7 +144,9 @@ def select_weights(tree: Any, weights: Weights = "auto") -> Selection:
         raise CheckpointError(f"weights={weights!r} is not one of 'auto', 'model', 'ema'.")
     nests = find_nests(tree)
     if not nests:
-        raise CheckpointError("holds no tensors")
+        entries = [str(key)[:40] for key in as_mapping(tree) or ()][:8]
+        inside = f"its entries are {entries}" if entries else f"it is {_described(tree)}"
+        raise CheckpointError(f"holds no tensors: {inside}. Give the file that has the model's state dict")
     averaging = _weight_averaging(tree, nests, weights)
     if averaging is not None:
         return averaging
@@ -159,6 +161,10 @@ def select_weights(tree: Any, weights: Weights = "auto") -> Selection:
         best = max(averaged, key=_rank)
         return Selection(best, f"ema:{best.label}", (f"the file holds averaged (EMA) weights only, in {best.label!r}",))
     return _select_model(nests, model, twins, inner, weights)
+
+
+def _described(tree: Any) -> str:
+    return f"an object of {tree.type_name}" if isinstance(tree, ForeignObject) else f"a {type(tree).__name__}"
 
 
 def _select_model(
