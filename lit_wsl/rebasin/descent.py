@@ -64,6 +64,13 @@ class Descent:
         """Whether the last solution of every tree was its row-wise maxima."""
         return all(self._sure.values())
 
+    def move(self, permutations: Mapping[str, Tensor]) -> None:
+        """Start from given permutations instead of the order in which the other model came."""
+        self.reset()
+        self.permutations.update({name: p.clone() for name, p in permutations.items()})
+        self.current = {n: permute_tensor(self.spec, permutations, n, t) for n, t in self.other.items()}
+        self.dots = {n: dot(self.reference[n], self.current[n]) for n in self.reference}
+
     # ---- passes ------------------------------------------------------------------------------------------------------
 
     def identity_is_optimal(self, seed: int, bar: Progress) -> bool:
