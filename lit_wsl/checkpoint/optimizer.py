@@ -185,8 +185,8 @@ def _entry_owners(entry: PlanEntry, owners: Mapping[str, list[Owner]]) -> list[O
         if found != of_each[0]:
             raise CheckpointError(
                 f"{entry.targets[0]!r} is made from {entry.sources[0]!r} and {source!r}, which are in different "
-                f"parameter groups ({_groups(of_each[0])}; {_groups(found)}), so its learning rate and weight decay are "
-                "not known. Give the new run's optimizers, or convert the weights only."
+                f"parameter groups ({_groups(of_each[0])}; {_groups(found)}), so its settings are not known. "
+                "Give the new run's optimizers, or convert the weights only."
             )
     return of_each[0]
 

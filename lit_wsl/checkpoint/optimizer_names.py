@@ -317,16 +317,16 @@ def _search(
         good.append({place for place in layers[at] if any(after in good[-1] for _, after in moves(place, at))})
     good.reverse()
     owners: list[int] = []
-    place: Place = (0,) * len(groups)
+    here: Place = (0,) * len(groups)
     for at in range(len(shapes)):
-        open_moves = [(group, after) for group, after in moves(place, at) if after in good[at + 1]]
+        open_moves = [(group, after) for group, after in moves(here, at) if after in good[at + 1]]
         if len(open_moves) > 1:
-            ways = " or ".join(_way(group, place, groups) for group, _ in open_moves[:3])
+            ways = " or ".join(_way(group, here, groups) for group, _ in open_moves[:3])
             raise CheckpointError(
                 f"{label}: which parameter has which index is not unique: {names[at]!r} of shape {tuple(shapes[at])} "
                 f"may be {ways}. {REMEDY}"
             )
-        owner, place = open_moves[0]
+        owner, here = open_moves[0]
         owners.append(owner)
     return owners
 

@@ -1,0 +1,327 @@
+"""Convert a checkpoint of the old model into one of the new model: weights, optimizers, and all the rest as it was.
+
+What ``trainer.fit(ckpt_path="new.ckpt")`` then finds: the new ``state_dict``; optimizer states under the new model's
+indices; schedulers, loops, precision, callbacks', datamodule's and hyper-parameter entries exactly as they were.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_wsl.checkpoint.edit import replace_at, with_entries
+from lit_wsl.checkpoint.inert import as_mapping, contains_foreign
+from lit_wsl.checkpoint.optimizer import OnLost, convert_optimizers, groups_of
+from lit_wsl.checkpoint.parameter_order import new_order, old_parameters
+from lit_wsl.checkpoint.reader import Checkpoint, open_checkpoint
+from lit_wsl.checkpoint.writing import atomic_save, save_safetensors
+from lit_wsl.errors import CheckpointError, PlanError
+from lit_wsl.structure import describe
+from lit_wsl.transfer.operations import run_operations
+from lit_wsl.transfer.plan import TransferPlan
+
+TRAINING = frozenset({"optimizer_states", "lr_schedulers", "callbacks"})  # what ``save_weights_only`` leaves out
+
+Progress = Callable[[int, int], None]
+"""Called with the number of entries done and their total."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        tensors: Number of tensors in the new state dict.
+        optimizers: Number of optimizers whose states were carried.
+        states: Number of parameters that have an optimizer state in the new checkpoint.
+        notes: Remarks, one line each.
+    """
+
+    tensors: int
+    optimizers: int
+    states: int
+    notes: tuple[str, ...] = ()
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    plan: TransferPlan,
+    *,
+    target: nn.Module | None = None,
+    optimizers: Sequence[Optimizer] | None = None,
+    parameter_names: Sequence[Sequence[str]] | None = None,
+    on_lost: OnLost = "refuse",
+    weights_only: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write a checkpoint for the new model that training resumes from.
+
+    The weights go through the plan's operations, and so do the states that optimizers keep for each of them. A
+    parameter without a source has no state in the new checkpoint: the optimizer starts it at its first step, which
+    torch allows.
+
+    Args:
+        source: The old checkpoint.
+        destination: The file to write, atomically. ``.safetensors`` holds the weights only, with the metadata of a
+            safetensors source kept.
+        plan: From the old model to the new.
+        target: The new model. Needed where the plan alone does not tell the order in which the model registers its
+            parameters (entries added by hand, parameters without a source), and to fill in tied names; it may be on the
+            meta device.
+        optimizers: The optimizers of the new run, where their groups are not those of the old run.
+        parameter_names: For each optimizer of the checkpoint the old names in index order, where they can't be
+            inferred.
+        on_lost: What to do where an optimizer's state can't go through the operation of its parameter: ``"refuse"`` or
+            ``"initialize"`` it.
+        weights_only: Whether to leave optimizers, schedulers and callbacks out, as ``ModelCheckpoint`` does with
+            ``save_weights_only``.
+        progress: Called after each entry.
+
+    Returns:
+        What was done.
+
+    Raises:
+        CheckpointError: If a file cannot be read or written, or an optimizer's state cannot be carried.
+        PlanError: If the plan does not fit the checkpoint or the model.
+    """
+    checkpoint = open_checkpoint(source)
+    safetensors = Path(destination).suffix == ".safetensors"
+    if safetensors or not checkpoint.prefix:
+        return _convert_weights_alone(checkpoint, destination, plan, target, progress, safetensors=safetensors)
+    if checkpoint.lossy and not weights_only:
+        raise CheckpointError(
+            f"{source} holds objects that cannot be written again unchanged. Convert the weights only "
+            "(weights_only=True, --weights-only)."
+        )
+    document, done = convert_document(
+        checkpoint,
+        plan,
+        target=target,
+        optimizers=optimizers,
+        parameter_names=parameter_names,
+        on_lost=on_lost,
+        weights_only=weights_only,
+        progress=progress,
+    )
+    atomic_save(document, destination)
+    return done
+
+
+def _convert_weights_alone(
+    checkpoint: Checkpoint,
+    destination: str | Path,
+    plan: TransferPlan,
+    target: nn.Module | None,
+    progress: Progress | None,
+    *,
+    safetensors: bool,
+) -> Conversion:
+    """Write a bare state dict."""
+    state, notes = convert_weights(checkpoint, plan, target=target, progress=progress)
+    if not state:
+        raise PlanError(f"the plan has no entries, so {destination} would hold no weights.")
+    if safetensors:
+        left = [str(key) for key in checkpoint.content] + [k for k, v in state.items() if not isinstance(v, Tensor)]
+        if left:
+            notes.append(f"left out, as safetensors hold weights only: {', '.join(left)}")
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        save_safetensors(tensors, destination, metadata=checkpoint.metadata)
+    else:
+        atomic_save(state, destination)
+    return Conversion(len(state), 0, 0, (*checkpoint.notes, *notes))
+
+
+def convert_document(
+    checkpoint: Checkpoint,
+    plan: TransferPlan,
+    *,
+    target: nn.Module | None = None,
+    optimizers: Sequence[Optimizer] | None = None,
+    parameter_names: Sequence[Sequence[str]] | None = None,
+    on_lost: OnLost = "refuse",
+    weights_only: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Any, Conversion]:
+    """Convert the whole content of a checkpoint in memory; arguments as :func:`convert_checkpoint`.
+
+    Returns:
+        The new content, and what was done.
+    """
+    tree = as_mapping(checkpoint.document())
+    if tree is None or not checkpoint.prefix:
+        raise CheckpointError(f"{checkpoint.path} holds weights only; there is nothing else to convert.")
+    state, notes = convert_weights(checkpoint, plan, target=target, progress=progress)
+    entries: dict[Hashable, Any] = {}
+    for key, value in tree.items():
+        if weights_only and (key in TRAINING or (checkpoint.lossy and contains_foreign(value))):
+            notes.append(f"left out: {key!r}")
+        elif key == checkpoint.prefix[0]:
+            entries[key] = replace_at(value, checkpoint.prefix[1:], state)
+        elif (twin := _twin(value, checkpoint, plan)) is not None:
+            entries[key] = with_entries(value, _with_extra(value, convert_tensors(twin, plan, target)))
+            notes.append(f"{key!r}, a copy of the weights, was converted likewise")
+        else:
+            entries[key] = value
+    states = 0
+    saved = () if weights_only else tree.get("optimizer_states") or []
+    if not isinstance(saved, (list, tuple)):
+        raise CheckpointError(f"{checkpoint.path}: 'optimizer_states' is not a list of optimizers' states.")
+    if saved:
+        new = new_order(plan, target)
+        made, remarks = convert_optimizers(
+            saved,
+            plan,
+            old_parameters(checkpoint, plan),
+            new,
+            groups=groups_of(optimizers, target) if optimizers is not None and target is not None else None,
+            parameter_names=parameter_names,
+            on_lost=on_lost,
+        )
+        entries["optimizer_states"] = made
+        notes += remarks
+        states = sum(len(optimizer["state"]) for optimizer in made)
+        _check_schedulers(tree.get("lr_schedulers") or [], saved, made)
+    document = with_entries(checkpoint.document(), entries)
+    return document, Conversion(len(state), len(saved), states, (*checkpoint.notes, *notes))
+
+
+def convert_weights(
+    checkpoint: Checkpoint, plan: TransferPlan, *, target: nn.Module | None = None, progress: Progress | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The new model's state dict, in its order, and remarks.
+
+    Raises:
+        PlanError: If the plan does not fit.
+    """
+    notes: list[str] = []
+    filled = convert_tensors(checkpoint, plan, target, progress)
+    if target is not None:
+        described = describe(target)
+        names = [name for name in target.state_dict(keep_vars=True) if described.tied.get(name, name) in filled]
+        strange = next((name for name in filled if name not in described), None)
+        if strange is not None:
+            raise PlanError(f"the plan fills {strange!r}, which {described.label} does not have; make a new plan.")
+        ordered = {name: filled[described.tied.get(name, name)] for name in names}
+        missing = [name for name in target.state_dict(keep_vars=True) if name not in ordered]
+    else:
+        ordered = filled
+        missing = [u.name for u in plan.unmatched_target] + [n for a in plan.ambiguous for n in a.targets]
+    if missing:
+        shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        notes.append(
+            f"{len(missing)} tensors of the new model are not in the new checkpoint, so it loads with strict=False "
+            f"(Lightning: strict_loading=False): {shown}"
+        )
+    state: dict[str, Any] = OrderedDict(ordered)
+    moved = {e.sources[0].rpartition(".")[0]: e.targets[0].rpartition(".")[0] for e in plan.entries}
+    for name, value in checkpoint.extra.items():  # the extra state of a module moves with it
+        module, dot, leaf = str(name).rpartition(".")
+        state[f"{moved[module]}{dot}{leaf}" if dot and module in moved else name] = value
+    state._metadata = _metadata(checkpoint, moved, target)  # type: ignore[attr-defined]
+    return state, notes
+
+
+def _metadata(checkpoint: Checkpoint, moved: Mapping[str, str], target: nn.Module | None) -> Any:
+    """The versions of the modules, which ``load_state_dict`` asks for, under the new names."""
+    if target is not None:
+        return getattr(target.state_dict(keep_vars=True), "_metadata", OrderedDict())
+    nest: Any = checkpoint.document()
+    for key in checkpoint.prefix:
+        nest = (as_mapping(nest) or {}).get(key)
+    old = getattr(nest, "_metadata", None) or {}
+    return OrderedDict((moved.get(module, module), version) for module, version in old.items())
+
+
+def convert_tensors(
+    tensors: Mapping[str, Tensor],
+    plan: TransferPlan,
+    target: nn.Module | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Run the plan's operations on a state dict; each result has memory of its own.
+
+    Raises:
+        PlanError: If a source is missing or has another shape than planned.
+    """
+    live = dict(target.state_dict(keep_vars=True)) if target is not None else {}
+    made: dict[str, Tensor] = {}
+    for number, entry in enumerate(plan.entries, 1):
+        label = f"entry {number} ({', '.join(entry.sources[:3])} -> {', '.join(entry.targets[:3])})"
+        values = []
+        for position, name in enumerate(entry.sources):
+            if name not in tensors:
+                raise PlanError(f"{label}: the checkpoint has no tensor {name!r}; make a new plan, or edit the entry.")
+            value = tensors[name]
+            planned = entry.source_shapes[position] if entry.source_shapes else tuple(value.shape)
+            if tuple(value.shape) != tuple(planned):
+                raise PlanError(
+                    f"{label}: {name!r} has shape {tuple(value.shape)} in the checkpoint, but the plan was made for "
+                    f"{tuple(planned)}; make a new plan, or edit the entry."
+                )
+            values.append(value)
+        present: list[Tensor] = []
+        if any(operation.needs_target for operation in entry.operations):
+            if any(not isinstance(live.get(name), Tensor) or live[name].is_meta for name in entry.targets):
+                raise PlanError(f"{label}: {entry.badge} needs the target's present values; give the target model.")
+            present = [live[name].detach() for name in entry.targets]
+        try:
+            results = run_operations(entry.operations, values, present)
+        except PlanError as error:
+            raise PlanError(f"{label}: {error}") from error
+        if len(results) != len(entry.targets):
+            raise PlanError(f"{label}: its operations give {len(results)} tensors for {len(entry.targets)} targets.")
+        for name, result in zip(entry.targets, results):
+            if name in made:
+                raise PlanError(f"{label}: {name!r} is filled by two entries; remove one.")
+            made[name] = _own(result, values, len(results) > 1)
+        if progress is not None:
+            progress(number, len(plan.entries))
+    return made
+
+
+def _own(result: Tensor, sources: Sequence[Tensor], several: bool) -> Tensor:
+    """The tensor with memory of its own, since ``torch.save`` writes the whole storage of a view."""
+    whole = result.untyped_storage().nbytes() == result.nbytes
+    if result.is_contiguous() and whole and not (several and any(result is s for s in sources)):
+        return result.detach()
+    return result.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _twin(value: Any, checkpoint: Checkpoint, plan: TransferPlan) -> Mapping[str, Tensor] | None:
+    """Another copy of the weights in the file, such as that of ``WeightAveraging``: all sources, in the same shapes."""
+    entries = as_mapping(value)
+    sources = [source for entry in plan.entries for source in entry.sources]
+    if entries is None or not sources:
+        return None
+    for source in sources:
+        if not isinstance(entries.get(source), Tensor) or entries[source].shape != checkpoint.meta(source).shape:
+            return None
+    return {name: tensor for name, tensor in entries.items() if isinstance(tensor, Tensor)}
+
+
+def _with_extra(value: Any, made: Mapping[str, Tensor]) -> dict[Any, Any]:
+    extra = {key: item for key, item in (as_mapping(value) or {}).items() if not isinstance(item, Tensor)}
+    return {**made, **extra}
+
+
+def _check_schedulers(schedulers: Sequence[Any], saved: Sequence[Any], made: Sequence[Any]) -> None:
+    """Refuse schedulers that hold a learning rate per group where the number of groups has changed."""
+    before = {len(optimizer["param_groups"]) for optimizer in saved}
+    after = {len(optimizer["param_groups"]) for optimizer in made}
+    if before == after:
+        return
+    for scheduler in schedulers:
+        rates = scheduler.get("base_lrs") if isinstance(scheduler, Mapping) else None
+        if isinstance(rates, (list, tuple)) and len(rates) not in after:
+            raise CheckpointError(
+                f"a scheduler holds learning rates for {len(rates)} parameter groups, but the new run's optimizers "
+                f"have {sorted(after)}. Keep the number of groups, or transfer the weights only."
+            )
