@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ def infer_permutation_spec(
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    outputs: Callable[[Any], Any] | None = None,
     verify: bool = True,
 ) -> PermutationSpec:
     """Find every permutation of units that leaves the function of a model as it is.
@@ -36,6 +37,8 @@ def infer_permutation_spec(
         model: Any module; its mode, buffers, gradients and the random state are left as they were.
         example_args: Positional arguments of one call.
         example_kwargs: Keyword arguments of the call.
+        outputs: Picks what counts from what the model returns (``lambda output: output.logits``). Whatever counts stays
+            as it is; by default every floating tensor in tuples, mappings and dataclasses does, hidden states too.
         verify: Check the result with :func:`verify_permutation_spec` and drop groups that would break the function.
 
     Returns:
@@ -52,7 +55,7 @@ def infer_permutation_spec(
     """
     with undisturbed(model):
         try:
-            trace = trace_forward(model, example_args, example_kwargs)
+            trace = trace_forward(model, example_args, example_kwargs, outputs)
         except RebasinError:
             raise
         except Exception as error:
@@ -65,7 +68,7 @@ def infer_permutation_spec(
     if verify and spec.groups:
         from lit_wsl.rebasin.verify import verify_permutation_spec
 
-        spec = verify_permutation_spec(spec, model, example_args, example_kwargs).spec
+        spec = verify_permutation_spec(spec, model, example_args, example_kwargs, outputs=outputs).spec
     return spec
 
 

@@ -111,7 +111,8 @@ class Run:
             return Label(())
         found = self.labels.get(value.number)
         if found is None:
-            found = Label(self.trace.tensors[value.number].shape, tainted=value.number in self.trace.inputs)
+            info, tainted = self.trace.tensors[value.number], value.number in self.trace.inputs
+            found = Label(info.shape, tainted=tainted, varies=() if tainted else info.varies or ())
             self._set(value.number, found)
         return found
 

@@ -33,7 +33,7 @@ def index_label(run: Run, label: Label, arrays: Sequence[Array | None], shape: S
     for factor in label.factors:
         hit = depends(factor).intersection(dims)
         size = int(np.prod(result)) if hit else 1
-        if size * int(np.prod(factor.shape)) > MAX_LABEL:
+        if size * int(np.prod([n for a, n in enumerate(factor.shape) if a not in dims])) > MAX_LABEL:
             run.algebra.units.freeze(factor, "too many positions are picked at once")
             continue
         full = np.broadcast_to(factor, [label.shape[a] if a in hit else n for a, n in enumerate(factor.shape)])

@@ -6,9 +6,9 @@ The result is plain data: nodes with references to tensors instead of tensors. T
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -36,12 +36,14 @@ class TensorInfo:
         integral: Integer or boolean.
         storage: Number of its storage: tensors of equal storage are views of one another.
         stride: Its strides when it was first seen.
+        varies: For constants of the model, on which axes their values differ; None where it is not known.
     """
 
     shape: tuple[int, ...]
     integral: bool
     storage: int
     stride: tuple[int, ...] = ()
+    varies: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,9 @@ class Recorder(TorchDispatchMode):
         named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
         named.update({argument.name: value for argument, value in zip(schema, args, strict=False)})
         named.update(kwargs)
+        for value in _tensors(list(named.values())):
+            if value not in self._numbers:  # a constant: nothing made it, and it is neither parameter nor input
+                self.trace.tensors[self.number(value)] = replace(self._info(value), varies=_varies(value))
         recorded = {name: self.refer(value) for name, value in named.items()}
         for value in _tensors(list(named.values())):
             if not value.is_floating_point() and not value.is_complex() and 0 < value.numel() <= MAX_INDEX:
@@ -128,6 +133,13 @@ class Recorder(TorchDispatchMode):
         outs = tuple(self.refer(v) for v in (result if isinstance(result, (list, tuple)) else (result,)))
         self.trace.nodes.append(Node(number, func, recorded, outs))
         return result
+
+
+def _varies(tensor: Tensor) -> tuple[bool, ...] | None:
+    """Axes along which the values of a tensor differ; a table of zeros goes with any permutation."""
+    if tensor.is_meta or tensor.numel() > MAX_INDEX or tensor.layout != torch.strided:
+        return None
+    return tuple(not torch.equal(tensor, tensor.narrow(a, 0, 1).expand_as(tensor)) for a in range(tensor.ndim))
 
 
 def _tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
@@ -194,7 +206,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def trace_forward(
-    model: nn.Module, example_args: Sequence[Any], example_kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    example_args: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None = None,
+    outputs: Callable[[Any], Any] | None = None,
 ) -> Trace:
     """Run ``model(*example_args, **example_kwargs)`` once and record it.
 
@@ -210,5 +225,5 @@ def trace_forward(
         trace.inputs.add(recorder.number(tensor))
     with recorder:
         output = model(*example_args, **(example_kwargs or {}))
-    trace.outputs = [Ref(recorder.number(tensor)) for tensor in output_tensors(output)]
+    trace.outputs = [Ref(recorder.number(tensor)) for tensor in output_tensors(outputs(output) if outputs else output)]
     return trace

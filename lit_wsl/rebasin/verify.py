@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.apply import apply_permutation
 from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.rebasin.tracing import named_tensors, output_tensors, undisturbed
 
-NOISE = 1e-16
+NOISE = float(torch.finfo(torch.float64).eps)
 MARGIN = 1e3
 FLOOR = 1e-9
 CEILING = 1e-4
@@ -83,7 +84,14 @@ def perturbed_state(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 class _Function:
     """The model as a function of its state, in float64."""
 
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        outputs: Callable[[Any], Any] | None,
+    ) -> None:
+        self.outputs = outputs
         self.model, self.args, self.kwargs = model, to_double(tuple(args)), to_double(dict(kwargs or {}))
         self.rest = {
             name: buffer.detach().double() if buffer.is_floating_point() else buffer.detach().clone()
@@ -101,9 +109,9 @@ class _Function:
         self.model.train()  # drops attention biases that were cached in evaluation mode
         self.model.eval()
         torch.manual_seed(0)
-        with double_default():
+        with double_default(), _DoubleKernels():
             output = functional_call(self.model, full, args, kwargs, tie_weights=False)
-        return [tensor.detach().double() for tensor in output_tensors(output)]
+        return [tensor.detach().double() for tensor in output_tensors(self.outputs(output) if self.outputs else output)]
 
 
 @contextmanager
@@ -115,6 +123,33 @@ def double_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class _DoubleKernels(TorchDispatchMode):
+    """All in float64: casts to less become casts to float64, and what has no float64 kernel is written out.
+
+    Norms and softmaxes of language models cast to float32 by themselves; a permutation changes the order of a sum, so
+    their rounding would hide what is to be seen.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, or what it stands for."""
+        kwargs = kwargs or {}
+        dtype = kwargs.get("dtype")
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float64:
+            return _grouped_product(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _grouped_product(one: Tensor, two: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Rows of ``one``, segment by segment, times the matrices of ``two``: ``(rows, k), (segments, k, m)``."""
+    if offs is None or one.ndim != 2 or two.ndim != 3:
+        raise RebasinError(f"A grouped product of shapes {tuple(one.shape)} and {tuple(two.shape)} is not known here.")
+    ends = [int(end) for end in offs]
+    parts = [one[a:b] @ matrix for a, b, matrix in zip([0, *ends[:-1]], ends, two, strict=True)]
+    return torch.cat([*parts, one.new_zeros(one.shape[0] - ends[-1], two.shape[2])])
 
 
 def _scaled(value: Any, scale: float) -> Any:
@@ -152,13 +187,14 @@ def verify_permutation_spec(
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    outputs: Callable[[Any], Any] | None = None,
     seed: int = 0,
 ) -> Verification:
     """Check that a random element of the whole group keeps the outputs; drop the groups that do not.
 
     The check runs in float64 on a copy of the weights in which gains, biases and statistics are perturbed first, so
     that errors cannot hide behind ones and zeros. What counts as equal comes from the model's own noise: how far its
-    outputs move when the weights are scaled by ``1 + 1e-16`` and the input is perturbed as little. A right spec takes
+    outputs move when input and weights are perturbed by about 1e-16 of themselves. A right spec takes
     two forward passes and one for the noise; a wrong one is bisected.
 
     Args:
@@ -166,6 +202,7 @@ def verify_permutation_spec(
         model: The model it was made for; not changed.
         example_args: Positional arguments of one call.
         example_kwargs: Keyword arguments of the call.
+        outputs: Picks what counts from what the model returns; see :func:`infer_permutation_spec`.
         seed: Seed of the permutations and the perturbation.
 
     Returns:
@@ -176,7 +213,8 @@ def verify_permutation_spec(
     """
     with undisturbed(model):
         try:
-            return _verify(spec, _Function(model, example_args, example_kwargs), perturbed_state(model, seed), seed)
+            function = _Function(model, example_args, example_kwargs, outputs)
+            return _verify(spec, function, perturbed_state(model, seed), seed)
         except RebasinError:
             raise
         except Exception as error:
@@ -190,7 +228,7 @@ def _verify(spec: PermutationSpec, function: _Function, state: dict[str, Tensor]
     before = function(state)
     if not before:
         raise RebasinError("The model returned no floating tensor, so there is nothing to compare.")
-    noise = relative_difference(before, function(state, 1.0 + 4 * torch.finfo(torch.float64).eps))
+    noise = relative_difference(before, function(_nudged(state, seed), 1.0 + 2 * NOISE))
     tolerance = min(max(FLOOR, MARGIN * noise), CEILING)
     permutations = spec.random_permutations(seed + 1)
 
@@ -212,6 +250,16 @@ def _verify(spec: PermutationSpec, function: _Function, state: dict[str, Tensor]
     return Verification(
         spec.without(bad, "breaks the function") if bad else spec, worst, tolerance, tuple(bad), function.calls
     )
+
+
+def _nudged(state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Every weight moved by about its last bit: models that read only tokens have no input to perturb."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = {}
+    for name, tensor in state.items():
+        sign = torch.randint(-1, 2, tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        moved[name] = tensor * (1.0 + NOISE * sign)
+    return moved
 
 
 def _first_bad(difference: Any, names: list[str], tolerance: float) -> str:
