@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ class TreeLine:
         status: Whether ``all``, ``part`` or ``none`` of the tensors below are matched; ``""`` if nobody asked.
         hidden: Number of modules below that the depth limit hides.
         guide: The lines to the left of the name.
+        hang: The lines to the left of what doesn't fit beside the name.
     """
 
     label: str
@@ -43,6 +45,7 @@ class TreeLine:
     status: str
     hidden: int
     guide: str
+    hang: str
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def tree_lines(
             status = status if of else ""
         paths = tuple(node.path for node in nodes)
         numel = sum(f.numel for f in total)
-        lines.append(TreeLine(label, depth, paths, first.group, numel, status, hidden, guide))
+        lines.append(TreeLine(label, depth, paths, first.group, numel, status, hidden, guide, hang))
         if depth >= max_depth:
             return
         runs = _runs(first.children, facts) if folded else [[child] for child in first.children]
@@ -171,8 +174,9 @@ class HierarchyView(JupyterMixin):
     folded: bool = True
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        trees = [self._tree("source", console), self._tree("target", console)]
         beside = options.max_width >= SIDE_BY_SIDE
+        width = (options.max_width - 1) // 2 if beside else options.max_width
+        trees = [self._tree("source", console, width), self._tree("target", console, width)]
         table = Table(box=None, pad_edge=False, show_edge=False, expand=beside)
         table.add_column("source", overflow="fold", ratio=1)
         if beside:
@@ -188,7 +192,7 @@ class HierarchyView(JupyterMixin):
             legend += plain("; ● all matched, ~ in part, ○ nothing", console)
         yield Text(legend, style="dim")
 
-    def _tree(self, which: str, console: Console) -> Text:
+    def _tree(self, which: str, console: Console, width: int) -> Text:
         side = self.source if which == "source" else self.target
         matched, partners = None, {}
         if self.plan is not None:
@@ -200,7 +204,7 @@ class HierarchyView(JupyterMixin):
         for line in tree_lines(
             side, max_depth=self.max_depth, folded=self.folded, matched=matched, with_buffers=with_buffers
         ):
-            text.append_text(_line(line, partners, console)).append("\n")
+            text.append_text(_line(line, partners, console, width)).append("\n")
         text.right_crop(1)
         return text
 
@@ -215,7 +219,7 @@ def _partners(plan: TransferPlan) -> dict[str, tuple[str, ...]]:
     return {path: tuple(targets) for path, targets in found.items()}
 
 
-def _line(line: TreeLine, partners: Mapping[str, tuple[str, ...]], console: Console) -> Text:
+def _line(line: TreeLine, partners: Mapping[str, tuple[str, ...]], console: Console, width: int) -> Text:
     text = Text(plain(line.guide, console), style="dim")
     if line.status:
         mark, colour = _MATCHED[line.status]
@@ -224,30 +228,45 @@ def _line(line: TreeLine, partners: Mapping[str, tuple[str, ...]], console: Cons
     if len(line.paths) > 1:
         text.append(f" x{len(line.paths)}", style="cyan")
     badges = _badges(line.group)
-    if badges:
+    if badges and line.depth:
         text.append(f" {badges}", style="dim")
     elif line.numel:
-        text.append(f" {count_text(line.numel)}", style="dim")
+        text.append(f" {count_text(line.numel)} {badges}".rstrip(), style="dim")
     if line.hidden:
         text.append(f" (+{line.hidden} modules)", style="dim")
     named = dict.fromkeys(target for path in line.paths for target in partners.get(path, ()))
     if named:
         folded = fold_names([target or "(root)" for target in named])
         more = f" and {len(folded) - 2} more" if len(folded) > 2 else ""
-        text.append(plain(" → ", console) + ", ".join(folded[:2]) + more, style="green")
+        _append_partner(text, plain(" → ", console) + ", ".join(folded[:2]) + more, plain(line.hang, console), width)
     return text
 
 
+def _append_partner(text: Text, partner: str, hang: str, width: int) -> None:
+    """Put the partner beside the name, or on lines of its own that keep the lines of the tree."""
+    if len(text) + len(partner) <= width:
+        text.append(partner, style="green")
+        return
+    room = max(8, width - len(hang) - 2)
+    lines = [""]
+    for piece in re.split(r"(?<=[.,])", partner):  # broken at dots, so that words stay whole
+        if lines[-1] and len(lines[-1] + piece) > room:
+            lines.append("  ")
+        lines[-1] += piece
+    for line in lines:
+        text.append("\n" + hang + "  ", style="dim").append(line, style="green")
+
+
 def _badges(group: ParameterGroup) -> str:
-    """Badges and the shape of a module's own tensors: ``[W][B] 64x3x7x7 +2 buffers``."""
+    """Badges and shapes of a module's own tensors: ``[W][B] 64x3x7x7 +3 buffers``."""
     leaves = {info.leaf: info for info in group.parameters}
-    words = "".join(f"[{leaf[0].upper()}]" for leaf in ("weight", "bias") if leaf in leaves)
-    if leaves:
-        first = leaves.get("weight") or group.parameters[0]
-        words += f" {shape_text(first.shape)}"
-    others = [leaf for leaf in leaves if leaf not in ("weight", "bias")]
+    known = [leaf for leaf in ("weight", "bias") if leaf in leaves]
+    words = "".join(f"[{leaf[0].upper()}]" for leaf in known)
+    if known:
+        words += f" {shape_text(leaves[known[0]].shape)}"
+    others = [f"{leaf} {shape_text(info.shape)}" for leaf, info in leaves.items() if leaf not in known]
     if others:
-        words += " " + ", ".join(others[:3]) + ("..." if len(others) > 3 else "")
+        words += " " + ", ".join(others[:2]) + (f" +{len(others) - 2}" if len(others) > 2 else "")
     if group.buffers:
         words += f" +{len(group.buffers)} buffer" + ("s" if len(group.buffers) > 1 else "")
     return words.strip()

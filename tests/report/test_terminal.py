@@ -1,0 +1,238 @@
+"""What the terminal views show, parsed from what is printed: at 80 columns, without colour, in ASCII, in a notebook."""
+
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from lit_wsl.mapper import WeightMapper
+from lit_wsl.report.analysis import AnalysisView
+from lit_wsl.report.breakdown import BreakdownView
+from lit_wsl.report.material import Material, options_of
+from lit_wsl.report.rows import mapping_rows
+from lit_wsl.report.tables import AmbiguousView, MappingView, SummaryPanel, UnmatchedView
+from lit_wsl.report.trees import HierarchyView, tree_lines
+from lit_wsl.structure import describe
+
+
+def show(*views, width=80, encoding="utf-8", color=False):
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding)
+    console = Console(file=file, width=width, no_color=not color, force_terminal=color)
+    for view in views:
+        console.print(view)
+    file.flush()
+    return raw.getvalue().decode(encoding)
+
+
+def squeeze(text):
+    """The text without borders and line breaks, so that wrapped names come together."""
+    return re.sub(r"[│|╭╮╰╯─+\s]+", "", text)
+
+
+def all_views(example):
+    source, target, plan = example
+    coverage = Material.gather(plan, source=source, target=target).coverage
+    yield SummaryPanel(plan, coverage)
+    yield MappingView(plan)
+    yield MappingView(plan, by="tensor", folded=False)
+    yield UnmatchedView(plan)
+    yield AmbiguousView(plan)
+    yield HierarchyView(source, target)
+    yield HierarchyView(source, target, plan)
+    yield AnalysisView(plan, coverage)
+    for name in ("embed.weight", "blocks.3.attn.qkv.weight", "new_head.weight", "pair.x"):
+        yield BreakdownView(name, plan, source, target, options_of(plan))
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_line_is_wider_than_the_console_and_no_colour_leaks(example, width):
+    for view in all_views(example):
+        text = show(view, width=width)
+        assert text.strip()
+        assert max(map(len, text.splitlines())) <= width
+        assert "\x1b" not in text
+
+
+def test_every_view_can_be_written_to_an_ascii_log(example):
+    for view in all_views(example):
+        assert show(view, encoding="ascii").isascii()
+
+
+def test_every_view_shows_itself_in_a_notebook(example):
+    for view in all_views(example):
+        shown = view._repr_mimebundle_(include=[], exclude=[])
+        assert shown["text/html"].startswith("<pre")
+        assert shown["text/plain"].strip()
+
+
+def test_summary_tells_coverage_counts_and_options(example):
+    source, target, plan = example
+    text = show(SummaryPanel(plan, Material.gather(plan, source=source, target=target).coverage))
+    assert "old.ckpt → NewModel" in text
+    moved, of = 20 * 8 + 12 * (3 * 64 + 256 + 8), 20 * 8 + 12 * (3 * 64 + 256 + 8) + 10 + 24
+    assert re.search(rf"target\s+█+░+\s+{100 * moved / of:.1f} %", text)
+    assert "37 of 40 tensors" in text
+    assert "13 exact, 12 concat, 12 transpose" in text
+    assert "threshold 0.6, best_match" in text
+    assert re.search(r"unmatched: 4 source, 1 target; ambiguous: 2", text)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_mapping_is_folded_with_operation_count_and_lowest_score(example, width):
+    text = show(MappingView(example[2]), width=width)
+    rows = [line for line in text.splitlines() if re.match(r"[01]\.\d\d", line)]
+    assert [re.match(r"([01]\.\d\d)( [?!])? +(\w+) +x(\d+)", row).groups() for row in rows] == [
+        ("0.72", " ?", "exact", "1"),
+        ("0.83", None, "concat", "12"),
+        ("0.55", " !", "transpose", "12"),
+        ("0.95", None, "exact", "12"),
+    ]
+    flat = squeeze(text)
+    for name in ("query", "key", "value"):
+        assert f"encoder.layer.{{0..11}}.attention.{name}" in flat
+    assert "blocks.{0..11}.attn.qkv" in flat
+    assert "3of8x8->24x8" in flat.replace("query/key/value->", "")
+
+
+def test_unfolded_and_by_tensor_list_every_step(example):
+    plan = example[2]
+    text = squeeze(show(MappingView(plan, by="tensor", folded=False), width=200))
+    for entry in plan.entries:
+        for name in (*entry.sources, *entry.targets):
+            assert name in text
+    assert len(mapping_rows(plan, by="tensor", folded=False)) == len(plan.entries)
+
+
+def test_rows_hold_every_step_exactly_once_whatever_the_folding(example):
+    plan = example[2]
+    for by in ("group", "tensor"):
+        for folded in (True, False):
+            held = [entry for row in mapping_rows(plan, by=by, folded=folded) for entry in row.entries]
+            assert sorted(map(str, held)) == sorted(map(str, plan.entries))
+
+
+def test_a_shortened_table_keeps_the_doubtful_rows_and_says_what_it_hides(example):
+    text = show(MappingView(example[2], max_rows=2))
+    assert "0.55 !" in text
+    assert "0.72 ?" in text
+    assert "2 more lines, with scores of 0.83 and above" in text
+
+
+def test_colour_follows_confidence(example):
+    text = show(MappingView(example[2]), color=True)
+    for code, score in ((31, "0.55 !"), (33, "0.72 ?"), (32, "0.83")):
+        assert f"\x1b[{code}m{score}" in text
+
+
+def test_leftovers_show_shape_reason_and_candidates(example):
+    plan = example[2]
+    text = squeeze(show(UnmatchedView(plan), AmbiguousView(plan), width=160))
+    for word in ("old_head.weight", "10x8", "notargetofshape(10,8)isfree", "steps(buffer)", "new_head.weight", "3x8"):
+        assert word in text
+    for word in ("pair.x", "pair.y", "0.61twin.a", "0.61twin.b", "bothordersfitequallywell"):
+        assert word in text
+
+
+def test_trees_fold_repeated_blocks_and_mark_what_is_matched(example):
+    source, target, plan = example
+    text = show(HierarchyView(source, target, plan))
+    line = next(line for line in text.splitlines() if "{0..11} x12" in line)
+    assert line.count("{0..11} x12") == 1  # the source is one level deeper
+    assert re.search(r"● query x12 \[W\] 8x8", text)
+    assert re.search(r"│  │ +→ blocks\.\{0\.\.11\}\.", text)  # its partner, below it and inside the tree
+    assert re.search(r"embed \[W\] 20x8 → wte", text)
+    assert re.search(r"○ old_head \[W\] 10x8", text)
+    assert re.search(r"~ NewModel", text)
+    plain = show(HierarchyView(source, target))
+    assert "●" not in plain
+    assert "→" not in plain
+
+
+def test_trees_obey_the_depth_limit(example):
+    source = example[0]
+    for depth in range(4):
+        lines = tree_lines(source, max_depth=depth)
+        assert max(line.depth for line in lines) == depth
+        assert sum(line.hidden for line in lines) + sum(len(line.paths) for line in lines) == len(
+            list(source.root.walk())
+        )
+
+
+def test_unfolded_tree_has_every_module(example):
+    source = example[0]
+    assert [line.paths[0] for line in tree_lines(source, max_depth=99, folded=False)] == [
+        node.path for node in source.root.walk()
+    ]
+
+
+def test_blocks_that_differ_do_not_fold():
+    blocks = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+    labels = [line.label for line in tree_lines(describe(blocks))]
+    assert labels == ["Sequential", "{0..1}", "2"]
+    half = [line.label for line in tree_lines(describe(blocks), matched=frozenset({"0.weight"}))]
+    assert half == ["Sequential", "0", "1", "2"]
+
+
+def test_badges_tell_weight_bias_shape_and_buffers():
+    text = show(HierarchyView(describe(nn.BatchNorm1d(6)), describe(nn.Linear(3, 2, bias=False))))
+    assert re.search(r"\[W\]\[B\] 6 \+3 buffers", text)
+    assert re.search(r"\[W\] 2x3", text)
+
+
+def test_breakdown_adds_up_to_the_score(example):
+    source, target, plan = example
+    text = show(BreakdownView("embed.weight", plan, source, target, options_of(plan)))
+    rows = dict(re.findall(r"^│ +(\w+) +([01]\.\d\d) ", text, re.M))
+    for part in ("shape", "name", "hierarchy", "token", "edit", "substring", "depth", "path", "order"):
+        assert part in rows
+    adds = [float(number) for number in re.findall(r" ([01]\.\d\d) +│$", text, re.M)]
+    assert sum(adds) == pytest.approx(float(rows["score"]), abs=0.02)
+    assert "score 0.72 ?" in text
+    assert "margin 0.30" in text
+
+
+def test_breakdown_of_a_fused_step_shows_the_pair_asked_for(example):
+    source, target, plan = example
+    view = BreakdownView("encoder.layer.3.attention.key.weight", plan, source, target, options_of(plan))
+    text = show(view)
+    assert text.count("hierarchy") == 1
+    assert "concat" in text
+    whole = show(BreakdownView("blocks.3.attn.qkv.weight", plan, source, target, options_of(plan)))
+    assert whole.count("hierarchy") == 3
+    assert "why: fused" in whole
+
+
+def test_breakdown_names_the_runner_up():
+    old = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+    mapper = WeightMapper(old, nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)}))
+    console = Console(file=io.StringIO(), width=80)
+    mapper.visualize_score_breakdown("first.weight", console=console)
+    assert re.search(
+        r"runner-up.*\n│ [01]\.\d\d.* second\.weight \(filled from second\.weight\)", console.file.getvalue()
+    )
+
+
+def test_analysis_lists_modules_lowest_scores_and_reasons(example):
+    source, target, plan = example
+    coverage = Material.gather(plan, source=source, target=target).coverage
+    text = show(AnalysisView(plan, coverage))
+    assert re.search(r"blocks +100\.0 % +█+ +36 of 36 +0 +0", text)
+    assert re.search(r"new_head +0\.0 % +░+ +0 of 1 +1 +0", text)
+    assert re.search(r"12 above 0\.8|24 above 0\.8", text)
+    scores = [float(x) for x in re.findall(r"^ *([01]\.\d\d)(?: [?!])? +[01]\.\d\d", text, re.M)]
+    assert scores == sorted(scores)
+    assert scores[0] == 0.55
+    assert "1 tensors, 80 elements: no target of shape (10, 8) is free" in text
+
+
+def test_mapper_prints_through_the_views():
+    torch.manual_seed(0)
+    mapper = WeightMapper(nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4)))
+    for method in ("visualize_mapping", "visualize_hierarchies", "print_analysis"):
+        console = Console(file=io.StringIO(), width=80)
+        getattr(mapper, method)(console=console)
+        assert "Sequential" in console.file.getvalue()
