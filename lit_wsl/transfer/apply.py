@@ -29,7 +29,7 @@ from lit_wsl.transfer.operations import run_operations
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan
 
 _CHUNK = 1 << 24  # elements looked at in one go; bounds the temporary memory of a check
-_MIN_BUDGET = 64 << 20  # bytes the undo log may always take
+_MIN_BUDGET = 32 << 20  # bytes the undo log may always take
 _VIEWS = frozenset({"permute", "transpose", "reshape", "split", "unstack", "fan_out"})  # allocate nothing, cannot fail
 
 Progress = Callable[[str, int], None]
@@ -167,6 +167,7 @@ def _verify(
         dtype, wanted = _short(values[0].dtype), _short(targets[entry.targets[0]].dtype)
         if dtype != wanted:
             casts[dtype, wanted] = casts.get((dtype, wanted), 0) + len(entry.targets)
+        del values, value  # before the next is read
         progress("verify", size)
     return warnings, casts
 
@@ -208,8 +209,7 @@ def _copy(
     # Copies that allocate can fail for want of memory, so they go first, while little has to be taken back.
     stages = [entry for entry in entries if _allocates(entry)], [entry for entry in entries if not _allocates(entry)]
     # Sources that are the model's own tensors (a model filled from itself) must all be read before any is written.
-    in_memory = () if isinstance(tensors, HasMeta) else tuple(n for entry in entries for n in entry.sources)
-    held = {name: tensors[name].clone() for name in in_memory if _storage(tensors[name]) in own}
+    held = ranks.together(partial(_own_values, entries, tensors, own))
     with _UndoLog(max(_MIN_BUDGET, total // 8)) as undo:
 
         def copy_all(stage: Sequence[PlanEntry]) -> None:
@@ -221,6 +221,7 @@ def _copy(
                     for target, result in zip(outputs, results, strict=True):
                         undo.remember(held_part(target), must=_allocates(entry))
                         copy_into(target, result)
+                    del values, results, result  # before the next is read
                 progress("copy", sum(target.nbytes for target in outputs))
 
         try:
@@ -231,6 +232,15 @@ def _copy(
             raise
 
 
+def _own_values(entries: Sequence[PlanEntry], tensors: Mapping[str, Tensor], own: set[int]) -> dict[str, Tensor]:
+    """Copies of the sources that share memory with the model."""
+    held: dict[str, Tensor] = {}
+    for entry in () if isinstance(tensors, HasMeta) else entries:  # a file's tensors are never the model's
+        with _named(entry):
+            held.update({n: tensors[n].clone() for n in entry.sources if _storage(tensors[n]) in own})
+    return held
+
+
 def _allocates(entry: PlanEntry) -> bool:
     return any(op.name not in _VIEWS for op in entry.operations)
 
@@ -238,7 +248,7 @@ def _allocates(entry: PlanEntry) -> bool:
 def _storage(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # tensor subclasses without one storage, such as DTensor
+    except (RuntimeError, NotImplementedError, ValueError):  # no one storage: sharded, lazy, sparse
         return 0
 
 
@@ -279,13 +289,14 @@ class _UndoLog:
         elif must:
             self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115  closed with the log
             self._spilled.append((target, self._file.tell()))
-            torch.save(target.detach().cpu(), self._file)
+            self._file.write(target.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
     def restore(self) -> None:
         """Put everything back, the last first."""
         for target, offset in reversed(self._spilled):
             self._file.seek(offset)
-            copy_into(target, torch.load(self._file, weights_only=True))
+            content = torch.frombuffer(bytearray(self._file.read(target.nbytes)), dtype=torch.uint8)
+            copy_into(target, content.view(target.dtype).reshape(target.shape))
         for target, value in reversed(self._memory):
             copy_into(target, value)
 
