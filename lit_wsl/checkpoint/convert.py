@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lit_wsl.checkpoint.edit import replace_at, with_entries
 from lit_wsl.checkpoint.inert import as_mapping, contains_foreign
 from lit_wsl.checkpoint.optimizer import OnLost, convert_optimizers, groups_of
-from lit_wsl.checkpoint.parameter_order import new_order, old_parameters
+from lit_wsl.checkpoint.parameter_order import new_order, old_parameters, proven_order
 from lit_wsl.checkpoint.reader import Checkpoint, open_checkpoint
 from lit_wsl.checkpoint.writing import atomic_save, save_safetensors
 from lit_wsl.errors import CheckpointError, PlanError
@@ -212,7 +212,9 @@ def convert_weights(
         ordered = {name: filled[described.tied.get(name, name)] for name in names}
         missing = [name for name in target.state_dict(keep_vars=True) if name not in ordered]
     else:
-        ordered = filled
+        proven = proven_order(plan)
+        names = [name for name, _ in proven] if proven is not None else list(filled)
+        ordered = {name: filled[name] for name in names if name in filled}
         missing = [u.name for u in plan.unmatched_target] + [n for a in plan.ambiguous for n in a.targets]
     if missing:
         shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")

@@ -49,6 +49,18 @@ def new_order(plan: TransferPlan, target: nn.Module | None = None) -> NewOrder:
         gradients = {name: p.requires_grad for name, p in target.named_parameters(remove_duplicate=False)}
         names = [info.name for info in describe(target).parameters if info.kind == "parameter"]
         return NewOrder(tuple(names), frozenset(n for n in names if not gradients.get(n, True)), known=True)
+    proven = proven_order(plan)
+    if proven is not None:
+        return NewOrder(tuple(name for name, kind in proven if kind == "parameter"))
+    raise CheckpointError(
+        "the order in which the new model registers its parameters, which is that of the optimizer's states, does not "
+        "follow from the plan alone (it was edited, or some parameters have no source). Give the new model: "
+        "target=..., or --model on the command line; or convert the weights only (weights_only=True, --weights-only)."
+    )
+
+
+def proven_order(plan: TransferPlan) -> list[tuple[str, str]] | None:
+    """Names and kinds of the target's tensors in registration order, if the plan's fingerprint proves them."""
     known: list[tuple[str, Shape, str]] = [
         (name, shape, entry.kind) for entry in plan.entries for name, shape in zip(entry.targets, entry.target_shapes)
     ]
@@ -61,9 +73,5 @@ def new_order(plan: TransferPlan, target: nn.Module | None = None) -> NewOrder:
             for name, shape, _ in candidate:
                 digest.update(f"{name}\0{shape}\0".encode())
             if digest.hexdigest() == plan.target.fingerprint:
-                return NewOrder(tuple(name for name, _, kind in candidate if kind == "parameter"))
-    raise CheckpointError(
-        "the order in which the new model registers its parameters, which is that of the optimizer's states, does not "
-        "follow from the plan alone (it was edited, or some parameters have no source). Give the new model: "
-        "target=..., or --model on the command line; or convert the weights only (weights_only=True, --weights-only)."
-    )
+                return [(name, kind) for name, _, kind in candidate]
+    return None

@@ -14,6 +14,8 @@ from lit_wsl.transfer.operations import Operation
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from lit_wsl.checkpoint.convert import Conversion
+
 Side = Literal["source", "target"]
 Proof = Literal["proven", "refuted", "not tested"]
 
@@ -223,8 +225,21 @@ class TransferPlan:
 
         return reverse_plan(self)
 
-    def convert_checkpoint(self, source: str | Path, destination: str | Path) -> None:
-        """Write a checkpoint for the new model that training resumes from; see ``lit_wsl.checkpoint.convert``."""
+    def convert_checkpoint(self, source: str | Path, destination: str | Path, **options: Any) -> Conversion:
+        """Write a checkpoint for the new model that training resumes from.
+
+        Args:
+            source: The old checkpoint.
+            destination: The file to write; ``.safetensors`` holds the weights only.
+            **options: As for :func:`lit_wsl.checkpoint.convert.convert_checkpoint`; above all ``target``, the model.
+
+        Returns:
+            What was done.
+
+        Raises:
+            CheckpointError: If a file cannot be read or written, or an optimizer's state cannot be carried.
+            PlanError: If the plan does not fit.
+        """
         from lit_wsl.checkpoint.convert import convert_checkpoint
 
-        convert_checkpoint(source, destination, self)
+        return convert_checkpoint(source, destination, self, **options)
