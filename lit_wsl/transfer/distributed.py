@@ -256,10 +256,12 @@ def refuse_wrapped(model: nn.Module, strategy: object = None) -> None:
         "Make its modules in __init__, setup or configure_model without sharding or wrapping them there and on a real "
         "device, so that the transfer comes before the wrapping; or use ModelParallelStrategy with fully_shard."
     )
+    engine = getattr(strategy, "model", None)
     if dist.is_available():
         from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 
-        if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
+        outer = engine if isinstance(engine, nn.Module) else model
+        if any(isinstance(m, FullyShardedDataParallel) for part in (outer, model) for m in part.modules()) or any(
             isinstance(p, FlatParameter) for p in model.parameters()
         ):
             raise TransferError(
@@ -271,7 +273,6 @@ def refuse_wrapped(model: nn.Module, strategy: object = None) -> None:
         raise TransferError(
             f"DeepSpeed (ZeRO stage 3) has partitioned {partitioned} and all other parameters. {remedy}"
         )
-    engine = getattr(strategy, "model", None)
     if type(engine).__module__.partition(".")[0] == "deepspeed":
         raise TransferError(
             "DeepSpeed has been set up already and keeps a copy of the parameters in its optimizer, which would undo "

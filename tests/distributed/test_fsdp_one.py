@@ -1,0 +1,61 @@
+"""FSDPStrategy and DeepSpeed: the transfer comes before the wrapping, and is refused where it cannot."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import run_ranks
+from torch import nn
+
+from lit_wsl.errors import TransferError
+from lit_wsl.transfer.distributed import refuse_wrapped
+
+WORKING = ["built_in_init", "built_in_configure_model"]
+REFUSED = ["wrapped_in_configure_model", "made_on_meta"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    scenarios = Path(__file__).with_name("scenarios_fsdp_one.py")
+    return run_ranks(scenarios, [*WORKING, *REFUSED], tmp_path_factory.mktemp("fsdp_one"))
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_the_model_is_filled_when_it_is_wrapped(results, name):
+    for rank in results[name]:
+        assert rank.get("wrong") == [], rank
+        assert rank["loaded"] > 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_flattened_parameters_are_refused_on_all_ranks_with_the_remedy(results, name):
+    zero, one = results[name]
+    kind, message = zero["raised"]
+    assert zero == one
+    assert kind == "TransferError"
+    assert "FullyShardedDataParallel" in message
+    assert "on a real device" in message
+
+
+def test_partitioned_parameters_of_deepspeed_are_refused():
+    net = nn.Linear(2, 2)
+    net.weight.ds_id = 0
+    with pytest.raises(TransferError, match=r"stage 3.* weight .*__init__"):
+        refuse_wrapped(net)
+
+
+def test_a_deepspeed_engine_that_is_set_up_is_refused():
+    engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
+    with pytest.raises(TransferError, match="optimizer"):
+        refuse_wrapped(nn.Linear(2, 2), types.SimpleNamespace(model=engine))
+
+
+def test_what_others_wrap_is_let_through():
+    net = nn.Linear(2, 2)
+    refuse_wrapped(net)
+    refuse_wrapped(net, types.SimpleNamespace(model=net))
+    refuse_wrapped(torch.compile(net), types.SimpleNamespace(model=None))
