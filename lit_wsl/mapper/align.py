@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lit_wsl.mapper.classes import ClassSolver, Pairing
+from lit_wsl.mapper.classes import ClassSolver, Pairing, Region
 from lit_wsl.mapper.evidence import Evidence
 from lit_wsl.mapper.fusion import Fusion, find_fusions, fold_run
 from lit_wsl.mapper.options import MatchingOptions
@@ -33,6 +33,7 @@ from lit_wsl.mapper.tree import Item, TreeBuilder, relative, role_of, shape_key
 from lit_wsl.transfer.operations import Operation
 
 Forbidden = Callable[[str, str], bool]
+REPEATED_WEIGHT = 1000
 
 
 @dataclass(frozen=True)
@@ -88,21 +89,6 @@ class Outcome:
             self.doubts += other.doubts
 
 
-@dataclass(frozen=True)
-class Region:
-    """Where items are compared: below ``source`` and ``target``.
-
-    Attributes:
-        source: Root of the source's side.
-        target: Root of the target's side.
-        complete: Whether both sides have the same number of elements, so that everything must find a partner.
-    """
-
-    source: Item
-    target: Item
-    complete: bool
-
-
 class Aligner:
     """Aligns two trees once, with the evidence of an earlier pass.
 
@@ -111,23 +97,30 @@ class Aligner:
         builder: The builder of both trees.
         evidence: What earlier passes learned.
         forbidden: Whether two paths must not match (incompatible pairs).
+        ties: How many names each tied source tensor has.
     """
 
     def __init__(
-        self, options: MatchingOptions, builder: TreeBuilder, evidence: Evidence, forbidden: Forbidden
+        self,
+        options: MatchingOptions,
+        builder: TreeBuilder,
+        evidence: Evidence,
+        forbidden: Forbidden,
+        ties: Mapping[str, int],
     ) -> None:
         self.options = options
         self.builder = builder
         self.evidence = evidence
         self.gathered = Evidence()
         self.turned = evidence.turned_matrices > evidence.exact_matrices
-        self._classes = ClassSolver(options, evidence, forbidden, self.turned)
+        self._classes = ClassSolver(options, evidence, forbidden, self.turned, ties)
         self._memo: dict[tuple[int, int], tuple[int, int, Outcome]] = {}
         self._forbidden = forbidden
 
     def align(self, source: Item, target: Item) -> Outcome:
         """Align two whole trees."""
-        region = Region(source, target, complete=source.numel == target.numel)
+        shapes = tuple(Counter(t.shape for t in side.tensors) for side in (source, target))
+        region = Region(source, target, source.numel == target.numel, (shapes[0], shapes[1]))
         return self._solve([source], [target], region)
 
     # regions ---------------------------------------------------------------------------------------------------
@@ -157,15 +150,20 @@ class Aligner:
                 for c in t.children:
                     self._match_tensors(by_role[role_of(c.path)], c, out, 1.0, "same role in the same module")
                 return out
-        return self._solve(list(s.children) or [s], list(t.children) or [t], Region(s, t, complete=s.numel == t.numel))
+        inside_s, inside_t = (list(i.children) if i.level == 2 else [i] for i in (s, t))
+        if inside_s == [s] and inside_t == [t]:
+            inside_s, inside_t = list(s.tensors), list(t.tensors)
+        return self._solve(inside_s, inside_t, Region(s, t, complete=s.numel == t.numel))
 
     def _match_tensors(self, s: Item, t: Item, out: Outcome, margin: float, reason: str) -> None:
         operations = operations_between(s.shape, t.shape, transposed=self.turned)
         if operations is None:
             return
         if len(s.shape) == len(t.shape) == 2 and len(shape_key(s.shape)) == 2 and s.shape[0] != s.shape[1]:
-            self.gathered.exact_matrices += not operations
-            self.gathered.turned_matrices += any(op.name == "transpose" for op in operations)
+            repeated = any(c.isdigit() for c in s.path)
+            weight = REPEATED_WEIGHT if repeated else 1  # tables of a model's ends are never stored transposed
+            self.gathered.exact_matrices += weight * (not operations)
+            self.gathered.turned_matrices += weight * any(op.name == "transpose" for op in operations)
         undone = tuple(op.reverse() for op in reversed(t.operations))
         out.matches.append(Match(s.positions, t.positions, (*s.operations, *operations, *undone), margin, reason))
 
@@ -223,16 +221,23 @@ class Aligner:
     ) -> tuple[list[Item], list[Item]]:
         """Pair what a class decides, and return what it leaves open."""
         s, t = sorted(s, key=lambda i: i.start), sorted(t, key=lambda i: i.start)
-        pairing = self._classes.solve(s, t, region.source, region.target, complete=region.complete)
-        return self._take_pairing(pairing, s, t, out, sure)
+        pairing = self._classes.solve(s, t, region)
+        return self._take_pairing(pairing, s, t, region, out, sure)
 
     def _take_pairing(
-        self, pairing: Pairing, s: list[Item], t: list[Item], out: Outcome, sure: list[tuple[Item, Item]]
+        self,
+        pairing: Pairing,
+        s: list[Item],
+        t: list[Item],
+        region: Region,
+        out: Outcome,
+        sure: list[tuple[Item, Item]],
     ) -> tuple[list[Item], list[Item]]:
         for p in pairing.pairs:
             self._descend(p.source, p.target, out, p.margin, p.reason)
             if p.certain:
                 sure.append((p.source, p.target))
+                self.gathered.teach_role(relative(p.source, region.source), relative(p.target, region.target))
         for doubt in pairing.doubts:
             out.doubts.append(
                 Doubt(
@@ -272,6 +277,7 @@ class Aligner:
         """Let certain pairs tell how far order can be trusted, and teach the dictionary their words."""
         for vector in (True, False):
             self.gathered.order.add([(s.start, t.start) for s, t in sure if (s.rank < 2) == vector])
+        self.gathered.anchors += [(s.start, t.start) for s, t in sure if s.rank >= 2]
 
 
 def _tensors(units: Sequence[Item]) -> list[Item]:

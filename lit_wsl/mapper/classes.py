@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,12 +13,38 @@ from lit_wsl.mapper.evidence import Evidence
 from lit_wsl.mapper.names import best_pairs_similarity, path_tokens
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.shapes import operation_cost
-from lit_wsl.mapper.tree import Family, Item, families_of, relative, shape_key
+from lit_wsl.mapper.tree import Family, Item, families_of, relative
+from lit_wsl.structure.info import Shape
 
 MARGIN = 0.08
-ORDER_WEIGHT = 0.2
+FIRST_MARGIN = 0.15  # while nothing has been learned, names alone must be clear
+ORDER_WEIGHT = 0.25
+PRIOR = 0.5
 NAME_SUPPORT = 0.5
-STRONG_NAME = 0.8
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where items are compared: below ``source`` and ``target``.
+
+    Attributes:
+        source: Root of the source's side.
+        target: Root of the target's side.
+        complete: Whether both sides have the same number of elements, so that everything must find a partner and
+            being the only one of a size is proof enough.
+        shapes: How many tensors of each shape the whole models have, source and target.
+    """
+
+    source: Item
+    target: Item
+    complete: bool
+    shapes: tuple[Counter[Shape], Counter[Shape]] | None = None
+
+    def distinct(self, s: Item, t: Item) -> bool:
+        """Whether the items are matrices of a shape that nothing else in either model has."""
+        if self.shapes is None or s.main.shape != t.main.shape or s.rank < 2 or s.profile != t.profile:
+            return False
+        return self.shapes[0][s.main.shape] == self.shapes[1][t.main.shape] == 1
 
 
 @dataclass(frozen=True)
@@ -65,49 +91,59 @@ class ClassSolver:
         evidence: The dictionary and the trust in order.
         forbidden: Whether two paths must not match.
         turned: Whether the pair stores its matrices the other way round.
+        ties: How many names each tied source tensor has.
     """
 
     def __init__(
-        self, options: MatchingOptions, evidence: Evidence, forbidden: Callable[[str, str], bool], turned: bool
+        self,
+        options: MatchingOptions,
+        evidence: Evidence,
+        forbidden: Callable[[str, str], bool],
+        turned: bool,
+        ties: Mapping[str, int],
     ) -> None:
+        self.ties = ties
+        self.margin = FIRST_MARGIN if evidence.first else MARGIN
+        self._words: dict[int, tuple[Item, Counter[str]]] = {}
         self.names = options.strategy != "shape_only"
         self.evidence = evidence
         self.forbidden = forbidden
         self.turned = turned
 
-    def solve(self, s: list[Item], t: list[Item], root_s: Item, root_t: Item, *, complete: bool) -> Pairing:
+    def solve(self, s: list[Item], t: list[Item], region: Region) -> Pairing:
         """Pair the members of a class.
 
         Args:
             s: Source members, in registration order.
             t: Target members, in registration order.
-            root_s: Item below which source paths are compared.
-            root_t: Item below which target paths are compared.
-            complete: Whether everything in the region must find a partner, so that being the only one of a size
-                is proof enough.
+            region: Where they stand.
 
         Returns:
             Pairs and doubts; members in neither stay open.
         """
         if len(s) == len(t) == 1:
-            return self._single(s[0], t[0], root_s, root_t, complete)
-        families_s, families_t = families_of(s, root_s), families_of(t, root_t)
+            return self._single(s[0], t[0], region)
+        if len(s) == 1 and len(t) <= self.ties.get(s[0].main.path, 1) and all(self.cost(s[0], i) == 0.0 for i in t):
+            return Pairing([Pair(s[0], i, 1.0, "tied in the source to all tensors of this shape") for i in t])
+        families_s, families_t = families_of(s, region.source), families_of(t, region.target)
         if len(s) != len(t):
             return self._unbalanced(families_s, families_t)
         families_s, families_t = _even(families_s, families_t)
-        if not complete and len(s) < 3 and not all(_strong(i) for i in (*s, *t)):
+        if not region.complete and len(s) < 3 and not all(_strong(i) for i in (*s, *t)):
             return self._unbalanced(families_s, families_t)
         if sorted(len(f.members) for f in families_s) != sorted(len(f.members) for f in families_t):
-            return self._by_order(s, t)
-        return self._assign(families_s, families_t)
+            return self._by_order(s, t, region)
+        return self._assign(families_s, families_t, region)
 
     # one member -------------------------------------------------------------------------------------------------
 
-    def _single(self, s: Item, t: Item, root_s: Item, root_t: Item, complete: bool) -> Pairing:
+    def _single(self, s: Item, t: Item, region: Region) -> Pairing:
         if self.cost(s, t) is None:
             return Pairing()
-        if not (complete or _strong(s)) and self.similarity(relative(s, root_s), relative(t, root_t)) < NAME_SUPPORT:
-            return Pairing()
+        if not (region.complete or _strong(s) or region.distinct(s, t)):
+            alike = self.similarity(relative(s, region.source), relative(t, region.target))
+            if alike < NAME_SUPPORT:
+                return Pairing()
         return Pairing([Pair(s, t, 1.0, "the only ones of this size and structure on both sides", certain=True)])
 
     def similarity(self, a: str, b: str) -> float:
@@ -128,34 +164,54 @@ class ClassSolver:
         if s.profile == t.profile:
             same = Counter(i.shape for i in s.tensors) == Counter(i.shape for i in t.tensors)
             return 0.0 if same or self.turned else 0.3
-        return 0.2 if max(s.level, t.level) == 2 else None
+        if max(s.level, t.level) == 2:
+            return 0.2
+        return self._unit_cost(s, t)
+
+    def _unit_cost(self, s: Item, t: Item) -> float | None:
+        """Cost of pairing two units tensor by tensor, the largest with the largest."""
+        if len(s.tensors) != len(t.tensors):
+            return None
+        by_size = [sorted(i.tensors, key=lambda x: (-x.numel, x.start)) for i in (s, t)]
+        costs = [operation_cost(a.shape, b.shape, transposed=self.turned) for a, b in zip(*by_size)]
+        known = [c for c in costs if c is not None]
+        return max(known) if len(known) == len(costs) else None
 
     # several members --------------------------------------------------------------------------------------------
 
-    def _assign(self, fs: list[Family], ft: list[Family]) -> Pairing:
+    def _assign(self, fs: list[Family], ft: list[Family], region: Region) -> Pairing:
         """Assign families to families, jointly, and their members by number."""
         n = len(fs)
         words_s, words_t = _telling(fs), _telling(ft)
+        weak_s, weak_t = self._weak(fs, region.source), self._weak(ft, region.target)
+        shape = np.full((n, n), FORBIDDEN)
         base = np.full((n, n), FORBIDDEN)
         for i, f in enumerate(fs):
             for j, g in enumerate(ft):
-                shape = self._family_cost(f, g)
-                if shape is None:
+                cost = self._family_cost(f, g)
+                if cost is None:
                     continue
-                alike = best_pairs_similarity(words_s[i], words_t[j], self.evidence.dictionary) if self.names else 0.5
-                base[i, j] = shape + (1.0 - alike)
-        trust = self.evidence.order.trust
-        order = 1.0 - np.eye(n)
-        solved = assign(base + ORDER_WEIGHT * trust * order)
+                alike = 0.5
+                if self.names:
+                    alike = best_pairs_similarity(
+                        words_s[i], words_t[j], self.evidence.dictionary, weak_s, weak_t, prior=PRIOR
+                    )
+                    alike = self._with_role(alike, f, g, region)
+                shape[i, j] = cost
+                base[i, j] = cost + 1.0 - alike
+        rank_s, rank_t = _ranks(shape), _ranks(shape.T)
+        unlike = (rank_s[:, None] != rank_t[None, :]).astype(float)
+        trust = self._trust_here(fs, ft, rank_s, rank_t, shape, region)
+        solved = assign(base + ORDER_WEIGHT * trust * unlike)
         by_names = {(i, j): margin for i, j, margin in assign(base)}
         pairing = Pairing()
         open_s, open_t = set(range(n)), set(range(n))
         for i, j, margin in solved:
-            if n > 1 and margin < MARGIN:
+            if n > 1 and margin < self.margin:
                 continue
             open_s.discard(i)
             open_t.discard(j)
-            certain = by_names.get((i, j), 0.0) >= MARGIN
+            certain = by_names.get((i, j), 0.0) >= self.margin
             reason = _reason(n, len(fs[i].members), certain)
             pairing.pairs += _zip(fs[i], ft[j], margin, reason, certain)
         if open_s and open_t:
@@ -167,6 +223,48 @@ class ClassSolver:
                 )
             )
         return pairing
+
+    def _with_role(self, alike: float, f: Family, g: Family, region: Region) -> float:
+        """What other regions of the same make are certain of outweighs how names look."""
+        if len(f.members) > 1:
+            return alike
+        share = self.evidence.role(relative(f.members[0], region.source), relative(g.members[0], region.target))
+        if share is None:
+            return alike
+        return max(alike, share) if share > 0 else min(alike, 0.1)
+
+    def _weak(self, families: list[Family], root: Item) -> set[str]:
+        """Words that also stand in other tensors of the region: ``attention_norm`` is near the attention, not it."""
+        if len(families) < 2:
+            return set()
+        if id(root) not in self._words:
+            self._words[id(root)] = (root, _word_counts(root.tensors, root))
+        everywhere = self._words[id(root)][1]
+        here = _word_counts([t for f in families for m in f.members for t in m.tensors], root)
+        return {w for w, count in here.items() if everywhere[w] > count}
+
+    def _trust_here(
+        self,
+        fs: list[Family],
+        ft: list[Family],
+        rank_s: np.ndarray,
+        rank_t: np.ndarray,
+        shape: np.ndarray,
+        region: Region,
+    ) -> float:
+        """Trust in order for this class: none if going by rank would cross what is certain of the matrices."""
+        trust = self.evidence.order.trust
+        if trust == 0.0 or fs[0].members[0].rank < 2:
+            return trust
+        for i in range(len(fs)):
+            for j in range(len(ft)):
+                if rank_s[i] == rank_t[j] and shape[i, j] < FORBIDDEN and self._misplaced(fs[i], ft[j], region):
+                    return 0.0
+        return trust
+
+    def _misplaced(self, f: Family, g: Family, region: Region) -> bool:
+        spans = [(r.positions[0], r.positions[-1] + 1) for r in (region.source, region.target)]
+        return self.evidence.misplaced(f.start, g.start, spans[0], spans[1]) > 0.5
 
     def _family_cost(self, f: Family, g: Family) -> float | None:
         """Mean cost over the members paired by number; ``None`` if any can't correspond."""
@@ -187,12 +285,16 @@ class ClassSolver:
             total += cost
         return total / len(f.members)
 
-    def _by_order(self, s: list[Item], t: list[Item]) -> Pairing:
+    def _by_order(self, s: list[Item], t: list[Item], region: Region) -> Pairing:
         """Families don't fit together; if order has proved trustworthy, go by it."""
         margin = ORDER_WEIGHT * self.evidence.order.trust
-        pairs = list(zip(s, t))
-        if margin >= MARGIN and all(self.cost(a, b) is not None for a, b in pairs):
-            return Pairing([Pair(a, b, margin, "same place in order among those of its shape") for a, b in pairs])
+        spans = [(r.positions[0], r.positions[-1] + 1) for r in (region.source, region.target)]
+        crossed = s[0].rank >= 2 and any(
+            self.evidence.misplaced(a.start, b.start, spans[0], spans[1]) > 0.5 for a, b in zip(s, t)
+        )
+        if margin >= self.margin and not crossed and all(self.cost(a, b) is not None for a, b in zip(s, t)):
+            reason = "same place in order among those of its shape"
+            return Pairing([Pair(a, b, margin, reason) for a, b in zip(s, t)])
         return Pairing(doubts=[ItemDoubt(tuple(t), tuple(s), "same shapes, and the order can't be trusted")])
 
     def _unbalanced(self, fs: list[Family], ft: list[Family]) -> Pairing:
@@ -214,7 +316,7 @@ class ClassSolver:
                 cost[i, j] = shape + 1.0 - (alike + whole) / 2
         pairing = Pairing()
         for i, j, margin in assign(cost):
-            if j < len(ft) and margin >= MARGIN and cost[i, j] <= 1.0 - NAME_SUPPORT:
+            if j < len(ft) and margin >= self.margin and cost[i, j] <= 1.0 - NAME_SUPPORT:
                 pairing.pairs += _zip(fs[i], ft[j], margin, "their names single them out", True)
         return pairing
 
@@ -225,12 +327,39 @@ def _strong(item: Item) -> bool:
 
 
 def _telling(families: Sequence[Family]) -> list[tuple[str, ...]]:
-    """The words that tell each family from its rivals."""
+    """The words that tell each family from its rivals: what is left when what all have is taken away, once each."""
     words = [f.words for f in families]
     if len(words) < 2:
         return words
-    common = set(words[0]).intersection(*words[1:])
-    return [tuple(w for w in ws if w not in common) for ws in words]
+    common = Counter(words[0])
+    for ws in words[1:]:
+        common &= Counter(ws)
+    out = []
+    for ws in words:
+        left = Counter(common)
+        kept = []
+        for w in reversed(ws):  # the last parts of a path are the common ones more often than the first
+            if left[w] > 0:
+                left[w] -= 1
+            else:
+                kept.append(w)
+        out.append(tuple(reversed(kept)))
+    return out
+
+
+def _ranks(shape: np.ndarray) -> np.ndarray:
+    """Rank of each row among the rows that cost the same everywhere, i.e. that have the same shapes."""
+    seen: Counter[bytes] = Counter()
+    ranks = []
+    for row in shape:
+        key = row.tobytes()
+        ranks.append(seen[key])
+        seen[key] += 1
+    return np.array(ranks)
+
+
+def _word_counts(tensors: Sequence[Item], root: Item) -> Counter[str]:
+    return Counter(w for t in tensors for w in set(path_tokens(relative(t, root))) if not w.isdigit())
 
 
 def _reason(rivals: int, members: int, certain: bool) -> str:
@@ -297,4 +426,4 @@ def _literal(families: list[Family]) -> list[Family]:
     return sorted(singles, key=lambda f: f.start)
 
 
-__all__ = ["ClassSolver", "ItemDoubt", "Pair", "Pairing", "shape_key"]
+__all__ = ["ClassSolver", "ItemDoubt", "Pair", "Pairing", "Region"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from lit_wsl.mapper.names import Dictionary, split_numbers
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.scoring import score_pair
 from lit_wsl.mapper.tree import shape_key
 from lit_wsl.structure.info import ModelDescription, ParameterInfo
-from lit_wsl.transfer.operations import Cast, Operation
+from lit_wsl.transfer.operations import Cast, FanOut, Operation
 from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, Unmatched
 
 MAX_CANDIDATES = 8
@@ -36,6 +37,7 @@ class EntryWriter:
         self._doubts: list[Ambiguity] = []
         self._reasons: dict[str, str] = {}
         self._scores: dict[tuple[object, ...], float] = {}
+        self._fanned: dict[str, str] = {}
 
     def add(
         self,
@@ -64,7 +66,21 @@ class EntryWriter:
             margin=round(margin, 4),
             reason=reason,
         )
+        twin = self._fanned.get(sources[0].name) if len(sources) == len(targets) == 1 else None
+        if twin is not None:  # one tied source fills several targets: one step, so that it can be reversed
+            known, _, filled = self._entries[twin]
+            both = (*filled, *targets)
+            entry = replace(
+                known,
+                targets=tuple(t.name for t in both),
+                target_shapes=tuple(t.shape for t in both),
+                operations=(*(op for op in known.operations if op.name != "fan_out"), FanOut(len(both))),
+            )
+            self._entries[twin] = (entry, tuple(sources), both)
+            return
         self._entries[targets[0].name] = (entry, tuple(sources), tuple(targets))
+        if len(sources) == len(targets) == 1:
+            self._fanned[sources[0].name] = targets[0].name
 
     def score(
         self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo], operations: tuple[Operation, ...]

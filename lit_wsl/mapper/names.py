@@ -7,15 +7,16 @@ learned from the tensors whose partner is already certain (:class:`Dictionary`).
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.structure.info import tokenize
+
+WEAK = 0.3
 
 
 @lru_cache(maxsize=200_000)
@@ -102,7 +103,12 @@ class Dictionary:
 
 
 def best_pairs_similarity(
-    a: Sequence[str], b: Sequence[str], dictionary: Dictionary | None = None, weights: dict[str, float] | None = None
+    a: Sequence[str],
+    b: Sequence[str],
+    dictionary: Dictionary | None = None,
+    weak_a: Collection[str] = (),
+    weak_b: Collection[str] = (),
+    prior: float = 0.0,
 ) -> float:
     """Soft Jaccard similarity of two word lists: greedy one-to-one pairing by word similarity.
 
@@ -110,14 +116,17 @@ def best_pairs_similarity(
         a: Words of the source.
         b: Words of the target.
         dictionary: Learned translations, used beside the words' own similarity.
-        weights: Weight of each word; 1 by default.
+        weak_a: Words of the source that say little; they weigh 0.3.
+        weak_b: Words of the target that say little.
+        prior: Weight of having seen nothing, which pulls the similarity towards 0.5.
 
     Returns:
         Similarity, 0 to 1; 0.5 (no evidence) if both lists are empty.
     """
     if not a and not b:
         return 0.5
-    weight = (weights or {}).get
+    weights_a = [WEAK if w in weak_a else 1.0 for w in a]
+    weights_b = [WEAK if w in weak_b else 1.0 for w in b]
     scored = []
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -134,29 +143,6 @@ def best_pairs_similarity(
         if i not in used_a and j not in used_b:
             used_a.add(i)
             used_b.add(j)
-            shared += -negative * (weight(a[i], 1.0) + weight(b[j], 1.0)) / 2
-    total = sum(weight(x, 1.0) for x in a) + sum(weight(y, 1.0) for y in b)
-    union = total - shared
-    return shared / union if union > 0 else 1.0
-
-
-def distinguishing_words(paths: Sequence[str]) -> list[tuple[str, ...]]:
-    """For each path the words (numbers left out) that not all of the paths have.
-
-    >>> distinguishing_words(["attn.q_proj", "attn.out_proj", "attn.k_proj"])
-    [('q',), ('out',), ('k',)]
-    """
-    words = [tuple(t for t in path_tokens(p) if not t.isdigit()) for p in paths]
-    if len(words) < 2:
-        return words
-    counts: Counter[str] = Counter(w for ws in words for w in set(ws))
-    return [tuple(w for w in ws if counts[w] < len(words)) for ws in words]
-
-
-def rarity(paths: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Inverse document frequency of each word over the lists, scaled so that a word of one list weighs 1."""
-    n = len(paths)
-    counts: Counter[str] = Counter(w for ws in paths for w in set(ws))
-    if n < 2:
-        return dict.fromkeys(counts, 1.0)
-    return {w: math.log((n + 1) / c) / math.log(n + 1) for w, c in counts.items()}
+            shared += -negative * (weights_a[i] + weights_b[j]) / 2
+    union = sum(weights_a) + sum(weights_b) - shared
+    return (shared + prior / 2) / (union + prior) if union + prior > 0 else 1.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lit_wsl.mapper.align import Aligner, Match, Outcome
@@ -16,6 +17,7 @@ from lit_wsl.structure.info import ModelDescription, ParameterInfo, tokenize
 from lit_wsl.transfer.plan import SideSummary, TransferPlan
 
 MAX_PASSES = 4
+LEARN_MARGIN = 0.3  # more than order alone can give
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def build_plan(
     """
     options = options or MatchingOptions()
     weights_s, buffers_s, weights_t, buffers_t = split_kinds(source, target)
-    alignment = align(weights_s, weights_t, options)
+    ties = Counter(source.tied.values())
+    alignment = align(weights_s, weights_t, options, {name: count + 1 for name, count in ties.items()})
     if target.has_execution_order:
         alignment = _with_execution_order(alignment, weights_s, weights_t, options)
     writer = EntryWriter(source, target, options, alignment.dictionary)
@@ -73,7 +76,12 @@ def build_plan(
     )
 
 
-def align(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], options: MatchingOptions) -> Alignment:
+def align(
+    source: Sequence[ParameterInfo],
+    target: Sequence[ParameterInfo],
+    options: MatchingOptions,
+    ties: Mapping[str, int] | None = None,
+) -> Alignment:
     """Run passes until they learn nothing more.
 
     The first pass doesn't use order at all; what it is certain of tells how far order can be trusted, which way
@@ -85,11 +93,11 @@ def align(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], opti
     root_s, order_s = builder.build(source)
     root_t, order_t = builder.build(target)
     forbidden = _forbidden(options)
-    evidence = Evidence(order=OrderVotes(same=0, total=1))
+    evidence = Evidence(order=OrderVotes(same=0, total=1), first=True)
     outcome = Outcome()
     matched = -1
     for _ in range(MAX_PASSES):
-        aligner = Aligner(options, builder, evidence, forbidden)
+        aligner = Aligner(options, builder, evidence, forbidden, ties or {})
         outcome = aligner.align(root_s, root_t)
         count = sum(len(m.targets) for m in outcome.matches)
         if count <= matched:
@@ -138,7 +146,7 @@ def _learn(outcome: Outcome, source: Sequence[ParameterInfo], target: Sequence[P
     dictionary = Dictionary()
     seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
     for match in outcome.matches:
-        if len(match.sources) != 1 or len(match.targets) != 1:
+        if len(match.sources) != 1 or len(match.targets) != 1 or match.margin < LEARN_MARGIN:
             continue
         key = (
             split_numbers(source[match.sources[0]].name)[0],

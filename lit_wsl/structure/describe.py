@@ -98,6 +98,8 @@ def _shape_of(tensor: Tensor) -> tuple[int, ...]:
 def _describe_tensors(tensors: Mapping[str, Tensor], order: Mapping[str, int], label: str) -> ModelDescription:
     items = tensors.meta_items() if isinstance(tensors, HasMeta) else tensors.items()
     found = [(name, tensor) for name, tensor in items if isinstance(tensor, Tensor)]
+    tied = _tied_names(found)
+    found = [(name, tensor) for name, tensor in found if name not in tied]
     buffers = _infer_buffers(found)
     infos = tuple(
         ParameterInfo(
@@ -110,12 +112,21 @@ def _describe_tensors(tensors: Mapping[str, Tensor], order: Mapping[str, int], l
         )
         for index, (name, tensor) in enumerate(found)
     )
-    return ModelDescription(infos, _tied_names(found), label)
+    return ModelDescription(infos, tied, label)
 
 
 def _tied_names(found: list[tuple[str, Tensor]]) -> dict[str, str]:
-    """Names in a state dict that share one tensor object; the matcher decides what to do with them."""
-    return {}
+    """Names that share all their memory with an earlier name: the tensors were tied when they were saved."""
+    first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in found:
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+            continue
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        canonical = first.setdefault(key, name)
+        if canonical != name:
+            tied[name] = canonical
+    return tied
 
 
 def _infer_buffers(found: list[tuple[str, Tensor]]) -> frozenset[str]:
