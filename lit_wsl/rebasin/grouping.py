@@ -249,5 +249,5 @@ def build_spec(run: Run) -> PermutationSpec:
         try:
             return Grouping(run).build()
         except _Retry as retry:
-            run.algebra.units.freeze(retry.rows, "differs between the blocks of another axis")
+            run.algebra.release(np.ascontiguousarray(retry.rows.T))
     return PermutationSpec({}, {})

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lit_wsl.rebasin.units import Array, Units, mix
+from lit_wsl.rebasin.units import FIXED, Array, Units, mix
 
 MAX_LABEL = 4_000_000
 """Largest label array that is built; what would need more stays fixed."""
@@ -32,6 +32,8 @@ class Label:
         routed: Rows were picked by a routing decision: they stand in an order of their own.
         segments: For row offsets of a grouped product: the unit of each segment.
         origin: The parameter this tensor is a view or a rescaling of.
+        segmented: An axis of routed rows on which the factors have one place for each *expert*, not for each row: what
+            a row is labelled by depends on the expert it was sent to, and the label covers experts that got no row.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +44,7 @@ class Label:
     routed: bool = False
     segments: Array | None = None
     origin: int | None = None
+    segmented: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.varies) != len(self.shape):
@@ -113,9 +116,9 @@ class Algebra:
                 kept.append(factor)
         return kept
 
-    def blocks(self, factor: Array, along: Iterable[int]) -> Array | None:
+    def blocks(self, factor: Array, along: Iterable[int], again: bool = False) -> Array | None:
         """The blocks that fibres of a factor along some axes form; None if nothing is left that moves."""
-        factor = self.units.find(factor)
+        factor = compress(self.units.find(factor))
         dims = depends(factor)
         gone = sorted(dims.intersection(along))
         if not gone:
@@ -126,11 +129,27 @@ class Algebra:
         rest = [axis for axis in range(factor.ndim) if axis not in gone and axis not in keep]
         moved = factor.transpose([*keep, *gone, *rest])
         rows = int(np.prod([factor.shape[a] for a in keep]))
-        found = self.units.blocks_of_rows(np.ascontiguousarray(moved).reshape(rows, -1))
+        matrix = np.ascontiguousarray(moved).reshape(rows, -1)
+        shape = [factor.shape[axis] if axis in keep else 1 for axis in range(factor.ndim)]
+        if self.units.bound_across(matrix):
+            found: Array | None = self.release(matrix)
+        else:
+            found = self.units.blocks_of_rows(matrix)
+            if found is None and not again:
+                # The units are in blocks the other way round: their order inside of these stays.
+                self.pin(factor, keep, "used in blocks that overlap", again=True)
         if found is None or not found.any():
             return None
-        shape = [factor.shape[axis] if axis in keep else 1 for axis in range(factor.ndim)]
         return found.reshape(shape)
+
+    def release(self, matrix: Array) -> Array:
+        """The units of each row become one and the same, in no block."""
+        live = self.units.find(matrix) != FIXED
+        made = np.where(live.any(axis=1), self.units.fresh(len(matrix)), FIXED)
+        self.units.collapse(matrix[live], np.broadcast_to(made[:, None], matrix.shape)[live])
+        frozen = ~live.all(axis=1)
+        self.units.freeze(made[frozen], "stays in some blocks of another axis")
+        return self.units.find(made)
 
     def freeze(self, label: Label, reason: str) -> None:
         """Everything that moves this tensor stays."""
@@ -140,13 +159,13 @@ class Algebra:
             if extra is not None:
                 self.units.freeze(extra, reason)
 
-    def pin(self, factor: Array, along: Iterable[int], reason: str) -> Array | None:
+    def pin(self, factor: Array, along: Iterable[int], reason: str, again: bool = False) -> Array | None:
         """The order along some axes stays: what remains are whole blocks."""
         along = list(along)
         factor = self.units.find(factor)
         if not depends(factor).intersection(along):
             return factor
-        block = self.blocks(factor, along)
+        block = self.blocks(factor, along, again)
         if block is None:
             self.units.freeze(factor, reason)
             return None
@@ -181,7 +200,8 @@ class Algebra:
         origins = [label.origin for label in labels if label.shape == shape and label.origin is not None]
         moving = [label for label in aligned if label.factors]
         origin = origins[0] if len(origins) == 1 and not tainted else None
-        result = Label(shape, (), varies, tainted=tainted, routed=routed, origin=origin)
+        segmented = next((label.segmented for label in aligned if label.segmented is not None), None)
+        result = Label(shape, (), varies, tainted, routed=routed, origin=origin, segmented=segmented)
         if not moving:
             return result
         aligned = self._pin_where_fixed(aligned, shape, reason)
@@ -194,7 +214,9 @@ class Algebra:
         if extra <= 0:
             return label
         factors = tuple(f.reshape((1,) * extra + f.shape) for f in label.factors)
-        return replace(label, shape=(1,) * extra + label.shape, factors=factors, varies=(False,) * extra + label.varies)
+        segmented = None if label.segmented is None else label.segmented + extra
+        varies = (False,) * extra + label.varies
+        return replace(label, shape=(1,) * extra + label.shape, factors=factors, varies=varies, segmented=segmented)
 
     def _pin_where_fixed(self, labels: Sequence[Label], shape: Sequence[int], reason: str) -> list[Label]:
         """Where one operand moves along an axis and another varies there without moving, nothing may move."""
@@ -222,10 +244,12 @@ class Algebra:
         keys = sorted(by_axes, key=lambda axes: (len(axes), sorted(axes)))
         for i, one in enumerate(keys):
             for two in keys[i + 1 :]:
-                common = one & two
+                # What was found for an earlier pair may have made a factor depend on less.
+                first, second = (compress(self.units.find(by_axes[key])) for key in (one, two))
+                common = depends(first) & depends(second)
                 if not common:
                     continue
-                first, second = self.blocks(by_axes[one], one - common), self.blocks(by_axes[two], two - common)
+                first, second = self.blocks(first, one - common), self.blocks(second, two - common)
                 if first is None or second is None:
                     for factor in (by_axes[one], by_axes[two]):
                         self.pin(factor, common, reason)

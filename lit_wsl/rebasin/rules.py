@@ -20,6 +20,10 @@ from lit_wsl.rebasin.units import Array
 
 Rule: TypeAlias = Callable[["Run", Node], "Label | Sequence[Label]"]
 RULES: dict[str, Rule] = {}
+SEGMENT_RULES: set[str] = set()
+"""Operations that take routed rows whose label has one place for each expert, see ``Label.segmented``."""
+ROUTING_RULES: set[str] = set()
+"""Operations that know what to do with indices that name units, see ``Label.values``."""
 PATTERNS: list[tuple[re.Pattern[str], Rule]] = []
 
 
@@ -88,6 +92,11 @@ class Run:
             else:
                 outer = shape[joint.outer_axis]
                 fresh = self.algebra.units.fresh(joint.blocks * size).reshape(joint.blocks, size)
+                if joint.blocks == outer and (number, joint.outer_axis) in self.axes:
+                    blocks = self.axes[(number, joint.outer_axis)].ravel()
+                else:
+                    blocks = self.algebra.units.fresh(joint.blocks)
+                self.algebra.units.bind(fresh, blocks[:, None])
                 rows = np.repeat(fresh, outer // joint.blocks, axis=0)
                 view[joint.outer_axis] = outer
                 factor = (rows if joint.outer_axis < axis else rows.T).reshape(view)
@@ -159,9 +168,12 @@ class Run:
         """Apply the rule of one node."""
         self.algebra.node = node.number + 1
         function = find_rule(node)
+        if node.name not in SEGMENT_RULES:
+            self._unsegment(node)
         labels = unknown(self, node) if function is None else function(self, node)
         if isinstance(labels, Label):
             labels = (labels,)
+        self._check_routing(node, labels)
         written = written_arguments(node)
         for out, label in zip(flat_refs(node.outs), labels, strict=False):
             shape = self.trace.tensors[out.number].shape
@@ -173,6 +185,24 @@ class Run:
             if out.number in written:
                 self._overwrite(out, label)
             self._set(out.number, label)
+
+    def _check_routing(self, node: Node, labels: Sequence[Label]) -> None:
+        """Indices that name units must be carried on or be used by an operation that knows them; otherwise freeze."""
+        if node.name in ROUTING_RULES or any(out.values is not None or out.segments is not None for out in labels):
+            return
+        for ref in tensor_args(node):
+            label = self.label(ref)
+            for extra in (label.values, label.segments):
+                if extra is not None:
+                    self.algebra.units.freeze(extra, "routing indices that are computed with")
+
+    def _unsegment(self, node: Node) -> None:
+        """Labels by expert end here: the same units in all experts from now on."""
+        for ref in tensor_args(node):
+            label = self.labels.get(ref.number)
+            if label is not None and label.segmented is not None:
+                label = self.algebra.pinned(label, [label.segmented], "rows of different experts are mixed")
+                self.labels[ref.number] = replace(label, segmented=None)
 
     def _overwrite(self, out: Ref, label: Label) -> None:
         """Writing into a tensor also changes its views: what they did not carry before must stay where it is."""
@@ -201,6 +231,7 @@ def find_rule(node: Node) -> Rule | None:
         if expression.fullmatch(name):
             return function
     if _pointwise(node):
+        SEGMENT_RULES.add(name)
         return RULES["aten.pointwise"]
     if not any(True for _ in tensor_args(node)):
         return RULES["aten.constant"]
@@ -218,12 +249,16 @@ def _pointwise(node: Node) -> bool:
 
 def unknown(run: Run, node: Node) -> list[Label]:
     """Freeze all that enters an operation without a rule."""
-    moved = [label for ref in tensor_args(node) if (label := run.label(ref)).factors or label.values is not None]
+    moved = [label for ref in tensor_args(node) if _moves(label := run.label(ref))]
     if moved:
         run.unknown[node.name] = run.unknown.get(node.name, 0) + 1
     for label in moved:
         run.algebra.freeze(label, f"operation {node.name}, which has no rule")
     return [Label(run.trace.tensors[out.number].shape, tainted=True) for out in flat_refs(node.outs)]
+
+
+def _moves(label: Label) -> bool:
+    return bool(label.factors) or label.values is not None or label.segments is not None
 
 
 def flat_refs(value: Any) -> Iterator[Ref]:

@@ -92,7 +92,7 @@ def softmax(run: Run, node: Node) -> Label:
     return run.algebra.normalise(label, [int(node.args["dim"])])
 
 
-@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "topk", "kthvalue", "median", "mode")
+@rule("cumprod", "logcumsumexp", "cummax", "cummin", "kthvalue", "median", "mode")
 def ordered(run: Run, node: Node) -> list[Label]:
     """Depends on the order of positions along an axis."""
     label = run.label(node.args["self"])

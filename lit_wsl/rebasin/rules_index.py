@@ -14,6 +14,7 @@ import numpy as np
 
 from lit_wsl.rebasin.labels import MAX_LABEL, Label, compress, depends
 from lit_wsl.rebasin.rules import Run, flat_refs, rule, unknown
+from lit_wsl.rebasin.rules_routing import index_by_expert
 from lit_wsl.rebasin.tracing import Node, Ref
 from lit_wsl.rebasin.units import Array
 
@@ -60,7 +61,9 @@ def index_arrays(run: Run, node: Node, refs: Sequence[Any]) -> tuple[list[Array 
         values = run.integers(node, ref)
         if values is None:
             return None
-        tainted |= run.label(ref).tainted and run.label(ref).values is None
+        tainted |= run.label(ref).tainted
+        if (chosen := run.label(ref).values) is not None:
+            run.algebra.units.freeze(chosen, "routing indices that pick positions")
         found = values.cpu().numpy()
         if found.dtype == np.bool_ or found.dtype == np.uint8:
             arrays.extend(np.asarray(axis, dtype=np.int64) for axis in np.nonzero(found))
@@ -72,6 +75,9 @@ def index_arrays(run: Run, node: Node, refs: Sequence[Any]) -> tuple[list[Array 
 @rule("index", "_unsafe_index")
 def index(run: Run, node: Node) -> Sequence[Label]:
     """``self[indices]``."""
+    routed = index_by_expert(run, node)
+    if routed is not None:
+        return [routed]
     found = index_arrays(run, node, node.args["indices"])
     if found is None:
         return unknown(run, node)
@@ -79,7 +85,9 @@ def index(run: Run, node: Node) -> Sequence[Label]:
 
 
 def _indexed(run: Run, node: Node, label: Label, arrays: Sequence[Array | None], tainted: bool) -> Label:
-    return index_label(run, label, arrays, run.shape(node.outs[0]), tainted)
+    result = index_label(run, label, arrays, run.shape(node.outs[0]), tainted)
+    routed = any(run.label(ref).routed for ref in flat_refs(tuple(node.args.values())))
+    return replace(result, routed=routed or label.routed)
 
 
 @rule("index_select", "embedding")

@@ -35,6 +35,7 @@ class Units:
         self._parent = np.zeros(1024, dtype=np.int64)  # block a root unit is in; 0: none
         self._frozen = np.zeros(1024, dtype=bool)
         self._frozen[0] = True
+        self._bound = np.zeros(1024, dtype=bool)
         self._reason = np.zeros(1024, dtype=np.int16)
         self._signature = np.zeros(1024, dtype=np.uint64)
         self.reasons: list[str] = [""]
@@ -47,7 +48,7 @@ class Units:
         need = self._n + count
         if need > len(self._link):
             size = max(need, 2 * len(self._link))
-            for name in ("_link", "_parent", "_frozen", "_reason", "_signature"):
+            for name in ("_link", "_parent", "_frozen", "_bound", "_reason", "_signature"):
                 old = getattr(self, name)
                 new = np.zeros(size, dtype=old.dtype)
                 new[: self._n] = old[: self._n]
@@ -56,6 +57,26 @@ class Units:
         self._link[units] = units
         self._n = need
         return units
+
+    def bind(self, units: Array, blocks: Array) -> None:
+        """Bind units to blocks: units of one axis that are told apart by the place on another axis of the tensor.
+
+        They never move between blocks by themselves, as the positions of an activation with both axes could.
+        """
+        units, blocks = np.broadcast_arrays(units, blocks)
+        self._bound[units] = True
+        self._parent[units] = blocks
+
+    def bound_across(self, matrix: Array) -> bool:
+        """Whether the rows of a matrix run across the blocks that its units are bound to."""
+        root = self.roots(matrix)
+        live = ~self._frozen[root]
+        if not live.any() or not self._bound[root[live]].all():
+            return False
+        above = self.roots(self._parent[root])
+        low = np.where(live, above, np.iinfo(np.int64).max).min(axis=1)
+        high = np.where(live, above, -1).max(axis=1)
+        return bool((low < high).any())
 
     def roots(self, units: Array) -> Array:
         """Representative of each unit, frozen or not."""
@@ -198,7 +219,7 @@ class Units:
         Rows of equal content share their block. Blocks that exist are found, others are made.
 
         Returns:
-            One unit per row (0 for rows without a unit that moves); None if the rows overlap, and all is frozen now.
+            One unit per row (0 for rows without a unit that moves); None if the units are in other blocks already.
         """
         matrix = self.find(matrix)
         live = matrix != FIXED
@@ -221,7 +242,7 @@ class Units:
                 if len(np.unique(pairs[1])) == len(np.unique(pairs[0])):
                     return value
                 if below is None:
-                    return value if self._same_rows(matrix, live) else self._give_up(matrix)
+                    return value if self._same_rows(matrix, live) else None
                 return self._insert(below, live, row_id, value)
             if level == 0:
                 row_id = self._row_ids(matrix)
@@ -238,12 +259,9 @@ class Units:
         rows = np.broadcast_to(row_id[:, None], members.shape)[live]
         pairs = np.unique(np.stack([members[live], rows]), axis=1)
         if len(np.unique(pairs[0])) != pairs.shape[1]:
-            return self._give_up(members)
+            return None
         made = self.fresh(int(row_id.max()) + 1)
         self._parent[pairs[0]] = made[pairs[1]]
         if above is not None:
             self._parent[made[row_id]] = above
         return np.where(live.any(axis=1), made[row_id], FIXED)
-
-    def _give_up(self, units: Array) -> None:
-        self.freeze(units, "used in blocks that overlap")
