@@ -94,11 +94,14 @@ class AnalysisView(JupyterMixin):
         for side, left in (("source", self.plan.unmatched_source), ("target", self.plan.unmatched_target)):
             reasons: dict[str, list[int]] = {}
             for item in left:
+                if item.kind == "buffer" and self.plan.options.get("buffers") == "exclude":
+                    continue
                 size = 1
                 for length in item.shape:
                     size *= length
                 reasons.setdefault(item.reason, []).append(size)
-            yield Text(f"\nunmatched in {side}: {len(left)}", style="bold" if left else "dim")
+            count = sum(map(len, reasons.values()))
+            yield Text(f"\nunmatched in {side}: {count}", style="bold" if count else "dim")
             for reason, sizes in sorted(reasons.items(), key=lambda kv: -sum(kv[1]))[: self.top_n]:
                 yield Text(f"  {len(sizes)} tensors, {count_text(sum(sizes))} elements: {reason}")
         for case in self.plan.ambiguous[: self.top_n]:

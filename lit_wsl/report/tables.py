@@ -99,11 +99,16 @@ def summary_lines(plan: TransferPlan) -> list[str]:
     """The counts and options of a plan, one line each."""
     operations = ", ".join(f"{n} {badge}" for badge, n in operation_counts(plan).items()) or "none"
     unsure = sum(len(a.targets) for a in plan.ambiguous)
+    options = plan.options
+    excluded = options.get("buffers") == "exclude"
+    source, target = (
+        sum(not (excluded and item.kind == "buffer") for item in left)
+        for left in (plan.unmatched_source, plan.unmatched_target)
+    )
     lines = [
         f"mappings: {len(plan.entries)} ({operations})",
-        f"unmatched: {len(plan.unmatched_source)} source, {len(plan.unmatched_target)} target; ambiguous: {unsure}",
+        f"unmatched: {source} source, {target} target; ambiguous: {unsure}",
     ]
-    options = plan.options
     if options:
         said = [
             f"threshold {options.get('threshold')}",
@@ -211,8 +216,11 @@ class UnmatchedView(JupyterMixin):
     max_rows: int | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for side, left in (("source", self.plan.unmatched_source), ("target", self.plan.unmatched_target)):
-            yield Text(f"unmatched in {side}: {len(left)}", style="bold" if left else "dim")
+        excluded = self.plan.options.get("buffers") == "exclude"
+        for side, every in (("source", self.plan.unmatched_source), ("target", self.plan.unmatched_target)):
+            left = [item for item in every if not (excluded and item.kind == "buffer")]
+            aside = f" (and {len(every) - len(left)} buffers, which are excluded)" if len(left) < len(every) else ""
+            yield Text(f"unmatched in {side}: {len(left)}{aside}", style="bold" if left else "dim")
             if left:
                 yield self._table(left)
 
