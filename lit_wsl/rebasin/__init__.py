@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from lit_wsl.rebasin.activation import activation_matching
 from lit_wsl.rebasin.apply import apply_permutation, compose_permutations, invert_permutations
+from lit_wsl.rebasin.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
 from lit_wsl.rebasin.inference import infer_permutation_spec
 from lit_wsl.rebasin.matching import MatchingResult, weight_matching
-from lit_wsl.rebasin.merging import average, reestimate_batchnorm, task_arithmetic
+from lit_wsl.rebasin.merging import average, interpolate, reestimate_batchnorm, task_arithmetic
 from lit_wsl.rebasin.spec import AxisSpec, AxisUse, PermutationGroup, Permutations, PermutationSpec
 from lit_wsl.rebasin.task_vectors import (
     apply_permutation_to_task_vectors,
@@ -17,16 +19,21 @@ from lit_wsl.rebasin.verify import Verification, verify_permutation_spec
 __all__ = [
     "AxisSpec",
     "AxisUse",
+    "InterpolationBarrier",
+    "InterpolationCurve",
     "MatchingResult",
     "PermutationGroup",
     "PermutationSpec",
     "Permutations",
     "Verification",
+    "activation_matching",
     "apply_permutation",
     "apply_permutation_to_task_vectors",
     "average",
     "compose_permutations",
     "infer_permutation_spec",
+    "interpolate",
+    "interpolation_curve",
     "invert_permutations",
     "reestimate_batchnorm",
     "task_arithmetic",

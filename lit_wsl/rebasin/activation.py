@@ -72,7 +72,8 @@ def activation_matching(
         parameters=tuple(a),
     )
     responses = Descent(shown, a, b)
-    weights = Descent(spec, *({n: sd[n] for n in matched_names(spec, reference, other)} for sd in (reference, other)))
+    names = matched_names(spec, reference, other)
+    weights = Descent(spec, {n: reference[n] for n in names}, {n: other[n] for n in names})
     before = responses.objective
     with progress_bar(progress) as bar:
         bar.start("matching: activations", len(responses.trees))

@@ -139,11 +139,15 @@ def matched_names(spec: PermutationSpec, *vectors: Mapping[str, Tensor]) -> list
 
     Buffers (the statistics of norms) are moved along, but have no say: their scale has nothing to do with weights.
 
+    A tensor that all vectors lack has no say either (task vectors have no entry for a new head).
+
     Raises:
         RebasinError: one of the vectors lacks a tensor, or has another shape than the spec.
     """
     parameters = set(spec.parameters) or set(spec.axes)
-    names = [name for name in spec.axes if name in parameters]
+    names = [name for name in spec.axes if name in parameters and any(name in vector for vector in vectors)]
+    if spec.axes and not names:
+        raise RebasinError("none of the tensors that the permutation spec moves is in the models: are the names right?")
     for vector in vectors:
         for name in names:
             if name not in vector:

@@ -66,8 +66,9 @@ def pair_moments(a: Tensor, b: Tensor) -> PairMoments:
     y = b.detach().reshape(-1).to(device=x.device, dtype=torch.float64)
     product = torch.sign(x) * torch.sign(y)  # of signs, so that tiny entries cannot underflow to "no conflict"
     diff = x - y
-    sums = torch.stack((torch.dot(x, y), torch.dot(x, x), torch.dot(y, y), torch.dot(diff, diff))).tolist()
-    return PairMoments(*sums, conflicts=int((product < 0).sum()), active=int((product != 0).sum()), numel=x.numel())
+    sums = torch.stack((torch.dot(x, y), torch.dot(x, x), torch.dot(y, y), torch.dot(diff, diff)))
+    dot, sq_a, sq_b, sq_diff = sums.tolist()
+    return PairMoments(dot, sq_a, sq_b, sq_diff, int((product < 0).sum()), int((product != 0).sum()), x.numel())
 
 
 def mapping_moments(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, PairMoments]:
