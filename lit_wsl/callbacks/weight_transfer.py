@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lit_wsl.callbacks.lifecycle import is_whole, needs_memory, resumed_path, shadows, when_whole
+from lit_wsl.callbacks.resume import resume_training
 from lit_wsl.callbacks.sample import find_samples
 from lit_wsl.errors import LitWslError, MappingError
 from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
@@ -21,6 +22,7 @@ from lit_wsl.structure import describe
 from lit_wsl.transfer.api import Prepared, finish_transfer, open_source, prepare_transfer
 from lit_wsl.transfer.coverage import measure_coverage
 from lit_wsl.transfer.distributed import NOT_RUN, Ranks, has_sharded_tensors, refuse_wrapped
+from lit_wsl.transfer.floor import valid_floor
 from lit_wsl.transfer.plan import SideSummary, TransferPlan
 from lit_wsl.transfer.report import TransferReport
 
@@ -58,8 +60,9 @@ class WeightTransferCallback(Callback):
         source_module: The module the checkpoint was saved from, for users who still have the old code.
         adapt: Operations that change values, asked for by name.
         checkpoint_weights: Which weights of the file: the ``"model"``'s, its ``"ema"``, or what it marks as its own.
-        resume: ``"weights"`` starts training afresh; ``"optimizer"`` carries the optimizer's state along too, ``"all"``
-            also schedulers, epoch and step.
+        resume: ``"weights"`` starts training afresh; ``"optimizer"`` carries the states of optimizers, schedulers and
+            the gradient scaler along; ``"all"`` also epoch, step, loops, callbacks and the datamodule, as if the
+            checkpoint had been converted and given to ``trainer.fit(ckpt_path=...)``.
         verbose: Whether to print the coverage.
 
     Attributes:
@@ -106,11 +109,9 @@ class WeightTransferCallback(Callback):
         ):
             if value not in allowed:
                 raise MappingError(f"{option} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
-        if not 0.0 <= min_coverage <= 1.0:
-            raise MappingError(f"min_coverage must lie between 0 and 1, got {min_coverage!r}.")
         self.checkpoint = checkpoint
         self.plan = plan
-        self.min_coverage = min_coverage
+        self.min_coverage = valid_floor(min_coverage)
         self.source_module = source_module
         self.checkpoint_weights = checkpoint_weights
         self.resume = resume
@@ -146,6 +147,17 @@ class WeightTransferCallback(Callback):
             note = f"the checkpoint restored from {trainer.ckpt_path} wins over the transferred weights"
             self.report = replace(self.report, applied=False).with_remarks(notes=(note,))
             rank_zero_info(f"Weight transfer: {note}.")
+        elif self._fresh and self.resume != "weights" and self.report is not None and trainer.state.fn == "fit":
+            remarks = resume_training(
+                trainer,
+                pl_module,
+                open_source(self.checkpoint, self.checkpoint_weights),
+                self.report.plan,
+                self.resume,
+            )
+            self.report = self.report.with_remarks(notes=remarks)
+            rank_zero_info(f"Weight transfer: {remarks[-1]}.")
+            self._write(trainer)
         self._fresh = False
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start

@@ -1,0 +1,156 @@
+"""Going on with training inside a run: ``WeightTransferCallback(..., resume=...)``."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
+
+from conversion_models import (
+    NewConvNet,
+    NewTransformer,
+    OldConvNet,
+    OldTransformer,
+    conv_plan,
+    fit,
+    images,
+    tokens,
+    transformer_plan,
+)
+
+from lit_wsl import WeightTransferCallback
+from lit_wsl.checkpoint.convert import convert_tensors
+from lit_wsl.errors import CheckpointError
+
+CASES = {
+    "transformer": (OldTransformer, NewTransformer, transformer_plan, tokens),
+    "conv net": (OldConvNet, NewConvNet, conv_plan, images),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_is_as_if_nothing_had_happened(case, tmp_path):
+    make_old, make_new, make_plan, data = CASES[case]
+    torch.manual_seed(0)
+    old = make_old()
+    uninterrupted = copy.deepcopy(old)
+    fit(old, data(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
+    fit(uninterrupted, data(), tmp_path, 5)
+    new = make_new()
+    plan = make_plan(old, new)
+    callback = WeightTransferCallback(tmp_path / "old.ckpt", plan=plan, resume="all", verbose=False)
+    runner = fit(new, data(), tmp_path, 5, callbacks=[callback])
+    assert runner.global_step == 20
+    assert runner.current_epoch == 5
+    expected = convert_tensors(uninterrupted.state_dict(), plan)
+    assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())
+    assert any("training goes on" in note for note in callback.report.notes)
+
+
+def test_optimizer_takes_the_same_steps_but_counts_from_zero(tmp_path):
+    torch.manual_seed(0)
+    old = OldTransformer()
+    uninterrupted = copy.deepcopy(old)
+    fit(old, tokens(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
+    fit(uninterrupted, tokens(), tmp_path, 5)
+    new = NewTransformer()
+    plan = transformer_plan(old, new)
+    callback = WeightTransferCallback(tmp_path / "old.ckpt", plan=plan, resume="optimizer", verbose=False)
+    runner = fit(new, tokens(), tmp_path, 3, callbacks=[callback])
+    assert runner.global_step == 12
+    expected = convert_tensors(uninterrupted.state_dict(), plan)
+    assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())
+
+
+def test_weights_alone_start_the_optimizer_afresh(tmp_path):
+    old = OldTransformer()
+    fit(old, tokens(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
+    new = NewTransformer()
+    callback = WeightTransferCallback(tmp_path / "old.ckpt", plan=transformer_plan(old, new), verbose=False)
+    runner = fit(new, tokens(), tmp_path, 1, callbacks=[callback])
+    assert all(state["step"] == 4 for state in runner.optimizers[0].state.values())
+
+
+def regrouped(module):
+    """The new run's optimizer has its own order of parameters; the old groups are one."""
+    optimizer = torch.optim.AdamW([{"params": list(reversed(list(module.parameters())))}], lr=1e-2)
+    return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)]
+
+
+def plain_order(module):
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)]
+
+
+def test_the_real_optimizers_say_in_which_order_the_states_go(tmp_path):
+    torch.manual_seed(0)
+    old = OldTransformer(configure=plain_order)
+    uninterrupted = copy.deepcopy(old)
+    fit(old, tokens(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
+    fit(uninterrupted, tokens(), tmp_path, 4)
+    new = NewTransformer(configure=regrouped)
+    plan = transformer_plan(old, new)
+    callback = WeightTransferCallback(tmp_path / "old.ckpt", plan=plan, resume="all", verbose=False)
+    fit(new, tokens(), tmp_path, 4, callbacks=[callback])
+    expected = convert_tensors(uninterrupted.state_dict(), plan)
+    assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())
+
+
+def sgd(module):
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)]
+
+
+def no_scheduler(module):
+    return torch.optim.AdamW(module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("configure", "message"), [(sgd, "of another kind"), (no_scheduler, "1 learning rate schedulers, the run 0")]
+)
+def test_another_optimizer_is_refused(configure, message, tmp_path):
+    old = OldTransformer(configure=plain_order)
+    fit(old, tokens(), tmp_path, 1).save_checkpoint(tmp_path / "old.ckpt")
+    new = NewTransformer(configure=configure)
+    callback = WeightTransferCallback(
+        tmp_path / "old.ckpt", plan=transformer_plan(old, new), resume="all", verbose=False
+    )
+    with pytest.raises(CheckpointError, match=message):
+        fit(new, tokens(), tmp_path, 2, callbacks=[callback])
+
+
+def test_a_checkpoint_of_weights_only_has_nothing_to_go_on_with(tmp_path):
+    old = OldTransformer()
+    fit(old, tokens(), tmp_path, 1).save_checkpoint(tmp_path / "old.ckpt", weights_only=True)
+    new = NewTransformer()
+    callback = WeightTransferCallback(
+        tmp_path / "old.ckpt", plan=transformer_plan(old, new), resume="optimizer", verbose=False
+    )
+    with pytest.raises(CheckpointError, match="save_weights_only"):
+        fit(new, tokens(), tmp_path, 1, callbacks=[callback])
+
+
+def test_a_new_head_starts_fresh_while_the_rest_goes_on(tmp_path):
+    old = OldConvNet()
+    fit(old, images(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
+    new = NewConvNet()
+    plan = conv_plan(old, new)
+    plan = type(plan)(tuple(e for e in plan.entries if not e.targets[0].startswith("head")), plan.source, plan.target)
+    before = new.head.weight.detach().clone()
+    callback = WeightTransferCallback(tmp_path / "old.ckpt", plan=plan, resume="all", verbose=False)
+
+    def configure(module):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, weight_decay=0.1, amsgrad=True)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=20)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    new.configure = configure
+    runner = fit(new, images(), tmp_path, 3, callbacks=[callback])
+    state = runner.optimizers[0].state
+    assert state[new.head.weight]["step"] == 4
+    assert state[new.net["conv_1"].weight]["step"] == 12
+    assert not torch.equal(before, new.head.weight)
+    assert any("head.weight" in note for note in callback.report.notes)
