@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_wsl.structure.preserving import undisturbed
 
-__all__ = ["is_lazy", "only_child", "trace_execution_order", "undisturbed"]
+__all__ = ["is_lazy", "lazy_copy", "only_child", "trace_execution_order", "undisturbed"]
 
 
 class _FirstUse(TorchFunctionMode):
@@ -80,7 +80,7 @@ def trace_execution_order(
     ('first.weight', 0)
     """
     if is_lazy(module):
-        module = copy.deepcopy(module)
+        module = lazy_copy(module)
     state = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     names: dict[int, str] = {}
     for name, tensor in state.items():
@@ -109,6 +109,15 @@ def is_lazy(module: nn.Module) -> bool:
     """Whether some tensors have no shape before the first call (``nn.LazyLinear``)."""
     tensors = (*module.parameters(), *module.buffers())
     return any(nn.parameter.is_lazy(tensor) for tensor in tensors)
+
+
+def lazy_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of a module with lazy parts; PyTorch can copy lazy parameters, but not lazy buffers."""
+    memo: dict[int, Any] = {}
+    for buffer in module.buffers():
+        if nn.parameter.is_lazy(buffer):
+            memo[id(buffer)] = nn.parameter.UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)
+    return copy.deepcopy(module, memo)
 
 
 def only_child(module: nn.Module) -> str | None:

@@ -17,7 +17,7 @@ from lit_wsl.transfer.apply import Progress, apply_plan
 from lit_wsl.transfer.checks import check_plan, left_alone
 from lit_wsl.transfer.coverage import Coverage, measure_coverage
 from lit_wsl.transfer.distributed import ALONE, NOT_RUN, Ranks, has_sharded_tensors
-from lit_wsl.transfer.floor import check_floor
+from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.plan import TransferPlan
 from lit_wsl.transfer.report import TransferReport
 from lit_wsl.transfer.sides import Call, Source, describe_source, describe_target, materialise, open_source
@@ -122,6 +122,7 @@ def transfer_weights(
         incompatible_pairs=incompatible_pairs,
         adapt=adapt,
     )
+    floor = valid_floor(min_coverage)
     ranks = Ranks.of_model(model)
     tensors = ranks.together(lambda: open_source(source, checkpoint_weights))
     sample = [(example_args, dict(example_kwargs or {}))] if example_args or example_kwargs else []
@@ -132,7 +133,7 @@ def transfer_weights(
         options,
         samples=sample,
         plan=plan,
-        min_coverage=min_coverage,
+        min_coverage=floor,
         old=source_module,
         ranks=ranks,
     )

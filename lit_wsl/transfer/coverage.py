@@ -98,8 +98,8 @@ def _trunk(infos: Iterable[ParameterInfo]) -> str:
     """
     paths = [info.name.split(".")[:-1] for info in infos]
     trunk: list[str] = []
-    while paths and all(len(path) > len(trunk) + 1 for path in paths):
-        heads = {path[len(trunk)] for path in paths}
+    while paths and all(len(path) > len(trunk) for path in paths):
+        heads = sorted({path[len(trunk)] for path in paths})
         if len(heads) > 1:
             break
         trunk += heads

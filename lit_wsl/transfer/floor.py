@@ -11,6 +11,17 @@ from lit_wsl.transfer.coverage import Coverage
 from lit_wsl.transfer.plan import TransferPlan
 
 
+def valid_floor(min_coverage: float) -> float:
+    """Give ``min_coverage`` back if it is a share.
+
+    Raises:
+        MappingError: If it is not.
+    """
+    if isinstance(min_coverage, bool) or not isinstance(min_coverage, (int, float)) or not 0 <= min_coverage <= 1:
+        raise MappingError(f"min_coverage must be a number between 0 and 1, got {min_coverage!r}.")
+    return float(min_coverage)
+
+
 def check_floor(
     plan: TransferPlan, coverage: Coverage, source: ModelDescription, target: ModelDescription, min_coverage: float
 ) -> None:
@@ -26,10 +37,7 @@ def check_floor(
 
     Raises:
         CoverageError: If both shares are below; the message names the most likely cause.
-        MappingError: If ``min_coverage`` is not a share.
     """
-    if not 0.0 <= min_coverage <= 1.0:
-        raise MappingError(f"min_coverage must lie between 0 and 1, got {min_coverage!r}.")
     if coverage.floor_share >= min_coverage:
         return
     raise CoverageError(
@@ -91,8 +99,7 @@ def _multiset_share(theirs: list[ParameterInfo], ours: list[ParameterInfo]) -> f
 
 def _same_names_other_shapes(theirs: list[ParameterInfo], ours: list[ParameterInfo]) -> str:
     """The sentence for "same names, other widths", with or without a common prefix; empty if it does not apply."""
-    by_tail = {_tail(i.name): i for i in theirs}
-    pairs = [(by_tail[_tail(i.name)], i) for i in ours if _tail(i.name) in by_tail]
+    pairs = _pairs_by_name(theirs, ours)
     other = [(a, b) for a, b in pairs if a.shape != b.shape and len(a.shape) == len(b.shape)]
     if len(pairs) * 2 < len(ours) or len(other) * 2 < len(pairs):
         return ""
@@ -106,9 +113,17 @@ def _same_names_other_shapes(theirs: list[ParameterInfo], ours: list[ParameterIn
     )
 
 
-def _tail(name: str) -> str:
-    """The last two components, what is left when wrappers are stripped... long enough to tell layers apart."""
-    return ".".join(name.split(".")[-3:])
+def _pairs_by_name(
+    theirs: list[ParameterInfo], ours: list[ParameterInfo]
+) -> list[tuple[ParameterInfo, ParameterInfo]]:
+    """Pairs whose last components agree: as many components as give the most pairs, so prefixes don't matter."""
+    best: list[tuple[ParameterInfo, ParameterInfo]] = []
+    for length in range(1, 1 + max(i.depth + 1 for i in theirs + ours)):
+        sides = [{".".join(i.name.split(".")[-length:]): i for i in side} for side in (theirs, ours)]
+        if len(sides[0]) == len(theirs) and len(sides[1]) == len(ours):  # no two of one side share a tail
+            pairs = [(sides[0][tail], info) for tail, info in sides[1].items() if tail in sides[0]]
+            best = max(best, pairs, key=len)
+    return best
 
 
 def _strict_options(plan: TransferPlan) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.errors import MappingError
 from lit_wsl.structure import ModelDescription, describe, trace_execution_order
 from lit_wsl.structure.preserving import preserved_rng
-from lit_wsl.structure.tracing import is_lazy, only_child
+from lit_wsl.structure.tracing import is_lazy, lazy_copy, only_child
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -50,7 +49,7 @@ def describe_target(model: nn.Module, samples: Sequence[Call] = ()) -> tuple[Mod
     failures: list[str] = []
     for args, kwargs in samples:
         try:
-            whole = materialise(copy.deepcopy(model), args, kwargs) if lazy else model
+            whole = materialise(lazy_copy(model), args, kwargs) if lazy else model
             order = _trace(whole, args, kwargs)
             return describe(whole, execution_order=order, label=type(model).__name__), "", (args, kwargs)
         except Exception as error:
