@@ -165,7 +165,9 @@ class WeightRenamer:
             console: where to print; the terminal if not given.
         """
         console = console or Console()
-        table = Table(title=escape(f"{self.path} ({self.checkpoint.format}, {len(self.checkpoint)} tensors)"))
+        head = f"{self.path} ({self.checkpoint.format}, {len(self.checkpoint)} tensors)"
+        console.print(escape(head), soft_wrap=True)
+        table = Table()
         table.add_column("module")
         for column in ("tensors", "elements"):
             table.add_column(column, justify="right")

@@ -40,10 +40,24 @@ class Archive:
     """A checked archive: its members by their names inside the one folder, and the names of compressed ones.
 
     Compressed members (the code of a script module) are never read, so nothing can be unpacked to a monstrous size.
+    ``checksums`` is False for files written with ``torch.serialization.set_crc32_options(False)``: zeros all over.
     """
 
     members: dict[str, Member]
     compressed: frozenset[str] = frozenset()
+    checksums: bool = True
+
+    def bytes_of(self, data: memoryview, name: str) -> memoryview:
+        """Give a member's bytes, after comparing their CRC-32 where the archive has checksums.
+
+        Raises:
+            RefusedError: if the bytes are not those that were written.
+        """
+        member = self.members[name]
+        part = data[member.offset : member.offset + member.size]
+        if self.checksums and zlib.crc32(part) != member.crc:
+            raise RefusedError(f"a damaged file: the checksum (CRC-32) of its part {name!r:.200} is wrong")
+        return part
 
 
 class _View(io.RawIOBase):
@@ -116,6 +130,7 @@ def read_archive(data: memoryview) -> Archive:
     return Archive(
         {name[len(folder) :]: member for name, member in members.items()},
         frozenset(name[len(folder) :] for name in compressed),
+        checksums=any(member.crc for member in members.values()),
     )
 
 
@@ -151,15 +166,3 @@ def _common_folder(names: list[str]) -> str:
     """The one folder that torch puts all members in, with its slash; empty for other archives."""
     folders = {name.partition("/")[0] for name in names}
     return f"{folders.pop()}/" if len(folders) == 1 and all("/" in name for name in names) else ""
-
-
-def checked_bytes(data: memoryview, member: Member, what: str) -> memoryview:
-    """Give a member's bytes after comparing their CRC-32.
-
-    Raises:
-        RefusedError: if the bytes are not those that were written.
-    """
-    part = data[member.offset : member.offset + member.size]
-    if zlib.crc32(part) != member.crc:
-        raise RefusedError(f"a damaged file: the checksum (CRC-32) of {what} is wrong")
-    return part

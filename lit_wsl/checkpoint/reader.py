@@ -17,7 +17,7 @@ from lit_wsl.checkpoint.inert import ForeignObject, as_mapping
 from lit_wsl.checkpoint.rebuild import RefusedError
 from lit_wsl.checkpoint.safetensors_file import is_safetensors, read_safetensors
 from lit_wsl.checkpoint.sniff import looks_like, read_head
-from lit_wsl.checkpoint.torch_file import read_torch_file
+from lit_wsl.checkpoint.torch_file import read_torch_file, verify_checksums
 from lit_wsl.checkpoint.weights import Selection, Weights, select_weights
 from lit_wsl.errors import CheckpointError
 
@@ -97,6 +97,21 @@ class Checkpoint(Mapping[str, Tensor]):
     def document(self) -> Any:
         """Give the whole content as one tree, tensors included, as the file has it."""
         return self._document.read(self._document.tree)
+
+    def verify(self) -> int:
+        """Read the whole file and compare its checksums (CRC-32), which ``torch.save`` writes and ``load`` ignores.
+
+        Files up to 64 MiB are always verified when they are opened. safetensors has no checksums.
+
+        Returns:
+            The number of bytes compared; 0 where there are no checksums.
+
+        Raises:
+            CheckpointError: naming the part that is damaged.
+        """
+        files = [self.path] if self.path.is_file() else sorted(file for file in self.path.iterdir() if file.is_file())
+        with _errors_of(self.path):
+            return sum(verify_checksums(file) for file in files if read_head(file, 4)[:4] == b"PK\x03\x04")
 
     @property
     def lossy(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lit_wsl.checkpoint.archive import Archive, checked_bytes, read_archive
+from lit_wsl.checkpoint.archive import Archive, read_archive
 from lit_wsl.checkpoint.document import Document
 from lit_wsl.checkpoint.inert import as_mapping
 from lit_wsl.checkpoint.rebuild import RefusedError, Storage
@@ -19,6 +19,7 @@ from lit_wsl.checkpoint.unpickle import Unpickled, unpickle
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 MAX_PICKLE = 1 << 30
+VERIFIED = 64 << 20  # bytes up to which every checksum is compared when a file is opened; more only when asked for
 MANY = 20_000  # names allowed to be read twice; beyond, the same answer is not worth the time
 
 # Names of which a file may consist for torch's own weights_only reader to get it. Those of its list that call into
@@ -110,6 +111,7 @@ def read_zip(file: MappedFile, start: int = 0, length: int | None = None) -> Unp
     if member.size > MAX_PICKLE:
         raise RefusedError(f"a pickle of {member.size} bytes")
     swap = _byte_order(data, archive) != sys.byteorder
+    verified = sum(entry.size for entry in archive.members.values()) <= VERIFIED
     cache: dict[str, torch.UntypedStorage] = {}
 
     def load_storage(dtype: torch.dtype, key: str, numel: int) -> Storage:
@@ -121,18 +123,38 @@ def read_zip(file: MappedFile, start: int = 0, length: int | None = None) -> Unp
         if nbytes > entry.size:
             raise RefusedError(f"a storage {key!r:.100} of {nbytes} bytes, of which the file has {entry.size}")
         if key not in cache:
+            if verified:
+                archive.bytes_of(data, f"data/{key}")
             cache[key] = file.storage(start + entry.offset, entry.size)
             if swap and entry.size:
                 cache[key] = cache[key].clone()
                 cache[key].byteswap(dtype)
         return Storage(key, dtype, cache[key])
 
-    return unpickle(checked_bytes(data, member, "the pickle"), 0, load_storage)
+    return unpickle(archive.bytes_of(data, "data.pkl"), 0, load_storage)
+
+
+def verify_checksums(path: Path) -> int:
+    """Read a whole file of ``torch.save`` and compare the CRC-32 of each of its parts.
+
+    Returns:
+        The number of bytes compared; 0 for files without checksums.
+
+    Raises:
+        RefusedError: naming the part that is damaged.
+    """
+    file = MappedFile(path)
+    if file.data[:2] != b"PK":
+        return 0
+    archive = read_archive(file.data)
+    for name in archive.members:
+        archive.bytes_of(file.data, name)
+    return sum(member.size for member in archive.members.values()) if archive.checksums else 0
 
 
 def _byte_order(data: memoryview, archive: Archive) -> str:
     member = archive.members.get("byteorder")
-    order = bytes(checked_bytes(data, member, "the byte order")) if member and member.size < 16 else b"little"
+    order = bytes(archive.bytes_of(data, "byteorder")) if member and member.size < 16 else b"little"
     if order not in (b"little", b"big"):
         raise RefusedError(f"a file of unknown byte order {order!r}")
     return order.decode()

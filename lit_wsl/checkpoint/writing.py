@@ -207,7 +207,9 @@ def save_safetensors(
     for name, value in tensors.items():
         pointer = value.untyped_storage().data_ptr()
         shared = pointer in seen and value.numel() > 0
-        own[name] = value.detach().clone() if shared else value.detach().contiguous()
+        own[name] = (
+            value.detach().clone(memory_format=torch.contiguous_format) if shared else value.detach().contiguous()
+        )
         seen.setdefault(pointer, name)
     with atomic(path) as temporary:
         try:
