@@ -241,13 +241,15 @@ def share_right(logits: Tensor, labels: Tensor) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for checkpoint and logs")
-    parser.add_argument("--epochs", type=int, default=6, help="epochs of the old network's training")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of the old network's training")
     args = parser.parse_args()
     folder, epochs = args.output, args.epochs
     console = Console()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+
+    torch.set_num_threads(1)  # on images this small, more threads only wait for each other
 
     data = Digits()
     labels = data.val_set.tensors[1]
