@@ -131,7 +131,7 @@ def test_it_prints_itself_as_text():
     ):
         assert part in text
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line}
-    assert lines["model.body"] == ["model.body", "1", "of", "7", "4", "2", "24", "of", "49", "49.0%"]
+    assert lines["model.body"] == ["model.body", "1", "of", "7", "4", "2", "24", "of", "55", "43.6%"]
 
 
 def test_floor():
