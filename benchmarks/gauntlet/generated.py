@@ -110,7 +110,7 @@ def architectures() -> list[Architecture]:
     logits = pick("logits")
     tv = vision._tv
     return [
-        Architecture("resnet", partial(vision.tv_resnet, "Bottleneck", (2, 3, 2, 2)), images()),
+        Architecture("resnet", partial(vision.tv_resnet, "Bottleneck", (2, 3, 2, 2), 16), images()),
         Architecture("convnext", vision.timm_convnext, images()),
         Architecture("vit", vision.timm_vit, images(32)),
         Architecture("swin", vision.tv_swin, images()),

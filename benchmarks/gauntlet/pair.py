@@ -88,6 +88,23 @@ def tokens(vocabulary: int = 96, length: int = 11, key: str | None = None, batch
 
 
 @dataclass(frozen=True)
+class Built:
+    """A pair's models, ready to be tried.
+
+    Attributes:
+        source: The source, random values everywhere.
+        target: The target, other random values everywhere.
+        source_state: The source's state dict.
+        truth: What the target should hold.
+    """
+
+    source: nn.Module
+    target: nn.Module
+    source_state: Tensors
+    truth: Tensors
+
+
+@dataclass(frozen=True)
 class Pair:
     """A source, a target, and where each of the target's tensors comes from.
 
@@ -166,8 +183,21 @@ class Pair:
             name: value for name, value in truth.items() if name not in held
         }
 
-    def prove(self) -> list[str]:
+    def build(self) -> Built:
+        """Both models with random values, and the truth between them.
+
+        Raises:
+            TruthError: If a rule does not fit.
+        """
+        source, target = self.build_source(), self.build_target()
+        state = {name: value.detach() for name, value in source.state_dict().items()}
+        return Built(source, target, state, self.expected(state, target))
+
+    def prove(self, built: Built | None = None) -> list[str]:
         """Load the truth into the target and compare the outputs of both models on random input, in float64.
+
+        Args:
+            built: What :meth:`build` returned; it is not changed.
 
         Returns:
             The target parameters that the output did not react to, all of them allowed by ``insensitive``.
@@ -176,9 +206,8 @@ class Pair:
             TruthError: If names or shapes don't fit, if a target tensor is neither in the truth nor new, if the outputs
                 differ, or if the output does not depend on a parameter that the truth claims to place.
         """
-        source, target = self.build_source(), self.build_target()
-        truth = self.expected(source.state_dict(), target)
-        held = target.state_dict()
+        built = built or self.build()
+        truth, held = built.truth, built.target.state_dict()
         for name, value in truth.items():
             if name not in held:
                 raise TruthError(f"{self.name}: the target has no {name!r}")
@@ -190,8 +219,8 @@ class Pair:
         both = [name for name in truth if self._is_new(name)]
         if both:
             raise TruthError(f"{self.name}: declared new, yet placed: {both[:8]}")
+        source, target = copy.deepcopy(built.source).double(), copy.deepcopy(built.target).double()
         fill(target, truth)
-        source, target = source.double().eval(), target.double().eval()
         parameters = [(n, p) for n, p in target.named_parameters() if n in truth]
         with torch.no_grad():
             args, kwargs = _as_double(self.matching_source_sample())

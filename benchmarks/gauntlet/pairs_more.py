@@ -246,7 +246,7 @@ def dinos() -> list[Pair]:
     def timm_swiglu() -> nn.Module:
         from timm.layers import SwiGLUPacked
 
-        return vision.timm_vit(num_classes=0, init_values=0.1, mlp=128, mlp_layer=SwiGLUPacked)
+        return vision.timm_vit(num_classes=0, init_values=0.1, mlp=128, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU)
 
     gated = Pair(
         "dinov2_swiglu/transformers-to-timm",
@@ -408,6 +408,7 @@ def timm_poolformer() -> nn.Module:
         mlp_act=nn.GELU,
         mlp_bias=True,
         norm_layers=GroupNorm1,
+        output_norm=GroupNorm1,
         layer_scale_init_values=0.1,
         res_scale_init_values=None,
         use_mlp_head=False,
@@ -422,6 +423,12 @@ def hf_poolformer() -> nn.Module:
         hidden_sizes=[16, 24, 32, 40],
         num_labels=10,
     )
+
+
+def _norm_then_pool(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The head's own layers in the paper's order: timm pools before the last norm."""
+    x = module.forward_features(*args, **kwargs)
+    return module.head.fc(module.head.norm(x).mean((-2, -1)))
 
 
 EFFICIENTNET_STARTS = (0, 1, 3, 5, 8, 11, 15)
@@ -464,7 +471,9 @@ def convolutional() -> list[Pair]:
             ),
         ),
         images(),
+        source_call=_norm_then_pool,
         target_call=pick("logits"),
+        insensitive=r"(before_norm|norm1)\.bias$",  # pooling minus identity removes a constant
         tags=_tags("poolformer", "rename", "grouped by kind"),
     )
     efficient = Pair(
@@ -726,7 +735,7 @@ def wrappers() -> list[Pair]:
 
 
 class _ViTWithHead(nn.Module):
-    """A user's model: a headless backbone of a library and a head of two layers, one as wide as the backbone's blocks."""
+    """A user's model: a library's backbone without head, and a head whose first layer looks like a block's."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import partial
 
+import torch
 from torch import nn
 
 from benchmarks.gauntlet.pair import Pair, images, input_of, pick
@@ -23,10 +24,10 @@ def both(pair: Pair, new: str | None = None) -> list[Pair]:
 
 
 # ResNet ---------------------------------------------------------------------------------------------------------------
-def tv_resnet(block: str = "BasicBlock", depths: tuple[int, ...] = (2, 2, 2, 2)) -> nn.Module:
+def tv_resnet(block: str = "BasicBlock", depths: tuple[int, ...] = (2, 2, 2, 2), width: int = 64) -> nn.Module:
     from torchvision.models import resnet
 
-    return resnet.ResNet(getattr(resnet, block), list(depths), num_classes=CLASSES)
+    return resnet.ResNet(getattr(resnet, block), list(depths), num_classes=CLASSES, width_per_group=width)
 
 
 def timm_resnet(block: str = "BasicBlock", depths: tuple[int, ...] = (2, 2, 2, 2), **options: object) -> nn.Module:
@@ -467,7 +468,9 @@ VGG = [8, "M", 12, "M", 16, 16, "M", 24, 24, "M", 24, 24, "M"]
 def tv_vgg(batch_norm: bool = False) -> nn.Module:
     from torchvision.models import vgg
 
-    net = vgg.VGG(vgg.make_layers(VGG, batch_norm), num_classes=CLASSES, init_weights=False)
+    with torch.device("meta"):  # the wide layers of the paper are replaced below, and cost 100 M elements
+        net = vgg.VGG(nn.Identity(), num_classes=CLASSES, init_weights=False)
+    net.features = vgg.make_layers(VGG, batch_norm)
     net.classifier[0] = nn.Linear(24 * 49, 64)
     net.classifier[3] = nn.Linear(64, 64)
     net.classifier[6] = nn.Linear(64, CLASSES)

@@ -85,12 +85,11 @@ class Arena:
         Raises:
             TruthError: If the proof fails.
         """
+        built = pair.build()
         if prove:
-            pair.prove()
-        source, target = pair.build_source(), pair.build_target()
-        state = {name: value.detach() for name, value in source.state_dict().items()}
-        before = {name: value.detach().clone() for name, value in target.state_dict().items()}
-        return cls(pair, source, target, state, pair.expected(state, target), before)
+            pair.prove(built)
+        before = {name: value.detach().clone() for name, value in built.target.state_dict().items()}
+        return cls(pair, built.source, built.target, built.source_state, built.truth, before)
 
     def peer(self, name: str, peer: Peer) -> Score:
         """Score a peer."""
