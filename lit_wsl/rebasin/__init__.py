@@ -5,9 +5,11 @@ from __future__ import annotations
 from lit_wsl.rebasin.activation import activation_matching
 from lit_wsl.rebasin.apply import apply_permutation, compose_permutations, invert_permutations
 from lit_wsl.rebasin.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
+from lit_wsl.rebasin.builder import PermutationSpecBuilder
 from lit_wsl.rebasin.inference import infer_permutation_spec
 from lit_wsl.rebasin.matching import MatchingResult, weight_matching
 from lit_wsl.rebasin.merging import average, interpolate, reestimate_batchnorm, task_arithmetic
+from lit_wsl.rebasin.registry import permutation_spec, register_permutation_spec, registered_permutation_specs
 from lit_wsl.rebasin.spec import AxisSpec, AxisUse, PermutationGroup, Permutations, PermutationSpec
 from lit_wsl.rebasin.task_vectors import (
     apply_permutation_to_task_vectors,
@@ -24,6 +26,7 @@ __all__ = [
     "MatchingResult",
     "PermutationGroup",
     "PermutationSpec",
+    "PermutationSpecBuilder",
     "Permutations",
     "Verification",
     "activation_matching",
@@ -35,7 +38,10 @@ __all__ = [
     "interpolate",
     "interpolation_curve",
     "invert_permutations",
+    "permutation_spec",
     "reestimate_batchnorm",
+    "register_permutation_spec",
+    "registered_permutation_specs",
     "task_arithmetic",
     "task_vector",
     "verify_permutation_spec",
