@@ -1,0 +1,87 @@
+"""The ``lit-wsl`` command: inspect, map, convert, rename, diff and rebasin from a terminal or a script.
+
+Exit codes: 0 done, 1 the answer is no (coverage below the floor, checkpoints differ), 2 wrong usage or unreadable
+input. Results go to the standard output, remarks, progress and errors to the standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+DONE, NO, WRONG = 0, 1, 2
+
+COMMANDS = {
+    "inspect": "lit_wsl.cli.inspecting",
+    "map": "lit_wsl.cli.mapping",
+    "convert": "lit_wsl.cli.converting",
+    "rename": "lit_wsl.cli.renaming",
+    "diff": "lit_wsl.cli.diffing",
+    "rebasin": "lit_wsl.cli.rebasing",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: The arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        from lit_wsl.cli.parser import build_parser
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("jsonargparse", "yaml"):
+            raise
+        print(
+            f"lit-wsl: the command line needs {error.name}, which is not installed. Install the 'cli' extra of lit_wsl, or: "
+            "pip install 'jsonargparse[signatures]>=4.40'",
+            file=sys.stderr,
+        )
+        return WRONG
+    try:
+        options = build_parser().parse_args(list(arguments) if arguments is not None else None)
+    except SystemExit as end:  # --help, --version, wrong usage
+        return end.code if isinstance(end.code, int) else WRONG
+    return _run(options)
+
+
+def _run(options: object) -> int:
+    """Run the chosen command; every error on purpose becomes a message."""
+    from importlib import import_module
+
+    from lit_wsl.errors import LitWslError
+
+    chosen: str = options.subcommand  # type: ignore[attr-defined]
+    settings = getattr(options, chosen)
+    try:
+        code = import_module(COMMANDS[chosen]).run(settings)
+        sys.stdout.flush()
+        return int(code)
+    except LitWslError as error:
+        if settings.debug:
+            raise
+        print(f"lit-wsl {chosen}: {error}", file=sys.stderr)
+        return WRONG
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        if settings.debug:
+            raise
+        print(f"lit-wsl {chosen}: interrupted; no file was left half-written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if settings.debug:
+            raise
+        print(
+            f"lit-wsl {chosen}: unexpected {type(error).__name__}: {error} (--debug shows where)",
+            file=sys.stderr,
+        )
+        return WRONG
+
+
+__all__ = ["COMMANDS", "DONE", "NO", "WRONG", "main"]

@@ -1,0 +1,105 @@
+"""Output for people on a terminal and for pipes: the same content, once laid out, once as plain lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def on_terminal() -> bool:
+    """Whether a person reads the standard output."""
+    return sys.stdout.isatty()
+
+
+def say(text: str = "") -> None:
+    """Print a line of the result."""
+    print(text)
+
+
+def remark(text: str) -> None:
+    """Print a remark beside the result."""
+    print(text, file=sys.stderr)
+
+
+def print_json(data: Any) -> None:
+    """Print JSON."""
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def fields(pairs: Sequence[tuple[str, str]]) -> None:
+    """Print names and values, aligned."""
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        print(f"{name:<{width}}  {value}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Print a table: laid out to the width of a terminal, else one line of tab-separated cells per row.
+
+    Args:
+        header: Titles of the columns.
+        rows: Cells as text.
+        right: Numbers of the columns that hold numbers, from 0.
+    """
+    if not on_terminal():
+        for row in (header, *rows):
+            print("\t".join(row))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    laid_out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, title in enumerate(header):
+        laid_out.add_column(title, justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        laid_out.add_row(*map(Text, row))
+    Console().print(laid_out)
+
+
+Step = Callable[[int, int], None]
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Step]:
+    """A progress bar on the standard error where it is a terminal, else nothing.
+
+    Yields:
+        A function to call with what is done and the total.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def size_text(count: float) -> str:
+    """Bytes for people.
+
+    >>> size_text(123), size_text(5 * 2**20)
+    ('123 B', '5.0 MiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as text.
+
+    >>> shape_text((768, 3)), shape_text(())
+    ('768x3', 'scalar')
+    """
+    return "x".join(map(str, shape)) or "scalar"

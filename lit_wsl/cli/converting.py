@@ -1,0 +1,60 @@
+"""``lit-wsl convert``: write a checkpoint for the new model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lit_wsl.checkpoint.convert import convert_checkpoint
+from lit_wsl.cli.console import progress, remark, say
+from lit_wsl.cli.models import UsageError, build_model, wanted
+from lit_wsl.transfer.plan import TransferPlan
+
+
+def run(options: Any) -> int:
+    """Run the command."""
+    plan = TransferPlan.load(options.plan)
+    if options.reverse:
+        plan = plan.reverse()
+    refuse_same(options.checkpoint, options.output)
+    needs_values = any(op.needs_target for entry in plan.entries for op in entry.operations)
+    model = build_model(options, meta=not needs_values) if wanted(options) else None
+    with progress("converting") as step:
+        done = convert_checkpoint(
+            options.checkpoint,
+            options.output,
+            plan,
+            target=model,
+            parameter_names=_names(options.parameter_names),
+            on_lost=options.on_lost,
+            weights_only=options.weights_only,
+            progress=step,
+        )
+    for note in done.notes:
+        remark(f"note: {note}")
+    say(
+        f"{options.output}: {done.tensors} tensors"
+        + (f", {done.optimizers} optimizers with the states of {done.states} parameters" if done.optimizers else "")
+    )
+    return 0
+
+
+def refuse_same(source: str, destination: str) -> None:
+    """Refuse to write over what is being read."""
+    if Path(source).exists() and Path(destination).exists() and Path(source).samefile(destination):
+        raise UsageError(f"{destination} is the checkpoint itself; write to another file, so that you can go back.")
+
+
+def _names(file: str | None) -> list[list[str]] | None:
+    if file is None:
+        return None
+    try:
+        data = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read as JSON: {error}") from error
+    if isinstance(data, list) and all(isinstance(item, str) for item in data):
+        data = [data]
+    if not isinstance(data, list) or not all(isinstance(o, list) and all(isinstance(n, str) for n in o) for o in data):
+        raise UsageError(f'{file} must hold a list of names for each optimizer: [["a.weight", "a.bias"]].')
+    return data

@@ -1,0 +1,213 @@
+"""Build the model that a command speaks of: from a class or function, or from the config of a LightningCLI."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_wsl.cli.console import remark
+from lit_wsl.errors import LitWslError
+from lit_wsl.structure.tracing import is_lazy
+
+
+class UsageError(LitWslError):
+    """The command was given something that it cannot use."""
+
+
+def wanted(options: Any) -> bool:
+    """Whether the options name a model."""
+    return options.model is not None or options.config is not None
+
+
+def build_model(options: Any, *, meta: bool = True) -> nn.Module:
+    """Build the model of ``--model`` or ``--config``.
+
+    Args:
+        options: The command's options.
+        meta: Whether weights are not needed: the model is then built on the meta device where it can be.
+
+    Raises:
+        UsageError: If it cannot be built; the message says why.
+    """
+    if options.config is not None:
+        return _on_meta(lambda: _from_config(options), meta)
+    if options.model is None:
+        raise UsageError("name the model: --model my.models:Net, or --config config.yaml of a LightningCLI.")
+    return _on_meta(lambda: build_from(options.model, options.model_args), meta)
+
+
+def build_from(path: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Call a class or function named ``module:name`` or ``file.py:name``."""
+    made = look_up(path)
+    if not isinstance(made, nn.Module):
+        if not callable(made):
+            raise UsageError(f"{path} is a {type(made).__name__}, not a class or function that gives a model.")
+        try:
+            made = made(**arguments)
+        except LitWslError:
+            raise
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"{path} with arguments {dict(arguments)} fails: {type(error).__name__}: {error}"
+            ) from error
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"{path} gives a {type(made).__name__}, not a torch.nn.Module.")
+    return _configured(made)
+
+
+def look_up(path: str) -> Any:
+    """Import what ``package.module:name`` or ``file.py:name`` names; the current folder counts as installed.
+
+    Raises:
+        UsageError: If it is not there.
+    """
+    place, mark, name = path.rpartition(":")
+    if not mark:
+        place, _, name = path.rpartition(".")
+    if not place or not name:
+        raise UsageError(f"{path!r} does not name anything: write my.models:Net, or models.py:Net.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except LitWslError:
+        raise
+    except AttributeError as error:
+        raise UsageError(f"{place} has no {name!r}.") from error
+    except Exception as error:
+        raise UsageError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
+    return found
+
+
+def _import_file(file: Path) -> Any:
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist.")
+    name = f"lit_wsl_user_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{file} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(file.resolve().parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _on_meta(build: Any, meta: bool) -> nn.Module:
+    """Build without memory for weights, or with where the model needs them to be built."""
+    if meta:
+        try:
+            with torch.device("meta"):
+                model = build()
+            if not any(is_lazy(p) for p in model.parameters()):
+                return model
+        except (UsageError, NotImplementedError, RuntimeError):
+            pass  # reads values of its own weights, or has a fault of its own that shows below
+    return build()
+
+
+def _configured(model: nn.Module) -> nn.Module:
+    """Let a LightningModule that builds its layers later do so."""
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    if isinstance(model, LightningModule):
+        for hook, arguments in (("setup", ("fit",)), ("configure_model", ())):
+            if is_overridden(hook, model):
+                try:
+                    getattr(model, hook)(*arguments)
+                except Exception as error:
+                    remark(f"note: {type(model).__name__}.{hook} fails outside of a run ({error}); left out")
+    return model
+
+
+def _from_config(options: Any) -> nn.Module:
+    """The model of a LightningCLI config, as LightningCLI would build it."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(options.config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{options.config} cannot be read: {' '.join(str(error).split())}") from error
+    section = _model_section(document, options.config)
+    if "class_path" in section:
+        path, arguments = section["class_path"], section.get("init_args") or {}
+    elif options.model is not None:
+        path, arguments = options.model, section
+    else:
+        raise UsageError(
+            f"{options.config} does not say which class its model is (no class_path): give --model my.models:Net too."
+        )
+    return _instantiate(path, {**arguments, **options.model_args}, options.config)
+
+
+def _model_section(document: Any, file: str) -> Mapping[str, Any]:
+    """The ``model`` section, at the top or inside a subcommand's (``fit``)."""
+    places = [document]
+    if isinstance(document, Mapping):
+        places += [document.get(name) for name in ("fit", "validate", "test", "predict")]
+    for place in places:
+        if isinstance(place, Mapping) and isinstance(place.get("model"), Mapping):
+            return place["model"]
+        if isinstance(place, Mapping) and isinstance(place.get("model"), str):
+            return {"class_path": place["model"]}
+    raise UsageError(f"{file} is no LightningCLI config: it has no section 'model'.")
+
+
+def _instantiate(path: str, arguments: Mapping[str, Any], file: str) -> nn.Module:
+    """Build with jsonargparse, so that nested class_path arguments become objects."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    made = look_up(path)
+    if not isinstance(made, type):
+        return build_from(path, arguments)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(made, "model", fail_untyped=False)
+    try:
+        chosen = parser.parse_object({"model": dict(arguments)})
+        model = parser.instantiate_classes(chosen).model
+    except (ArgumentError, TypeError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(
+            f"{file}: the model {path} cannot be built: {text}. Arguments that LightningCLI links from elsewhere can "
+            "be given with --model-args."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{path} gives a {type(model).__name__}, not a torch.nn.Module.")
+    return _configured(model)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def sample_call(path: str | None, model: nn.Module) -> Call | None:
+    """One call of the model: from ``--sample``, or from its ``example_input_array``.
+
+    Raises:
+        UsageError: If the function named by ``--sample`` gives no sample.
+    """
+    if path is not None:
+        found = look_up(path)
+        try:
+            value = found() if callable(found) else found
+        except Exception as error:
+            raise UsageError(f"{path} fails: {type(error).__name__}: {error}") from error
+    else:
+        value = getattr(model, "example_input_array", None)
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return (), value
+    return (tuple(value) if isinstance(value, (tuple, list)) else (value,)), {}

@@ -1,0 +1,264 @@
+"""The parsers of the command: light to import, so that ``--help`` is quick; the work is in the commands' modules."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from lit_wsl import __version__
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line breaks of descriptions, since they hold examples."""
+
+
+def _parser(description: str) -> ArgumentParser:
+    return ArgumentParser(description=description.strip(), formatter_class=_HelpFormatter)
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of ``lit-wsl`` with all its commands."""
+    parser = ArgumentParser(
+        prog="lit-wsl",
+        version=f"lit-wsl {__version__}",
+        formatter_class=_HelpFormatter,
+        description=TOP,
+    )
+    commands = parser.add_subcommands(required=True)
+    for name, make, line in (
+        ("inspect", _inspect, "what is in a checkpoint, without running any code in it"),
+        ("map", _map, "match a checkpoint to a model and write the plan"),
+        ("convert", _convert, "write a checkpoint for the new model that training resumes from"),
+        ("rename", _rename, "rename the tensors of a checkpoint"),
+        ("diff", _diff, "which tensors of two checkpoints differ, and by how much"),
+        ("rebasin", _rebasin, "align models that differ by the order of their units, compare and merge them"),
+    ):
+        sub = make()
+        sub.add_argument("--debug", action="store_true", help="show where an error came from")
+        commands.add_subcommand(name, sub, help=line)
+    return parser
+
+
+TOP = """
+Put the weights of one model into another: modules renamed, regrouped, wrapped, fused, split.
+
+The usual way, after a refactor:
+
+  # what is in it?
+  lit-wsl inspect old.ckpt
+  # match it to the new model; look at the plan, edit it if need be
+  lit-wsl map old.ckpt --model my.models:NewNet --plan plan.json
+  # trainer.fit(model, ckpt_path="new.ckpt") goes on training
+  lit-wsl convert old.ckpt --plan plan.json -o new.ckpt
+
+Exit codes: 0 done, 1 the answer is no (coverage below the floor, checkpoints
+differ), 2 wrong usage or unreadable input.
+""".strip()
+
+
+def _inspect() -> ArgumentParser:
+    parser = _parser("""
+Show what is in a checkpoint: format, tensors (folded by families), and
+everything else. Nothing in it is run.
+
+  lit-wsl inspect old.ckpt
+  # every tensor whose name holds 'attn', unfolded
+  lit-wsl inspect old.ckpt --all --match attn
+  # for scripts
+  lit-wsl inspect old.ckpt --json | jq .other
+  # sharded models, too
+  lit-wsl inspect model.safetensors.index.json
+""")
+    parser.add_argument("checkpoint", type=str, help="a checkpoint of any format: a file or a folder")
+    parser.add_argument("--match", type=str, help="only tensors whose names hold this text")
+    parser.add_argument("--all", action="store_true", help="one line per tensor, not per family")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_weights(parser)
+    return parser
+
+
+def _map() -> ArgumentParser:
+    parser = _parser("""
+Match a checkpoint to a model. No weights are read: names, shapes and
+structure are enough.
+
+  lit-wsl map old.ckpt --model my.models:NewNet --plan plan.json
+  lit-wsl map old.ckpt --model my.models:NewNet --model-args.depth 12 \\
+      --html report.html
+  # the model of a LightningCLI config
+  lit-wsl map old.ckpt --config config.yaml --plan plan.json
+  # a sample call tells the execution order
+  lit-wsl map old.ckpt --model nets.py:build --sample nets.py:batch
+
+Exit code 1 means: less found a place than --min-coverage asks for. The files
+are written all the same, so that the plan can be completed by hand.
+""")
+    parser.add_argument("checkpoint", type=str, help="the old checkpoint, of any format")
+    _add_model(parser)
+    parser.add_argument("--plan", type=str, metavar="FILE", help="write the plan: .json, or .yaml")
+    parser.add_argument("--html", type=str, metavar="FILE", help="write the report as one HTML page")
+    parser.add_argument("--json", type=str, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
+    parser.add_argument("--source-model", type=str, metavar="MODULE:NAME", help="the old model's class, if still there")
+    parser.add_argument("--source-model-args", type=dict[str, Any], default={}, metavar="ARGS", help="its arguments")
+    parser.add_argument(
+        "--buffers", type=Literal["exclude", "lenient", "strict"], default="lenient", help="what to do with buffers"
+    )
+    parser.add_argument(
+        "--strategy",
+        type=Literal["best_match", "conservative", "shape_only"],
+        default="best_match",
+        help="how careful to be",
+    )
+    parser.add_argument("--threshold", type=float, default=0.6, help="least score of a match, 0 to 1")
+    parser.add_argument(
+        "--weights", type=dict[str, float] | None, default=None, help='of the score: {"shape": 0.5, "name": 0.3, ...}'
+    )
+    parser.add_argument(
+        "--incompatible-pairs",
+        type=list[list[list[str]]] | None,
+        default=None,
+        metavar="PAIRS",
+        help="name chunks that must not match: [[[backbone], [head]]]",
+    )
+    parser.add_argument(
+        "--adapt", type=list[str], default=[], metavar="NAMES", help="value-changing operations that are allowed"
+    )
+    parser.add_argument("--min-coverage", type=float, default=0.5, help="least share of elements that find a place")
+    _add_weights(parser)
+    return parser
+
+
+def _convert() -> ArgumentParser:
+    parser = _parser("""
+Write a checkpoint for the new model. Optimizer states go through the same
+operations as their weights; schedulers, loops, callbacks and hyper-parameters
+stay as they are: trainer.fit(model, ckpt_path="new.ckpt") goes on as if
+nothing had happened.
+
+  lit-wsl convert old.ckpt --plan plan.json -o new.ckpt
+  # where the plan alone does not tell the order of the new parameters
+  lit-wsl convert old.ckpt --plan plan.json -o new.ckpt --model my.models:NewNet
+  # the weights only
+  lit-wsl convert old.ckpt --plan plan.json -o new.safetensors
+  # the way back
+  lit-wsl convert new.ckpt --plan plan.json --reverse -o back.ckpt \\
+      --model my.models:OldNet
+""")
+    parser.add_argument("checkpoint", type=str, help="the old checkpoint")
+    parser.add_argument("--plan", type=str, required=True, metavar="FILE", help="the plan, from lit-wsl map")
+    parser.add_argument("-o", "--output", type=str, required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--reverse", action="store_true", help="go the other way: from the new model to the old")
+    _add_model(parser)
+    parser.add_argument("--weights-only", action="store_true", help="leave optimizers, schedulers and callbacks out")
+    parser.add_argument(
+        "--on-lost",
+        type=Literal["refuse", "initialize"],
+        default="refuse",
+        help="what to do where an optimizer state cannot go through an operation",
+    )
+    parser.add_argument(
+        "--parameter-names",
+        type=str,
+        metavar="FILE",
+        help="JSON: for each optimizer the old names in index order, where they cannot be inferred",
+    )
+    return parser
+
+
+def _rename() -> ArgumentParser:
+    parser = _parser("""
+Rename the tensors of a checkpoint; everything else in the file is kept.
+Several changes are made in this order: --map, --prefix, --remove-prefix,
+--add-prefix, --regex.
+
+  lit-wsl rename old.ckpt --remove-prefix model -o new.ckpt
+  lit-wsl rename old.ckpt --add-prefix net -o new.ckpt
+  lit-wsl rename old.ckpt --prefix encoder=backbone.encoder --prefix fc=head -o new.ckpt
+  lit-wsl rename old.ckpt --map fc.weight=head.weight --map fc.bias=head.bias -o new.ckpt
+  # a file of old and new names
+  lit-wsl rename old.ckpt --map names.json -o new.ckpt
+  # only show what would change
+  lit-wsl rename old.ckpt --regex 'layer(\\d+)=layers.\\1' --dry-run
+""")
+    parser.add_argument("checkpoint", type=str, help="the checkpoint")
+    parser.add_argument("-o", "--output", type=str, metavar="FILE", help="the file to write")
+    parser.add_argument("--map", action="append", type=str, metavar="OLD=NEW", help="a name, or a JSON or YAML file")
+    parser.add_argument("--prefix", action="append", type=str, metavar="OLD=NEW", help="a module's path")
+    parser.add_argument("--remove-prefix", action="append", type=str, metavar="PATH", help="take a path off all names")
+    parser.add_argument("--add-prefix", action="append", type=str, metavar="PATH", help="put a path before all names")
+    parser.add_argument("--regex", action="append", type=str, metavar="PATTERN=NEW", help="a regular expression")
+    parser.add_argument("--dry-run", action="store_true", help="show the new names, write nothing")
+    return parser
+
+
+def _diff() -> ArgumentParser:
+    parser = _parser("""
+Compare the tensors of two checkpoints: which differ, and by how much.
+Exit code 0: all are equal, 1: some differ.
+
+  lit-wsl diff a.ckpt b.ckpt
+  # differences up to 1e-6 are taken for equal
+  lit-wsl diff a.ckpt b.safetensors --tolerance 1e-6
+  # across a refactor: the plan brings the first to the second
+  lit-wsl diff old.ckpt new.ckpt --plan plan.json
+""")
+    parser.add_argument("first", type=str, help="a checkpoint")
+    parser.add_argument("second", type=str, help="another checkpoint")
+    parser.add_argument("--plan", type=str, metavar="FILE", help="a plan that takes the first to the second")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference taken for equal")
+    parser.add_argument("--limit", type=int, default=30, help="lines to show at most; 0 for all")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_weights(parser)
+    return parser
+
+
+def _rebasin() -> ArgumentParser:
+    parser = _parser("""
+Align models that differ by the order of their units (Git Re-Basin), compare
+them before and after, and merge them.
+
+  lit-wsl rebasin a.ckpt b.ckpt --base pretrained.ckpt \\
+      --model my.models:Net --sample my.models:batch -o aligned/
+  lit-wsl rebasin a.ckpt b.ckpt --on weights --merge average \\
+      --model my.models:Net --sample my.models:batch -o merged/
+
+The first checkpoint is the reference. --sample names a function that gives
+one input of the model (a tensor, a tuple of arguments, or a dict of keyword
+arguments); models with example_input_array need none.
+""")
+    parser.add_argument("checkpoints", type=str, nargs="+", help="two or more, the reference first")
+    parser.add_argument("--base", type=str, metavar="FILE", help="the pretrained checkpoint, for task vectors")
+    _add_model(parser)
+    parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
+    parser.add_argument("-o", "--output", type=str, metavar="FOLDER", help="where to write aligned checkpoints")
+    parser.add_argument("--on", type=Literal["task_vectors", "weights"], default=None, help="what to align")
+    parser.add_argument("--merge", type=Literal["average", "task_arithmetic"] | None, default=None, help="how to merge")
+    parser.add_argument("--merge-scale", type=float | None, default=None, help="factor of task vectors when merging")
+    parser.add_argument("--max-iter", type=int, default=100, help="most sweeps of the matching")
+    parser.add_argument("--seed", type=int, default=0, help="of the matching's random orders")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    _add_weights(parser)
+    return parser
+
+
+def _add_model(parser: ArgumentParser) -> None:
+    """How to name the model: a class or function, or the config of a LightningCLI."""
+    parser.add_argument(
+        "--model", type=str, metavar="MODULE:NAME", help="a class or function that gives the model, e.g. my.models:Net"
+    )
+    parser.add_argument(
+        "--model-args", type=dict[str, Any], default={}, metavar="ARGS", help="its arguments: --model-args.depth 12"
+    )
+    parser.add_argument("--config", type=str, metavar="FILE", help="a LightningCLI config that has the model")
+
+
+def _add_weights(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint-weights",
+        type=Literal["auto", "model", "ema"],
+        default="auto",
+        help="which weights of the file: the model's, or their running average",
+    )
