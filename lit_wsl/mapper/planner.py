@@ -10,6 +10,7 @@ from lit_wsl.mapper.align import Aligner, Match, Outcome
 from lit_wsl.mapper.buffers import match_buffers, refuse_modules, split_kinds
 from lit_wsl.mapper.entries import EntryWriter
 from lit_wsl.mapper.evidence import Evidence, OrderVotes
+from lit_wsl.mapper.factors import factor_roles, same_roles
 from lit_wsl.mapper.names import Dictionary, split_numbers
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.tree import TreeBuilder
@@ -55,7 +56,15 @@ def build_plan(
     if target.has_execution_order:
         alignment = _with_execution_order(alignment, weights_s, weights_t, options)
     writer = EntryWriter(source, target, options, alignment.dictionary)
+    factors_s, factors_t = factor_roles(weights_s), factor_roles(weights_t)
+    notes: list[str] = []
     for sources, targets, match in alignment.matches:
+        if not same_roles(sources, targets, factors_s, factors_t):
+            notes.append(
+                f"{sources[0].name} does not fill {targets[0].name}: one is a weight, the other a factor of one "
+                "(weight_norm); remove the parametrization on one side first"
+            )
+            continue
         writer.add(sources, targets, match.operations, match.margin, match.reason)
     for targets, sources, reason in alignment.doubts:
         writer.doubt(targets, sources, reason)
@@ -73,6 +82,7 @@ def build_plan(
         unmatched_source=unmatched_source,
         unmatched_target=unmatched_target,
         options=options.to_dict(),
+        notes=tuple(notes),
     )
 
 
