@@ -11,6 +11,7 @@ all eight with the same error, instead of seven that wait for the eighth.
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -147,11 +148,9 @@ def _listed(ranks: Sequence[int]) -> str:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a ``DTensor``, of which this rank holds only a part (or a replica)."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    # No DTensor can exist before its module is imported; importing it to ask would take a second.
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
 
 
 def has_sharded_tensors(model: nn.Module) -> bool:
