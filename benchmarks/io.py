@@ -1,0 +1,171 @@
+"""Reading and transferring a large checkpoint, beside ``torch.load(mmap=True)`` and ``load_state_dict``.
+
+    python benchmarks/io.py                      # 2 GB in a temporary folder; about a minute
+    python benchmarks/io.py --gigabytes 0.5 --repeats 5 --json benchmarks/results/io.json
+
+Every measurement is a process of its own, the ways take turns, and the file is in the page cache for all of them. Time
+and memory are counted from the moment the model stands until its weights are filled: ``peak`` is the growth of the
+resident set over the model alone at its highest point, mapped pages of the file included; ``private`` is the growth of
+memory that is not a mapped file, so cannot be given back by the system when it is short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+WIDTH = 4096
+WAYS = {
+    "torch": "torch.load(mmap=True) + load_state_dict",
+    "read": "open_checkpoint + load_state_dict, same names",
+    "foreign": "the same from a file with foreign hyper-parameters (own pickle machine)",
+    "transfer": "transfer_weights to renamed modules, all checks",
+}
+
+
+class Block(nn.Module):
+    def __init__(self, names: tuple[str, str]) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(WIDTH, WIDTH))
+        self.norm = nn.LayerNorm(WIDTH)
+
+
+class Model(nn.Module):
+    """A stack of blocks of two square linear layers and a norm, 134 MB each; its names can differ."""
+
+    def __init__(self, blocks: int, stack: str = "layers", names: tuple[str, str] = ("up", "down")) -> None:
+        super().__init__()
+        self.add_module(stack, nn.ModuleList(Block(names) for _ in range(blocks)))
+
+
+class PeakPrivate(threading.Thread):
+    """Samples the process's private resident memory every few milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.start_bytes = self.peak = memory("RssAnon")
+        self.going = True
+        self.start()
+
+    def run(self) -> None:
+        while self.going:
+            self.peak = max(self.peak, memory("RssAnon"))
+            time.sleep(0.002)
+
+
+def memory(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def fill(way: str, path: Path, blocks: int) -> None:
+    """Fill a model in one of the ways, and print time and memory as JSON."""
+    from lit_wsl import transfer_weights
+    from lit_wsl.checkpoint import open_checkpoint
+
+    renamed = way == "transfer"
+    model = Model(blocks, "encoder", ("up_proj", "down_proj")) if renamed else Model(blocks)
+    for parameter in model.parameters():
+        parameter.data.zero_()  # touch every page of the model
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark counts from here
+    before, watch, started = memory("VmRSS"), PeakPrivate(), time.perf_counter()
+    if way == "torch":
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"])
+    elif way == "transfer":
+        transfer_weights(model, path)
+    else:
+        model.load_state_dict(dict(open_checkpoint(path)))
+    seconds = time.perf_counter() - started
+    watch.going = False
+    peak, private = memory("VmHWM") - before, max(watch.peak, memory("RssAnon")) - watch.start_bytes
+    total = [float(parameter.sum()) for parameter in model.parameters()]
+    print(
+        json.dumps(
+            {"seconds": seconds, "peak": peak, "total_peak": memory("VmHWM"), "private": private, "sum": sum(total)}
+        )
+    )
+
+
+def measure(way: str, path: Path, blocks: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--fill", way, "--file", str(path), "--blocks", str(blocks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_files(folder: Path, blocks: int) -> tuple[Path, Path]:
+    torch.manual_seed(0)
+    weights = Model(blocks).state_dict()
+    plain, foreign = folder / "plain.ckpt", folder / "foreign.ckpt"
+    torch.save({"state_dict": weights, "epoch": 1}, plain)
+    torch.save({"state_dict": weights, "hyper_parameters": argparse.Namespace(data=Path("x"))}, foreign)
+    return plain, foreign
+
+
+def run(gigabytes: float, repeats: int, folder: Path) -> dict[str, Any]:
+    blocks = max(1, round(gigabytes * 1e9 / (2 * WIDTH * WIDTH * 4)))
+    plain, foreign = make_files(folder, blocks)
+    rows: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for _ in range(repeats + 1):
+        for way in WAYS:
+            rows[way].append(measure(way, foreign if way == "foreign" else plain, blocks))
+    size = plain.stat().st_size
+    summary = {}
+    for way, found in rows.items():
+        found = found[1:]  # the first round warms the page cache
+        summary[way] = {
+            "seconds": statistics.median(row["seconds"] for row in found),
+            "fastest": min(row["seconds"] for row in found),
+            **{key: max(row[key] for row in found) for key in ("peak", "total_peak", "private")},
+        }
+    if len({round(row["sum"], 3) for found in rows.values() for row in found}) != 1:
+        raise SystemExit("the ways did not give the same weights")
+    return {"bytes": size, "repeats": repeats, "torch": torch.__version__, "ways": summary}
+
+
+def show(result: dict[str, Any]) -> None:
+    base, size = result["ways"]["torch"], result["bytes"]
+    print(f"{size / 1e9:.2f} GB, median of {result['repeats']} runs; memory in units of the file's size")
+    print(f"{'way':74} {'seconds':>8} {'x torch':>8} {'peak':>6} {'private':>8} {'process x torch':>16}")
+    for way, row in result["ways"].items():
+        print(
+            f"{WAYS[way]:74} {row['seconds']:8.2f} {row['seconds'] / base['seconds']:8.2f} {row['peak'] / size:6.2f} "
+            f"{row['private'] / size:8.3f} {row['total_peak'] / base['total_peak']:16.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--fill", choices=sorted(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--blocks", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.fill:
+        fill(options.fill, options.file, options.blocks)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(options.gigabytes, options.repeats, Path(folder))
+    show(result)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
