@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (error.name or "").partition(".")[0] not in ("jsonargparse", "yaml"):
             raise
         print(
-            f"lit-wsl: the command line needs {error.name}, which is not installed. Install the 'cli' extra of lit_wsl, or: "
-            "pip install 'jsonargparse[signatures]>=4.40'",
+            f"lit-wsl: the command line needs {error.name}, which is not installed. Install the 'cli' extra of "
+            "lit_wsl, or: pip install 'jsonargparse[signatures]>=4.40'",
             file=sys.stderr,
         )
         return WRONG

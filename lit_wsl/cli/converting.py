@@ -33,9 +33,10 @@ def run(options: Any) -> int:
         )
     for note in done.notes:
         remark(f"note: {note}")
+    carried = f"{done.optimizers} optimizer{'s' if done.optimizers != 1 else ''}"
     say(
         f"{options.output}: {done.tensors} tensors"
-        + (f", {done.optimizers} optimizers with the states of {done.states} parameters" if done.optimizers else "")
+        + (f", {carried} with the states of {done.states} parameters" if done.optimizers else "")
     )
     return 0
 

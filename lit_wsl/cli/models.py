@@ -111,7 +111,7 @@ def _on_meta(build: Any, meta: bool) -> nn.Module:
         try:
             with torch.device("meta"):
                 model = build()
-            if not any(is_lazy(p) for p in model.parameters()):
+            if not is_lazy(model):
                 return model
         except (UsageError, NotImplementedError, RuntimeError):
             pass  # reads values of its own weights, or has a fault of its own that shows below

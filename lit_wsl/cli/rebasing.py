@@ -49,7 +49,8 @@ def run(options: Any) -> int:
 
 def _show(report: RebasinReport) -> None:
     if report.spec is not None:
-        say(f"{len(report.spec.groups)} groups of units may be permuted, {report.spec.coverage:.1%} of the parameters")
+        share = f"{report.spec.coverage:.1%} of the parameters"
+        say(f"groups of units that may be permuted: {len(report.spec.groups)} ({share})")
     rows = []
     for name, model in report.models.items():
         before = model.before.to_dict()["overall"]
