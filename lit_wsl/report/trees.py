@@ -227,34 +227,34 @@ def _line(line: TreeLine, partners: Mapping[str, tuple[str, ...]], console: Cons
     text.append(line.label, style="bold" if line.depth == 0 else "")
     if len(line.paths) > 1:
         text.append(f" x{len(line.paths)}", style="cyan")
-    badges = _badges(line.group)
-    if badges and line.depth:
-        text.append(f" {badges}", style="dim")
-    elif line.numel:
-        text.append(f" {count_text(line.numel)} {badges}".rstrip(), style="dim")
+    hang = plain(line.hang, console)
+    details = _badges(line.group)
+    if line.numel and not (details and line.depth):
+        details = f"{count_text(line.numel)} {details}".rstrip()
     if line.hidden:
-        text.append(f" (+{line.hidden} modules)", style="dim")
+        details += f" (+{line.hidden} modules)"
+    _append(text, f" {details}", "dim", hang, width)
     named = dict.fromkeys(target for path in line.paths for target in partners.get(path, ()))
     if named:
         folded = fold_names([target or "(root)" for target in named])
         more = f" and {len(folded) - 2} more" if len(folded) > 2 else ""
-        _append_partner(text, plain(" → ", console) + ", ".join(folded[:2]) + more, plain(line.hang, console), width)
+        _append(text, plain(" → ", console) + ", ".join(folded[:2]) + more, "green", hang, width)
     return text
 
 
-def _append_partner(text: Text, partner: str, hang: str, width: int) -> None:
-    """Put the partner beside the name, or on lines of its own that keep the lines of the tree."""
-    if len(text) + len(partner) <= width:
-        text.append(partner, style="green")
+def _append(text: Text, words: str, style: str, hang: str, width: int) -> None:
+    """Put words behind the last line, or on lines of their own that keep the lines of the tree."""
+    if len(text.plain.rpartition("\n")[2]) + len(words) <= width:
+        text.append(words.rstrip(), style=style)
         return
     room = max(8, width - len(hang) - 2)
     lines = [""]
-    for piece in re.split(r"(?<=[.,])", partner):  # broken at dots, so that words stay whole
-        if lines[-1] and len(lines[-1] + piece) > room:
+    for piece in re.split(r"(?<=[., ])", words):  # broken at dots and blanks, so that words stay whole
+        if lines[-1].strip() and len((lines[-1] + piece).rstrip()) > room:
             lines.append("  ")
         lines[-1] += piece
     for line in lines:
-        text.append("\n" + hang + "  ", style="dim").append(line, style="green")
+        text.append("\n" + hang + "  ", style="dim").append(line.rstrip(), style=style)
 
 
 def _badges(group: ParameterGroup) -> str:

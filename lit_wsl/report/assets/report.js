@@ -215,7 +215,7 @@
     if (!node.leaf) twist.addEventListener("click", (event) => { event.stopPropagation(); toggle(node); });
     row.append(twist, el("span", { class: "mark " + node.status, text: MARKS[node.status], title: node.status }), el("span", { class: "label", text: node.label }));
     if (node.times > 1) row.append(el("span", { class: "times", text: "×" + node.times }));
-    const type = !node.leaf && node.children[0] && node.children.some((c) => c.leaf) ? side.type[node.children.find((c) => c.leaf).tensors[0]] : "";
+    const own = node.children.find((c) => c.leaf && !c.label.includes(".")), type = own && side.type[own.tensors[0]];
     if (type) row.append(el("span", { class: "type", text: type }));
     row.append(el("span", { class: "grow" }));
     if (node.leaf) {
