@@ -24,16 +24,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lit_wsl.mapper.classes import ClassSolver, Pairing, Region
+from lit_wsl.mapper.classes import ClassSolver, Pair, Pairing, Region
 from lit_wsl.mapper.evidence import Evidence
 from lit_wsl.mapper.fusion import Fusion, find_fusions, fold_run
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.shapes import operations_between
-from lit_wsl.mapper.tree import Item, TreeBuilder, relative, role_of, shape_key
+from lit_wsl.mapper.tree import Item, TreeBuilder, place_in, relative, role_of, shape_key
 from lit_wsl.transfer.operations import Operation
 
 Forbidden = Callable[[str, str], bool]
 REPEATED_WEIGHT = 1000
+NEIGHBOUR_MARGIN = 0.25
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ class Aligner:
             if level == "tensor":
                 units_s, units_t = _tensors(units_s), _tensors(units_t)
             units_s, units_t = self._match_level(units_s, units_t, region, out, sure)
+            if not region.complete:
+                units_s, units_t = self._neighbours(units_s, units_t, region, out, sure)
         self._vote(sure)
         return out
 
@@ -237,7 +240,9 @@ class Aligner:
             self._descend(p.source, p.target, out, p.margin, p.reason)
             if p.certain:
                 sure.append((p.source, p.target))
-                self.gathered.teach_role(relative(p.source, region.source), relative(p.target, region.target))
+            if region.make is not None:
+                paths = place_in(p.source, region.source), place_in(p.target, region.target)
+                self.gathered.roles.teach(region.make, *paths)
         for doubt in pairing.doubts:
             out.doubts.append(
                 Doubt(
@@ -272,6 +277,28 @@ class Aligner:
             left_s += s
             left_t += t
         return sorted(left_s, key=lambda i: i.start), sorted(left_t, key=lambda i: i.start)
+
+    def _neighbours(
+        self, sources: list[Item], targets: list[Item], region: Region, out: Outcome, sure: list[tuple[Item, Item]]
+    ) -> tuple[list[Item], list[Item]]:
+        """Match norms that stand directly behind (or before) tensors that are matched to each other."""
+        partner = {m.sources[-1]: m.targets[-1] for m in out.matches} | {
+            m.sources[0]: m.targets[0] for m in out.matches
+        }
+        by_place = {t.start: t for t in targets if t.rank < 2 and role_of(t.main.path) in ("weight", "bias")}
+        pairing = Pairing()
+        for s in sources:
+            if s.rank >= 2 or role_of(s.main.path) not in ("weight", "bias"):
+                continue
+            before = partner.get(s.positions[0] - 1, -2) + 1
+            after = partner.get(s.positions[-1] + 1, -2)
+            t = by_place.get(before)
+            if t is None:
+                t = next((i for i in by_place.values() if i.positions[-1] + 1 == after), None)
+            if t is not None and t.profile == s.profile and self._classes.cost(s, t) is not None:
+                pairing.pairs.append(Pair(s, t, NEIGHBOUR_MARGIN, "stands next to tensors that are matched"))
+                del by_place[t.start]
+        return self._take_pairing(pairing, sources, targets, region, out, sure)
 
     def _vote(self, sure: list[tuple[Item, Item]]) -> None:
         """Let certain pairs tell how far order can be trusted, and teach the dictionary their words."""

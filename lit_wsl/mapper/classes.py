@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from lit_wsl.mapper.assignment import FORBIDDEN, assign
 from lit_wsl.mapper.evidence import Evidence
-from lit_wsl.mapper.names import best_pairs_similarity, path_tokens
+from lit_wsl.mapper.names import (
+    ABBREVIATION,
+    best_pairs_similarity,
+    path_tokens,
+    shared_evidence,
+    token_similarity,
+    weighted_similarity,
+)
 from lit_wsl.mapper.options import MatchingOptions
+from lit_wsl.mapper.roles import MAX_TENSORS, Make, make_of
 from lit_wsl.mapper.shapes import operation_cost
-from lit_wsl.mapper.tree import Family, Item, families_of, relative
+from lit_wsl.mapper.tree import Family, Item, families_of, place_in, relative
 from lit_wsl.structure.info import Shape
 
 MARGIN = 0.08
 FIRST_MARGIN = 0.15  # while nothing has been learned, names alone must be clear
 ORDER_WEIGHT = 0.25
-PRIOR = 0.5
 NAME_SUPPORT = 0.5
 
 
@@ -39,6 +47,12 @@ class Region:
     target: Item
     complete: bool
     shapes: tuple[Counter[Shape], Counter[Shape]] | None = None
+
+    @cached_property
+    def make(self) -> Make | None:
+        """The make of the region, if it is no larger than a block."""
+        names = [[relative(t, root) for t in root.tensors[: MAX_TENSORS + 1]] for root in (self.source, self.target)]
+        return make_of(names[0], names[1])
 
     def distinct(self, s: Item, t: Item) -> bool:
         """Whether the items are matrices of a shape that nothing else in either model has."""
@@ -127,10 +141,10 @@ class ClassSolver:
             return Pairing([Pair(s[0], i, 1.0, "tied in the source to all tensors of this shape") for i in t])
         families_s, families_t = families_of(s, region.source), families_of(t, region.target)
         if len(s) != len(t):
-            return self._unbalanced(families_s, families_t)
+            return self._unbalanced(families_s, families_t, region)
         families_s, families_t = _even(families_s, families_t)
         if not region.complete and len(s) < 3 and not all(_strong(i) for i in (*s, *t)):
-            return self._unbalanced(families_s, families_t)
+            return self._unbalanced(families_s, families_t, region)
         if sorted(len(f.members) for f in families_s) != sorted(len(f.members) for f in families_t):
             return self._by_order(s, t, region)
         return self._assign(families_s, families_t, region)
@@ -140,18 +154,28 @@ class ClassSolver:
     def _single(self, s: Item, t: Item, region: Region) -> Pairing:
         if self.cost(s, t) is None:
             return Pairing()
-        if not (region.complete or _strong(s) or region.distinct(s, t)):
-            alike = self.similarity(relative(s, region.source), relative(t, region.target))
-            if alike < NAME_SUPPORT:
-                return Pairing()
+        proof = region.complete or _strong(s) or region.distinct(s, t)
+        if not proof and self.support(s, t, region) < NAME_SUPPORT:
+            return Pairing()
         return Pairing([Pair(s, t, 1.0, "the only ones of this size and structure on both sides", certain=True)])
 
-    def similarity(self, a: str, b: str) -> float:
-        """Similarity of two whole relative paths by their words."""
-        if a == b:
+    def support(self, s: Item, t: Item, region: Region) -> float:
+        """How far names alone support a pair: similarity of their words, rare words of the region counting most."""
+        paths = relative(s, region.source), relative(t, region.target)
+        if paths[0] == paths[1]:
             return 1.0
-        words = [[w for w in path_tokens(p) if not w.isdigit()] for p in (a, b)]
-        return best_pairs_similarity(words[0], words[1], self.evidence.dictionary)
+        words = [[w for w in path_tokens(p) if not w.isdigit()] for p in paths]
+        rare = [
+            {w: 1.0 / max(1, self._counts(root)[w] / len(item.tensors)) for w in ws}
+            for ws, root, item in zip(words, (region.source, region.target), (s, t))
+        ]
+        return weighted_similarity(rare[0], rare[1], self.evidence.dictionary)
+
+    def _counts(self, root: Item) -> Counter[str]:
+        """How many tensors below a root have each word in their path."""
+        if id(root) not in self._words:
+            self._words[id(root)] = (root, _word_counts(root.tensors, root))
+        return self._words[id(root)][1]
 
     def cost(self, s: Item, t: Item) -> float | None:
         """Cost of pairing two items by structure and shapes; ``None`` where they can't correspond."""
@@ -182,7 +206,7 @@ class ClassSolver:
     def _assign(self, fs: list[Family], ft: list[Family], region: Region) -> Pairing:
         """Assign families to families, jointly, and their members by number."""
         n = len(fs)
-        words_s, words_t = _telling(fs), _telling(ft)
+        words_s, words_t = _same_numbering(_telling(fs), _telling(ft))
         weak_s, weak_t = self._weak(fs, region.source), self._weak(ft, region.target)
         shape = np.full((n, n), FORBIDDEN)
         base = np.full((n, n), FORBIDDEN)
@@ -193,9 +217,7 @@ class ClassSolver:
                     continue
                 alike = 0.5
                 if self.names:
-                    alike = best_pairs_similarity(
-                        words_s[i], words_t[j], self.evidence.dictionary, weak_s, weak_t, prior=PRIOR
-                    )
+                    alike = shared_evidence(words_s[i], words_t[j], self.evidence.dictionary, weak_s, weak_t)
                     alike = self._with_role(alike, f, g, region)
                 shape[i, j] = cost
                 base[i, j] = cost + 1.0 - alike
@@ -226,22 +248,22 @@ class ClassSolver:
 
     def _with_role(self, alike: float, f: Family, g: Family, region: Region) -> float:
         """What other regions of the same make are certain of outweighs how names look."""
-        if len(f.members) > 1:
+        if len(f.members) > 1 or region.make is None:
             return alike
-        share = self.evidence.role(relative(f.members[0], region.source), relative(g.members[0], region.target))
-        if share is None:
+        paths = place_in(f.members[0], region.source), place_in(g.members[0], region.target)
+        verdict = self.evidence.roles.verdict(region.make, *paths)
+        if verdict is None:
             return alike
-        return max(alike, share) if share > 0 else min(alike, 0.1)
+        return 1.0 if verdict else min(alike, 0.1)
 
     def _weak(self, families: list[Family], root: Item) -> set[str]:
         """Words that also stand in other tensors of the region: ``attention_norm`` is near the attention, not it."""
         if len(families) < 2:
             return set()
-        if id(root) not in self._words:
-            self._words[id(root)] = (root, _word_counts(root.tensors, root))
-        everywhere = self._words[id(root)][1]
+        everywhere = self._counts(root)
         here = _word_counts([t for f in families for m in f.members for t in m.tensors], root)
-        return {w for w, count in here.items() if everywhere[w] > count}
+        outside = sorted(w for w, count in everywhere.items() if count > here[w])
+        return {w for w in here if any(token_similarity(w, o) >= ABBREVIATION for o in outside)}
 
     def _trust_here(
         self,
@@ -253,7 +275,8 @@ class ClassSolver:
         region: Region,
     ) -> float:
         """Trust in order for this class: none if going by rank would cross what is certain of the matrices."""
-        trust = self.evidence.order.trust
+        spans = [(r.positions[0], r.positions[-1] + 1) for r in (region.source, region.target)]
+        trust = self.evidence.trust(spans[0], spans[1])
         if trust == 0.0 or fs[0].members[0].rank < 2:
             return trust
         for i in range(len(fs)):
@@ -287,8 +310,8 @@ class ClassSolver:
 
     def _by_order(self, s: list[Item], t: list[Item], region: Region) -> Pairing:
         """Families don't fit together; if order has proved trustworthy, go by it."""
-        margin = ORDER_WEIGHT * self.evidence.order.trust
         spans = [(r.positions[0], r.positions[-1] + 1) for r in (region.source, region.target)]
+        margin = ORDER_WEIGHT * self.evidence.trust(spans[0], spans[1])
         crossed = s[0].rank >= 2 and any(
             self.evidence.misplaced(a.start, b.start, spans[0], spans[1]) > 0.5 for a, b in zip(s, t)
         )
@@ -297,14 +320,13 @@ class ClassSolver:
             return Pairing([Pair(a, b, margin, reason) for a, b in zip(s, t)])
         return Pairing(doubts=[ItemDoubt(tuple(t), tuple(s), "same shapes, and the order can't be trusted")])
 
-    def _unbalanced(self, fs: list[Family], ft: list[Family]) -> Pairing:
+    def _unbalanced(self, fs: list[Family], ft: list[Family], region: Region) -> Pairing:
         """More on one side than on the other: only names that leave no doubt decide, the rest stays open."""
         if not self.names:
             return Pairing()
         fs, ft = _literal_if_needed(fs, ft)
         cost = np.full((len(fs), len(ft) + len(fs)), 1.0 - NAME_SUPPORT)
         words_s, words_t = _telling(fs), _telling(ft)
-        full_s, full_t = [f.words for f in fs], [g.words for g in ft]
         for i, f in enumerate(fs):
             for j, g in enumerate(ft):
                 shape = self._family_cost(f, g) if f.numbers == g.numbers or len(f.members) == 1 else None
@@ -312,8 +334,8 @@ class ClassSolver:
                     cost[i, j] = FORBIDDEN
                     continue
                 alike = best_pairs_similarity(words_s[i], words_t[j], self.evidence.dictionary)
-                whole = best_pairs_similarity(full_s[i], full_t[j], self.evidence.dictionary)
-                cost[i, j] = shape + 1.0 - (alike + whole) / 2
+                whole = self.support(f.members[0], g.members[0], region)
+                cost[i, j] = shape + 1.0 - (alike + 3 * whole) / 4
         pairing = Pairing()
         for i, j, margin in assign(cost):
             if j < len(ft) and margin >= self.margin and cost[i, j] <= 1.0 - NAME_SUPPORT:
@@ -345,6 +367,17 @@ def _telling(families: Sequence[Family]) -> list[tuple[str, ...]]:
                 kept.append(w)
         out.append(tuple(reversed(kept)))
     return out
+
+
+def _same_numbering(
+    s: list[tuple[str, ...]], t: list[tuple[str, ...]]
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Leave numbers out unless both sides use the same ones: counting from 0 and from 1 would cross."""
+    numbers = [{w for ws in side for w in ws if w.isdigit()} for side in (s, t)]
+    if numbers[0] == numbers[1]:
+        return s, t
+    plain = [[tuple(w for w in ws if not w.isdigit()) for ws in side] for side in (s, t)]
+    return plain[0], plain[1]
 
 
 def _ranks(shape: np.ndarray) -> np.ndarray:

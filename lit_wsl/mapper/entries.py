@@ -52,7 +52,8 @@ class EntryWriter:
         if score < self.options.floor:
             for t in targets:
                 self._reasons[t.name] = (
-                    f"the best source, {sources[0].name}, scores {score:.2f}, below the threshold {self.options.floor:.2f}"
+                    f"the best source, {sources[0].name}, scores {score:.2f}, "
+                    f"below the threshold {self.options.floor:.2f}"
                 )
             return
         entry = PlanEntry(

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 from lit_wsl.mapper.names import Dictionary
+from lit_wsl.mapper.roles import RoleMemory
+
+ENOUGH = 3  # pairs of certain matrices in a region, for it to judge order by itself
+
+
+def _trust(same: int, total: int) -> float:
+    """Trust in order from votes: 1 where all agree or there are none, 0 from four in ten against."""
+    return min(1.0, max(0.0, ((same + 1) / (total + 1) - 0.6) / 0.4))
 
 
 @dataclass
@@ -28,8 +35,7 @@ class OrderVotes:
     @property
     def trust(self) -> float:
         """Trust in order, 0 to 1: 1 where all votes agree (or none were cast), 0 for a shuffle."""
-        share = (self.same + 1) / (self.total + 1)
-        return min(1.0, max(0.0, (share - 0.5) * 2))
+        return _trust(self.same, self.total)
 
 
 @dataclass
@@ -41,7 +47,7 @@ class Evidence:
         order: Votes on the trustworthiness of order.
         exact_matrices: Matched non-square matrices of the same shape.
         turned_matrices: Matched matrices that only fit transposed.
-        roles: Paths inside a source region -> paths inside the target region that were certain partners.
+        roles: Partners inside regions of the same make.
         anchors: Places of certain matrices, (source, target).
         first: Whether nothing has been learned yet, so that only strong evidence counts.
     """
@@ -50,27 +56,14 @@ class Evidence:
     order: OrderVotes = field(default_factory=OrderVotes)
     exact_matrices: int = 0
     turned_matrices: int = 0
-    roles: dict[str, Counter[str]] = field(default_factory=dict)
-    roles_back: dict[str, Counter[str]] = field(default_factory=dict)
+    roles: RoleMemory = field(default_factory=RoleMemory)
     anchors: list[tuple[int, int]] = field(default_factory=list)
     first: bool = False
 
-    def teach_role(self, source: str, target: str) -> None:
-        """Remember that two paths inside corresponding regions were certain partners."""
-        self.roles.setdefault(source, Counter())[target] += 1
-        self.roles_back.setdefault(target, Counter())[source] += 1
-
-    def role(self, source: str, target: str) -> float | None:
-        """Share of the times the two were partners where either was certain; ``None`` if neither ever was."""
-        there, back = self.roles.get(source), self.roles_back.get(target)
-        if not there and not back:
-            return None
-        shares = [c[key] / c.total() for c, key in ((there, target), (back, source)) if c]
-        return min(shares)
-
     @cached_property
     def _anchor_places(self) -> tuple[list[int], list[int]]:
-        return sorted(s for s, _ in self.anchors), sorted(t for _, t in self.anchors)
+        known = set(self.anchors)
+        return sorted(s for s, _ in known), sorted(t for _, t in known)
 
     def misplaced(self, s: int, t: int, region_s: tuple[int, int], region_t: tuple[int, int]) -> float:
         """How differently two places lie among the certain matrices of their regions: 0 alike, 1 at opposite ends."""
@@ -81,3 +74,17 @@ class Evidence:
         if count < 1:
             return 0.0
         return min(1.0, abs((bisect_left(places_s, s) - low_s) - (bisect_left(places_t, t) - low_t)) / count)
+
+    def trust(self, region_s: tuple[int, int], region_t: tuple[int, int]) -> float:
+        """Trust in order inside a region: from its own certain matrices if they are enough, else also from all."""
+        low, high = (bisect_left(self._sorted_anchors, (p, -1)) for p in region_s)
+        inside = [t for _, t in self._sorted_anchors[low:high] if region_t[0] <= t < region_t[1]]
+        pairs = list(combinations(inside, 2)) if len(inside) <= 16 else list(pairwise(inside))
+        same = sum(a < b for a, b in pairs)
+        if len(pairs) >= ENOUGH:
+            return _trust(same, len(pairs))
+        return _trust(same + self.order.same, len(pairs) + self.order.total)
+
+    @cached_property
+    def _sorted_anchors(self) -> list[tuple[int, int]]:
+        return sorted(set(self.anchors))

@@ -8,7 +8,7 @@ learned from the tensors whose partner is already certain (:class:`Dictionary`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -16,13 +16,27 @@ from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.structure.info import tokenize
 
-WEAK = 0.3
+WEAK = 0.05  # weight of a word that says next to nothing
+ABBREVIATION = 0.85
+
+
+# English words that say a place in a sequence, as the number they mean.
+_ORDINALS = {
+    **dict.fromkeys(("first", "one", "before", "pre"), "1"),
+    **dict.fromkeys(("second", "two", "after", "post"), "2"),
+    **dict.fromkeys(("third", "three"), "3"),
+    **dict.fromkeys(("fourth", "four"), "4"),
+}
 
 
 @lru_cache(maxsize=200_000)
 def path_tokens(path: str) -> tuple[str, ...]:
-    """Tokens of a dotted path, numbers included; cached."""
-    return tokenize(path)
+    """Tokens of a dotted path, numbers included, ordinals as numbers; cached.
+
+    >>> path_tokens("blocks.0.norm_before")
+    ('blocks', '0', 'norm', '1')
+    """
+    return tuple(_ORDINALS.get(token, token) for token in tokenize(path))
 
 
 @lru_cache(maxsize=200_000)
@@ -58,7 +72,7 @@ def token_similarity(a: str, b: str) -> float:
         return 0.0
     short, long = sorted((a, b), key=lambda t: (len(t), t))
     if is_abbreviation(short, long):
-        return 0.85
+        return ABBREVIATION
     if short in long and (len(short) >= 3 or len(long) <= 2):
         return 0.6
     ratio = Levenshtein.normalized_similarity(a, b)
@@ -102,29 +116,52 @@ class Dictionary:
         return Dictionary(Counter(self.together), Counter(self.source), Counter(self.target))
 
 
-def best_pairs_similarity(
+def best_pairs_similarity(a: Sequence[str], b: Sequence[str], dictionary: Dictionary | None = None) -> float:
+    """Soft Jaccard similarity of two word lists: greedy one-to-one pairing by word similarity.
+
+    Returns:
+        Similarity, 0 to 1; 0.5 (no evidence) if both lists are empty.
+
+    >>> round(best_pairs_similarity(["q", "proj"], ["query"]), 3)
+    0.395
+    """
+    if not a and not b:
+        return 0.5
+    shared, unshared = _paired(a, b, dictionary)
+    return shared / (shared + unshared)
+
+
+def shared_evidence(
     a: Sequence[str],
     b: Sequence[str],
     dictionary: Dictionary | None = None,
     weak_a: Collection[str] = (),
     weak_b: Collection[str] = (),
-    prior: float = 0.0,
 ) -> float:
-    """Soft Jaccard similarity of two word lists: greedy one-to-one pairing by word similarity.
+    """How strongly two lists of telling words speak for each other, 0 (nothing in common) to 1.
+
+    ``shared / (shared + 0.5 + 0.15 * unshared)``: words without a counterpart count little, since the other side may
+    simply not name what this side names.
 
     Args:
         a: Words of the source.
         b: Words of the target.
         dictionary: Learned translations, used beside the words' own similarity.
-        weak_a: Words of the source that say little; they weigh 0.3.
-        weak_b: Words of the target that say little.
-        prior: Weight of having seen nothing, which pulls the similarity towards 0.5.
-
-    Returns:
-        Similarity, 0 to 1; 0.5 (no evidence) if both lists are empty.
+        weak_a: Words of the source that say next to nothing.
+        weak_b: Words of the target that say next to nothing.
     """
-    if not a and not b:
-        return 0.5
+    shared, unshared = _paired(a, b, dictionary, weak_a, weak_b)
+    return shared / (shared + 0.5 + 0.15 * unshared)
+
+
+def _paired(
+    a: Sequence[str],
+    b: Sequence[str],
+    dictionary: Dictionary | None = None,
+    weak_a: Collection[str] = (),
+    weak_b: Collection[str] = (),
+) -> tuple[float, float]:
+    """Weight of the words that find a counterpart, and of those that don't, both sides together."""
     weights_a = [WEAK if w in weak_a else 1.0 for w in a]
     weights_b = [WEAK if w in weak_b else 1.0 for w in b]
     scored = []
@@ -144,5 +181,28 @@ def best_pairs_similarity(
             used_a.add(i)
             used_b.add(j)
             shared += -negative * (weights_a[i] + weights_b[j]) / 2
-    union = sum(weights_a) + sum(weights_b) - shared
-    return (shared + prior / 2) / (union + prior) if union + prior > 0 else 1.0
+    return shared, sum(weights_a) + sum(weights_b) - 2 * shared
+
+
+def weighted_similarity(a: Mapping[str, float], b: Mapping[str, float], dictionary: Dictionary | None = None) -> float:
+    """Soft Jaccard similarity of two sets of weighted words.
+
+    >>> weighted_similarity({"word": 1.0, "weight": 0.0}, {"word": 1.0, "table": 0.5})
+    0.666667
+    """
+    scored = []
+    for x in sorted(a):
+        for y in sorted(b):
+            s = token_similarity(x, y)
+            if dictionary is not None:
+                s = max(s, dictionary.strength(x, y))
+            if s > 0:
+                scored.append((-s * (a[x] + b[y]), x, y, s))
+    shared, used_a, used_b = 0.0, set(), set()
+    for _, x, y, s in sorted(scored):
+        if x not in used_a and y not in used_b:
+            used_a.add(x)
+            used_b.add(y)
+            shared += s * (a[x] + b[y]) / 2
+    union = sum(a.values()) + sum(b.values()) - shared
+    return round(shared / union, 6) if union > 0 else 0.0

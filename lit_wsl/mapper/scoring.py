@@ -16,7 +16,7 @@ from lit_wsl.mapper.names import Dictionary, best_pairs_similarity
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.structure.info import ParameterInfo, Shape, tokenize
 
-SAME_SHAPE, TRANSPOSED, NEAR_BUFFER = 1.0, 0.7, 0.2
+SAME_SHAPE, REARRANGED, TRANSPOSED, NEAR_BUFFER = 1.0, 0.85, 0.7, 0.2
 NAME_PARTS: Mapping[str, float] = {"token": 0.4, "edit": 0.2, "substring": 0.15, "type": 0.25}
 CONTEXT_SHARE = 0.2
 
@@ -28,8 +28,8 @@ class ScoreBreakdown:
     Attributes:
         source: Name in the checkpoint.
         target: Name in the model.
-        shape: 1.0 the same, 0.7 transposed or another lossless operation, 0.2 a buffer of other shape in lenient
-            mode, else 0.0.
+        shape: 1.0 the same, 0.7 transposed, 0.85 another lossless operation (reshape, split, concat, stack), 0.2 a
+            buffer of other shape in lenient mode, else 0.0.
         name: Weighted mean of ``name_parts``.
         hierarchy: Mean of ``hierarchy_parts``.
         name_parts: ``token`` (Jaccard), ``edit`` (Levenshtein), ``substring`` (longest common), ``type``.
@@ -59,8 +59,10 @@ def shape_score(source: Shape, target: Shape, *, buffer: bool = False, operation
     """
     if source == target and not operation:
         return SAME_SHAPE
-    if operation or (len(source) == 2 and source == target[::-1]):
+    if len(source) == len(target) == 2 and source == target[::-1]:
         return TRANSPOSED
+    if operation:
+        return REARRANGED
     return NEAR_BUFFER if buffer else 0.0
 
 

@@ -174,6 +174,13 @@ def relative(item: Item, root: Item) -> str:
     return item.path
 
 
+def place_in(item: Item, root: Item) -> str:
+    """Path of an item below another, without a last part that only says weight or bias."""
+    path = relative(item, root)
+    head, _, leaf = path.rpartition(".")
+    return head if head and leaf in _ROLES else path
+
+
 @dataclass(frozen=True)
 class Family:
     """Items whose paths differ only by numbers, ordered by them.
