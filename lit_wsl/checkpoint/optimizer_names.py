@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.info import Shape
 
-MAX_STEPS = 2_000_000  # of the search for an assignment
+MAX_STEPS = 300_000  # of the search for an assignment
 
 REMEDY = (
     "Say which parameter has which index with parameter_names (one list of names per optimizer, in index order), or "
@@ -129,8 +129,11 @@ def fits(state: Mapping[str, Any] | None, shape: Shape) -> bool:
     """Whether a parameter of this shape can have this state; a parameter without state fits anything."""
     if not state:
         return True
-    kinds = [kind_of(key, value, shape) for key, value in state.items() if isinstance(value, Tensor)]
-    return "same" in kinds or None not in kinds
+    kinds = {kind_of(key, value, shape) for key, value in state.items() if isinstance(value, Tensor)}
+    if "same" in kinds or None in kinds:
+        return "same" in kinds
+    factors = kinds - {"scalar"}  # they come in pairs; a vector's moment is no row factor of a matrix
+    return factors in (set(), {"row", "column"}, {"row*", "column*"})
 
 
 Names = tuple[tuple[str, ...], ...]
