@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ class TransferReport:
         warnings: What the user should look at.
         notes: What is worth a line.
         applied: Whether the model was filled; false where a resumed checkpoint won.
+        source: The checkpoint's side, for reports that show whole models.
+        target: The model's side, likewise.
     """
 
     plan: TransferPlan
@@ -43,6 +45,8 @@ class TransferReport:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     applied: bool = True
+    source: ModelDescription | None = field(default=None, repr=False, compare=False)
+    target: ModelDescription | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -83,6 +87,8 @@ class TransferReport:
             ),
             warnings=warnings,
             notes=notes,
+            source=source,
+            target=target,
         )
 
     def with_remarks(self, *, warnings: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> TransferReport:
