@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lit_wsl.checkpoint.document import Document, LazyTensor
 from lit_wsl.checkpoint.rebuild import RefusedError
+from lit_wsl.checkpoint.torch_file import MappedFile
 
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -60,7 +62,41 @@ def read_safetensors(path: Path) -> Document:
         }
     except SafetensorError as error:
         raise RefusedError(f"a damaged or truncated safetensors file ({error})") from error
+    except (MemoryError, OSError, RuntimeError) as error:
+        if "mmap" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        return _read_larger_than_memory(path)
     return Document("safetensors", tree, metadata=metadata, lazy=True)
+
+
+def _read_larger_than_memory(path: Path) -> Document:
+    """Read a file that the library cannot map, because it is larger than memory, by a mapping that reserves none.
+
+    Raises:
+        RefusedError: if the file is damaged, or holds a dtype that torch does not have.
+    """
+    file = MappedFile(path)
+    (length,) = struct.unpack_from("<Q", file.data)
+    if 8 + length > len(file.data):
+        raise RefusedError("a truncated safetensors file")
+    try:
+        header = json.loads(bytes(file.data[8 : 8 + length]))
+        metadata = header.pop("__metadata__", {})
+        tree: dict[str, LazyTensor] = {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, dtype = torch.Size(entry["shape"]), _dtype(name, entry["dtype"])
+            start, end = entry["data_offsets"]
+            if not 0 <= start <= end <= len(file.data) - 8 - length or end - start != shape.numel() * dtype.itemsize:
+                raise RefusedError(f"a damaged or truncated safetensors file ({name!r} is out of place)")
+            tree[name] = LazyTensor(shape, dtype, partial(_view, file, 8 + length + start, shape, dtype))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RefusedError(f"a damaged safetensors file ({error})") from error
+    return Document("safetensors", tree, metadata=dict(metadata), lazy=True)
+
+
+def _view(file: MappedFile, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    storage = file.storage(start, shape.numel() * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def _get(opened: Any, name: str) -> Tensor:

@@ -35,12 +35,23 @@ _PLAIN = {
 }
 
 
+# A private mapping counts as memory that might be needed, so a file larger than memory would be refused; this says it
+# will not be. Python names it from 3.13 on.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
+def _map_privately(descriptor: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
 class MappedFile:
     """A file in memory on demand: pages are read when touched, and writing to a tensor never reaches the file."""
 
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._map = _map_privately(file.fileno())
         self.data = memoryview(self._map)
         self._bytes: torch.UntypedStorage = torch.frombuffer(self._map, dtype=torch.uint8).untyped_storage()
 
