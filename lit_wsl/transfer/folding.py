@@ -51,12 +51,15 @@ def fold_rows(
     names = [row[key_side][0] for row in rows]
     described = _Names(names)
     lines, plain = _fold_plain(rows, keys, described.guarded(), key_side)
+    in_order = list(range(len(rows)))
+    lines.sort(key=lambda line: min(line.members))
+    if unfold_order("tree", lines, names) == in_order:
+        return lines, "tree"
     ranks = described.ranks()
     tree = sorted(lines, key=lambda line: (ranks[line.members[0]], min(line.members)))
-    if unfold_order("tree", tree, names) == list(range(len(rows))):
+    if unfold_order("tree", tree, names) == in_order:
         return tree, "tree"
-    lines.sort(key=lambda line: min(line.members))
-    if unfold_order("sorted", lines, names) == list(range(len(rows))):
+    if unfold_order("sorted", lines, names) == in_order:
         return lines, "sorted"
     whole = [line for line in lines if _is_run(line.members)]
     single = [Line(plain[m], (m,)) for line in lines if not _is_run(line.members) for m in line.members]
