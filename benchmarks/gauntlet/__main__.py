@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gauntlet import TruthError, all_pairs
 from benchmarks.gauntlet.peers import PEERS
-from benchmarks.gauntlet.report import totals, worse_with_sample, write
+from benchmarks.gauntlet.report import differing_plans, totals, worse_with_sample, write
 from benchmarks.gauntlet.score import MODES, Arena, Score
 
 
@@ -26,6 +26,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="run the peers too")
     parser.add_argument("--proof", action=argparse.BooleanOptionalAction, default=True, help="prove each truth first")
     parser.add_argument("--prove-only", action="store_true", help="prove, score nothing")
+    parser.add_argument(
+        "--same-plans-as", type=Path, metavar="JSON", help="fail if a plan differs from an earlier run's"
+    )
     parser.add_argument("--list", action="store_true", help="list the pairs and stop")
     parser.add_argument("-v", "--verbose", action="store_true", help="name what is wrong or missing")
     return parser.parse_args(argv)
@@ -92,7 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{method:24} " + ", ".join(f"{key} {value}" for key, value in row.items()))
     lost = worse_with_sample(scores)
     wrong = [score for score in scores if score.method.startswith("lit_wsl") and score.wrong_names]
+    changed = differing_plans(scores, options.same_plans_as) if options.same_plans_as else []
     for title, items in (
+        ("PLAN DIFFERS", changed),
         ("NOT PROVEN OR CRASHED", failed),
         ("WORSE WITH MORE EVIDENCE", lost),
         ("WRONG", [f"{s.pair} ({s.method}): {', '.join(s.wrong_names[:4])}" for s in wrong]),
@@ -104,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         arguments = " ".join(sys.argv[1:] if argv is None else argv)
         write(options.json, scores, pairs, f"python -m benchmarks.gauntlet {arguments}".strip())
-    return 1 if failed or wrong or lost else 0
+    return 1 if failed or wrong or lost or changed else 0
 
 
 if __name__ == "__main__":

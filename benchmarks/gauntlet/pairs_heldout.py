@@ -471,19 +471,16 @@ def _seq2seq() -> list[Pair]:
 
 
 def _bert_layers() -> Pair:
-    """Two classes of one library that differ in the embeddings' code and in the pooler."""
+    """Two classes of one library that differ in the code of their embeddings only."""
     return Pair(
         "bert/bert-to-roberta",
-        partial(_hf, "BertModel", "BertConfig", add_pooling_layer=False, **BERT),
-        partial(_hf, "RobertaModel", "RobertaConfig", type_vocab_size=2, **{**BERT, "max_position_embeddings": 24}),
-        (drop(r"^pooler\."),),
+        partial(_hf, "BertModel", "BertConfig", **BERT),
+        partial(_hf, "RobertaModel", "RobertaConfig", type_vocab_size=2, **BERT),
+        (),
         lambda: ((), {"input_ids": _ids(), "position_ids": torch.arange(11)[None].expand(2, -1)}),
         source_sample=lambda: ((), {"input_ids": _ids()}),
-        source_call=pick("last_hidden_state"),
-        target_call=pick("last_hidden_state"),
-        new=r"^pooler\.",
         insensitive=KEY_BIAS,
-        tags=_tags("bert", "identity", "partial"),
+        tags=_tags("bert", "identity"),
     )
 
 

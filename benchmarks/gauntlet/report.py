@@ -22,6 +22,7 @@ def totals(scores: Sequence[Score], pairs: Sequence[Pair]) -> dict[str, dict[str
             "pairs": len(ours),
             "right": sum(score.right for score in ours),
             "wrong": sum(score.wrong for score in ours),
+            "wrong without permute": sum(score.wrong for score in plain),
             "missing": sum(score.missing for score in ours),
             "buffers": [sum(score.buffers[i] for score in ours) for i in range(3)],
             "pairs with a wrong tensor": sum(bool(score.wrong_names) for score in ours),
@@ -47,6 +48,16 @@ def worse_with_sample(scores: Sequence[Score]) -> list[str]:
     return found
 
 
+def differing_plans(scores: Sequence[Score], earlier: Path) -> list[str]:
+    """Pairs whose plan is not the one of an earlier run: under another PYTHONHASHSEED there must be none."""
+    known = {(row["pair"], row["method"]): row["digest"] for row in json.loads(earlier.read_text())["scores"]}
+    return [
+        f"{score.pair} ({score.method})"
+        for score in scores
+        if score.digest and known.get((score.pair, score.method), score.digest) != score.digest
+    ]
+
+
 def markdown(scores: Sequence[Score], pairs: Sequence[Pair], command: str) -> str:
     """All scores as tables."""
     sums = totals(scores, pairs)
@@ -56,13 +67,13 @@ def markdown(scores: Sequence[Score], pairs: Sequence[Pair], command: str) -> st
         "",
     ]
     lines += [
-        "| method | right | wrong | missing | buffers | pairs with a wrong one | kept | without permute | s |",
-        "|---|---:|---:|---:|---|---:|---:|---:|---:|",
+        "| method | right | wrong | of it without permute | missing | buffers | pairs with a wrong one | kept | without permute | s |",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
     for method, row in sums.items():
         buffers = " / ".join(str(count) for count in row["buffers"])
         lines.append(
-            f"| {method} | {row['right']} | {row['wrong']} | {row['missing']} | {buffers} |"
+            f"| {method} | {row['right']} | {row['wrong']} | {row['wrong without permute']} | {row['missing']} | {buffers} |"
             f" {row['pairs with a wrong tensor']} | {row['kept']}/{row['pairs']} |"
             f" {row['kept without permute']}/{row['pairs without permute']} | {row['seconds']} |"
         )
