@@ -406,6 +406,7 @@ def measure_small(case: Case) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="parts of names; default: all")
+    parser.add_argument("--library", nargs="*", help="torchvision, timm, transformers, open_clip; default: all")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     parser.add_argument("--fast", action="store_true", help="small images where a model takes them (for development)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -415,6 +416,8 @@ def main() -> None:
     rows: list[Row] = []
     for cases in (language_cases, vision_cases, clip_cases):
         for case in cases():
+            if options.library and case.library not in options.library:
+                continue
             if options.only and not any(part.lower() in case.name.lower() for part in options.only):
                 continue
             row = measure_small(case) if options.fast else measure(case)

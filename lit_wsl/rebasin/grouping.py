@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from lit_wsl.rebasin.rules import Run, tensor_args
+from lit_wsl.rebasin.rules import Run
 from lit_wsl.rebasin.spec import AxisSpec, PermutationGroup, PermutationSpec
 from lit_wsl.rebasin.units import FIXED, Array, mix
 
@@ -29,7 +29,6 @@ class Grouping:
         self.groups: dict[str, PermutationGroup] = {}
         self.member: dict[int, tuple[str, int]] = {}  # unit -> its group and its number in it
         self.reasons: dict[Place, str] = {}
-        self.used = {ref.number for node in run.trace.nodes for ref in tensor_args(node)}
 
     def build(self) -> PermutationSpec:
         """The spec."""
@@ -57,7 +56,7 @@ class Grouping:
 
     def _why(self, number: int) -> dict[int, str]:
         why = {}
-        if number not in self.used:
+        if number not in self.run.used:
             return {axis: UNUSED for axis, size in enumerate(self.run.shape_of(number)) if size > 1}
         for axis, size in enumerate(self.run.shape_of(number)):
             if size < 2 or (number, axis) not in self.arrays:

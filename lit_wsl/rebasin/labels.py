@@ -178,6 +178,13 @@ class Algebra:
         factors = [self.pin(factor, along, reason) for factor in label.factors]
         return self.settle(replace(label, factors=tuple(f for f in factors if f is not None)))
 
+    def unsegmented(self, label: Label, axes: Iterable[int] | None = None) -> Label:
+        """Labels by expert end where rows are mixed: from there on the units are the same for all experts."""
+        if label.segmented is None or (axes is not None and label.segmented not in set(axes)):
+            return label
+        pinned = self.pinned(label, [label.segmented], "rows of different experts are mixed")
+        return replace(pinned, segmented=None)
+
     def sign(self, label: Label, operand: int) -> None:
         """Note that the current computation used the units of a label."""
         for factor in label.factors:
@@ -228,6 +235,8 @@ class Algebra:
             for label, mine in zip(labels, moved, strict=True)
             if label.shape[axis] > 1 and label.varies[axis] and axis not in mine
         }
+        # Along routed rows nothing moves: places of their labels are experts, not positions.
+        fixed.difference_update(label.segmented for label in labels if label.segmented is not None)
         if not fixed:
             return list(labels)
         return [self.pinned(label, fixed, reason) for label in labels]
@@ -262,17 +271,20 @@ class Algebra:
         """Sum, mean, maximum over axes."""
         label = self.settle(label)
         axes = sorted({axis % max(label.ndim, 1) for axis in axes})
+        label = self.unsegmented(label, axes)
+        segmented = label.segmented
         factors = [self.blocks(factor, axes) for factor in label.factors]
         kept = tuple(f for f in factors if f is not None)
         if keepdim:
             shape = tuple(1 if a in axes else n for a, n in enumerate(label.shape))
             varies = tuple(a not in axes and v for a, v in enumerate(label.varies))
-            return self.settle(Label(shape, kept, varies, tainted=label.tainted, routed=label.routed))
+            return self.settle(Label(shape, kept, varies, label.tainted, routed=label.routed, segmented=segmented))
+        segmented = None if segmented is None else segmented - sum(a < segmented for a in axes)
         stay = [a for a in range(label.ndim) if a not in axes]
         kept = tuple(f.reshape([f.shape[a] for a in stay]) for f in kept)
         shape = tuple(label.shape[a] for a in stay)
         varies = tuple(label.varies[a] for a in stay)
-        return self.settle(Label(shape, kept, varies, tainted=label.tainted, routed=label.routed))
+        return self.settle(Label(shape, kept, varies, label.tainted, routed=label.routed, segmented=segmented))
 
     def normalise(self, label: Label, axes: Iterable[int]) -> Label:
         """Softmax, norms: each position depends on all along some axes, symmetrically."""

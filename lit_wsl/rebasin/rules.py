@@ -67,6 +67,7 @@ class Run:
     axes: dict[tuple[int, int], Array] = field(default_factory=dict)
     requests: dict[tuple[int, int], Joint] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._starts: list[int] = []
@@ -158,7 +159,8 @@ class Run:
 
     def run(self) -> Run:
         """Apply the rules to every node, then fix the outputs."""
-        for node in self.trace.nodes:
+        for node in self.live_nodes():
+            self.used.update(ref.number for ref in tensor_args(node))
             self.step(node)
         for output in self.trace.outputs:
             self.algebra.freeze(self.label(output), "output of the model")
@@ -197,12 +199,30 @@ class Run:
                     self.algebra.units.freeze(extra, "routing indices that are computed with")
 
     def _unsegment(self, node: Node) -> None:
-        """Labels by expert end here: the same units in all experts from now on."""
+        """Labels by expert end at operations that do not know them."""
         for ref in tensor_args(node):
             label = self.labels.get(ref.number)
-            if label is not None and label.segmented is not None:
-                label = self.algebra.pinned(label, [label.segmented], "rows of different experts are mixed")
-                self.labels[ref.number] = replace(label, segmented=None)
+            if label is not None:
+                self.labels[ref.number] = self.algebra.unsegmented(label)
+
+    def live_nodes(self) -> list[Node]:
+        """The nodes that the outputs depend on; what else was computed ties nothing together."""
+        tensors = self.trace.tensors
+        live = {ref.number for ref in self.trace.outputs}
+        storages = {tensors[number].storage for number in live}
+        kept = []
+        for node in reversed(self.trace.nodes):
+            written = written_arguments(node)
+            if not (
+                any(out.number in live for out in flat_refs(node.outs))
+                or any(tensors[number].storage in storages for number in written)
+            ):
+                continue
+            kept.append(node)
+            for ref in tensor_args(node):
+                live.add(ref.number)
+                storages.add(tensors[ref.number].storage)
+        return kept[::-1]
 
     def _overwrite(self, out: Ref, label: Label) -> None:
         """Writing into a tensor also changes its views: what they did not carry before must stay where it is."""

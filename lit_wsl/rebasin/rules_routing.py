@@ -20,7 +20,7 @@ SEGMENT_RULES.update(
     f"aten.{name}"
     for name in (
         *("_grouped_mm", "bmm", "mul", "add", "add_", "clone", "_to_copy", "detach", "alias", "copy_"),
-        *("slice", "split", "split_with_sizes", "chunk", "glu", "transpose", "unsqueeze", "squeeze", "expand"),
+        *("slice", "split", "split_with_sizes", "select", "transpose", "unsqueeze", "squeeze", "expand"),
     )
 )
 

@@ -14,10 +14,17 @@ from lit_wsl.rebasin.tracing import Node
 from lit_wsl.rebasin.units import FIXED, Array
 
 
-def moved(label: Label, shape: Sequence[int], function: Callable[[Array], Array], varies: Sequence[bool]) -> Label:
-    """A label with another shape whose factors are made by a function."""
+def moved(
+    label: Label,
+    shape: Sequence[int],
+    function: Callable[[Array], Array],
+    varies: Sequence[bool],
+    rows: Callable[[int], int] = int,
+) -> Label:
+    """A label with another shape whose factors are made by a function; ``rows`` tells where an axis went."""
     factors = tuple(function(factor) for factor in label.factors)
-    return replace(label, shape=tuple(shape), factors=factors, varies=tuple(varies))
+    segmented = None if label.segmented is None else rows(label.segmented)
+    return replace(label, shape=tuple(shape), factors=factors, varies=tuple(varies), segmented=segmented)
 
 
 def _dims(value: Any, ndim: int) -> list[int]:
@@ -46,7 +53,7 @@ def expand_label(label: Label, shape: Sequence[int]) -> Label:
     old = (1,) * extra + label.shape
     full = tuple(o if n == -1 else n for n, o in zip(shape, old, strict=True))
     varies = [a >= extra and label.varies[a - extra] and not (old[a] == 1 and full[a] > 1) for a in range(len(full))]
-    return moved(label, full, lambda f: f.reshape((1,) * extra + f.shape), varies)
+    return moved(label, full, lambda f: f.reshape((1,) * extra + f.shape), varies, lambda a: a + extra)
 
 
 @rule("expand")
@@ -171,11 +178,12 @@ def squeeze(run: Run, node: Node) -> Label:
     if node.name.startswith("aten.unsqueeze"):
         dim = int(node.args["dim"]) % (label.ndim + 1)
         varies = [*label.varies[:dim], False, *label.varies[dim:]]
-        return moved(label, shape, lambda f: np.expand_dims(f, dim), varies)
+        return moved(label, shape, lambda f: np.expand_dims(f, dim), varies, lambda a: a + (a >= dim))
     dims = _dims(node.args["dim"], label.ndim) if "dim" in node.args else list(range(label.ndim))
     gone = [axis for axis in dims if label.shape[axis] == 1]
     stay = [axis for axis in range(label.ndim) if axis not in gone]
-    return moved(label, shape, lambda f: np.squeeze(f, tuple(gone)), [label.varies[a] for a in stay])
+    varies = [label.varies[a] for a in stay]
+    return moved(label, shape, lambda f: np.squeeze(f, tuple(gone)), varies, stay.index)
 
 
 @rule("permute", "transpose", "t", "numpy_T", "swapaxes", "movedim")
@@ -196,7 +204,7 @@ def permute(run: Run, node: Node) -> Label:
 def permute_label(label: Label, order: Sequence[int]) -> Label:
     """Axes in another order."""
     shape = [label.shape[a] for a in order]
-    return moved(label, shape, lambda f: f.transpose(order), [label.varies[a] for a in order])
+    return moved(label, shape, lambda f: f.transpose(order), [label.varies[a] for a in order], list(order).index)
 
 
 def take(label: Label, dim: int, index: Array | slice) -> Label:
@@ -219,6 +227,7 @@ def slices(run: Run, node: Node) -> Label:
     """A slice of one axis."""
     label, args = run.label(node.args["self"]), node.args
     dim = _dims(args["dim"], label.ndim)[0]
+    label = run.algebra.unsegmented(label, [dim])
     return take(label, dim, slice(args.get("start"), args.get("end"), args.get("step", 1)))
 
 
@@ -226,7 +235,8 @@ def select_label(label: Label, dim: int, index: int) -> Label:
     """One position of an axis; the axis goes."""
     one = take(label, dim, np.array([index % label.shape[dim]]))
     stay = [a for a in range(label.ndim) if a != dim]
-    return moved(one, [one.shape[a] for a in stay], lambda f: np.squeeze(f, dim), [one.varies[a] for a in stay])
+    varies = [one.varies[a] for a in stay]
+    return moved(one, [one.shape[a] for a in stay], lambda f: np.squeeze(f, dim), varies, stay.index)
 
 
 @rule("select")
@@ -235,6 +245,7 @@ def select(run: Run, node: Node) -> Label:
     label = run.label(node.args["self"])
     dim = _dims(node.args["dim"], label.ndim)[0]
     index = node.args["index"]
+    label = run.algebra.unsegmented(label, [dim])
     if not isinstance(index, int):
         run.algebra.freeze(label, "selected by a computed position")
         return Label(run.shape(node.outs[0]))
@@ -254,6 +265,7 @@ def split(run: Run, node: Node) -> list[Label]:
     """Consecutive parts of an axis."""
     label = run.label(node.args["self"])
     dim = _dims(node.args["dim"], label.ndim)[0]
+    label = run.algebra.unsegmented(label, [dim])
     parts, start = [], 0
     for out in node.outs:
         size = run.shape(out)[dim]
@@ -316,6 +328,9 @@ def unfold(run: Run, node: Node) -> Label:
     return moved(label, shape, windows, [*label.varies, label.varies[dim]])
 
 
+_FEW = 8
+
+
 @rule("cat", "concatenate", "concat")
 def cat(run: Run, node: Node) -> Label:
     """Parts one behind the other."""
@@ -336,12 +351,16 @@ def stack(run: Run, node: Node) -> Label:
         shape = [*label.shape[:dim], 1, *label.shape[dim:]]
         varies = [*label.varies[:dim], False, *label.varies[dim:]]
         lifted.append(moved(label, shape, lambda f: np.expand_dims(f, dim), varies))
-    result = cat_labels(run.algebra, lifted, dim)
+    # A few tensors side by side (hidden states of layers and directions) keep their own units.
+    result = cat_labels(run.algebra, lifted, dim, apart=len(labels) <= _FEW)
     return replace(result, varies=tuple(v or a == dim for a, v in enumerate(result.varies)))
 
 
-def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int) -> Label:
-    """Concatenate along ``dim``: units side by side there, and the same units on all other axes."""
+def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int, apart: bool = False) -> Label:
+    """Concatenate along ``dim``: units side by side there, and the same units on all other axes.
+
+    With ``apart``, other axes may have other units for each place along ``dim``; labels become larger by that.
+    """
     labels = [algebra.settle(label) for label in labels]
     shape = list(labels[0].shape)
     shape[dim] = sum(label.shape[dim] for label in labels)
@@ -353,7 +372,8 @@ def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int) -> Label:
     factors = []
     for slot in slots:
         parts = [_slot(label, slot, dim) for label in labels]
-        if all(part is None or part.shape[dim] == 1 for part in parts) and slot:
+        flat = all(part is None or part.shape[dim] == 1 for part in parts) and bool(slot)
+        if flat and not (apart and all(part is not None for part in parts)):
             present = [part for part in parts if part is not None]
             for part in present[1:]:
                 algebra.units.unify(present[0], part)

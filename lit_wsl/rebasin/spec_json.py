@@ -1,8 +1,8 @@
 """JSON form of a permutation spec, short enough for a person to read and edit.
 
-The coordinates of an axis are written as a list of segments, each ``{"shape": [12, 64], "groups": ["heads", "inner"]}``:
-the positions run through a box in row-major order, each side of the box is one group (null: a side that stays fixed).
-``"start": [0, 32]`` says that a side begins at another unit than 0. What does not fit segments is cut into more of them.
+The coordinates of an axis are written as a list of segments, ``{"shape": [12, 64], "groups": ["heads", "inner"]}``: the
+positions run through a box in row-major order, each side of the box is one group (null: a side that stays fixed).
+``"start": [0, 32]`` says that a side begins at another unit than 0. What does not fit a segment is cut into more.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def spec_from_dict(data: Mapping[str, Any]) -> PermutationSpec:
 
     if data.get("format") != FORMAT or int(data.get("version", 0)) > VERSION:
         raise RebasinError(
-            f"Not a permutation spec this version reads: format {data.get('format')!r}, version {data.get('version')!r};"
-            f" expected {FORMAT!r}, at most {VERSION}."
+            f"Not a permutation spec this version reads: format {data.get('format')!r}, "
+            f"version {data.get('version')!r}; expected {FORMAT!r}, at most {VERSION}."
         )
     try:
         groups = {n: PermutationGroup(n, int(g["size"]), g.get("parent")) for n, g in data["groups"].items()}
