@@ -287,6 +287,8 @@ class WeightTransferCallback(Callback):
             return
         os.makedirs(directory, exist_ok=True)
         self.report.to_json(Path(directory) / REPORT_FILE)
+        if self.report.applied:
+            self.report.save_html((Path(directory) / REPORT_FILE).with_suffix(".html"))
 
 
 class quiet:  # noqa: N801  used as a context, like a function

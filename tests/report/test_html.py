@@ -226,3 +226,23 @@ def test_ten_thousand_tensors_stay_quick(browser, tmp_path, large):
     page.search("layers.7.experts.90.up")
     page.wait("return document.getElementById('found').textContent === '1 match'")
     assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+
+
+def test_the_callback_leaves_a_page_in_the_log_directory(tmp_path):
+    import torch
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+    from lightning.pytorch.loggers import CSVLogger
+
+    from lit_wsl import WeightTransferCallback
+
+    torch.save(BoringModel().state_dict(), tmp_path / "old.ckpt")
+    logger = CSVLogger(tmp_path, name="", version="run")
+    callback = WeightTransferCallback(tmp_path / "old.ckpt", verbose=False)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    Trainer(logger=logger, max_epochs=0, callbacks=[callback], **quiet).fit(BoringModel())
+    page = (tmp_path / "run" / "weight_transfer.html").read_text(encoding="utf-8")
+    assert "old.ckpt → BoringModel" in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S).group(1))
+    assert data["target"]["types"] == ["Linear", "Linear"]
+    assert data["coverage"]["target"]["share"] == 1.0
