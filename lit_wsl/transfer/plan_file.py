@@ -25,6 +25,7 @@ entries of a line is a list of ``[count, value]`` pairs.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ __all__ = ["load_plan", "plan_from_text", "plan_to_text", "reverse_entry", "reve
 
 FORMAT = "lit_wsl.plan"
 VERSION = 1
+_LINE_BREAKS = re.compile("[\x7f-\xa0\u2028\u2029\ufeff]")
 SECTIONS = ("entries", "ambiguous", "unmatched_source", "unmatched_target")
 
 
@@ -105,8 +107,11 @@ def plan_to_text(plan: TransferPlan, *, yaml: bool = False) -> str:
         if yaml:
             import yaml as pyyaml
 
-            json.dumps(document, allow_nan=False)
-            return pyyaml.safe_dump(document, sort_keys=False, width=120, allow_unicode=True, default_flow_style=None)
+            plain = json.dumps(document, allow_nan=False, ensure_ascii=False)
+            readable = not _LINE_BREAKS.search(plain)  # PyYAML folds these into spaces unless it escapes them
+            return pyyaml.safe_dump(
+                document, sort_keys=False, width=120, allow_unicode=readable, default_flow_style=None
+            )
         return _json(document)
     except (TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"the plan cannot be written as plain data: {error}.") from error
