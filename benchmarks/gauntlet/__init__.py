@@ -11,7 +11,7 @@ import benchmarks.torchvision_guard  # noqa: F401  (before torchvision, timm and
 from benchmarks.gauntlet.pair import Pair
 from benchmarks.gauntlet.truth import TruthError
 
-_MODULES = ("pairs_vision", "pairs_language", "pairs_more", "generated", "pairs_heldout")
+_MODULES = ("pairs_vision", "pairs_language", "pairs_more", "pairs_traps", "generated", "pairs_heldout")
 
 
 def all_pairs() -> list[Pair]:

@@ -119,6 +119,7 @@ class Pair:
         target_call: What of the target is compared in the proof.
         new: Pattern of target names without a source.
         permute: The truth needs a permutation of axes (interleaved heads, rotary layout).
+        source_dtype: Floating point type of the source's state dict; by default that of the target, float32.
         insensitive: Pattern of target parameters that the output does not depend on (a key's bias under softmax); the
             rule holds by analogy for them.
         tolerance: Largest difference of outputs, relative to the largest output, in float64.
@@ -135,6 +136,7 @@ class Pair:
     target_call: Call = outputs
     new: str | None = None
     permute: bool = False
+    source_dtype: torch.dtype | None = None
     insensitive: str | None = None
     tolerance: float = 1e-6
     tags: frozenset[str] = field(default_factory=frozenset)
@@ -190,7 +192,12 @@ class Pair:
             TruthError: If a rule does not fit.
         """
         source, target = self.build_source(), self.build_target()
-        state = {name: value.detach() for name, value in source.state_dict().items()}
+        if self.source_dtype is not None:  # round the source's values, then compute with the rounded ones
+            source = source.to(self.source_dtype).float()
+        state = {
+            name: value.detach().to(self.source_dtype or value.dtype) if value.is_floating_point() else value.detach()
+            for name, value in source.state_dict().items()
+        }
         return Built(source, target, state, self.expected(state, target))
 
     def prove(self, built: Built | None = None) -> list[str]:
@@ -221,6 +228,8 @@ class Pair:
             raise TruthError(f"{self.name}: declared new, yet placed: {both[:8]}")
         source, target = copy.deepcopy(built.source).double(), copy.deepcopy(built.target).double()
         fill(target, truth)
+        if not truth:
+            return []  # nothing of the source belongs into the target, so there is nothing to compare
         parameters = [(n, p) for n, p in target.named_parameters() if n in truth]
         with torch.no_grad():
             args, kwargs = _as_double(self.matching_source_sample())

@@ -61,19 +61,24 @@ def differing_plans(scores: Sequence[Score], earlier: Path) -> list[str]:
 def markdown(scores: Sequence[Score], pairs: Sequence[Pair], command: str) -> str:
     """All scores as tables."""
     sums = totals(scores, pairs)
-    lines = ["# Gauntlet", "", f"`{command}`", "", "Each cell of a pair: right / wrong / missing parameters, and", ""]
-    lines[-2:] = [
+    lines = [
+        "# Gauntlet",
+        "",
+        f"`{command}`",
+        "",
         "Cells: parameters right / wrong / missing, then ✓ if the target computes what the source computes.",
+        "Without permute: without the pairs whose truth permutes axes, which names and shapes do not show.",
         "",
     ]
     lines += [
-        "| method | right | wrong | of it without permute | missing | buffers | pairs with a wrong one | kept | without permute | s |",
+        "| method | right | wrong | wrong without permute | missing | buffers | wrong pairs | kept | without permute | s |",
         "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
     for method, row in sums.items():
         buffers = " / ".join(str(count) for count in row["buffers"])
         lines.append(
-            f"| {method} | {row['right']} | {row['wrong']} | {row['wrong without permute']} | {row['missing']} | {buffers} |"
+            f"| {method} | {row['right']} | {row['wrong']} | {row['wrong without permute']} | {row['missing']} |"
+            f" {buffers} |"
             f" {row['pairs with a wrong tensor']} | {row['kept']}/{row['pairs']} |"
             f" {row['kept without permute']}/{row['pairs without permute']} | {row['seconds']} |"
         )
