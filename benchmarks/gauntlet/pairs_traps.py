@@ -19,6 +19,7 @@ from benchmarks.gauntlet.pair import Pair, images, input_of, output_of, pick, to
 from benchmarks.gauntlet.pairs_language import BERT, IDS, UPCAST, VOCAB, _hf
 from benchmarks.gauntlet.rewrites.encoders import TorchBert
 from benchmarks.gauntlet.rewrites.llama import MetaLlama
+from benchmarks.gauntlet.rewrites.vision import Wrapped
 from benchmarks.gauntlet.truth import drop, keep, rename
 
 
@@ -67,6 +68,10 @@ class Siamese(nn.Module):
         return getattr(self, self.first)(*args, **kwargs)
 
 
+def _student(build: Any) -> nn.Module:
+    return Wrapped(build(), "student")
+
+
 class Generator(nn.Module):
     def __init__(self, names: tuple[str, ...] = ("up1", "up2", "up3")):
         super().__init__()
@@ -112,10 +117,9 @@ def two_of_a_kind() -> list[Pair]:
     student = Pair(
         "trap/student_and_teacher-to-student",
         partial(Siamese, resnet, "student", "teacher", True),
-        partial(Siamese, resnet, "student", "head"),
+        partial(_student, resnet),
         (keep(r"^student\."),),
         images(),
-        new=r"^head\.",
         tags=_tags("resnet", "twins"),
     )
     either = Pair(

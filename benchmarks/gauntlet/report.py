@@ -71,7 +71,7 @@ def markdown(scores: Sequence[Score], pairs: Sequence[Pair], command: str) -> st
         "",
     ]
     lines += [
-        "| method | right | wrong | wrong without permute | missing | buffers | wrong pairs | kept | without permute | s |",
+        "| method | right | wrong | without permute | missing | buffers | wrong pairs | kept | without permute | s |",
         "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
     for method, row in sums.items():
