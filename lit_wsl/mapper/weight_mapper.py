@@ -132,8 +132,9 @@ class WeightMapper:
             CheckpointError: If the file is missing or unreadable, or holds no tensors.
             MappingError: As :meth:`from_state_dict`.
         """
-        return cls.from_state_dict(
-            open_checkpoint(path),
+        checkpoint = open_checkpoint(path)
+        mapper = cls.from_state_dict(
+            checkpoint,
             target_module,
             source_module=source_module,
             shape_tolerance=shape_tolerance,
@@ -142,6 +143,8 @@ class WeightMapper:
             buffer_matching_mode=buffer_matching_mode,
             label=Path(path).name,
         )
+        mapper._notes.extend(checkpoint.notes)
+        return mapper
 
     def _set_up(
         self,

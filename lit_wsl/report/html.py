@@ -25,6 +25,7 @@ from lit_wsl.transfer.plan import PlanEntry, Unmatched
 _ASSETS = Path(__file__).parent / "assets"
 _NAME_PARTS = ("token", "edit", "substring", "type")
 _HIERARCHY_PARTS = ("depth", "path", "parents", "order")
+_MOST_BREAKDOWNS = 20_000  # beyond it they would be most of the page and of the time
 
 
 def save_html(
@@ -118,6 +119,9 @@ def page_data(material: Material) -> dict[str, Any]:
     }
     entries = [_entry(material, entry, where, texts, badges) for entry in plan.entries]
     weights = material.options.score_weights
+    notes = list(material.notes)
+    if len(plan.entries) > _MOST_BREAKDOWNS:
+        notes.append(f"score breakdowns are left out of pages with more than {_MOST_BREAKDOWNS:,} mappings")
     return {
         "version": __version__,
         "labels": {"source": plan.source.label, "target": plan.target.label},
@@ -145,7 +149,7 @@ def page_data(material: Material) -> dict[str, Any]:
         "texts": texts.values(),
         "badges": badges.values(),
         "warnings": list(material.warnings),
-        "notes": list(material.notes),
+        "notes": notes,
     }
 
 
@@ -176,7 +180,8 @@ def _side(side: ModelDescription, left: tuple[Unmatched, ...], shapes: _Table, t
 
 def _entry(material: Material, entry: PlanEntry, where: dict[str, _Finder], texts: _Table, badges: _Table) -> list[Any]:
     found = []
-    for source, target in pairs(entry):
+    explained = len(material.plan.entries) <= _MOST_BREAKDOWNS
+    for source, target in pairs(entry) if explained else ():
         s, t = where["source"].all((source,)), where["target"].all((target,))
         if s and t:
             parts = breakdown(material, entry, source, target)

@@ -210,6 +210,20 @@ def test_light_and_dark_both_have_contrast(page):
         time.sleep(0.3)
 
 
+def test_a_plan_that_moves_nothing_still_makes_a_page(browser, tmp_path):
+    sides = [
+        ModelDescription((ParameterInfo("a.weight", (3,)),), label="old"),
+        ModelDescription((ParameterInfo("b.weight", (4,)), ParameterInfo("b.count", (), kind="buffer")), label="new"),
+    ]
+    plan = TransferPlan((), SideSummary.of(sides[0]), SideSummary.of(sides[1]))
+    page = Page(browser, save_html(plan, tmp_path / "none.html", source=sides[0], target=sides[1]))
+    assert page.rows("source") == ["old", "a.weight"]
+    assert "0.0 %" in page.driver.find_element("id", "coverage").text
+    page.row("source", "a.weight").click()
+    page.wait("return document.getElementById('details').textContent.includes('unmatched')")
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+
+
 def test_ten_thousand_tensors_stay_quick(browser, tmp_path, large):
     source, target, plan = large
     path = save_html(plan, tmp_path / "large.html", source=source, target=target)
