@@ -27,7 +27,10 @@ class Grouping:
         self.arrays: dict[Place, Array] = {place: self.units.find(run.axes[place]) for place in self.order}
         self.parent = self.units.parents(np.arange(len(self.units)))
         self.groups: dict[str, PermutationGroup] = {}
-        self.member: dict[int, tuple[str, int]] = {}  # unit -> its group and its number in it
+        self.names: list[str] = []
+        self.group_of = np.full(len(self.units), -1)  # the group of each unit, as a place in names
+        self.number = np.full(len(self.units), -1)  # its number in the group
+        self.starts = np.cumsum([0, *(self.arrays[place].size for place in self.order)])
         self.reasons: dict[Place, str] = {}
 
     def build(self) -> PermutationSpec:
@@ -102,8 +105,7 @@ class Grouping:
         by_parent: dict[int, list[int]] = defaultdict(list)
         for unit in live:
             by_parent[int(self.parent[unit])].append(unit)
-        names = self._names(live, first)
-        self._level(by_parent, [((), FIXED)], None, colour, names)
+        self._level(by_parent, [((), FIXED)], None, colour, first)
 
     def _level(
         self,
@@ -111,7 +113,7 @@ class Grouping:
         parents: list[tuple[tuple[int, ...], int]],
         parent: str | None,
         colour: np.ndarray,
-        names: Mapping[int, str],
+        first: np.ndarray,
     ) -> None:
         """Groups among the children of the units of one group, one family for each colour."""
         families: dict[int, list[list[int]]] = {}
@@ -133,27 +135,24 @@ class Grouping:
                 for k, unit in enumerate(members)
             ]
             if size == 1 and parent is None:
-                self._level(by_parent, [((), nested[0][1])], None, colour, names)
+                self._level(by_parent, [((), nested[0][1])], None, colour, first)
                 continue
             if size == 1:
                 # One unit inside each block: it moves with the block, and so does all that is inside of it.
                 for (_, unit), (_, block) in zip(nested, parents, strict=True):
-                    self.member[unit] = self.member[block]
-                self._level(by_parent, [(p[:-1], u) for p, u in nested], parent, colour, names)
+                    self.group_of[unit], self.number[unit] = self.group_of[block], self.number[block]
+                self._level(by_parent, [(p[:-1], u) for p, u in nested], parent, colour, first)
                 continue
-            name = self._unique(names[nested[0][1]])
+            name = self._unique(self._name(nested[0][1], first))
             self.groups[name] = PermutationGroup(name, size, parent)
-            for path, unit in nested:
-                self.member[unit] = (name, path[-1])
-            self._level(by_parent, nested, name, colour, names)
+            members = [unit for _, unit in nested]
+            self.group_of[members], self.number[members] = len(self.names), [path[-1] for path, _ in nested]
+            self.names.append(name)
+            self._level(by_parent, nested, name, colour, first)
 
-    def _names(self, live: list[int], first: np.ndarray) -> dict[int, str]:
-        starts = np.cumsum([0, *(self.arrays[place].size for place in self.order)])
-        names = {}
-        for unit in live:
-            place = self.order[int(np.searchsorted(starts, first[unit], side="right")) - 1]
-            names[unit] = f"{self.run.trace.parameters[place[0]][0]}:{place[1]}"
-        return names
+    def _name(self, unit: int, first: np.ndarray) -> str:
+        place = self.order[int(np.searchsorted(self.starts, first[unit], side="right")) - 1]
+        return f"{self.run.trace.parameters[place[0]][0]}:{place[1]}"
 
     def _unique(self, name: str) -> str:
         base, count = name, 1
@@ -162,16 +161,6 @@ class Grouping:
         return name
 
     # ---- axes --------------------------------------------------------------------------------------------------------
-
-    def _chain(self, unit: int) -> dict[str, int]:
-        """Coordinates of a unit: its number in its group, and those of the blocks around it."""
-        coords: dict[str, int] = {}
-        while unit != FIXED:
-            if unit in self.member:
-                name, number = self.member[unit]
-                coords.setdefault(name, number)
-            unit = int(self.parent[unit])
-        return coords
 
     def _axis(self, place: Place) -> AxisSpec | None:
         array, joint = self.arrays[place], self.run.joints.get(place)
@@ -223,15 +212,21 @@ class Grouping:
         return above
 
     def _plain(self, flat: Array) -> AxisSpec:
-        chains = {int(u): self._chain(int(u)) for u in np.unique(flat)}
-        present = {name for chain in chains.values() for name in chain}
-        groups = tuple(name for name in self.groups if name in present)
-        coords = torch.full((len(groups), flat.size), -1, dtype=torch.long)
-        values, inverse = np.unique(flat, return_inverse=True)
-        for row, name in enumerate(groups):
-            numbers = np.array([chains[int(u)].get(name, -1) for u in values], dtype=np.int64)
-            coords[row] = torch.from_numpy(numbers[inverse.reshape(-1)])
-        return AxisSpec(groups, coords)
+        """Coordinates of positions: of their units, and of the blocks around these."""
+        rows: dict[int, np.ndarray] = {}
+        current = flat
+        while current.any():
+            group = self.group_of[current]
+            for which in np.unique(group[group >= 0]):
+                row = rows.setdefault(int(which), np.full(flat.size, -1))
+                where = (group == which) & (row < 0)
+                row[where] = self.number[current[where]]
+            current = np.where(current == FIXED, FIXED, self.parent[current])
+        order = sorted(rows)
+        coords = torch.full((len(order), flat.size), -1, dtype=torch.long)
+        for k, which in enumerate(order):
+            coords[k] = torch.from_numpy(rows[which])
+        return AxisSpec(tuple(self.names[which] for which in order), coords)
 
 
 class _Retry(Exception):  # noqa: N818  (control flow, not an error)

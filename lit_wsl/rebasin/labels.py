@@ -80,15 +80,23 @@ class Algebra:
 
     # ---- factors -----------------------------------------------------------------------------------------------------
 
-    def settle(self, label: Label) -> Label:
-        """Factors by the representatives of their units, without those that say nothing."""
+    def settle(self, label: Label, single: bool = False) -> Label:
+        """Factors by the representatives of their units, without those that say nothing.
+
+        A tensor that belongs to one unit as a whole (one channel cut out) is not followed further, unless ``single``;
+        that this computation used the unit is noted, so that it cannot be exchanged for one that is used otherwise.
+        """
         if not label.factors:
             return label
         kept: list[Array] = []
         for factor in label.factors:
             found = compress(self.units.find(factor))
-            if depends(found) and found.any():
+            if not found.any():
+                continue
+            if depends(found) or single:
                 kept.append(found)
+            else:
+                self.units.sign(found, mix(self.node, 991))
         return replace(label, factors=tuple(self.prune(kept)))
 
     def prune(self, factors: Sequence[Array]) -> list[Array]:

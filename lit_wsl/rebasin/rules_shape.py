@@ -91,7 +91,7 @@ def reshape_label(algebra: Algebra, label: Label, shape: Sequence[int]) -> Label
         return Label(
             shape, (), _reshape_varies(label, shape), label.tainted, label.values, label.routed, label.segments
         )
-    label = algebra.settle(label)
+    label = algebra.settle(label, single=True)
     blocks = reshape_blocks(label.shape, shape)
     factors = []
     for factor in label.factors:
@@ -361,7 +361,7 @@ def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int, apart: bool 
 
     With ``apart``, other axes may have other units for each place along ``dim``; labels become larger by that.
     """
-    labels = [algebra.settle(label) for label in labels]
+    labels = [algebra.settle(label, single=True) for label in labels]
     shape = list(labels[0].shape)
     shape[dim] = sum(label.shape[dim] for label in labels)
     tainted, routed = any(label.tainted for label in labels), any(label.routed for label in labels)
