@@ -6,9 +6,10 @@ indices; schedulers, loops, precision, callbacks', datamodule's and hyper-parame
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,37 +161,98 @@ def convert_document(
         raise CheckpointError(f"{checkpoint.path} holds weights only; there is nothing else to convert.")
     state, notes = convert_weights(checkpoint, plan, target=target, progress=progress)
     entries: dict[Hashable, Any] = {}
+    training = TRAINING | {place[0] for place in find_optimizers(tree)}
     for key, value in tree.items():
-        if weights_only and (key in TRAINING or (checkpoint.lossy and contains_foreign(value))):
+        if weights_only and (key in training or (checkpoint.lossy and contains_foreign(value))):
             notes.append(f"left out: {key!r}")
         elif key == checkpoint.prefix[0]:
             entries[key] = replace_at(value, checkpoint.prefix[1:], state)
-        elif (twin := _twin(value, checkpoint, plan)) is not None:
-            entries[key] = with_entries(value, _with_extra(value, convert_tensors(twin, plan, target)))
+        elif (copied := _convert_twin(value, checkpoint, plan, target)) is not None:
+            entries[key] = copied
             notes.append(f"{key!r}, a copy of the weights, was converted likewise")
         else:
             entries[key] = value
-    states = 0
-    saved = () if weights_only else tree.get("optimizer_states") or []
-    if not isinstance(saved, (list, tuple)):
-        raise CheckpointError(f"{checkpoint.path}: 'optimizer_states' is not a list of optimizers' states.")
-    if saved:
-        new = new_order(plan, target)
-        made, remarks = convert_optimizers(
-            saved,
-            plan,
-            old_parameters(checkpoint, plan),
-            new,
-            groups=groups_of(optimizers, target) if optimizers is not None and target is not None else None,
-            parameter_names=parameter_names,
-            on_lost=on_lost,
+    states = carried = 0
+    if not weights_only:
+        made, saved, remarks = _convert_training(
+            checkpoint, tree, plan, target, optimizers, parameter_names=parameter_names, on_lost=on_lost
         )
-        entries["optimizer_states"] = made
+        entries.update(made)
+        if checkpoint.format == "dcp":  # sharded files hold them one by one; in one file Lightning looks for a list
+            _gather_optimizers(entries)
         notes += remarks
-        states = sum(len(optimizer["state"]) for optimizer in made)
-        _check_schedulers(tree.get("lr_schedulers") or [], saved, made)
+        carried, states = len(saved), sum(len(optimizer["state"]) for optimizer in saved)
     document = with_entries(checkpoint.document(), entries)
-    return document, Conversion(len(state), len(saved), states, (*checkpoint.notes, *notes))
+    return document, Conversion(len(state), carried, states, (*checkpoint.notes, *notes))
+
+
+def _convert_training(
+    checkpoint: Checkpoint,
+    tree: Mapping[Any, Any],
+    plan: TransferPlan,
+    target: nn.Module | None,
+    optimizers: Sequence[Optimizer] | None,
+    *,
+    parameter_names: Sequence[Sequence[str]] | None,
+    on_lost: OnLost,
+) -> tuple[dict[Any, Any], list[dict[str, Any]], list[str]]:
+    """Convert every optimizer's state in the file: the entries that hold them, the states, and remarks."""
+    places = find_optimizers(tree)
+    if not places:
+        return {}, [], []
+    made, notes = convert_optimizers(
+        [_at(tree, place) for place in places],
+        plan,
+        old_parameters(checkpoint, plan),
+        new_order(plan, target),
+        groups=groups_of(optimizers, target) if optimizers is not None and target is not None else None,
+        parameter_names=parameter_names,
+        on_lost=on_lost,
+    )
+    _check_schedulers(tree.get("lr_schedulers") or [], [_at(tree, place) for place in places], made)
+    entries: dict[Any, Any] = {}
+    for place, data in zip(places, made):
+        if len(place) == 1:
+            entries[place[0]] = data
+        elif isinstance(tree[place[0]], Mapping):
+            entries.setdefault(place[0], dict(tree[place[0]]))[place[1]] = data
+        else:
+            entries.setdefault(place[0], list(tree[place[0]]))[place[1]] = data
+    return entries, made, notes
+
+
+def find_optimizers(tree: Mapping[Any, Any]) -> list[tuple[Any, ...]]:
+    """Where the states of optimizers are, told by their form: Lightning's list, or entries of plain training scripts.
+
+    >>> optimizer = {"state": {}, "param_groups": []}
+    >>> find_optimizers({"optimizer_states": [optimizer], "epoch": 3, "optimizer": optimizer})
+    [('optimizer_states', 0), ('optimizer',)]
+    """
+
+    def is_optimizer(value: Any) -> bool:
+        return isinstance(value, Mapping) and {"state", "param_groups"} <= set(value)
+
+    found: list[tuple[Any, ...]] = []
+    for key, value in tree.items():
+        if is_optimizer(value):
+            found.append((key,))
+        elif isinstance(value, (list, tuple)) and (key == "optimizer_states" or any(map(is_optimizer, value))):
+            found += [(key, number) for number in range(len(value))]
+        elif isinstance(value, Mapping) and any(map(is_optimizer, value.values())):
+            found += [(key, name) for name in value if is_optimizer(value[name])]
+    return found
+
+
+def _at(tree: Any, place: Sequence[Any]) -> Any:
+    for key in place:
+        tree = tree[key]
+    return tree
+
+
+def _gather_optimizers(entries: dict[Hashable, Any]) -> None:
+    single = [key for key in entries if isinstance(key, str) and re.fullmatch(r"optimizer_\d+", key)]
+    if single and "optimizer_states" not in entries:
+        entries["optimizer_states"] = [entries.pop(key) for key in sorted(single, key=lambda key: int(str(key)[10:]))]
 
 
 def convert_weights(
@@ -297,21 +359,30 @@ def _own(result: Tensor, sources: Sequence[Tensor], several: bool) -> Tensor:
     return result.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _twin(value: Any, checkpoint: Checkpoint, plan: TransferPlan) -> Mapping[str, Tensor] | None:
-    """Another copy of the weights in the file, such as that of ``WeightAveraging``: all sources, in the same shapes."""
+def _convert_twin(value: Any, checkpoint: Checkpoint, plan: TransferPlan, target: nn.Module | None) -> Any:
+    """Convert another copy of the weights, such as that of ``WeightAveraging``, or an average of the parameters alone.
+
+    Returns:
+        The converted copy; ``None`` if the value is no copy: most of the plan's sources, in the same shapes.
+    """
     entries = as_mapping(value)
-    sources = [source for entry in plan.entries for source in entry.sources]
-    if entries is None or not sources:
+    if entries is None or not plan.entries:
         return None
-    for source in sources:
-        if not isinstance(entries.get(source), Tensor) or entries[source].shape != checkpoint.meta(source).shape:
-            return None
-    return {name: tensor for name, tensor in entries.items() if isinstance(tensor, Tensor)}
+    for prefix in ("", "module."):
 
+        def fits(source: str, prefix: str = prefix) -> bool:
+            tensor = entries.get(prefix + source)
+            return isinstance(tensor, Tensor) and tensor.shape == checkpoint.meta(source).shape
 
-def _with_extra(value: Any, made: Mapping[str, Tensor]) -> dict[Any, Any]:
-    extra = {key: item for key, item in (as_mapping(value) or {}).items() if not isinstance(item, Tensor)}
-    return {**made, **extra}
+        inside = [entry for entry in plan.entries if all(map(fits, entry.sources))]
+        if len(inside) * 2 <= len(plan.entries):
+            continue
+        used = {source for entry in inside for source in entry.sources}
+        made = convert_tensors({s: entries[prefix + s] for s in used}, replace(plan, entries=tuple(inside)), target)
+        # what the plan leaves out of the model is left out of its copy; what is not the model's stays
+        rest = {key: item for key, item in entries.items() if str(key).removeprefix(prefix) not in checkpoint}
+        return with_entries(value, {**{prefix + name: tensor for name, tensor in made.items()}, **rest})
+    return None
 
 
 def _check_schedulers(schedulers: Sequence[Any], saved: Sequence[Any], made: Sequence[Any]) -> None:

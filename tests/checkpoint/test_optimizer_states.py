@@ -406,3 +406,63 @@ def test_tied_weights_count_once_and_come_back_under_both_names(tmp_path):
     fresh = torch.optim.Adam(new.parameters())
     fresh.load_state_dict(content["optimizer_states"][0])
     assert torch.equal(fresh.state[new.tokens.weight]["exp_avg"], optimizer.state[old.wte.weight]["exp_avg"])
+
+
+def trained_pair():
+    """An old and a new model, the old one's optimizer after a step, and the plan."""
+    torch.manual_seed(0)
+    old = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    new = nn.ModuleDict({"out": nn.Linear(4, 2), "into": nn.Linear(3, 4)})
+    optimizer = torch.optim.Adam(old.parameters(), lr=0.01)
+    for parameter in old.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    pairs = {f"{a}.{leaf}": f"{b}.{leaf}" for a, b in (("0", "into"), ("2", "out")) for leaf in ("weight", "bias")}
+    plan = TransferPlan(tuple(PlanEntry((a,), (b,)) for a, b in pairs.items()), SIDE, SIDE)
+    return old, new, optimizer, plan, pairs
+
+
+def check_states(made, new, old, optimizer, pairs):
+    fresh = torch.optim.Adam(new.parameters())
+    fresh.load_state_dict(made)
+    assert fresh.param_groups[0]["lr"] == 0.01
+    before, after = dict(old.named_parameters()), dict(new.named_parameters())
+    for a, b in pairs.items():
+        assert torch.equal(fresh.state[after[b]]["exp_avg"], optimizer.state[before[a]]["exp_avg"])
+
+
+def test_checkpoints_of_plain_training_scripts_are_converted_too(tmp_path):
+    old, new, optimizer, plan, pairs = trained_pair()
+    average = {f"module.{k}": v + 1 for k, v in old.state_dict().items()} | {"n_averaged": torch.tensor(7)}
+    content = {"model": old.state_dict(), "optimizer": optimizer.state_dict(), "ema": average, "epoch": 3}
+    content["optimizers"] = {"main": optimizer.state_dict(), "note": "x"}
+    torch.save(content, tmp_path / "old.pt")
+    done = convert_checkpoint(tmp_path / "old.pt", tmp_path / "new.pt", plan, target=new)
+    assert done.optimizers == 2
+    made = torch.load(tmp_path / "new.pt", weights_only=True)
+    assert list(made) == list(content)
+    new.load_state_dict(made["model"])
+    check_states(made["optimizer"], new, old, optimizer, pairs)
+    check_states(made["optimizers"]["main"], new, old, optimizer, pairs)
+    assert made["optimizers"]["note"] == "x"
+    assert set(made["ema"]) == {f"module.{name}" for name in pairs.values()} | {"n_averaged"}
+    assert torch.equal(made["ema"]["module.out.bias"], average["module.2.bias"])
+
+
+def test_sharded_folders_with_states_by_name_become_one_file(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    old, new, optimizer, plan, pairs = trained_pair()
+    state = optimizer.state_dict()
+    names = [name for name, _ in old.named_parameters()]
+    by_name = {"state": {names[i]: s for i, s in state["state"].items()}}
+    by_name["param_groups"] = [{**state["param_groups"][0], "params": names}]
+    dcp.save({"state_dict": old.state_dict(), "optimizer_0": by_name}, checkpoint_id=tmp_path / "folder", no_dist=True)
+    torch.save({"pytorch-lightning_version": "2.6.0", "lr_schedulers": [], "epoch": 2}, tmp_path / "folder" / "meta.pt")
+    convert_checkpoint(tmp_path / "folder", tmp_path / "new.ckpt", plan, target=new)
+    made = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    assert "optimizer_0" not in made
+    assert made["epoch"] == 2
+    new.load_state_dict(made["state_dict"])
+    assert made["optimizer_states"][0]["param_groups"][0]["params"] == [name for name, _ in new.named_parameters()]
+    check_states(made["optimizer_states"][0], new, old, optimizer, pairs)
