@@ -106,14 +106,13 @@ def weight_matching(
         RebasinError: a matched tensor is missing or has another shape than the spec, or is not finite.
 
     Example:
-        >>> from lit_wsl.rebasin import PermutationSpecBuilder, apply_permutation
-        >>> builder = PermutationSpecBuilder()
-        >>> _ = builder.group("hidden", 3)
-        >>> spec = builder.axis("up", 0, "hidden").axis("down", 1, "hidden").build()
-        >>> a = {"up": torch.eye(3), "down": torch.tensor([[1.0, 2.0, 3.0]])}
-        >>> b = apply_permutation(spec, {"hidden": torch.tensor([2, 0, 1])}, a)
-        >>> found = weight_matching(spec, a, b)
-        >>> bool(torch.equal(apply_permutation(spec, found, b)["up"], a["up"]))
+        >>> from torch import nn
+        >>> from lit_wsl.rebasin import apply_permutation, infer_permutation_spec
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> spec = infer_permutation_spec(net, (torch.ones(1, 3),))
+        >>> shuffled = apply_permutation(spec, spec.random_permutations(seed=0), net.state_dict())
+        >>> found = weight_matching(spec, net.state_dict(), shuffled)
+        >>> torch.equal(apply_permutation(spec, found, shuffled)["0.weight"], net[0].weight)
         True
     """
     names = matched_names(spec, reference, other)
