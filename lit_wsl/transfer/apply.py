@@ -2,8 +2,9 @@
 
 Peak memory. Nothing of the model's size is held beside the model: sources are read one by one (views of the mapped
 file where the format allows), transformed as views where the operation allows, and copied straight into the target.
-The undo log that stands behind "all or nothing" is bounded: copies that allocate nothing and were read once already
-do not fail, so they come last and are not logged beyond a budget of an eighth of what is copied.
+The undo log that stands behind "all or nothing" is bounded: copies that allocate nothing from sources that are open
+already do not fail, so they come last and are not logged once the little memory set aside for them is used up; the
+others are logged in memory up to an eighth of what is copied, and beyond that in a temporary file.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from lit_wsl.transfer.distributed import ALONE, Ranks, copy_into_shard, has_shar
 from lit_wsl.transfer.operations import run_operations
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan
 
+_PIECE = 1 << 17  # elements copied in one go; half a megabyte in single precision fits every second-level cache
 _CHUNK = 1 << 24  # elements looked at in one go; bounds the temporary memory of a check
 _MIN_BUDGET = 32 << 20  # bytes the undo log may always take
 _VIEWS = frozenset({"permute", "transpose", "reshape", "split", "unstack", "fan_out"})  # allocate nothing, cannot fail
 
 Progress = Callable[[str, int], None]
+Look = Callable[[PlanEntry, Sequence[Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,27 @@ def copy_into(target: Tensor, value: Tensor) -> None:
         return
     with torch.no_grad():
         target.copy_(value)
+
+
+def _copy_watching(target: Tensor, value: Tensor) -> bool:
+    """:func:`copy_into`, and whether all that the target holds then is finite.
+
+    A sum is finite only if every term is, so one sum per cache-sized piece, taken while the piece is still in the
+    cache, costs little beside the copy. (A sum may overflow where no term does; whoever asks looks closely then.)
+    """
+    if not target.is_floating_point() or target.numel() == 0 or is_sharded(target):
+        copy_into(target, value)
+        return True
+    with torch.no_grad():
+        if target.is_contiguous() and value.is_contiguous():
+            pieces = zip(target.view(-1).split(_PIECE), value.detach().view(-1).split(_PIECE), strict=True)
+        else:
+            pieces = zip((target,), (value,), strict=True)
+        sums = []
+        for piece, piece_of_value in pieces:
+            copy_into(piece, piece_of_value)
+            sums.append((piece if piece.element_size() >= 4 else piece.float()).sum())
+        return bool(torch.isfinite(torch.stack(sums)).all())
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -98,17 +122,24 @@ def apply_plan(
     # The ranks of a sharded model divide the looking too; replicas each look at all that they are going to copy.
     divided = has_sharded_tensors(model)
 
-    def verify() -> tuple[list[str], dict[tuple[str, str], int]]:
-        _check_targets(plan, targets, model)
-        return _verify(ranks.share(plan.entries) if divided else plan.entries, tensors, targets, note_progress)
+    looks: list[str] = []
 
-    found = ranks.gather(ranks.together(verify))
+    def look(entry: PlanEntry, values: Sequence[Tensor]) -> None:
+        wanted = targets[entry.targets[0]].dtype
+        looks.extend(text for name, value in zip(entry.sources, values) for text in _look_at(name, value, wanted))
+
+    def verify() -> dict[tuple[str, str], int]:
+        _check_targets(plan, targets, model)
+        share = ranks.share(plan.entries) if divided else plan.entries
+        return _verify(share, tensors, targets, note_progress, look if divided else None)
+
+    counted = ranks.gather(ranks.together(verify))
     with _interrupt_later():
-        _copy(plan.entries, tensors, targets, note_progress, ranks)
-    warnings = dict.fromkeys(text for texts, _ in found for text in texts)
+        _copy(plan.entries, tensors, targets, note_progress, ranks, None if divided else look)
+    warnings = dict.fromkeys(text for texts in ranks.gather(looks) for text in texts)
     casts: Counter[tuple[str, str]] = Counter()
-    for _, counted in found if divided else found[:1]:
-        casts.update(counted)
+    for counts in counted if divided else counted[:1]:
+        casts.update(counts)
     return Applied(tuple(warnings), tuple(f"cast {n} tensors from {a} to {b}" for (a, b), n in sorted(casts.items())))
 
 
@@ -145,10 +176,17 @@ def _check_targets(plan: TransferPlan, targets: Mapping[str, Tensor], model: nn.
 
 
 def _verify(
-    entries: Sequence[PlanEntry], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], progress: Progress
-) -> tuple[list[str], dict[tuple[str, str], int]]:
-    """Read every source once and run what can fail on data, so that failures surface before the first write."""
-    warnings: list[str] = []
+    entries: Sequence[PlanEntry],
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    progress: Progress,
+    look: Look | None,
+) -> dict[tuple[str, str], int]:
+    """Open every source and run what can fail on data, so that failures surface before the first write.
+
+    Opening reads whatever the format cannot map into memory. Mapped pages are left for the copy: touching them twice
+    would take as long as the copy itself.
+    """
     casts: dict[tuple[str, str], int] = {}
     for entry in entries:
         size = 0
@@ -160,8 +198,9 @@ def _verify(
                         f"the source's {name} is sharded. Give whole tensors: get_model_state_dict(model, "
                         "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict."
                     )
-                warnings += _look_at(name, value, targets[entry.targets[0]].dtype)
                 size += value.nbytes
+            if look is not None:
+                look(entry, values)
             if any(op.name == "tie" or not op.lossless for op in entry.operations):
                 run_operations(entry.operations, values, [targets[name] for name in entry.targets])
         dtype, wanted = _short(values[0].dtype), _short(targets[entry.targets[0]].dtype)
@@ -169,7 +208,7 @@ def _verify(
             casts[dtype, wanted] = casts.get((dtype, wanted), 0) + len(entry.targets)
         del values, value  # before the next is read
         progress("verify", size)
-    return warnings, casts
+    return casts
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -184,7 +223,6 @@ def _look_at(name: str, value: Tensor, wanted: torch.dtype) -> Iterator[str]:
     narrow = wanted.is_floating_point and torch.finfo(wanted).max < torch.finfo(value.dtype).max
     bad = over = 0
     for chunk in flat.split(_CHUNK):
-        # One pass over memory: a sum is finite only if every term is. Only a sum that is not is looked at closely.
         wide = chunk.float() if chunk.dtype.itemsize < 4 else chunk
         if not bool(torch.isfinite(wide.sum())):
             bad += int((~torch.isfinite(wide)).sum())
@@ -202,6 +240,7 @@ def _copy(
     targets: Mapping[str, Tensor],
     progress: Progress,
     ranks: Ranks,
+    look: Look | None,
 ) -> None:
     """Copy everything; on any failure, on any rank, put back what was there."""
     total = sum(held_part(targets[name]).nbytes for entry in entries for name in entry.targets)
@@ -220,7 +259,10 @@ def _copy(
                     results = run_operations(entry.operations, values, outputs)
                     for target, result in zip(outputs, results, strict=True):
                         undo.remember(held_part(target), must=_allocates(entry))
-                        copy_into(target, result)
+                        if look is None:
+                            copy_into(target, result)
+                        elif not _copy_watching(target, result):
+                            look(entry, values)
                     del values, results, result  # before the next is read
                 progress("copy", sum(target.nbytes for target in outputs))
 
@@ -269,7 +311,7 @@ class _UndoLog:
     """Remembers what is overwritten: in memory up to a budget, then, for copies that may fail, in a temporary file."""
 
     def __init__(self, budget: int) -> None:
-        self._left = budget
+        self._left, self._spare = budget, _MIN_BUDGET
         self._memory: list[tuple[Tensor, Tensor]] = []
         self._spilled: list[tuple[Tensor, int]] = []
         self._file: Any = None
@@ -282,9 +324,10 @@ class _UndoLog:
             self._file.close()
 
     def remember(self, target: Tensor, *, must: bool) -> None:
-        """Keep a target's value; beyond the budget only if its copy may fail (``must``)."""
-        if target.nbytes <= self._left:
+        """Keep a target's value if its copy may fail (``must``), else only while there is memory to spare."""
+        if target.nbytes <= (self._left if must else min(self._left, self._spare)):
             self._left -= target.nbytes
+            self._spare -= 0 if must else target.nbytes
             self._memory.append((target, target.detach().clone()))
         elif must:
             self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115  closed with the log
