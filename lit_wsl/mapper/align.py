@@ -21,15 +21,16 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from lit_wsl.mapper.classes import ClassSolver, Pair, Pairing, Region
 from lit_wsl.mapper.evidence import Evidence
 from lit_wsl.mapper.fusion import Fusion, find_fusions, fold_run
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.shapes import operations_between
-from lit_wsl.mapper.tree import Item, TreeBuilder, place_in, relative, role_of, shape_key
+from lit_wsl.mapper.tree import Item, TreeBuilder, relative, role_of, shape_key
 from lit_wsl.transfer.operations import Operation
 
 Forbidden = Callable[[str, str], bool]
@@ -47,14 +48,6 @@ class Match:
     margin: float
     reason: str
 
-    def shifted(self, by_source: int, by_target: int) -> Match:
-        """The same match at other ordinals."""
-        return replace(
-            self,
-            sources=tuple(p + by_source for p in self.sources),
-            targets=tuple(p + by_target for p in self.targets),
-        )
-
 
 @dataclass(frozen=True)
 class Doubt:
@@ -64,30 +57,50 @@ class Doubt:
     sources: tuple[int, ...]
     reason: str
 
-    def shifted(self, by_source: int, by_target: int) -> Doubt:
-        """The same doubt at other ordinals."""
-        return replace(
-            self,
-            sources=tuple(p + by_source for p in self.sources),
-            targets=tuple(p + by_target for p in self.targets),
-        )
-
 
 @dataclass
 class Outcome:
-    """What a region gave."""
+    """What a region gave: its own matches, and the outcomes of the regions inside it.
+
+    Regions of one structure share an outcome, which stands at the ordinals of the first of them; ``inside`` holds by
+    how much the others are shifted, and the margin of the pair that led to them. ``pairs`` are the region's own items.
+    """
 
     matches: list[Match] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
+    inside: list[tuple[Outcome, int, int, float]] = field(default_factory=list)
+    pairs: list[tuple[Item, Item]] = field(default_factory=list)
 
-    def add(self, other: Outcome, by_source: int = 0, by_target: int = 0) -> None:
-        """Take over another region's outcome, at shifted ordinals."""
-        if by_source or by_target:
-            self.matches += [m.shifted(by_source, by_target) for m in other.matches]
-            self.doubts += [d.shifted(by_source, by_target) for d in other.doubts]
-        else:
-            self.matches += other.matches
-            self.doubts += other.doubts
+    @cached_property
+    def size(self) -> int:
+        """Number of targets that are matched; call it when the outcome is complete."""
+        return sum(len(m.targets) for m in self.matches) + sum(o.size for o, *_ in self.inside)
+
+    def flat(self) -> tuple[list[Match], list[Doubt]]:
+        """All matches and doubts at their own ordinals."""
+        matches: list[Match] = []
+        doubts: list[Doubt] = []
+        stack = [(self, 0, 0, 1.0)]
+        while stack:
+            outcome, ds, dt, cap = stack.pop()
+            for m in outcome.matches:
+                sources, targets = tuple(p + ds for p in m.sources), tuple(p + dt for p in m.targets)
+                matches.append(Match(sources, targets, m.operations, min(m.margin, cap), m.reason))
+            for d in outcome.doubts:
+                doubts.append(Doubt(tuple(p + dt for p in d.targets), tuple(p + ds for p in d.sources), d.reason))
+            stack += [(o, ds + s, dt + t, min(cap, margin)) for o, s, t, margin in outcome.inside]
+        return matches, doubts
+
+    def distinct(self) -> Iterator[Outcome]:
+        """This outcome and all inside it, each once."""
+        seen, stack = {id(self)}, [self]
+        while stack:
+            outcome = stack.pop()
+            yield outcome
+            for inner, *_ in outcome.inside:
+                if id(inner) not in seen:
+                    seen.add(id(inner))
+                    stack.append(inner)
 
 
 class Aligner:
@@ -120,7 +133,7 @@ class Aligner:
 
     def align(self, source: Item, target: Item) -> Outcome:
         """Align two whole trees."""
-        shapes = tuple(Counter(t.shape for t in side.tensors) for side in (source, target))
+        shapes = tuple(Counter(shape_key(t.shape) for t in side.tensors) for side in (source, target))
         region = Region(source, target, source.numel == target.numel, (shapes[0], shapes[1]))
         return self._solve([source], [target], region)
 
@@ -131,17 +144,14 @@ class Aligner:
         if s.level == t.level == 0:
             self._match_tensors(s, t, out, margin, reason)
             return
+        if s.virtual or t.virtual:  # stacks stand nowhere in particular
+            out.inside.append((self._inside(s, t), 0, 0, margin))
+            return
         key = (s.structure, t.structure)
-        plain = not any(i.operations for i in (*s.tensors, *t.tensors))
-        known = self._memo.get(key) if plain else None
-        if known is None:
-            outcome = self._inside(s, t)
-            if plain:
-                self._memo[key] = (s.start, t.start, outcome)
-            known = (s.start, t.start, outcome)
-        start_s, start_t, outcome = known
-        capped = Outcome([replace(m, margin=min(m.margin, margin)) for m in outcome.matches], outcome.doubts)
-        out.add(capped, s.start - start_s, t.start - start_t)
+        if key not in self._memo:
+            self._memo[key] = (s.start, t.start, self._inside(s, t))
+        start_s, start_t, outcome = self._memo[key]
+        out.inside.append((outcome, s.start - start_s, t.start - start_t, margin))
 
     def _inside(self, s: Item, t: Item) -> Outcome:
         if s.level == t.level == 1 and Counter(c.shape for c in s.children) == Counter(c.shape for c in t.children):
@@ -236,13 +246,13 @@ class Aligner:
         out: Outcome,
         sure: list[tuple[Item, Item]],
     ) -> tuple[list[Item], list[Item]]:
+        out.pairs += [(p.source, p.target) for p in pairing.pairs]
         for p in pairing.pairs:
             self._descend(p.source, p.target, out, p.margin, p.reason)
             if p.certain:
                 sure.append((p.source, p.target))
             if region.make is not None:
-                paths = place_in(p.source, region.source), place_in(p.target, region.target)
-                self.gathered.roles.teach(region.make, *paths)
+                self.gathered.roles.teach(region.make, *region.places(p.source, p.target))
         for doubt in pairing.doubts:
             out.doubts.append(
                 Doubt(
@@ -261,8 +271,10 @@ class Aligner:
         if fusion.doubt:
             out.doubts.append(Doubt(fusion.target_positions, fusion.source_positions, fusion.reason))
         gone = {id(i) for i in fusion.items}
-        units_s[:] = [i for i in units_s if id(i) not in gone]
-        units_t[:] = [i for i in units_t if id(i) not in gone]
+        # what the steps leave of a unit stays open: the bias of q where k has none
+        for units, settled in zip((units_s, units_t), fusion.settled):
+            left = [x for i in units if id(i) in gone for x in i.tensors if not settled.issuperset(x.positions)]
+            units[:] = sorted([i for i in units if id(i) not in gone] + left, key=lambda i: i.start)
 
     def _match_level(
         self, sources: list[Item], targets: list[Item], region: Region, out: Outcome, sure: list[tuple[Item, Item]]
@@ -282,20 +294,29 @@ class Aligner:
         self, sources: list[Item], targets: list[Item], region: Region, out: Outcome, sure: list[tuple[Item, Item]]
     ) -> tuple[list[Item], list[Item]]:
         """Match norms that stand directly behind (or before) tensors that are matched to each other."""
-        partner = {m.sources[-1]: m.targets[-1] for m in out.matches} | {
-            m.sources[0]: m.targets[0] for m in out.matches
-        }
-        by_place = {t.start: t for t in targets if t.rank < 2 and role_of(t.main.path) in ("weight", "bias")}
+        ends = {m.sources[-1]: m.targets[-1] for m in out.flat()[0]}
+        ends |= {s.positions[-1]: t.positions[-1] for s, t in out.pairs}
+        starts = {m.sources[0]: m.targets[0] for m in out.flat()[0]} | {s.start: t.start for s, t in out.pairs}
+        count_s, count_t = (Counter(tuple(sorted(i.profile.items())) for i in side) for side in (sources, targets))
+
+        def fits(i: Item) -> bool:
+            key = tuple(sorted(i.profile.items()))
+            alone = count_s[key] == count_t[key] == 1
+            return i.rank < 2 and (alone or role_of(i.main.path) in ("weight", "bias"))
+
+        by_place = {t.start: t for t in targets if fits(t)}
+        by_end = {t.positions[-1]: t for t in targets if fits(t)}
         pairing = Pairing()
-        for s in sources:
-            if s.rank >= 2 or role_of(s.main.path) not in ("weight", "bias"):
-                continue
-            before = partner.get(s.positions[0] - 1, -2) + 1
-            after = partner.get(s.positions[-1] + 1, -2)
-            t = by_place.get(before)
+        for s in (i for i in sources if fits(i)):
+            t = by_place.get(partner.get(s.positions[0] - 1, -2) + 1)
             if t is None:
-                t = next((i for i in by_place.values() if i.positions[-1] + 1 == after), None)
-            if t is not None and t.profile == s.profile and self._classes.cost(s, t) is not None:
+                t = by_end.get(partner.get(s.positions[-1] + 1, -2) - 1)
+            if (
+                t is not None
+                and t.start in by_place
+                and t.profile == s.profile
+                and self._classes.cost(s, t) is not None
+            ):
                 pairing.pairs.append(Pair(s, t, NEIGHBOUR_MARGIN, "stands next to tensors that are matched"))
                 del by_place[t.start]
         return self._take_pairing(pairing, sources, targets, region, out, sure)

@@ -22,7 +22,7 @@ from lit_wsl.mapper.names import (
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.roles import MAX_TENSORS, Make, make_of
 from lit_wsl.mapper.shapes import operation_cost
-from lit_wsl.mapper.tree import Family, Item, families_of, place_in, relative
+from lit_wsl.mapper.tree import Family, Item, families_of, place_end, place_in, relative, shape_key
 from lit_wsl.structure.info import Shape
 
 MARGIN = 0.08
@@ -40,7 +40,7 @@ class Region:
         target: Root of the target's side.
         complete: Whether both sides have the same number of elements, so that everything must find a partner and
             being the only one of a size is proof enough.
-        shapes: How many tensors of each shape the whole models have, source and target.
+        shapes: How many tensors of each shape (up to order and ones) the whole models have, source and target.
     """
 
     source: Item
@@ -54,11 +54,15 @@ class Region:
         names = [[relative(t, root) for t in root.tensors[: MAX_TENSORS + 1]] for root in (self.source, self.target)]
         return make_of(names[0], names[1])
 
+    def places(self, s: Item, t: Item) -> tuple[str, str, str, str]:
+        """Where two items stand: their paths in the region, and the ends of their paths that other blocks share."""
+        return place_in(s, self.source), place_in(t, self.target), place_end(s), place_end(t)
+
     def distinct(self, s: Item, t: Item) -> bool:
         """Whether the items are matrices of a shape that nothing else in either model has."""
-        if self.shapes is None or s.main.shape != t.main.shape or s.rank < 2 or s.profile != t.profile:
+        if self.shapes is None or s.rank < 2 or s.profile != t.profile:
             return False
-        return self.shapes[0][s.main.shape] == self.shapes[1][t.main.shape] == 1
+        return all(counts[shape_key(i.main.shape)] == 1 for counts, i in zip(self.shapes, (s, t)))
 
 
 @dataclass(frozen=True)
@@ -250,8 +254,7 @@ class ClassSolver:
         """What other regions of the same make are certain of outweighs how names look."""
         if len(f.members) > 1 or region.make is None:
             return alike
-        paths = place_in(f.members[0], region.source), place_in(g.members[0], region.target)
-        verdict = self.evidence.roles.verdict(region.make, *paths)
+        verdict = self.evidence.roles.verdict(region.make, *region.places(f.members[0], g.members[0]))
         if verdict is None:
             return alike
         return 1.0 if verdict else min(alike, 0.1)

@@ -44,6 +44,13 @@ class Fusion:
     reason: str
     doubt: bool = False
 
+    @property
+    def settled(self) -> tuple[set[int], set[int]]:
+        """Source and target ordinals that the fusion matches, or leaves in doubt."""
+        if self.doubt:
+            return set(self.source_positions), set(self.target_positions)
+        return {p for step in self.steps for p in step.sources}, {p for step in self.steps for p in step.targets}
+
 
 @dataclass(frozen=True)
 class _Choice:

@@ -65,7 +65,7 @@ def is_abbreviation(short: str, long: str) -> bool:
 
 @lru_cache(maxsize=200_000)
 def token_similarity(a: str, b: str) -> float:
-    """Similarity of two words, 0 to 1: equal 1.0, abbreviation 0.85, contained 0.6, else from the edit distance."""
+    """Similarity of two words: equal 1.0, abbreviation 0.85, contained or inflected 0.6, else by edit distance."""
     if a == b:
         return 1.0
     if a.isdigit() or b.isdigit():
@@ -75,6 +75,9 @@ def token_similarity(a: str, b: str) -> float:
         return ABBREVIATION
     if short in long and (len(short) >= 3 or len(long) <= 2):
         return 0.6
+    stem = next((k for k, (x, y) in enumerate(zip(short, long)) if x != y), len(short))
+    if stem >= 3 and stem >= 0.75 * len(short):
+        return 0.6  # one word, inflected: gate, gating
     ratio = Levenshtein.normalized_similarity(a, b)
     return 0.7 * ratio if ratio >= 0.6 and len(short) >= 3 else 0.0
 

@@ -109,16 +109,14 @@ def align(
     for _ in range(MAX_PASSES):
         aligner = Aligner(options, builder, evidence, forbidden, ties or {})
         outcome = aligner.align(root_s, root_t)
-        count = sum(len(m.targets) for m in outcome.matches)
-        if count <= matched:
+        if outcome.size <= matched:
             break
-        matched = count
+        matched = outcome.size
         evidence = replace(aligner.gathered, dictionary=_learn(outcome, order_s, order_t))
-    matches = tuple(
-        (tuple(order_s[p] for p in m.sources), tuple(order_t[p] for p in m.targets), m) for m in outcome.matches
-    )
+    flat, unsure = outcome.flat()
+    matches = tuple((tuple(order_s[p] for p in m.sources), tuple(order_t[p] for p in m.targets), m) for m in flat)
     doubts = tuple(
-        (tuple(order_t[p] for p in d.targets), tuple(order_s[p] for p in d.sources), d.reason) for d in outcome.doubts
+        (tuple(order_t[p] for p in d.targets), tuple(order_s[p] for p in d.sources), d.reason) for d in unsure
     )
     return Alignment(matches, doubts, evidence.dictionary)
 
@@ -155,7 +153,7 @@ def _learn(outcome: Outcome, source: Sequence[ParameterInfo], target: Sequence[P
     """Learn words from matched pairs; every pair of families counts once, however many members it has."""
     dictionary = Dictionary()
     seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
-    for match in outcome.matches:
+    for match in (m for region in outcome.distinct() for m in region.matches):
         if len(match.sources) != 1 or len(match.targets) != 1 or match.margin < LEARN_MARGIN:
             continue
         key = (

@@ -71,17 +71,17 @@ class RoleMemory:
         self._tables: dict[Make, tuple[_Table, _Table]] = {}
         self._merged: dict[Make, tuple[_Table, _Table]] = {}
 
-    def teach(self, make: Make, source: str, target: str) -> None:
-        """Remember that two paths inside a region were partners."""
-        full, tails = self._tables.setdefault(make, (_Table(), _Table()))
-        full.add(source, target)
-        tails.add(source.rpartition(".")[2], target.rpartition(".")[2])
+    def teach(self, make: Make, source: str, target: str, source_end: str, target_end: str) -> None:
+        """Remember that two places inside a region were partners, by their paths and by the ends of their paths."""
+        whole, ends = self._tables.setdefault(make, (_Table(), _Table()))
+        whole.add(source, target)
+        ends.add(source_end, target_end)
 
-    def verdict(self, make: Make, source: str, target: str) -> bool | None:
-        """Whether two paths are partners in all (``True``) or none (``False``) of the regions of one make.
+    def verdict(self, make: Make, source: str, target: str, source_end: str, target_end: str) -> bool | None:
+        """Whether two places are partners in all (``True``) or none (``False``) of the regions of one make.
 
-        Paths are compared whole first; then by their last parts, since a part can stand a level deeper in one block
-        than in the next.
+        Paths are compared whole first; then by their ends, since a part can stand a level deeper in one block than
+        in the next.
         """
         if make not in self._merged:
             merged = (_Table(), _Table())
@@ -90,10 +90,9 @@ class RoleMemory:
                     merged[0].merge(tables[0])
                     merged[1].merge(tables[1])
             self._merged[make] = merged
-        full, tails = self._merged[make]
-        whole = full.verdict(source, target)
-        if whole is True:
+        whole, ends = self._merged[make]
+        by_path = whole.verdict(source, target)
+        if by_path is True:
             return True
-        ends = source.rpartition(".")[2], target.rpartition(".")[2]
-        by_end = None if any(end.isdigit() for end in ends) else tails.verdict(*ends)
-        return by_end if by_end is not None else whole
+        by_end = ends.verdict(source_end, target_end)
+        return by_end if by_end is not None else by_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lit_wsl.structure.info import Shape
 from lit_wsl.transfer.operations import Operation, Permute, Reshape, Transpose
 
-EXACT, RESHAPED, TRANSPOSED = 0.0, 0.05, 0.3
+EXACT, RESHAPED, TRANSPOSED = 0.0, 0.2, 0.3
 
 
 def _core(shape: Shape) -> Shape:

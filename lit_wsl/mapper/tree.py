@@ -33,6 +33,7 @@ class Item:
         shape: Shape, for a tensor.
         operations: What makes a virtual tensor out of the real tensors at ``positions`` (stacked experts).
         level: 0 for a tensor, 1 for a unit, 2 for a module.
+        virtual: Whether operations make any of the tensors below.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Item:
     level: int
     shape: Shape = ()
     operations: tuple[Operation, ...] = ()
+    virtual: bool = False
 
     @property
     def start(self) -> int:
@@ -115,14 +117,15 @@ class TreeBuilder:
         numel = 1
         for d in shape:
             numel *= d
-        return Item(path, (), positions, numel, self._number(("tensor", shape)), 0, shape, operations)
+        return Item(path, (), positions, numel, self._number(("tensor", shape)), 0, shape, operations, bool(operations))
 
     def group(self, path: str, children: Sequence[Item], level: int) -> Item:
         """A unit or module of these children."""
         offset = len(path) + 1 if path else 0
         key = (level, tuple((c.path[offset:], c.structure) for c in children))
         positions = tuple(p for c in children for p in c.positions)
-        return Item(path, tuple(children), positions, sum(c.numel for c in children), self._number(key), level)
+        numel, virtual = sum(c.numel for c in children), any(c.virtual for c in children)
+        return Item(path, tuple(children), positions, numel, self._number(key), level, virtual=virtual)
 
     def _module(self, path: str, nested: dict[str, object], order: list[ParameterInfo]) -> Item:
         own: dict[str, list[ParameterInfo]] = {}
@@ -176,7 +179,16 @@ def relative(item: Item, root: Item) -> str:
 
 def place_in(item: Item, root: Item) -> str:
     """Path of an item below another, without a last part that only says weight or bias."""
-    path = relative(item, root)
+    return _without_role(relative(item, root))
+
+
+def place_end(item: Item) -> str:
+    """The last two parts of a path, numbers of the upper one left out: what blocks of one make have in common."""
+    upper, _, last = _without_role(item.path).rpartition(".")
+    return ".".join(("".join(c for c in upper.rpartition(".")[2] if not c.isdigit()), last))
+
+
+def _without_role(path: str) -> str:
     head, _, leaf = path.rpartition(".")
     return head if head and leaf in _ROLES else path
 
@@ -196,7 +208,7 @@ class Family:
     members: tuple[Item, ...]
     numbers: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property
     def start(self) -> int:
         """Place of the first member in registration order."""
         return min(m.start for m in self.members)
