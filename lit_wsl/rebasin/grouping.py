@@ -243,5 +243,9 @@ def build_spec(run: Run) -> PermutationSpec:
         try:
             return Grouping(run).build()
         except _Retry as retry:
-            run.algebra.release(np.ascontiguousarray(retry.rows.T))
+            rows = retry.rows
+            if run.algebra.units.bound_across(np.ascontiguousarray(rows.T)):
+                run.algebra.release(np.ascontiguousarray(rows.T))
+            else:
+                run.algebra.pin(rows, [1], "differs between the blocks of another axis")
     return PermutationSpec({}, {})
