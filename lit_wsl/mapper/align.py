@@ -308,15 +308,12 @@ class Aligner:
         by_end = {t.positions[-1]: t for t in targets if fits(t)}
         pairing = Pairing()
         for s in (i for i in sources if fits(i)):
-            t = by_place.get(partner.get(s.positions[0] - 1, -2) + 1)
+            t = by_place.get(ends.get(s.positions[0] - 1, -2) + 1)
             if t is None:
-                t = by_end.get(partner.get(s.positions[-1] + 1, -2) - 1)
-            if (
-                t is not None
-                and t.start in by_place
-                and t.profile == s.profile
-                and self._classes.cost(s, t) is not None
-            ):
+                t = by_end.get(starts.get(s.positions[-1] + 1, -2) - 1)
+            if t is None or t.start not in by_place:
+                continue
+            if t.profile == s.profile and self._classes.cost(s, t) is not None:
                 pairing.pairs.append(Pair(s, t, NEIGHBOUR_MARGIN, "stands next to tensors that are matched"))
                 del by_place[t.start]
         return self._take_pairing(pairing, sources, targets, region, out, sure)
