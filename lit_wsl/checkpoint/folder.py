@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lit_wsl.checkpoint.dcp import read_distributed
+from lit_wsl.checkpoint.deepspeed import is_deepspeed, read_deepspeed
 from lit_wsl.checkpoint.document import Document
 from lit_wsl.errors import CheckpointError
 
@@ -27,12 +29,8 @@ def read_folder(path: Path, read_file: ReadFile) -> Document:
     if path.is_file():
         return _read_sharded(path, read_file)
     if (path / ".metadata").is_file():
-        from lit_wsl.checkpoint.dcp import read_distributed
-
         return read_distributed(path, read_file)
-    if _is_deepspeed(path):
-        from lit_wsl.checkpoint.deepspeed import read_deepspeed
-
+    if is_deepspeed(path):
         return read_deepspeed(path, read_file)
     indices = sorted(path.glob("*.index.json"), key=lambda index: ("safetensors" not in index.name, len(index.name)))
     if indices:
@@ -60,10 +58,6 @@ def _read_only_file(path: Path, read_file: ReadFile) -> Document:
         )
     listed = ", ".join(file.name for file in files[:5])
     raise CheckpointError(f"{path} is a folder with several checkpoints ({listed}). Give the path of one of them.")
-
-
-def _is_deepspeed(path: Path) -> bool:
-    return (path / "zero_to_fp32.py").is_file() or any(path.glob("**/*model_states.pt"))
 
 
 def _read_sharded(index: Path, read_file: ReadFile) -> Document:

@@ -465,38 +465,6 @@ def test_a_folder_written_by_two_ranks(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def deepspeed_folder(folder: Path, module: dict[str, torch.Tensor], ranks: int = 1) -> Path:
-    inner = folder / "checkpoint"
-    inner.mkdir(parents=True)
-    for rank in range(ranks):
-        torch.save(
-            {"module": module, "ds_version": "0.15", "param_shapes": []}, inner / f"mp_rank_{rank:02d}_model_states.pt"
-        )
-    torch.save({"optimizer_state_dict": {"zero_stage": 2}}, inner / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    (folder / "latest").write_text("checkpoint")
-    (folder / "zero_to_fp32.py").write_text("raise SystemExit('was run')")
-    return folder
-
-
-def test_deepspeed_with_whole_weights(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(deepspeed_folder(tmp_path / "ds", weights()))
-    assert checkpoint.format == "deepspeed"
-    assert_same(checkpoint, weights())
-    assert any("precision" in note for note in checkpoint.notes)
-
-
-def test_deepspeed_stage_3_names_the_script(tmp_path: Path) -> None:
-    folder = deepspeed_folder(tmp_path / "ds", {name: torch.empty(0) for name in weights()})
-    with pytest.raises(CheckpointError, match=r"zero_to_fp32\.py"):
-        open_checkpoint(folder)
-
-
-def test_deepspeed_with_model_parallelism_names_the_script(tmp_path: Path) -> None:
-    folder = deepspeed_folder(tmp_path / "ds", weights(), ranks=2)
-    with pytest.raises(CheckpointError, match=r"zero_to_fp32\.py"):
-        open_checkpoint(folder)
-
-
 def test_opening_reads_no_data(tmp_path: Path) -> None:
     """Ninety tensors of a mebibyte: opening and describing them touches next to none of their pages."""
     import psutil
