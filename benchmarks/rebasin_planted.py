@@ -102,7 +102,8 @@ def measure(name: str, noises: list[float], seed: int) -> list[bool]:
         right = sum(int((p == torch.arange(p.shape[-1])).sum()) for p in back.values())
         results.append(right == entries)
         print(
-            f"{name:20} noise {share:.1f} std: {right:7d} of {entries:7d} entries {'ok ' if right == entries else 'BAD'} "
+            f"{name:20} noise {share:.1f} std: {right:7d} of {entries:7d} entries "
+            f"{'ok ' if right == entries else 'BAD'} "
             f"in {seconds:6.1f} s ({found.sweeps} sweeps from {found.start}); coverage {spec.coverage:.3f}, "
             f"inferred in {inferred:.1f} s",
             flush=True,

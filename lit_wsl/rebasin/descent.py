@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from lit_wsl.rebasin.apply import permute_tensor
-from lit_wsl.rebasin.nested import Similarity, Solution, TreeSolver, similarity
+from lit_wsl.rebasin.nested import Similarity, Solution, TreeSolver
 from lit_wsl.rebasin.progress import Progress
 from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.rebasin.terms import Term, Tree, build_trees, tree_roots
 
 #: Gains below this share of the objective's scale are rounding.
 TOLERANCE = 1e-12
+#: Permuted tensors are kept while a step is judged, up to so many bytes; beyond it they are permuted again.
+HELD_BYTES = 2**31
 
 
 class Descent:
@@ -153,38 +155,46 @@ class Descent:
     def _similarities(
         self, terms: Sequence[tuple[Term, Mapping[int, Tensor]]], normalise: bool = False
     ) -> dict[tuple[str, ...], Similarity]:
-        rows: dict[tuple[str, ...], list[tuple[Tensor, Tensor]]] = {}
-        weights: dict[tuple[str, ...], list[float]] = {}
+        found: dict[tuple[str, ...], Similarity] = {}
         for term, only in terms:
-            a = term.rows(self.reference[term.tensor], only)
-            b = term.rows(self.current[term.tensor], only)
             weight = 1.0
             if normalise:
                 spread = _spread(self.reference[term.tensor]) * _spread(self.current[term.tensor])
                 if not spread > 0:
                     continue
                 weight = 1.0 / spread
-            rows.setdefault(term.groups, []).append((a, b))
-            weights.setdefault(term.groups, []).append(weight)
-        return {key: similarity(rows[key], weights[key]) for key in rows}
+            if term.groups not in found:
+                found[term.groups] = Similarity(term.units[0], math.prod(term.units[1:]))
+            a = term.rows(self.reference[term.tensor], only)
+            found[term.groups].add(a, term.rows(self.current[term.tensor], only), weight)
+        return found
 
     def _accept(self, tree: Tree, solution: Solution, always: bool = False) -> bool:
         """Permute all tensors of the tree if the objective grows by it (or always); whether anything was moved."""
         if _is_identity(solution):
             return False
-        moved = {
-            name: permute_tensor(self.spec, solution.permutations, name, self.current[name])
-            for name in tree.tensors
-            if name in self.current
-        }
-        dots = {name: dot(self.reference[name], tensor) for name, tensor in moved.items()}
-        gain = math.fsum([*dots.values(), *(-self.dots[name] for name in dots)])
-        if not always and not gain > TOLERANCE * self._scale:
-            return False
+        names = [name for name in tree.tensors if name in self.current]
+        hold = sum(self.current[n].numel() * self.current[n].element_size() for n in names) <= HELD_BYTES
+        moved: dict[str, Tensor] = {}
+        dots = {}
+        for name in names:
+            tensor = permute_tensor(self.spec, solution.permutations, name, self.current[name])
+            dots[name] = dot(self.reference[name], tensor)
+            if always:
+                self.current[name] = tensor
+            elif hold:
+                moved[name] = tensor
+        if not always:
+            gain = math.fsum([*dots.values(), *(-self.dots[name] for name in names)])
+            if not gain > TOLERANCE * self._scale:
+                return False
+            for name in names:
+                self.current[name] = (
+                    moved[name] if hold else permute_tensor(self.spec, solution.permutations, name, self.current[name])
+                )
         self._clock += 1
-        self.current.update(moved)
         self.dots.update(dots)
-        self._changed.update(dict.fromkeys(moved, self._clock))
+        self._changed.update(dict.fromkeys(names, self._clock))
         self._compose(tree, solution.permutations)
         return True
 

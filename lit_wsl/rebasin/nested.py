@@ -8,7 +8,7 @@ optima inside are computed only where a bound on them does not settle the matter
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,42 +21,51 @@ from lit_wsl.rebasin.terms import Tree
 #: Similarity entries that are held at once; beyond it, nested blocks are computed pair by pair.
 MAX_ENTRIES = 2**28
 
-Rows = tuple[Tensor, Tensor]
 
-
-@dataclass(eq=False)
 class Similarity:
     """Inner products between the units of both models, for every pair of ancestor units.
 
-    Attributes:
+    Rows of the terms are added one after the other and not kept, unless there are too many pairs to hold at once.
+
+    Args:
         ancestors: units of all ancestors together.
         size: units (for a coupled pair, the product of both sizes).
-        pairs: rows ``(ancestors, size, entries)`` of the reference and of the other model, one pair for each term.
-        potential: (ancestors, size) half the squared norm of the other model's rows.
     """
 
-    ancestors: int
-    size: int
-    pairs: list[Rows]
-    potential: Tensor
-    _whole: Tensor | None = field(default=None, init=False)
+    def __init__(self, ancestors: int, size: int) -> None:
+        self.ancestors, self.size = ancestors, size
+        self._keep_rows = ancestors > 1 and (ancestors * size) ** 2 > MAX_ENTRIES
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._whole: Tensor | None = None
+        self._potential: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        if self.ancestors > 1 and (self.ancestors * self.size) ** 2 > MAX_ENTRIES:
+    def add(self, a: Tensor, b: Tensor, weight: float = 1.0) -> None:
+        """Add a term: its rows ``(ancestors, size, entries)`` of the reference and of the other model."""
+        squares = torch.linalg.vector_norm(b, dim=2).square_().float().mul_(0.5 * weight)
+        self._potential = squares if self._potential is None else self._potential.add_(squares)
+        if self._keep_rows:
+            self._pairs.append((a * weight if weight != 1.0 else a, b))
             return
-        flat = [(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])) for a, b in self.pairs]
-        whole = flat[0][0] @ flat[0][1].T
-        for a, b in flat[1:]:
-            whole.addmm_(a, b.T)
-        self._whole = whole.reshape(self.ancestors, self.size, self.ancestors, self.size)
-        self.pairs = []
+        flat_a, flat_b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+        if self._whole is None:
+            self._whole = flat_a @ flat_b.T
+            if weight != 1.0:
+                self._whole.mul_(weight)
+        else:
+            self._whole.addmm_(flat_a.to(self._whole.dtype), flat_b.T.to(self._whole.dtype), alpha=weight)
+
+    @property
+    def potential(self) -> Tensor:
+        """(ancestors, size) half the squared norm of the other model's rows."""
+        assert self._potential is not None
+        return self._potential
 
     def block(self, i: int, j: int) -> Tensor:
         """(size, size) inner products between ancestor unit ``i`` of the reference and ``j`` of the other model."""
         if self._whole is not None:
-            return self._whole[i, :, j, :]
-        result = self.pairs[0][0][i] @ self.pairs[0][1][j].T
-        for a, b in self.pairs[1:]:
+            return self._whole[i * self.size : (i + 1) * self.size, j * self.size : (j + 1) * self.size]
+        result = self._pairs[0][0][i] @ self._pairs[0][1][j].T
+        for a, b in self._pairs[1:]:
             result = result.addmm_(a[i], b[j].T)
         return result
 
@@ -69,18 +78,6 @@ class Similarity:
                 best = (self.block(i, j) - potential).amax(dim=1).double().sum()
                 result[i, j] = float(best + potential.double().sum())
         return result
-
-
-def similarity(term_rows: list[Rows], weights: list[float]) -> Similarity:
-    """Similarity of one group from the rows of its terms, each scaled by its weight."""
-    potential = torch.zeros(term_rows[0][0].shape[:2], dtype=torch.float32, device=term_rows[0][0].device)
-    pairs = []
-    for (a, b), weight in zip(term_rows, weights):
-        if weight != 1.0:
-            a = a * weight
-        potential = potential + 0.5 * weight * torch.linalg.vector_norm(b, dim=2).square().to(potential.dtype)
-        pairs.append((a, b))
-    return Similarity(pairs[0][0].shape[0], pairs[0][0].shape[1], pairs, potential)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,47 @@
+"""All measurements of lit_wsl.rebasin, one after the other (``make rebasin-bench``).
+
+    python -m benchmarks.rebasin_bench [architectures planted digits timing llama] [--device cuda]
+
+Each part is a module of its own and can be run alone: ``python -m benchmarks.rebasin_digits --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+
+PARTS = {
+    "architectures": "function kept and coverage on public architectures",
+    "planted": "planted permutations recovered, with and without noise",
+    "digits": "barrier between two seeds on real digits",
+    "timing": "time of a sweep, beside its pure part and the rebasin package",
+    "llama": "one full matching of the shapes of an 8-billion-parameter Llama",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="part", help="; ".join(f"{k}: {v}" for k, v in PARTS.items()))
+    parser.add_argument("--device", default="cpu", help="cuda runs llama at full size")
+    options = parser.parse_args()
+    unknown = [part for part in options.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]!r}: choose from {', '.join(PARTS)}")
+    failed = []
+    for part in options.parts or PARTS:
+        print(f"\n== {part}: {PARTS[part]}", flush=True)
+        extra = ["--device", options.device] if part == "llama" else []
+        began = time.perf_counter()
+        code = subprocess.call([sys.executable, "-m", f"benchmarks.rebasin_{part}", *extra])
+        print(f"== {part} took {time.perf_counter() - began:.0f} s", flush=True)
+        if code:
+            failed.append(part)
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
