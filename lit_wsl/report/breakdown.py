@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lit_wsl.errors import MappingError
 from lit_wsl.mapper.options import MatchingOptions
-from lit_wsl.mapper.scoring import ScoreBreakdown, score_pair
+from lit_wsl.mapper.scoring import ScoreBreakdown
 from lit_wsl.report.console import COLOURS, LEGEND, Bar, plain, score_text
 from lit_wsl.report.material import Material, breakdown, pairs
 from lit_wsl.report.rows import confidence, shape_text
@@ -88,17 +88,15 @@ class BreakdownView(JupyterMixin):
                 yield Text(plain(f"{source} → {target}", console), style="bold")
             yield score_table(parts)
             if abs(parts.total - entry.score) > 0.005:
-                yield Text(
-                    f"This pair alone scores {parts.total:.2f}; the step scores {entry.score:.2f} with what the "
-                    "alignment of the whole models adds (parents, order, words that mean the same here).",
-                    style="dim",
-                )
+                yield Text(f"(the step scores {entry.score:.2f}: the mean of its pairs and its family)", style="dim")
+            if "order" in parts.hierarchy_parts:
+                yield Text("(order is evidence for the alignment, not part of the sum)", style="dim")
         yield Text("")
-        yield from self._runners_up(entry, console)
+        yield from self._runners_up(material, entry)
 
-    def _runners_up(self, entry: PlanEntry, console: Console) -> Iterator[RenderableType]:
+    def _runners_up(self, material: Material, entry: PlanEntry) -> Iterator[RenderableType]:
         from_source = self.name in entry.sources
-        best = self._candidates(self.name, from_source, {*entry.sources, *entry.targets})
+        best = self._candidates(material, from_source, entry.targets if from_source else entry.sources)
         title = "next best target" if from_source else "next best source"
         if not best:
             yield Text(f"runner-up: none, no other {'target' if from_source else 'source'} has a shape that fits")
@@ -118,16 +116,16 @@ class BreakdownView(JupyterMixin):
         entries = self.plan.by_source.get(name, ())
         return f" (goes to {' + '.join(entries[0].targets)})" if entries else " (free)"
 
-    def _candidates(self, name: str, from_source: bool, without: set[str]) -> list[ScoreBreakdown]:
-        """The best pairs of the tensor with others whose shape fits."""
-        own = (self.source if from_source else self.target)[name]
+    def _candidates(self, material: Material, from_source: bool, without: tuple[str, ...]) -> list[ScoreBreakdown]:
+        """The best pairs of the tensor with others of as many elements in any order of axes."""
+        own = (self.source if from_source else self.target)[self.name]
         others = (self.target if from_source else self.source).parameters
         found = []
         for other in others:
             if other.name in without or other.kind != own.kind or sorted(other.shape) != sorted(own.shape):
                 continue
             one, two = (own, other) if from_source else (other, own)
-            found.append(score_pair(one, two, self.options, operation=own.shape != other.shape))
+            found.append(material.score(one, two, operation=own.shape != other.shape))
         return sorted(found, key=lambda b: (-b.total, b.source, b.target))[: self.runners_up]
 
     def _unmatched(self, material: Material, console: Console) -> Panel:
@@ -143,7 +141,7 @@ class BreakdownView(JupyterMixin):
             if self.name in case.targets:
                 lines.append(Text(f"ambiguous: {case.reason}"))
                 lines += [Text(f"  {c.score:.2f} {' + '.join(c.sources)}") for c in case.candidates]
-        best = self._candidates(self.name, from_source, set())
+        best = self._candidates(material, from_source, ())
         for other in best:
             name = other.target if from_source else other.source
             lines += [Text(""), Text(f"best candidate: {name}{self._taken(name, from_source)}"), score_table(other)]

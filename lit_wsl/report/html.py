@@ -196,6 +196,7 @@ def _entry(material: Material, entry: PlanEntry, where: dict[str, _Finder], text
                     round(parts.hierarchy, 3),
                     [None if value is None else round(value, 3) for value in details],
                     round(parts.total, 3),
+                    parts.parents,
                 ]
             )
     return [

@@ -154,6 +154,7 @@ def _pair(material: Material, entry: PlanEntry, source: str, target: str) -> dic
         "name_parts": {key: _round(value) for key, value in parts.name_parts.items()},
         "hierarchy_parts": {key: _round(value) for key, value in parts.hierarchy_parts.items()},
         "weights": {key: _round(value) for key, value in parts.weights.items()},
+        "parents": None if parts.parents is None else _round(parts.parents),
         "score": _round(parts.total),
     }
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from lit_wsl.mapper.names import Dictionary, split_numbers
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.scoring import ScoreBreakdown, score_pair
 from lit_wsl.report.rows import describe_from_plan
 from lit_wsl.structure.info import ModelDescription, ParameterInfo
 from lit_wsl.transfer.coverage import Coverage, measure_coverage
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan
+
+_CERTAIN = 0.3  # least margin of a step that words are learned from, as in the matching itself
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,47 @@ class Material:
     def last_places(self) -> tuple[int, int]:
         """Last place in the execution order of each side, at least 1."""
         return _last_place(self.source), _last_place(self.target)
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        """Words of the source that stand for words of the target, learned from the plan; families count once."""
+        dictionary, seen = Dictionary(), set()
+        for entry in self.plan.entries:
+            if len(entry.sources) == len(entry.targets) == 1 and entry.margin >= _CERTAIN and entry.kind == "parameter":
+                key = split_numbers(entry.sources[0])[0], split_numbers(entry.targets[0])[0]
+                if key not in seen:
+                    seen.add(key)
+                    dictionary.learn([w for w in key[0] if w != "#"], [w for w in key[1] if w != "#"])
+        return dictionary
+
+    @cached_property
+    def module_pairs(self) -> frozenset[tuple[str, str]]:
+        """Paths of the modules whose tensors the plan matches."""
+        return frozenset(
+            (source.rpartition(".")[0], target.rpartition(".")[0])
+            for entry in self.plan.entries
+            for source, target in pairs(entry)
+        )
+
+    def score(self, source: ParameterInfo, target: ParameterInfo, *, operation: bool = False) -> ScoreBreakdown:
+        """Score any pair of tensors as the plan's steps are scored: with learned words, and with the parents' match.
+
+        The agreement in execution order, where both sides have one, is shown among the parts of the hierarchy; it is
+        evidence for the alignment and no part of the sum.
+        """
+        together = (source.module_path, target.module_path) in self.module_pairs
+        found = score_pair(
+            source,
+            target,
+            self.options,
+            operation=operation,
+            parents=1.0 if together else 0.0,
+            dictionary=self.dictionary,
+        )
+        order = order_agreement(self, source, target)
+        if order is None:
+            return found
+        return replace(found, hierarchy_parts={**found.hierarchy_parts, "order": order})
 
     @classmethod
     def gather(
@@ -107,13 +151,7 @@ def pairs(entry: PlanEntry) -> Iterator[tuple[str, str]]:
 def breakdown(material: Material, entry: PlanEntry, source: str, target: str) -> ScoreBreakdown:
     """Score one pair of a step, with the evidence that both descriptions give."""
     one, other = _info(material.source, source), _info(material.target, target)
-    return score_pair(
-        one,
-        other,
-        material.options,
-        operation=entry.badge not in ("exact", "cast"),
-        order=order_agreement(material, one, other),
-    )
+    return material.score(one, other, operation=entry.badge not in ("exact", "cast"))
 
 
 def order_agreement(material: Material, source: ParameterInfo, target: ParameterInfo) -> float | None:

@@ -37,10 +37,26 @@ def test_counts_agree_with_the_lists(example):
         assert mapping["operation"] == entry.badge
         for pair in mapping["pairs"]:
             parts = sum(pair["weights"][k] * pair[k] for k in ("shape", "name", "hierarchy"))
-            assert pair["score"] == pytest.approx(parts, abs=1e-5)
+            assert pair["score"] == pytest.approx(0.8 * parts + 0.2 * pair["parents"], abs=1e-5)
 
 
 def test_same_input_gives_the_same_bytes(example, tmp_path):
     source, target, plan = example
     written = [save_json(plan, tmp_path / n, source=source, target=target).read_bytes() for n in "ab"]
     assert written[0] == written[1]
+
+
+def test_pairs_of_a_real_mapping_score_as_its_steps_do():
+    from torch import nn
+
+    from lit_wsl.mapper import WeightMapper
+
+    old = nn.Sequential(*[nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4)) for _ in range(3)])
+    new = nn.ModuleList(
+        nn.ModuleDict({"up": nn.Linear(4, 8), "norm": nn.LayerNorm(8), "down": nn.Linear(8, 4)}) for _ in range(3)
+    )
+    mapper = WeightMapper(old, nn.ModuleDict({"blocks": new}))
+    result = mapper.suggest_mapping()
+    assert result.coverage.target.share == 1.0
+    for mapping in report_dict(result, source=mapper.source, target=mapper.target)["mappings"]:
+        assert [pair["score"] for pair in mapping["pairs"]] == pytest.approx([mapping["score"]], abs=0.01)

@@ -341,22 +341,23 @@
     for (const pair of e.pairs || []) {
       parts.push(el("h3", { class: e.pairs.length > 1 ? "names" : "", text: (e.pairs.length > 1 ? source.names[pair[0]] + " → " + target.names[pair[1]] : "score breakdown") }));
       parts.push(breakdown(pair));
-      if (Math.abs(pair[6] - e.score) > 0.005) parts.push(el("p", { class: "muted", text: `This pair alone scores ${pair[6].toFixed(2)}; the alignment of the whole models makes it ${e.score.toFixed(2)}.` }));
+      if (Math.abs(pair[6] - e.score) > 0.005) parts.push(el("p", { class: "muted", text: `This pair scores ${pair[6].toFixed(2)}; the step, as the mean of its pairs and its family, ${e.score.toFixed(2)}.` }));
     }
     return parts;
   }
   function breakdown(pair) {
-    const [, , shape, name, hierarchy, details, total] = pair, table = el("table", { class: "parts" });
+    const [, , shape, name, hierarchy, details, total, parents] = pair, scale = parents === null ? 1 : 0.8, table = el("table", { class: "parts" });
     table.append(el("tr", {}, el("th", { text: "part" }), el("th", { text: "value" }), el("th", { text: "" }), el("th", { text: "weight" }), el("th", { text: "adds" })));
     const line = (label, value, weight, cls) => {
       const meter = el("div", { class: cls === "sub" ? "" : level(value) }, el("i"));
       meter.firstChild.style.width = 100 * value + "%";
-      table.append(el("tr", { class: cls }, el("td", { text: label }), el("td", { text: value.toFixed(2) }), el("td", { class: "meter" }, meter), el("td", { text: weight === null ? "" : weight.toFixed(2) }), el("td", { text: weight === null ? "" : (weight * value).toFixed(2) })));
+      table.append(el("tr", { class: cls }, el("td", { text: label }), el("td", { text: value.toFixed(2) }), el("td", { class: "meter" }, meter), el("td", { text: weight === null ? "" : weight.toFixed(2) }), el("td", { text: weight === null ? "" : (weight * value * (cls === "main" ? scale : 1)).toFixed(2) })));
     };
     const sub = (keys, offset) => keys.forEach((key, i) => { const v = details[offset + i]; if (v !== null && v !== undefined) line(key, v, null, "sub"); });
     line("shape", shape, data.weights[0], "main");
     line("name", name, data.weights[1], "main"); sub(data.nameParts, 0);
     line("hierarchy", hierarchy, data.weights[2], "main"); sub(data.hierarchyParts, data.nameParts.length);
+    if (parents !== null) line("parents match", parents, 0.2, "context");
     line("score", total, null, "total");
     return table;
   }
