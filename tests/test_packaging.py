@@ -84,7 +84,7 @@ def test_importing_the_package_starts_nothing_heavy():
     assert out.stdout.strip().endswith("[]"), out.stdout
 
 
-# ---- the commands, with a stub in place of Python's installer -----------------------------------------------------------
+# ---- the commands, with a stub in place of Python's installer ---------------------------------
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
