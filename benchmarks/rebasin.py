@@ -1,6 +1,6 @@
 """All measurements of lit_wsl.rebasin, one after the other (``make rebasin-bench``).
 
-    python -m benchmarks.rebasin_bench [architectures planted digits timing llama] [--device cuda]
+    python -m benchmarks.rebasin [architectures planted digits timing llama] [--device cuda]
 
 Each part is a module of its own and can be run alone: ``python -m benchmarks.rebasin_digits --help``.
 """
