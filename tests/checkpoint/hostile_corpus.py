@@ -171,13 +171,13 @@ def bombs() -> dict[str, bytes]:
         "torch_empty": call("torch", "empty", 10**12),
         "str_multiply": call("operator", "mul", "a", 10**12),
         "power": call("operator", "pow", 10**6, 10**9),
-        "deep_lists": b"]" * 500_000 + b"a" * 499_999,
-        "deep_tuples": b")" + b"\x85" * 1_000_000,
+        "deep_lists": b"]" * 300_000 + b"a" * 299_999,
+        "deep_tuples": b")" + b"\x85" * 300_000,
         "deep_dicts": b"}" + b"".join([b"K\x01}"] * 200_000) + b"s" * 200_000,
         "deep_marks": b"(" * 1_000_000,
         "deep_records": name("a", "b") + b"".join([b"\x85" + name("a", "b") + b"\x85" for _ in range(50_000)]),
-        "deep_calls": name("a", "b") + b")R" + b")R" * 300_000,
-        "deep_key": b"}" + b")" + b"\x85" * 1_000_000 + b"K\x01s",
+        "deep_calls": name("a", "b") + b")R" + b")R" * 100_000,
+        "deep_key": b"}" + b")" + b"\x85" * 300_000 + b"K\x01s",
         "cyclic_list": b"]q\x00h\x00a",
         "cyclic_module": name("x", "M") + b")\x81q\x00}(" + body("_parameters") + b"}" + body("_buffers") + b"}"
         + body("_modules") + b"}" + body("a") + b"h\x00su" + b"b",
@@ -446,4 +446,24 @@ def files() -> dict[str, bytes]:
     result |= {f"zip-{key}.ckpt": data for key, data in bad_archives().items()}
     result |= {f"stream-{key}.ckpt": data for key, data in bad_streams().items()}
     result |= {f"safetensors-{key}.safetensors": data for key, data in bad_safetensors().items()}
+    return result
+
+
+def folders() -> dict[str, dict[str, bytes]]:
+    """Hostile folders by their names: the index of a distributed checkpoint is a pickle too."""
+    result = {f"dcp-{key}": {".metadata": document(evil, b"N")} for key, evil in payloads().items()}
+    result |= {f"dcp-bomb-{key}": {".metadata": document(evil, b"N")} for key, evil in list(bombs().items())[:6]}
+    forged = {"weight_map": {"w": "../../../etc/passwd"}}
+    result["index-outside"] = {"model.safetensors.index.json": json.dumps(forged).encode()}
+    result["index-deep"] = {"model.safetensors.index.json": b'{"weight_map":' * 100_000}
+    result["index-shard"] = {
+        "pytorch_model.bin.index.json": json.dumps({"weight_map": {"w": "a.bin"}}).encode(),
+        "a.bin": archive(document(payloads()["reduce_os_system"])),
+    }
+    result["deepspeed"] = {
+        "latest": b"../../etc",
+        "zero_to_fp32.py": f"open({CANARY!r}, 'w')".encode(),
+        "mp_rank_00_model_states.pt": archive(document(payloads()["reduce_os_system"])),
+    }
+    result["meta"] = {".metadata": b"N.", "meta.pt": archive(document(payloads()["reduce_exec"]))}
     return result

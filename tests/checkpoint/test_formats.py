@@ -465,6 +465,55 @@ def test_a_folder_written_by_two_ranks(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+LIGHTNING_RUN = """
+    import sys, torch, lightning.pytorch as pl
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+
+    class Net(pl.LightningModule):
+        def configure_model(self):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, batch, _):
+            return self.net(batch).pow(2).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+    if __name__ == "__main__":
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=2, logger=False,
+                             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        model = Net()
+        trainer.fit(model, torch.utils.data.DataLoader(torch.ones(8, 5), batch_size=2))
+        trainer.save_checkpoint(sys.argv[1])
+        full = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+        if trainer.global_rank == 0:
+            torch.save(full, sys.argv[1] + ".full")
+"""
+
+
+def test_a_folder_written_by_lightnings_model_parallel_strategy(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(LIGHTNING_RUN))
+    folder = tmp_path / "model.ckpt"
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    full = torch.load(f"{folder}.full", weights_only=True)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.format == "dcp"
+    assert checkpoint.prefix == ("state_dict",)
+    assert_same(checkpoint, full)
+    assert checkpoint.content["global_step"] == 2
+    moments = checkpoint.content["optimizer_0"]["state"]["net.0.weight"]["exp_avg"]
+    assert moments.shape == (3, 5)
+
+
 def test_opening_reads_no_data(tmp_path: Path) -> None:
     """Ninety tensors of a mebibyte: opening and describing them touches next to none of their pages."""
     import psutil

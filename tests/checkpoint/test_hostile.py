@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile_corpus import CANARY, bad_archives, bad_safetensors, bad_tensors, bombs, files, payloads
+from hostile_corpus import CANARY, bad_archives, bad_safetensors, bad_tensors, bombs, files, folders, payloads
 
 PROBE = Path(__file__).with_name("probe_reader.py")
 
@@ -29,6 +29,10 @@ def warm_up(folder: Path) -> None:
         "stream-text.ckpt",
     ):
         (warm / name).write_bytes(files()[name])
+    for name in ("dcp-inst", "index-shard", "index-deep", "deepspeed"):
+        (warm / name).mkdir()
+        for member, data in folders()[name].items():
+            (warm / name / member).write_bytes(data)
     (warm / "inline.pkl").write_bytes(b"S'abc'\n.")
 
 
@@ -52,6 +56,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("hostile")
     for name, data in files().items():
         (folder / name).write_bytes(data)
+    for name, members in folders().items():
+        (folder / name).mkdir()
+        for member, data in members.items():
+            (folder / name / member).write_bytes(data)
     warm_up(folder)
     rows = run_probe(folder, 240)
     assert not (folder / CANARY).exists()
@@ -63,7 +71,7 @@ def test_the_corpus_is_large_enough() -> None:
 
 
 def test_every_file_gives_tensors_or_a_checkpoint_error(outcomes: dict[str, dict]) -> None:
-    assert set(outcomes) == set(files())
+    assert set(outcomes) == set(files()) | set(folders())
     assert all(("tensors" in row) != ("error" in row) for row in outcomes.values())
 
 
