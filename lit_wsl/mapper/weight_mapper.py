@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.errors import MappingError
+from lit_wsl.mapper.arguments import as_module, execution_order
 from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.mapper.planner import build_plan
 from lit_wsl.mapper.result import MappingResult
 from lit_wsl.report.rows import By
 from lit_wsl.structure.describe import describe
 from lit_wsl.structure.info import ModelDescription
-from lit_wsl.structure.tracing import trace_execution_order
 from lit_wsl.transfer.coverage import measure_coverage
 
 Pairs = Sequence[tuple[Any, Any]]
@@ -108,7 +108,7 @@ class WeightMapper:
         source = describe(state_dict, label=label)
         if source_module is not None:
             order = mapper._order(source_module, dummy_input, "source")
-            source = _as_module(source, describe(source_module, execution_order=order, label=label))
+            source = as_module(source, describe(source_module, execution_order=order, label=label))
         mapper._set_up(source, target_module, shape_tolerance, dummy_input, incompatible_pairs, buffer_matching_mode)
         return mapper
 
@@ -169,19 +169,11 @@ class WeightMapper:
 
     def _order(self, module: nn.Module, dummy_input: Any, side: str) -> dict[str, int] | None:
         """Execution order of one sample call; without one where the call fails, saying so."""
-        if dummy_input is None:
-            return None
-        args, kwargs = _as_call(dummy_input)
-        try:
-            return trace_execution_order(module, args, kwargs)
-        except Exception as error:  # the model's own code: anything may come
-            note = (
-                f"dummy_input could not be run through the {side} ({type(error).__name__}: {error}); matching goes on "
-                "without execution order."
-            )
+        order, note = execution_order(module, dummy_input, side)
+        if note is not None:
             self._notes.append(note)
             warnings.warn(note, stacklevel=4)
-            return None
+        return order
 
     # -- matching ---------------------------------------------------------------------------------------------------
 
@@ -356,28 +348,3 @@ class WeightMapper:
         known = [info.name for side in (self.source, self.target) for info in side.parameters]
         near = [match[0] for match in process.extract(name, list(dict.fromkeys(known)), limit=3)]
         raise MappingError(f"neither model has a tensor named {name!r}; the nearest names are {', '.join(near)}.")
-
-
-def _as_call(dummy_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A sample call from what users write: a dict is keyword arguments, a tuple or list positional ones."""
-    if isinstance(dummy_input, Mapping):
-        return (), dict(dummy_input)
-    if isinstance(dummy_input, (tuple, list)):
-        return tuple(dummy_input), {}
-    return (dummy_input,), {}
-
-
-def _as_module(source: ModelDescription, module: ModelDescription) -> ModelDescription:
-    """The description by the module, once it is clear that the state dict is one of this module."""
-    for info in source.parameters:
-        if info.name not in module:
-            raise MappingError(
-                f"source_module is another model than the state dict: it has no tensor {info.name!r} of shape "
-                f"{info.shape}. Pass the model that wrote the state dict, or leave source_module out."
-            )
-        if module[info.name].shape != info.shape:
-            raise MappingError(
-                f"source_module is another model than the state dict: {info.name!r} is {module[info.name].shape} there "
-                f"and {info.shape} in the state dict. Build it with the sizes it was trained with."
-            )
-    return module

@@ -177,7 +177,10 @@
         if (!node.shown.length) return;
         const row = side.rows.length, open = !node.leaf && (node.open || side.auto);
         side.rows.push(node); node.row = row; node.isOpen = open;
-        if (open) node.children.forEach(visit); else for (const t of node.shown) side.rowOf[t] = row;
+        if (open) {
+          const shown = node.children.filter((c) => c.shown.length);
+          shown.forEach((c, i) => { c.position = i + 1; c.siblings = shown.length; visit(c); });
+        } else for (const t of node.shown) side.rowOf[t] = row;
       };
       visit(side.root);
       side.box.querySelector(".spacer").style.height = side.rows.length * ROW + "px";
@@ -207,7 +210,7 @@
   function rowElement(side, node, r) {
     const chosen = state.selected === node, partner = chosenRows(side.other).size && chosenRows(side).has(r) && !chosen;
     const row = el("div", { class: "row " + (node.leaf ? "tensor" : "module") + (chosen ? " selected" : "") + (partner ? " partner" : "") + (r === side.active ? " active" : ""),
-      role: "treeitem", id: side.key + "-row-" + r, "aria-level": node.depth + 1, "aria-selected": String(chosen), title: title(side, node) });
+      role: "treeitem", id: side.key + "-row-" + r, "aria-level": node.depth + 1, "aria-posinset": node.position || 1, "aria-setsize": node.siblings || 1, "aria-selected": String(chosen), title: title(side, node) });
     if (!node.leaf) row.setAttribute("aria-expanded", String(node.isOpen));
     row.style.top = r * ROW + "px";
     row.style.paddingLeft = 6 + node.depth * 15 + "px";
