@@ -21,6 +21,7 @@ from torch import Tensor
 from lit_wsl.errors import PlanError
 
 Shape = tuple[int, ...]
+MAX_TENSORS = 1_000_000  # results of one operation; a plan that asks for more is damaged, and would fill the memory
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Operation(ABC):
     def _misfit(self, inputs: Sequence[Shape], why: str) -> PlanError:
         shown = ", ".join(map(str, map(tuple, inputs[:4]))) + (f", ... ({len(inputs)} tensors)" if inputs[4:] else "")
         return PlanError(f"{self.name} does not fit shapes [{shown}]: {why}.")
+
+    def _bound(self, inputs: Sequence[Shape], each: int) -> None:
+        """Refuse to make millions of tensors of a few."""
+        if len(inputs) * each > MAX_TENSORS:
+            raise PlanError(f"{self.name} would make {len(inputs) * each:,} tensors; at most {MAX_TENSORS:,} may be.")
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
         """Refuse tensors that the operation was not planned for; torch alone would take some of them."""
@@ -171,6 +177,7 @@ class Split(Operation):
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         out: list[Shape] = []
+        self._bound(inputs, len(self.sizes))
         for s in inputs:
             if len(s) <= self.dim or s[self.dim] != sum(self.sizes):
                 raise self._misfit(inputs, f"axis {self.dim} must have {sum(self.sizes)} entries")
@@ -267,6 +274,7 @@ class Unstack(Operation):
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         out: list[Shape] = []
+        self._bound(inputs, self.count)
         for s in inputs:
             if len(s) <= self.dim or s[self.dim] != self.count:
                 raise self._misfit(inputs, f"axis {self.dim} must have {self.count} entries")
@@ -292,9 +300,11 @@ class FanOut(Operation):
         self._at_least(1, count=self.count)
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        self._bound(inputs, self.count)
         return [tuple(s) for s in inputs for _ in range(self.count)]
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        self._check(inputs)
         return [t for t in inputs for _ in range(self.count)]
 
     def reverse(self) -> Operation:  # noqa: D102

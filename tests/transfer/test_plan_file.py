@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -391,6 +392,56 @@ def test_hostile_files_are_refused_quickly(name):
     with pytest.raises(PlanError):
         plan_from_text(HOSTILE[name])
     assert time.process_time() - start < 5
+
+
+JUNK = [
+    *(None, True, 0, -1, 10**30, 1.5, 1e308, "", "a", "a -> b", "{0..3}", "a.{i:0..1}.{j:0..9}", "a, b", "->", "\0"),
+    *([], {}, [[]], [1, 2], ["x"], [None], {"split": {}}, [[1, 0.5]], [[0, 1]], [["x", 2]], {"op": "split"}),
+    *(["transpose"], [{"permute": {"dims": [0, 1]}}], [{"reshape": {"source": [4], "target": [2, 2]}}]),
+    *([{"stack": {"dim": 99, "count": 1}}], [{"split": {"dim": 5, "sizes": [1]}}], [{"fan_out": {"count": 10**9}}]),
+    *([{"concat": {"dim": 0, "sizes": [10**20]}}], [{"unstack": {"dim": 0, "count": 10**12}}]),
+    [{"fan_out": {"count": 10**5}}, {"fan_out": {"count": 10**5}}],
+]
+
+
+def places(node, path=()):
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+def test_whatever_is_changed_in_a_plan_it_is_a_plan_or_a_plan_error():
+    whole = make_plan(
+        mixture_of_experts(layers=3),
+        ambiguous=(Ambiguity(("x.0",), (Candidate(("y.0",), 0.5, (Split(0, (1, 1)),)),), (2,), "equal"),),
+        unmatched_target=(Unmatched("u.0", (1,), "buffer", "r"),),
+        options={"a": [1, {"b": None}]},
+    )
+    document = json.loads(plan_to_text(whole))
+    everywhere = list(places(document))
+    random = Random(0)
+    readable = 0
+    for _ in range(1500):
+        changed = json.loads(json.dumps(document))
+        *path, last = random.choice(everywhere)
+        node = changed
+        for key in path:
+            node = node[key]
+        if random.random() < 0.2:
+            del node[last]
+        else:
+            node[last] = random.choice(JUNK)
+        start = time.process_time()
+        try:
+            plan = plan_from_text(json.dumps(changed))
+        except PlanError:
+            pass
+        else:
+            readable += 1
+            assert plan_from_text(plan_to_text(plan)) == plan
+        assert time.process_time() - start < 2
+    assert readable > 50
 
 
 def test_a_plan_that_is_not_plain_data_is_not_written(tmp_path):
