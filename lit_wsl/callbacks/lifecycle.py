@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,22 +34,32 @@ def is_whole(module: pl.LightningModule) -> bool:
     return not any(is_overridden(name, module) for name in _BUILDERS if hasattr(module, name))
 
 
-def resumed_path(trainer: pl.Trainer) -> str | None:
+def resumed_path(trainer: pl.Trainer) -> tuple[bool, str | None]:
     """The checkpoint that this run restores, if it restores one.
 
     ``trainer.ckpt_path`` is set only when the restoring begins, after the setup hooks. Until then the path is an
     argument of ``Trainer._run`` and stored nowhere, so it is read from that frame. Should a future Lightning name
-    things differently, nothing is found, the restored weights still win, and ``on_load_checkpoint`` tells us then.
+    things differently, this cannot be told yet; the restored weights win all the same, and are noticed afterwards.
+
+    Returns:
+        Whether it can be told, and the path, ``None`` if nothing is restored.
     """
-    if trainer.ckpt_path:
-        return str(trainer.ckpt_path)
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
             path = frame.f_locals.get("ckpt_path")
-            return str(path) if path else None
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+            return "ckpt_path" in frame.f_locals, str(path) if path else None
+        frame = frame.f_back
+    return False, None
+
+
+def has_trained_elsewhere(trainer: pl.Trainer) -> bool:
+    """Whether this trainer has run a fit in processes that it spawned and that are gone.
+
+    They return their weights to the main process, and nothing of the callbacks; a ``test`` that follows starts new
+    processes with the trained weights and a callback that knows nothing of the transfer that came before.
+    """
+    return bool(getattr(trainer.strategy.launcher, "_already_fit", False))
 
 
 def when_whole(strategy: Strategy, run: Callable[[], None], needs_memory: Callable[[], bool]) -> Callable[[], None]:

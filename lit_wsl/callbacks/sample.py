@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,7 +142,35 @@ def _to_model(batch: Any, trainer: pl.Trainer, module: pl.LightningModule) -> An
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
     with preserved_objects(trainer.datamodule, module):
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
+        return _in_dtype_of(module, module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0))
+
+
+def _in_dtype_of(module: nn.Module, value: Any) -> Any:
+    """Numbers of the default type in the type of the model's weights, as precision plugins do for ``bf16-true``."""
+    wanted = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    usual = torch.float32
+    return tree_map(lambda t: t.to(wanted) if isinstance(t, Tensor) and t.dtype == usual else t, value)
+
+
+@contextmanager
+def quiet(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]:
+    """Keep a sample call from logging: ``self.log`` does nothing and the trainer has no loggers meanwhile."""
+    loggers, own = trainer.loggers, dict(vars(model))
+    trainer.loggers = []
+    for name in ("log", "log_dict"):
+        vars(model)[name] = _do_nothing
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+        for name in ("log", "log_dict"):
+            vars(model).pop(name, None)
+            if name in own:
+                vars(model)[name] = own[name]
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``self.log`` during a sample call."""
 
 
 def _example_calls(module: pl.LightningModule) -> list[Call]:
@@ -149,7 +178,7 @@ def _example_calls(module: pl.LightningModule) -> list[Call]:
     if example is None:
         return []
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
-    example = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, example)
+    example = _in_dtype_of(module, tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, example))
     if isinstance(example, dict):
         return [((), dict(example))]
     return [(tuple(example) if isinstance(example, (tuple, list)) else (example,), {})]

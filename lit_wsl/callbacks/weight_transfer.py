@@ -13,12 +13,19 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lit_wsl.callbacks.lifecycle import is_whole, needs_memory, resumed_path, shadows, when_whole
+from lit_wsl.callbacks.lifecycle import (
+    has_trained_elsewhere,
+    is_whole,
+    needs_memory,
+    resumed_path,
+    shadows,
+    when_whole,
+)
 from lit_wsl.callbacks.resume import resume_training
-from lit_wsl.callbacks.sample import find_samples
+from lit_wsl.callbacks.sample import find_samples, quiet
 from lit_wsl.errors import LitWslError, MappingError
 from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
-from lit_wsl.structure import describe
+from lit_wsl.structure import ModelDescription, describe
 from lit_wsl.transfer.api import Prepared, finish_transfer, open_source, prepare_transfer
 from lit_wsl.transfer.coverage import measure_coverage
 from lit_wsl.transfer.distributed import NOT_RUN, Ranks, has_sharded_tensors, refuse_wrapped
@@ -120,6 +127,7 @@ class WeightTransferCallback(Callback):
         self._served: weakref.ref[nn.Module] | None = None
         self._take_back: Callable[[], None] | None = None
         self._fresh = False  # transferred in this very run
+        self._foreseen = True  # whether setup could tell what this run restores
 
     # -- hooks of Lightning ----------------------------------------------------------------------------------------
 
@@ -128,10 +136,12 @@ class WeightTransferCallback(Callback):
         self._forget_request()
         if self._served is not None and self._served() is pl_module:
             return
-        resumed = resumed_path(trainer)
+        self._foreseen, resumed = resumed_path(trainer)
         if resumed is not None:
             self._served = weakref.ref(pl_module)
-            self._yield_to(trainer, pl_module, resumed)
+            self._yield_to(trainer, pl_module, f"this run restores {resumed}, which wins")
+        elif has_trained_elsewhere(trainer):
+            self._yield_to(trainer, pl_module, "an earlier fit of this trainer, in processes of its own, has trained")
         elif is_whole(pl_module):
             self._transfer(trainer, pl_module, stage)
         else:
@@ -143,7 +153,8 @@ class WeightTransferCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so where a checkpoint was restored over the transfer, which :meth:`setup` could not foresee."""
-        if self._fresh and trainer.ckpt_path and self.report is not None and self.report.applied:
+        unforeseen = self._fresh and not self._foreseen and trainer.ckpt_path
+        if unforeseen and self.report is not None and self.report.applied:
             note = f"the checkpoint restored from {trainer.ckpt_path} wins over the transferred weights"
             self.report = replace(self.report, applied=False).with_remarks(notes=(note,))
             rank_zero_info(f"Weight transfer: {note}.")
@@ -254,16 +265,16 @@ class WeightTransferCallback(Callback):
             rank_zero_warn(f"Weight transfer: {text}.")
         return report.with_remarks(warnings=tuple(warnings), notes=tuple(notes))
 
-    def _yield_to(self, trainer: pl.Trainer, model: pl.LightningModule, resumed: str) -> None:
-        """Report that a resumed checkpoint wins."""
-        note = f"this run restores {resumed}, which wins; nothing was transferred from {self._label}"
+    def _yield_to(self, trainer: pl.Trainer, model: pl.LightningModule, why: str) -> None:
+        """Report that other weights win, such as those of a resumed checkpoint."""
+        note = f"{why}; nothing was transferred from {self._label}"
         source = SideSummary(self._label, 0, 0, 0, 0, "")
         try:
             target = describe(model)
         except LitWslError:  # not built yet
-            target = replace(describe({"": nn.Parameter()}), parameters=(), label=type(model).__name__)
+            target = ModelDescription((), label=type(model).__name__)
         plan = TransferPlan((), source, SideSummary.of(target), options=self.options.to_dict())
-        nothing = replace(target, parameters=(), tied={}, label=self._label)
+        nothing = ModelDescription((), label=self._label)
         report = TransferReport.of(plan, measure_coverage(plan, nothing, target), nothing, target, notes=(note,))
         self.report = replace(report, applied=False)
         rank_zero_info(f"Weight transfer: {note}.")
@@ -285,29 +296,10 @@ class WeightTransferCallback(Callback):
         directory = trainer.log_dir  # a collective call: on all ranks
         if self.report is None or not trainer.is_global_zero or directory is None or trainer.fast_dev_run:
             return
-        os.makedirs(directory, exist_ok=True)
-        self.report.to_json(Path(directory) / REPORT_FILE)
-        if self.report.applied:
-            self.report.save_html((Path(directory) / REPORT_FILE).with_suffix(".html"))
-
-
-class quiet:  # noqa: N801  used as a context, like a function
-    """Keep a sample call from logging: ``self.log`` does nothing and the trainer has no loggers meanwhile."""
-
-    def __init__(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        self._trainer, self._model = trainer, model
-
-    def __enter__(self) -> None:
-        self._loggers = self._trainer.loggers
-        self._trainer.loggers = []
-        for name in ("log", "log_dict"):
-            vars(self._model)[name] = _do_nothing
-
-    def __exit__(self, *exc: object) -> None:
-        self._trainer.loggers = self._loggers
-        for name in ("log", "log_dict"):
-            vars(self._model).pop(name, None)
-
-
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for ``self.log`` during a sample call."""
+        try:
+            os.makedirs(directory, exist_ok=True)
+            self.report.to_json(Path(directory) / REPORT_FILE)
+            if self.report.applied:
+                self.report.save_html((Path(directory) / REPORT_FILE).with_suffix(".html"))
+        except (OSError, LitWslError) as error:  # a full disk is no reason to stop a run that has its weights
+            rank_zero_warn(f"Weight transfer: the report could not be written: {error}")

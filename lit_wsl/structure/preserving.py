@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import random
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -226,6 +227,10 @@ def _walk(queue: list[Any]) -> Iterator[Callable[[], None]]:
                 pending.extend(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, (tuple, frozenset)):
             pending.extend(value if len(value) <= _LIMIT else ())
+        elif isinstance(value, partial):
+            pending.extend((value.func, value.args, value.keywords))
+        elif _belongs_to_the_process(value):
+            continue
         elif isinstance(getattr(value, "__dict__", None), dict):
             attributes = vars(value)
             yield _refill(attributes, dict(attributes))
@@ -236,6 +241,12 @@ def _walk(queue: list[Any]) -> Iterator[Callable[[], None]]:
 def _is_code(value: Any) -> bool:
     """Whether a value is code, not state: functions, classes and modules of Python."""
     return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type))
+
+
+def _belongs_to_the_process(value: Any) -> bool:
+    """Whether an object is the standard library's own, such as loggers, locks, files and threads: no state of ours."""
+    home = type(value).__module__.partition(".")[0]
+    return home in sys.stdlib_module_names and not isinstance(value, types.SimpleNamespace) and home != "__main__"
 
 
 def _is_engine(value: Any) -> bool:

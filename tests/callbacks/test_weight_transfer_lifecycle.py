@@ -131,7 +131,7 @@ def test_a_tested_checkpoint_wins_too(old, trainer_kwargs, tmp_path, same_tensor
 def test_a_restore_that_setup_could_not_foresee_is_reported_when_it_comes(
     old, trainer_kwargs, tmp_path, same_tensors, monkeypatch
 ):
-    monkeypatch.setattr("lit_wsl.callbacks.weight_transfer.resumed_path", lambda trainer: None)
+    monkeypatch.setattr("lit_wsl.callbacks.weight_transfer.resumed_path", lambda trainer: (False, None))
     other = InInit()
     torch.save({"state_dict": other.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / "other.ckpt")
     model, callback = InInit(), WeightTransferCallback(old[1])
@@ -139,6 +139,47 @@ def test_a_restore_that_setup_could_not_foresee_is_reported_when_it_comes(
     assert same_tensors(model.state_dict(), other.state_dict())
     assert not callback.report.applied
     assert "other.ckpt" in callback.report.notes[-1]
+
+
+def test_a_search_for_the_learning_rate_is_no_resumed_checkpoint(old, trainer_kwargs, same_tensors):
+    """The finder saves and restores the model within the run."""
+    from lightning.pytorch.callbacks import LearningRateFinder
+
+    class WithRate(InInit):
+        lr = 0.1
+
+    model, callback, watch = WithRate(), WeightTransferCallback(old[1]), AtOptimizers()
+    finder = LearningRateFinder(num_training_steps=3, update_attr=False)
+    L.Trainer(**trainer_kwargs, callbacks=[finder, callback, watch]).fit(model, loader())
+    assert callback.report.applied
+    assert same_tensors(watch.weights, old[0].state_dict())
+
+
+def test_weights_trained_in_spawned_processes_are_kept(old, trainer_kwargs, same_tensors):
+    """After a spawned fit, the main process has the trained weights and a callback that never heard of a transfer."""
+
+    class Launcher:
+        is_interactive_compatible, _already_fit = True, True
+
+        def launch(self, function, *args, trainer=None, **kwargs):
+            return function(*args, **kwargs)
+
+    model, callback = InInit(), WeightTransferCallback(old[1])
+    trained = copy.deepcopy(model.state_dict())
+    trainer = L.Trainer(**trainer_kwargs, callbacks=[callback])
+    trainer.strategy._launcher = Launcher()
+    trainer.test(model, loader())
+    assert same_tensors(model.state_dict(), trained)
+    assert not callback.report.applied
+    assert "earlier fit" in callback.report.notes[0]
+
+
+def test_a_report_that_cannot_be_written_does_not_stop_the_run(old, trainer_kwargs, tmp_path):
+    (tmp_path / "weight_transfer.json").mkdir()
+    callback = WeightTransferCallback(old[1])
+    with pytest.warns(UserWarning, match="could not be written"):
+        L.Trainer(**trainer_kwargs, callbacks=[callback]).validate(InInit(), loader())
+    assert callback.report.applied
 
 
 def test_the_saved_state_holds_primitives_only_and_survives_a_strict_reader(old, trainer_kwargs, tmp_path):

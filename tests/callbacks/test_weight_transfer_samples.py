@@ -166,3 +166,21 @@ def test_a_model_without_forward_is_traced_through_its_only_child(transfer):
 def test_a_list_of_batches_is_a_loader_too(transfer):
     batches = list(loader())
     assert transfer(InInit(), batches).notes == ()
+
+
+def test_a_model_of_half_precision_gets_a_sample_in_its_type(transfer):
+    class Half(Listening):
+        def __init__(self):
+            super().__init__()
+            self.to(torch.bfloat16)
+
+    assert transfer(Half(), loader()).notes == ()
+    assert Listening.heard[-1].dtype == torch.bfloat16
+
+
+def test_a_log_method_of_the_models_own_is_put_back(transfer):
+    model, calls = InInit(), []
+    vars(model)["log"] = mine = lambda *a, **k: calls.append(a)
+    transfer(model, loader())
+    assert vars(model)["log"] is mine
+    assert calls == []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
+import threading
 from collections import deque
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,3 +74,17 @@ def test_all_global_generators_are_put_back_after_an_error():
     except KeyError:
         pass
     assert draw() == first
+
+
+def test_what_belongs_to_the_process_is_left_alone():
+    box = SimpleNamespace(logger=logging.getLogger("box"), lock=threading.Lock(), call=partial(sorted, key=None))
+    with preserved_objects(box):
+        late = logging.getLogger("made.meanwhile")
+    assert logging.getLogger("made.meanwhile") is late
+
+
+def test_state_behind_a_partial_is_found():
+    box = SimpleNamespace(count=0)
+    with preserved_objects(partial(print, box)):
+        box.count = 3
+    assert box.count == 0
