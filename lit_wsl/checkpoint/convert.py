@@ -7,31 +7,25 @@ indices; schedulers, loops, precision, callbacks', datamodule's and hyper-parame
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_wsl.checkpoint.convert_weights import Progress, convert_tensors, convert_twin, convert_weights
 from lit_wsl.checkpoint.edit import replace_at, with_entries
 from lit_wsl.checkpoint.inert import as_mapping, contains_foreign
 from lit_wsl.checkpoint.optimizer import OnLost, convert_optimizers, groups_of
-from lit_wsl.checkpoint.parameter_order import new_order, old_parameters, proven_order
+from lit_wsl.checkpoint.parameter_order import new_order, old_parameters
 from lit_wsl.checkpoint.reader import Checkpoint, open_checkpoint
 from lit_wsl.checkpoint.writing import atomic_save, save_safetensors
 from lit_wsl.errors import CheckpointError, PlanError
-from lit_wsl.structure import describe
-from lit_wsl.transfer.operations import run_operations
 from lit_wsl.transfer.plan import TransferPlan
 
 TRAINING = frozenset({"optimizer_states", "lr_schedulers", "callbacks"})  # what ``save_weights_only`` leaves out
-
-Progress = Callable[[int, int], None]
-"""Called with the number of entries done and their total."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +161,7 @@ def convert_document(
             notes.append(f"left out: {key!r}")
         elif key == checkpoint.prefix[0]:
             entries[key] = replace_at(value, checkpoint.prefix[1:], state)
-        elif (copied := _convert_twin(value, checkpoint, plan, target)) is not None:
+        elif (copied := convert_twin(value, checkpoint, plan, target)) is not None:
             entries[key] = copied
             notes.append(f"{key!r}, a copy of the weights, was converted likewise")
         else:
@@ -255,136 +249,6 @@ def _gather_optimizers(entries: dict[Hashable, Any]) -> None:
         entries["optimizer_states"] = [entries.pop(key) for key in sorted(single, key=lambda key: int(str(key)[10:]))]
 
 
-def convert_weights(
-    checkpoint: Checkpoint, plan: TransferPlan, *, target: nn.Module | None = None, progress: Progress | None = None
-) -> tuple[dict[str, Any], list[str]]:
-    """The new model's state dict, in its order, and remarks.
-
-    Raises:
-        PlanError: If the plan does not fit.
-    """
-    notes: list[str] = []
-    filled = convert_tensors(checkpoint, plan, target, progress)
-    if target is not None:
-        described = describe(target)
-        names = [name for name in target.state_dict(keep_vars=True) if described.tied.get(name, name) in filled]
-        strange = next((name for name in filled if name not in described), None)
-        if strange is not None:
-            raise PlanError(f"the plan fills {strange!r}, which {described.label} does not have; make a new plan.")
-        ordered = {name: filled[described.tied.get(name, name)] for name in names}
-        missing = [name for name in target.state_dict(keep_vars=True) if name not in ordered]
-    else:
-        proven = proven_order(plan)
-        names = [name for name, _ in proven] if proven is not None else list(filled)
-        ordered = {name: filled[name] for name in names if name in filled}
-        missing = [u.name for u in plan.unmatched_target] + [n for a in plan.ambiguous for n in a.targets]
-    if missing:
-        shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-        notes.append(
-            f"{len(missing)} tensors of the new model are not in the new checkpoint, so it loads with strict=False "
-            f"(Lightning: strict_loading=False): {shown}"
-        )
-    state: dict[str, Any] = OrderedDict(ordered)
-    moved = {e.sources[0].rpartition(".")[0]: e.targets[0].rpartition(".")[0] for e in plan.entries}
-    for name, value in checkpoint.extra.items():  # the extra state of a module moves with it
-        module, dot, leaf = str(name).rpartition(".")
-        state[f"{moved[module]}{dot}{leaf}" if dot and module in moved else name] = value
-    state._metadata = _metadata(checkpoint, moved, target)  # type: ignore[attr-defined]
-    return state, notes
-
-
-def _metadata(checkpoint: Checkpoint, moved: Mapping[str, str], target: nn.Module | None) -> Any:
-    """The versions of the modules, which ``load_state_dict`` asks for, under the new names."""
-    if target is not None:
-        return getattr(target.state_dict(keep_vars=True), "_metadata", OrderedDict())
-    nest: Any = checkpoint.document()
-    for key in checkpoint.prefix:
-        nest = (as_mapping(nest) or {}).get(key)
-    old = getattr(nest, "_metadata", None) or {}
-    return OrderedDict((moved.get(module, module), version) for module, version in old.items())
-
-
-def convert_tensors(
-    tensors: Mapping[str, Tensor],
-    plan: TransferPlan,
-    target: nn.Module | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Tensor]:
-    """Run the plan's operations on a state dict; each result has memory of its own.
-
-    Raises:
-        PlanError: If a source is missing or has another shape than planned.
-    """
-    live = dict(target.state_dict(keep_vars=True)) if target is not None else {}
-    made: dict[str, Tensor] = {}
-    for number, entry in enumerate(plan.entries, 1):
-        label = f"entry {number} ({', '.join(entry.sources[:3])} -> {', '.join(entry.targets[:3])})"
-        values = []
-        for position, name in enumerate(entry.sources):
-            if name not in tensors:
-                raise PlanError(f"{label}: the checkpoint has no tensor {name!r}; make a new plan, or edit the entry.")
-            value = tensors[name]
-            planned = entry.source_shapes[position] if entry.source_shapes else tuple(value.shape)
-            if tuple(value.shape) != tuple(planned):
-                raise PlanError(
-                    f"{label}: {name!r} has shape {tuple(value.shape)} in the checkpoint, but the plan was made for "
-                    f"{tuple(planned)}; make a new plan, or edit the entry."
-                )
-            values.append(value)
-        present: list[Tensor] = []
-        if any(operation.needs_target for operation in entry.operations):
-            if any(not isinstance(live.get(name), Tensor) or live[name].is_meta for name in entry.targets):
-                raise PlanError(f"{label}: {entry.badge} needs the target's present values; give the target model.")
-            present = [live[name].detach() for name in entry.targets]
-        try:
-            results = run_operations(entry.operations, values, present)
-        except PlanError as error:
-            raise PlanError(f"{label}: {error}") from error
-        if len(results) != len(entry.targets):
-            raise PlanError(f"{label}: its operations give {len(results)} tensors for {len(entry.targets)} targets.")
-        for name, result in zip(entry.targets, results):
-            if name in made:
-                raise PlanError(f"{label}: {name!r} is filled by two entries; remove one.")
-            made[name] = _own(result, values, len(results) > 1)
-        if progress is not None:
-            progress(number, len(plan.entries))
-    return made
-
-
-def _own(result: Tensor, sources: Sequence[Tensor], several: bool) -> Tensor:
-    """The tensor with memory of its own, since ``torch.save`` writes the whole storage of a view."""
-    whole = result.untyped_storage().nbytes() == result.nbytes
-    if result.is_contiguous() and whole and not (several and any(result is s for s in sources)):
-        return result.detach()
-    return result.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _convert_twin(value: Any, checkpoint: Checkpoint, plan: TransferPlan, target: nn.Module | None) -> Any:
-    """Convert another copy of the weights, such as that of ``WeightAveraging``, or an average of the parameters alone.
-
-    Returns:
-        The converted copy; ``None`` if the value is no copy: most of the plan's sources, in the same shapes.
-    """
-    entries = as_mapping(value)
-    if entries is None or not plan.entries:
-        return None
-    for prefix in ("", "module."):
-
-        def fits(source: str, prefix: str = prefix) -> bool:
-            tensor = entries.get(prefix + source)
-            return isinstance(tensor, Tensor) and tensor.shape == checkpoint.meta(source).shape
-
-        inside = [entry for entry in plan.entries if all(map(fits, entry.sources))]
-        if len(inside) * 2 <= len(plan.entries):
-            continue
-        used = {source for entry in inside for source in entry.sources}
-        made = convert_tensors({s: entries[prefix + s] for s in used}, replace(plan, entries=tuple(inside)), target)
-        # what the plan leaves out of the model is left out of its copy; what is not the model's stays
-        rest = {key: item for key, item in entries.items() if str(key).removeprefix(prefix) not in checkpoint}
-        return with_entries(value, {**{prefix + name: tensor for name, tensor in made.items()}, **rest})
-    return None
-
-
 def _check_schedulers(schedulers: Sequence[Any], saved: Sequence[Any], made: Sequence[Any]) -> None:
     """Refuse schedulers that hold a learning rate per group where the number of groups has changed."""
     before = {len(optimizer["param_groups"]) for optimizer in saved}
@@ -398,3 +262,6 @@ def _check_schedulers(schedulers: Sequence[Any], saved: Sequence[Any], made: Seq
                 f"a scheduler holds learning rates for {len(rates)} parameter groups, but the new run's optimizers "
                 f"have {sorted(after)}. Keep the number of groups, or transfer the weights only."
             )
+
+
+__all__ = ["Conversion", "convert_checkpoint", "convert_document", "convert_tensors", "convert_weights"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -48,17 +48,6 @@ class NewOrder:
     names: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
     known: bool = False
-
-
-@dataclass
-class OptimizerRemarks:
-    """What was noticed while states were carried.
-
-    Attributes:
-        notes: One line each, for the report.
-    """
-
-    notes: list[str] = field(default_factory=list)
 
 
 def convert_optimizers(
