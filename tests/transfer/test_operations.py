@@ -99,7 +99,7 @@ def chains(draw):
     return tensors, operations
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(chains())
 def test_reverse_of_apply_is_the_identity_for_random_chains(case):
     tensors, operations = case

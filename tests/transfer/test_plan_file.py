@@ -148,7 +148,7 @@ def plans(draw):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(plans())
 def test_a_plan_comes_back_from_its_file_exactly(plan):
     text = plan_to_text(plan)
