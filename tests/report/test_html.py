@@ -260,3 +260,19 @@ def test_the_callback_leaves_a_page_in_the_log_directory(tmp_path):
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S).group(1))
     assert data["target"]["types"] == ["Linear", "Linear"]
     assert data["coverage"]["target"]["share"] == 1.0
+
+
+def test_names_that_look_like_markup_are_shown_as_text(browser, tmp_path):
+    evil = ["<img src=x onerror=document.title='hacked'>.weight", "</script><script>document.title='hacked'</script>.w"]
+    evil += ["a&amp;b.weight", "{{data}}.weight", "\u2028line.weight", "x\"'`${1}.weight"]
+    infos = tuple(ParameterInfo(name, (2,), index=i) for i, name in enumerate(evil))
+    side = ModelDescription(infos, label="<i>old</i>")
+    entries = tuple(PlanEntry((n,), (n,), (), ((2,),), ((2,),), reason="<u>why</u>") for n in evil)
+    plan = TransferPlan(entries, SideSummary.of(side), SideSummary.of(side), notes=("<b>note</b>",))
+    page = Page(browser, save_html(plan, tmp_path / "evil.html", source=side, target=side))
+    assert page.rows("source") == ["<i>old</i>", *evil]
+    page.row("source", evil[0]).click()
+    page.wait("return document.getElementById('details').textContent.includes('<u>why</u>')")
+    assert page.js("return document.querySelectorAll('img, i:not([class]) *, u, b').length") == 0
+    assert "hacked" not in browser.title
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
