@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -52,6 +53,17 @@ def show(score: Score, verbose: bool) -> None:
                 print(f"        {label}: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}")
 
 
+def _by_pair(scores: Sequence[Score], remark: Callable[[Score], str]) -> list[str]:
+    """One line for each pair: the modes it happened in, and a remark on the first."""
+    modes: dict[str, list[Score]] = {}
+    for score in scores:
+        modes.setdefault(score.pair, []).append(score)
+    return [
+        f"{pair} ({', '.join(s.method.removeprefix('lit_wsl ') for s in found)}) {remark(found[0])}".rstrip()
+        for pair, found in modes.items()
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the gauntlet; 1 if a tensor is wrong, a truth is not proven or a transfer crashed, else 0."""
     options = parse(argv)
@@ -94,14 +106,15 @@ def main(argv: list[str] | None = None) -> int:
     for method, row in totals(scores, pairs).items():
         print(f"{method:24} " + ", ".join(f"{key} {value}" for key, value in row.items()))
     lost = worse_with_sample(scores)
-    wrong = [score for score in scores if score.method.startswith("lit_wsl") and score.wrong_names]
+    ours = [score for score in scores if score.method.startswith("lit_wsl")]
+    wrong = [score for score in ours if score.wrong_names]
     changed = differing_plans(scores, options.same_plans_as) if options.same_plans_as else []
     for title, items in (
         ("PLAN DIFFERS", changed),
         ("NOT PROVEN OR CRASHED", failed),
         ("WORSE WITH MORE EVIDENCE", lost),
-        ("WRONG", [f"{s.pair} ({s.method}): {', '.join(s.wrong_names[:4])}" for s in wrong]),
-        ("NOT KEPT", [f"{s.pair} ({s.method})" for s in scores if s.method.startswith("lit_wsl") and not s.kept]),
+        ("WRONG", _by_pair(wrong, lambda score: ", ".join(score.wrong_names[:4]))),
+        ("NOT KEPT", _by_pair([s for s in ours if not s.kept], lambda score: score.error[:100])),
         ("NOT LISTED", [f"{s.pair}: {s.unlisted[:3]}" for s in scores if s.unlisted]),
     ):
         if items:

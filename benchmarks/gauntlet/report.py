@@ -50,7 +50,7 @@ def worse_with_sample(scores: Sequence[Score]) -> list[str]:
 
 def differing_plans(scores: Sequence[Score], earlier: Path) -> list[str]:
     """Pairs whose plan is not the one of an earlier run: under another PYTHONHASHSEED there must be none."""
-    known = {(row["pair"], row["method"]): row["digest"] for row in json.loads(earlier.read_text())["scores"]}
+    known = {(row["pair"], row["method"]): row.get("digest") for row in json.loads(earlier.read_text())["scores"]}
     return [
         f"{score.pair} ({score.method})"
         for score in scores
@@ -105,5 +105,7 @@ def write(path: Path, scores: Sequence[Score], pairs: Sequence[Pair], command: s
         "worse with a sample": worse_with_sample(scores),
         "scores": [score.to_dict() for score in scores],
     }
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    rows = ",\n".join(json.dumps(row) for row in data.pop("scores"))
+    head = json.dumps(data, indent=1)
+    path.write_text(f'{head[:-2]},\n "scores": [\n{rows}\n]}}\n')
     path.with_suffix(".md").write_text(markdown(scores, pairs, command))

@@ -63,8 +63,14 @@ class Score:
     digest: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the long list of what is right."""
-        return {key: value for key, value in asdict(self).items() if key != "right_names"}
+        """Plain data: counts, and the first few of the names that are not right."""
+        data = {key: value for key, value in asdict(self).items() if key != "right_names"}
+        data["seconds"] = round(self.seconds, 4)
+        for key in ("unlisted", "wrong_names", "missing_names"):
+            names = data.pop(key)
+            if names and self.method.startswith("lit_wsl"):
+                data[key] = names[:6]
+        return {key: value for key, value in data.items() if value != ""}
 
 
 @dataclass(frozen=True)
