@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from lit_wsl.transfer.apply import copy_into, live_tensors
@@ -149,7 +148,7 @@ class Shadow:
 def shadows(trainer: pl.Trainer, model: nn.Module, ours: Any) -> Iterator[Shadow]:
     """Find the copies of the model that other callbacks keep, by structure: modules that hold all its tensors."""
     inside = {id(sub) for sub in model.modules()}
-    shapes = {n: t.shape for n, t in live_tensors(model).items() if not _is_lazy(t)}
+    shapes = {n: t.shape for n, t in live_tensors(model).items() if not nn.parameter.is_lazy(t)}
     first = next(iter(shapes), None)
     if first is None:
         return
@@ -159,13 +158,9 @@ def shadows(trainer: pl.Trainer, model: nn.Module, ours: Any) -> Iterator[Shadow
         for value in list(vars(callback).values()) if hasattr(callback, "__dict__") else []:
             if not isinstance(value, nn.Module) or id(value) in inside:
                 continue
-            theirs = {n: t.shape for n, t in live_tensors(value).items() if not _is_lazy(t)}
+            theirs = {n: t.shape for n, t in live_tensors(value).items() if not nn.parameter.is_lazy(t)}
             prefixes = [name[: -len(first)] for name in theirs if name == first or name.endswith("." + first)]
             for prefix in prefixes:
                 if all(theirs.get(prefix + name) == shape for name, shape in shapes.items()):
                     yield Shadow(type(callback).__name__, value, prefix, index < place)
                     break
-
-
-def _is_lazy(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)

@@ -140,7 +140,7 @@ def _first_of(loader: Any) -> Any:
 def _to_model(batch: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Any:
     """Bring a batch to the model as the trainer would: transfer hooks, the model's device."""
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
-    with preserved_objects(trainer.datamodule, module):
+    with preserved_objects(getattr(trainer, "datamodule", None), module):
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         return _in_dtype_of(module, module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0))
 

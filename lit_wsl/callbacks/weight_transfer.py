@@ -294,7 +294,12 @@ class WeightTransferCallback(Callback):
 
     def _write(self, trainer: pl.Trainer) -> None:
         directory = trainer.log_dir  # a collective call: on all ranks
-        if self.report is None or not trainer.is_global_zero or directory is None or trainer.fast_dev_run:
+        if (
+            self.report is None
+            or not trainer.is_global_zero
+            or directory is None
+            or getattr(trainer, "fast_dev_run", False)
+        ):
             return
         try:
             os.makedirs(directory, exist_ok=True)

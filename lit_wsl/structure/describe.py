@@ -92,7 +92,7 @@ def _describe_module(module: nn.Module, order: Mapping[str, int], label: str) ->
 
 def _shape_of(tensor: Tensor) -> tuple[int, ...]:
     """The shape, ``()`` for tensors of lazy modules that have none yet."""
-    return () if isinstance(tensor, nn.parameter.UninitializedTensorMixin) else tuple(tensor.shape)
+    return () if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
 
 
 def _describe_tensors(tensors: Mapping[str, Tensor], order: Mapping[str, int], label: str) -> ModelDescription:

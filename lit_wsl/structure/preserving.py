@@ -200,7 +200,7 @@ def preserved_objects(*roots: Any) -> Iterator[None]:
             restore()
 
 
-def _walk(queue: list[Any]) -> Iterator[Callable[[], None]]:
+def _walk(queue: list[Any]) -> Iterator[Callable[[], Any]]:
     """Visit the objects reachable through attributes and small containers; yield what restores each."""
     import numpy
 

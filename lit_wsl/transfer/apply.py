@@ -153,7 +153,7 @@ def _check_targets(plan: TransferPlan, targets: Mapping[str, Tensor], model: nn.
     for entry in plan.entries:
         for name in entry.targets:
             target = targets[name]
-            if isinstance(target, nn.parameter.UninitializedTensorMixin):
+            if nn.parameter.is_lazy(target):
                 raise TransferError(
                     f"{name} belongs to a lazy module and has no shape yet. Give a sample (example_args, "
                     "example_input_array, or a datamodule), or call the model once before the transfer."
