@@ -114,9 +114,10 @@ def is_lazy(module: nn.Module) -> bool:
 def lazy_copy(module: nn.Module) -> nn.Module:
     """A deep copy of a module with lazy parts; PyTorch can copy lazy parameters, but not lazy buffers."""
     memo: dict[int, Any] = {}
+    lazy_buffer: Any = nn.parameter.UninitializedBuffer  # its stub lacks the arguments
     for buffer in module.buffers():
         if nn.parameter.is_lazy(buffer):
-            memo[id(buffer)] = nn.parameter.UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)
+            memo[id(buffer)] = lazy_buffer(device=buffer.device, dtype=buffer.dtype)
     return copy.deepcopy(module, memo)
 
 
