@@ -30,10 +30,11 @@ from lit_wsl.mapper.evidence import Evidence
 from lit_wsl.mapper.fusion import Fusion, find_fusions, fold_run
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.shapes import operations_between
-from lit_wsl.mapper.tree import Item, TreeBuilder, relative, role_of, shape_key
+from lit_wsl.mapper.tree import Item, TreeBuilder, role_of, shape_key
 from lit_wsl.transfer.operations import Operation
 
 Forbidden = Callable[[str, str], bool]
+Profile = tuple[object, ...]
 REPEATED_WEIGHT = 1000
 NEIGHBOUR_MARGIN = 0.25
 
@@ -297,12 +298,12 @@ class Aligner:
         ends = {m.sources[-1]: m.targets[-1] for m in out.flat()[0]}
         ends |= {s.positions[-1]: t.positions[-1] for s, t in out.pairs}
         starts = {m.sources[0]: m.targets[0] for m in out.flat()[0]} | {s.start: t.start for s, t in out.pairs}
-        count_s, count_t = (Counter(tuple(sorted(i.profile.items())) for i in side) for side in (sources, targets))
+        count_s, count_t = (Counter(_key(i) for i in side) for side in (sources, targets))
 
         def fits(i: Item) -> bool:
-            key = tuple(sorted(i.profile.items()))
-            alone = count_s[key] == count_t[key] == 1
-            return i.rank < 2 and (alone or role_of(i.main.path) in ("weight", "bias"))
+            many = count_s[_key(i)]
+            conventional = role_of(i.main.path) in ("weight", "bias")
+            return i.rank < 2 and many == count_t[_key(i)] and (many == 1 or conventional)
 
         by_place = {t.start: t for t in targets if fits(t)}
         by_end = {t.positions[-1]: t for t in targets if fits(t)}
@@ -313,7 +314,8 @@ class Aligner:
                 t = by_end.get(starts.get(s.positions[-1] + 1, -2) - 1)
             if t is None or t.start not in by_place:
                 continue
-            if t.profile == s.profile and self._classes.cost(s, t) is not None:
+            alike = _key(s) == _key(t) and role_of(s.main.path) == role_of(t.main.path)
+            if (alike or count_s[_key(s)] == 1) and self._classes.cost(s, t) is not None:
                 pairing.pairs.append(Pair(s, t, NEIGHBOUR_MARGIN, "stands next to tensors that are matched"))
                 del by_place[t.start]
         return self._take_pairing(pairing, sources, targets, region, out, sure)
@@ -329,12 +331,13 @@ def _tensors(units: Sequence[Item]) -> list[Item]:
     return [t for u in units for t in u.tensors]
 
 
-def _by_profile(items: Sequence[Item]) -> dict[tuple, list[Item]]:  # type: ignore[type-arg]
-    found: dict[tuple, list[Item]] = {}  # type: ignore[type-arg]
+def _key(item: Item) -> Profile:
+    """Items of one key hold tensors of the same shapes."""
+    return (item.level, *sorted(item.profile.items()))
+
+
+def _by_profile(items: Sequence[Item]) -> dict[Profile, list[Item]]:
+    found: dict[Profile, list[Item]] = {}
     for item in items:
-        key = (item.level, *sorted(item.profile.items()))
-        found.setdefault(key, []).append(item)
+        found.setdefault(_key(item), []).append(item)
     return found
-
-
-__all__ = ["Aligner", "Doubt", "Match", "Outcome", "Region", "relative"]

@@ -21,7 +21,7 @@ from lit_wsl.mapper.names import (
 )
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.roles import MAX_TENSORS, Make, make_of
-from lit_wsl.mapper.shapes import operation_cost
+from lit_wsl.mapper.shapes import TRANSPOSED, operation_cost
 from lit_wsl.mapper.tree import Family, Item, families_of, place_end, place_in, relative, shape_key
 from lit_wsl.structure.info import Shape
 
@@ -189,9 +189,9 @@ class ClassSolver:
             return operation_cost(s.shape, t.shape, transposed=self.turned)
         if s.structure == t.structure:
             return 0.0
-        if s.profile == t.profile:
+        if s.profile == t.profile and max(s.level, t.level) == 2:
             same = Counter(i.shape for i in s.tensors) == Counter(i.shape for i in t.tensors)
-            return 0.0 if same or self.turned else 0.3
+            return 0.0 if same or self.turned else TRANSPOSED
         if max(s.level, t.level) == 2:
             return 0.2
         return self._unit_cost(s, t)
@@ -260,13 +260,19 @@ class ClassSolver:
         return 1.0 if verdict else min(alike, 0.1)
 
     def _weak(self, families: list[Family], root: Item) -> set[str]:
-        """Words that also stand in other tensors of the region: ``attention_norm`` is near the attention, not it."""
+        """Words of own names that also stand elsewhere in the region: ``attention_norm`` is near the attention.
+
+        Words of the modules around an item are no such hints: they say where the item is.
+        """
         if len(families) < 2:
             return set()
         everywhere = self._counts(root)
         here = _word_counts([t for f in families for m in f.members for t in m.tensors], root)
         outside = sorted(w for w, count in everywhere.items() if count > here[w])
-        return {w for w in here if any(token_similarity(w, o) >= ABBREVIATION for o in outside)}
+        places = [place_in(m, root).rpartition(".") for f in families for m in f.members]
+        own = {w for _, _, name in places for w in path_tokens(name)}
+        around = {w for above, _, _ in places for w in path_tokens(above)}
+        return {w for w in own - around if any(token_similarity(w, o) >= ABBREVIATION for o in outside)}
 
     def _trust_here(
         self,
@@ -384,10 +390,10 @@ def _same_numbering(
 
 
 def _ranks(shape: np.ndarray) -> np.ndarray:
-    """Rank of each row among the rows that cost the same everywhere, i.e. that have the same shapes."""
+    """Rank of each row among the rows that fit the same columns without being turned."""
     seen: Counter[bytes] = Counter()
     ranks = []
-    for row in shape:
+    for row in shape < TRANSPOSED:
         key = row.tobytes()
         ranks.append(seen[key])
         seen[key] += 1

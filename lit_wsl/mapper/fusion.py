@@ -59,6 +59,7 @@ class _Choice:
     parts: tuple[Family, ...]
     score: float
     reason: str
+    spelled: bool = False
 
 
 def find_fusions(
@@ -84,12 +85,11 @@ def find_fusions(
         root_w, root_p = (root_t, root_s) if whole_is_target else (root_s, root_t)
         wholes = [i for i in wholes if id(i) not in gone and i.rank >= 2]
         other_profiles = {tuple(sorted(i.profile.items())) for i in parts}
-        families = [f for f in families_of(wholes, root_w) if not _has_equal(f, other_profiles)]
-        for whole in sorted(_uniform(families), key=lambda f: (-f.members[0].numel, f.start)):
+        for whole in sorted(_uniform(families_of(wholes, root_w)), key=lambda f: (-f.members[0].numel, f.start)):
             free = [i for i in parts if id(i) not in gone and i.rank >= 2]
             choice, margin = _choose(whole, free, wholes, root_p, evidence, turned)
-            if choice is None:
-                continue
+            if choice is None or (_has_equal(whole, other_profiles) and not choice.spelled):
+                continue  # something else has the size of the whole, so only its name can make it one
             for k, member in enumerate(whole.members):
                 fusion = _build(member, [p.members[k] for p in choice.parts], whole_is_target, choice, margin, turned)
                 if fusion is not None:
@@ -228,7 +228,8 @@ def _order(
     around_p = [w for w in path_tokens(_ancestor(parts[0].members[0].path, 1)) if not w.isdigit()]
     near = best_pairs_similarity(around_w[-2:], around_p[-2:], evidence.dictionary)
     balance = _balance(parts, families, rivals)
-    return _Choice(tuple(parts[i] for i in order), (score + 0.2 * near + 0.3 * balance) if score else 0.0, reason)
+    total = (score + 0.2 * near + 0.3 * balance) if score else 0.0
+    return _Choice(tuple(parts[i] for i in order), total, reason, spelled=score == SPELLED)
 
 
 def _balance(parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> float:

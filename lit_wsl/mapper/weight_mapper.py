@@ -242,18 +242,20 @@ class WeightMapper:
             folded: Fold lines that differ only by indices into ``blocks.{0..11}``.
             console: Where to print.
         """
-        from lit_wsl.report.tables import AmbiguousView, MappingView, SummaryPanel, UnmatchedView
+        from lit_wsl.report.tables import ResultView
 
         shown = result if result is not None else self.result
-        out = console or Console()
-        out.print(SummaryPanel(shown.plan, shown.coverage))
-        out.print(MappingView(shown.plan, by=by, folded=folded, max_rows=max_matches))
-        if shown.plan.ambiguous:
-            out.print(AmbiguousView(shown.plan, max_rows=max_unmatched))
-        if show_unmatched:
-            out.print(UnmatchedView(shown.plan, max_rows=max_unmatched))
-        for note in self._notes:
-            out.print(f"note: {note}", markup=False)
+        view = ResultView(
+            shown.plan,
+            shown.coverage,
+            notes=tuple(self._notes),
+            by=by,
+            folded=folded,
+            show_unmatched=show_unmatched,
+            max_rows=max_matches,
+            max_unmatched=max_unmatched,
+        )
+        (console or Console()).print(view)
 
     def visualize_hierarchies(
         self, max_depth: int = 5, show_matches: bool = False, *, folded: bool = True, console: Console | None = None
