@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lit_wsl.cli.console import remark
 from lit_wsl.cli.models import Call, build_from, build_model, sample_call
 from lit_wsl.mapper.options import MatchingOptions
-from lit_wsl.report.coverage import print_report
+from lit_wsl.report.tables import ResultView
 from lit_wsl.transfer.api import open_source, prepare_transfer
 from lit_wsl.transfer.floor import likely_cause
 
@@ -41,7 +42,7 @@ def run(options: Any) -> int:
     from dataclasses import replace
 
     report = replace(prepared.report(), applied=False)
-    print_report(report)
+    Console().print(ResultView(report.plan, report.coverage, report.warnings, report.notes))
     if options.plan:
         report.plan.save(options.plan)
         remark(f"plan: {options.plan} ({len(report.plan)} entries)")

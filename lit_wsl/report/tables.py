@@ -83,11 +83,11 @@ def percent(share: float) -> str:
     """A share in percent that says 100 % only of everything and 0 % only of nothing.
 
     >>> percent(0.99999), percent(1.0), percent(0.00001), percent(0.5)
-    ('99.9 %', '100.0 %', '0.1 %', '50.0 %')
+    ('99.9%', '100.0%', '0.1%', '50.0%')
     """
     if share >= 1.0 or share <= 0.0:
-        return f"{100 * share:.1f} %"
-    return f"{min(99.9, max(0.1, 100 * share)):.1f} %"
+        return f"{100 * share:.1f}%"
+    return f"{min(99.9, max(0.1, 100 * share)):.1f}%"
 
 
 def coverage_of(plan: TransferPlan) -> Coverage:
@@ -279,3 +279,40 @@ class AmbiguousView(JupyterMixin):
         lines = [f"{c.score:.2f} {' + '.join(c.sources)}" for c in case.candidates[: self.max_candidates]]
         more = len(case.candidates) - len(lines)
         return "\n".join([*lines, *([f"and {more} more"] if more > 0 else [])])
+
+
+@dataclass(frozen=True)
+class ResultView(JupyterMixin):
+    """All of a mapping or a transfer on one screen: summary, mapping, ambiguous, leftovers, remarks.
+
+    Attributes:
+        plan: The plan.
+        coverage: Its coverage.
+        warnings: What the reader should look at.
+        notes: What is worth a line.
+        by: See :class:`MappingView`.
+        folded: See :class:`MappingView`.
+        show_unmatched: Also show what found no partner.
+        max_rows: At most so many lines of mappings; ``None`` for all.
+        max_unmatched: At most so many lines of leftovers per side; ``None`` for all.
+    """
+
+    plan: TransferPlan
+    coverage: Coverage | None = None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    by: By = "group"
+    folded: bool = True
+    show_unmatched: bool = True
+    max_rows: int | None = 30
+    max_unmatched: int | None = 15
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield SummaryPanel(self.plan, self.coverage)
+        yield MappingView(self.plan, by=self.by, folded=self.folded, max_rows=self.max_rows)
+        if self.plan.ambiguous:
+            yield AmbiguousView(self.plan, max_rows=self.max_unmatched)
+        if self.show_unmatched:
+            yield UnmatchedView(self.plan, max_rows=self.max_unmatched)
+        yield from (Text(f"warning: {text}", style="yellow") for text in self.warnings)
+        yield from (Text(f"note: {text}", style="dim") for text in self.notes)

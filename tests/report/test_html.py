@@ -136,7 +136,7 @@ def test_layers_are_folded_and_lines_join_the_fused_tensors(page):
     assert "blocks.{0..11}" in page.rows("target")
     page.wait("return document.querySelectorAll('#lines path').length === 6")  # 3 into qkv, mlp, norm, embed
     assert page.lines("path.transformed") == 4
-    assert "98.4 %" in page.driver.find_element("id", "coverage").text
+    assert "98.4%" in page.driver.find_element("id", "coverage").text
     assert "2 tensors hold <i>NaN</i>" in page.driver.find_element("id", "remarks").text
 
 
@@ -218,7 +218,7 @@ def test_a_plan_that_moves_nothing_still_makes_a_page(browser, tmp_path):
     plan = TransferPlan((), SideSummary.of(sides[0]), SideSummary.of(sides[1]))
     page = Page(browser, save_html(plan, tmp_path / "none.html", source=sides[0], target=sides[1]))
     assert page.rows("source") == ["old", "a.weight"]
-    assert "0.0 %" in page.driver.find_element("id", "coverage").text
+    assert "0.0%" in page.driver.find_element("id", "coverage").text
     page.row("source", "a.weight").click()
     page.wait("return document.getElementById('details').textContent.includes('unmatched')")
     assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []

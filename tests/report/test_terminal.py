@@ -74,7 +74,7 @@ def test_summary_tells_coverage_counts_and_options(example):
     text = show(SummaryPanel(plan, Material.gather(plan, source=source, target=target).coverage))
     assert "old.ckpt → NewModel" in text
     moved, of = 20 * 8 + 12 * (3 * 64 + 256 + 8), 20 * 8 + 12 * (3 * 64 + 256 + 8) + 10 + 24
-    assert re.search(rf"target\s+█+░+\s+{100 * moved / of:.1f} %", text)
+    assert re.search(rf"target\s+█+░+\s+{100 * moved / of:.1f}%", text)
     assert "37 of 40 tensors" in text
     assert "13 exact, 12 concat, 12 transpose" in text
     assert "threshold 0.6, best_match" in text
@@ -220,8 +220,8 @@ def test_analysis_lists_modules_lowest_scores_and_reasons(example):
     source, target, plan = example
     coverage = Material.gather(plan, source=source, target=target).coverage
     text = show(AnalysisView(plan, coverage))
-    assert re.search(r"blocks +100\.0 % +█+ +36 of 36 +0 +0", text)
-    assert re.search(r"new_head +0\.0 % +░+ +0 of 1 +1 +0", text)
+    assert re.search(r"blocks +100\.0% +█+ +36 of 36 +0 +0", text)
+    assert re.search(r"new_head +0\.0% +░+ +0 of 1 +1 +0", text)
     assert re.search(r"12 above 0\.8|24 above 0\.8", text)
     scores = [float(x) for x in re.findall(r"^ *([01]\.\d\d)(?: [?!])? +[01]\.\d\d", text, re.M)]
     assert scores == sorted(scores)

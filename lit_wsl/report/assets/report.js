@@ -8,7 +8,7 @@
   const level = (score) => (score > 0.8 ? "high" : score >= 0.6 ? "medium" : "low");
   const plain = (entry) => entry.badge === "exact" || entry.badge === "cast";
   const number = (n) => { for (const [u, v] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]]) if (n >= v) return (n / v).toFixed(1) + " " + u; return String(n); };
-  const percent = (share) => (share >= 1 || share <= 0 ? (100 * share).toFixed(1) : Math.min(99.9, Math.max(0.1, 100 * share)).toFixed(1)) + " %";
+  const percent = (share) => (share >= 1 || share <= 0 ? (100 * share).toFixed(1) : Math.min(99.9, Math.max(0.1, 100 * share)).toFixed(1)) + "%";
   function el(tag, options, ...children) {
     const node = document.createElement(tag);
     for (const [key, value] of Object.entries(options || {})) {
