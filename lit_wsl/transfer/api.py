@@ -16,7 +16,7 @@ from lit_wsl.structure.tracing import is_lazy
 from lit_wsl.transfer.apply import Progress, apply_plan
 from lit_wsl.transfer.checks import check_plan, left_alone
 from lit_wsl.transfer.coverage import Coverage, measure_coverage
-from lit_wsl.transfer.distributed import ALONE, NOT_RUN, Ranks, has_sharded_tensors
+from lit_wsl.transfer.distributed import ALONE, NOT_RUN, Ranks, check_same_source, has_sharded_tensors
 from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.plan import TransferPlan
 from lit_wsl.transfer.report import TransferReport
@@ -182,6 +182,7 @@ def prepare_transfer(
     )
     label = str(source) if isinstance(source, (str, Path)) else None
     ranks.together(lambda: None if ranks.is_zero else check_plan(prepared.plan, describe(tensors, label=label), target))
+    check_same_source(ranks, tensors, [name for entry in prepared.plan for name in entry.sources])
     notes = (*prepared.notes, remark) if remark else prepared.notes
     return replace(prepared, notes=notes, materialise=call if is_lazy(model) else None)
 

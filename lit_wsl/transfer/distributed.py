@@ -10,9 +10,10 @@ all eight with the same error, instead of seven that wait for the eighth.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +25,9 @@ from lit_wsl import errors
 from lit_wsl.errors import LitWslError, TransferError
 
 T = TypeVar("T")
+
+_SAMPLED = 64  # tensors of which values are compared between ranks
+_ENDS = 256  # values at either end of each
 
 NOT_RUN = (
     "no execution order, matched without it: a sharded model is not run before its training. Where that leaves "
@@ -236,6 +240,40 @@ def _chunk(tensor: Tensor, dim: int, index: int, count: int) -> Tensor:
     size = -(-length // count)
     start = min(index * size, length)
     return tensor.narrow(dim, start, min(start + size, length) - start)
+
+
+def check_same_source(ranks: Ranks, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Make sure that all ranks read the same values, where each reads a file of its own: a node may have an older one.
+
+    A few values of a few tensors are compared; training changes all of them.
+
+    Args:
+        ranks: The processes.
+        tensors: The checkpoint's tensors by name.
+        names: Those that are going to be used.
+
+    Raises:
+        TransferError: If the ranks read different values; the message names the ranks and a tensor.
+    """
+    if ranks.size == 1:
+        return
+    looked_at = names[:: max(1, len(names) // _SAMPLED)]
+    seen = ranks.gather(ranks.together(lambda: [_digest(tensors[name]) for name in looked_at]))
+    other = [rank for rank, digests in enumerate(seen) if digests != seen[0]]
+    if other:
+        name = next(n for n, a, b in zip(looked_at, seen[0], seen[other[0]]) if a != b)
+        raise TransferError(
+            f"rank {_listed(other)} of {ranks.size} reads other values of {name} {tuple(tensors[name].shape)} than "
+            "rank 0: the files are not the same. Put one and the same checkpoint on every node. Nothing was changed."
+        )
+
+
+def _digest(tensor: Tensor) -> str:
+    if is_sharded(tensor):  # refused later, with the remedy
+        return ""
+    flat = tensor.detach().reshape(-1)
+    ends = torch.cat([flat[:_ENDS], flat[-_ENDS:]]).cpu().contiguous()
+    return hashlib.sha256(ends.view(torch.uint8).numpy().tobytes()).hexdigest() if ends.numel() else ""
 
 
 def refuse_wrapped(model: nn.Module, strategy: object = None) -> None:

@@ -248,6 +248,15 @@ def missing_on_rank_one(folder: Path) -> dict[str, Any]:
     return _failing(_plain("fsdp2"), path if dist.get_rank() == 0 else folder / "elsewhere.ckpt")
 
 
+def older_file_on_rank_one(folder: Path) -> dict[str, Any]:
+    """The same names and shapes, the weights of another epoch."""
+    path, _ = save_old(folder)
+    if dist.get_rank() == 1:
+        path = folder / "older.ckpt"
+        torch.save({"state_dict": old_model(seed=1).state_dict()}, path)
+    return _failing(_plain("fsdp2"), path)
+
+
 def _copy_fails(folder: Path, how: str, after: int) -> dict[str, Any]:
     import lit_wsl.transfer.apply as apply
 
