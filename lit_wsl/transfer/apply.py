@@ -9,15 +9,11 @@ others are logged in memory up to an eighth of what is copied, and beyond that i
 
 from __future__ import annotations
 
-import signal
-import tempfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +24,7 @@ from lit_wsl.transfer.checks import describe_entry
 from lit_wsl.transfer.distributed import ALONE, Ranks, copy_into_shard, has_sharded_tensors, held_part, is_sharded
 from lit_wsl.transfer.operations import run_operations
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan
+from lit_wsl.transfer.undo import UndoLog, interrupt_later
 
 _PIECE = 1 << 17  # elements copied in one go; half a megabyte in single precision fits every second-level cache
 _CHUNK = 1 << 24  # elements looked at in one go; bounds the temporary memory of a check
@@ -134,7 +131,7 @@ def apply_plan(
         return _verify(share, tensors, targets, note_progress, look if divided else None)
 
     counted = ranks.gather(ranks.together(verify))
-    with _interrupt_later():
+    with interrupt_later():
         _copy(plan.entries, tensors, targets, note_progress, ranks, None if divided else look)
     warnings = dict.fromkeys(text for texts in ranks.gather(looks) for text in texts)
     casts: Counter[tuple[str, str]] = Counter()
@@ -249,7 +246,7 @@ def _copy(
     stages = [entry for entry in entries if _allocates(entry)], [entry for entry in entries if not _allocates(entry)]
     # Sources that are the model's own tensors (a model filled from itself) must all be read before any is written.
     held = ranks.together(partial(_own_values, entries, tensors, own))
-    with _UndoLog(max(_MIN_BUDGET, total // 8)) as undo:
+    with UndoLog(max(_MIN_BUDGET, total // 8), spare=_MIN_BUDGET) as undo:
 
         def copy_all(stage: Sequence[PlanEntry]) -> None:
             for entry in stage:
@@ -305,60 +302,3 @@ def _named(entry: PlanEntry) -> Iterator[None]:
         raise TransferError(
             f"{describe_entry(entry)} failed: {type(error).__name__}: {error}. The model is unchanged."
         ) from error
-
-
-class _UndoLog:
-    """Remembers what is overwritten: in memory up to a budget, then, for copies that may fail, in a temporary file."""
-
-    def __init__(self, budget: int) -> None:
-        self._left, self._spare = budget, _MIN_BUDGET
-        self._memory: list[tuple[Tensor, Tensor]] = []
-        self._spilled: list[tuple[Tensor, int]] = []
-        self._file: Any = None
-
-    def __enter__(self) -> _UndoLog:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def remember(self, target: Tensor, *, must: bool) -> None:
-        """Keep a target's value if its copy may fail (``must``), else only while there is memory to spare."""
-        if target.nbytes <= (self._left if must else min(self._left, self._spare)):
-            self._left -= target.nbytes
-            self._spare -= 0 if must else target.nbytes
-            self._memory.append((target, target.detach().clone()))
-        elif must:
-            self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115  closed with the log
-            self._spilled.append((target, self._file.tell()))
-            self._file.write(target.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-    def restore(self) -> None:
-        """Put everything back, the last first."""
-        for target, offset in reversed(self._spilled):
-            self._file.seek(offset)
-            content = torch.frombuffer(bytearray(self._file.read(target.nbytes)), dtype=torch.uint8)
-            copy_into(target, content.view(target.dtype).reshape(target.shape))
-        for target, value in reversed(self._memory):
-            copy_into(target, value)
-
-
-@contextmanager
-def _interrupt_later() -> Iterator[None]:
-    """Hold back Ctrl-C until the model is whole again."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[tuple[int, Any]] = []
-    before = signal.getsignal(signal.SIGINT)
-    if before is None:  # installed from C; not ours to replace
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed and callable(before):
-        before(*pressed[0])
