@@ -128,7 +128,8 @@ def test_map_writes_a_plan_a_page_and_a_report(trained, tmp_path, capsys):
     assert "<html" in files[1].read_text()
     assert json.loads(files[2].read_text())["coverage"]["target"]["share"] == 1.0
     captured = capsys.readouterr()
-    assert "100.0%" in captured.out
+    assert captured.out.startswith("checkpoint\t100.0% of ")
+    assert "entry\t1.00\texact\th.{0..1}.c_attn.weight\th.{0..1}.c_attn.weight" in captured.out
     assert str(files[0]) in captured.err
 
 

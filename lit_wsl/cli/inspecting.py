@@ -43,7 +43,7 @@ def _head(checkpoint: Checkpoint) -> None:
         ("dtypes", ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.most_common())),
     ]
     pairs += [("metadata", f"{key}: {_cut(str(value))}") for key, value in (checkpoint.metadata or {}).items()]
-    pairs += [("other", f"{key}: {summary(value)}") for key, value in checkpoint.content.items()]
+    pairs += [("other", f"{key}: {_cut(summary(value), 200)}") for key, value in checkpoint.content.items()]
     pairs += [("stubbed", f"{name} (not imported, not run)") for name in checkpoint.stubbed]
     pairs += [("note", note) for note in checkpoint.notes]
     fields(pairs)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lit_wsl.cli.console import remark
+from lit_wsl.cli.console import on_terminal, remark, say
 from lit_wsl.cli.models import Call, build_from, build_model, sample_call
 from lit_wsl.mapper.options import MatchingOptions
-from lit_wsl.report.tables import ResultView
 from lit_wsl.transfer.api import open_source, prepare_transfer
+from lit_wsl.transfer.coverage import Count
 from lit_wsl.transfer.floor import likely_cause
+from lit_wsl.transfer.plan_file import plan_to_document
+from lit_wsl.transfer.report import TransferReport
 
 
 def run(options: Any) -> int:
@@ -39,10 +41,8 @@ def run(options: Any) -> int:
         min_coverage=0.0,
         old=build_from(options.source_model, options.source_model_args) if options.source_model else None,
     )
-    from dataclasses import replace
-
     report = replace(prepared.report(), applied=False)
-    Console().print(ResultView(report.plan, report.coverage, report.warnings, report.notes))
+    _show(report)
     if options.plan:
         report.plan.save(options.plan)
         remark(f"plan: {options.plan} ({len(report.plan)} entries)")
@@ -58,6 +58,42 @@ def run(options: Any) -> int:
         remark(f"lit-wsl map: coverage {share:.1%} is below --min-coverage {options.min_coverage:.1%}. {cause}")
         return 1
     return 0
+
+
+def _show(report: TransferReport) -> None:
+    """Print the plan: tables on a terminal, else one line of tab-separated cells for each family."""
+    if on_terminal():
+        from rich.console import Console
+
+        from lit_wsl.report.tables import ResultView
+
+        Console().print(ResultView(report.plan, report.coverage, report.warnings, report.notes))
+        return
+    coverage = report.coverage
+    for label, count in (("checkpoint", coverage.source), ("model", coverage.target)):
+        say(f"{label}\t{_amount(count)}")
+    document = plan_to_document(report.plan)
+    for line in document["entries"]:
+        operations = "+".join(op if isinstance(op, str) else next(iter(op)) for op in line.get("ops", ())) or "exact"
+        source, _, target = line.get("map", f"{line.get('sources')} -> {line.get('targets')}").partition(" -> ")
+        say(f"entry\t{_score(line.get('score', document['defaults']['score']))}\t{operations}\t{source}\t{target}")
+    for line in document["ambiguous"]:
+        candidates = " | ".join(str(candidate["sources"]) for candidate in line["candidates"])
+        say(f"ambiguous\t{line['targets']}\t{candidates}\t{line['reason']}")
+    for side in ("source", "target"):
+        for line in document[f"unmatched_{side}"]:
+            say(f"unmatched {side}\t{line['name']}\t{line['reason']}")
+    for text in (*(f"warning: {text}" for text in report.warnings), *report.notes):
+        remark(text)
+
+
+def _amount(count: Count) -> str:
+    return f"{count.share:.1%} of {count.of_elements:,} elements, {count.tensors} of {count.of_tensors} tensors"
+
+
+def _score(value: float | list[list[float]]) -> str:
+    """The least score of a family."""
+    return f"{value if isinstance(value, float) else min(score for _, score in value):.2f}"
 
 
 def _where_the_model_is(call: Call, model: nn.Module) -> Call:

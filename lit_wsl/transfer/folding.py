@@ -125,6 +125,7 @@ def _fold_plain(
     positions: list[int] = []
     flat: list[tuple[str, ...]] = []
     flat_keys: list[Hashable] = []
+    shapes_of: list[tuple[tuple[int, ...], tuple[str, ...]]] = []  # names per side, and the contents of brackets
     for position, (row, key) in enumerate(zip(rows, keys)):
         if not all(names and all(map(is_plain, names)) for names in row):
             alone.append(row)
@@ -138,9 +139,10 @@ def _fold_plain(
         brackets = tuple(match for text in texts for match in _BRACKETS.findall(text))
         positions.append(position)
         flat.append(tuple(_BRACKETS.sub("[]", text) for text in texts))
-        flat_keys.append((tuple(map(len, sides)), brackets, key))
+        shapes_of.append((tuple(map(len, sides)), brackets))
+        flat_keys.append((shapes_of[-1], key))
     for family in fold(flat, flat_keys):
-        counts, brackets, _ = flat_keys[family.members[0]]  # type: ignore[misc]
+        counts, brackets = shapes_of[family.members[0]]
         texts = _written(family, brackets)
         sides_text, start = [], 0
         for count in counts:
