@@ -8,11 +8,13 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.rules import Run
 from lit_wsl.rebasin.spec import AxisSpec, PermutationGroup, PermutationSpec
-from lit_wsl.rebasin.units import FIXED, Array, mix
+from lit_wsl.rebasin.units import FIXED, Array, distinct_rows, mix
 
 Place = tuple[int, int]
+DIFFERS = "differs between the blocks of another axis"
 UNUSED = "not used in the example call"
 _NOWHERE = np.iinfo(np.int64).max
 
@@ -31,7 +33,7 @@ class Grouping:
         self.group_of = np.full(len(self.units), -1)  # the group of each unit, as a place in names
         self.number = np.full(len(self.units), -1)  # its number in the group
         self.starts = np.cumsum([0, *(self.arrays[place].size for place in self.order)])
-        self.reasons: dict[Place, str] = {}
+        self.inexpressible: list[Array] = []
 
     def build(self) -> PermutationSpec:
         """The spec."""
@@ -45,7 +47,9 @@ class Grouping:
                 for name in self.run.trace.parameters[place[0]]:
                     axes.setdefault(name, {})[place[1]] = spec
                 used.update(spec.groups)
-        groups = {name: group for name, group in self.groups.items() if self._needed(name, used)}
+        if self.inexpressible:
+            return PermutationSpec({}, {})
+        groups = {name: group for name, group in self.groups.items() if name in used}
         shapes, frozen = {}, {}
         for number, names in self.run.trace.parameters.items():
             for name in names:
@@ -54,18 +58,12 @@ class Grouping:
                     frozen[name] = why
         return PermutationSpec(groups, axes, shapes=shapes, frozen=frozen)
 
-    def _needed(self, name: str, used: set[str]) -> bool:
-        return name in used
-
     def _why(self, number: int) -> dict[int, str]:
         why = {}
         if number not in self.run.used:
             return {axis: UNUSED for axis, size in enumerate(self.run.shape_of(number)) if size > 1}
         for axis, size in enumerate(self.run.shape_of(number)):
             if size < 2 or (number, axis) not in self.arrays:
-                continue
-            if (number, axis) in self.reasons:
-                why[axis] = self.reasons[(number, axis)]
                 continue
             still = self.run.axes[(number, axis)][self.arrays[(number, axis)] == FIXED]
             reasons = Counter(r for r in self.units.reason(still) if r) if still.size else Counter()
@@ -167,16 +165,20 @@ class Grouping:
         if joint is None or array.shape[joint.outer_axis] == 1:
             return self._plain(array.ravel())
         rows = np.moveaxis(array, (joint.outer_axis, place[1]), (0, 1)).reshape(-1, array.shape[place[1]])
-        if (rows == rows[:1]).all():
+        first, _ = distinct_rows(rows)
+        first = np.sort(first)
+        if len(first) == 1:
             return self._plain(rows[0])
         outer_array = self.arrays.get((place[0], joint.outer_axis))
         outer = self._plain(outer_array.ravel()) if outer_array is not None else self._plain(np.zeros(0, np.int64))
-        specs = [self._plain(row) for row in rows]
+        outer = AxisSpec(outer.groups, outer.coords[:, torch.from_numpy(first)])
+        specs = [self._plain(row) for row in rows[first]]
         inner = tuple(g for g in specs[0].groups if not self._given(g, specs, outer))
         if not inner and not any(spec.groups for spec in specs):
             return None
         if not (self._ancestors(inner) <= {*outer.groups, *inner} and self._alike(specs, outer, inner)):
-            raise _Retry(rows)
+            self.inexpressible.append(rows)
+            return None
         if not inner:
             return None
         return AxisSpec(inner, torch.stack([specs[0].coordinate(g) for g in inner]), joint.outer_axis)
@@ -229,23 +231,24 @@ class Grouping:
         return AxisSpec(tuple(self.names[which] for which in order), coords)
 
 
-class _Retry(Exception):  # noqa: N818  (control flow, not an error)
-    """Some units cannot be expressed: freeze them and sort again."""
-
-    def __init__(self, rows: Array) -> None:
-        super().__init__("freeze and sort again")
-        self.rows = rows
-
-
 def build_spec(run: Run) -> PermutationSpec:
-    """The permutation spec of a finished run."""
-    for _ in range(50):
-        try:
-            return Grouping(run).build()
-        except _Retry as retry:
-            rows = retry.rows
-            if run.algebra.units.bound_across(np.ascontiguousarray(rows.T)):
-                run.algebra.release(np.ascontiguousarray(rows.T))
+    """The permutation spec of a finished run.
+
+    Raises:
+        RebasinError: The groups found cannot be written as a spec.
+    """
+    algebra = run.algebra
+    for _ in range(20):
+        grouping = Grouping(run)
+        spec = grouping.build()
+        if not grouping.inexpressible:
+            return spec
+        for rows in grouping.inexpressible:
+            before = algebra.units.losses
+            if algebra.units.bound_across(np.ascontiguousarray(rows.T)):
+                algebra.release(np.ascontiguousarray(rows.T))
             else:
-                run.algebra.pin(rows, [1], "differs between the blocks of another axis")
-    return PermutationSpec({}, {})
+                algebra.pin(rows, [1], DIFFERS)
+            if algebra.units.losses == before:
+                algebra.units.freeze(rows, DIFFERS)
+    raise RebasinError("The permutation groups of this model cannot be written as a permutation spec.")

@@ -15,6 +15,7 @@ import numpy as np
 
 from lit_wsl.rebasin.units import FIXED, Array, Units, mix
 
+_ROUNDS = 6
 MAX_LABEL = 4_000_000
 """Largest label array that is built; what would need more stays fixed."""
 
@@ -32,6 +33,7 @@ class Label:
         routed: Rows were picked by a routing decision: they stand in an order of their own.
         segments: For row offsets of a grouped product: the unit of each segment.
         origin: The parameter this tensor is a view or a rescaling of.
+        settled: State of the units for which these very factors are known to be settled.
         segmented: An axis of routed rows on which the factors have one place for each *expert*, not for each row: what
             a row is labelled by depends on the expert it was sent to, and the label covers experts that got no row.
     """
@@ -45,8 +47,10 @@ class Label:
     segments: Array | None = None
     origin: int | None = None
     segmented: int | None = None
+    settled: tuple[int, tuple[Array, ...]] | None = None
 
     def __post_init__(self) -> None:
+        """Values vary everywhere unless something else is said."""
         if len(self.varies) != len(self.shape):
             object.__setattr__(self, "varies", (True,) * len(self.shape))
 
@@ -86,7 +90,8 @@ class Algebra:
         A tensor that belongs to one unit as a whole (one channel cut out) is not followed further, unless ``single``;
         that this computation used the unit is noted, so that it cannot be exchanged for one that is used otherwise.
         """
-        if not label.factors:
+        known = label.settled
+        if not label.factors or (known and known[0] == self.units.version and known[1] is label.factors):
             return label
         kept: list[Array] = []
         for factor in label.factors:
@@ -97,7 +102,8 @@ class Algebra:
                 kept.append(found)
             else:
                 self.units.sign(found, mix(self.node, 991))
-        return replace(label, factors=tuple(self.prune(kept)))
+        factors = tuple(self.prune(kept))
+        return replace(label, factors=factors, settled=None if single else (self.units.version, factors))
 
     def prune(self, factors: Sequence[Array]) -> list[Array]:
         """Leave out factors that are repeated, or are the blocks of another factor."""
@@ -219,9 +225,17 @@ class Algebra:
         result = Label(shape, (), varies, tainted, routed=routed, origin=origin, segmented=segmented)
         if not moving:
             return result
-        aligned = self._pin_where_fixed(aligned, shape, reason)
-        factors = self._reconcile([factor for label in aligned for factor in label.factors], reason)
-        return self.settle(replace(result, factors=tuple(factors)))
+        for _ in range(_ROUNDS):
+            # What is lost by one operand may be lost by the others, too: until nothing more is lost.
+            before = self.units.losses
+            aligned = self._pin_where_fixed(aligned, reason)
+            factors = self._reconcile([factor for label in aligned for factor in label.factors], reason)
+            if self.units.losses == before:
+                return self.settle(replace(result, factors=tuple(factors)))
+            aligned = [self.settle(label) for label in aligned]
+        for factor in factors:
+            self.units.freeze(factor, reason)
+        return result
 
     def _align(self, label: Label, ndim: int) -> Label:
         label = self.settle(label)
@@ -233,7 +247,7 @@ class Algebra:
         varies = (False,) * extra + label.varies
         return replace(label, shape=(1,) * extra + label.shape, factors=factors, varies=varies, segmented=segmented)
 
-    def _pin_where_fixed(self, labels: Sequence[Label], shape: Sequence[int], reason: str) -> list[Label]:
+    def _pin_where_fixed(self, labels: Sequence[Label], reason: str) -> list[Label]:
         """Where one operand moves along an axis and another varies there without moving, nothing may move."""
         moved = [frozenset().union(*(depends(f) for f in label.factors)) for label in labels]
         anywhere = frozenset().union(*moved)

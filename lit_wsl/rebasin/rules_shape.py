@@ -367,7 +367,12 @@ def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int, apart: bool 
     tainted, routed = any(label.tainted for label in labels), any(label.routed for label in labels)
     varies = tuple(any(label.varies[a] for label in labels) or a == dim for a in range(len(shape)))
     result = Label(tuple(shape), (), varies, tainted=tainted, routed=routed)
-    labels = _pin_missing(algebra, labels, dim)
+    for _ in range(4):
+        before = algebra.units.losses
+        labels = _pin_missing(algebra, labels, dim)
+        if algebra.units.losses == before:
+            break
+        labels = [algebra.settle(label, single=True) for label in labels]
     slots = sorted({depends(f) - {dim} for label in labels for f in label.factors}, key=lambda s: (len(s), sorted(s)))
     factors = []
     for slot in slots:

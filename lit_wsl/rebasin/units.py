@@ -26,6 +26,22 @@ def mix(*values: int) -> int:
     return state
 
 
+def distinct_rows(matrix: Array) -> tuple[Array, Array]:
+    """First row of each kind, and the kind of each row (by a 64-bit hash of its content).
+
+    >>> first, kind = distinct_rows(np.array([[5, 6], [1, 2], [5, 6]]))
+    >>> (kind[0] == kind[2], kind[0] == kind[1], len(first))
+    (True, False, 2)
+    """
+    weights = np.random.default_rng(0).integers(1, 2**62, matrix.shape[1], dtype=np.uint64) | np.uint64(1)
+    values = matrix.astype(np.uint64)
+    values ^= values >> np.uint64(7)
+    values *= np.uint64(0x9E3779B97F4A7C15)
+    values ^= values >> np.uint64(31)
+    _, first, kind = np.unique(values @ weights, return_index=True, return_inverse=True)
+    return first, kind.reshape(-1).astype(np.int64)
+
+
 class Units:
     """Union-find over units with block parents, freezing and usage signatures, vectorised over arrays of units."""
 
@@ -39,6 +55,10 @@ class Units:
         self._reason = np.zeros(1024, dtype=np.int16)
         self._signature = np.zeros(1024, dtype=np.uint64)
         self.reasons: list[str] = [""]
+        self.losses = 0
+        """How often units were frozen or collapsed: labels that were looked at before may say less now."""
+        self.version = 0
+        """Changes whenever a label that was settled might have to be settled again."""
 
     def __len__(self) -> int:
         return self._n
@@ -64,6 +84,7 @@ class Units:
         They never move between blocks by themselves, as the positions of an activation with both axes could.
         """
         units, blocks = np.broadcast_arrays(units, blocks)
+        self.version += 1
         self._bound[units] = True
         self._parent[units] = blocks
 
@@ -114,6 +135,8 @@ class Units:
             root = root[(root != FIXED) & ~self._frozen[root]]
             if not root.size:
                 return
+            self.losses += 1
+            self.version += 1
             self._frozen[root] = True
             self._reason[root] = code
             root = np.unique(self.roots(self._parent[root]))
@@ -132,6 +155,7 @@ class Units:
         self._merge(a, b)
 
     def _merge(self, a: Array, b: Array, depth: int = 0) -> None:
+        self.version += 1
         members = np.unique(np.concatenate([a, b]))
         above = self._parent[members].copy()
         while True:
@@ -180,6 +204,8 @@ class Units:
         stuck = self._frozen[target]
         self.freeze(root[stuck], "its block stays")
         root, target = root[~stuck], target[~stuck]
+        self.losses += 1
+        self.version += 1
         self._link[root] = target
         if not np.array_equal(self.roots(block), self.roots(units.ravel()[apart])):
             self.unify(block, units.ravel()[apart])
@@ -221,7 +247,12 @@ class Units:
         Returns:
             One unit per row (0 for rows without a unit that moves); None if the units are in other blocks already.
         """
-        matrix = self.find(matrix)
+        rows, row_kind = distinct_rows(matrix)
+        columns, _ = distinct_rows(np.ascontiguousarray(matrix[rows].T))
+        found = self._blocks_of_rows(self.find(matrix[rows][:, columns]))
+        return None if found is None else found[row_kind]
+
+    def _blocks_of_rows(self, matrix: Array) -> Array | None:
         live = matrix != FIXED
         any_live = live.any(axis=1)
         if not any_live.any():
@@ -253,13 +284,14 @@ class Units:
         return bool((np.where(live, matrix, matrix.max(axis=1)[:, None]) == matrix.max(axis=1)[:, None]).all())
 
     def _row_ids(self, matrix: Array) -> Array:
-        return np.unique(matrix, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+        return distinct_rows(matrix)[1]
 
     def _insert(self, members: Array, live: NDArray[np.bool_], row_id: Array, above: Array | None) -> Array | None:
         rows = np.broadcast_to(row_id[:, None], members.shape)[live]
         pairs = np.unique(np.stack([members[live], rows]), axis=1)
         if len(np.unique(pairs[0])) != pairs.shape[1]:
             return None
+        self.version += 1
         made = self.fresh(int(row_id.max()) + 1)
         self._parent[pairs[0]] = made[pairs[1]]
         if above is not None:
