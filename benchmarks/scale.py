@@ -275,7 +275,7 @@ def markdown(results: list[Result], command: str) -> str:
         "",
         "Planning on the meta device; seconds of `build_plan` alone, first call of a fresh process and best of three.",
         "",
-        "| case | tensors | right | wrong | missing | describe s | first s | best s | first, CPU s | peak GB | of it planning GB |",
+        "| case | tensors | right | wrong | missing | describe s | first s | best s | CPU s | peak GB | planning GB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
