@@ -292,9 +292,7 @@ def remarks(results: list[Result]) -> list[str]:
     if small is None or large is None:
         return []
     ratio = (large.cpu_s / large.tensors) / (small.cpu_s / small.tensors)
-    return [
-        f"Processor time per tensor at {large.tensors:,} tensors over that at {small.tensors:,}: {ratio:.2f} (bound: 2)."
-    ]
+    return [f"CPU time per tensor at {large.tensors:,} tensors over that at {small.tensors:,}: {ratio:.2f} (bound: 2)."]
 
 
 def main(argv: list[str] | None = None) -> int:
