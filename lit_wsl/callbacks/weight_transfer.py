@@ -25,7 +25,9 @@ from lit_wsl.callbacks.resume import resume_training
 from lit_wsl.callbacks.sample import find_samples, quiet
 from lit_wsl.errors import LitWslError, MappingError
 from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
+from lit_wsl.report.progress import transfer_progress
 from lit_wsl.structure import ModelDescription, describe
+from lit_wsl.structure.tracing import is_lazy
 from lit_wsl.transfer.api import Prepared, finish_transfer, open_source, prepare_transfer
 from lit_wsl.transfer.coverage import measure_coverage
 from lit_wsl.transfer.distributed import NOT_RUN, Ranks, has_sharded_tensors, refuse_wrapped
@@ -223,7 +225,9 @@ class WeightTransferCallback(Callback):
         ranks.together(lambda: refuse_wrapped(model, trainer.strategy))
         tensors = ranks.together(lambda: open_source(self.checkpoint, self.checkpoint_weights))
         prepared = self._prepare(trainer, model, stage, tensors, ranks)
-        report = finish_transfer(prepared, tensors, model, ranks=ranks)
+        size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not nn.parameter.is_lazy(t))
+        with transfer_progress(size, enabled=self.verbose and trainer.is_global_zero) as progress:
+            report = finish_transfer(prepared, tensors, model, progress=progress, ranks=ranks)
         report = self._mind_copies(trainer, model, report, late=late)
         self._served, self._fresh = weakref.ref(model), True
         self._announce(trainer, report)
@@ -232,7 +236,10 @@ class WeightTransferCallback(Callback):
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, tensors: Mapping[str, Any], ranks: Ranks
     ) -> Prepared:
         """Make the plan: pure, touches neither the model nor tensor data."""
-        samples, remark = ([], NOT_RUN) if has_sharded_tensors(model) else find_samples(trainer, model, stage)
+        if self.plan is not None and not is_lazy(model):
+            samples, remark = [], ""  # a plan is replayed as it is: no need to run anything
+        else:
+            samples, remark = ([], NOT_RUN) if has_sharded_tensors(model) else find_samples(trainer, model, stage)
         with quiet(trainer, model):
             prepared = prepare_transfer(
                 model,

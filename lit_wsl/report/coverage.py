@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lit_wsl.transfer.coverage import Count, Coverage
+from lit_wsl.transfer.coverage import Count, Coverage, ModuleCoverage
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -16,7 +16,28 @@ if TYPE_CHECKING:
     from lit_wsl.transfer.report import TransferReport
 
 HEADER = ("module", "loaded", "missing", "ambiguous", "elements loaded", "share")
+MOST_ROWS = 40  # of the table; beyond that, modules that are loaded in full are folded into one line
 _SHOWN = 8  # names listed per kind of gap; the report and the JSON file have them all
+
+
+def shown_modules(coverage: Coverage) -> tuple[tuple[ModuleCoverage, ...], str]:
+    """The modules worth a row, in order, and a line about the others; empty if there are none.
+
+    Where there are more than :data:`MOST_ROWS`, those with gaps come first in claim and keep their place in order.
+    """
+    modules = coverage.modules
+    if len(modules) <= MOST_ROWS:
+        return modules, ""
+    by_claim = sorted(range(len(modules)), key=lambda i: (_is_full(modules[i]), i))
+    kept = sorted(by_claim[:MOST_ROWS])
+    hidden = [modules[i] for i in by_claim[MOST_ROWS:]]
+    gaps = sum(not _is_full(row) for row in hidden)
+    state = f"{gaps} of them with gaps" if gaps else "all loaded in full"
+    return tuple(modules[i] for i in kept), f"and {len(hidden)} more modules, {state}"
+
+
+def _is_full(row: ModuleCoverage) -> bool:
+    return row.loaded.tensors == row.loaded.of_tensors
 
 
 def rows(coverage: Coverage) -> list[tuple[str, ...]]:
@@ -30,7 +51,7 @@ def rows(coverage: Coverage) -> list[tuple[str, ...]]:
             f"{row.loaded.elements:,} of {row.loaded.of_elements:,}",
             f"{row.loaded.share:.1%}",
         )
-        for row in coverage.modules
+        for row in shown_modules(coverage)[0]
     ]
 
 
@@ -43,9 +64,8 @@ def coverage_table(coverage: Coverage) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, title in enumerate(HEADER):
         table.add_column(title, justify="left" if index == 0 else "right", overflow="fold")
-    for row, cells in zip(coverage.modules, rows(coverage)):
-        full = row.loaded.tensors == row.loaded.of_tensors
-        style = "green" if full else "red" if not row.loaded.tensors else "yellow"
+    for row, cells in zip(shown_modules(coverage)[0], rows(coverage)):
+        style = "green" if _is_full(row) else "red" if not row.loaded.tensors else "yellow"
         table.add_row(*(Text(cell) for cell in cells[:-1]), Text(cells[-1], style=style))
     return table
 
@@ -68,7 +88,9 @@ def summary_lines(report: TransferReport) -> list[str]:
 
 def gap_lines(report: TransferReport) -> list[str]:
     """Warnings, notes, and the first names of what was not loaded."""
-    lines = [f"warning: {text}" for text in report.warnings]
+    _, hidden = shown_modules(report.coverage)
+    lines = [hidden] if hidden else []
+    lines += [f"warning: {text}" for text in report.warnings]
     lines += _some("missing", report.missing)
     lines += _some("ambiguous, left alone", report.ambiguous)
     lines += _some("unused in the checkpoint", report.unused)

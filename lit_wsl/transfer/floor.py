@@ -113,9 +113,7 @@ def _same_names_other_shapes(theirs: list[ParameterInfo], ours: list[ParameterIn
     )
 
 
-def _pairs_by_name(
-    theirs: list[ParameterInfo], ours: list[ParameterInfo]
-) -> list[tuple[ParameterInfo, ParameterInfo]]:
+def _pairs_by_name(theirs: list[ParameterInfo], ours: list[ParameterInfo]) -> list[tuple[ParameterInfo, ParameterInfo]]:
     """Pairs whose last components agree: as many components as give the most pairs, so prefixes don't matter."""
     best: list[tuple[ParameterInfo, ParameterInfo]] = []
     for length in range(1, 1 + max(i.depth + 1 for i in theirs + ours)):

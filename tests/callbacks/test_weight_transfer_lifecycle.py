@@ -61,6 +61,46 @@ def test_fit_starts_from_the_old_weights_wherever_the_model_is_built(builder, ol
     assert "setup" not in vars(trainer.strategy)
 
 
+def test_the_plan_is_the_same_wherever_the_model_is_built(old, trainer_kwargs):
+    plans = []
+    for builder in BUILDERS:
+        callback = WeightTransferCallback(old[1])
+        L.Trainer(**trainer_kwargs, callbacks=[callback]).fit(builder(), loader())
+        plans.append(callback.report.plan)
+    for plan in plans:
+        assert plan.entries == plans[0].entries
+        assert plan.target.fingerprint == plans[0].target.fingerprint
+
+
+def test_a_plan_is_replayed_without_running_the_model(old, trainer_kwargs, tmp_path, same_tensors):
+    callback = WeightTransferCallback(old[1])
+    L.Trainer(**trainer_kwargs, callbacks=[callback]).validate(InInit(), loader())
+    callback.report.plan.save(tmp_path / "plan.json")
+
+    class Unwilling(InConfigureModel):
+        def forward(self, x):
+            assert self.trainer.state.stage == "validate", "run before the run"
+            return super().forward(x)
+
+        def validation_step(self, batch, batch_idx):
+            assert same_tensors(self.state_dict(), old[0].state_dict())
+
+    for plan in (tmp_path / "plan.json", str(tmp_path / "plan.json"), callback.report.plan):
+        replay = WeightTransferCallback(old[1], plan=plan)
+        L.Trainer(**trainer_kwargs, callbacks=[replay]).validate(Unwilling(), loader())
+        assert replay.report.notes == callback.report.notes
+
+
+def test_a_model_may_bring_the_callback_itself(old, trainer_kwargs, same_tensors):
+    class Bringing(InInit):
+        def configure_callbacks(self):
+            return [WeightTransferCallback(old[1])]
+
+    model = Bringing()
+    L.Trainer(**trainer_kwargs).validate(model, loader())
+    assert same_tensors(model.state_dict(), old[0].state_dict())
+
+
 @pytest.mark.parametrize("builder", BUILDERS)
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_evaluation_alone_starts_from_the_old_weights(builder, stage, old, trainer_kwargs, same_tensors):

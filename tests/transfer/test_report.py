@@ -10,6 +10,7 @@ from torch import nn
 
 from lit_wsl import TransferReport
 from lit_wsl.errors import CoverageError, MappingError
+from lit_wsl.report.loggers import scalars
 from lit_wsl.structure import describe
 from lit_wsl.transfer.coverage import measure_coverage
 from lit_wsl.transfer.floor import check_floor, likely_cause, valid_floor
@@ -90,6 +91,20 @@ def test_a_model_that_is_one_chain_still_has_a_row():
     assert [(r.module, r.loaded.of_tensors) for r in measure_coverage(plan, d, d).modules] == [("a.b", 2)]
     d = describe(nn.Linear(2, 2))
     assert [r.module for r in measure_coverage(plan, d, d).modules] == ["(root)"]
+
+
+def test_long_tables_fold_what_is_loaded_in_full_and_keep_the_gaps():
+    model = nn.ModuleList([nn.Linear(2, 2) for _ in range(100)])
+    d = describe(model)
+    entries = [PlanEntry((i.name,), (i.name,)) for i in d.parameters if i.name not in ("57.bias", "93.bias")]
+    plan = TransferPlan(tuple(entries), SideSummary.of(d), SideSummary.of(d))
+    r = TransferReport.of(plan, measure_coverage(plan, d, d), d, d)
+    lines = str(r).splitlines()
+    table = [line.split()[0] for line in lines if line.endswith("%")]
+    assert table == [*map(str, range(38)), "57", "93"]
+    assert "and 60 more modules, all loaded in full" in lines
+    assert len(r.to_dict()["coverage"]["modules"]) == 100
+    assert sum("module_coverage" in name for name in scalars(r)) == 40
 
 
 def test_json_holds_what_the_report_holds(tmp_path):
