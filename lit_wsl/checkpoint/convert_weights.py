@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint.edit import with_entries
 from lit_wsl.checkpoint.inert import as_mapping
+from lit_wsl.checkpoint.optimizer_state import own_memory
 from lit_wsl.checkpoint.parameter_order import proven_order
 from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.errors import PlanError
@@ -113,18 +113,10 @@ def convert_tensors(
         for name, result in zip(entry.targets, results):
             if name in made:
                 raise PlanError(f"{label}: {name!r} is filled by two entries; remove one.")
-            made[name] = _own(result, values, len(results) > 1)
+            made[name] = own_memory(result, shared=len(results) > 1)
         if progress is not None:
             progress(number, len(plan.entries))
     return made
-
-
-def _own(result: Tensor, sources: Sequence[Tensor], several: bool) -> Tensor:
-    """The tensor with memory of its own, since ``torch.save`` writes the whole storage of a view."""
-    whole = result.untyped_storage().nbytes() == result.nbytes
-    if result.is_contiguous() and whole and not (several and any(result is s for s in sources)):
-        return result.detach()
-    return result.detach().clone(memory_format=torch.contiguous_format)
 
 
 def convert_twin(value: Any, checkpoint: Checkpoint, plan: TransferPlan, target: nn.Module | None) -> Any:

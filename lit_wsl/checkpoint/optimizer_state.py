@@ -69,6 +69,19 @@ def carry_state(entry: PlanEntry, states: Sequence[State], shapes: Sequence[Shap
     return made
 
 
+def own_memory(result: Tensor, *, shared: bool = False) -> Tensor:
+    """The tensor, contiguous and with memory of its own: ``torch.save`` writes the whole storage of a view.
+
+    Args:
+        result: What an operation gave.
+        shared: Whether it gave several results, which may be one and the same memory.
+    """
+    whole = result.untyped_storage().nbytes() == result.nbytes
+    if result.is_contiguous() and whole and not shared:
+        return result.detach()
+    return result.detach().clone(memory_format=torch.contiguous_format)
+
+
 def _cast_all(state: dict[str, Any], operations: Sequence[Operation]) -> dict[str, Any]:
     """Moments are kept in the weights' own type, so they are cast where they were in it."""
     for operation in operations:
@@ -97,7 +110,8 @@ def _carry_values(
     if kind == "same":
         dtypes = {str(value.dtype).removeprefix("torch.") for value in values}
         operations = [op for op in entry.operations if not isinstance(op, Cast) or dtypes == {op.source}]
-        return run_operations(operations, values)
+        results = run_operations(operations, values)
+        return [own_memory(result, shared=len(results) > 1) for result in results]
     assert kind is not None
     return _carry_factors(entry, key, kind, states, shapes)
 
@@ -146,7 +160,7 @@ def _carry_factors(
         factors = _step(operation, factors, current, source_key)
         current = operation.shapes(current)
     new_axis = (-2 if is_row else -1) if swapped else axis
-    return [factor if keeps else factor.squeeze(new_axis) for factor in factors]
+    return [own_memory(factor if keeps else factor.squeeze(new_axis), shared=len(factors) > 1) for factor in factors]
 
 
 def _swaps(operations: Sequence[Operation], rank: int) -> bool:

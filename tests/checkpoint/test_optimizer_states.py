@@ -90,6 +90,8 @@ def test_the_carried_state_is_that_of_an_optimizer_of_the_new_parameters(optimiz
     for state, parameter in zip(carried, parameters):
         expected = fresh.state[parameter]
         assert state.keys() == expected.keys()
+        tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors if t.ndim)  # no views into the old ones
         for key, value in expected.items():
             assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(value)), key
 
