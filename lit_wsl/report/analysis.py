@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.jupyter import JupyterMixin
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lit_wsl.report.console import COLOURS, LEGEND, Bar, plain, score_text
+from lit_wsl.report.console import COLOURS, LEGEND, Bar, View, score_text
 from lit_wsl.report.rows import confidence, count_text, mapping_rows
 from lit_wsl.report.tables import SummaryPanel, percent
 from lit_wsl.transfer.coverage import Coverage
@@ -19,7 +19,7 @@ from lit_wsl.transfer.plan import TransferPlan
 
 
 @dataclass(frozen=True)
-class AnalysisView(JupyterMixin):
+class AnalysisView(View):
     """Summary, coverage by module, lowest scores and leftovers by reason.
 
     Attributes:
@@ -34,19 +34,19 @@ class AnalysisView(JupyterMixin):
     top_n: int = 10
     show_unmatched: bool = True
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _draw(self, width: int) -> Iterator[RenderableType]:
         yield SummaryPanel(self.plan, self.coverage)
         yield self._modules()
         yield self._distribution()
-        yield from self._doubtful(console)
+        yield from self._doubtful()
         if self.show_unmatched:
             yield from self._leftovers()
 
     def _modules(self) -> Table:
         table = Table(title="Target by module", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
         table.add_column("module", overflow="fold")
-        table.add_column("loaded", justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
+        table.add_column("loaded", justify="right", no_wrap=True, overflow="crop")
+        table.add_column("", no_wrap=True, overflow="crop")
         table.add_column("tensors", justify="right")
         table.add_column("missing", justify="right")
         table.add_column("ambiguous", justify="right")
@@ -74,23 +74,23 @@ class AnalysisView(JupyterMixin):
         text.append(f"{counts['medium']} from 0.6 to 0.8", style=COLOURS["medium"]).append(", ")
         return text.append(f"{counts['low']} below 0.6", style=COLOURS["low"])
 
-    def _doubtful(self, console: Console) -> RenderResult:
+    def _doubtful(self) -> Iterator[RenderableType]:
         rows = sorted(mapping_rows(self.plan), key=lambda row: (row.score, row.margin))[: self.top_n]
         if not rows:
             return
         table = Table(title="Lowest scores", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-        table.add_column("score", no_wrap=True)
-        table.add_column("margin", no_wrap=True)
+        table.add_column("score", no_wrap=True, overflow="crop")
+        table.add_column("margin", no_wrap=True, overflow="crop")
         table.add_column("operation", overflow="fold")
-        table.add_column(plain("source → target", console), overflow="fold", ratio=1)
+        table.add_column("source → target", overflow="fold", ratio=1)
         for row in rows:
-            names = plain(f"{' + '.join(row.sources)} → {' + '.join(row.targets)}", console)
+            names = f"{' + '.join(row.sources)} → {' + '.join(row.targets)}"
             table.add_row(score_text(row.score), f"{row.margin:.2f}", row.badge, Text(names))
         yield Text("")
         yield table
         yield Text(LEGEND, style="dim")
 
-    def _leftovers(self) -> RenderResult:
+    def _leftovers(self) -> Iterator[RenderableType]:
         for side, left in (("source", self.plan.unmatched_source), ("target", self.plan.unmatched_target)):
             reasons: dict[str, list[int]] = {}
             for item in left:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.jupyter import JupyterMixin
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +14,7 @@ from rich.text import Text
 from lit_wsl.errors import MappingError
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.scoring import ScoreBreakdown
-from lit_wsl.report.console import COLOURS, LEGEND, Bar, plain, score_text
+from lit_wsl.report.console import COLOURS, LEGEND, Bar, View, score_text
 from lit_wsl.report.material import Material, breakdown, pairs
 from lit_wsl.report.rows import confidence, shape_text
 from lit_wsl.structure.info import ModelDescription
@@ -25,7 +24,7 @@ _BAR = 16
 
 
 @dataclass(frozen=True)
-class BreakdownView(JupyterMixin):
+class BreakdownView(View):
     """The score of a tensor's match, part by part, with bars, weights, reason and runner-up.
 
     Attributes:
@@ -44,14 +43,14 @@ class BreakdownView(JupyterMixin):
     options: MatchingOptions
     runners_up: int = 3
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _draw(self, width: int) -> Iterator[RenderableType]:
         material = Material.gather(self.plan, source=self.source, target=self.target, options=self.options)
         entries = self.entries()
         if not entries:
-            yield self._unmatched(material, console)
+            yield self._unmatched(material)
             return
         for entry in entries:
-            body = Group(*self._entry(material, entry, console))
+            body = Group(*self._entry(material, entry))
             yield Panel(body, title="score", title_align="left", box=box.ROUNDED, expand=False)
         yield Text(LEGEND, style="dim")
 
@@ -67,7 +66,7 @@ class BreakdownView(JupyterMixin):
         filled = self.plan.by_target.get(self.name)
         return (filled,) if filled is not None and filled not in found else found
 
-    def _entry(self, material: Material, entry: PlanEntry, console: Console) -> Iterator[RenderableType]:
+    def _entry(self, material: Material, entry: PlanEntry) -> Iterator[RenderableType]:
         shapes = " + ".join(map(shape_text, entry.source_shapes))
         after = " + ".join(map(shape_text, entry.target_shapes))
         names = Table.grid(padding=(0, 1))
@@ -76,7 +75,7 @@ class BreakdownView(JupyterMixin):
         yield names
         line = Text("score ").append_text(score_text(entry.score)).append(f"   margin {entry.margin:.2f}")
         yield line.append(f"   operation {entry.badge}")
-        yield Text(plain(f"shape {shapes} → {after}", console))
+        yield Text(f"shape {shapes} → {after}")
         if entry.reason:
             yield Text(f"why: {entry.reason}")
         shown = list(pairs(entry))
@@ -85,7 +84,7 @@ class BreakdownView(JupyterMixin):
             parts = breakdown(material, entry, source, target)
             yield Text("")
             if len(shown) > 1:
-                yield Text(plain(f"{source} → {target}", console), style="bold")
+                yield Text(f"{source} → {target}", style="bold")
             yield score_table(parts)
             if abs(parts.total - entry.score) > 0.005:
                 yield Text(f"(the step scores {entry.score:.2f}: the mean of its pairs and its family)", style="dim")
@@ -102,7 +101,7 @@ class BreakdownView(JupyterMixin):
             yield Text(f"runner-up: none, no other {'target' if from_source else 'source'} has a shape that fits")
             return
         table = Table(box=None, pad_edge=False, show_header=True)
-        table.add_column("score", no_wrap=True)
+        table.add_column("score", no_wrap=True, overflow="crop")
         table.add_column(f"runner-up ({title})", overflow="fold")
         for other in best:
             name = other.target if from_source else other.source
@@ -128,7 +127,7 @@ class BreakdownView(JupyterMixin):
             found.append(material.score(one, two, operation=own.shape != other.shape))
         return sorted(found, key=lambda b: (-b.total, b.source, b.target))[: self.runners_up]
 
-    def _unmatched(self, material: Material, console: Console) -> Panel:
+    def _unmatched(self, material: Material) -> Panel:
         from_source = self.name in self.source
         side = self.source if from_source else self.target
         left = self.plan.unmatched_source if from_source else self.plan.unmatched_target
@@ -152,11 +151,11 @@ class BreakdownView(JupyterMixin):
 def score_table(parts: ScoreBreakdown) -> Table:
     """Shape, name and hierarchy with their parts: value, bar, weight, and what they add to the score."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("part", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("weight", justify="right", no_wrap=True)
-    table.add_column("adds", justify="right", no_wrap=True)
+    table.add_column("part", no_wrap=True, overflow="crop")
+    table.add_column("value", justify="right", no_wrap=True, overflow="crop")
+    table.add_column("", no_wrap=True, overflow="crop")
+    table.add_column("weight", justify="right", no_wrap=True, overflow="crop")
+    table.add_column("adds", justify="right", no_wrap=True, overflow="crop")
     scale = 1.0 if parts.parents is None else 0.8
     for part, value, details in (
         ("shape", parts.shape, {}),

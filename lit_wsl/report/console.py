@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.jupyter import JupyterMixin
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.text import Text
 
 from lit_wsl.report.rows import Confidence, confidence
@@ -15,29 +19,32 @@ MARKS: dict[Confidence, str] = {"high": "", "medium": "?", "low": "!"}
 LEGEND = "score: no mark above 0.8, ? from 0.6 to 0.8, ! below 0.6"
 
 
-def ascii_only(console: Console) -> bool:
-    """Whether the console's encoding cannot show box and arrow characters (a log file in ASCII or Latin-1)."""
-    return not console.encoding.lower().replace("-", "").startswith("utf")
+# what stands in, column for column, where the encoding of a log file lacks the character
+_STAND_INS = str.maketrans("→█░├└│─×●○", ">#.|`|-x*o")
 
 
-def plain(text: str, console: Console) -> str:
-    """Replace characters that a console's encoding cannot show."""
-    if not ascii_only(console):
-        return text
-    table = {
-        "→": "->",
-        "█": "#",
-        "░": ".",
-        "├": "|",
-        "└": "`",
-        "│": "|",
-        "─": "-",
-        "×": "x",
-        "●": "*",
-        "◐": "~",
-        "○": "o",
-    }
-    return "".join(table.get(c, c) for c in text)
+class View(JupyterMixin, ABC):
+    """A rich renderable for a terminal, a log file of any encoding, or a notebook."""
+
+    @abstractmethod
+    def _draw(self, width: int) -> Iterator[RenderableType]:
+        """Yield what is shown in so many columns, in any characters."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        encoding = console.encoding
+        for segment in console.render(Group(*self._draw(options.max_width)), options):
+            yield Segment(_encodable(segment.text, encoding), segment.style, segment.control)
+
+
+def _encodable(text: str, encoding: str) -> str:
+    """The text itself, or with stand-ins for what the encoding lacks: ``?`` where nothing is alike."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_STAND_INS).encode(encoding, "replace").decode(encoding)
+    except LookupError:
+        pass
+    return text
 
 
 def score_text(score: float) -> Text:
@@ -67,8 +74,7 @@ class Bar:
             filled -= 1  # a full bar means all
         if filled == 0 and self.share > 0.0:
             filled = 1
-        bar = Text(plain("█" * filled, console), style=self.style, no_wrap=True)
-        yield bar.append(plain("░" * (width - filled), console), style="dim")
+        yield Text("█" * filled, style=self.style, no_wrap=True).append("░" * (width - filled), style="dim")
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         width = max(1, min(self.width, options.max_width))

@@ -6,17 +6,16 @@ be read at 80 columns, where names that don't fit beside each other stand below 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.jupyter import JupyterMixin
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lit_wsl.report.console import COLOURS, LEGEND, Bar, plain, score_text
+from lit_wsl.report.console import COLOURS, LEGEND, Bar, View, score_text
 from lit_wsl.report.rows import (
     By,
     MappingRow,
@@ -36,7 +35,7 @@ SIDE_BY_SIDE = 120  # columns from which source and target stand beside each oth
 
 
 @dataclass(frozen=True)
-class SummaryPanel(JupyterMixin):
+class SummaryPanel(View):
     """Coverage of both sides, counts and options of a plan, in a panel.
 
     Attributes:
@@ -49,15 +48,15 @@ class SummaryPanel(JupyterMixin):
     coverage: Coverage | None = None
     title: str = ""
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _draw(self, width: int) -> Iterator[RenderableType]:
         plan = self.plan
         coverage = self.coverage or coverage_of(plan)
         bars = Table.grid(padding=(0, 1))
-        bars.add_column(no_wrap=True)
-        bars.add_column(no_wrap=True)
-        bars.add_column(justify="right", no_wrap=True)
+        bars.add_column(no_wrap=True, overflow="crop")
+        bars.add_column(no_wrap=True, overflow="crop")
+        bars.add_column(justify="right", no_wrap=True, overflow="crop")
         bars.add_column(overflow="fold")
-        width = 24 if options.max_width >= 100 else 12
+        length = 24 if width >= 100 else 12
         excluded = plan.options.get("buffers") == "exclude"
         for label, count in (
             ("source", coverage.source),
@@ -68,15 +67,15 @@ class SummaryPanel(JupyterMixin):
             if "buffers" in label and (excluded or not count.of_tensors):
                 continue
             style = COLOURS[confidence(count.share)]
-            bars.add_row(label, Bar(count.share, style, width), percent(count.share), _amount(count))
+            bars.add_row(label, Bar(count.share, style, length), percent(count.share), _amount(count))
         title = self.title or f"{plan.source.label} → {plan.target.label}"
         head: RenderableType = bars
-        if len(title) > options.max_width - 6:  # a panel cuts its title: tell the names inside
-            head = Group(Text(plain(title, console), overflow="fold"), bars)
+        if len(title) > width - 6:  # a panel cuts its title: tell the names inside
+            head = Group(Text(title, overflow="fold"), bars)
             title = ""
-        lines = [Text(plain(line, console)) for line in summary_lines(plan)]
+        lines = [Text(line) for line in summary_lines(plan)]
         body = Group(head, Text(""), *lines)
-        yield Panel(body, title=plain(title, console) or None, title_align="left", box=box.ROUNDED, expand=False)
+        yield Panel(body, title=title or None, title_align="left", box=box.ROUNDED, expand=False)
 
 
 def percent(share: float) -> str:
@@ -130,7 +129,7 @@ def _amount(count: Count) -> str:
 
 
 @dataclass(frozen=True)
-class MappingView(JupyterMixin):
+class MappingView(View):
     """The mapping as a table, folded by families.
 
     Attributes:
@@ -145,31 +144,31 @@ class MappingView(JupyterMixin):
     folded: bool = True
     max_rows: int | None = None
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _draw(self, width: int) -> Iterator[RenderableType]:
         rows = mapping_rows(self.plan, by=self.by, folded=self.folded)
         if not rows:
             yield Text("no mappings", style="red")
             return
         shown = _worth_showing(rows, self.max_rows)
-        wide = options.max_width >= SIDE_BY_SIDE
+        wide = width >= SIDE_BY_SIDE
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
-        table.add_column("score", no_wrap=True)
+        table.add_column("score", no_wrap=True, overflow="crop")
         table.add_column("operation", overflow="fold")
-        table.add_column("n", justify="right", no_wrap=True)
+        table.add_column("n", justify="right", no_wrap=True, overflow="crop")
         if wide:
             table.add_column("source", overflow="fold", ratio=1)
             table.add_column("target", overflow="fold", ratio=1)
             table.add_column("tensors", overflow="fold", ratio=1)
         else:
-            table.add_column(plain("source → target", console), overflow="fold", ratio=1)
-        arrow = plain("→ ", console)
+            table.add_column("source → target", overflow="fold", ratio=1)
+        arrow = "→ "
         for row in shown:
             head = (score_text(row.score), _badge(row.badge), f"x{row.groups}")
             moved = Text(row.tensors, style="dim")
             if wide:
                 table.add_row(*head, Text("\n".join(row.sources)), Text("\n".join(row.targets)), moved)
             else:
-                table.add_row(*head, Group(*_stacked(row, arrow, options.max_width - NARROW_HEAD), moved))
+                table.add_row(*head, Group(*_stacked(row, arrow, width - NARROW_HEAD), moved))
         yield table
         hidden = len(rows) - len(shown)
         if hidden:
@@ -204,7 +203,7 @@ def _badge(badge: str) -> Text:
 
 
 @dataclass(frozen=True)
-class UnmatchedView(JupyterMixin):
+class UnmatchedView(View):
     """What found no partner, folded, with shapes and reasons.
 
     Attributes:
@@ -215,7 +214,7 @@ class UnmatchedView(JupyterMixin):
     plan: TransferPlan
     max_rows: int | None = None
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _draw(self, width: int) -> Iterator[RenderableType]:
         excluded = self.plan.options.get("buffers") == "exclude"
         for side, every in (("source", self.plan.unmatched_source), ("target", self.plan.unmatched_target)):
             left = [item for item in every if not (excluded and item.kind == "buffer")]
@@ -226,7 +225,7 @@ class UnmatchedView(JupyterMixin):
 
     def _table(self, left: Sequence[Unmatched]) -> Group:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        table.add_column("n", justify="right", no_wrap=True)
+        table.add_column("n", justify="right", no_wrap=True, overflow="crop")
         table.add_column("name", overflow="fold", ratio=3)
         table.add_column("shape", overflow="fold", ratio=1)
         table.add_column("why", overflow="fold", ratio=2)
@@ -243,7 +242,7 @@ class UnmatchedView(JupyterMixin):
 
 
 @dataclass(frozen=True)
-class AmbiguousView(JupyterMixin):
+class AmbiguousView(View):
     """Targets left alone because nothing decides, with their candidates and the reason.
 
     Attributes:
@@ -256,7 +255,7 @@ class AmbiguousView(JupyterMixin):
     max_rows: int | None = None
     max_candidates: int = 4
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _draw(self, width: int) -> Iterator[RenderableType]:
         cases = self.plan.ambiguous
         yield Text(f"ambiguous, left as they were: {len(cases)}", style="bold yellow" if cases else "dim")
         if not cases:
@@ -282,7 +281,7 @@ class AmbiguousView(JupyterMixin):
 
 
 @dataclass(frozen=True)
-class ResultView(JupyterMixin):
+class ResultView(View):
     """All of a mapping or a transfer on one screen: summary, mapping, ambiguous, leftovers, remarks.
 
     Attributes:
@@ -307,7 +306,7 @@ class ResultView(JupyterMixin):
     max_rows: int | None = 30
     max_unmatched: int | None = 15
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _draw(self, width: int) -> Iterator[RenderableType]:
         yield SummaryPanel(self.plan, self.coverage)
         yield MappingView(self.plan, by=self.by, folded=self.folded, max_rows=self.max_rows)
         if self.plan.ambiguous:

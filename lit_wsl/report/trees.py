@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.jupyter import JupyterMixin
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lit_wsl.report.console import plain
+from lit_wsl.report.console import View
 from lit_wsl.report.rows import count_text, shape_text
 from lit_wsl.structure.families import fold_names, ranges
 from lit_wsl.structure.info import ModelDescription, ModuleNode, ParameterGroup
@@ -70,12 +69,13 @@ def tree_lines(
     """The lines of one tree, parents first.
 
     Siblings with a number for a name fold when everything below them is alike: names, shapes, and whether it is
-    matched. Linear in the number of tensors.
+    matched; and a module without tensors of its own whose only child is one line joins that line:
+    ``encoder.layer.{0..11}``. Linear in the number of tensors.
 
     Args:
         side: The model.
         max_depth: Number of levels below the root.
-        folded: Fold repeated modules.
+        folded: Fold repeated modules and chains.
         matched: Names of the matched tensors; ``None`` leaves the status out.
         with_buffers: Whether the status counts buffers.
     """
@@ -96,22 +96,43 @@ def tree_lines(
         lines.append(TreeLine(label, depth, paths, first.group, numel, status, hidden, guide, hang))
         if depth >= max_depth:
             return
-        runs = _runs(first.children, facts) if folded else [[child] for child in first.children]
+        runs = _children(nodes, facts, folded)
         for place, run in enumerate(runs):
+            name = _label(run.first)
+            below, first_of_run = run.all, run.first
+            while folded and not first_of_run[0].group.members:  # a module with one child says no more than the child
+                inner = _children(below, facts, folded)
+                if len(inner) != 1:
+                    break
+                name += f".{_label(inner[0].first)}"
+                below, first_of_run = inner[0].all, inner[0].first
             last = place == len(runs) - 1
-            # in a folded line, what is said of a child is said of this child of every folded module
-            below = [c for node in nodes for c in _same(node, first, run)] if len(nodes) > 1 else run
-            name = run[0].name if len(run) == 1 else "{" + ranges([int(node.name) for node in run]) + "}"
             visit(below, depth + 1, hang + ("└─ " if last else "├─ "), name, hang + ("   " if last else "│  "))
 
     visit([side.root], 0, "", side.label, "")
     return lines
 
 
-def _same(node: ModuleNode, first: ModuleNode, run: Sequence[ModuleNode]) -> list[ModuleNode]:
-    """The children of ``node`` at the places that ``run`` has among those of ``first``."""
-    places = {id(child): place for place, child in enumerate(first.children)}
-    return [node.children[places[id(child)]] for child in run]
+@dataclass(frozen=True)
+class _Run:
+    """Children that one line stands for: those of the first folded module, and those of all of them."""
+
+    first: list[ModuleNode]
+    all: list[ModuleNode]
+
+
+def _children(nodes: Sequence[ModuleNode], facts: Mapping[str, _Facts], folded: bool) -> list[_Run]:
+    """The lines below modules that are alike; what is said of a child is said of this child of each of them."""
+    found, start = [], 0
+    for run in _runs(nodes[0].children, facts) if folded else [[child] for child in nodes[0].children]:
+        end = start + len(run)
+        found.append(_Run(run, [child for node in nodes for child in node.children[start:end]]))
+        start = end
+    return found
+
+
+def _label(run: Sequence[ModuleNode]) -> str:
+    return run[0].name if len(run) == 1 else "{" + ranges([int(node.name) for node in run]) + "}"
 
 
 def _measure(root: ModuleNode, matched: frozenset[str] | None, with_buffers: bool) -> dict[str, _Facts]:
@@ -154,7 +175,7 @@ def _runs(children: Sequence[ModuleNode], facts: Mapping[str, _Facts]) -> list[l
 
 
 @dataclass(frozen=True)
-class HierarchyView(JupyterMixin):
+class HierarchyView(View):
     """Source and target tree side by side; below each other where there are fewer than 76 columns.
 
     ``[W]`` and ``[B]`` mark modules with a weight and a bias, followed by the weight's shape.
@@ -173,10 +194,10 @@ class HierarchyView(JupyterMixin):
     max_depth: int = 5
     folded: bool = True
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        beside = options.max_width >= SIDE_BY_SIDE
-        width = (options.max_width - 1) // 2 if beside else options.max_width
-        trees = [self._tree("source", console, width), self._tree("target", console, width)]
+    def _draw(self, width: int) -> Iterator[RenderableType]:
+        beside = width >= SIDE_BY_SIDE
+        half = (width - 1) // 2 if beside else width
+        trees = [self._tree("source", half), self._tree("target", half)]
         table = Table(box=None, pad_edge=False, show_edge=False, expand=beside)
         table.add_column("source", overflow="fold", ratio=1)
         if beside:
@@ -189,10 +210,10 @@ class HierarchyView(JupyterMixin):
         yield table
         legend = "[W] weight, [B] bias, xN folded modules"
         if self.plan is not None:
-            legend += plain("; ● all matched, ~ in part, ○ nothing", console)
+            legend += "; ● all matched, ~ in part, ○ nothing"
         yield Text(legend, style="dim")
 
-    def _tree(self, which: str, console: Console, width: int) -> Text:
+    def _tree(self, which: str, width: int) -> Text:
         side = self.source if which == "source" else self.target
         matched, partners = None, {}
         if self.plan is not None:
@@ -204,7 +225,7 @@ class HierarchyView(JupyterMixin):
         for line in tree_lines(
             side, max_depth=self.max_depth, folded=self.folded, matched=matched, with_buffers=with_buffers
         ):
-            text.append_text(_line(line, partners, console, width)).append("\n")
+            text.append_text(_line(line, partners, width)).append("\n")
         text.right_crop(1)
         return text
 
@@ -219,15 +240,15 @@ def _partners(plan: TransferPlan) -> dict[str, tuple[str, ...]]:
     return {path: tuple(targets) for path, targets in found.items()}
 
 
-def _line(line: TreeLine, partners: Mapping[str, tuple[str, ...]], console: Console, width: int) -> Text:
-    text = Text(plain(line.guide, console), style="dim")
+def _line(line: TreeLine, partners: Mapping[str, tuple[str, ...]], width: int) -> Text:
+    text = Text(line.guide, style="dim")
     if line.status:
         mark, colour = _MATCHED[line.status]
-        text.append(plain(mark, console) + " ", style=colour)
+        text.append(mark + " ", style=colour)
     text.append(line.label, style="bold" if line.depth == 0 else "")
     if len(line.paths) > 1:
         text.append(f" x{len(line.paths)}", style="cyan")
-    hang = plain(line.hang, console)
+    hang = line.hang
     details = _badges(line.group)
     if line.numel and not (details and line.depth):
         details = f"{count_text(line.numel)} {details}".rstrip()
@@ -238,7 +259,7 @@ def _line(line: TreeLine, partners: Mapping[str, tuple[str, ...]], console: Cons
     if named:
         folded = fold_names([target or "(root)" for target in named])
         more = f" and {len(folded) - 2} more" if len(folded) > 2 else ""
-        _append(text, plain(" → ", console) + ", ".join(folded[:2]) + more, "green", hang, width)
+        _append(text, " → " + ", ".join(folded[:2]) + more, "green", hang, width)
     return text
 
 

@@ -141,9 +141,10 @@ def test_trees_fold_repeated_blocks_and_mark_what_is_matched(example):
     source, target, plan = example
     text = show(HierarchyView(source, target, plan))
     line = next(line for line in text.splitlines() if "{0..11} x12" in line)
-    assert line.count("{0..11} x12") == 1  # the source is one level deeper
+    assert "encoder.layer.{0..11} x12" in line
+    assert "blocks.{0..11} x12" in line
     assert re.search(r"● query x12 \[W\] 8x8", text)
-    assert re.search(r"│  │ +→ blocks\.\{0\.\.11\}\.", text)  # its partner, below it and inside the tree
+    assert re.search(r"│ +→ blocks\.\{0\.\.11\}\.", text)  # its partner, below it and inside the tree
     assert re.search(r"embed \[W\] 20x8 → wte", text)
     assert re.search(r"○ old_head \[W\] 10x8", text)
     assert re.search(r"~ NewModel", text)
@@ -155,7 +156,7 @@ def test_trees_fold_repeated_blocks_and_mark_what_is_matched(example):
 def test_trees_obey_the_depth_limit(example):
     source = example[0]
     for depth in range(4):
-        lines = tree_lines(source, max_depth=depth)
+        lines = tree_lines(source, max_depth=depth, folded=False)
         assert max(line.depth for line in lines) == depth
         assert sum(line.hidden for line in lines) + sum(len(line.paths) for line in lines) == len(
             list(source.root.walk())
@@ -236,3 +237,22 @@ def test_mapper_prints_through_the_views():
         console = Console(file=io.StringIO(), width=80)
         getattr(mapper, method)(console=console)
         assert "Sequential" in console.file.getvalue()
+
+
+def test_names_beyond_a_log_files_encoding_do_not_stop_the_run():
+    module = nn.Module()
+    module.register_parameter("größe_日本", nn.Parameter(torch.ones(5)))
+    mapper = WeightMapper(module, module)
+    for encoding, shown in (("ascii", "gr??e_??"), ("latin-1", "größe_??"), ("utf-8", "größe_日本")):
+        file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        console = Console(file=file, width=80)
+        mapper.visualize_mapping(console=console)
+        mapper.visualize_hierarchies(console=console, show_matches=True)
+        mapper.visualize_score_breakdown("größe_日本", console=console)
+        file.flush()
+        assert shown in file.buffer.getvalue().decode(encoding)
+
+
+def test_chains_of_single_modules_stand_on_one_line():
+    deep = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 3))))
+    assert [line.label for line in tree_lines(describe(deep))] == ["Sequential", "0.0.0"]
