@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_wsl.checkpoint.optimizer_names import Names, SavedGroup, SavedOptimizer, assign_names
+from lit_wsl.checkpoint.optimizer_names import REMEDY, Names, SavedGroup, SavedOptimizer, assign_names
 from lit_wsl.checkpoint.optimizer_state import NotCarriedError, carry_state
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.info import Shape
@@ -82,6 +82,8 @@ def convert_optimizers(
     """
     optimizers = [SavedOptimizer.read(data, f"optimizer {number}") for number, data in enumerate(saved)]
     names, notes = assign_names(optimizers, old_parameters, parameter_names)
+    if groups is not None and notes:
+        _refuse_another_order(groups, new)
     owners = _owners(names)
     layout = groups if groups is not None else _layout(optimizers, names, owners, plan, new, old_parameters)
     if len(layout) != len(optimizers):
@@ -106,6 +108,20 @@ def convert_optimizers(
     if fresh:
         notes.append(f"optimizer state starts anew for {len(fresh)} parameters without a source: {_some(fresh)}")
     return made, notes
+
+
+def _refuse_another_order(groups: Sequence[Sequence[NewGroup]], new: NewOrder) -> None:
+    """Where the new run gives parameters in an order of its own, the old one did so too, and order tells nothing."""
+    place = {name: number for number, name in enumerate(new.names)}
+    for number, group_list in enumerate(groups):
+        for position, group in enumerate(group_list):
+            places = [place[name] for name in group.names if name in place]
+            if places != sorted(places):
+                raise CheckpointError(
+                    f"the parameters in group {position} of the run's optimizer {number} are not in the order of the "
+                    "model. If those of the old run were not either, its states cannot be told apart by their order. "
+                    + REMEDY
+                )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -80,14 +80,30 @@ def regrouped(module):
     return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)]
 
 
+def named(module):
+    optimizer = torch.optim.AdamW(list(module.named_parameters()), lr=1e-2)
+    return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)]
+
+
 def plain_order(module):
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)]
 
 
+def test_an_order_of_its_own_is_refused_where_the_old_one_is_only_inferred(tmp_path):
+    old = OldTransformer(configure=plain_order)
+    fit(old, tokens(), tmp_path, 1).save_checkpoint(tmp_path / "old.ckpt")
+    new = NewTransformer(configure=regrouped)
+    callback = WeightTransferCallback(
+        tmp_path / "old.ckpt", plan=transformer_plan(old, new), resume="all", verbose=False
+    )
+    with pytest.raises(CheckpointError, match="not in the order of the model"):
+        fit(new, tokens(), tmp_path, 2, callbacks=[callback])
+
+
 def test_the_real_optimizers_say_in_which_order_the_states_go(tmp_path):
     torch.manual_seed(0)
-    old = OldTransformer(configure=plain_order)
+    old = OldTransformer(configure=named)
     uninterrupted = copy.deepcopy(old)
     fit(old, tokens(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
     fit(uninterrupted, tokens(), tmp_path, 4)
