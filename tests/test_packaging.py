@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,40 @@ def test_torch_is_pinned_without_a_local_version_so_that_a_cpu_build_fits():
 def test_torchvision_stays_out_of_the_test_environment():
     names = {normal(r.name) for r in requirements("cli", "plot", "test", "dev")}
     assert "torchvision" not in names
+
+
+def imported(folder: str) -> dict[str, Path]:
+    """Top-level modules that the files of a folder import anywhere, and one of those files."""
+    found: dict[str, Path] = {}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            found.update({name.partition(".")[0]: path for name in names})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras", "optional"),
+    [
+        (
+            "lit_wsl",
+            ("cli", "plot"),
+            {"wandb", "mlflow", "comet_ml", "deepspeed", "numpy", "yaml", "typing_extensions"},
+        ),
+        ("tests", ("cli", "plot", "test"), {"selenium", "tomllib", "numpy", "yaml", "packaging", "typing_extensions"}),
+    ],
+)
+def test_everything_that_is_imported_is_declared(folder, extras, optional):
+    """``optional`` holds what may be absent, and what torch, lightning or pytest bring along."""
+    declared = {normal(r.name) for r in requirements(*extras)}
+    provided = {m for m, names in packages_distributions().items() if declared & {normal(name) for name in names}}
+    own = {path.stem for path in (ROOT / folder).rglob("*.py")} | {path.stem for path in (ROOT / "docs").glob("*.py")}
+    known = provided | own | optional | set(sys.stdlib_module_names) | {"lit_wsl", "benchmarks"}
+    unknown = {name: str(path.relative_to(ROOT)) for name, path in imported(folder).items() if name not in known}
+    assert unknown == {}
 
 
 def test_the_public_names_are_there_and_typed():
