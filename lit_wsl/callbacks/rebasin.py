@@ -20,6 +20,7 @@ from lit_wsl.checkpoint import atomic_write_text, open_checkpoint
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference import infer_permutation_spec
 from lit_wsl.rebasin.job import (
+    MEAN_STATISTICS,
     REPORT_FILE,
     AlignOptions,
     Merge,
@@ -250,12 +251,10 @@ class RebasinCallback(Callback):
             )
             state = {n: t.detach().clone() for n, t in probe.state_dict().items() if isinstance(t, Tensor)}
             note = f"batch norm statistics of the merged model were estimated on {count} training batches"
-            return replace(report, merged=state, notes=(*report.notes, note))
+            notes = tuple(n for n in report.notes if n != MEAN_STATISTICS)
+            return replace(report, merged=state, notes=(*notes, note))
         except Exception as error:
-            note = (
-                "batch norm statistics of the merged model are the mean of the models', which does not describe it; "
-                f"estimating them failed: {error}"
-            )
+            note = f"batch norm statistics of the merged model could not be estimated anew: {error}"
             rank_zero_warn(f"Rebasin: {note}")
             return replace(report, notes=(*report.notes, note))
 

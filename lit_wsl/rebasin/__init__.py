@@ -10,6 +10,7 @@ from lit_wsl.rebasin.inference import infer_permutation_spec
 from lit_wsl.rebasin.matching import MatchingResult, weight_matching
 from lit_wsl.rebasin.merging import average, interpolate, reestimate_batchnorm, task_arithmetic
 from lit_wsl.rebasin.registry import permutation_spec, register_permutation_spec, registered_permutation_specs
+from lit_wsl.rebasin.repair import repair
 from lit_wsl.rebasin.spec import AxisSpec, AxisUse, PermutationGroup, Permutations, PermutationSpec
 from lit_wsl.rebasin.task_vectors import (
     apply_permutation_to_task_vectors,
@@ -42,6 +43,7 @@ __all__ = [
     "reestimate_batchnorm",
     "register_permutation_spec",
     "registered_permutation_specs",
+    "repair",
     "task_arithmetic",
     "task_vector",
     "verify_permutation_spec",

@@ -67,7 +67,7 @@ def activation_matching(
         raise RebasinError("the two passes over the batches saw different amounts of data: use a list or fixed loader")
     shown = PermutationSpec(
         groups=spec.groups,
-        axes={name: {0: spec.axes[name][_output_axis(model, name)]} for name in a},
+        axes={name: {0: spec.axes[name][output_axis(model, name)]} for name in a},
         shapes={name: tuple(x.shape) for name, x in a.items()},
         parameters=tuple(a),
     )
@@ -106,12 +106,13 @@ def _shows(shown: PermutationSpec, responses: Descent, root: str) -> bool:
     return all(group in said or shown.children(group) for group in responses.trees[root].groups)
 
 
-def _output_axis(model: nn.Module, name: str) -> int:
+def output_axis(model: nn.Module, name: str) -> int:
+    """Axis of a module's weight (given by its full name) that the module's output channels lie on."""
     module = model.get_submodule(name.rpartition(".")[0])
     return 1 if isinstance(module, _ConvTransposeNd) else 0
 
 
-def _channel_axis(module: nn.Module, output: Tensor) -> int:
+def channel_axis(module: nn.Module, output: Tensor) -> int:
     """Axis of a module's output that holds its channels: the second for convolutions and batch norms, else the last."""
     return 1 if isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm)) and output.ndim > 1 else output.ndim - 1
 
@@ -138,7 +139,7 @@ def _responses(
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 return
-            axis = _channel_axis(module, output)
+            axis = channel_axis(module, output)
             if output.shape[axis] != length:
                 return
             columns = output.detach().movedim(axis, 0).reshape(length, -1)
@@ -152,7 +153,7 @@ def _responses(
         name = f"{path}.weight" if path else "weight"
         if name not in spec.axes or not isinstance(getattr(module, "weight", None), Tensor):
             continue
-        axis = _output_axis(probe, name)
+        axis = output_axis(probe, name)
         if axis in spec.axes[name] and spec.axes[name][axis].outer_axis is None:
             hooks.append(module.register_forward_hook(listen(name, spec.axes[name][axis].length)))
     for batch in batches:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics import Metric
 
-from lit_wsl.rebasin.merging import Forward, call_on_inputs, interpolate, reestimate_batchnorm
+from lit_wsl.rebasin.merging import (
+    Forward,
+    call_on_inputs,
+    has_batch_statistics,
+    interpolate,
+    reestimate_batchnorm,
+)
+from lit_wsl.rebasin.repair import repair as repair_model
+from lit_wsl.rebasin.spec import PermutationSpec
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -118,6 +126,7 @@ def interpolation_curve(
     points: int = 11,
     loss_fn: LossFunction = F.cross_entropy,
     repair: bool = True,
+    spec: PermutationSpec | None = None,
     forward: Forward = call_on_inputs,
 ) -> InterpolationCurve:
     """Loss and accuracy on the line between two state dicts.
@@ -130,8 +139,9 @@ def interpolation_curve(
             dataloader or a list, not a generator.
         points: number of points, the ends included.
         loss_fn: mean loss of a batch from outputs and targets.
-        repair: re-estimate batch norm statistics at the inner points (see :func:`reestimate_batchnorm`); no matter
-            for models without them.
+        repair: re-estimate batch norm statistics at the inner points (see :func:`reestimate_batchnorm`).
+        spec: with ``repair``, lets models without batch norms be repaired too, by rescaling their hidden units (see
+            :func:`lit_wsl.rebasin.repair.repair`).
         forward: how to call the model on a batch; the target is the batch's second part.
     """
     metric = InterpolationBarrier(points, loss_fn)
@@ -142,7 +152,11 @@ def interpolation_curve(
         alpha = point / (points - 1)
         probe.load_state_dict(interpolate(a, b, alpha))
         if repair and 0 < point < points - 1:
-            reestimate_batchnorm(probe, _moved(batches, device), forward=forward)
+            if spec is None or has_batch_statistics(probe):
+                reestimate_batchnorm(probe, _moved(batches, device), forward=forward)
+            else:
+                moved = list(_moved(batches, device))
+                repair_model(probe, (a, b), spec, moved, (1 - alpha, alpha), forward=forward)
         for batch in _moved(batches, device):
             metric.update(point, forward(probe, batch), batch[1])
     return metric.curve()

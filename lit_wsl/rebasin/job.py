@@ -32,6 +32,10 @@ Merge = Literal["average", "task_arithmetic"]
 StateDict = Mapping[str, Tensor]
 
 REPORT_FILE = "rebasin.json"
+MEAN_STATISTICS = (
+    "the norm statistics of the merged model are the mean of the models', which does not describe it: estimate them "
+    "anew on data with lit_wsl.rebasin.reestimate_batchnorm"
+)
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,8 @@ def align(
             task_vector=moved if options.on == "task_vectors" else None,
         )
     merged = _merge([models[reference], *(m.state_dict or {} for m in aligned.values())], pretrained, options)
+    if merged is not None and any(name not in spec.parameters for name in spec.axes):
+        notes += (MEAN_STATISTICS,)
     return RebasinReport(True, reference, options, aligned, merged, spec, notes=notes)
 
 

@@ -18,6 +18,7 @@ from lit_wsl.rebasin import (
     infer_permutation_spec,
     interpolate,
     reestimate_batchnorm,
+    repair,
     task_arithmetic,
     task_vector,
     weight_matching,
@@ -115,6 +116,49 @@ def test_reestimation_without_batches_leaves_the_statistics():
         reestimate_batchnorm(model, [])
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert reestimate_batchnorm(nn.Linear(2, 2), []) == 0
+
+
+def plain_net(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 12), nn.ReLU(), nn.Linear(12, 4)
+        )
+
+
+def hidden_statistics(model, data):
+    x = torch.cat([images for images, _ in data])
+    first = model[0](x)
+    second = model[:4](x)
+    return [first.mean((0, 2, 3)), first.std((0, 2, 3)), second.mean(0), second.std(0)]
+
+
+def test_repaired_units_have_the_mean_statistics_of_the_end_points():
+    first, second, merged = plain_net(0), plain_net(1), plain_net(2)
+    data = batches()
+    spec = infer_permutation_spec(merged, (data[0][0][:2],))
+    states = [first.state_dict(), second.state_dict()]
+    merged.load_state_dict(average(states, [0.25, 0.75]))
+    last = merged[5].weight.clone()
+    assert repair(merged, states, spec, data, [0.25, 0.75]) == 2
+    with torch.no_grad():
+        ends = [hidden_statistics(model, data) for model in (first, second)]
+        found = hidden_statistics(merged, data)
+    for a, b, now in zip(*ends, found):
+        torch.testing.assert_close(now, 0.25 * a + 0.75 * b, rtol=1e-3, atol=1e-4)
+    assert torch.equal(merged[5].weight, last)
+
+
+def test_repairing_a_model_by_itself_changes_nothing():
+    model = plain_net(0)
+    data = batches()
+    spec = infer_permutation_spec(model, (data[0][0][:2],))
+    state = copy.deepcopy(model.state_dict())
+    repair(model, [state, state], spec, data)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(RebasinError, match="no batch"):
+        repair(model, [state, state], spec, [])
 
 
 def test_barrier_is_zero_on_a_line_and_measures_the_bump():
