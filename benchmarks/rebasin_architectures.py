@@ -428,7 +428,8 @@ def main() -> None:
             state = "kept  " if row.kept else "FAILED" if row.error else "DROPPED"
             print(
                 f"{state} {row.library:12} {row.name:32} {row.groups:4} groups ({row.nested} nested) "
-                f"{row.coverage:7.2%} infer {row.infer_seconds:5.2f} s ({row.infer_cpu_seconds:5.2f} s cpu), difference {row.difference:.1e} "
+                f"{row.coverage:7.2%} infer {row.infer_seconds:5.2f} s ({row.infer_cpu_seconds:5.2f} s cpu), "
+                f"difference {row.difference:.1e} "
                 f"{row.error}{' '.join(row.dropped[:3])}",
                 flush=True,
             )

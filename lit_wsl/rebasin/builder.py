@@ -153,13 +153,14 @@ class PermutationSpecBuilder:
         )
 
     def _axis(self, tensor: str, axis: int, layout: Layout, outer_axis: int | None) -> AxisSpec:
-        segments = []
+        segments: list[dict[str, object]] = []
+        length = 0
         for part in layout if isinstance(layout, list) else [layout]:
             sides = part if isinstance(part, tuple) else (part,)
             names = [side if isinstance(side, str) and self._group(side).size > 1 else None for side in sides]
             shape = [self._group(side).size if isinstance(side, str) else int(side or 1) for side in sides]
             segments.append({"shape": shape, "groups": names})
-        length = sum(torch.Size(s["shape"]).numel() for s in segments)
+            length += torch.Size(shape).numel()
         if length != self.shapes[tensor][axis]:
             raise RebasinError(
                 f"Axis {axis} of {tensor!r}, shape {self.shapes[tensor]}: the layout {layout!r} has length {length}."

@@ -276,17 +276,17 @@ class Algebra:
         for i, one in enumerate(keys):
             for two in keys[i + 1 :]:
                 # What was found for an earlier pair may have made a factor depend on less.
-                first, second = (compress(self.units.find(by_axes[key])) for key in (one, two))
-                common = depends(first) & depends(second)
+                a, b = (compress(self.units.find(by_axes[key])) for key in (one, two))
+                common = depends(a) & depends(b)
                 if not common:
                     continue
-                first, second = self.blocks(first, one - common), self.blocks(second, two - common)
+                first, second = self.blocks(a, one - common), self.blocks(b, two - common)
                 if first is None or second is None:
-                    for factor in (by_axes[one], by_axes[two]):
+                    for factor in (a, b):
                         self.pin(factor, common, reason)
                     continue
-                first, second = np.broadcast_arrays(first, second)
-                self.units.unify(first, second, reason)
+                wide = np.broadcast_shapes(first.shape, second.shape)
+                self.units.unify(np.broadcast_to(first, wide), np.broadcast_to(second, wide), reason)
         return [by_axes[key] for key in keys]
 
     def reduce(self, label: Label, axes: Iterable[int], keepdim: bool) -> Label:

@@ -43,7 +43,7 @@ def filled(run: Run, node: Node) -> Label:
     "real",
     "imag",
 )
-def pointwise(run: Run, node: Node) -> list[Label]:
+def pointwise(run: Run, node: Node) -> Sequence[Label]:
     """Position by position, with broadcasting."""
     labels = [run.label(ref) for ref in tensor_args(node)]
     for label in labels:
@@ -65,7 +65,7 @@ def _dims(value: Any, ndim: int) -> list[int]:
     *("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "prod"),
     *("logsumexp", "any", "all", "max", "min", "aminmax", "argmax", "argmin", "count_nonzero", "nansum"),
 )
-def reduction(run: Run, node: Node) -> list[Label]:
+def reduction(run: Run, node: Node) -> Label | Sequence[Label]:
     """A symmetric function of all positions along some axes."""
     if "other" in node.args:
         return pointwise(run, node)

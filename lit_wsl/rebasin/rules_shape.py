@@ -11,7 +11,7 @@ import numpy as np
 from lit_wsl.rebasin.labels import MAX_LABEL, Algebra, Label, compress, depends
 from lit_wsl.rebasin.rules import Run, rule, unknown
 from lit_wsl.rebasin.tracing import Node
-from lit_wsl.rebasin.units import FIXED, Array
+from lit_wsl.rebasin.units import Array
 
 
 def moved(
@@ -27,7 +27,8 @@ def moved(
     return replace(label, shape=tuple(shape), factors=factors, varies=tuple(varies), segmented=segmented)
 
 
-def _dims(value: Any, ndim: int) -> list[int]:
+def axes_of(value: Any, ndim: int) -> list[int]:
+    """Axes counted from the front."""
     given = value if isinstance(value, (tuple, list)) else [value]
     return [int(dim) % max(ndim, 1) for dim in given]
 
@@ -179,7 +180,7 @@ def squeeze(run: Run, node: Node) -> Label:
         dim = int(node.args["dim"]) % (label.ndim + 1)
         varies = [*label.varies[:dim], False, *label.varies[dim:]]
         return moved(label, shape, lambda f: np.expand_dims(f, dim), varies, lambda a: a + (a >= dim))
-    dims = _dims(node.args["dim"], label.ndim) if "dim" in node.args else list(range(label.ndim))
+    dims = axes_of(node.args["dim"], label.ndim) if "dim" in node.args else list(range(label.ndim))
     gone = [axis for axis in dims if label.shape[axis] == 1]
     stay = [axis for axis in range(label.ndim) if axis not in gone]
     varies = [label.varies[a] for a in stay]
@@ -192,9 +193,9 @@ def permute(run: Run, node: Node) -> Label:
     label = run.label(node.args["self"])
     order = list(range(label.ndim))
     if "dims" in node.args:
-        order = _dims(node.args["dims"], label.ndim)
+        order = axes_of(node.args["dims"], label.ndim)
     elif "dim0" in node.args:
-        i, j = _dims((node.args["dim0"], node.args["dim1"]), label.ndim)
+        i, j = axes_of((node.args["dim0"], node.args["dim1"]), label.ndim)
         order[i], order[j] = order[j], order[i]
     else:
         order.reverse()
@@ -226,7 +227,7 @@ def take(label: Label, dim: int, index: Array | slice) -> Label:
 def slices(run: Run, node: Node) -> Label:
     """A slice of one axis."""
     label, args = run.label(node.args["self"]), node.args
-    dim = _dims(args["dim"], label.ndim)[0]
+    dim = axes_of(args["dim"], label.ndim)[0]
     label = run.algebra.unsegmented(label, [dim])
     return take(label, dim, slice(args.get("start"), args.get("end"), args.get("step", 1)))
 
@@ -243,7 +244,7 @@ def select_label(label: Label, dim: int, index: int) -> Label:
 def select(run: Run, node: Node) -> Label:
     """One position of an axis."""
     label = run.label(node.args["self"])
-    dim = _dims(node.args["dim"], label.ndim)[0]
+    dim = axes_of(node.args["dim"], label.ndim)[0]
     index = node.args["index"]
     label = run.algebra.unsegmented(label, [dim])
     if not isinstance(index, int):
@@ -256,7 +257,7 @@ def select(run: Run, node: Node) -> Label:
 def unbind(run: Run, node: Node) -> list[Label]:
     """All positions of an axis, one by one."""
     label = run.label(node.args["self"])
-    dim = _dims(node.args["dim"], label.ndim)[0]
+    dim = axes_of(node.args["dim"], label.ndim)[0]
     return [select_label(label, dim, index) for index in range(label.shape[dim])]
 
 
@@ -264,7 +265,7 @@ def unbind(run: Run, node: Node) -> list[Label]:
 def split(run: Run, node: Node) -> list[Label]:
     """Consecutive parts of an axis."""
     label = run.label(node.args["self"])
-    dim = _dims(node.args["dim"], label.ndim)[0]
+    dim = axes_of(node.args["dim"], label.ndim)[0]
     label = run.algebra.unsegmented(label, [dim])
     parts, start = [], 0
     for out in node.outs:
@@ -278,7 +279,7 @@ def split(run: Run, node: Node) -> list[Label]:
 def flip(run: Run, node: Node) -> Label:
     """Axes backwards."""
     label = run.label(node.args["self"])
-    dims = _dims(node.args["dims"], label.ndim)
+    dims = tuple(axes_of(node.args["dims"], label.ndim))
     return moved(label, label.shape, lambda f: np.flip(f, dims), label.varies)
 
 
@@ -290,7 +291,7 @@ def roll(run: Run, node: Node) -> Label:
     if not node.args.get("dims"):
         run.algebra.freeze(label, "rolled as a whole")
         return Label(label.shape)
-    dims = _dims(node.args["dims"], label.ndim)
+    dims = axes_of(node.args["dims"], label.ndim)
     return moved(label, label.shape, lambda f: np.roll(f, tuple(shifts), tuple(dims)), label.varies)
 
 
@@ -315,7 +316,7 @@ def repeat(run: Run, node: Node) -> Label:
 def unfold(run: Run, node: Node) -> Label:
     """Sliding windows of one axis, a new last axis."""
     label, args = run.label(node.args["self"]), node.args
-    dim, size, step = _dims(args["dimension"], label.ndim)[0], int(args["size"]), int(args["step"])
+    dim, size, step = axes_of(args["dimension"], label.ndim)[0], int(args["size"]), int(args["step"])
     count = (label.shape[dim] - size) // step + 1
     index = np.arange(count)[:, None] * step + np.arange(size)
 
@@ -326,121 +327,6 @@ def unfold(run: Run, node: Node) -> Label:
 
     shape = [*label.shape[:dim], count, *label.shape[dim + 1 :], size]
     return moved(label, shape, windows, [*label.varies, label.varies[dim]])
-
-
-_FEW = 8
-
-
-@rule("cat", "concatenate", "concat")
-def cat(run: Run, node: Node) -> Label:
-    """Parts one behind the other."""
-    labels = [run.label(ref) for ref in node.args["tensors"]]
-    labels = [label for label in labels if label.shape != (0,)]
-    if not labels:
-        return Label((0,))
-    return cat_labels(run.algebra, labels, _dims(node.args.get("dim", 0), labels[0].ndim)[0])
-
-
-@rule("stack")
-def stack(run: Run, node: Node) -> Label:
-    """Parts side by side on a new axis."""
-    labels = [run.label(ref) for ref in node.args["tensors"]]
-    dim = _dims(node.args.get("dim", 0), labels[0].ndim + 1)[0]
-    lifted = []
-    for label in labels:
-        shape = [*label.shape[:dim], 1, *label.shape[dim:]]
-        varies = [*label.varies[:dim], False, *label.varies[dim:]]
-        lifted.append(moved(label, shape, lambda f: np.expand_dims(f, dim), varies))
-    # A few tensors side by side (hidden states of layers and directions) keep their own units.
-    result = cat_labels(run.algebra, lifted, dim, apart=len(labels) <= _FEW)
-    return replace(result, varies=tuple(v or a == dim for a, v in enumerate(result.varies)))
-
-
-def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int, apart: bool = False) -> Label:
-    """Concatenate along ``dim``: units side by side there, and the same units on all other axes.
-
-    With ``apart``, other axes may have other units for each place along ``dim``; labels become larger by that.
-    """
-    labels = [algebra.settle(label, single=True) for label in labels]
-    shape = list(labels[0].shape)
-    shape[dim] = sum(label.shape[dim] for label in labels)
-    tainted, routed = any(label.tainted for label in labels), any(label.routed for label in labels)
-    varies = tuple(any(label.varies[a] for label in labels) or a == dim for a in range(len(shape)))
-    result = Label(tuple(shape), (), varies, tainted=tainted, routed=routed)
-    for _ in range(4):
-        before = algebra.units.losses
-        labels = _pin_missing(algebra, labels, dim)
-        if algebra.units.losses == before:
-            break
-        labels = [algebra.settle(label, single=True) for label in labels]
-    slots = sorted({depends(f) - {dim} for label in labels for f in label.factors}, key=lambda s: (len(s), sorted(s)))
-    factors = []
-    for slot in slots:
-        parts = [_slot(label, slot, dim) for label in labels]
-        flat = all(part is None or part.shape[dim] == 1 for part in parts) and bool(slot)
-        if flat and not (apart and all(part is not None for part in parts)):
-            present = [part for part in parts if part is not None]
-            for part in present[1:]:
-                algebra.units.unify(present[0], part)
-            factors.append(present[0])
-            continue
-        factors.append(_beside(algebra, labels, parts, slot, dim))
-    return algebra.settle(replace(result, factors=tuple(factors)))
-
-
-def _pin_missing(algebra: Algebra, labels: Sequence[Label], dim: int) -> list[Label]:
-    moving = [frozenset().union(*(depends(f) for f in label.factors)) - {dim} for label in labels]
-    anywhere = frozenset().union(*moving)
-    fixed = [
-        axis
-        for axis in sorted(anywhere)
-        if any(label.varies[axis] and axis not in mine for label, mine in zip(labels, moving, strict=True))
-    ]
-    return [algebra.pinned(label, fixed, "beside something that stays") for label in labels] if fixed else list(labels)
-
-
-def _slot(label: Label, slot: frozenset[int], dim: int) -> Array | None:
-    found = [f for f in label.factors if depends(f) - {dim} == slot]
-    found.sort(key=lambda f: f.shape[dim] == 1)
-    return found[0] if found else None
-
-
-def _beside(
-    algebra: Algebra, labels: Sequence[Label], parts: Sequence[Array | None], slot: frozenset[int], dim: int
-) -> Array:
-    shape = [labels[0].shape[a] if a in slot else 1 for a in range(labels[0].ndim)]
-    pieces = []
-    for label, part in zip(labels, parts, strict=True):
-        shape[dim] = label.shape[dim]
-        if part is not None:
-            pieces.append(np.broadcast_to(part, shape))
-        elif not label.varies[dim] and not slot:
-            # Constant along the axis (zeros, padding): its positions may be permuted freely.
-            pieces.append(algebra.units.fresh(shape[dim]).reshape(shape))
-        else:
-            pieces.append(np.full(shape, FIXED, dtype=np.int64))
-    return np.concatenate(pieces, axis=dim)
-
-
-@rule("constant_pad_nd", "pad")
-def pad(run: Run, node: Node) -> Label:
-    """A constant around, or parts cut off."""
-    label, amounts = run.label(node.args["self"]), node.args["pad"]
-    for k in range(len(amounts) // 2):
-        dim = label.ndim - 1 - k
-        before, after = int(amounts[2 * k]), int(amounts[2 * k + 1])
-        if before < 0 or after < 0:
-            label = take(label, dim, slice(max(0, -before), label.shape[dim] - max(0, -after)))
-        before, after = max(0, before), max(0, after)
-        if not before and not after:
-            continue
-        around = []
-        for size in (before, after):
-            shape = [*label.shape[:dim], size, *label.shape[dim + 1 :]]
-            around.append(Label(tuple(shape), (), (False,) * label.ndim))
-        parts = [p for p in (around[0], label, around[1]) if p.shape[dim]]
-        label = cat_labels(run.algebra, parts, dim)
-    return label
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
