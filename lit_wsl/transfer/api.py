@@ -20,7 +20,15 @@ from lit_wsl.transfer.distributed import ALONE, NOT_RUN, Ranks, check_same_sourc
 from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.plan import TransferPlan
 from lit_wsl.transfer.report import TransferReport
-from lit_wsl.transfer.sides import Call, Source, describe_source, describe_target, materialise, open_source
+from lit_wsl.transfer.sides import (
+    Call,
+    Source,
+    describe_source,
+    describe_target,
+    materialise,
+    module_of_source,
+    open_source,
+)
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ def prepare_transfer(
         target, remark, call = describe_target(model, samples)
     prepared = ranks.once(
         lambda: _plan_transfer(
-            target, tensors, source, options, samples=samples, plan=plan, min_coverage=min_coverage, old=old
+            model, target, tensors, source, options, samples=samples, plan=plan, min_coverage=min_coverage, old=old
         )
     )
     label = str(source) if isinstance(source, (str, Path)) else None
@@ -188,6 +196,7 @@ def prepare_transfer(
 
 
 def _plan_transfer(
+    model: nn.Module,
     target: ModelDescription,
     tensors: Mapping[str, Tensor],
     source: Source,
@@ -200,18 +209,21 @@ def _plan_transfer(
 ) -> Prepared:
     """The part of :func:`prepare_transfer` that one process does for all."""
     notes: list[str] = list(tensors.notes) if isinstance(tensors, Checkpoint) else []
-    theirs = describe_source(tensors, source, old, samples)
+    module = module_of_source(tensors, source, old)
+    theirs = describe_source(tensors, source, module, samples)
     if plan is not None:
         chosen = plan if isinstance(plan, TransferPlan) else TransferPlan.load(plan)
-        chosen, dropped = _leave_alone(chosen, target)
-        notes += dropped
-        check_plan(chosen, theirs, target)
     else:
         from lit_wsl.mapper import build_plan
 
-        chosen, dropped = _leave_alone(build_plan(theirs, target, options), target)
-        notes += dropped
-        check_plan(chosen, theirs, target)
+        chosen = build_plan(theirs, target, options)
+        if module is not None and samples and module is not model:
+            from lit_wsl.mapper.proof import prove
+
+            chosen = prove(chosen, module, model, samples)
+    chosen, dropped = _leave_alone(chosen, target)
+    notes += dropped
+    check_plan(chosen, theirs, target)
     coverage = measure_coverage(chosen, theirs, target)
     check_floor(chosen, coverage, theirs, target, min_coverage)
     return Prepared(chosen, coverage, theirs, target, tuple(notes))
@@ -230,7 +242,10 @@ def finish_transfer(
         args, kwargs = prepared.materialise
         materialise(model, args, kwargs)
     applied = apply_plan(prepared.plan, tensors, model, progress=progress, ranks=ranks)
-    return prepared.report(warnings=applied.warnings, notes=applied.notes)
+    warnings = applied.warnings
+    if prepared.plan.proof == "refuted":
+        warnings = (f"the function check refuted this plan: {prepared.plan.notes[-1]}", *warnings)
+    return prepared.report(warnings=warnings, notes=applied.notes)
 
 
 def _leave_alone(plan: TransferPlan, target: ModelDescription) -> tuple[TransferPlan, list[str]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.errors import MappingError
-from lit_wsl.structure import ModelDescription, describe, trace_execution_order
+from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
 from lit_wsl.structure.preserving import preserved_rng
 from lit_wsl.structure.tracing import is_lazy, lazy_copy, only_child
 
@@ -92,57 +92,89 @@ def materialise(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 def describe_source(
     tensors: Mapping[str, Tensor],
     source: Source,
-    old: nn.Module | None = None,
+    module: nn.Module | None = None,
     samples: Sequence[Call] = (),
 ) -> ModelDescription:
-    """Describe the checkpoint's side, from its module where there is one.
+    """Describe the checkpoint's side, with what its module knows where there is one.
+
+    Args:
+        tensors: The checkpoint's tensors.
+        source: What they were opened from.
+        module: The module they belong to, under the same names (:func:`module_of_source`).
+        samples: Ways to call the model; where the module takes one of them too, its execution order is read.
+    """
+    label = str(source) if isinstance(source, (str, Path)) else None
+    if module is None:
+        return describe(tensors, label=label)
+    described, _, _ = describe_target(module, samples)
+    if module is source:
+        return described
+    file, known = describe(tensors, label=label), described.by_name
+
+    def with_facts(info: ParameterInfo) -> ParameterInfo:
+        fact = known.get(info.name)
+        if fact is None:
+            return info
+        return replace(info, kind=fact.kind, execution_order=fact.execution_order, module_type=fact.module_type)
+
+    return replace(file, parameters=tuple(with_facts(info) for info in file.parameters), is_module=True)
+
+
+def module_of_source(tensors: Mapping[str, Tensor], source: Source, old: nn.Module | None) -> nn.Module | None:
+    """The module the weights belong to, under their names: the source itself, or what the user still has of it.
+
+    A checkpoint may have been saved of the module, of a wrapper around it, or of a part of it; so the module is
+    wrapped, or its part taken, until the names agree.
 
     Raises:
         MappingError: If ``old`` is not the module the checkpoint was saved from.
     """
-    label = str(source) if isinstance(source, (str, Path)) else None
-    module = source if isinstance(source, nn.Module) else old
-    if module is None:
-        return describe(tensors, label=label)
-    described, _, _ = describe_target(module, samples)
-    described = replace(described, label=label or described.label)
-    if old is None or source is old:
-        return described
-    return _under_the_names_of(described, describe(tensors, label=label))
-
-
-def _under_the_names_of(module: ModelDescription, file: ModelDescription) -> ModelDescription:
-    """The module's description under the checkpoint's names, which may carry or lack a prefix."""
-    if all(info.name in file for info in module.parameters if info.kind == "parameter"):
-        prefix = ""
-    else:
-        first = module.parameters[0].name
-        found = [i.name[: -len(first)] for i in file.parameters if i.name.endswith("." + first)]
-        prefix = next((p for p in found if all(p + i.name in file for i in module.parameters)), "")
-        if not prefix:
-            lacking = next(i.name for i in module.parameters if i.name not in file)
+    if old is None:
+        return source if isinstance(source, nn.Module) else None
+    file = describe(tensors, label=str(source) if isinstance(source, (str, Path)) else None)
+    found = _named_as(file, old)
+    for info in describe(found).parameters:
+        if info.name in file and file[info.name].shape != info.shape:
             raise MappingError(
-                f"source_module is not the module that {file.label} was saved from: the file has no {lacking!r}."
+                f"source_module is not the module that {file.label} was saved from: {info.name} is {info.shape} in the "
+                f"module and {file[info.name].shape} in the file."
             )
-    known = {prefix + info.name: info for info in module.parameters}
-    wrong = next((i for i in file.parameters if i.name in known and known[i.name].shape != i.shape), None)
-    if wrong is not None:
-        raise MappingError(
-            f"source_module is not the module that {file.label} was saved from: {wrong.name} is "
-            f"{known[wrong.name].shape} in the module and {wrong.shape} in the file."
-        )
-    return replace(
-        file,
-        parameters=tuple(
-            replace(
-                info,
-                kind=known[info.name].kind,
-                execution_order=known[info.name].execution_order,
-                module_type=known[info.name].module_type,
-            )
-            if info.name in known
-            else info
-            for info in file.parameters
-        ),
-        is_module=True,
+    return found
+
+
+def _named_as(file: ModelDescription, old: nn.Module) -> nn.Module:
+    names = [info.name for info in describe(old).parameters if info.kind == "parameter"] or list(old.state_dict())
+    if all(name in file for name in names):
+        return old
+    for longer in (info.name for info in file.parameters):
+        if longer.endswith("." + names[0]):
+            prefix = longer[: -len(names[0]) - 1]
+            if all(f"{prefix}.{name}" in file for name in names):
+                return _Under(old, prefix)
+    for longer in names:
+        if longer.endswith("." + file.parameters[0].name):
+            prefix = longer[: -len(file.parameters[0].name) - 1]
+            if all(name.removeprefix(f"{prefix}.") in file for name in names if name.startswith(f"{prefix}.")):
+                return old.get_submodule(prefix)
+    lacking = next(name for name in names if name not in file)
+    raise MappingError(
+        f"source_module is not the module that {file.label} was saved from: the file has no {lacking!r}."
     )
+
+
+class _Under(nn.Module):
+    """A module some levels deeper, so that its names carry a prefix; called as the module itself."""
+
+    def __init__(self, inner: nn.Module, path: str) -> None:
+        super().__init__()
+        parent: nn.Module = self
+        *above, last = path.split(".")
+        for name in above:
+            child = nn.Module()
+            parent.add_module(name, child)
+            parent = child
+        parent.add_module(last, inner)
+        self._path = path
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_submodule(self._path)(*args, **kwargs)

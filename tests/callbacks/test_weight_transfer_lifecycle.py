@@ -91,6 +91,14 @@ def test_a_plan_is_replayed_without_running_the_model(old, trainer_kwargs, tmp_p
         assert replay.report.notes == callback.report.notes
 
 
+def test_with_the_old_code_at_hand_the_function_is_checked(old, trainer_kwargs, same_tensors):
+    for builder in (InInit, InConfigureModel):
+        model, callback = builder(), WeightTransferCallback(old[1], source_module=InInit())
+        L.Trainer(**trainer_kwargs, callbacks=[callback]).validate(model, loader())
+        assert callback.report.plan.proof == "proven"
+        assert same_tensors(model.state_dict(), old[0].state_dict())
+
+
 def test_a_model_may_bring_the_callback_itself(old, trainer_kwargs, same_tensors):
     class Bringing(InInit):
         def configure_callbacks(self):

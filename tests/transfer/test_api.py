@@ -95,7 +95,8 @@ def test_a_sample_call_gives_the_order_and_leaves_no_trace():
     random.seed(3)
     before = torch.get_rng_state(), random.getstate()
     report = transfer_weights(new, old, example_args=(X,), min_coverage=1.0)
-    assert report.notes == ()
+    assert not any("no execution order" in note for note in report.notes)
+    assert report.plan.proof == "proven"  # the source is a module, so both could be run
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert [m.training for m in new.modules()] == modes
@@ -104,11 +105,11 @@ def test_a_sample_call_gives_the_order_and_leaves_no_trace():
 
 
 def test_a_sample_call_by_keyword():
-    assert transfer_weights(Net(), trained(), example_kwargs={"x": X}).notes == ()
+    assert transfer_weights(Net(), trained().state_dict(), example_kwargs={"x": X}).notes == ()
 
 
 def test_a_sample_call_that_fails_is_one_line_in_the_report():
-    report = transfer_weights(Net(), trained(), example_args=(torch.ones(3),))
+    report = transfer_weights(Net(), trained().state_dict(), example_args=(torch.ones(3),))
     assert len(report.notes) == 1
     assert "the sample call failed" in report.notes[0]
     assert "\n" not in report.notes[0]
@@ -155,6 +156,61 @@ def test_the_source_module_tells_kinds_and_order_of_a_bare_checkpoint(tmp_path):
     report = transfer_weights(new, tmp_path / "old.pt", source_module=trained(1), example_args=(X,))
     assert torch.equal(old(X), new(X))  # the file's weights, not the module's
     assert report.coverage.source_buffers.of_tensors == 6
+
+
+@pytest.mark.parametrize("levels", ["wrapped in the file", "wrapped in the module"])
+def test_the_source_module_may_carry_or_lack_a_prefix(levels, tmp_path):
+    old, new = trained(), Net().eval()
+    state, module = old.state_dict(), trained(1)
+    if levels == "wrapped in the file":
+        state = {f"lit.net.{n}": t for n, t in state.items()}
+    else:
+        module = nn.ModuleDict({"lit": nn.ModuleDict({"net": module})})
+    torch.save(state, tmp_path / "old.pt")
+    transfer_weights(new, tmp_path / "old.pt", source_module=module, example_args=(X,))
+    assert torch.equal(old(X), new(X))
+
+
+def test_with_the_old_code_at_hand_a_swap_that_names_and_shapes_cannot_see_is_never_silent(tmp_path):
+    """Two square layers under meaningless names, in another registration order: only running both tells."""
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)))
+
+    class Second(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.u, self.w = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.u(torch.relu(self.w(x)))
+
+    old, new, x = First(), Second(), torch.randn(3, 4)
+    torch.save(old.state_dict(), tmp_path / "old.pt")
+    try:
+        report = transfer_weights(new, tmp_path / "old.pt", source_module=First(), example_args=(x,))
+    except CoverageError:
+        return
+    if report.plan.proof == "proven":
+        assert torch.equal(old(x), new(x))
+    else:
+        assert report.plan.proof == "refuted"
+        assert any("refuted" in text for text in report.warnings)
+
+
+def test_a_model_of_the_same_names_and_another_function_is_never_filled_silently():
+    class Other(Net):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    report = transfer_weights(Other().eval(), trained(), example_args=(X,), min_coverage=0)
+    assert report.plan.proof == "refuted"
+    assert any("refuted" in text for text in report.warnings)
 
 
 def test_ema_weights_can_be_asked_for(tmp_path):
