@@ -30,7 +30,8 @@ def split_kinds(
     if not source.is_module and target.is_module:
         leaves = {i.leaf for i in weights_t}
         as_buffer = {(i.leaf, i.shape) for i in buffers_t if i.leaf not in leaves}
-    weights_s, buffers_s = [], []
+    weights_s: list[ParameterInfo] = []
+    buffers_s: list[ParameterInfo] = []
     for info in source.parameters:
         is_buffer = info.kind == "buffer" or (info.leaf, info.shape) in as_buffer
         (buffers_s if is_buffer else weights_s).append(info)

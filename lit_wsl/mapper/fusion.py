@@ -98,7 +98,7 @@ def find_fusions(
     return found
 
 
-def _has_equal(family: Family, profiles: set[tuple]) -> bool:  # type: ignore[type-arg]
+def _has_equal(family: Family, profiles: set[tuple]) -> bool:
     return tuple(sorted(family.members[0].profile.items())) in profiles
 
 

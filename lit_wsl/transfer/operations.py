@@ -138,25 +138,45 @@ class Transpose(Operation):
 
 @dataclass(frozen=True)
 class Reshape(Operation):
-    """Give each tensor another shape of as many elements: Linear <-> 1x1 conv, ``(C, 1, 1)`` <-> ``(C,)``."""
+    """Give each tensor another shape of as many elements: Linear <-> 1x1 conv, ``(C, 1, 1)`` <-> ``(C,)``.
+
+    Each shape may leave one size open as ``-1``, for tensors that differ along that axis: the parts of a fused
+    projection have the same heads and unequal numbers of them.
+
+    >>> Reshape((2, -1, 4), (-1, 4)).shapes([(2, 3, 4), (2, 1, 4)])
+    [(6, 4), (2, 4)]
+    """
 
     source: Shape
     target: Shape
     name: ClassVar[str] = "reshape"
 
     def __post_init__(self) -> None:
-        self._at_least(0, source=self.source, target=self.target)
-        if math.prod(self.source) != math.prod(self.target):
+        self._at_least(-1, source=self.source, target=self.target)
+        is_open = [shape.count(-1) for shape in (self.source, self.target)]
+        if max(is_open) > 1 or is_open[0] != is_open[1]:
+            raise PlanError(f"reshape from {self.source} to {self.target}: both shapes or none may have one open size.")
+        if not is_open[0] and math.prod(self.source) != math.prod(self.target):
             raise PlanError(f"reshape from {self.source} to {self.target} changes the number of elements.")
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
-        if any(tuple(s) != tuple(self.source) for s in inputs):
+        return [self._shape(tuple(s), inputs) for s in inputs]
+
+    def _shape(self, shape: Shape, inputs: Sequence[Shape]) -> Shape:
+        fits = len(shape) == len(self.source) and all(want in (-1, got) for got, want in zip(shape, self.source))
+        if not fits:
             raise self._misfit(inputs, f"it was planned for shape {self.source}")
-        return [tuple(self.target) for _ in inputs]
+        if -1 not in self.target:
+            return tuple(self.target)
+        known = math.prod(size for size in self.target if size != -1)
+        if known == 0 or math.prod(shape) % known:
+            raise self._misfit(inputs, f"no size takes the open axis of {self.target}")
+        return tuple(math.prod(shape) // known if size == -1 else size for size in self.target)
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
         self._check(inputs)
-        return [t.reshape(self.target) for t in inputs]
+        shapes = self.shapes([tuple(t.shape) for t in inputs])
+        return [t.reshape(shape) for t, shape in zip(inputs, shapes)]
 
     def reverse(self) -> Operation:  # noqa: D102
         return Reshape(self.target, self.source)
