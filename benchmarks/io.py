@@ -155,7 +155,8 @@ def show(result: dict[str, Any]) -> None:
     base, size = result["ways"]["torch"], result["bytes"]
     print(f"{size / 1e9:.2f} GB, median of {result['repeats']} runs; memory in units of the file's size")
     print(
-        f"{'way':74} {'seconds':>8} {'x torch':>8} {'cpu':>6} {'x torch':>8} {'peak':>6} {'private':>8} {'process x torch':>16}"
+        f"{'way':74} {'seconds':>8} {'x torch':>8} {'cpu':>6} {'x torch':>8} "
+        f"{'peak':>6} {'private':>8} {'process x torch':>16}"
     )
     for way, row in result["ways"].items():
         print(

@@ -30,7 +30,7 @@ class ForeignName:
         return f"{self.module}.{self.name}"
 
     def __repr__(self) -> str:
-        return f"<{self.module}.{self.name}, not imported>"
+        return f"<{self.module:.100}.{self.name:.100}, not imported>"
 
     def __reduce__(self) -> Any:
         raise CheckpointError(f"{self!r} can be written by lit_wsl's own save functions only, such as atomic_save.")

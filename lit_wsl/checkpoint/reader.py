@@ -151,7 +151,11 @@ class _errors_of:  # noqa: N801 - reads as a statement
 def _notes_on_extra(extra: Mapping[Any, Any]) -> tuple[str, ...]:
     """Say which entries of the state dict could not be read as tensors: a silent gap is worse than a loud one."""
     wrapped = {str(key): value for key, value in extra.items() if isinstance(value, ForeignObject)}
-    tensors = {key: value for key, value in wrapped.items() if "_rebuild" in str(value.func)}
+    tensors = {
+        key: value
+        for key, value in wrapped.items()
+        if "_rebuild" in str(value.func) or value.type_name.startswith(("torch.", "torchao."))
+    }
     if not tensors:
         return ()
     listed = ", ".join(f"{key} ({_class_of(value)})" for key, value in sorted(tensors.items())[:3])
@@ -171,6 +175,8 @@ def read_document(path: Path) -> Document:
     with _errors_of(path):
         if path.is_dir():
             return read_folder(path, read_document)
+        if "://" in str(path) or str(path).startswith(("http:/", "https:/", "s3:/", "gs:/", "hf:/")):
+            raise CheckpointError(f"{path} is a web address. Download the file, and give its path.")
         if not path.exists():
             near = sorted(path.parent.glob(f"{path.stem}*"))[:3] if path.parent.is_dir() else []
             hint = f" Did you mean {', '.join(map(str, near))}?" if near else " Check the path."
@@ -183,7 +189,14 @@ def read_document(path: Path) -> Document:
             return read_folder(path, read_document)
         if words is not None:
             raise CheckpointError(f"{path} is not a checkpoint: it is {words}.")
-        return read_safetensors(path) if is_safetensors(head, path) else read_torch_file(path)
+        if is_safetensors(head, path):
+            return read_safetensors(path)
+        try:
+            return read_torch_file(path)
+        except RefusedError as error:
+            if head.isascii() and head.decode("ascii").replace("\n", " ").replace("\r", " ").isprintable():
+                raise CheckpointError(f"{path} is not a checkpoint: it is a text file, or {error}.") from error
+            raise
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, weights: Weights = "auto") -> Checkpoint:
@@ -209,7 +222,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights: Weights = "auto") 
         >>> checkpoint["layer.weight"], checkpoint.content
         (tensor([1., 1.]), {'epoch': 3})
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     document = read_document(path)
     with _errors_of(path):
         checkpoint = Checkpoint(path, document, select_weights(document.tree, weights))
@@ -236,7 +249,7 @@ def load_checkpoint_as_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file, what it looks like, and the remedy.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     document = read_document(path)
     with _errors_of(path):
         mapping = as_mapping(document.tree)

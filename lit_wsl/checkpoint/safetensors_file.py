@@ -32,6 +32,14 @@ _DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+} | {
+    code: getattr(torch, name)
+    for code, name in (
+        ("F8_E8M0", "float8_e8m0fnu"),
+        ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
+        ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
+    )
+    if hasattr(torch, name)  # newer versions of torch only
 }
 
 

@@ -87,11 +87,19 @@ def unpickle(data: memoryview | bytes, start: int = 0, load_storage: LoadStorage
     names = machine.names.values()
     return Unpickled(
         value=value,
-        stubbed=tuple(sorted({str(name) for name in names if not rebuild.is_known(name)} | machine.foreign_uses)),
+        stubbed=tuple(
+            sorted({_shown(str(name)) for name in names if not rebuild.is_known(name)} | machine.foreign_uses)
+        ),
         known=tuple(sorted(str(name) for name in names if rebuild.is_known(name))),
         end=machine.at,
         lossy=machine.lossy,
     )
+
+
+def _shown(name: str) -> str:
+    """A name for people: a file can put terminal commands, or a megabyte of letters, into the name of a class."""
+    printable = name if name.isprintable() else ascii(name)[1:-1]
+    return printable if len(printable) <= 200 else f"{printable[:200]}..."
 
 
 def check_tree(root: Any) -> None:

@@ -16,6 +16,7 @@ from lit_wsl.errors import CheckpointError, LitWslError
 FILES = {
     "empty": (b"", "empty"),
     "text": (b"hello, this is my model card\n", "text file"),
+    "prose": (b"I am a model card. Call me later.", "text file"),
     "yaml": (b"epoch: 3\nlr: 0.1\n", "text file"),
     "json": (b'{"weight_map": {}}', "text file"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n", "git lfs pull"),
@@ -48,6 +49,12 @@ def test_no_such_file_suggests_a_near_one(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="does not exist"):
         open_checkpoint(tmp_path / "nowhere" / "a.ckpt")
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.ckpt", "s3://bucket/a.ckpt"])
+def test_web_addresses(address: str) -> None:
+    with pytest.raises(CheckpointError, match="Download the file"):
+        open_checkpoint(address)
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:

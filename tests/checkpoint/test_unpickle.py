@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_wsl.checkpoint.inert import ForeignName, ForeignObject
-from lit_wsl.checkpoint.rebuild import BUILDERS, RefusedError
+from lit_wsl.checkpoint.rebuild import BUILDERS, RefusedError, Storage
 from lit_wsl.checkpoint.torch_file import MappedFile, read_zip
-from lit_wsl.checkpoint.unpickle import unpickle
+from lit_wsl.checkpoint.unpickle import _DISPATCH, unpickle
 
 SCALARS = st.one_of(
     st.none(),
@@ -134,3 +135,64 @@ def test_tensors_that_share_memory_still_do(tmp_path: Path) -> None:
     tree["a"][2] = 99
     assert tree["b"][0] == 99
     assert torch.load(tmp_path / "a.pt", weights_only=True)["a"][2] == 2, "the file itself is never written to"
+
+
+def random_program(random_: random.Random) -> bytes:
+    """A program of valid operations in random order, rich in names, storages and tensors."""
+    from hostile_corpus import body, name, storage, tensor
+
+    plain = [
+        1,
+        -1,
+        2.5,
+        "a",
+        "_parameters",
+        "_modules",
+        None,
+        True,
+        (2, 3),
+        (3, 1),
+        [],
+        {},
+        "cpu",
+        b"x",
+        {"a": 1},
+        [("a", 1)],
+    ]
+    values = [body(value) for value in plain]
+    names = [
+        name(module, attribute)
+        for module, attribute in [*sorted(BUILDERS), ("os", "system"), ("torch", "FloatStorage")]
+    ]
+    with_operands = b"IFLVSgpPT\x8d\x8e\x96X\x8bUB\x95"
+    operations = [bytes([code]) for code in sorted(_DISPATCH) if code not in with_operands]
+    choices = [
+        values,
+        names,
+        [storage(), tensor()],
+        [b"q\x00", b"q\x01", b"h\x00", b"h\x01"],
+        [bytes([code]) for code in b"(tusaeRb\x81}]"],
+        operations,
+    ]
+    picked = random_.choices(choices, weights=[6, 2, 2, 3, 2, 5], k=random_.randrange(1, 40))
+    return b"\x80\x04" + b"".join(random_.choice(options) for options in picked) + b"."
+
+
+def test_random_programs_end_in_a_value_or_a_refusal() -> None:
+    data = torch.arange(24.0).untyped_storage()
+
+    def load(dtype: torch.dtype, key: str, numel: int) -> Storage:
+        if numel * dtype.itemsize > data.nbytes():
+            raise RefusedError("beyond the file")
+        return Storage(key, dtype, data)
+
+    random_ = random.Random(0)
+    values = refusals = 0
+    for _ in range(6000):
+        try:
+            unpickle(random_program(random_), 0, load)
+            values += 1
+        except RefusedError:
+            refusals += 1
+    assert values > 100
+    assert refusals > 100
