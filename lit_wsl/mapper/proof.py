@@ -63,8 +63,9 @@ def prove(
         The plan with ``proof`` set to ``"proven"``, ``"refuted"`` or ``"not tested"``, with entries added or replaced
         where a trial proved them, and with a note of what was found.
     """
-    if any(t.is_meta for module in (old, new) for t in module.state_dict().values() if isinstance(t, Tensor)):
-        return replace(plan, notes=(*plan.notes, "function not tested: a model on the meta device cannot run"))
+    hindrance = _hindrance(old) or _hindrance(new)
+    if hindrance:
+        return replace(plan, notes=(*plan.notes, f"function not tested: {hindrance}"))
     shaken = _shaken(old)
     problem = ""
     for args, kwargs in samples:
@@ -79,6 +80,18 @@ def prove(
             return prover.decide(plan, first)
     reason = f"no sample runs through both models ({problem})" if samples else "no sample to run"
     return replace(plan, notes=(*plan.notes, f"function not tested: {reason}"))
+
+
+def _hindrance(module: nn.Module) -> str:
+    """Why a module cannot be run here, if so."""
+    for tensor in module.state_dict(keep_vars=True).values():
+        if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
+            return "a lazy module has no shapes yet"
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            return "a model on the meta device cannot run"
+        if hasattr(tensor, "device_mesh"):
+            return "a model spread over several processes is not run by one of them"
+    return ""
 
 
 class _Prover:
