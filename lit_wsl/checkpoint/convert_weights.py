@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,11 +47,11 @@ def convert_weights(
         ordered = {name: filled[name] for name in names if name in filled}
         missing = [u.name for u in plan.unmatched_target] + [n for a in plan.ambiguous for n in a.targets]
     if missing:
-        shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
         notes.append(
             f"{len(missing)} tensors of the new model are not in the new checkpoint, so it loads with strict=False "
-            f"(Lightning: strict_loading=False): {shown}"
+            f"(Lightning: strict_loading=False): {_some(missing)}"
         )
+    notes += _left_over(checkpoint, plan)
     state: dict[str, Any] = OrderedDict(ordered)
     moved = {e.sources[0].rpartition(".")[0]: e.targets[0].rpartition(".")[0] for e in plan.entries}
     for name, value in checkpoint.extra.items():  # the extra state of a module moves with it
@@ -59,6 +59,24 @@ def convert_weights(
         state[f"{moved[module]}{dot}{leaf}" if dot and module in moved else name] = value
     state._metadata = _metadata(checkpoint, moved, target)  # type: ignore[attr-defined]
     return state, notes
+
+
+def _left_over(checkpoint: Checkpoint, plan: TransferPlan) -> list[str]:
+    """Say which tensors of the checkpoint go nowhere; what the plan does not know came since it was made."""
+    used = {source for entry in plan.entries for source in entry.sources}
+    known = {u.name for u in plan.unmatched_source}
+    known.update(source for a in plan.ambiguous for candidate in a.candidates for source in candidate.sources)
+    tied = describe(dict(checkpoint)).tied
+    left = [name for name in checkpoint if tied.get(name, name) not in used and name not in used]
+    strange = [name for name in left if name not in known]
+    notes = [f"{len(left)} tensors of the checkpoint are not used: {_some(left)}"] if left else []
+    if strange and (plan.unmatched_source or plan.source.fingerprint):
+        notes.append(f"the plan was made for another checkpoint: it does not know {_some(strange)}")
+    return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _metadata(checkpoint: Checkpoint, moved: Mapping[str, str], target: nn.Module | None) -> Any:
@@ -137,7 +155,7 @@ def convert_twin(value: Any, checkpoint: Checkpoint, plan: TransferPlan, target:
         inside = [entry for entry in plan.entries if all(map(fits, entry.sources))]
         if len(inside) * 2 <= len(plan.entries):
             continue
-        used = {source for entry in inside for source in entry.sources}
+        used = dict.fromkeys(source for entry in inside for source in entry.sources)
         made = convert_tensors({s: entries[prefix + s] for s in used}, replace(plan, entries=tuple(inside)), target)
         # what the plan leaves out of the model is left out of its copy; what is not the model's stays
         rest = {key: item for key, item in entries.items() if str(key).removeprefix(prefix) not in checkpoint}

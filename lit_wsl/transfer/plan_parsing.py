@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -26,6 +28,7 @@ def parse_plan(text: str) -> TransferPlan:
     Raises:
         PlanError: If it is not a valid plan; the message names the line, the entry and the field.
     """
+    _know_all_operations()
     document = parse_json(text) if text.lstrip()[:1] == "{" else parse_yaml(text)
     if not isinstance(document, Mapping) or document.get("format") != FORMAT:
         raise PlanError(f'this is not a plan: a plan is a mapping that starts with "format": "{FORMAT}".')
@@ -204,6 +207,12 @@ def _summary(fields: Fields) -> SideSummary:
         buffer_elements=fields.integer("buffer_elements", 0),
         fingerprint=fields.string("fingerprint", ""),
     )
+
+
+def _know_all_operations() -> None:
+    """Operations that change values live in a module of their own, which registers them when it is imported."""
+    if importlib.util.find_spec("lit_wsl.transfer.adapt") is not None:
+        importlib.import_module("lit_wsl.transfer.adapt")
 
 
 def _operations(fields: Fields) -> tuple[Operation, ...]:

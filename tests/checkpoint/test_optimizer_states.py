@@ -25,7 +25,7 @@ from lit_wsl.transfer import (
     Unmatched,
     Unstack,
 )
-from lit_wsl.transfer.operations import run_operations, run_shapes
+from lit_wsl.transfer.operations import Operation, run_operations, run_shapes
 
 SIDE = SideSummary("x", 0, 0, 0, 0, "")
 
@@ -468,3 +468,47 @@ def test_sharded_folders_with_states_by_name_become_one_file(tmp_path):
     new.load_state_dict(made["state_dict"])
     assert made["optimizer_states"][0]["param_groups"][0]["params"] == [name for name, _ in new.named_parameters()]
     check_states(made["optimizer_states"][0], new, old, optimizer, pairs)
+
+
+def test_what_goes_nowhere_is_said(tmp_path):
+    *_, plan, pairs = trained_pair()
+    state = {name: torch.ones(2) for name in pairs} | {"old_head": torch.ones(1), "added": torch.ones(1)}
+    torch.save({"state_dict": state}, tmp_path / "old.ckpt")
+    plan = TransferPlan(
+        plan.entries[:2], SIDE, SIDE, unmatched_source=(Unmatched("old_head", (1,), "parameter", "no partner"),)
+    )
+    done = convert_checkpoint(tmp_path / "old.ckpt", tmp_path / "new.ckpt", plan)
+    assert any("4 tensors of the checkpoint are not used: 2.weight, 2.bias, old_head, added" in n for n in done.notes)
+    assert any("does not know 2.weight, 2.bias, added" in note for note in done.notes)
+
+
+class Doubled(Operation):
+    """An operation that changes values and looks at the target's."""
+
+    name = "doubled"
+    lossless = False
+    needs_target = True
+
+    def shapes(self, inputs):
+        return list(inputs)
+
+    def apply(self, inputs, targets=()):
+        return [2 * x + y for x, y in zip(inputs, targets)]
+
+    def reverse(self):
+        raise PlanError("no way back")
+
+
+def test_operations_that_need_the_target_are_given_it(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(3)}}, tmp_path / "old.ckpt")
+    plan = TransferPlan((PlanEntry(("a",), ("bias",), (Doubled(),), ((3,),), ((3,),)),), SIDE, SIDE)
+    with pytest.raises(PlanError, match="give the target model"):
+        convert_checkpoint(tmp_path / "old.ckpt", tmp_path / "new.ckpt", plan)
+    model = nn.Linear(2, 3)
+    convert_checkpoint(tmp_path / "old.ckpt", tmp_path / "new.ckpt", plan, target=model)
+    made = torch.load(tmp_path / "new.ckpt")["state_dict"]
+    assert torch.equal(made["bias"], 2 + model.bias.detach())
+    with pytest.raises(NotCarriedError, match="changes values"):
+        carry_state(plan.entries[0], [{"exp_avg": torch.ones(3)}], [(3,)])
+    with pytest.raises(PlanError, match="cannot be reversed"):
+        plan.reverse()
