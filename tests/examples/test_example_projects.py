@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+if importlib.util.find_spec("torchvision"):  # see there
+    sys.path.insert(0, str(ROOT))
+    importlib.import_module("benchmarks.torchvision_guard")
 
 
 def run(path, *arguments, monkeypatch):
