@@ -14,11 +14,11 @@ from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.structure import ModelDescription, describe
 from lit_wsl.structure.tracing import is_lazy
 from lit_wsl.transfer.apply import Progress, apply_plan
-from lit_wsl.transfer.checks import check_plan, left_alone
+from lit_wsl.transfer.checks import check_plan, describe_entry, left_alone, loses_values
 from lit_wsl.transfer.coverage import Coverage, measure_coverage
 from lit_wsl.transfer.distributed import ALONE, NOT_RUN, Ranks, check_same_source, has_sharded_tensors
 from lit_wsl.transfer.floor import check_floor, valid_floor
-from lit_wsl.transfer.plan import TransferPlan
+from lit_wsl.transfer.plan import PlanEntry, TransferPlan
 from lit_wsl.transfer.report import TransferReport
 from lit_wsl.transfer.sides import (
     Call,
@@ -221,6 +221,8 @@ def _plan_transfer(
             from lit_wsl.mapper.proof import prove
 
             chosen = prove(chosen, module, model, samples)
+        chosen, dropped = _without_losses(chosen, theirs, target)
+        notes += dropped
     chosen, dropped = _leave_alone(chosen, target)
     notes += dropped
     check_plan(chosen, theirs, target)
@@ -246,6 +248,28 @@ def finish_transfer(
     if prepared.plan.proof == "refuted":
         warnings = (f"the function check refuted this plan: {prepared.plan.notes[-1]}", *warnings)
     return prepared.report(warnings=warnings, notes=applied.notes)
+
+
+def _without_losses(
+    plan: TransferPlan, source: ModelDescription, target: ModelDescription
+) -> tuple[TransferPlan, list[str]]:
+    """Take entries out of a matched plan whose values the target's kind of number cannot hold.
+
+    A script that halves every tensor of a checkpoint halves the counters too; that must not cost the whole transfer.
+    """
+
+    def loses(entry: PlanEntry) -> bool:
+        return any(loses_values(source[s].dtype, target[t].dtype) for s in entry.sources for t in entry.targets)
+
+    entries = tuple(entry for entry in plan.entries if not loses(entry))
+    lost = [
+        f"left alone: {describe_entry(e)}, since {source[e.sources[0]].dtype} does not fit into "
+        f"{target[e.targets[0]].dtype}"
+        for e in plan.entries
+        if loses(e)
+    ]
+    shown = [*lost[:3], f"and {len(lost) - 3} more like these"] if len(lost) > 3 else lost
+    return (replace(plan, entries=entries), shown) if lost else (plan, [])
 
 
 def _leave_alone(plan: TransferPlan, target: ModelDescription) -> tuple[TransferPlan, list[str]]:

@@ -119,7 +119,7 @@ def measure_coverage(plan: TransferPlan, source: ModelDescription, target: Model
         source: The checkpoint's side.
         target: The model's side.
     """
-    used = frozenset(name for entry in plan.entries for name in entry.sources)
+    used = frozenset(source.tied.get(name, name) for entry in plan.entries for name in entry.sources)
     filled = frozenset(target.tied.get(name, name) for entry in plan.entries for name in entry.targets)
     unsure = frozenset(name for a in plan.ambiguous for name in a.targets)
     with_buffers = plan.options.get("buffers") != "exclude"

@@ -60,6 +60,12 @@ def test_the_datamodule_comes_first(transfer):
     assert [tuple(x.shape) for x in Listening.heard[-1:]] == [(2, 4)]
 
 
+def test_a_datamodule_made_of_data_sets(transfer):
+    data = L.LightningDataModule.from_datasets(dataset(), batch_size=4)
+    assert transfer(Listening(), datamodule=data).notes == ()
+    assert torch.equal(Listening.heard[-1], dataset().tensors[0][:2])
+
+
 def test_then_the_models_own_loaders(transfer):
     class Own(Listening):
         example_input_array = torch.zeros(7, 4)

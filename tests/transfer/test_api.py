@@ -271,6 +271,15 @@ def test_packed_integer_weights_are_left_alone():
     assert [left_alone(i) for i in describe(new).parameters] == [True, False, False, False, False]
 
 
+def test_counters_that_somebody_halved_do_not_cost_the_transfer():
+    old, new = trained(), Net().eval()
+    halved = {name: tensor.half() for name, tensor in old.state_dict().items()}
+    report = transfer_weights(new, halved)
+    assert torch.equal(new.head.weight, old.head.weight.half().float())
+    assert report.missing == ("stem.1.num_batches_tracked", "deep.1.num_batches_tracked")
+    assert any("num_batches_tracked" in note and "int64" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_model_stays_one(dtype):
     old, new = trained(), Net().to(dtype)
