@@ -1,7 +1,11 @@
 """Optimizer states through operations, and which parameter has which index: what is carried, and what is refused."""
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lit_wsl.checkpoint.convert import convert_checkpoint
@@ -287,6 +291,42 @@ def test_a_hopeless_search_ends():
     groups = [list(range(start, start + 40)) for start in range(0, 400, 40)]
     with pytest.raises(CheckpointError, match=r"too many assignments|not unique"):
         assign(saved(groups, [(2, 2)] * 400), parameters=parameters)
+
+
+def every_assignment(groups, state_shapes, shapes):
+    """All ways to give parameters to groups in order so that the shapes agree, found by trying everything."""
+    found = []
+    for owners in itertools.product(range(-1, len(groups)), repeat=len(shapes)):
+        members = [[n for n, owner in enumerate(owners) if owner == g] for g in range(len(groups))]
+        if [len(m) for m in members] != [len(g) for g in groups]:
+            continue
+        pairs = [(p, i) for m, g in zip(members, groups) for p, i in zip(m, g)]
+        if all(state_shapes[i] is None or state_shapes[i] == shapes[p] for p, i in pairs):
+            found.append(tuple(map(tuple, members)))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_an_assignment_is_accepted_exactly_if_it_is_the_only_one(data):
+    shapes = data.draw(st.lists(st.sampled_from([(2,), (3,), (2, 2), (2, 3)]), min_size=1, max_size=6))
+    owners = data.draw(st.lists(st.sampled_from([-1, 0, 0, 1]), min_size=len(shapes), max_size=len(shapes)))
+    truth = [[n for n, owner in enumerate(owners) if owner == g] for g in (0, 1)]
+    known = data.draw(st.lists(st.sampled_from([True, True, True, False]), min_size=len(shapes), max_size=len(shapes)))
+    state_shapes = [shape if has else None for shape, has in zip(shapes, known)]
+    indices, groups = itertools.count(), []
+    for group in truth:
+        groups.append([next(indices) for _ in group])
+    by_index = [state_shapes[n] for group in truth for n in group]
+    possible = every_assignment(groups, by_index, shapes)
+    names = {f"p{n}": shape for n, shape in enumerate(shapes)}
+    file = saved(truth, state_shapes)
+    if len(possible) == 1:
+        assert assign(file, parameters=names) == [tuple(tuple(f"p{n}" for n in g) for g in truth)]
+    else:
+        assert tuple(map(tuple, truth)) in possible
+        with pytest.raises(CheckpointError, match="not unique"):
+            assign(file, parameters=names)
 
 
 @pytest.mark.parametrize("data", [None, [], {"state": {}}, {"state": [], "param_groups": []}, {"param_groups": [{}]}])
