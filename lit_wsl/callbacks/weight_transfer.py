@@ -142,6 +142,7 @@ class WeightTransferCallback(Callback):
         if resumed is not None:
             self._served = weakref.ref(pl_module)
             self._yield_to(trainer, pl_module, f"this run restores {resumed}, which wins")
+            self._write(trainer)
         elif has_trained_elsewhere(trainer):
             self._yield_to(trainer, pl_module, "an earlier fit of this trainer, in processes of its own, has trained")
         elif is_whole(pl_module):
@@ -285,7 +286,6 @@ class WeightTransferCallback(Callback):
         report = TransferReport.of(plan, measure_coverage(plan, nothing, target), nothing, target, notes=(note,))
         self.report = replace(report, applied=False)
         rank_zero_info(f"Weight transfer: {note}.")
-        self._write(trainer)
 
     def _announce(self, trainer: pl.Trainer, report: TransferReport) -> None:
         """Tell the terminal, the loggers and a file; rank zero only."""
