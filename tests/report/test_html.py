@@ -230,7 +230,7 @@ def test_ten_thousand_tensors_stay_quick(browser, tmp_path, large):
     assert path.stat().st_size < 6_000_000
     start = time.monotonic()
     page = Page(browser, path)
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 12
     page.driver.find_element("id", "fold").click()
     page.driver.find_element("id", "expand").click()
     page.wait("return document.getElementById('source').querySelector('.spacer').clientHeight > 240000")
