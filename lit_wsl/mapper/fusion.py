@@ -60,10 +60,17 @@ class _Choice:
     score: float
     reason: str
     spelled: bool = False
+    numbered: bool = False
 
 
 def find_fusions(
-    sources: Sequence[Item], targets: Sequence[Item], root_s: Item, root_t: Item, evidence: Evidence, turned: bool
+    sources: Sequence[Item],
+    targets: Sequence[Item],
+    root_s: Item,
+    root_t: Item,
+    evidence: Evidence,
+    turned: bool,
+    complete: bool,
 ) -> list[Fusion]:
     """Find wholes on one side whose parts are on the other.
 
@@ -74,6 +81,8 @@ def find_fusions(
         root_t: Item below which target paths are compared.
         evidence: The dictionary of this pair of models.
         turned: Whether the pair stores its matrices the other way round.
+        complete: Whether everything must find a partner; if not, numbers in the parts' names are no evidence that
+            something else is made of them.
 
     Returns:
         Fusions that use no unit twice.
@@ -90,6 +99,8 @@ def find_fusions(
             choice, margin = _choose(whole, free, wholes, root_p, evidence, turned)
             if choice is None or (_has_equal(whole, other_profiles) and not choice.spelled):
                 continue  # something else has the size of the whole, so only its name can make it one
+            if not complete and choice.numbered:
+                continue
             for k, member in enumerate(whole.members):
                 fusion = _build(member, [p.members[k] for p in choice.parts], whole_is_target, choice, margin, turned)
                 if fusion is not None:
@@ -162,9 +173,12 @@ def _choose(
     return choices[0], min(margin, 1.0)
 
 
+def _module_path(path: str) -> str:
+    return path.rpartition(".")[0] if role_of(path) in ("weight", "bias") and "." in path else path
+
+
 def _ancestor(path: str, up: int) -> str:
-    if role_of(path) in ("weight", "bias") and "." in path:
-        path = path.rpartition(".")[0]
+    path = _module_path(path)
     for _ in range(up):
         path = path.rpartition(".")[0]
     return path
@@ -196,8 +210,7 @@ def _turned(shape: Shape) -> Shape:
 
 def _labels(parts: Sequence[Family]) -> list[str]:
     """What tells the parts apart: their paths without common beginning and end, e.g. ``q``, ``k``, ``v``."""
-    paths = [p.members[0].path for p in parts]
-    paths = [p.rpartition(".")[0] if role_of(p) in ("weight", "bias") and "." in p else p for p in paths]
+    paths = [_module_path(p.members[0].path) for p in parts]
     head, tail = _shared_letters(paths), _shared_letters([p[::-1] for p in paths])
     labels = [p[head : len(p) - tail] for p in paths]
     if any(not label for label in labels):  # one label begins like another: keep what they share
@@ -229,7 +242,7 @@ def _order(
     near = best_pairs_similarity(around_w[-2:], around_p[-2:], evidence.dictionary)
     balance = _balance(parts, families, rivals)
     total = (score + 0.2 * near + 0.3 * balance) if score else 0.0
-    return _Choice(tuple(parts[i] for i in order), total, reason, spelled=score == SPELLED)
+    return _Choice(tuple(parts[i] for i in order), total, reason, spelled=score == SPELLED, numbered=score == NUMBERED)
 
 
 def _balance(parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> float:
@@ -247,16 +260,18 @@ def _balance(parts: tuple[Family, ...], families: list[Family], rivals: Sequence
 
 def _spelled(name: str, labels: list[str]) -> tuple[tuple[int, ...] | None, float, str]:
     """The order in which a name spells its parts: by initials in one word, or by words."""
-    tokens = path_tokens(name.rpartition(".")[0] if role_of(name) in ("weight", "bias") else name)[-4:]
+    *_, above, own = ("", "", *_module_path(name).split("."))
+    tokens = (*(t for t in path_tokens(above) if not t.isdigit()), *path_tokens(own))
     initials = [label[0] for label in labels]
     for order in permutations(range(len(labels))):
         if len(set(initials)) == len(initials) and any(
             tok.endswith("".join(initials[i] for i in order)) and len(tok) <= len(labels) + 1 for tok in tokens
         ):
             return order, SPELLED, "the name spells the order of the parts"
-        joined = "".join(labels[i] for i in order)
-        if all(label.isdigit() for label in labels) and joined in tokens:
+        if all(label.isdigit() for label in labels) and "".join(labels[i] for i in order) in path_tokens(own):
             return order, SPELLED, "the name spells the order of the parts"
+    if any(label.isdigit() for label in labels):
+        return None, 0.0, ""  # a number on both sides says nothing
     places = []
     for label in labels:
         words = path_tokens(label)

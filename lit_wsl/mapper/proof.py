@@ -48,7 +48,12 @@ class Run:
 
 
 def prove(
-    plan: TransferPlan, old: nn.Module, new: nn.Module, samples: Sequence[Call], *, max_trials: int = MAX_TRIALS
+    plan: TransferPlan,
+    old: nn.Module,
+    new: nn.Module,
+    samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    *,
+    max_trials: int = MAX_TRIALS,
 ) -> TransferPlan:
     """Check a plan by function, and let the function decide what names and shapes could not.
 
@@ -72,7 +77,7 @@ def prove(
         for theirs in _source_calls(old, tuple(args), dict(kwargs)):
             try:
                 reference = _run(old, shaken, *theirs)
-                prover = _Prover(new, shaken, reference, (args, kwargs), max_trials)
+                prover = _Prover(new, shaken, reference, (tuple(args), dict(kwargs)), max_trials)
                 first = prover.run(plan.entries)
             except Exception as error:  # whatever a forward raises
                 problem = problem or f"{type(error).__name__}: {error}".splitlines()[0][:120]
@@ -103,6 +108,11 @@ class _Prover:
         self.reference = reference
         self.call = call
         self.budget = budget
+        own = {n: id(t) for n, t in new.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+        twins: dict[int, list[str]] = {}
+        for name, key in own.items():
+            twins.setdefault(key, []).append(name)
+        self.tied = {name: twins[key] for name, key in own.items()}
 
     def run(self, entries: Sequence[PlanEntry]) -> Run:
         """Run the new model with the shaken weights under a plan; what the plan leaves open is shaken too."""
@@ -111,7 +121,9 @@ class _Prover:
         for entry in entries:
             results = run_operations(entry.operations, [self.shaken[name] for name in entry.sources])
             for name, value in zip(entry.targets, results):
-                state[name] = value.reshape(state[name].shape).to(state[name].dtype)
+                filled = value.reshape(state[name].shape).to(state[name].dtype)
+                for twin in self.tied[name]:
+                    state[twin] = filled
         return _run(self.new, state, *self.call)
 
     def decide(self, plan: TransferPlan, first: Run) -> TransferPlan:
