@@ -2,61 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
-from lit_wsl.checkpoint.document import LazyTensor
+from lit_wsl.checkpoint.averages import inner_average, list_average
 from lit_wsl.checkpoint.inert import ForeignObject, as_mapping
-from lit_wsl.checkpoint.modules import attributes, is_module, module_state_dict, numpy_tensor
+from lit_wsl.checkpoint.nests import Nest, find_nests
 from lit_wsl.errors import CheckpointError
 
 Weights = Literal["auto", "model", "ema"]
-Leaf = Tensor | LazyTensor
-
-MAX_NEST = 6
-_AVERAGE_WORDS = {"ema", "average", "averaged", "averaging", "avg", "swa", "shadow", "polyak"}
-
-
-@dataclass(frozen=True)
-class Nest:
-    """A place in the tree that holds named tensors.
-
-    Attributes:
-        path: the keys that lead there.
-        tensors: names and tensors.
-        extra: its entries that are no tensors, such as ``_extra_state``.
-        module: whether it is a whole pickled module.
-    """
-
-    path: tuple[str, ...]
-    tensors: dict[str, Leaf]
-    extra: dict[Any, Any] = field(default_factory=dict)
-    module: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Number of elements of all its tensors."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
-
-    @property
-    def averaged(self) -> bool:
-        """Whether a word on its path says that it is a running average of the weights."""
-        return any(_words(part) & _AVERAGE_WORDS for part in self.path)
-
-    @property
-    def label(self) -> str:
-        """Its path as text."""
-        return ".".join(self.path) or "state_dict"
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes, without a leading ``module.`` that all names share."""
-        names = list(self.tensors)
-        common = "module." if all(name.startswith("module.") or "." not in name for name in names) else ""
-        return {name.removeprefix(common): tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -66,62 +20,6 @@ class Selection:
     nest: Nest
     label: str
     notes: tuple[str, ...] = ()
-
-
-def _words(text: str) -> set[str]:
-    """Cut a key into lower-case words: ``state_dict_ema``, ``EMACallback``, ``modelEma``."""
-    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", text)
-    return {part.lower() for part in parts}
-
-
-def find_nests(tree: Any) -> list[Nest]:
-    """List every place of the tree that holds named tensors, in the file's order; optimizer states are left out."""
-    found: list[Nest] = []
-    seen: set[int] = set()
-    stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
-    while stack:
-        path, value = stack.pop()
-        if id(value) in seen or len(path) > MAX_NEST:
-            continue
-        seen.add(id(value))
-        if is_module(value):
-            tensors = module_state_dict(value)
-            if tensors:
-                found.append(Nest(path, dict(tensors), module=True))
-                continue
-        entries = attributes(value)
-        if _is_optimizer(entries):
-            continue
-        nest = _nest(path, entries)
-        if nest.tensors:
-            found.append(nest)
-        inner = [(path + (key,), child) for key, child in entries.items() if isinstance(key, str)]
-        stack.extend(reversed([item for item in inner if _is_container(item[1])]))
-    return found
-
-
-def _is_container(value: Any) -> bool:
-    return as_mapping(value) is not None or isinstance(value, ForeignObject)
-
-
-def _is_optimizer(entries: Mapping[Any, Any]) -> bool:
-    """Tell an optimizer's state dict by its two parts, nested or flattened into dotted names."""
-    if "param_groups" in entries and "state" in entries:
-        return True
-    return any(isinstance(key, str) and key.startswith("param_groups.") for key in entries)
-
-
-def _nest(path: tuple[str, ...], entries: Mapping[Any, Any]) -> Nest:
-    tensors: dict[str, Leaf] = {}
-    extra: dict[Any, Any] = {}
-    for key, value in entries.items():
-        name = key.decode("utf-8", "replace") if isinstance(key, bytes) else key
-        leaf = value if isinstance(value, (Tensor, LazyTensor)) else numpy_tensor(value)
-        if isinstance(name, str) and leaf is not None:
-            tensors[name] = leaf
-        else:
-            extra[key] = value
-    return Nest(path, tensors, extra)
 
 
 def _rank(nest: Nest) -> tuple[bool, int]:
@@ -154,13 +52,14 @@ def select_weights(tree: Any, weights: Weights = "auto") -> Selection:
     averaged = [nest for nest in nests if nest.averaged]
     model = max(plain, key=_rank, default=None)
     twins = [nest for nest in averaged if model is None or _is_twin(nest, model)]
-    inner = _inner_average(model) if model is not None else None
+    inner = inner_average(model) if model is not None else None
+    listed = list_average(tree, model) if model is not None and not twins else None
     if weights == "ema":
-        return _select_average(nests, twins, inner)
+        return _select_average(nests, twins, inner, listed)
     if model is None:
         best = max(averaged, key=_rank)
         return Selection(best, f"ema:{best.label}", (f"the file holds averaged (EMA) weights only, in {best.label!r}",))
-    return _select_model(nests, model, twins, inner, weights)
+    return _select_model(nests, model, twins, inner, listed, weights)
 
 
 def _described(tree: Any) -> str:
@@ -168,11 +67,17 @@ def _described(tree: Any) -> str:
 
 
 def _select_model(
-    nests: list[Nest], model: Nest, twins: list[Nest], inner: tuple[str, Nest, Nest] | None, weights: Weights
+    nests: list[Nest],
+    model: Nest,
+    twins: list[Nest],
+    inner: tuple[str, Nest, Nest] | None,
+    listed: tuple[str, Nest] | None,
+    weights: Weights,
 ) -> Selection:
     notes = []
-    if twins:
-        notes.append(f"averaged (EMA) weights are in the file too, in {twins[0].label!r}; weights='ema' takes them")
+    where = twins[0].label if twins else listed[0] if listed else None
+    if where is not None:
+        notes.append(f"averaged (EMA) weights are in the file too, in {where!r}; weights='ema' takes them")
     if inner is not None:
         prefix, _, rest = inner
         notes.append(f"averaged (EMA) weights are among the weights too, under {prefix!r}; weights='ema' takes them")
@@ -183,16 +88,20 @@ def _select_model(
     return Selection(model, model.label, tuple(notes))
 
 
-def _select_average(nests: list[Nest], twins: list[Nest], inner: tuple[str, Nest, Nest] | None) -> Selection:
+def _select_average(
+    nests: list[Nest], twins: list[Nest], inner: tuple[str, Nest, Nest] | None, listed: tuple[str, Nest] | None
+) -> Selection:
     if twins:
         best = max(twins, key=_rank)
         return Selection(best, f"ema:{best.label}")
     if inner is not None:
         prefix, average, _ = inner
         return Selection(average, f"ema:{prefix.rstrip('.')}")
-    listed = ", ".join(f"{nest.label!r} ({len(nest.tensors)} tensors)" for nest in nests[:8])
+    if listed is not None:
+        return Selection(listed[1], f"ema:{listed[0]}")
+    there = ", ".join(f"{nest.label!r} ({len(nest.tensors)} tensors)" for nest in nests[:8])
     raise CheckpointError(
-        f"holds no averaged (EMA) weights that cover the model's; it holds {listed}. Take the model's weights with "
+        f"holds no averaged (EMA) weights that cover the model's; it holds {there}. Take the model's weights with "
         "weights='model'"
     )
 
@@ -221,41 +130,3 @@ def _is_twin(nest: Nest, model: Nest) -> bool:
     """Whether most of a nest's tensors are there in the model too, under the same names and in the same shapes."""
     shapes, mine = model.shapes(), nest.shapes()
     return sum(shapes.get(name) == shape for name, shape in mine.items()) * 2 > len(mine)
-
-
-def _inner_average(model: Nest) -> tuple[str, Nest, Nest] | None:
-    """Find an average that is a submodule of the model: ``ema.module.layer.weight`` beside ``net.layer.weight``.
-
-    Some averages (LDM's LitEma) keep their names without dots; both spellings are understood. The result is
-    the submodule's prefix, the averaged weights under the model's names, and the model without the submodule.
-    """
-    heads = sorted({name.partition(".")[0] for name in model.tensors if "." in name})
-    for head in heads:
-        if not _words(head) & _AVERAGE_WORDS:
-            continue
-        rest = {name: tensor for name, tensor in model.tensors.items() if not name.startswith(f"{head}.")}
-        mine = {name[len(head) + 1 :]: name for name in model.tensors if name.startswith(f"{head}.")}
-        if mine and all(name.startswith("module.") or "." not in name for name in mine):
-            mine = {name.removeprefix("module."): full for name, full in mine.items()}
-        found = _pair_average(model.tensors, mine, rest)
-        if found:
-            average = {name: model.tensors[found[name]] if name in found else rest[name] for name in rest}
-            return f"{head}.", Nest(model.path, average, model.extra), Nest(model.path, rest, model.extra)
-    return None
-
-
-def _pair_average(tensors: Mapping[str, Leaf], mine: Mapping[str, str], rest: Mapping[str, Leaf]) -> dict[str, str]:
-    """Pair averaged names with the model's, under the common prefix that pairs the most of them."""
-    best: dict[str, str] = {}
-    prefixes = sorted({""} | {name[: at + 1] for name in rest for at, letter in enumerate(name) if letter == "."})
-    for prefix in prefixes[:2000]:
-        for spelling in (str, lambda name: name.replace(".", "")):
-            pairs = {
-                name: mine[spelling(name[len(prefix) :])]
-                for name in rest
-                if name.startswith(prefix) and spelling(name[len(prefix) :]) in mine
-            }
-            pairs = {a: b for a, b in pairs.items() if tensors[a].shape == tensors[b].shape}
-            if len(pairs) > len(best):
-                best = pairs
-    return best if len(best) * 2 > len(mine) else {}

@@ -114,6 +114,41 @@ def test_an_average_that_is_a_submodule(tmp_path: Path, inner: str, dots: bool) 
     assert_same(open_checkpoint(path, weights="ema"), {f"net.{name}": t for name, t in weights(1).items()})
 
 
+class Normed(nn.Module):
+    """A model whose buffers have the shapes of no parameter, so that a list of parameters fits in one way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(7, 4)
+        self.body = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+        self.register_buffer("mask", torch.ones(5, 5))
+        self.out = nn.Linear(4, 7, bias=False)
+        self.out.weight = self.emb.weight
+
+
+def test_an_average_that_is_a_list_of_parameters(tmp_path: Path) -> None:
+    model = Normed()
+    shadow = [torch.randn_like(parameter) for parameter in model.parameters()]
+    path = saved(tmp_path, {"model": model.state_dict(), "ema": {"decay": 0.9, "shadow_params": shadow}})
+    found = open_checkpoint(path, weights="ema")
+    assert list(found) == list(model.state_dict())
+    for (name, _), tensor in zip(model.named_parameters(), shadow, strict=True):
+        assert torch.equal(found[name], tensor)
+    assert torch.equal(found["out.weight"], shadow[0]), "tied weights follow"
+    assert torch.equal(found["mask"], model.mask)
+    assert found.weights == "ema:ema.shadow_params"
+    assert_same(open_checkpoint(path), model.state_dict())
+    assert any("ema.shadow_params" in note for note in open_checkpoint(path).notes)
+
+
+def test_a_list_that_fits_in_two_ways_is_not_guessed(tmp_path: Path) -> None:
+    model = nn.BatchNorm1d(3)  # weight, bias and both running statistics have one shape
+    shadow = [torch.randn_like(parameter) for parameter in model.parameters()]
+    path = saved(tmp_path, {"model": model.state_dict(), "ema": {"shadow_params": shadow}})
+    with pytest.raises(CheckpointError, match="no averaged"):
+        open_checkpoint(path, weights="ema")
+
+
 def test_no_average_is_an_error_that_lists_what_is_there(tmp_path: Path) -> None:
     path = saved(tmp_path, {"model": weights()})
     with pytest.raises(CheckpointError, match=r"file\.any.*no averaged.*'model'"):
