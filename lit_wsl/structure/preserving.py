@@ -62,6 +62,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     >>> net.running_mean, net.training
     (tensor([0., 0.]), True)
     """
+    modes = [(sub, sub.training) for sub in module.modules()]
     flags = [(p, p.requires_grad, p.grad) for p in module.parameters()]
     buffers = [(b, b.detach().clone()) for b in module.buffers() if not (b.is_meta or nn.parameter.is_lazy(b))]
     fast_path = torch.backends.mha.get_fastpath_enabled()  # fuses whole layers, so hides the order of their parts
@@ -82,6 +83,9 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                 if not torch.equal(buffer, value):
                     with torch.no_grad():
                         buffer.copy_(value)
+            for sub, training in modes:  # scripted modules keep theirs where no dict shows it
+                if sub.training != training:
+                    sub.training = training
             for parameter, requires_grad, grad in flags:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad

@@ -94,7 +94,8 @@ def trace_execution_order(
             if name is not None:
                 seen.setdefault(name)
 
-    leaves = [sub for sub in module.modules() if not any(True for _ in sub.children())]
+    hookable = (sub for sub in module.modules() if not isinstance(sub, torch.jit.ScriptModule))
+    leaves = [sub for sub in hookable if not any(True for _ in sub.children())]
     handles: list[RemovableHandle] = [leaf.register_forward_pre_hook(announce) for leaf in leaves]
     try:
         with undisturbed(module), torch.no_grad(), _FirstUse(names, seen):

@@ -160,6 +160,25 @@ def test_a_model_on_the_meta_device_is_traced_without_memory():
     assert order(module, torch.ones(2, 10_000, device="meta"))[:2] == ["0.weight", "0.bias"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripted_parts_run_and_keep_their_mode():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.Dropout(), nn.BatchNorm1d(3)))
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(self.scripted(x))
+
+    for training in (True, False):
+        module = Net().train(training)
+        mean = module.state_dict()["scripted.2.running_mean"].clone()
+        assert order(module, torch.ones(2, 3)) == ["last.weight", "last.bias"]
+        assert {m.training for m in module.modules()} == {training}
+        assert torch.equal(mean, module.state_dict()["scripted.2.running_mean"])
+
+
 def test_a_compiled_model_is_traced_uncompiled():
     module = torch.compile(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
     assert order(module, torch.ones(1, 3))[0] == "_orig_mod.0.weight"
