@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 60  # seconds that a rank waits for the others, and that turns a hang into a failure
+TIMEOUT = 90  # seconds that a rank waits for the others, and that turns a hang into a failure
 
 
 def run_ranks(file: str | Path, names: Sequence[str], folder: Path, size: int = 2) -> dict[str, list[Any]]:
@@ -44,7 +44,7 @@ def run_ranks(file: str | Path, names: Sequence[str], folder: Path, size: int = 
             )
         )
     try:
-        outputs = [process.communicate(timeout=TIMEOUT * 3)[0].decode() for process in processes]
+        outputs = [process.communicate(timeout=TIMEOUT * 2.5)[0].decode() for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:

@@ -159,6 +159,53 @@ def validate_alone(folder: Path) -> dict[str, Any]:
     return {"equal": watch.matches(expected), "before": watch.before}
 
 
+class OldLit(LightningModule):
+    """Flat and under other names, all renamed in :class:`Refactored`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Linear(6, 10), nn.BatchNorm1d(10)
+        self.conv2, self.fc = nn.Linear(10, 7), nn.Linear(7, 3)
+
+
+class Refactored(Lit):
+    """What the old one became; ``lazy``: its first layer gets its shape from the first batch."""
+
+    def __init__(self, lazy: bool = False) -> None:
+        super().__init__("")
+        first = nn.LazyLinear(10) if lazy else nn.Linear(6, 10)
+        backbone = nn.Sequential(first, nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 7))
+        self.net = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(7, 3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net["head"](self.net["backbone"](x))
+
+
+def _matched(folder: Path, lazy: bool) -> dict[str, Any]:
+    torch.manual_seed(2)
+    old = OldLit()
+    path = folder / "old.ckpt"
+    if dist.get_rank() == 0:
+        torch.save({"state_dict": old.state_dict()}, path)
+    dist.barrier()
+    names = {"conv1": "backbone.0", "bn1": "backbone.1", "conv2": "backbone.3", "fc": "head"}
+    expected = {
+        f"{names[name.split('.')[0]]}.{name.split('.')[1]}": tensor for name, tensor in old.state_dict().items()
+    }
+    torch.manual_seed(100 + dist.get_rank())
+    watch, transfer = Watch(), WeightTransferCallback(path, verbose=False)
+    trainer(folder, transfer, watch).fit(Refactored(lazy), data())
+    return {"equal": watch.matches(expected), "before": watch.before, "missing": list(transfer.report.missing)}
+
+
+def matched_without_a_plan(folder: Path) -> dict[str, Any]:
+    return _matched(folder, lazy=False)
+
+
+def lazy_modules(folder: Path) -> dict[str, Any]:
+    return _matched(folder, lazy=True)
+
+
 def resume(folder: Path) -> dict[str, Any]:
     """A resumed checkpoint wins over the transfer, on every rank."""
     path, _ = save_old(folder)

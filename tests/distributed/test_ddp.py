@@ -9,6 +9,7 @@ import pytest
 from launch import run_ranks
 
 BUILT = ["built_in_init", "built_in_setup", "built_in_configure_model"]
+MATCHED = ["matched_without_a_plan", "lazy_modules"]
 FAILING = [
     "missing_on_rank_one",
     "truncated_on_rank_one",
@@ -21,7 +22,9 @@ FAILING = [
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     scenarios = Path(__file__).with_name("scenarios_ddp.py")
-    return run_ranks(scenarios, [*BUILT, "validate_alone", "resume", *FAILING], tmp_path_factory.mktemp("ddp"))
+    return run_ranks(
+        scenarios, [*BUILT, *MATCHED, "validate_alone", "resume", *FAILING], tmp_path_factory.mktemp("ddp")
+    )
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -39,6 +42,14 @@ def test_the_plan_is_made_once_and_reported_once(results, name):
     assert (zero["planned"], one["planned"]) == (1, 0)
     assert zero["loaded"] == one["loaded"] > 0
     assert zero["reports"] == 1
+
+
+@pytest.mark.parametrize("name", MATCHED)
+def test_the_match_of_rank_zero_serves_all(results, name):
+    zero, one = results[name]
+    assert zero.get("equal") is True, zero
+    assert zero == one
+    assert zero["missing"] == []
 
 
 def test_validate_alone(results):
