@@ -87,10 +87,30 @@ def fit(model: Net, images: Tensor, labels: Tensor, epochs: int, folder: Path, *
     return trainer
 
 
+def plot(path: Path, scores: dict[str, list[float]], shares: dict[str, float]) -> None:
+    """Accuracy of every model on every view, and where the two matchings left the units."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained", width_ratios=(1, 2))
+    left.bar(["on weights", "on task\nvectors"], [shares["weights"], shares["task_vectors"]], color=["C0", "C3"])
+    left.set(ylim=(0, 1.05), title="units that stay in place")
+    names = ["fine-tuned on turned", "fine-tuned on negative", "merged on weights", "merged on task vectors"]
+    for number, (name, color) in enumerate(zip(names, ("0.75", "0.55", "C0", "C3"))):
+        right.bar([i + 0.2 * number for i in range(3)], scores[name], width=0.18, label=name, color=color)
+    right.set_xticks([0.3, 1.3, 2.3], ["upright", "turned", "negative"])
+    right.set(ylim=(0, 1.05), title="accuracy on held-out digits")
+    right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--output", type=Path, help="folder for checkpoints and reports; a temporary one by default")
+    parser.add_argument("--plot", type=Path, help="file for a plot of the outcome (.png, .svg)")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -154,6 +174,8 @@ def main() -> int:
     for name, values in scores.items():
         print(f"{name:26} {values[0]:7.1%} {values[1]:7.1%} {values[2]:9.1%}")
 
+    if options.plot:
+        plot(options.plot, scores, shares)
     mean = {name: sum(values) / 3 for name, values in scores.items()}
     claims = {
         "the models were aligned, and the report says so": report["perm_matching"] is True,
