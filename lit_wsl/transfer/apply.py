@@ -165,6 +165,17 @@ def _check_targets(plan: TransferPlan, targets: Mapping[str, Tensor], model: nn.
                     f"{name} is made up by the model's state_dict() and is no tensor of the model itself, so it cannot "
                     "be filled in place. Load into the inner module instead."
                 )
+            if target.is_inference() and not torch.is_inference_mode_enabled():
+                raise TransferError(
+                    f"{name} was made in torch.inference_mode() and cannot be written outside of it. Build the model "
+                    "outside of it."
+                )
+            if any(size > 1 and stride == 0 for size, stride in zip(target.shape, target.stride())):
+                raise TransferError(
+                    f"{name} of shape {tuple(target.shape)} is an expanded view, several elements of which share one "
+                    "place in memory, so it cannot be filled. Register it as expand(...).clone(), or leave it out with "
+                    "buffers='exclude' or an edited plan."
+                )
             if is_sharded(target) and any(op.needs_target for op in entry.operations):
                 raise TransferError(
                     f"{entry.badge} needs the present values of {name}, which are spread over several processes. Make "

@@ -237,6 +237,24 @@ def test_views_that_state_dict_makes_up_are_refused():
     assert not model.weight.any()
 
 
+def test_tensors_that_cannot_be_written_are_refused_before_any_is():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(2, 2)
+            self.register_buffer("wide", torch.arange(3.0).expand(2, 3))
+
+    s = {"lin.weight": torch.ones(2, 2), "wide": torch.ones(2, 3)}
+    entries = [PlanEntry((n,), (n,)) for n in s]
+    with torch.inference_mode():
+        frozen = nn.ModuleDict({"lin": nn.Linear(2, 2)})
+    for model, used, words in ((Net(), entries, "wide of shape.*clone"), (frozen, entries[:1], "inference_mode")):
+        before = snapshot(model)
+        with pytest.raises(TransferError, match=words):
+            apply_plan(plan_of(used, s, model), s, model)
+        assert unchanged(model, before)
+
+
 def test_the_models_own_kind_of_number_is_kept_from_losing_values():
     assert loses_values(torch.complex64, torch.float64)
     assert loses_values(torch.float16, torch.int64)
