@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_wsl.checkpoint.inert import ForeignName, ForeignObject
+from lit_wsl.checkpoint.machine import DISPATCH
 from lit_wsl.checkpoint.rebuild import BUILDERS, RefusedError, Storage
 from lit_wsl.checkpoint.torch_file import MappedFile, read_zip
-from lit_wsl.checkpoint.unpickle import _DISPATCH, unpickle
+from lit_wsl.checkpoint.unpickle import unpickle
 
 SCALARS = st.one_of(
     st.none(),
@@ -78,7 +79,10 @@ def test_an_object_keeps_its_orders() -> None:
 
 
 def test_the_allowlist_holds_no_function_of_another_module() -> None:
-    assert {builder.__module__ for builder in BUILDERS.values()} == {"lit_wsl.checkpoint.rebuild"}
+    assert {builder.__module__ for builder in BUILDERS.values()} == {
+        "lit_wsl.checkpoint.rebuild",
+        "lit_wsl.checkpoint.rebuild_tensors",
+    }
 
 
 def test_every_cut_of_a_pickle_is_an_error() -> None:
@@ -165,7 +169,7 @@ def random_program(random_: random.Random) -> bytes:
         for module, attribute in [*sorted(BUILDERS), ("os", "system"), ("torch", "FloatStorage")]
     ]
     with_operands = b"IFLVSgpPT\x8d\x8e\x96X\x8bUB\x95"
-    operations = [bytes([code]) for code in sorted(_DISPATCH) if code not in with_operands]
+    operations = [bytes([code]) for code in sorted(DISPATCH) if code not in with_operands]
     choices = [
         values,
         names,
