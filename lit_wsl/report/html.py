@@ -207,4 +207,5 @@ def _entry(material: Material, entry: PlanEntry, where: dict[str, _Finder], text
         round(entry.margin, 3),
         texts.number(entry.reason),
         found,
+        int(not entry.lossless),
     ]

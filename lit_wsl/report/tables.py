@@ -163,7 +163,7 @@ class MappingView(View):
             table.add_column("source → target", overflow="fold", ratio=1)
         arrow = "→ "
         for row in shown:
-            head = (score_text(row.score), _badge(row.badge), f"x{row.groups}")
+            head = (score_text(row.score), _badge(row), f"x{row.groups}")
             moved = Text(row.tensors, style="dim")
             if wide:
                 table.add_row(*head, Text("\n".join(row.sources)), Text("\n".join(row.targets)), moved)
@@ -175,6 +175,8 @@ class MappingView(View):
             least = min(row.score for row in _hidden(rows, shown))
             yield Text(f"... and {hidden} more lines, with scores of {least:.2f} and above")
         yield Text(LEGEND, style="dim")
+        if not all(entry.lossless for row in shown for entry in row.entries):
+            yield Text("* changes values, as asked for", style="bold red")
 
 
 def _stacked(row: MappingRow, arrow: str, width: int) -> list[Text]:
@@ -198,8 +200,10 @@ def _hidden(rows: Iterable[MappingRow], shown: Iterable[MappingRow]) -> list[Map
     return [row for row in rows if id(row) not in visible]
 
 
-def _badge(badge: str) -> Text:
-    return Text(badge, style="" if badge == "exact" else "cyan")
+def _badge(row: MappingRow) -> Text:
+    if not all(entry.lossless for entry in row.entries):
+        return Text(f"{row.badge} *", style="bold red")
+    return Text(row.badge, style="" if row.badge == "exact" else "cyan")
 
 
 @dataclass(frozen=True)

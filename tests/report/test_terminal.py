@@ -256,3 +256,22 @@ def test_names_beyond_a_log_files_encoding_do_not_stop_the_run():
 def test_chains_of_single_modules_stand_on_one_line():
     deep = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 3))))
     assert [line.label for line in tree_lines(describe(deep))] == ["Sequential", "0.0.0"]
+
+
+def test_operations_that_change_values_are_marked(example):
+    from dataclasses import dataclass, replace
+    from typing import ClassVar
+
+    from lit_wsl.transfer.operations import Transpose
+
+    @dataclass(frozen=True)
+    class Lossy(Transpose):
+        name: ClassVar[str] = "resize"
+        lossless: ClassVar[bool] = False
+
+    plan = example[2]
+    first = replace(plan.entries[0], operations=(Lossy(),))
+    marked = show(MappingView(replace(plan, entries=(first, *plan.entries[1:]))))
+    assert "resize *" in marked
+    assert "* changes values" in marked
+    assert "changes values" not in show(MappingView(plan))

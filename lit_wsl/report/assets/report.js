@@ -4,7 +4,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const ROW = 24, MARGIN = 12, $ = (id) => document.getElementById(id);
   const MARKS = { matched: "✓", part: "◐", ambiguous: "?", unmatched: "✕", ignored: "–" };
-  const entries = data.entries.map((e, i) => ({ i, s: e[0], t: e[1], badge: data.badges[e[2]], score: e[3], margin: e[4], reason: data.texts[e[5]], pairs: e[6] }));
+  const entries = data.entries.map((e, i) => ({ i, s: e[0], t: e[1], badge: data.badges[e[2]], score: e[3], margin: e[4], reason: data.texts[e[5]], pairs: e[6], lossy: e[7] === 1 }));
   const level = (score) => (score > 0.8 ? "high" : score >= 0.6 ? "medium" : "low");
   const plain = (entry) => entry.badge === "exact" || entry.badge === "cast";
   const number = (n) => { for (const [u, v] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]]) if (n >= v) return (n / v).toFixed(1) + " " + u; return String(n); };
@@ -222,8 +222,8 @@
     if (type) row.append(el("span", { class: "type", text: type }));
     row.append(el("span", { class: "grow" }));
     if (node.leaf) {
-      const linked = node.shown.flatMap((t) => side.partners[t]), badge = linked.length ? entries[linked[0]].badge : "";
-      if (side.key === "target" && badge && badge !== "exact") row.append(el("span", { class: "badge", text: badge }));
+      const linked = node.shown.flatMap((t) => side.partners[t]), entry = linked.length ? entries[linked[0]] : null;
+      if (side.key === "target" && entry && entry.badge !== "exact") row.append(el("span", { class: "badge" + (entry.lossy ? " lossy" : ""), text: entry.badge + (entry.lossy ? " ⚠" : "") }));
       row.append(el("span", { class: "shape", text: side.shape[node.tensors[0]] }));
     } else if (node.status !== "ignored") {
       const share = el("span", { class: "share", title: percent(node.share) + " of its elements" }, el("i"));
@@ -340,6 +340,7 @@
     parts.push(el("h3", { text: "source" }), ...e.s.map((s) => el("p", {}, el("code", { text: source.names[s] + "  " + source.shape[s] }))));
     parts.push(el("h3", { text: "target" }), ...e.t.map((t) => el("p", {}, el("code", { text: target.names[t] + "  " + target.shape[t] }))));
     parts.push(el("div", { class: "facts" }, el("span", { class: "big " + level(e.score), text: e.score.toFixed(2) }), el("span", { text: "margin " + e.margin.toFixed(2) }), el("span", { class: "badge", text: e.badge })));
+    if (e.lossy) parts.push(el("p", { class: "low", text: "⚠ This operation changes values, as was asked for." }));
     if (e.reason) parts.push(el("p", { text: e.reason }));
     for (const pair of e.pairs || []) {
       parts.push(el("h3", { class: e.pairs.length > 1 ? "names" : "", text: (e.pairs.length > 1 ? source.names[pair[0]] + " → " + target.names[pair[1]] : "score breakdown") }));
