@@ -161,9 +161,9 @@ def _preserved_modules(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             for sub, kind, attributes in saved:
-                sub.__class__ = kind
-                vars(sub).clear()
-                vars(sub).update(attributes)
+                if type(sub) is not kind:
+                    sub.__class__ = kind
+                _refill(vars(sub), attributes)()
             for restore in restorers:
                 restore()
 
@@ -172,10 +172,23 @@ def _refill(container: Any, content: Any) -> Callable[[], None]:
     """What puts the content of a list, deque, set or dict back, keeping the container itself."""
 
     def refill() -> None:
+        if _holds(container, content):  # never empty, not even for a moment, what another thread may be reading
+            return
         container.clear()
         container.extend(content) if hasattr(container, "extend") else container.update(content)
 
     return refill
+
+
+def _holds(container: Any, content: Any) -> bool:
+    """Whether a container still holds the very same objects."""
+    if len(container) != len(content):
+        return False
+    if isinstance(container, dict):
+        return all(key in container and container[key] is value for key, value in content.items())
+    if isinstance(container, set):
+        return bool(container == content)
+    return all(a is b for a, b in zip(container, content))
 
 
 @contextmanager
