@@ -1,0 +1,104 @@
+"""Proof by function: what names and shapes can't tell, outputs do."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from pairs import NewEncoder, OldEncoder, randomise, sample
+from torch import nn
+
+from lit_wsl import transfer_weights
+from lit_wsl.mapper import build_plan
+from lit_wsl.mapper.proof import prove
+from lit_wsl.structure import describe
+
+
+def proven(old, new, x):
+    plan = build_plan(describe(old), describe(new))
+    return prove(plan, old, new, [((x,), {})])
+
+
+def test_a_right_plan_is_proven_and_nothing_is_touched():
+    old, new = randomise(OldEncoder()), randomise(NewEncoder(), 1)
+    before = [copy.deepcopy(m.state_dict()) for m in (old, new)]
+    rng = torch.get_rng_state()
+    assert proven(old, new, sample()).proof == "proven"
+    for module, state in zip((old, new), before):
+        assert all(torch.equal(t, state[n]) for n, t in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_interleaved_heads_are_found_by_function():
+    old, new = randomise(OldEncoder()), randomise(NewEncoder(interleaved=True), 1)
+    blind = copy.deepcopy(new)
+    transfer_weights(blind, old.state_dict())
+    assert not torch.allclose(blind(sample()), old(sample()), atol=1e-3)
+    report = transfer_weights(new, old.state_dict(), example_args=(sample(),), source_module=old)
+    assert report.plan.proof == "proven"
+    torch.testing.assert_close(new(sample()), old(sample()), rtol=1e-4, atol=1e-5)
+
+
+def test_interleaved_heads_are_taken_apart_by_function():
+    old, new = randomise(NewEncoder(interleaved=True)), randomise(OldEncoder(), 1)
+    report = transfer_weights(new, old.state_dict(), example_args=(sample(),), source_module=old)
+    assert report.plan.proof == "proven"
+    torch.testing.assert_close(new(sample()), old(sample()), rtol=1e-4, atol=1e-5)
+
+
+class Gated(nn.Module):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.into = nn.Linear(5, 8)
+        if fused:
+            self.lin = nn.Linear(8, 12)
+        else:
+            self.alpha, self.omega = nn.Linear(8, 6), nn.Linear(8, 6)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.into(x)
+        a, b = self.lin(x).chunk(2, -1)[::-1] if self.fused else (self.alpha(x), self.omega(x))
+        return self.out(torch.sigmoid(a) * b)
+
+
+def test_the_order_of_nameless_parts_is_open_without_the_old_code_and_found_with_it():
+    old, new = randomise(Gated(False)), randomise(Gated(True), 1)
+    x = torch.randn(4, 5)
+    plan = build_plan(describe(old.state_dict()), describe(new))
+    assert {t for a in plan.ambiguous for t in a.targets} == {"lin.weight", "lin.bias"}
+    report = transfer_weights(new, old.state_dict(), example_args=(x,), source_module=old)
+    assert report.ambiguous == ()
+    torch.testing.assert_close(new(x), old(x))
+
+
+class Another(nn.Module):
+    """The same tensors, another function: nothing makes them agree."""
+
+    def __init__(self, sign: float) -> None:
+        super().__init__()
+        self.sign = sign
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(torch.sin(self.sign * self.a(x)) if self.sign > 1 else self.a(x))
+
+
+def test_a_different_function_is_refuted_and_what_differs_is_not_loaded():
+    old, new = randomise(Another(1.0)), randomise(Another(2.0), 1)
+    before = copy.deepcopy(new.state_dict())
+    plan = proven(old, new, torch.randn(4, 5))
+    assert plan.proof == "refuted"
+    assert any("'b'" in note for note in plan.notes)
+    withdrawn = {t for a in plan.ambiguous for t in a.targets}
+    assert "b.weight" in withdrawn
+    assert all("refuted" in a.reason for a in plan.ambiguous)
+    assert all(torch.equal(t, before[n]) for n, t in new.state_dict().items())
+
+
+def test_a_sample_that_does_not_run_is_reported():
+    old, new = randomise(OldEncoder()), randomise(NewEncoder(), 1)
+    plan = proven(old, new, torch.randn(1, 1))
+    assert plan.proof == "not tested"
+    assert any("not tested" in note for note in plan.notes)
