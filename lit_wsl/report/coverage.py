@@ -93,6 +93,7 @@ def gap_lines(report: TransferReport) -> list[str]:
     lines += [f"warning: {text}" for text in report.warnings]
     lines += _some("missing", report.missing)
     lines += _some("ambiguous, left alone", report.ambiguous)
+    lines += _candidates(report)
     lines += _some("unused in the checkpoint", report.unused)
     lines += [f"note: {text}" for text in report.notes]
     return lines
@@ -107,6 +108,20 @@ def _some(title: str, names: Sequence[str]) -> list[str]:
         return []
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return [f"{title} ({len(names)}): {', '.join(names[:_SHOWN])}{more}"]
+
+
+def _candidates(report: TransferReport) -> list[str]:
+    """What each ambiguous target could have been given, the best first."""
+    open_questions = [a for a in report.plan.ambiguous if set(a.targets) & set(report.ambiguous)]
+    lines = []
+    for item in open_questions[:_SHOWN]:
+        names = [" + ".join(candidate.sources) for candidate in item.candidates]
+        shown = ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")
+        targets = ", ".join(item.targets[:4]) + (f", ... ({len(item.targets)})" if len(item.targets) > 4 else "")
+        lines.append(f"  {targets} <- one of {shown or 'none'}" + (f": {item.reason}" if item.reason else ""))
+    if len(open_questions) > _SHOWN:
+        lines.append(f"  and {len(open_questions) - _SHOWN} more open questions")
+    return lines
 
 
 def renderables(report: TransferReport) -> Iterator[RenderableType]:

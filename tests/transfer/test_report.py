@@ -141,6 +141,7 @@ def test_it_prints_itself_as_text():
         "warning: look here",
         "missing (7): model.scale",
         "ambiguous, left alone (2): model.body.1.weight, model.body.1.bias",
+        "  model.body.1.weight, model.body.1.bias <- one of b: both fit",
         "unused in the checkpoint (2): b, c",
         "note: a note",
     ):
