@@ -92,7 +92,8 @@ class Checkpoint(Mapping[str, Tensor]):
         tree = as_mapping(self._document.tree)
         if tree is None or not self.prefix:
             return {}
-        return {key: self._document.read(value) for key, value in tree.items() if key != self.prefix[0]}
+        rest = {key: value for key, value in tree.items() if key != self.prefix[0]}
+        return _LazyContent(rest, self.path, self._document) if self._document.lazy else rest
 
     def document(self) -> Any:
         """Give the whole content as one tree, tensors included, as the file has it."""
@@ -120,6 +121,28 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, format={self.format!r}, {len(self)} tensors, weights={self.weights!r})"
+
+
+class _LazyContent(Mapping[str, Any]):
+    """The rest of a checkpoint whose tensors are put together when asked for: one entry is read, not all of them."""
+
+    def __init__(self, entries: Mapping[str, Any], path: Path, document: Document) -> None:
+        self._entries = entries
+        self._path = path
+        self._document = document
+
+    def __getitem__(self, key: str) -> Any:
+        with _errors_of(self._path, f"entry {key!r}"):
+            return self._document.read(self._entries[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"<content of {self._path}: {', '.join(map(str, self._entries))}>"
 
 
 class _errors_of:  # noqa: N801 - reads as a statement
