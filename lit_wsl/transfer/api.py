@@ -247,7 +247,9 @@ def finish_transfer(
     warnings = applied.warnings
     if prepared.plan.proof == "refuted":
         warnings = (f"the function check refuted this plan: {prepared.plan.notes[-1]}", *warnings)
-    return prepared.report(warnings=warnings, notes=applied.notes)
+    changing = [describe_entry(entry) for entry in prepared.plan.entries if not entry.lossless]
+    changed = tuple(f"values were changed, as asked for: {text}" for text in changing)
+    return prepared.report(warnings=warnings, notes=(*changed, *applied.notes))
 
 
 def _without_losses(

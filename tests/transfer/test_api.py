@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch import nn
 import lit_wsl
 from lit_wsl import TransferPlan, transfer_weights
 from lit_wsl.checkpoint import save_safetensors
-from lit_wsl.errors import CoverageError, LitWslError
+from lit_wsl.errors import CoverageError, LitWslError, PlanError
 from lit_wsl.structure import describe
 from lit_wsl.transfer.checks import left_alone
+from lit_wsl.transfer.operations import Operation
 
 
 class Net(nn.Module):
@@ -136,9 +138,30 @@ def test_a_plan_is_replayed_from_an_object_and_a_file(tmp_path):
         assert report.coverage.target.share == 1.0
 
 
-def test_a_plan_without_an_entry_leaves_that_tensor_alone():
-    from dataclasses import replace
+def test_changed_values_are_noted():
+    class Half(Operation):
+        name, lossless = "half", False
 
+        def shapes(self, inputs):
+            return list(inputs)
+
+        def apply(self, inputs, targets=()):
+            return [t / 2 for t in inputs]
+
+        def reverse(self):
+            raise PlanError("no way back")
+
+    old, new = nn.Linear(2, 2), nn.Linear(2, 2)
+    plan = transfer_weights(nn.Linear(2, 2), old).plan
+    entries = tuple(replace(e, operations=(Half(),)) if e.targets == ("weight",) else e for e in plan.entries)
+    report = transfer_weights(new, old, plan=replace(plan, entries=entries))
+    assert torch.equal(new.weight, old.weight / 2)
+    assert [note for note in report.notes if "values were changed" in note] == [
+        "values were changed, as asked for: weight --half--> weight"
+    ]
+
+
+def test_a_plan_without_an_entry_leaves_that_tensor_alone():
     old, new = trained(), Net()
     plan = transfer_weights(Net(), old).plan
     cut = replace(plan, entries=tuple(e for e in plan.entries if e.targets != ("head.weight",)))
