@@ -168,6 +168,7 @@ def convert_document(
             entries[key] = value
     states = carried = 0
     if not weights_only:
+        notes += _remembered_files(tree.get("callbacks"))
         made, saved, remarks = _convert_training(
             checkpoint, tree, plan, target, optimizers, parameter_names=parameter_names, on_lost=on_lost
         )
@@ -213,6 +214,13 @@ def _convert_training(
         else:
             entries.setdefault(place[0], list(tree[place[0]]))[place[1]] = data
     return entries, made, notes
+
+
+def _remembered_files(callbacks: Any) -> list[str]:
+    """Checkpoints that callbacks remember hold the old model still, so that ``ckpt_path="best"`` would not load."""
+    states = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    best = [state.get("best_model_path") for state in states if isinstance(state, Mapping)]
+    return [f"ModelCheckpoint remembers {path}, a file of the old model; convert it too" for path in best if path]
 
 
 def find_optimizers(tree: Mapping[Any, Any]) -> list[tuple[Any, ...]]:

@@ -208,12 +208,12 @@ def images():
     return DataLoader(TensorDataset(x, torch.randint(0, CLASSES, (16,), generator=generator)), batch_size=4)
 
 
-def trainer(folder, epochs, callbacks=()):
+def trainer(folder, epochs, callbacks=(), checkpoints=False):
     return pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=checkpoints,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,

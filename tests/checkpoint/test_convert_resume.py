@@ -14,6 +14,7 @@ from conversion_models import (
     fit,
     images,
     tokens,
+    trainer,
     transformer_plan,
 )
 
@@ -218,3 +219,13 @@ def test_the_average_of_the_weights_is_converted_too(tmp_path):
         assert all(torch.equal(after[key][name], expected[name]) for name in expected)
     runner = fit(new, tokens(), tmp_path, 3, ckpt_path=tmp_path / "new.ckpt", callbacks=[WeightAveraging()])
     assert runner.global_step == 12
+
+
+def test_files_of_the_old_model_that_callbacks_remember_are_named(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    old = OldTransformer()
+    runner = trainer(tmp_path, 1, [ModelCheckpoint(tmp_path, filename="best")], checkpoints=True)
+    runner.fit(old, tokens())
+    done = convert_checkpoint(tmp_path / "best.ckpt", tmp_path / "new.ckpt", transformer_plan(old, NewTransformer()))
+    assert any("best.ckpt, a file of the old model" in note for note in done.notes)
