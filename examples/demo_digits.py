@@ -283,6 +283,9 @@ def main() -> int:
     trainer = make_trainer(folder, "new", 2, transfer, look)
     trainer.fit(new, data)
     new_logits, later_logits = look.logits, predict(new, data)
+    for entry in transfer.report.plan:
+        if entry.operations:
+            console.print(f"{entry.badge}: {', '.join(entry.sources)} -> {', '.join(entry.targets)}", highlight=False)
 
     console.rule("Result")
     same = int((new_logits.argmax(1) == old_logits.argmax(1)).sum())
@@ -302,6 +305,7 @@ def main() -> int:
     claims = {
         "the old network is right on more than 95 % of the images": share_right(old_logits, labels) > 0.95,
         "strict=False loaded nothing and said nothing": loaded == 0 and share_right(silent_logits, labels) < 0.5,
+        "the fused layer was split into three": sum(e.badge == "split" for e in transfer.report.plan) == 2,
         "every image got the old network's answer before any training step": same == len(labels),
         "class scores agree to rounding": difference < 1e-4,
     }
