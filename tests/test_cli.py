@@ -197,6 +197,17 @@ def test_convert_writes_a_checkpoint_that_training_goes_on_from(trained, tmp_pat
     assert hyper["args"] == Namespace(seed=3)  # untouched, though never imported on the way
 
 
+def test_map_then_convert_as_the_help_says(trained, tmp_path):
+    old, plan, new = trained / "old.ckpt", tmp_path / "plan.json", tmp_path / "new.ckpt"
+    assert run("map", old, "--model", f"{MODELS}:NewTransformer", "--plan", plan) == 0
+    assert run("convert", old, "--plan", plan, "-o", new) == 0
+    by_hand = tmp_path / "by_hand.ckpt"
+    assert run("convert", old, "--plan", trained / "plan.json", "-o", by_hand) == 0
+    assert run("diff", new, by_hand) == 0
+    states = [torch.load(file, weights_only=False)["optimizer_states"][0]["state"] for file in (new, by_hand)]
+    assert all(torch.equal(states[0][i]["exp_avg"], states[1][i]["exp_avg"]) for i in range(37))
+
+
 def fit_unsafe(model, folder):
     from conversion_models import trainer
 
