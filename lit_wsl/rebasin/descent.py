@@ -44,6 +44,7 @@ class Descent:
         self._roots = tree_roots(spec)
         self._scale = sum(_norm(self.reference[n]) * _norm(self.other[n]) for n in self.reference)
         self._initial_dots = {n: dot(self.reference[n], self.other[n]) for n in self.reference}
+        self._spreads: dict[str, float] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -159,7 +160,7 @@ class Descent:
         for term, only in terms:
             weight = 1.0
             if normalise:
-                spread = _spread(self.reference[term.tensor]) * _spread(self.current[term.tensor])
+                spread = self._spread(term.tensor)
                 if not spread > 0:
                     continue
                 weight = 1.0 / spread
@@ -168,6 +169,12 @@ class Descent:
             a = term.rows(self.reference[term.tensor], only)
             found[term.groups].add(a, term.rows(self.current[term.tensor], only), weight)
         return found
+
+    def _spread(self, name: str) -> float:
+        """Product of both standard deviations of a tensor, which no permutation changes."""
+        if name not in self._spreads:
+            self._spreads[name] = _spread(self.reference[name]) * _spread(self.other[name])
+        return self._spreads[name]
 
     def _accept(self, tree: Tree, solution: Solution, always: bool = False) -> bool:
         """Permute all tensors of the tree if the objective grows by it (or always); whether anything was moved."""

@@ -263,10 +263,14 @@ class PermutationSpec:
                 else:
                     path.append(torch.full((int(where.sum()),), given[ancestor], dtype=torch.long))
             source[row, where] = permutation.to("cpu", torch.long)[tuple(path)]
-        new = _lexsort([*source, axis_spec.rank])
-        old = _lexsort([*axis_spec.coords, axis_spec.rank])
-        index = torch.empty_like(old)
-        index[new] = old
+        # Only positions that move are sorted, by the groups that touch them: a long concatenation has many of each.
+        index = torch.arange(axis_spec.length)
+        moved = torch.nonzero((source != axis_spec.coords).any(dim=0)).flatten()
+        rows = (axis_spec.coords[:, moved] >= 0).any(dim=1)
+        rank = axis_spec.rank[moved]
+        new = _lexsort([*source[rows][:, moved], rank])
+        old = _lexsort([*axis_spec.coords[rows][:, moved], rank])
+        index[moved[new]] = moved[old]
         return index
 
     # ---- what the user sees ------------------------------------------------------------------------------------------

@@ -126,13 +126,15 @@ def _axis_terms(spec: PermutationSpec, roots: Mapping[str, str], name: str, axis
     axis_spec = spec.axes[name][axis]
     inside = [g for g in axis_spec.groups if roots[g] == root]
     touched = torch.stack([axis_spec.coordinate(g) >= 0 for g in inside])
-    patterns = torch.unique(touched, dim=1).T
+    pattern = torch.zeros(axis_spec.length, dtype=torch.long)  # positions that the same groups touch have the same
+    for row in touched:
+        pattern = torch.unique(2 * pattern + row, return_inverse=True)[1]
     found = []
-    for pattern in patterns:
-        present = [g for g, here in zip(inside, pattern.tolist()) if here]
+    for number in range(int(pattern.max()) + 1):
+        where = torch.nonzero(pattern == number).flatten()
+        present = [g for g, here in zip(inside, touched[:, where[0]].tolist()) if here]
         if not present:
             continue
-        where = torch.nonzero((touched == pattern[:, None]).all(dim=0)).flatten()
         above = {a for g in present for a in spec.ancestors(g)}
         leaves = tuple(g for g in present if g not in above)
         if len({spec.groups[g].parent for g in leaves}) > 1 or len(leaves) > 2:
@@ -149,7 +151,8 @@ def _term(
     axes, axis_spec, root = spec.axes[name], spec.axes[name][axis], roots[leaves[0]]
     ancestors = spec.ancestors(leaves[0])
     on_axis = [g for g in (*ancestors, *leaves) if g in axis_spec.groups]
-    rest = [g for g in axis_spec.groups if g not in on_axis]
+    also = (axis_spec.coords[:, where] >= 0).any(dim=1).tolist()
+    rest = [g for g, here in zip(axis_spec.groups, also) if here and g not in on_axis]
     keys = [axis_spec.coordinate(g)[where] for g in (*on_axis, *rest)] + [axis_spec.rank[where]]
     positions = where[_lexsort(keys)]
     outer_axis = axis_spec.outer_axis
@@ -174,7 +177,7 @@ def _term(
         if other != axis and other not in only
         for g in other_spec.groups
     )
-    shared = tuple(dict.fromkeys(roots[g] for g in rest if bool((axis_spec.coordinate(g)[where] >= 0).any())))
+    shared = tuple(dict.fromkeys(roots[g] for g in rest))
     return Term(
         groups=leaves,
         tensor=name,
