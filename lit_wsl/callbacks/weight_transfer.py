@@ -30,7 +30,7 @@ from lit_wsl.structure import ModelDescription, describe
 from lit_wsl.structure.tracing import is_lazy
 from lit_wsl.transfer.api import Prepared, finish_transfer, open_source, prepare_transfer
 from lit_wsl.transfer.coverage import measure_coverage
-from lit_wsl.transfer.distributed import NOT_RUN, Ranks, has_sharded_tensors, refuse_wrapped
+from lit_wsl.transfer.distributed import ALONE, NOT_RUN, Ranks, has_sharded_tensors, refuse_wrapped
 from lit_wsl.transfer.floor import valid_floor
 from lit_wsl.transfer.plan import SideSummary, TransferPlan
 from lit_wsl.transfer.report import TransferReport
@@ -222,7 +222,7 @@ class WeightTransferCallback(Callback):
     def _transfer(self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, *, late: bool = False) -> None:
         """Plan, apply, report."""
         self._take_back = None
-        ranks = Ranks.of_run()
+        ranks = Ranks.of_run() if trainer.world_size > 1 else ALONE  # trainers of one device each share nothing
         ranks.together(lambda: refuse_wrapped(model, trainer.strategy))
         tensors = ranks.together(lambda: open_source(self.checkpoint, self.checkpoint_weights))
         prepared = self._prepare(trainer, model, stage, tensors, ranks)

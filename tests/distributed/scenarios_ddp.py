@@ -101,8 +101,6 @@ def data() -> DataLoader:
 def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     return Trainer(
         accelerator="cpu",
-        devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo"),
         limit_train_batches=1,
         limit_val_batches=1,
         num_sanity_val_steps=0,
@@ -110,7 +108,13 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
         logger=CSVLogger(folder, name="logs", version=0),
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"max_epochs": 1, "enable_checkpointing": False, **options},
+        **{
+            "devices": 2,
+            "strategy": DDPStrategy(process_group_backend="gloo"),
+            "max_epochs": 1,
+            "enable_checkpointing": False,
+            **options,
+        },
     )
 
 
@@ -149,6 +153,16 @@ def built_in_setup(folder: Path) -> dict[str, Any]:
 
 def built_in_configure_model(folder: Path) -> dict[str, Any]:
     return _fit(folder, "configure_model")
+
+
+def one_trainer_each(folder: Path) -> dict[str, Any]:
+    """Two processes of one group, each with a trainer of its own; only one of them transfers."""
+    path, expected = save_old(folder)
+    watch = Watch()
+    if dist.get_rank() == 1:
+        transfer = WeightTransferCallback(path, plan=make_plan("net."), verbose=False)
+        trainer(folder, transfer, watch, devices=1, strategy="auto").fit(Lit(), data())
+    return {"equal": dist.get_rank() == 0 or watch.matches(expected)}
 
 
 def validate_alone(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,9 @@ FAILING = [
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     scenarios = Path(__file__).with_name("scenarios_ddp.py")
     return run_ranks(
-        scenarios, [*BUILT, *MATCHED, "validate_alone", "resume", *FAILING], tmp_path_factory.mktemp("ddp")
+        scenarios,
+        [*BUILT, *MATCHED, "one_trainer_each", "validate_alone", "resume", *FAILING],
+        tmp_path_factory.mktemp("ddp"),
     )
 
 
@@ -50,6 +52,10 @@ def test_the_match_of_rank_zero_serves_all(results, name):
     assert zero.get("equal") is True, zero
     assert zero == one
     assert zero["missing"] == []
+
+
+def test_trainers_of_one_device_wait_for_nobody(results):
+    assert results["one_trainer_each"] == [{"equal": True}, {"equal": True}]
 
 
 def test_validate_alone(results):
