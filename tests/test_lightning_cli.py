@@ -150,3 +150,23 @@ def test_the_callback_from_the_command_line(config, tmp_path):
     )
     assert cli is not None, err
     assert [c.options.buffers for c in cli.trainer.callbacks if hasattr(c, "options")] == ["lenient", "exclude"]
+
+
+def test_the_old_code_may_be_named_in_the_config(config):
+    old = {"class_path": "tiny.InInit"}
+    cli, _, err = run("validate", "--config", config(source_module=old))
+    assert cli is not None, err
+    callback = next(c for c in cli.trainer.callbacks if type(c).__name__ == "WeightTransferCallback")
+    assert isinstance(callback.source_module, InInit)
+    assert callback.report.plan.proof == "proven"
+
+
+def test_a_plan_may_be_named_in_the_config(config, tmp_path):
+    cli, _, err = run("validate", "--config", config())
+    assert cli is not None, err
+    first = next(c for c in cli.trainer.callbacks if type(c).__name__ == "WeightTransferCallback")
+    first.report.plan.save(tmp_path / "plan.json")
+    cli, _, err = run("validate", "--config", config(plan=str(tmp_path / "plan.json")))
+    assert cli is not None, err
+    replay = next(c for c in cli.trainer.callbacks if type(c).__name__ == "WeightTransferCallback")
+    assert replay.report.plan.entries == first.report.plan.entries
