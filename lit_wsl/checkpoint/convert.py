@@ -21,6 +21,7 @@ from lit_wsl.checkpoint.inert import as_mapping, contains_foreign
 from lit_wsl.checkpoint.optimizer import OnLost, convert_optimizers, groups_of
 from lit_wsl.checkpoint.parameter_order import new_order, old_parameters
 from lit_wsl.checkpoint.reader import Checkpoint, open_checkpoint
+from lit_wsl.checkpoint.weights import Weights
 from lit_wsl.checkpoint.writing import atomic_save, save_safetensors
 from lit_wsl.errors import CheckpointError, PlanError
 from lit_wsl.transfer.plan import TransferPlan
@@ -55,6 +56,7 @@ def convert_checkpoint(
     parameter_names: Sequence[Sequence[str]] | None = None,
     on_lost: OnLost = "refuse",
     weights_only: bool = False,
+    checkpoint_weights: Weights = "auto",
     progress: Progress | None = None,
 ) -> Conversion:
     """Write a checkpoint for the new model that training resumes from.
@@ -78,6 +80,8 @@ def convert_checkpoint(
             ``"initialize"`` it.
         weights_only: Whether to leave optimizers, schedulers and callbacks out, as ``ModelCheckpoint`` does with
             ``save_weights_only``.
+        checkpoint_weights: Which weights of the file the plan speaks of: the ``"model"``'s or its ``"ema"``; others of
+            the same names and shapes are converted likewise.
         progress: Called after each entry.
 
     Returns:
@@ -87,7 +91,7 @@ def convert_checkpoint(
         CheckpointError: If a file cannot be read or written, or an optimizer's state cannot be carried.
         PlanError: If the plan does not fit the checkpoint or the model.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, weights=checkpoint_weights)
     safetensors = Path(destination).suffix == ".safetensors"
     if safetensors or not checkpoint.prefix:
         return _convert_weights_alone(checkpoint, destination, plan, target, progress, safetensors=safetensors)

@@ -165,6 +165,7 @@ nothing had happened.
         metavar="FILE",
         help="JSON: for each optimizer the old names in index order, where they cannot be inferred",
     )
+    _add_weights(parser)
     return parser
 
 

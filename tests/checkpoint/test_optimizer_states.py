@@ -552,3 +552,18 @@ def test_operations_that_need_the_target_are_given_it(tmp_path):
         carry_state(plan.entries[0], [{"exp_avg": torch.ones(3)}], [(3,)])
     with pytest.raises(PlanError, match="cannot be reversed"):
         plan.reverse()
+
+
+@pytest.mark.parametrize("weights", ["model", "ema"])
+def test_a_plan_may_speak_of_the_average(weights, tmp_path):
+    old, new, optimizer, plan, pairs = trained_pair()
+    average = {name: tensor + 1 for name, tensor in old.state_dict().items()}
+    content = {"state_dict": old.state_dict(), "state_dict_ema": average, "optimizer": optimizer.state_dict()}
+    torch.save(content, tmp_path / "old.pt")
+    convert_checkpoint(tmp_path / "old.pt", tmp_path / "new.pt", plan, target=new, checkpoint_weights=weights)
+    made = torch.load(tmp_path / "new.pt", weights_only=True)
+    for key in ("state_dict", "state_dict_ema"):
+        assert {b: made[key][b].tolist() for b in pairs.values()} == {
+            b: content[key][a].tolist() for a, b in pairs.items()
+        }
+    check_states(made["optimizer"], new, old, optimizer, pairs)
