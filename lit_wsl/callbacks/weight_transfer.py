@@ -128,6 +128,7 @@ class WeightTransferCallback(Callback):
         self.report: TransferReport | None = None
         self._served: weakref.ref[nn.Module] | None = None
         self._take_back: Callable[[], None] | None = None
+        self._remembered: dict[str, Any] | None = None  # from a resumed checkpoint
         self._fresh = False  # transferred in this very run
         self._foreseen = True  # whether setup could tell what this run restores
 
@@ -190,7 +191,9 @@ class WeightTransferCallback(Callback):
         return self._generate_state_key(checkpoint=self._label)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the transfer: primitives only."""
+        """What a checkpoint remembers of the transfer: primitives only; resumed runs pass it on."""
+        if self._remembered is not None and (self.report is None or not self.report.applied):
+            return dict(self._remembered)
         if self.report is None:
             return {"checkpoint": self._label, "transferred": False}
         coverage = self.report.coverage
@@ -201,6 +204,10 @@ class WeightTransferCallback(Callback):
             "source_coverage": float(coverage.source.share),
             "tensors": len(self.report.loaded),
         }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the transfer that a resumed run once started from."""
+        self._remembered = dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Weak references and requests stay in their process."""

@@ -160,7 +160,8 @@ def test_a_resumed_checkpoint_wins_and_the_report_says_so(
     assert not callback.report.applied
     assert "last.ckpt" in str(callback.report)
     assert "wins" in str(callback.report)
-    assert callback.state_dict()["transferred"] is False
+    assert callback.state_dict()["transferred"] is True  # once, before: what started from what is not forgotten
+    assert callback.state_dict()["target_coverage"] == 1.0
     written = json.loads((tmp_path / "weight_transfer.json").read_text())
     assert written["applied"] is False
     assert "wins" in written["notes"][0]
