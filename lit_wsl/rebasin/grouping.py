@@ -37,7 +37,7 @@ class Grouping:
 
     def build(self) -> PermutationSpec:
         """The spec."""
-        colour, first = self._colours()
+        self.colour, first = colour, first = self._colours()
         self._sort_into_groups(colour, first)
         axes: dict[str, dict[int, AxisSpec]] = {}
         used: set[str] = set()
@@ -103,7 +103,10 @@ class Grouping:
         by_parent: dict[int, list[int]] = defaultdict(list)
         for unit in live:
             by_parent[int(self.parent[unit])].append(unit)
-        self._level(by_parent, [((), FIXED)], None, colour, first)
+        # What is inside a block that stays has permutations of its own, not those of another block.
+        still = [p for p in by_parent if p != FIXED and self.units.find(np.array([p]))[0] == FIXED]
+        for block in (FIXED, *sorted(still, key=lambda p: (int(first[p]), p))):
+            self._level(by_parent, [((), block)], None, colour, first)
 
     def _level(
         self,
@@ -228,7 +231,31 @@ class Grouping:
         coords = torch.full((len(order), flat.size), -1, dtype=torch.long)
         for k, which in enumerate(order):
             coords[k] = torch.from_numpy(rows[which])
+        self._check_slots(flat, coords)
         return AxisSpec(tuple(self.names[which] for which in order), coords)
+
+    def _check_slots(self, flat: Array, coords: torch.Tensor) -> None:
+        """Positions of equal coordinates are told apart by their order: it must be the same in all blocks."""
+        touched = np.nonzero((coords >= 0).any(dim=0).numpy())[0]
+        if not touched.size or len(np.unique(flat[touched])) == len(touched) == len(
+            np.unique(coords.numpy(), axis=1).T
+        ):
+            return
+        columns = coords.numpy()[:, touched]
+        _, cell = np.unique(columns, axis=1, return_inverse=True)
+        cell = cell.reshape(-1)
+        order = np.argsort(cell, kind="stable")
+        colour, cell = self.colour[flat[touched]][order], cell[order]
+        starts = np.searchsorted(cell, cell)
+        rank = np.arange(len(cell)) - starts
+        kind, which = np.unique(columns[:, order] >= 0, axis=1, return_inverse=True)
+        for k in range(kind.shape[1]):
+            here = which.reshape(-1) == k
+            expected = np.zeros(int(rank[here].max()) + 1, dtype=colour.dtype)
+            expected[rank[here][::-1]] = colour[here][::-1]
+            if (expected[rank[here]] != colour[here]).any():
+                self.inexpressible.append(flat[None, touched])
+                return
 
 
 def build_spec(run: Run) -> PermutationSpec:

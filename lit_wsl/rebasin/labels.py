@@ -130,31 +130,56 @@ class Algebra:
                 kept.append(factor)
         return kept
 
-    def blocks(self, factor: Array, along: Iterable[int], again: bool = False) -> Array | None:
-        """The blocks that fibres of a factor along some axes form; None if nothing is left that moves."""
+    def blocks(self, factor: Array, along: Iterable[int]) -> Array | None:
+        """The blocks that fibres of a factor along some axes form; None if nothing is left that moves.
+
+        Where the units are in blocks the other way round, their order along the other axes is fixed instead.
+        """
         factor = compress(self.units.find(factor))
-        dims = depends(factor)
-        gone = sorted(dims.intersection(along))
+        gone, keep = self._sides(factor, along)
         if not gone:
             return factor
-        keep = sorted(dims.difference(gone))
         if not keep:
             return None
-        rest = [axis for axis in range(factor.ndim) if axis not in gone and axis not in keep]
-        moved = factor.transpose([*keep, *gone, *rest])
-        rows = int(np.prod([factor.shape[a] for a in keep]))
-        matrix = np.ascontiguousarray(moved).reshape(rows, -1)
-        shape = [factor.shape[axis] if axis in keep else 1 for axis in range(factor.ndim)]
-        if self.units.bound_across(matrix):
-            found: Array | None = self.release(matrix)
-        else:
-            found = self.units.blocks_of_rows(matrix)
-            if found is None and not again:
-                # The units are in blocks the other way round: their order inside of these stays.
-                self.pin(factor, keep, "used in blocks that overlap", again=True)
-        if found is None or not found.any():
+        found = self._blocks(factor, gone, keep)
+        if found is None:
+            self.fix(factor, keep, "used in blocks that overlap")
             return None
-        return found.reshape(shape)
+        found = self.units.find(found)
+        return found if found.any() else None
+
+    def _sides(self, factor: Array, along: Iterable[int]) -> tuple[list[int], list[int]]:
+        dims = depends(factor)
+        gone = sorted(dims.intersection(along))
+        return gone, sorted(dims.difference(gone))
+
+    def _blocks(self, factor: Array, gone: Sequence[int], keep: Sequence[int]) -> Array | None:
+        """One block for each place on the axes ``keep``, frozen or not; None if the units are in other blocks."""
+        rest = [axis for axis in range(factor.ndim) if axis not in gone and axis not in keep]
+        rows = int(np.prod([factor.shape[a] for a in keep]))
+        matrix = np.ascontiguousarray(factor.transpose([*keep, *gone, *rest])).reshape(rows, -1)
+        shape = [factor.shape[axis] if axis in keep else 1 for axis in range(factor.ndim)]
+        found = self.release(matrix) if self.units.bound_across(matrix) else self.units.blocks_of_rows(matrix)
+        return None if found is None else found.reshape(shape)
+
+    def fix(self, factor: Array, along: Iterable[int], reason: str) -> None:
+        """The order along some axes stays.
+
+        Either whole blocks of all places along them still move, each unit in its slot; or, where the units are in
+        blocks the other way round, these blocks stay and what is inside of them still moves.
+        """
+        factor = compress(self.units.find(factor))
+        gone, keep = self._sides(factor, along)
+        if not gone:
+            return
+        inner = self._blocks(factor, gone, keep) if keep else None
+        if inner is not None and self.units.find(inner).any():
+            factor = compress(self.units.find(factor))
+            shape = [n if a in gone else 1 for a, n in enumerate(factor.shape)]
+            self.units.anchor(factor, np.arange(int(np.prod(shape))).reshape(shape), mix(self.node, 313))
+            return
+        outer = self._blocks(factor, keep, gone) if keep and inner is None else None
+        self.units.freeze(factor if outer is None else outer, reason)
 
     def release(self, matrix: Array) -> Array:
         """The units of each row become one and the same, in no block."""
@@ -173,14 +198,15 @@ class Algebra:
             if extra is not None:
                 self.units.freeze(extra, reason)
 
-    def pin(self, factor: Array, along: Iterable[int], reason: str, again: bool = False) -> Array | None:
-        """The order along some axes stays: what remains are whole blocks."""
-        along = list(along)
-        factor = self.units.find(factor)
-        if not depends(factor).intersection(along):
+    def pin(self, factor: Array, along: Iterable[int], reason: str) -> Array | None:
+        """The order along some axes stays, and these axes are used up: what remains are whole blocks."""
+        factor = compress(self.units.find(factor))
+        gone, keep = self._sides(factor, along)
+        if not gone:
             return factor
-        block = self.blocks(factor, along, again)
-        if block is None:
+        block = self._blocks(factor, gone, keep) if keep else None
+        block = None if block is None else self.units.find(block)
+        if block is None or not block.any():
             self.units.freeze(factor, reason)
             return None
         self.units.collapse(factor, block)
@@ -191,6 +217,16 @@ class Algebra:
         along = list(along)
         factors = [self.pin(factor, along, reason) for factor in label.factors]
         return self.settle(replace(label, factors=tuple(f for f in factors if f is not None)))
+
+    def fixed(self, label: Label, along: Iterable[int], reason: str) -> Label:
+        """A label with the order along some axes fixed; unlike with :meth:`pinned`, positions keep units of their own.
+
+        So they can be followed when their order is changed later on.
+        """
+        along = list(along)
+        for factor in label.factors:
+            self.fix(factor, along, reason)
+        return self.settle(label)
 
     def unsegmented(self, label: Label, axes: Iterable[int] | None = None) -> Label:
         """Labels by expert end where rows are mixed: from there on the units are the same for all experts."""
@@ -261,7 +297,7 @@ class Algebra:
         fixed.difference_update(label.segmented for label in labels if label.segmented is not None)
         if not fixed:
             return list(labels)
-        return [self.pinned(label, fixed, reason) for label in labels]
+        return [self.fixed(label, fixed, reason) for label in labels]
 
     def _reconcile(self, factors: list[Array], reason: str) -> list[Array]:
         """Make factors of several operands agree: equal axes unify, overlapping ones agree on their blocks."""
@@ -283,7 +319,7 @@ class Algebra:
                 first, second = self.blocks(a, one - common), self.blocks(b, two - common)
                 if first is None or second is None:
                     for factor in (a, b):
-                        self.pin(factor, common, reason)
+                        self.fix(factor, common, reason)
                     continue
                 wide = np.broadcast_shapes(first.shape, second.shape)
                 self.units.unify(np.broadcast_to(first, wide), np.broadcast_to(second, wide), reason)

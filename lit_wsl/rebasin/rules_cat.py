@@ -81,7 +81,7 @@ def _pin_missing(algebra: Algebra, labels: Sequence[Label], dim: int) -> list[La
         for axis in sorted(anywhere)
         if any(label.varies[axis] and axis not in mine for label, mine in zip(labels, moving, strict=True))
     ]
-    return [algebra.pinned(label, fixed, "beside something that stays") for label in labels] if fixed else list(labels)
+    return [algebra.fixed(label, fixed, "beside something that stays") for label in labels] if fixed else list(labels)
 
 
 def _slot(label: Label, slot: frozenset[int], dim: int) -> Array | None:

@@ -52,6 +52,7 @@ class Units:
         self._frozen = np.zeros(1024, dtype=bool)
         self._frozen[0] = True
         self._bound = np.zeros(1024, dtype=bool)
+        self._anchored = np.zeros(1024, dtype=bool)
         self._reason = np.zeros(1024, dtype=np.int16)
         self._signature = np.zeros(1024, dtype=np.uint64)
         self.reasons: list[str] = [""]
@@ -68,7 +69,7 @@ class Units:
         need = self._n + count
         if need > len(self._link):
             size = max(need, 2 * len(self._link))
-            for name in ("_link", "_parent", "_frozen", "_bound", "_reason", "_signature"):
+            for name in ("_link", "_parent", "_frozen", "_bound", "_anchored", "_reason", "_signature"):
                 old = getattr(self, name)
                 new = np.zeros(size, dtype=old.dtype)
                 new[: self._n] = old[: self._n]
@@ -116,8 +117,8 @@ class Units:
         return np.where(self._frozen[root], FIXED, root)
 
     def parents(self, units: Array) -> Array:
-        """The block that each unit is in, 0 if none (or the block is frozen)."""
-        return self.find(self._parent[self.roots(units)])
+        """The block that each unit is in, 0 if none. A frozen one, too: it still tells apart what is inside."""
+        return self.roots(self._parent[self.roots(units)])
 
     def reason(self, units: Array) -> list[str]:
         """Why each unit is frozen."""
@@ -134,12 +135,39 @@ class Units:
         for _ in range(_MAX_DEPTH):
             root = root[(root != FIXED) & ~self._frozen[root]]
             if not root.size:
-                return
+                break
             self.losses += 1
             self.version += 1
             self._frozen[root] = True
             self._reason[root] = code
             root = np.unique(self.roots(self._parent[root]))
+        self._freeze_anchored(code)
+
+    def _freeze_anchored(self, code: int) -> None:
+        """Units that have their place in a block stay if the block stays."""
+        anchored = np.nonzero(self._anchored[: self._n])[0]
+        for _ in range(_MAX_DEPTH):
+            anchored = anchored[~self._frozen[anchored]]
+            stay = anchored[self._frozen[self.roots(self._parent[anchored])]]
+            if not stay.size:
+                return
+            self._frozen[stay] = True
+            self._reason[stay] = code
+
+    def anchor(self, units: Array, slots: Array, code: int) -> None:
+        """Units keep their places in their blocks: they move with the block, each into the same slot of another one."""
+        root = self.find(units.ravel())
+        slot = np.broadcast_to(slots, units.shape).ravel()
+        loose = (root != FIXED) & ~self._anchored[root]
+        root, slot = root[loose], slot[loose]
+        if not root.size:
+            return
+        codes = np.array([mix(code, int(k)) for k in range(int(slot.max()) + 1)], dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            np.add.at(self._signature, root, codes[slot])
+        self._anchored[root] = True
+        self.losses += 1
+        self.version += 1
 
     def unify(self, first: Array, second: Array, reason: str = "added to something that stays") -> None:
         """Units of equal places move together; a unit that meets a frozen one is frozen, with its blocks."""
@@ -169,6 +197,7 @@ class Units:
         frozen = np.zeros(self._n, dtype=bool)
         frozen[root[self._frozen[members]]] = True
         lost = root[frozen[root]]
+        self._anchored[root[self._anchored[members]]] = True
         has = above != FIXED
         root, above = root[has], self.roots(above[has])
         if root.size:
@@ -185,7 +214,8 @@ class Units:
                     live = self.find(one) != self.find(two)
                     stuck = differ & ((self.find(one) == FIXED) | (self.find(two) == FIXED)) & live
                     self.freeze(np.concatenate([one[stuck], two[stuck]]), "added to something that stays")
-                    self._merge(one[differ & ~stuck], two[differ & ~stuck], depth + 1)
+                    both = differ & ~stuck & (self.find(one) != FIXED)
+                    self._merge(one[both], two[both], depth + 1)
             looped = self.roots(self._parent[root]) == root
             self._parent[root[looped]] = FIXED
         if lost.size:
@@ -245,20 +275,21 @@ class Units:
         Rows of equal content share their block. Blocks that exist are found, others are made.
 
         Returns:
-            One unit per row (0 for rows without a unit that moves); None if the units are in other blocks already.
+            One unit per row, frozen or not (0 for rows without a unit that moves); None if the units are in other
+            blocks already.
         """
         rows, row_kind = distinct_rows(matrix)
         columns, _ = distinct_rows(np.ascontiguousarray(matrix[rows].T))
-        found = self._blocks_of_rows(self.find(matrix[rows][:, columns]))
+        found = self._blocks_of_rows(matrix[rows][:, columns])
         return None if found is None else found[row_kind]
 
     def _blocks_of_rows(self, matrix: Array) -> Array | None:
-        live = matrix != FIXED
+        matrix = self.roots(matrix)
+        live = ~self._frozen[matrix]
         any_live = live.any(axis=1)
         if not any_live.any():
             return np.zeros(len(matrix), dtype=np.int64)
         depth = self.depth(matrix)
-        live &= self.find(matrix) != FIXED
         row_id: Array | None = None
         level = int(depth[live].min())
         current, below = matrix, None
