@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lit_wsl.transfer.apply import copy_into, live_tensors
@@ -164,3 +165,32 @@ def shadows(trainer: pl.Trainer, model: nn.Module, ours: Any) -> Iterator[Shadow
                 if all(theirs.get(prefix + name) == shape for name, shape in shapes.items()):
                     yield Shadow(type(callback).__name__, value, prefix, index < place)
                     break
+
+
+def mind_copies(
+    trainer: pl.Trainer, model: nn.Module, ours: Any, names: tuple[str, ...], *, late: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Feed copies of the model that callbacks listed after ours made too early; warn about those listed before.
+
+    Args:
+        trainer: The trainer.
+        model: The model, filled.
+        ours: Our callback.
+        names: The tensors that were filled.
+        late: Whether the transfer came after all callbacks had been set up.
+
+    Returns:
+        Warnings and notes for the report.
+    """
+    warnings, notes = [], []
+    for shadow in shadows(trainer, model, ours):
+        if shadow.listed_before:
+            warnings.append(
+                f"{shadow.callback} is listed before WeightTransferCallback and copied the model before the transfer, "
+                "so its copy starts from the old values; list WeightTransferCallback first"
+            )
+            rank_zero_warn(f"Weight transfer: {warnings[-1]}.")
+        elif late:
+            shadow.feed(model, names)
+            notes.append(f"the copy of the model in {shadow.callback} was given the transferred weights too")
+    return tuple(warnings), tuple(notes)

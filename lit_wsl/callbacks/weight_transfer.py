@@ -16,13 +16,13 @@ from torch import nn
 from lit_wsl.callbacks.lifecycle import (
     has_trained_elsewhere,
     is_whole,
+    mind_copies,
     needs_memory,
     resumed_path,
-    shadows,
     when_whole,
 )
 from lit_wsl.callbacks.resume import resume_training
-from lit_wsl.callbacks.sample import find_samples, quiet
+from lit_wsl.callbacks.sample import Call, find_samples, quiet
 from lit_wsl.errors import LitWslError, MappingError
 from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.report.progress import transfer_progress
@@ -236,7 +236,8 @@ class WeightTransferCallback(Callback):
         size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not nn.parameter.is_lazy(t))
         with transfer_progress(size, enabled=self.verbose and trainer.is_global_zero) as progress:
             report = finish_transfer(prepared, tensors, model, progress=progress, ranks=ranks)
-        report = self._mind_copies(trainer, model, report, late=late)
+        warnings, notes = mind_copies(trainer, model, self, report.loaded, late=late)
+        report = report.with_remarks(warnings=warnings, notes=notes)
         self._served, self._fresh = weakref.ref(model), True
         self._announce(trainer, report)
 
@@ -244,6 +245,7 @@ class WeightTransferCallback(Callback):
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, tensors: Mapping[str, Any], ranks: Ranks
     ) -> Prepared:
         """Make the plan: pure, touches neither the model nor tensor data."""
+        samples: list[Call]
         if self.plan is not None and not is_lazy(model):
             samples, remark = [], ""  # a plan is replayed as it is: no need to run anything
         else:
@@ -261,24 +263,6 @@ class WeightTransferCallback(Callback):
                 ranks=ranks,
             )
         return replace(prepared, notes=(*prepared.notes, remark)) if remark else prepared
-
-    def _mind_copies(
-        self, trainer: pl.Trainer, model: nn.Module, report: TransferReport, *, late: bool
-    ) -> TransferReport:
-        """Feed copies of the model that callbacks listed after us made too early; warn about those listed before."""
-        warnings, notes = [], []
-        for shadow in shadows(trainer, model, self):
-            if shadow.listed_before:
-                warnings.append(
-                    f"{shadow.callback} is listed before WeightTransferCallback and copied the model before the "
-                    "transfer, so its copy starts from the old values; list WeightTransferCallback first"
-                )
-            elif late:
-                shadow.feed(model, report.loaded)
-                notes.append(f"the copy of the model in {shadow.callback} was given the transferred weights too")
-        for text in warnings:
-            rank_zero_warn(f"Weight transfer: {text}.")
-        return report.with_remarks(warnings=tuple(warnings), notes=tuple(notes))
 
     def _yield_to(self, trainer: pl.Trainer, model: pl.LightningModule, why: str) -> None:
         """Report that other weights win, such as those of a resumed checkpoint."""
