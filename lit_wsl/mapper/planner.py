@@ -50,6 +50,16 @@ def build_plan(
         The plan; deterministic, and made without tensor data.
     """
     options = options or MatchingOptions()
+    plan = _build_lossless(source, target, options)
+    if not options.adapt:
+        return plan
+    from lit_wsl.mapper.adaptations import adapt_plan
+
+    return adapt_plan(plan, source, target, options, _build_lossless)
+
+
+def _build_lossless(source: ModelDescription, target: ModelDescription, options: MatchingOptions) -> TransferPlan:
+    """The plan of lossless operations alone."""
     weights_s, buffers_s, weights_t, buffers_t = split_kinds(source, target)
     ties = Counter(source.tied.values())
     alignment = align(weights_s, weights_t, options, {name: count + 1 for name, count in ties.items()})

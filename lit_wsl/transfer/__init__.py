@@ -1,5 +1,6 @@
 """Plans, their operations, and how they are applied: all or nothing."""
 
+from lit_wsl.transfer.adapt import FoldBatchNorm, NewInputChannels, PartialHead, ResizePositionEmbedding
 from lit_wsl.transfer.coverage import Count, Coverage, ModuleCoverage, measure_coverage
 from lit_wsl.transfer.operations import (
     Cast,
@@ -24,11 +25,15 @@ __all__ = [
     "Count",
     "Coverage",
     "FanOut",
+    "FoldBatchNorm",
     "ModuleCoverage",
+    "NewInputChannels",
     "Operation",
+    "PartialHead",
     "Permute",
     "PlanEntry",
     "Reshape",
+    "ResizePositionEmbedding",
     "SideSummary",
     "Split",
     "Stack",

@@ -32,11 +32,13 @@ class Operation(ABC):
         name: The word for it in plans and reports.
         lossless: Whether no value is changed and nothing is invented.
         needs_target: Whether :meth:`apply` needs the target's present values (only value-changing operations).
+        keeps_function: Whether the model computes the same after it as the source did (in evaluation mode).
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool] = True
     needs_target: ClassVar[bool] = False
+    keeps_function: ClassVar[bool] = True
 
     @abstractmethod
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
