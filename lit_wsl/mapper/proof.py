@@ -68,7 +68,7 @@ def prove(
         The plan with ``proof`` set to ``"proven"``, ``"refuted"`` or ``"not tested"``, with entries added or replaced
         where a trial proved them, and with a note of what was found.
     """
-    hindrance = _hindrance(old) or _hindrance(new)
+    hindrance = _hindrance(old) or _hindrance(new) or _new_function(plan)
     if hindrance:
         return replace(plan, notes=(*plan.notes, f"function not tested: {hindrance}"))
     shaken = _shaken(old)
@@ -85,6 +85,12 @@ def prove(
             return prover.decide(plan, first)
     reason = f"no sample runs through both models ({problem})" if samples else "no sample to run"
     return replace(plan, notes=(*plan.notes, f"function not tested: {reason}"))
+
+
+def _new_function(plan: TransferPlan) -> str:
+    """Which adaptation, asked for by the user, makes the new model compute something else on purpose."""
+    names = sorted({op.name for e in plan.entries for op in e.operations if not op.keeps_function})
+    return f"{', '.join(names)} changes what the model computes" if names else ""
 
 
 def _hindrance(module: nn.Module) -> str:
@@ -119,7 +125,8 @@ class _Prover:
         self.budget -= 1
         state = _shaken(self.new, salt="target")
         for entry in entries:
-            results = run_operations(entry.operations, [self.shaken[name] for name in entry.sources])
+            present = [state[name] for name in entry.targets]
+            results = run_operations(entry.operations, [self.shaken[name] for name in entry.sources], present)
             for name, value in zip(entry.targets, results):
                 filled = value.reshape(state[name].shape).to(state[name].dtype)
                 for twin in self.tied[name]:
