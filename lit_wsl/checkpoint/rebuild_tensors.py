@@ -142,17 +142,37 @@ def _rebuild_sparse(layout: Any, data: Any) -> Tensor:
 def _rebuild_quantized(
     storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any, requires_grad: Any = False, hooks: Any = None
 ) -> Tensor:
-    """Build a per-tensor quantized tensor; per-channel ones are rare and take other constructors."""
+    """Build a quantized tensor; its scales have to belong to its shape, which torch itself does not check."""
     codes = _strided(storage, offset, size, stride)
-    if not isinstance(quantizer, tuple) or len(quantizer) != 3 or quantizer[0] is not torch.per_tensor_affine:
-        raise RefusedError("a quantized tensor of a scheme other than per_tensor_affine")
-    _, scale, zero_point = quantizer
-    if not isinstance(scale, float) or type(zero_point) is not int:
-        raise RefusedError("a quantized tensor of unknown form")
-    if codes.dtype not in (torch.qint8, torch.quint8, torch.qint32):
-        raise RefusedError("a quantized tensor of unknown dtype")
-    result = torch._empty_affine_quantized(codes.shape, scale=scale, zero_point=zero_point, dtype=codes.dtype)
-    return result.set_(storage.data, offset, codes.shape, codes.stride())
+    if codes.dtype not in (torch.qint8, torch.quint8, torch.qint32) or not isinstance(quantizer, tuple):
+        raise RefusedError("a quantized tensor of unknown dtype or form")
+    shape, dtype = codes.shape, codes.dtype
+    if len(quantizer) == 3 and quantizer[0] is torch.per_tensor_affine:
+        _, scale, zero_point = quantizer
+        if not isinstance(scale, float) or type(zero_point) is not int:
+            raise RefusedError("a quantized tensor of unknown form")
+        result = torch._empty_affine_quantized(shape, scale=scale, zero_point=zero_point, dtype=dtype)
+    elif len(quantizer) == 4 and quantizer[0] in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+        _, scales, zero_points, axis = quantizer
+        exact = quantizer[0] is torch.per_channel_affine
+        scales = _per_channel(scales, torch.float64 if exact else torch.float32)
+        zero_points = _per_channel(zero_points, torch.int64 if exact else torch.float32)
+        if type(axis) is not int or not 0 <= axis < len(shape) or {len(scales), len(zero_points)} != {shape[axis]}:
+            raise RefusedError("a quantized tensor whose scales are not those of its channels")
+        result = torch._empty_per_channel_affine_quantized(
+            shape, scales=scales, zero_points=zero_points, axis=axis, dtype=dtype
+        )
+    else:
+        raise RefusedError("a quantized tensor of an unknown scheme")
+    return result.set_(storage.data, offset, shape, codes.stride())
+
+
+def _per_channel(values: Any, dtype: torch.dtype) -> Tensor:
+    if isinstance(values, list) and all(isinstance(value, (int, float)) for value in values):
+        values = torch.tensor(values, dtype=dtype)
+    if not isinstance(values, Tensor) or values.dim() != 1 or values.layout is not torch.strided or values.is_meta:
+        raise RefusedError("a quantized tensor whose scales are not a vector")
+    return values.to(dtype)
 
 
 def _size(items: Any = ()) -> torch.Size:

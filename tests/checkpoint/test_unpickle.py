@@ -132,6 +132,23 @@ def test_plain_files_read_as_torch_reads_them(tmp_path: Path) -> None:
     assert trees_equal(torch.load(tmp_path / "a.pt", weights_only=True), ours)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_quantized_tensors(tmp_path: Path) -> None:
+    values = torch.randn(3, 4)
+    scales, zeros = torch.rand(4) + 0.1, torch.arange(4)
+    quantized = {
+        "tensor": torch.quantize_per_tensor(values, 0.1, 2, torch.qint8),
+        "channel": torch.quantize_per_channel(values, scales, zeros, 1, torch.quint8),
+    }
+    torch.save(quantized, tmp_path / "a.pt")
+    found = read_zip(MappedFile(tmp_path / "a.pt")).value
+    for name, tensor in quantized.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].qscheme() == tensor.qscheme()
+        assert torch.equal(found[name].int_repr(), tensor.int_repr())
+        assert torch.equal(found[name].dequantize(), tensor.dequantize())
+
+
 def test_tensors_that_share_memory_still_do(tmp_path: Path) -> None:
     base = torch.arange(6.0)
     torch.save({"a": base, "b": base[2:]}, tmp_path / "a.pt")
