@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from lit_wsl.mapper.classes import ClassSolver, Pair, Pairing, Region
+from lit_wsl.mapper.classes import ClassSolver
 from lit_wsl.mapper.evidence import Evidence
 from lit_wsl.mapper.fusion import Fusion, find_fusions, fold_run
 from lit_wsl.mapper.options import MatchingOptions
+from lit_wsl.mapper.pairing import Pair, Pairing, Region
 from lit_wsl.mapper.shapes import operations_between
 from lit_wsl.mapper.tree import Item, TreeBuilder, role_of, shape_key
 from lit_wsl.transfer.operations import Operation

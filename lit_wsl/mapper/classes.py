@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
 from lit_wsl.mapper.assignment import FORBIDDEN, assign
 from lit_wsl.mapper.evidence import Evidence
+from lit_wsl.mapper.families import (
+    Family,
+    aligned_axes,
+    evened,
+    families_of,
+    literal_if_needed,
+    same_numbering,
+    telling_words,
+)
 from lit_wsl.mapper.names import (
     ABBREVIATION,
     best_pairs_similarity,
@@ -20,85 +27,14 @@ from lit_wsl.mapper.names import (
     weighted_similarity,
 )
 from lit_wsl.mapper.options import MatchingOptions
-from lit_wsl.mapper.roles import MAX_TENSORS, Make, make_of
+from lit_wsl.mapper.pairing import ItemDoubt, Pair, Pairing, Region
 from lit_wsl.mapper.shapes import TRANSPOSED, operation_cost
-from lit_wsl.mapper.tree import Family, Item, families_of, place_end, place_in, relative, shape_key
-from lit_wsl.structure.info import Shape
+from lit_wsl.mapper.tree import Item, place_in, relative
 
 MARGIN = 0.08
 FIRST_MARGIN = 0.15  # while nothing has been learned, names alone must be clear
 ORDER_WEIGHT = 0.25
 NAME_SUPPORT = 0.5
-
-
-@dataclass(frozen=True)
-class Region:
-    """Where items are compared: below ``source`` and ``target``.
-
-    Attributes:
-        source: Root of the source's side.
-        target: Root of the target's side.
-        complete: Whether both sides have the same number of elements, so that everything must find a partner and
-            being the only one of a size is proof enough.
-        shapes: How many tensors of each shape (up to order and ones) the whole models have, source and target.
-    """
-
-    source: Item
-    target: Item
-    complete: bool
-    shapes: tuple[Counter[Shape], Counter[Shape]] | None = None
-
-    @cached_property
-    def make(self) -> Make | None:
-        """The make of the region, if it is no larger than a block."""
-        names = [[relative(t, root) for t in root.tensors[: MAX_TENSORS + 1]] for root in (self.source, self.target)]
-        return make_of(names[0], names[1])
-
-    def places(self, s: Item, t: Item) -> tuple[str, str, str, str]:
-        """Where two items stand: their paths in the region, and the ends of their paths that other blocks share."""
-        return place_in(s, self.source), place_in(t, self.target), place_end(s), place_end(t)
-
-    def distinct(self, s: Item, t: Item) -> bool:
-        """Whether the items are matrices of a shape that nothing else in either model has."""
-        if self.shapes is None or s.rank < 2 or s.profile != t.profile:
-            return False
-        return all(counts[shape_key(i.main.shape)] == 1 for counts, i in zip(self.shapes, (s, t)))
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A decided pair.
-
-    Attributes:
-        source: Item of the source.
-        target: Item of the target.
-        margin: How much worse the best alternative assignment would be.
-        reason: What decided, in words.
-        certain: Whether something other than order decided, so that the pair may vote on order.
-    """
-
-    source: Item
-    target: Item
-    margin: float
-    reason: str
-    certain: bool = False
-
-
-@dataclass(frozen=True)
-class ItemDoubt:
-    """Targets and sources that belong together in an order that nothing decides."""
-
-    targets: tuple[Item, ...]
-    sources: tuple[Item, ...]
-    reason: str
-
-
-@dataclass
-class Pairing:
-    """The decisions of a class."""
-
-    pairs: list[Pair] = field(default_factory=list)
-    doubts: list[ItemDoubt] = field(default_factory=list)
 
 
 class ClassSolver:
@@ -146,7 +82,7 @@ class ClassSolver:
         families_s, families_t = families_of(s, region.source), families_of(t, region.target)
         if len(s) != len(t):
             return self._unbalanced(families_s, families_t, region)
-        families_s, families_t = _even(families_s, families_t)
+        families_s, families_t = evened(families_s, families_t)
         if not region.complete and len(s) < 3 and not all(_strong(i) for i in (*s, *t)):
             return self._unbalanced(families_s, families_t, region)
         if sorted(len(f.members) for f in families_s) != sorted(len(f.members) for f in families_t):
@@ -210,7 +146,7 @@ class ClassSolver:
     def _assign(self, fs: list[Family], ft: list[Family], region: Region) -> Pairing:
         """Assign families to families, jointly, and their members by number."""
         n = len(fs)
-        words_s, words_t = _same_numbering(_telling(fs), _telling(ft))
+        words_s, words_t = same_numbering(telling_words(fs), telling_words(ft))
         weak_s, weak_t = self._weak(fs, region.source), self._weak(ft, region.target)
         shape = np.full((n, n), FORBIDDEN)
         base = np.full((n, n), FORBIDDEN)
@@ -333,9 +269,9 @@ class ClassSolver:
         """More on one side than on the other: only names that leave no doubt decide, the rest stays open."""
         if not self.names:
             return Pairing()
-        fs, ft = _literal_if_needed(fs, ft)
+        fs, ft = literal_if_needed(fs, ft)
         cost = np.full((len(fs), len(ft) + len(fs)), 1.0 - NAME_SUPPORT)
-        words_s, words_t = _telling(fs), _telling(ft)
+        words_s, words_t = telling_words(fs), telling_words(ft)
         for i, f in enumerate(fs):
             for j, g in enumerate(ft):
                 shape = self._family_cost(f, g) if f.numbers == g.numbers or len(f.members) == 1 else None
@@ -350,43 +286,6 @@ class ClassSolver:
             if j < len(ft) and margin >= self.margin and cost[i, j] <= 1.0 - NAME_SUPPORT:
                 pairing.pairs += _zip(fs[i], ft[j], margin, "their names single them out", True)
         return pairing
-
-
-def _strong(item: Item) -> bool:
-    """Whether so much structure is below that an equal one elsewhere can't be chance."""
-    return len(item.tensors) >= 4 and len(item.profile) >= 2
-
-
-def _telling(families: Sequence[Family]) -> list[tuple[str, ...]]:
-    """The words that tell each family from its rivals: what is left when what all have is taken away, once each."""
-    words = [f.words for f in families]
-    if len(words) < 2:
-        return words
-    common = Counter(words[0])
-    for ws in words[1:]:
-        common &= Counter(ws)
-    out = []
-    for ws in words:
-        left = Counter(common)
-        kept = []
-        for w in reversed(ws):  # the last parts of a path are the common ones more often than the first
-            if left[w] > 0:
-                left[w] -= 1
-            else:
-                kept.append(w)
-        out.append(tuple(reversed(kept)))
-    return out
-
-
-def _same_numbering(
-    s: list[tuple[str, ...]], t: list[tuple[str, ...]]
-) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Leave numbers out unless both sides use the same ones: counting from 0 and from 1 would cross."""
-    numbers = [{w for ws in side for w in ws if w.isdigit()} for side in (s, t)]
-    if numbers[0] == numbers[1]:
-        return s, t
-    plain = [[tuple(w for w in ws if not w.isdigit()) for ws in side] for side in (s, t)]
-    return plain[0], plain[1]
 
 
 def _ranks(shape: np.ndarray) -> np.ndarray:
@@ -404,6 +303,11 @@ def _word_counts(tensors: Sequence[Item], root: Item) -> Counter[str]:
     return Counter(w for t in tensors for w in set(path_tokens(relative(t, root))) if not w.isdigit())
 
 
+def _strong(item: Item) -> bool:
+    """Whether so much structure is below that an equal one elsewhere can't be chance."""
+    return len(item.tensors) >= 4 and len(item.profile) >= 2
+
+
 def _reason(rivals: int, members: int, certain: bool) -> str:
     if rivals == 1:
         return "same family of repeated modules, by number" if members > 1 else "the only ones of this shape"
@@ -411,61 +315,6 @@ def _reason(rivals: int, members: int, certain: bool) -> str:
 
 
 def _zip(f: Family, g: Family, margin: float, reason: str, certain: bool) -> list[Pair]:
-    members = _aligned_axes(f, g)
+    members = aligned_axes(f, g)
     # one vote of a family is enough: its members follow from each other
     return [Pair(a, b, margin, reason, certain and k == 0) for k, (a, b) in enumerate(zip(f.members, members))]
-
-
-def _aligned_axes(f: Family, g: Family) -> tuple[Item, ...]:
-    """The members of ``g`` in the order of ``f``, where the two number axes stand the other way round."""
-    axes_f, axes_g = f.axes(), g.axes()
-    if len(axes_f) == len(axes_g) == 2:
-        size_f = [len({n[a] for n in f.numbers}) for a in axes_f]
-        size_g = [len({n[a] for n in g.numbers}) for a in axes_g]
-        if size_f != size_g and size_f == size_g[::-1]:
-            order = sorted(range(len(g.members)), key=lambda i: (g.numbers[i][axes_g[1]], g.numbers[i][axes_g[0]]))
-            return tuple(g.members[i] for i in order)
-    return g.members
-
-
-def _even(fs: list[Family], ft: list[Family]) -> tuple[list[Family], list[Family]]:
-    """Cut families along a number that plays a role (``norm1``, ``norm2``) until both sides have as many."""
-    for _ in range(3):
-        if len(fs) == len(ft):
-            break
-        fewer, more = (fs, ft) if len(fs) < len(ft) else (ft, fs)
-        wanted = Counter(len(f.members) for f in more)
-        cut = _cut_one(fewer, wanted)
-        if cut is None:
-            break
-        fs, ft = (cut, ft) if fewer is fs else (fs, cut)
-    return fs, ft
-
-
-def _cut_one(families: list[Family], wanted: Counter[int]) -> list[Family] | None:
-    have = Counter(len(f.members) for f in families)
-    for k, family in enumerate(families):
-        if have[len(family.members)] <= wanted[len(family.members)]:
-            continue
-        for axis in reversed(family.axes()):
-            parts = family.split(axis)
-            if all(wanted[len(p.members)] >= len(parts) for p in parts):
-                out = [*families[:k], *parts, *families[k + 1 :]]
-                return sorted(out, key=lambda f: f.start)
-    return None
-
-
-def _literal_if_needed(fs: list[Family], ft: list[Family]) -> tuple[list[Family], list[Family]]:
-    """Families of one member each, unless whole families stand against each other."""
-    sizes = {len(f.members) for f in (*fs, *ft)}
-    if len(sizes) == 1 and all(f.numbers == ft[0].numbers or sizes == {1} for f in (*fs, *ft)):
-        return fs, ft
-    return _literal(fs), _literal(ft)
-
-
-def _literal(families: list[Family]) -> list[Family]:
-    singles = [Family(f.pattern, (m,), (n,)) for f in families for m, n in zip(f.members, f.numbers)]
-    return sorted(singles, key=lambda f: f.start)
-
-
-__all__ = ["ClassSolver", "ItemDoubt", "Pair", "Pairing", "Region"]

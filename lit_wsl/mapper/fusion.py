@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import combinations, permutations
 
 from lit_wsl.mapper.evidence import Evidence
+from lit_wsl.mapper.families import Family, families_of
 from lit_wsl.mapper.names import best_pairs_similarity, path_tokens, token_similarity
-from lit_wsl.mapper.tree import Family, Item, TreeBuilder, families_of, relative, role_of
+from lit_wsl.mapper.tree import Item, TreeBuilder, relative, role_of
 from lit_wsl.structure.info import Shape
 from lit_wsl.transfer.operations import Concat, Operation, Permute, Split, Stack, Transpose
 

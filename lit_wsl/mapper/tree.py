@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lit_wsl.mapper.names import split_numbers
 from lit_wsl.structure.info import ParameterInfo, Shape
 from lit_wsl.transfer.operations import Operation
 
@@ -191,66 +190,3 @@ def place_end(item: Item) -> str:
 def _without_role(path: str) -> str:
     head, _, leaf = path.rpartition(".")
     return head if head and leaf in _ROLES else path
-
-
-@dataclass(frozen=True)
-class Family:
-    """Items whose paths differ only by numbers, ordered by them.
-
-    Attributes:
-        pattern: The words of the path, numbers replaced by ``#``.
-        members: The items, ordered by their numbers.
-        numbers: The numbers of each member.
-        literal: The words of the path of the first member, where the family has only one, numbers included.
-    """
-
-    pattern: tuple[str, ...]
-    members: tuple[Item, ...]
-    numbers: tuple[tuple[int, ...], ...]
-
-    @cached_property
-    def start(self) -> int:
-        """Place of the first member in registration order."""
-        return min(m.start for m in self.members)
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The words of the pattern; of a family of one also its numbers, and numbers all members share."""
-        fixed = [len({n[i] for n in self.numbers}) == 1 for i in range(len(self.numbers[0]))] if self.numbers else []
-        out, axis = [], 0
-        for word in self.pattern:
-            if word == "#":
-                if fixed[axis]:
-                    out.append(str(self.numbers[0][axis]))
-                axis += 1
-            else:
-                out.append(word)
-        return tuple(out)
-
-    def axes(self) -> list[int]:
-        """Number positions along which the members differ."""
-        return [i for i in range(len(self.numbers[0])) if len({n[i] for n in self.numbers}) > 1]
-
-    def split(self, axis: int) -> list[Family]:
-        """Cut the family along one number position."""
-        parts: dict[int, list[int]] = {}
-        for i, n in enumerate(self.numbers):
-            parts.setdefault(n[axis], []).append(i)
-        return [
-            Family(self.pattern, tuple(self.members[i] for i in idx), tuple(self.numbers[i] for i in idx))
-            for _, idx in sorted(parts.items())
-        ]
-
-
-def families_of(items: Sequence[Item], root: Item) -> list[Family]:
-    """Group items by the pattern of their path below a root, in registration order of the first members."""
-    found: dict[tuple[str, ...], list[tuple[tuple[int, ...], int, Item]]] = {}
-    for place, item in enumerate(items):
-        pattern, numbers = split_numbers(relative(item, root))
-        found.setdefault(pattern, []).append((numbers, place, item))
-    families = []
-    for pattern, members in found.items():
-        members.sort(key=lambda m: (m[0], m[1]))
-        families.append(Family(pattern, tuple(m[2] for m in members), tuple(m[0] for m in members)))
-    families.sort(key=lambda f: f.start)
-    return families

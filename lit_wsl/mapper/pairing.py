@@ -1,0 +1,81 @@
+"""What deciding a class of items takes and gives: where they stand, pairs, and doubts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from lit_wsl.mapper.roles import MAX_TENSORS, Make, make_of
+from lit_wsl.mapper.tree import Item, place_end, place_in, relative, shape_key
+from lit_wsl.structure.info import Shape
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where items are compared: below ``source`` and ``target``.
+
+    Attributes:
+        source: Root of the source's side.
+        target: Root of the target's side.
+        complete: Whether both sides have the same number of elements, so that everything must find a partner and
+            being the only one of a size is proof enough.
+        shapes: How many tensors of each shape (up to order and ones) the whole models have, source and target.
+    """
+
+    source: Item
+    target: Item
+    complete: bool
+    shapes: tuple[Counter[Shape], Counter[Shape]] | None = None
+
+    @cached_property
+    def make(self) -> Make | None:
+        """The make of the region, if it is no larger than a block."""
+        names = [[relative(t, root) for t in root.tensors[: MAX_TENSORS + 1]] for root in (self.source, self.target)]
+        return make_of(names[0], names[1])
+
+    def places(self, s: Item, t: Item) -> tuple[str, str, str, str]:
+        """Where two items stand: their paths in the region, and the ends of their paths that other blocks share."""
+        return place_in(s, self.source), place_in(t, self.target), place_end(s), place_end(t)
+
+    def distinct(self, s: Item, t: Item) -> bool:
+        """Whether the items are matrices of a shape that nothing else in either model has."""
+        if self.shapes is None or s.rank < 2 or s.profile != t.profile:
+            return False
+        return all(counts[shape_key(i.main.shape)] == 1 for counts, i in zip(self.shapes, (s, t)))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A decided pair.
+
+    Attributes:
+        source: Item of the source.
+        target: Item of the target.
+        margin: How much worse the best alternative assignment would be.
+        reason: What decided, in words.
+        certain: Whether something other than order decided, so that the pair may vote on order.
+    """
+
+    source: Item
+    target: Item
+    margin: float
+    reason: str
+    certain: bool = False
+
+
+@dataclass(frozen=True)
+class ItemDoubt:
+    """Targets and sources that belong together in an order that nothing decides."""
+
+    targets: tuple[Item, ...]
+    sources: tuple[Item, ...]
+    reason: str
+
+
+@dataclass
+class Pairing:
+    """The decisions of a class."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    doubts: list[ItemDoubt] = field(default_factory=list)
