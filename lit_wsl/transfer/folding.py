@@ -136,9 +136,12 @@ def _fold_plain(
         if len(row[key_side]) == 1:
             sides[key_side] = [guarded[position]]
         texts = [text for side in sides for text in side]
-        brackets = tuple(match for text in texts for match in _BRACKETS.findall(text))
+        brackets: tuple[str, ...] = ()
+        if any("[" in text for text in texts):
+            brackets = tuple(match for text in texts for match in _BRACKETS.findall(text))
+            texts = [_BRACKETS.sub("[]", text) for text in texts]
         positions.append(position)
-        flat.append(tuple(_BRACKETS.sub("[]", text) for text in texts))
+        flat.append(tuple(texts))
         shapes_of.append((tuple(map(len, sides)), brackets))
         flat_keys.append((shapes_of[-1], key))
     for family in fold(flat, flat_keys):
