@@ -422,7 +422,7 @@ def test_whatever_is_changed_in_a_plan_it_is_a_plan_or_a_plan_error():
     everywhere = list(places(document))
     random = Random(0)
     readable = 0
-    for _ in range(1500):
+    for _ in range(700):
         changed = json.loads(json.dumps(document))
         *path, last = random.choice(everywhere)
         node = changed
@@ -441,7 +441,7 @@ def test_whatever_is_changed_in_a_plan_it_is_a_plan_or_a_plan_error():
             readable += 1
             assert plan_from_text(plan_to_text(plan)) == plan
         assert time.process_time() - start < 2
-    assert readable > 50
+    assert readable > 20
 
 
 def test_a_plan_that_is_not_plain_data_is_not_written(tmp_path):
