@@ -37,9 +37,8 @@ def run(mode: str, path: str, gigabytes: float) -> dict[str, float]:
     model = build(gigabytes)
     if mode == "transfer":  # imports are not the cost in question
         from lit_wsl import transfer_weights
-        from lit_wsl.mapper import build_plan
 
-        assert callable(build_plan)
+        transfer_weights(nn.Linear(2, 2), nn.Linear(2, 2).state_dict())
     start = time.perf_counter()
     if mode == "transfer":
         transfer_weights(model, path)
