@@ -70,7 +70,8 @@ def test_states_are_right_or_refused(block, tmp_path):
         try:
             convert_checkpoint(tmp_path / "old.ckpt", tmp_path / "new.ckpt", plan)
         except CheckpointError as error:
-            assert "not unique" in str(error)
+            if "not unique" not in str(error):
+                raise
             continue
         made = torch.load(tmp_path / "new.ckpt", weights_only=True)
         new.load_state_dict(made["state_dict"])
