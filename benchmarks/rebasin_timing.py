@@ -6,13 +6,13 @@ Both models have random, unrelated weights, so that every assignment problem has
 pure time is measured inside the same sweep: for each step, the products of the very matrices that the step compares,
 laid out beforehand, and scipy's assignment on their sum. ``rebasin`` runs one step of its own descent, in the same
 process, after ours. A fine-tuned pair (noise of a tenth of each tensor's deviation, no permutation) is timed to its
-end.
+end. Seconds are given twice, by the wall clock and of processor time over all threads: on a machine that does other
+things as well only the latter can be compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 
 import torch
@@ -26,7 +26,16 @@ from lit_wsl.rebasin.matching import matched_names
 from lit_wsl.rebasin.progress import progress_bar
 
 
-def pure_seconds(descent: Descent, root: str) -> float:
+def now() -> torch.Tensor:
+    """Wall clock and processor time."""
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+
+
+def shown(seconds: torch.Tensor) -> str:
+    return f"{float(seconds[0]):6.2f} s ({float(seconds[1]):6.2f} s cpu)"
+
+
+def pure_seconds(descent: Descent, root: str) -> torch.Tensor:
     """Products and assignment of one step, without layout, without checks (heads as one whole assignment)."""
     tree = descent.trees[root]
     rows: dict[tuple[str, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -34,9 +43,9 @@ def pure_seconds(descent: Descent, root: str) -> float:
         a, b = term.rows(descent.reference[term.tensor]), term.rows(descent.current[term.tensor])
         flat = (a.reshape(-1, a.shape[-1]).contiguous(), b.reshape(-1, b.shape[-1]).contiguous())
         rows.setdefault(term.groups, []).append(flat)
-    seconds = 0.0
+    seconds = torch.zeros(2, dtype=torch.float64)
     for groups, pairs in rows.items():
-        began = time.perf_counter()
+        began = now()
         whole = pairs[0][0] @ pairs[0][1].T
         for a, b in pairs[1:]:
             whole.addmm_(a, b.T)
@@ -46,35 +55,35 @@ def pure_seconds(descent: Descent, root: str) -> float:
         for i in range(ancestors):
             for j in range(ancestors) if ancestors > 1 else (0,):
                 linear_sum_assignment(blocks[i, :, j].numpy(), maximize=True)
-        seconds += time.perf_counter() - began
+        seconds += now() - began
     return seconds
 
 
-def ours(descent: Descent, order: list[int]) -> tuple[float, float]:
+def ours(descent: Descent, order: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Seconds of one sweep from the start, and of the pure part of the same sweep."""
     names = list(descent.trees)
     descent.reset()
     with progress_bar(False) as bar:
-        began = time.perf_counter()
+        began = now()
         descent.sweep(order, bar)
-        sweep = time.perf_counter() - began
+        sweep = now() - began
     descent.reset()
-    pure = 0.0
+    pure = torch.zeros(2, dtype=torch.float64)
     for number in order:
         pure += pure_seconds(descent, names[number])
         descent.step(descent.trees[names[number]])
     return sweep, pure
 
 
-def peer(first: nn.Module, second: nn.Module, example: torch.Tensor) -> tuple[float, float]:
+def peer(first: nn.Module, second: nn.Module, example: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Seconds that the ``rebasin`` package takes to set up, and for one sweep."""
     from rebasin import PermutationCoordinateDescent
 
-    began = time.perf_counter()
+    began = now()
     descent = PermutationCoordinateDescent(first, second, example)
-    ready = time.perf_counter()
+    ready = now()
     descent._calculate_permutations_step(range(1))
-    return ready - began, time.perf_counter() - ready
+    return ready - began, now() - ready
 
 
 def measure(name: str, repeats: int, with_peer: bool) -> None:
@@ -83,34 +92,33 @@ def measure(name: str, repeats: int, with_peer: bool) -> None:
         torch.manual_seed(seed)
         model, (args, kwargs) = MODELS[name]()
         models.append(randomised(model, seed))
-    began = time.perf_counter()
+    began = now()
     spec = infer_permutation_spec(models[0], args, kwargs)
-    inferred = time.perf_counter() - began
+    inferred = now() - began
     a, b = ({k: v.detach() for k, v in m.state_dict().items()} for m in models)
     names = matched_names(spec, a, b)
     descent = Descent(spec, {n: a[n] for n in names}, {n: b[n] for n in names})
     order = torch.randperm(len(descent.trees), generator=torch.Generator().manual_seed(0)).tolist()
     times = [ours(descent, order) for _ in range(repeats)]
-    sweep, pure = (statistics.median(column) for column in zip(*times))
-    print(
-        f"{name:12} spec {inferred:5.1f} s; sweep {sweep:6.2f} s, pure products and assignments {pure:6.2f} s, "
-        f"ratio {sweep / pure:.2f}",
-        flush=True,
-    )
+    sweep, pure = (torch.stack(column).median(dim=0).values for column in zip(*times))
+    ratio = sweep / pure
+    print(f"{name}: spec in {shown(inferred)}")
+    print(f"    sweep {shown(sweep)}; pure products and assignments {shown(pure)}")
+    print(f"    ratio {float(ratio[0]):.2f} ({float(ratio[1]):.2f} cpu)", flush=True)
     tuned = noisy(a, 0.1, 5)
-    began = time.perf_counter()
+    began = now()
     found = weight_matching(spec, a, tuned)
-    print(
-        f"{'':12} fine-tuned pair: {time.perf_counter() - began:.2f} s to the end, {found.sweeps} sweep, "
-        f"identity {found.identity_share:.3f}",
-        flush=True,
-    )
+    share = found.identity_share
+    print(f"    fine-tuned pair, to the end: {shown(now() - began)}, {found.sweeps} sweep, identity {share:.3f}")
     if with_peer:
         try:
             setup, theirs = peer(models[0], models[1], args[0])
-            print(f"{'':12} rebasin package: set up {setup:.1f} s, sweep {theirs:6.2f} s: {theirs / sweep:.1f} x ours")
         except Exception as error:
-            print(f"{'':12} rebasin package: {type(error).__name__}: {str(error)[:100]}")
+            print(f"    rebasin package: {type(error).__name__}: {str(error)[:100]}")
+            return
+        times_ours = theirs / sweep
+        print(f"    rebasin package: set up {shown(setup)}, sweep {shown(theirs)}")
+        print(f"    that is {float(times_ours[0]):.1f} x ours ({float(times_ours[1]):.1f} x cpu)", flush=True)
 
 
 def main() -> None:
