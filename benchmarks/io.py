@@ -31,7 +31,7 @@ WIDTH = 4096
 WAYS = {
     "torch": "torch.load(mmap=True) + load_state_dict",
     "read": "open_checkpoint + load_state_dict, same names",
-    "foreign": "the same from a file with foreign hyper-parameters (own pickle machine)",
+    "machine": "the same by the own pickle machine alone, as for foreign hyper-parameters",
     "transfer": "transfer_weights to renamed modules, all checks",
 }
 
@@ -78,6 +78,7 @@ def fill(way: str, path: Path, blocks: int, threads: int) -> None:
     """Fill a model in one of the ways, and print time and memory as JSON."""
     from lit_wsl import transfer_weights
     from lit_wsl.checkpoint import open_checkpoint
+    from lit_wsl.checkpoint.torch_file import MappedFile, read_zip
 
     torch.set_num_threads(threads)
     renamed = way == "transfer"
@@ -93,6 +94,8 @@ def fill(way: str, path: Path, blocks: int, threads: int) -> None:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"])
     elif way == "transfer":
         transfer_weights(model, path)
+    elif way == "machine":
+        model.load_state_dict(read_zip(MappedFile(path)).value["state_dict"])
     else:
         model.load_state_dict(dict(open_checkpoint(path)))
     seconds, cpu = time.perf_counter() - started, time.process_time() - processor
@@ -120,23 +123,21 @@ def measure(way: str, path: Path, blocks: int, threads: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def make_files(folder: Path, blocks: int) -> tuple[Path, Path]:
+def make_file(folder: Path, blocks: int) -> Path:
     torch.manual_seed(0)
-    weights = Model(blocks).state_dict()
-    plain, foreign = folder / "plain.ckpt", folder / "foreign.ckpt"
-    torch.save({"state_dict": weights, "epoch": 1}, plain)
-    torch.save({"state_dict": weights, "hyper_parameters": argparse.Namespace(data=Path("x"))}, foreign)
-    return plain, foreign
+    path = folder / "old.ckpt"
+    torch.save({"state_dict": Model(blocks).state_dict(), "epoch": 1}, path)
+    return path
 
 
 def run(gigabytes: float, repeats: int, threads: int, folder: Path) -> dict[str, Any]:
     blocks = max(1, round(gigabytes * 1e9 / (2 * WIDTH * WIDTH * 4)))
-    plain, foreign = make_files(folder, blocks)
+    path = make_file(folder, blocks)
     rows: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for _ in range(repeats + 1):
         for way in WAYS:
-            rows[way].append(measure(way, foreign if way == "foreign" else plain, blocks, threads))
-    size = plain.stat().st_size
+            rows[way].append(measure(way, path, blocks, threads))
+    size = path.stat().st_size
     summary = {}
     for way, found in rows.items():
         found = found[1:]  # the first round warms the page cache
