@@ -30,7 +30,7 @@ def distinct_rows(matrix: Array) -> tuple[Array, Array]:
     """First row of each kind, and the kind of each row (by a 64-bit hash of its content).
 
     >>> first, kind = distinct_rows(np.array([[5, 6], [1, 2], [5, 6]]))
-    >>> (kind[0] == kind[2], kind[0] == kind[1], len(first))
+    >>> (bool(kind[0] == kind[2]), bool(kind[0] == kind[1]), len(first))
     (True, False, 2)
     """
     weights = np.random.default_rng(0).integers(1, 2**62, matrix.shape[1], dtype=np.uint64) | np.uint64(1)
