@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_wsl.rebasin.spec import AxisSpec, PermutationSpec
+from lit_wsl.rebasin.spec import PermutationSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,15 +206,6 @@ def _left_by_nested(spec: PermutationSpec, name: str, axis: int, leaves: tuple[s
         if nested:
             left[other] = torch.nonzero(~torch.stack(nested).any(dim=0)).flatten()
     return left
-
-
-def settled_positions(axis_spec: AxisSpec, roots: Mapping[str, str], settled: set[str]) -> Tensor:
-    """Bool ``(length,)``: positions of an axis that no unsettled tree moves."""
-    free = torch.ones(axis_spec.length, dtype=torch.bool)
-    for group in axis_spec.groups:
-        if roots[group] not in settled:
-            free &= axis_spec.coordinate(group) < 0
-    return free
 
 
 def _product(sizes: Iterable[int]) -> int:
