@@ -42,10 +42,11 @@ def infer_permutation_spec(
         verify: Check the result with :func:`verify_permutation_spec` and drop groups that would break the function.
 
     Returns:
-        The spec; ``spec.summary()`` says what was found, ``spec.coverage`` how much of the parameters it moves.
+        The spec; ``spec.summary()`` says what was found, what stays and why, ``spec.coverage`` how much of the
+        parameters it moves. A model without any such permutation gets a spec without groups.
 
     Raises:
-        RebasinError: The forward pass fails, or no axis at all may be permuted.
+        RebasinError: The forward pass fails, or the model cannot be verified in float64.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
