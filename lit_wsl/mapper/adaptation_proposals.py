@@ -197,10 +197,8 @@ def _rows(shape: Shape) -> Shape:
 
 def _is_table(info: ParameterInfo, side: ModelDescription) -> bool:
     """Whether a tensor stands alone, as tables do: no bias beside it."""
-    return role_of(info.name) != "bias" and not any(
-        i.module_path == info.module_path and role_of(i.name) == "bias" and i.shape == info.shape[:1]
-        for i in side.parameters
-    )
+    rows = _rows(info.shape)[:1]
+    return not any(i.module_path == info.module_path and i.shape == rows for i in side.parameters)
 
 
 def _has_grid(width: int, prefix: int, side: ModelDescription) -> bool:

@@ -89,7 +89,7 @@ class Window(nn.Module):
         self.blocks = nn.ModuleList()
         for width, heads in ((12, 2), (12, 2), (24, 4)):
             block = nn.Module()
-            block.table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads))
+            block.bias_table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads))
             block.qkv, block.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
             self.blocks.append(block)
 
@@ -240,9 +240,9 @@ def test_every_relative_position_table_is_resized():
     report = transfer_weights(new, old.state_dict(), adapt=["resize_position_embedding"])
     assert report.missing == ()
     for a, b in zip(old.blocks, new.blocks):
-        picture = a.table.T.reshape(1, -1, 5, 5)
+        picture = a.bias_table.T.reshape(1, -1, 5, 5)
         wanted = F.interpolate(picture, (9, 9), mode="bicubic", antialias=True).flatten(2)[0].T
-        torch.testing.assert_close(b.table, wanted)
+        torch.testing.assert_close(b.bias_table, wanted)
 
 
 @pytest.mark.parametrize(("old", "new"), [(64, 256), (128, 256), (100, 49)])
