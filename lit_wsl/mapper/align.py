@@ -93,16 +93,21 @@ class Outcome:
             stack += [(o, ds + s, dt + t, min(cap, margin)) for o, s, t, margin in outcome.inside]
         return matches, doubts
 
-    def distinct(self) -> Iterator[Outcome]:
-        """This outcome and all inside it, each once."""
-        seen, stack = {id(self)}, [self]
+    def distinct(self) -> Iterator[tuple[Outcome, float]]:
+        """This outcome and all inside it, each once, with the best margin of the pairs that lead to it."""
+        best: dict[int, float] = {id(self): 1.0}
+        outcomes: dict[int, Outcome] = {id(self): self}
+        stack = [self]
         while stack:
             outcome = stack.pop()
-            yield outcome
-            for inner, *_ in outcome.inside:
-                if id(inner) not in seen:
-                    seen.add(id(inner))
+            for inner, _, _, margin in outcome.inside:
+                cap = min(best[id(outcome)], margin)
+                if cap > best.get(id(inner), -1.0):
+                    best[id(inner)] = cap
+                    outcomes[id(inner)] = inner
                     stack.append(inner)
+        for key, outcome in outcomes.items():
+            yield outcome, best[key]
 
 
 class Aligner:
@@ -255,8 +260,8 @@ class Aligner:
             self._descend(p.source, p.target, out, p.margin, p.reason)
             if p.certain:
                 sure.append((p.source, p.target))
-            if region.make is not None:
-                self.gathered.roles.teach(region.make, *region.places(p.source, p.target))
+            if region.make is not None and (p.certain or p.source.rank >= 2):  # norms may be numbered otherwise
+                self.gathered.roles.teach(region.make, region.key, *region.places(p.source, p.target))
         for doubt in pairing.doubts:
             out.doubts.append(
                 Doubt(

@@ -190,7 +190,7 @@ class ClassSolver:
         """What other regions of the same make are certain of outweighs how names look."""
         if len(f.members) > 1 or region.make is None:
             return alike
-        verdict = self.evidence.roles.verdict(region.make, *region.places(f.members[0], g.members[0]))
+        verdict = self.evidence.roles.verdict(region.make, region.key, *region.places(f.members[0], g.members[0]))
         if verdict is None:
             return alike
         return 1.0 if verdict else min(alike, 0.1)

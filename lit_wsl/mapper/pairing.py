@@ -34,6 +34,11 @@ class Region:
         names = [[relative(t, root) for t in root.tensors[: MAX_TENSORS + 1]] for root in (self.source, self.target)]
         return make_of(names[0], names[1])
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """Equal for regions of the same structure, which are solved once."""
+        return self.source.structure, self.target.structure
+
     def places(self, s: Item, t: Item) -> tuple[str, str, str, str]:
         """Where two items stand: their paths in the region, and the ends of their paths that other blocks share."""
         return place_in(s, self.source), place_in(t, self.target), place_end(s), place_end(t)

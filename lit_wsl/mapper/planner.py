@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from lit_wsl.mapper.align import Aligner, Match, Outcome
 from lit_wsl.mapper.buffers import match_buffers, refuse_modules, split_kinds
+from lit_wsl.mapper.classes import ORDER_WEIGHT
 from lit_wsl.mapper.entries import EntryWriter
 from lit_wsl.mapper.evidence import Evidence, OrderVotes
 from lit_wsl.mapper.factors import factor_roles, same_roles
@@ -134,11 +135,18 @@ def align(
 def _with_execution_order(
     first: Alignment, source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], options: MatchingOptions
 ) -> Alignment:
-    """Let execution order decide what is still open, and nothing else: it only turns missing into right."""
+    """Let execution order decide what is still open: it only turns missing into right.
+
+    Where both sides were traced and the order of execution says otherwise than the order of registration, what was
+    decided by nothing but order is in doubt.
+    """
     matched = {t.name for _, targets, _ in first.matches for t in targets}
-    if len(matched) == len(target):
+    both_traced = any(info.execution_order is not None for info in source)
+    if len(matched) == len(target) and not both_traced:
         return first
     second = align(_by_execution(source), _by_execution(target), options)
+    if both_traced:
+        first = _doubt_contradictions(first, second)
     used = {s.name for sources, _, _ in first.matches for s in sources}
     agreed = {(tuple(s.name for s in ss), tuple(t.name for t in ts)) for ss, ts, _ in first.matches}
     if any(
@@ -153,6 +161,20 @@ def _with_execution_order(
     return Alignment((*first.matches, *extra), doubts, second.dictionary)
 
 
+def _doubt_contradictions(first: Alignment, second: Alignment) -> Alignment:
+    """Take back what only order decided, where the other order gives the target another source."""
+    theirs = {t.name: tuple(s.name for s in ss) for ss, ts, _ in second.matches for t in ts}
+    kept, doubts = [], []
+    for sources, targets, match in first.matches:
+        names = tuple(s.name for s in sources)
+        crossed = any(theirs.get(t.name, names) != names for t in targets)
+        if crossed and match.margin <= ORDER_WEIGHT:
+            doubts.append((targets, sources, "the orders of registration and of execution contradict each other"))
+        else:
+            kept.append((sources, targets, match))
+    return Alignment(tuple(kept), (*first.doubts, *doubts), first.dictionary)
+
+
 def _by_execution(infos: Sequence[ParameterInfo]) -> list[ParameterInfo]:
     """Sort by execution order; tensors the sample never reached go last."""
     late = len(infos) + max((i.execution_order or 0 for i in infos), default=0)
@@ -163,8 +185,8 @@ def _learn(outcome: Outcome, source: Sequence[ParameterInfo], target: Sequence[P
     """Learn words from matched pairs; every pair of families counts once, however many members it has."""
     dictionary = Dictionary()
     seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
-    for match in (m for region in outcome.distinct() for m in region.matches):
-        if len(match.sources) != 1 or len(match.targets) != 1 or match.margin < LEARN_MARGIN:
+    for match, cap in ((m, cap) for region, cap in outcome.distinct() for m in region.matches):
+        if len(match.sources) != 1 or len(match.targets) != 1 or min(match.margin, cap) < LEARN_MARGIN:
             continue
         key = (
             split_numbers(source[match.sources[0]].name)[0],

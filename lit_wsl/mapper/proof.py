@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lit_wsl.mapper.classes import ORDER_WEIGHT
 from lit_wsl.mapper.names import split_numbers
 from lit_wsl.mapper.variants import Variant, open_questions, suspicions
 from lit_wsl.structure.preserving import undisturbed
@@ -165,7 +166,8 @@ class _Prover:
             note = "function not compared to the end: some parameters of the model stay as they are"
             return replace(plan, notes=(*plan.notes, *changed, note))
         note = f"function REFUTED: the outputs differ{f', first at module {where!r}' if where else ''}"
-        plan = _withdraw(plan, self._doubtful_modules(plan, run), where)
+        verified = {path for same, path in self._comparisons(plan, run) if same}
+        plan = _withdraw(plan, self._doubtful_modules(plan, run), verified, where)
         return replace(plan, proof="refuted", notes=(*plan.notes, *changed, note))
 
     def proven(self, run: Run) -> bool:
@@ -234,9 +236,15 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _withdraw(plan: TransferPlan, modules: Sequence[str], where: str) -> TransferPlan:
-    """Take the entries before the first difference out of a refuted plan, with their like in the other blocks."""
-    suspects = {e.targets[0] for e in plan.entries for t in e.targets if t.rpartition(".")[0] in modules}
+def _withdraw(plan: TransferPlan, modules: Sequence[str], verified: set[str], where: str) -> TransferPlan:
+    """Take out of a refuted plan what stands before the first difference, with its like in the other blocks.
+
+    What nothing but order decided goes too, unless its module was seen to compute the same.
+    """
+    suspects = {e.targets[0] for e in plan.entries for t in e.targets if _module(t) in modules}
+    suspects |= {
+        e.targets[0] for e in plan.entries if e.margin <= ORDER_WEIGHT and _module(e.targets[0]) not in verified
+    }
     families = {split_numbers(name)[0] for name in suspects}
     out = [e for e in plan.entries if split_numbers(e.targets[0])[0] in families]
     reason = f"refuted by function: the models differ at {where or 'their outputs'}"

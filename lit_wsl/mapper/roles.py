@@ -13,6 +13,7 @@ from collections.abc import Sequence
 MAX_TENSORS = 64  # regions larger than a block teach nothing
 
 Make = tuple[tuple[str, ...], tuple[str, ...]]
+Key = tuple[int, int]
 
 
 def make_of(source_names: Sequence[str], target_names: Sequence[str]) -> Make | None:
@@ -68,29 +69,29 @@ class RoleMemory:
     """Partners by their paths inside corresponding regions, kept apart by the make of the regions."""
 
     def __init__(self) -> None:
-        self._tables: dict[Make, tuple[_Table, _Table]] = {}
-        self._merged: dict[Make, tuple[_Table, _Table]] = {}
+        self._tables: dict[tuple[Make, Key], tuple[_Table, _Table]] = {}
+        self._merged: dict[tuple[Make, Key], tuple[_Table, _Table]] = {}
 
-    def teach(self, make: Make, source: str, target: str, source_end: str, target_end: str) -> None:
+    def teach(self, make: Make, key: Key, source: str, target: str, source_end: str, target_end: str) -> None:
         """Remember that two places inside a region were partners, by their paths and by the ends of their paths."""
-        whole, ends = self._tables.setdefault(make, (_Table(), _Table()))
+        whole, ends = self._tables.setdefault((make, key), (_Table(), _Table()))
         whole.add(source, target)
         ends.add(source_end, target_end)
 
-    def verdict(self, make: Make, source: str, target: str, source_end: str, target_end: str) -> bool | None:
-        """Whether two places are partners in all (``True``) or none (``False``) of the regions of one make.
+    def verdict(self, make: Make, key: Key, source: str, target: str, source_end: str, target_end: str) -> bool | None:
+        """Whether two places are partners in all (``True``) or none (``False``) of the other regions of one make.
 
-        Paths are compared whole first; then by their ends, since a part can stand a level deeper in one block than
-        in the next.
+        A region is no witness for itself. Paths are compared whole first; then by their ends, since a part can stand
+        a level deeper in one block than in the next.
         """
-        if make not in self._merged:
+        if (make, key) not in self._merged:
             merged = (_Table(), _Table())
-            for other, tables in self._tables.items():
-                if same_make(make, other):
+            for (other, whose), tables in self._tables.items():
+                if whose != key and same_make(make, other):
                     merged[0].merge(tables[0])
                     merged[1].merge(tables[1])
-            self._merged[make] = merged
-        whole, ends = self._merged[make]
+            self._merged[make, key] = merged
+        whole, ends = self._merged[make, key]
         by_path = whole.verdict(source, target)
         if by_path is True:
             return True

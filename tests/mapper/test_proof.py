@@ -11,7 +11,7 @@ from torch import nn
 from lit_wsl import transfer_weights
 from lit_wsl.mapper import build_plan
 from lit_wsl.mapper.proof import prove
-from lit_wsl.structure import describe
+from lit_wsl.structure import describe, trace_execution_order
 
 
 def proven(old, new, x):
@@ -102,3 +102,35 @@ def test_a_sample_that_does_not_run_is_reported():
     plan = proven(old, new, torch.randn(1, 1))
     assert plan.proof == "not tested"
     assert any("not tested" in note for note in plan.notes)
+
+
+class Twice(nn.Module):
+    """Two equal maps; ``flip`` runs them in the other order than it registers them."""
+
+    def __init__(self, names: str, flip: bool) -> None:
+        super().__init__()
+        self.names, self.flip = names, flip
+        for name in names:
+            self.add_module(name, nn.Linear(4, 4))
+
+    def forward(self, x):
+        for name in reversed(self.names) if self.flip else self.names:
+            x = torch.tanh(getattr(self, name)(x))
+        return x
+
+
+def test_orders_that_contradict_each_other_decide_nothing():
+    old, new = randomise(Twice("ab", flip=False)), randomise(Twice("uw", flip=True), 1)
+    x = torch.randn(3, 4)
+    orders = [trace_execution_order(m, (x,)) for m in (old, new)]
+    plan = build_plan(describe(old, execution_order=orders[0]), describe(new, execution_order=orders[1]))
+    assert not plan.entries
+    assert {t for a in plan.ambiguous for t in a.targets} == set(new.state_dict())
+
+
+def test_the_function_decides_between_orders_that_contradict_each_other():
+    old, new = randomise(Twice("ab", flip=False)), randomise(Twice("uw", flip=True), 1)
+    x = torch.randn(3, 4)
+    report = transfer_weights(new, old, example_args=(x,), min_coverage=0.0)
+    assert report.plan.proof == "proven"
+    torch.testing.assert_close(new(x), old(x))
