@@ -14,7 +14,7 @@ from lit_wsl.mapper.evidence import Evidence, OrderVotes
 from lit_wsl.mapper.factors import factor_roles, same_roles
 from lit_wsl.mapper.names import Dictionary, split_numbers
 from lit_wsl.mapper.options import MatchingOptions
-from lit_wsl.mapper.tree import TreeBuilder
+from lit_wsl.mapper.tree import TreeBuilder, shape_key
 from lit_wsl.structure.info import ModelDescription, ParameterInfo, tokenize
 from lit_wsl.transfer.plan import SideSummary, TransferPlan
 
@@ -164,14 +164,19 @@ def _with_execution_order(
 def _doubt_contradictions(first: Alignment, second: Alignment) -> Alignment:
     """Take back what only order decided, where the other order gives the target another source."""
     theirs = {t.name: tuple(s.name for s in ss) for ss, ts, _ in second.matches for t in ts}
-    kept, doubts = [], []
+    kept = []
+    crossing: dict[tuple[int, ...], tuple[list[ParameterInfo], list[ParameterInfo]]] = {}
     for sources, targets, match in first.matches:
         names = tuple(s.name for s in sources)
         crossed = any(theirs.get(t.name, names) != names for t in targets)
         if crossed and match.margin <= ORDER_WEIGHT:
-            doubts.append((targets, sources, "the orders of registration and of execution contradict each other"))
+            group = crossing.setdefault(shape_key(targets[0].shape), ([], []))
+            group[0].extend(targets)
+            group[1].extend(sources)
         else:
             kept.append((sources, targets, match))
+    reason = "the orders of registration and of execution contradict each other"
+    doubts = [(tuple(targets), tuple(sources), reason) for targets, sources in crossing.values()]
     return Alignment(tuple(kept), (*first.doubts, *doubts), first.dictionary)
 
 
