@@ -6,9 +6,12 @@ A proposal is a guess from shapes and places alone; :mod:`lit_wsl.mapper.adaptat
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
+from lit_wsl.mapper.names import split_numbers
 from lit_wsl.mapper.norms import NormOf, norms_behind
 from lit_wsl.mapper.tree import role_of
 from lit_wsl.structure.info import ModelDescription, ParameterInfo, Shape
@@ -19,6 +22,8 @@ from lit_wsl.transfer.plan import TransferPlan
 MAX_PREFIX = 16  # rows of a position table that belong to no place: class, distillation and register tokens
 
 LEAST_ROWS = 4  # of a grid
+MAX_FAMILIES = 12  # of norms, of which any may go
+MAX_CHOICES = 4  # of norms that go, each of which is tried
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,14 @@ class Proposals:
     Attributes:
         changes: The changes.
         reasons: Why tensors that look like a case for it are none: by name in the source, or ``->name`` in the target.
+        whole: Whether the changes make sense together only.
+        others: Other choices of changes that are as likely.
     """
 
     changes: tuple[Change, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    whole: bool = False
+    others: tuple[tuple[Change, ...], ...] = ()
 
 
 Propose = Callable[[TransferPlan, ModelDescription, ModelDescription], Proposals]
@@ -92,19 +101,40 @@ def _left_over(
 
 
 def fold_batchnorm(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> Proposals:
-    """Fold every batch norm of the source that stands behind a linear map and has no place in the target."""
-    free, _ = _left_over(plan, source, target)
-    unused = {info.name for info in free}
-    none_left = not norms_behind(target)
-    changes, reasons = [], {}
-    for norm in norms_behind(source):
-        if not (none_left or (norm.gamma or norm.mean).name in unused):
-            continue
-        if norm.weight is None:
-            reasons[norm.mean.name] = "fold_batchnorm: no convolution or linear layer stands directly before this norm"
-            continue
-        changes.append(_fold(norm, source))
-    return Proposals(tuple(changes), reasons)
+    """Fold the batch norms of the source that stand behind a linear map and have no place in the target.
+
+    Where the target keeps some norms, those that go are whole families (the second norm of every block), as many of
+    each width as are too many. Several choices of families may fit; the matching decides.
+    """
+    norms, kept = norms_behind(source), norms_behind(target)
+    if not kept:
+        foldable = tuple(_fold(norm, source) for norm in norms if norm.weight is not None)
+        alone = "fold_batchnorm: no convolution or linear layer stands directly before this norm"
+        return Proposals(foldable, {norm.mean.name: alone for norm in norms if norm.weight is None})
+    surplus = Counter(norm.mean.shape for norm in norms)
+    surplus.subtract(Counter(norm.mean.shape for norm in kept))
+    if not any(surplus.values()):
+        return Proposals()
+    families: dict[tuple[tuple[str, ...], str], list[NormOf]] = {}
+    for norm in norms:
+        parent, _, last = norm.mean.module_path.rpartition(".")
+        families.setdefault((split_numbers(parent)[0], last), []).append(norm)
+    whole = [members for members in families.values() if all(norm.weight is not None for norm in members)]
+    fitting = [
+        tuple(_fold(norm, source) for members in choice for norm in members)
+        for size in range(1, len(whole) + 1)
+        for choice in combinations(whole[:MAX_FAMILIES], size)
+        if _counts(choice) == +surplus
+    ]
+    if not fitting or min(surplus.values()) < 0 or len(fitting) > MAX_CHOICES:
+        why = f"fold_batchnorm: {len(fitting) or 'no'} choices of norms leave those that the model has"
+        return Proposals((), {norm.mean.name: why for norm in norms})
+    return Proposals(fitting[0], whole=True, others=tuple(fitting[1:]))
+
+
+def _counts(choice: Sequence[Sequence[NormOf]]) -> Counter[Shape]:
+    """How many norms of each width."""
+    return Counter(norm.mean.shape for members in choice for norm in members)
 
 
 def _fold(norm: NormOf, source: ModelDescription) -> Change:

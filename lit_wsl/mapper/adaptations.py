@@ -63,7 +63,17 @@ def adapt_plan(
     plain = replace(options, adapt=())
     asked = [(name, propose) for name, propose in PROPOSERS if name in options.adapt]
     for name, propose in asked * SWEEPS:
-        state = _adapt(name, propose(state.plan, state.source, target), state, source, target, plain, match)
+        proposals = propose(state.plan, state.source, target)
+        tried = [
+            _adapt(name, replace(proposals, changes=changes), state, source, target, plain, match)
+            for changes in (proposals.changes, *proposals.others)
+        ]
+        tried.sort(key=lambda new: -_filled(new.plan, target))
+        if len(tried) > 1 and _filled(tried[0].plan, target) == _filled(tried[1].plan, target):
+            equal = f"{name}: {len(tried)} choices fit equally well"
+            state = replace(state, reasons={**state.reasons, **dict.fromkeys(proposals.changes[0].sources, equal)})
+        else:
+            state = tried[0]
     return _rewrite(state, source, target, options)
 
 
@@ -99,7 +109,7 @@ def _adapt(
         for change, why in failures.items():
             meant = (f"->{partner}" for partners in change.partners for partner in partners)
             reasons.update(dict.fromkeys((*change.sources, *meant), f"{name}: tried, but {why}"))
-        wanted = tuple(change for change in wanted if change not in failures)
+        wanted = () if proposals.whole else tuple(change for change in wanted if change not in failures)
     return replace(state, reasons=reasons)
 
 

@@ -216,6 +216,38 @@ def test_a_norm_that_the_target_keeps_is_not_folded():
     torch.testing.assert_close(new(x), old(x), rtol=1e-10, atol=1e-10)
 
 
+class Residual(nn.Module):
+    """Norm, convolution, norm, convolution, and a sum: only the second norm of a block can be folded."""
+
+    def __init__(self, folded, names=("n1", "c1", "n2", "c2")):
+        super().__init__()
+        self.stem, self.names = nn.Conv2d(3, 8, 3, padding=1), names
+        self.blocks = nn.ModuleList(nn.Module() for _ in range(3))
+        for block in self.blocks:
+            block.add_module(names[0], nn.BatchNorm2d(8))
+            block.add_module(names[1], nn.Conv2d(8, 8, 3, padding=1, bias=folded))
+            if not folded:
+                block.add_module(names[2], nn.BatchNorm2d(8))
+            block.add_module(names[3], nn.Conv2d(8, 8, 3, padding=1, bias=False))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            norm1, conv1, norm2, conv2 = (getattr(block, name, nn.Identity()) for name in self.names)
+            x = x + conv2(norm2(conv1(norm1(x).relu())).relu())
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_norm_behind_a_sum_is_never_folded_into_what_is_registered_before_it():
+    old, new = trained(Residual(folded=False).double()), Residual(folded=True).double().eval()
+    report = transfer_weights(new, old.state_dict(), adapt=["fold_batchnorm"])
+    assert report.missing == report.ambiguous == ()
+    assert set(adapted(report.plan)) == {(f"blocks.{i}.c1.weight", f"blocks.{i}.c1.bias") for i in range(3)}
+    x = torch.randn(2, 3, 6, 6).double()
+    torch.testing.assert_close(new(x), old(x), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("prefix", [1, 2, 5])
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_position_table_is_resized(prefix, renamed):
