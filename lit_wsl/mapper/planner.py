@@ -14,12 +14,15 @@ from lit_wsl.mapper.evidence import Evidence, OrderVotes
 from lit_wsl.mapper.factors import factor_roles, same_roles
 from lit_wsl.mapper.names import Dictionary, split_numbers
 from lit_wsl.mapper.options import MatchingOptions
-from lit_wsl.mapper.tree import TreeBuilder, shape_key
+from lit_wsl.mapper.tree import TreeBuilder, shape_key, stem_of
 from lit_wsl.structure.info import ModelDescription, ParameterInfo, tokenize
 from lit_wsl.transfer.plan import SideSummary, TransferPlan
 
 MAX_PASSES = 4
 LEARN_MARGIN = 0.3  # more than order alone can give
+
+
+Matched = tuple[tuple[ParameterInfo, ...], tuple[ParameterInfo, ...], Match]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Alignment:
         dictionary: What the passes learned about names.
     """
 
-    matches: tuple[tuple[tuple[ParameterInfo, ...], tuple[ParameterInfo, ...], Match], ...]
+    matches: tuple[Matched, ...]
     doubts: tuple[tuple[tuple[ParameterInfo, ...], tuple[ParameterInfo, ...], str], ...]
     dictionary: Dictionary
 
@@ -129,7 +132,45 @@ def align(
     doubts = tuple(
         (tuple(order_t[p] for p in d.targets), tuple(order_s[p] for p in d.sources), d.reason) for d in unsure
     )
-    return Alignment(matches, doubts, evidence.dictionary)
+    return Alignment(companions_together(matches, source, target), doubts, evidence.dictionary)
+
+
+def companions_together(
+    matches: Sequence[Matched], source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]
+) -> tuple[Matched, ...]:
+    """Drop what would part a bias from its weight: the smaller tensors of a unit go where its largest goes.
+
+    A bias that comes from another module than the weight beside it, or alone from a module that has a weight of its
+    own, is no match but a coincidence of sizes.
+    """
+    main_s, main_t = _mains(source), _mains(target)
+    single = {ts[0].name: ss[0] for ss, ts, _ in matches if len(ss) == len(ts) == 1}
+    fused = {t.name for ss, ts, _ in matches if len(ss) != 1 or len(ts) != 1 for t in ts}
+    kept = []
+    for sources, targets, match in matches:
+        if len(sources) == len(targets) == 1:
+            s, t = sources[0], targets[0]
+            beside, whose = main_t[_unit(t)], main_s[_unit(s)]
+            if beside.name != t.name and beside.name not in fused:
+                partner = single.get(beside.name)
+                if (partner is not None or whose.name != s.name) and (partner is None or _unit(partner) != _unit(s)):
+                    continue
+        kept.append((sources, targets, match))
+    return tuple(kept)
+
+
+def _unit(info: ParameterInfo) -> tuple[str, str]:
+    return info.module_path, stem_of(info.leaf)
+
+
+def _mains(infos: Sequence[ParameterInfo]) -> dict[tuple[str, str], ParameterInfo]:
+    """The largest tensor of each unit, the first of equals."""
+    mains: dict[tuple[str, str], ParameterInfo] = {}
+    for info in infos:
+        known = mains.get(_unit(info))
+        if known is None or info.numel > known.numel:
+            mains[_unit(info)] = info
+    return mains
 
 
 def _with_execution_order(

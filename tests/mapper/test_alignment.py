@@ -275,3 +275,23 @@ def test_the_order_of_equal_candidates_does_not_matter():
         state = OrderedDict(pair for key in order for pair in top[key])
         found.append({(e.sources, e.targets) for e in plan_of(state, NewEncoder())})
     assert found[0] == found[1]
+
+
+def test_a_bias_does_not_leave_its_weight():
+    """A norm's bias has the size of a conv's bias, and where the checkpoint's conv has none it is still no match."""
+
+    class Part(nn.Module):
+        def __init__(self, fused):
+            super().__init__()
+            self.a = nn.Conv2d(3, 8, 3, bias=fused)
+            if not fused:
+                self.a_norm = nn.BatchNorm2d(8)
+            self.b = nn.Conv2d(8, 8, 3, bias=False)
+            self.b_norm = nn.BatchNorm2d(8)
+
+    plan = plan_of(Part(False).state_dict(), Part(True))
+    found = {e.targets[0]: e.sources[0] for e in plan if e.kind == "parameter"}
+    assert "a.bias" not in found
+    assert found["a.weight"] == "a.weight"
+    assert found["b_norm.weight"] == "b_norm.weight"
+    assert found["b_norm.bias"] == "b_norm.bias"
