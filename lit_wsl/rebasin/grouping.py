@@ -103,10 +103,8 @@ class Grouping:
         by_parent: dict[int, list[int]] = defaultdict(list)
         for unit in live:
             by_parent[int(self.parent[unit])].append(unit)
-        # What is inside a block that stays has permutations of its own, not those of another block.
-        still = [p for p in by_parent if p != FIXED and self.units.find(np.array([p]))[0] == FIXED]
-        for block in (FIXED, *sorted(still, key=lambda p: (int(first[p]), p))):
-            self._level(by_parent, [((), block)], None, colour, first)
+        # What is inside a block that stays is not visited: it stays, too.
+        self._level(by_parent, [((), FIXED)], None, colour, first)
 
     def _level(
         self,

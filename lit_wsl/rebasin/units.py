@@ -214,6 +214,9 @@ class Units:
                     live = self.find(one) != self.find(two)
                     stuck = differ & ((self.find(one) == FIXED) | (self.find(two) == FIXED)) & live
                     self.freeze(np.concatenate([one[stuck], two[stuck]]), "added to something that stays")
+                    # In two different blocks that both stay: what is in both of them stays, too.
+                    crossed = differ & (self.find(one) == FIXED) & (self.find(two) == FIXED)
+                    lost = np.concatenate([lost, root[1:][same][crossed]])
                     both = differ & ~stuck & (self.find(one) != FIXED)
                     self._merge(one[both], two[both], depth + 1)
             looped = self.roots(self._parent[root]) == root
