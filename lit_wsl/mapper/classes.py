@@ -275,7 +275,7 @@ class ClassSolver:
         for i, f in enumerate(fs):
             for j, g in enumerate(ft):
                 shape = self._family_cost(f, g) if f.numbers == g.numbers or len(f.members) == 1 else None
-                if shape is None:
+                if shape is None or region.stands_by_number(f.members[0], g.members[0]):
                     cost[i, j] = FORBIDDEN
                     continue
                 alike = best_pairs_similarity(words_s[i], words_t[j], self.evidence.dictionary)

@@ -34,6 +34,31 @@ class Region:
         names = [[relative(t, root) for t in root.tensors[: MAX_TENSORS + 1]] for root in (self.source, self.target)]
         return make_of(names[0], names[1])
 
+    @cached_property
+    def renumbered(self) -> frozenset[str]:
+        """Containers whose members were renumbered: an equal path there leads to tensors of different shapes.
+
+        Where a layer was inserted into a sequence, equal numbers no longer mean equal places.
+        """
+        shapes = {relative(t, self.source): shape_key(t.shape) for t in self.source.tensors}
+        found = set()
+        for tensor in self.target.tensors:
+            path = relative(tensor, self.target)
+            if path in shapes and shapes[path] != shape_key(tensor.shape):
+                container, _, member = place_in(tensor, self.target).rpartition(".")
+                if member.isdigit():
+                    found.add(container)
+        return frozenset(found)
+
+    def stands_by_number(self, s: Item, t: Item) -> bool:
+        """Whether two items agree by a number that says nothing, since their container was renumbered."""
+        return any(
+            member.isdigit() and container in self.renumbered
+            for container, _, member in (
+                place_in(i, r).rpartition(".") for i, r in ((s, self.source), (t, self.target))
+            )
+        )
+
     @property
     def key(self) -> tuple[int, int]:
         """Equal for regions of the same structure, which are solved once."""

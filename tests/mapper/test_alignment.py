@@ -295,3 +295,10 @@ def test_a_bias_does_not_leave_its_weight():
     assert found["a.weight"] == "a.weight"
     assert found["b_norm.weight"] == "b_norm.weight"
     assert found["b_norm.bias"] == "b_norm.bias"
+
+
+def test_a_layer_put_into_a_sequence_takes_no_weights_by_its_number():
+    old = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    new = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    found = {e.targets[0]: e.sources[0] for e in plan_of(old.state_dict(), new)}
+    assert found == {"0.weight": "0.weight", "0.bias": "0.bias", "3.weight": "2.weight", "3.bias": "2.bias"}
