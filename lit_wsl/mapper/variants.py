@@ -285,6 +285,8 @@ def _channels_last(members: Sequence[PlanEntry]) -> Variant | None:
         if len(e.operations) != 1 or not isinstance(e.operations[0], Reshape):
             return None
         source, target = e.source_shapes[0], e.target_shapes[0]
+        if source[0] != target[0]:
+            return None  # a table, not a convolution
         if len(source) > 2 and len(target) == 2:
             order = (0, *range(2, len(source)), 1)
             moved = tuple(source[d] for d in order)
@@ -323,7 +325,7 @@ def _rotary(plan: TransferPlan, matrices: Sequence[tuple[str, str]]) -> Iterator
             if any(len(e.operations) for e in both):
                 continue
             for width in _head_widths(min(rows)):
-                if all(r % width == 0 for r in rows):
+                if all(e.source_shapes[0] and e.source_shapes[0][0] % width == 0 for e in both):
                     for halves in (True, False):
                         entries = tuple(_rotated(e, width, halves) for e in both)
                         yield Variant(entries, f"rotary {'halves' if halves else 'pairs'} of heads of {width}")
