@@ -167,6 +167,8 @@ class _Prover:
             return replace(plan, notes=(*plan.notes, *changed, note))
         note = f"function REFUTED: the outputs differ{f', first at module {where!r}' if where else ''}"
         verified = {path for same, path in self._comparisons(plan, run) if same}
+        if not where and verified:  # no module differs: what does lies between them, and no entry is to blame
+            return replace(plan, proof="refuted", notes=(*plan.notes, *changed, note))
         plan = _withdraw(plan, self._doubtful_modules(plan, run), verified, where)
         return replace(plan, proof="refuted", notes=(*plan.notes, *changed, note))
 
@@ -297,7 +299,11 @@ def _recorded(module: nn.Module, trace: Trace) -> Iterator[None]:
 
         return record
 
-    leaves = [(path, sub) for path, sub in module.named_modules() if any(True for _ in sub.parameters(recurse=False))]
+    leaves = [
+        (path, sub)
+        for path, sub in module.named_modules()
+        if any(True for _ in sub.parameters(recurse=False)) and not any(True for _ in sub.children())
+    ]
     handles = [sub.register_forward_hook(hook(path)) for path, sub in leaves]
     try:
         yield
