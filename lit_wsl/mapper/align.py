@@ -129,14 +129,12 @@ class Aligner:
         forbidden: Forbidden,
         ties: Mapping[str, int],
     ) -> None:
-        self.options = options
         self.builder = builder
         self.evidence = evidence
         self.gathered = Evidence()
         self.turned = evidence.turned_matrices > evidence.exact_matrices
         self._classes = ClassSolver(options, evidence, forbidden, self.turned, ties)
         self._memo: dict[tuple[int, int], tuple[int, int, Outcome]] = {}
-        self._forbidden = forbidden
 
     def align(self, source: Item, target: Item) -> Outcome:
         """Align two whole trees."""

@@ -32,11 +32,6 @@ class OrderVotes:
             self.same += first < second
             self.total += 1
 
-    @property
-    def trust(self) -> float:
-        """Trust in order, 0 to 1: 1 where all votes agree (or none were cast), 0 for a shuffle."""
-        return _trust(self.same, self.total)
-
 
 @dataclass
 class Evidence:

@@ -14,7 +14,7 @@ from itertools import combinations, permutations
 from lit_wsl.mapper.evidence import Evidence
 from lit_wsl.mapper.families import Family, families_of
 from lit_wsl.mapper.names import best_pairs_similarity, path_tokens, token_similarity
-from lit_wsl.mapper.tree import Item, TreeBuilder, relative, role_of
+from lit_wsl.mapper.tree import Item, TreeBuilder, owner_path, relative, role_of
 from lit_wsl.structure.info import Shape
 from lit_wsl.transfer.operations import Concat, Operation, Permute, Split, Stack, Transpose
 
@@ -174,12 +174,8 @@ def _choose(
     return choices[0], min(margin, 1.0)
 
 
-def _module_path(path: str) -> str:
-    return path.rpartition(".")[0] if role_of(path) in ("weight", "bias") and "." in path else path
-
-
 def _ancestor(path: str, up: int) -> str:
-    path = _module_path(path)
+    path = owner_path(path)
     for _ in range(up):
         path = path.rpartition(".")[0]
     return path
@@ -211,7 +207,7 @@ def _turned(shape: Shape) -> Shape:
 
 def _labels(parts: Sequence[Family]) -> list[str]:
     """What tells the parts apart: their paths without common beginning and end, e.g. ``q``, ``k``, ``v``."""
-    paths = [_module_path(p.members[0].path) for p in parts]
+    paths = [owner_path(p.members[0].path) for p in parts]
     head, tail = _shared_letters(paths), _shared_letters([p[::-1] for p in paths])
     labels = [p[head : len(p) - tail] for p in paths]
     if any(not label for label in labels):  # one label begins like another: keep what they share
@@ -261,7 +257,7 @@ def _balance(parts: tuple[Family, ...], families: list[Family], rivals: Sequence
 
 def _spelled(name: str, labels: list[str]) -> tuple[tuple[int, ...] | None, float, str]:
     """The order in which a name spells its parts: by initials in one word, or by words."""
-    *_, above, own = ("", "", *_module_path(name).split("."))
+    *_, above, own = ("", "", *owner_path(name).split("."))
     tokens = (*(t for t in path_tokens(above) if not t.isdigit()), *path_tokens(own))
     initials = [label[0] for label in labels]
     for order in permutations(range(len(labels))):

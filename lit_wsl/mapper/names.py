@@ -110,14 +110,6 @@ class Dictionary:
         n = self.together.get((a, b), 0)
         return 2 * n / (self.source[a] + self.target[b]) if n else 0.0
 
-    def knows(self, a: str, b: str) -> bool:
-        """Whether either word has been seen at all."""
-        return a in self.source or b in self.target
-
-    def copy(self) -> Dictionary:
-        """An independent copy."""
-        return Dictionary(Counter(self.together), Counter(self.source), Counter(self.target))
-
 
 def best_pairs_similarity(a: Sequence[str], b: Sequence[str], dictionary: Dictionary | None = None) -> float:
     """Soft Jaccard similarity of two word lists: greedy one-to-one pairing by word similarity.

@@ -169,6 +169,15 @@ def role_of(name: str) -> str:
     return next((part.lower() for part in leaf.split("_") if part.lower() in _ROLES), leaf)
 
 
+def owner_path(name: str) -> str:
+    """Path of the module that owns a weight or bias; the name itself of any other tensor.
+
+    >>> owner_path("attn.q.weight"), owner_path("pos_embed")
+    ('attn.q', 'pos_embed')
+    """
+    return name.rpartition(".")[0] if role_of(name) in _ROLES and "." in name else name
+
+
 def relative(item: Item, root: Item) -> str:
     """Path of an item below another."""
     if root.path and item.path.startswith(root.path + "."):

@@ -13,7 +13,7 @@ from itertools import permutations
 from lit_wsl.mapper.fusion import join_axis
 from lit_wsl.mapper.names import split_numbers
 from lit_wsl.mapper.shapes import operations_between
-from lit_wsl.mapper.tree import role_of
+from lit_wsl.mapper.tree import owner_path, role_of
 from lit_wsl.structure.info import Shape
 from lit_wsl.transfer.operations import Concat, Operation, Permute, Reshape, Split, Transpose
 from lit_wsl.transfer.plan import Ambiguity, PlanEntry, TransferPlan
@@ -46,13 +46,9 @@ class Variant:
 # what the plan left open ---------------------------------------------------------------------------------------------
 
 
-def _module(name: str) -> str:
-    return name.rpartition(".")[0] if role_of(name) in ("weight", "bias") and "." in name else name
-
-
 def _pattern(name: str) -> str:
     """The module of a tensor with the numbers of the modules around it left out."""
-    above, _, own = _module(name).rpartition(".")
+    above, _, own = owner_path(name).rpartition(".")
     return ".".join((*split_numbers(above)[0], own))
 
 
@@ -68,7 +64,7 @@ def open_questions(plan: TransferPlan) -> Iterator[list[Variant]]:
     shapes = {u.name: u.shape for u in plan.unmatched_source}
     groups: dict[frozenset[str], list[Ambiguity]] = {}
     for a in plan.ambiguous:
-        key = frozenset(_module(s) for c in a.candidates for s in c.sources)
+        key = frozenset(owner_path(s) for c in a.candidates for s in c.sources)
         groups.setdefault(key, []).append(a)
     questions: dict[tuple[str, ...], list[list[Ambiguity]]] = {}
     for members in groups.values():
@@ -106,8 +102,8 @@ def _exchanges(blocks: Sequence[list[Ambiguity]], shapes: dict[str, Shape]) -> l
 
 
 def _sides(block: Sequence[Ambiguity]) -> tuple[list[str], list[str]]:
-    targets = list(dict.fromkeys(_module(a.targets[0]) for a in block))
-    sources = list(dict.fromkeys(sorted(_module(s) for a in block for c in a.candidates for s in c.sources)))
+    targets = list(dict.fromkeys(owner_path(a.targets[0]) for a in block))
+    sources = list(dict.fromkeys(sorted(owner_path(s) for a in block for c in a.candidates for s in c.sources)))
     return targets, sources
 
 
@@ -116,8 +112,8 @@ def _pair_modules(
 ) -> list[PlanEntry] | None:
     """Entries from one module to another, tensor by tensor; ``None`` if a tensor finds no partner."""
     entries = []
-    for a in (a for a in block if _module(a.targets[0]) == target):
-        names = [n for n in shapes if _module(n) == source]
+    for a in (a for a in block if owner_path(a.targets[0]) == target):
+        names = [n for n in shapes if owner_path(n) == source]
         same = [n for n in names if role_of(n) == role_of(a.targets[0])] or (names if len(names) == 1 else [])
         operations = operations_between(shapes[same[0]], a.shape) if same else None
         if operations is None:
@@ -150,11 +146,13 @@ def _fused(block: Sequence[Ambiguity], order: Sequence[int], join: bool, shapes:
     targets, sources = _sides(block)
     parts, whole = (sources, targets[0]) if join else (targets, sources[0])
     shape_t = {a.targets[0]: a.shape for a in block}
-    wholes = [n for n in (shape_t if join else shapes) if _module(n) == whole]
+    wholes = [n for n in (shape_t if join else shapes) if owner_path(n) == whole]
     entries = []
     for name in wholes:
         pool = shapes if join else shape_t
-        members = [next((n for n in pool if _module(n) == parts[i] and role_of(n) == role_of(name)), "") for i in order]
+        members = [
+            next((n for n in pool if owner_path(n) == parts[i] and role_of(n) == role_of(name)), "") for i in order
+        ]
         if not all(members):
             continue
         whole_shape = (shape_t if join else shapes)[name]
@@ -204,7 +202,9 @@ def suspicions(plan: TransferPlan, modules: Sequence[str]) -> Iterator[list[Vari
     Yields:
         The variants of one suspicion.
     """
-    suspects = [e for e in plan.entries if e.kind == "parameter" and any(_module(t) in set(modules) for t in e.targets)]
+    suspects = [
+        e for e in plan.entries if e.kind == "parameter" and any(owner_path(t) in set(modules) for t in e.targets)
+    ]
     families = {_family(e) for e in suspects}
     for family in sorted(families):
         members = [e for e in plan.entries if _family(e) == family]
@@ -233,8 +233,8 @@ def _is_matrix(family: tuple[str, str], suspects: Sequence[PlanEntry]) -> bool:
 
 def _with_companions(plan: TransferPlan, members: Sequence[PlanEntry]) -> list[PlanEntry]:
     """The entries of the same modules, biases included."""
-    modules = {_module(t) for e in members for t in e.targets}
-    return [e for e in plan.entries if modules.intersection(_module(t) for t in e.targets)]
+    modules = {owner_path(t) for e in members for t in e.targets}
+    return [e for e in plan.entries if modules.intersection(owner_path(t) for t in e.targets)]
 
 
 def _head_counts(entry: PlanEntry) -> list[int]:
@@ -333,7 +333,7 @@ def _rotary(plan: TransferPlan, matrices: Sequence[tuple[str, str]]) -> Iterator
 
 def _by_label(name: str) -> tuple[int, str]:
     """Queries and keys first: only their rows turn with the position."""
-    label = _module(name).rpartition(".")[2].lower().lstrip("w_")
+    label = owner_path(name).rpartition(".")[2].lower().lstrip("w_")
     return ("qk".find(label[:1]) % 3, name)
 
 
