@@ -10,11 +10,13 @@ import torch
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.rules import Run
+from lit_wsl.rebasin.slots import crossed_slots
 from lit_wsl.rebasin.spec import AxisSpec, PermutationGroup, PermutationSpec
 from lit_wsl.rebasin.units import FIXED, Array, distinct_rows, mix
 
 Place = tuple[int, int]
 DIFFERS = "differs between the blocks of another axis"
+CROSSING = "used in blocks that overlap"
 UNUSED = "not used in the example call"
 _NOWHERE = np.iinfo(np.int64).max
 
@@ -28,12 +30,14 @@ class Grouping:
         self.order = sorted(run.axes)
         self.arrays: dict[Place, Array] = {place: self.units.find(run.axes[place]) for place in self.order}
         self.parent = self.units.parents(np.arange(len(self.units)))
+        self.inside = self.units.inside(np.arange(len(self.units)))
         self.groups: dict[str, PermutationGroup] = {}
         self.names: list[str] = []
         self.group_of = np.full(len(self.units), -1)  # the group of each unit, as a place in names
         self.number = np.full(len(self.units), -1)  # its number in the group
         self.starts = np.cumsum([0, *(self.arrays[place].size for place in self.order)])
         self.inexpressible: list[Array] = []
+        self.crossing: list[Array] = []
 
     def build(self) -> PermutationSpec:
         """The spec."""
@@ -47,7 +51,7 @@ class Grouping:
                 for name in self.run.trace.parameters[place[0]]:
                     axes.setdefault(name, {})[place[1]] = spec
                 used.update(spec.groups)
-        if self.inexpressible:
+        if self.inexpressible or self.crossing:
             return PermutationSpec({}, {})
         groups = {name: group for name, group in self.groups.items() if name in used}
         shapes, frozen = {}, {}
@@ -115,13 +119,17 @@ class Grouping:
         first: np.ndarray,
     ) -> None:
         """Groups among the children of the units of one group, one family for each colour."""
-        families: dict[int, list[list[int]]] = {}
+        families: dict[tuple[int, int], list[list[int]]] = {}
         for row, (_, block) in enumerate(parents):
-            sorted_out: dict[int, list[int]] = defaultdict(list)
+            sorted_out: dict[tuple[int, int], list[int]] = defaultdict(list)
             for unit in by_parent.get(block, ()):
-                sorted_out[int(colour[unit])].append(unit)
+                # Inside one block only, so that the blocks that it was made of may tell units apart.
+                apart = int(self.inside[unit]) if len(parents) == 1 else 0
+                sorted_out[int(colour[unit]), apart].append(unit)
             for key, members in sorted_out.items():
                 families.setdefault(key, [[] for _ in parents])[row] = members
+                if len(np.unique(self.inside[members])) > 1:
+                    self.crossing.append(np.array(members))
         for members_by_row in families.values():
             sizes = {len(members) for members in members_by_row}
             if len(sizes) > 1:
@@ -266,8 +274,12 @@ def build_spec(run: Run) -> PermutationSpec:
     for _ in range(20):
         grouping = Grouping(run)
         spec = grouping.build()
-        if not grouping.inexpressible:
-            return spec
+        if not grouping.inexpressible and not grouping.crossing:
+            grouping.crossing = crossed_slots(run, grouping.group_of, grouping.colour)
+            if not grouping.crossing:
+                return spec
+        for members in grouping.crossing:
+            algebra.units.freeze(members, CROSSING)
         for rows in grouping.inexpressible:
             before = algebra.units.losses
             if algebra.units.bound_across(np.ascontiguousarray(rows.T)):

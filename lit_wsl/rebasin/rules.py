@@ -24,13 +24,17 @@ SEGMENT_RULES: set[str] = set()
 """Operations that take routed rows whose label has one place for each expert, see ``Label.segmented``."""
 ROUTING_RULES: set[str] = set()
 """Operations that know what to do with indices that name units, see ``Label.values``."""
+MOVING_RULES: set[Rule] = set()
+"""Rules that only put positions elsewhere, see :mod:`~lit_wsl.rebasin.slots`."""
 PATTERNS: list[tuple[re.Pattern[str], Rule]] = []
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen operations by name."""
+def rule(*names: str, moves: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operations by name; ``moves``: it only puts positions elsewhere."""
 
     def register(function: Rule) -> Rule:
+        if moves:
+            MOVING_RULES.add(function)
         for name in names:
             RULES[f"aten.{name}" if "." not in name else name] = function
         return function
@@ -56,6 +60,15 @@ class Joint:
     blocks: int
 
 
+@dataclass(frozen=True)
+class Move:
+    """A node that only put positions elsewhere, and the labels that entered it."""
+
+    rule: Rule
+    node: Node
+    labels: dict[int, Label]
+
+
 @dataclass
 class Run:
     """One pass of the rules over a trace."""
@@ -68,6 +81,7 @@ class Run:
     requests: dict[tuple[int, int], Joint] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
     used: set[int] = field(default_factory=set)
+    moves: list[Move] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._starts: list[int] = []
@@ -172,6 +186,8 @@ class Run:
         function = find_rule(node)
         if node.name not in SEGMENT_RULES:
             self._unsegment(node)
+        if function in MOVING_RULES:
+            self.moves.append(Move(function, node, {ref.number: self.label(ref) for ref in tensor_args(node)}))
         labels = unknown(self, node) if function is None else function(self, node)
         if isinstance(labels, Label):
             labels = (labels,)

@@ -16,7 +16,7 @@ from lit_wsl.rebasin.units import FIXED, Array
 _FEW = 8
 
 
-@rule("cat", "concatenate", "concat")
+@rule("cat", "concatenate", "concat", moves=True)
 def cat(run: Run, node: Node) -> Label:
     """Parts one behind the other."""
     labels = [run.label(ref) for ref in node.args["tensors"]]
@@ -26,7 +26,7 @@ def cat(run: Run, node: Node) -> Label:
     return cat_labels(run.algebra, labels, axes_of(node.args.get("dim", 0), labels[0].ndim)[0])
 
 
-@rule("stack")
+@rule("stack", moves=True)
 def stack(run: Run, node: Node) -> Label:
     """Parts side by side on a new axis."""
     labels = [run.label(ref) for ref in node.args["tensors"]]
@@ -107,7 +107,7 @@ def _beside(
     return np.concatenate(pieces, axis=dim)
 
 
-@rule("constant_pad_nd", "pad")
+@rule("constant_pad_nd", "pad", moves=True)
 def pad(run: Run, node: Node) -> Label:
     """A constant around, or parts cut off."""
     label, amounts = run.label(node.args["self"]), node.args["pad"]

@@ -288,7 +288,7 @@ def pixels(run: Run, node: Node) -> list[Label]:
     return [replace(label, shape=run.shape(out), values=None) for out in flat_refs(node.outs)]
 
 
-@rule("im2col")
+@rule("im2col", moves=True)
 def im2col(run: Run, node: Node) -> Label:
     """Patches as columns: each channel gives one row for each place in the patch."""
     label = run.label(node.args["self"])

@@ -72,7 +72,7 @@ def index_arrays(run: Run, node: Node, refs: Sequence[Any]) -> tuple[list[Array 
     return arrays, tainted
 
 
-@rule("index", "_unsafe_index")
+@rule("index", "_unsafe_index", moves=True)
 def index(run: Run, node: Node) -> Sequence[Label]:
     """``self[indices]``."""
     routed = index_by_expert(run, node)
@@ -90,7 +90,7 @@ def _indexed(run: Run, node: Node, label: Label, arrays: Sequence[Array | None],
     return replace(result, routed=routed or label.routed)
 
 
-@rule("index_select", "embedding")
+@rule("index_select", "embedding", moves=True)
 def index_select(run: Run, node: Node) -> Sequence[Label]:
     """Positions of one axis; rows of a table."""
     table = node.name == "aten.embedding"

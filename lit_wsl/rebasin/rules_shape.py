@@ -141,7 +141,7 @@ def _one_each(algebra: Algebra, before: Sequence[Array], after: list[Array]) -> 
     return [after[k] for k in sorted(kept)]
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", moves=True)
 def view(run: Run, node: Node) -> Label:
     """View as another shape."""
     if "size" in node.args and isinstance(node.args["size"], tuple):
@@ -171,7 +171,7 @@ def complex_view(run: Run, node: Node) -> Label:
     return moved(label, label.shape[:last], lambda f: f[..., 0], label.varies[:last])
 
 
-@rule("squeeze", "unsqueeze")
+@rule("squeeze", "unsqueeze", moves=True)
 def squeeze(run: Run, node: Node) -> Label:
     """Axes of size 1 go or come."""
     label = run.label(node.args["self"])
@@ -187,7 +187,7 @@ def squeeze(run: Run, node: Node) -> Label:
     return moved(label, shape, lambda f: np.squeeze(f, tuple(gone)), varies, stay.index)
 
 
-@rule("permute", "transpose", "t", "numpy_T", "swapaxes", "movedim")
+@rule("permute", "transpose", "t", "numpy_T", "swapaxes", "movedim", moves=True)
 def permute(run: Run, node: Node) -> Label:
     """Axes in another order."""
     label = run.label(node.args["self"])
@@ -223,7 +223,7 @@ def take(label: Label, dim: int, index: Array | slice) -> Label:
     return moved(label, shape, pick, label.varies)
 
 
-@rule("slice", "narrow")
+@rule("slice", "narrow", moves=True)
 def slices(run: Run, node: Node) -> Label:
     """A slice of one axis."""
     label, args = run.label(node.args["self"]), node.args
@@ -240,7 +240,7 @@ def select_label(label: Label, dim: int, index: int) -> Label:
     return moved(one, [one.shape[a] for a in stay], lambda f: np.squeeze(f, dim), varies, stay.index)
 
 
-@rule("select")
+@rule("select", moves=True)
 def select(run: Run, node: Node) -> Label:
     """One position of an axis."""
     label = run.label(node.args["self"])
@@ -253,7 +253,7 @@ def select(run: Run, node: Node) -> Label:
     return select_label(label, dim, index)
 
 
-@rule("unbind")
+@rule("unbind", moves=True)
 def unbind(run: Run, node: Node) -> list[Label]:
     """All positions of an axis, one by one."""
     label = run.label(node.args["self"])
@@ -261,7 +261,16 @@ def unbind(run: Run, node: Node) -> list[Label]:
     return [select_label(label, dim, index) for index in range(label.shape[dim])]
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "tensor_split")
+@rule(
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "chunk",
+    "unsafe_chunk",
+    "tensor_split",
+    moves=True,
+)
 def split(run: Run, node: Node) -> list[Label]:
     """Consecutive parts of an axis."""
     label = run.label(node.args["self"])
@@ -275,7 +284,7 @@ def split(run: Run, node: Node) -> list[Label]:
     return parts
 
 
-@rule("flip")
+@rule("flip", moves=True)
 def flip(run: Run, node: Node) -> Label:
     """Axes backwards."""
     label = run.label(node.args["self"])
@@ -283,7 +292,7 @@ def flip(run: Run, node: Node) -> Label:
     return moved(label, label.shape, lambda f: np.flip(f, dims), label.varies)
 
 
-@rule("roll")
+@rule("roll", moves=True)
 def roll(run: Run, node: Node) -> Label:
     """Axes rotated."""
     label = run.label(node.args["self"])
@@ -295,7 +304,7 @@ def roll(run: Run, node: Node) -> Label:
     return moved(label, label.shape, lambda f: np.roll(f, tuple(shifts), tuple(dims)), label.varies)
 
 
-@rule("repeat")
+@rule("repeat", moves=True)
 def repeat(run: Run, node: Node) -> Label:
     """Tiles."""
     label = run.label(node.args["self"])
@@ -312,7 +321,7 @@ def repeat(run: Run, node: Node) -> Label:
     return moved(label, shape, tile, varies)
 
 
-@rule("unfold")
+@rule("unfold", moves=True)
 def unfold(run: Run, node: Node) -> Label:
     """Sliding windows of one axis, a new last axis."""
     label, args = run.label(node.args["self"]), node.args
@@ -329,7 +338,7 @@ def unfold(run: Run, node: Node) -> Label:
     return moved(label, shape, windows, [*label.varies, label.varies[dim]])
 
 
-@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", moves=True)
 def shuffle(run: Run, node: Node) -> Label:
     """Channels to pixels, pixels to channels, channels among channels: a view, a permutation, a view."""
     label = run.label(node.args["self"])

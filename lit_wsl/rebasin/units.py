@@ -55,6 +55,7 @@ class Units:
         self._anchored = np.zeros(1024, dtype=bool)
         self._reason = np.zeros(1024, dtype=np.int16)
         self._signature = np.zeros(1024, dtype=np.uint64)
+        self._inside = np.zeros(1024, dtype=np.uint64)  # which blocks a root unit was ever put into
         self.reasons: list[str] = [""]
         self.losses = 0
         """How often units were frozen or collapsed: labels that were looked at before may say less now."""
@@ -69,7 +70,7 @@ class Units:
         need = self._n + count
         if need > len(self._link):
             size = max(need, 2 * len(self._link))
-            for name in ("_link", "_parent", "_frozen", "_bound", "_anchored", "_reason", "_signature"):
+            for name in ("_link", "_parent", "_frozen", "_bound", "_anchored", "_reason", "_signature", "_inside"):
                 old = getattr(self, name)
                 new = np.zeros(size, dtype=old.dtype)
                 new[: self._n] = old[: self._n]
@@ -88,6 +89,18 @@ class Units:
         self.version += 1
         self._bound[units] = True
         self._parent[units] = blocks
+        self._put_inside(units, blocks)
+
+    def _put_inside(self, units: Array, blocks: Array) -> None:
+        """Note the block that units came into: two blocks may become one later on, and what was inside stays apart."""
+        codes = blocks.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        codes = (codes ^ (codes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        with np.errstate(over="ignore"):
+            np.add.at(self._inside, units.ravel(), (codes ^ (codes >> np.uint64(32))).ravel())
+
+    def inside(self, units: Array) -> NDArray[np.uint64]:
+        """A number for all blocks that each unit was ever put into, by itself or as another unit of its class."""
+        return self._inside[self.roots(units)]
 
     def bound_across(self, matrix: Array) -> bool:
         """Whether the rows of a matrix run across the blocks that its units are bound to."""
@@ -194,6 +207,10 @@ class Units:
             a, b = a[apart], b[apart]
             np.minimum.at(self._link, np.maximum(a, b), np.minimum(a, b))
         root = self.roots(members)
+        inside = self._inside[members]
+        self._inside[members] = 0
+        with np.errstate(over="ignore"):
+            np.add.at(self._inside, root, inside)
         frozen = np.zeros(self._n, dtype=bool)
         frozen[root[self._frozen[members]]] = True
         lost = root[frozen[root]]
@@ -218,11 +235,49 @@ class Units:
                     crossed = differ & (self.find(one) == FIXED) & (self.find(two) == FIXED)
                     lost = np.concatenate([lost, root[1:][same][crossed]])
                     both = differ & ~stuck & (self.find(one) != FIXED)
-                    self._merge(one[both], two[both], depth + 1)
+                    self._merge_blocks(root[1:][same][both], one[both], two[both], depth)
             looped = self.roots(self._parent[root]) == root
             self._parent[root[looped]] = FIXED
         if lost.size:
             self.freeze(lost, "added to something that stays")
+
+    def _merge_blocks(self, units: Array, one: Array, two: Array, depth: int) -> None:
+        """Units are in two blocks at once: equal blocks become one; smaller ones are put into the larger ones.
+
+        Blocks that overlap otherwise become one, too. What was inside of them is told apart by :meth:`inside`.
+        """
+        one, two = self.roots(one), self.roots(two)
+        pairs = np.unique(np.stack([one, two]), axis=1)
+        ones, twos, count = len(np.unique(one)), len(np.unique(two)), pairs.shape[1]
+        if ones == count > twos:
+            inner, outer = one, two
+        elif twos == count > ones:
+            inner, outer = two, one
+        else:
+            self._merge(one, two, depth + 1)
+            return
+        around = self.parents(inner)
+        if np.isin(self._above(outer), inner).any():
+            self._merge(one, two, depth + 1)
+            return
+        self._parent[units] = inner
+        free = around == FIXED
+        pairs = np.unique(np.stack([inner[free], outer[free]]), axis=1)
+        self._parent[pairs[0]] = pairs[1]
+        self._put_inside(pairs[0], pairs[1])
+        apart = ~free & (around != outer)
+        if apart.any():
+            self._merge(around[apart], outer[apart], depth + 1)
+
+    def _above(self, units: Array) -> Array:
+        """All blocks around units, however far out."""
+        found, current = [], self.parents(units)
+        for _ in range(_MAX_DEPTH):
+            if not current.any():
+                break
+            found.append(current)
+            current = np.where(current == FIXED, FIXED, self.parents(current))
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
     def collapse(self, units: Array, blocks: Array) -> None:
         """Units keep their place inside their block: from now on they are labelled by the block alone."""
@@ -328,6 +383,7 @@ class Units:
         self.version += 1
         made = self.fresh(int(row_id.max()) + 1)
         self._parent[pairs[0]] = made[pairs[1]]
+        self._put_inside(pairs[0], made[pairs[1]])
         if above is not None:
             self._parent[made[row_id]] = above
         return np.where(live.any(axis=1), made[row_id], FIXED)
