@@ -86,7 +86,11 @@ def imported(folder: str) -> dict[str, Path]:
             ("cli", "plot"),
             {"wandb", "mlflow", "comet_ml", "deepspeed", "numpy", "yaml", "typing_extensions"},
         ),
-        ("tests", ("cli", "plot", "test"), {"selenium", "tomllib", "numpy", "yaml", "packaging", "typing_extensions"}),
+        (
+            "tests",
+            ("cli", "plot", "loggers", "test"),
+            {"wandb", "mlflow", "selenium", "tomllib", "numpy", "yaml", "packaging", "typing_extensions"},
+        ),
     ],
 )
 def test_everything_that_is_imported_is_declared(folder, extras, optional):

@@ -281,16 +281,18 @@ class WeightTransferCallback(Callback):
     def _announce(self, trainer: pl.Trainer, report: TransferReport) -> None:
         """Tell the terminal, the loggers and a file; rank zero only."""
         self.report = report
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.verbose:
             from lit_wsl.report.coverage import print_report
+
+            print_report(report)
+        page = self._write(trainer)
+        if trainer.is_global_zero:
             from lit_wsl.report.loggers import log_report
 
-            if self.verbose:
-                print_report(report)
-            log_report(trainer.loggers, report)
-        self._write(trainer)
+            log_report(trainer.loggers, report, page=page)
 
-    def _write(self, trainer: pl.Trainer) -> None:
+    def _write(self, trainer: pl.Trainer) -> Path | None:
+        """Write the report to the log directory; returns the HTML page, if there is one."""
         directory = trainer.log_dir  # a collective call: on all ranks
         if (
             self.report is None
@@ -298,11 +300,14 @@ class WeightTransferCallback(Callback):
             or directory is None
             or getattr(trainer, "fast_dev_run", False)
         ):
-            return
+            return None
+        path = Path(directory) / REPORT_FILE
         try:
             os.makedirs(directory, exist_ok=True)
-            self.report.to_json(Path(directory) / REPORT_FILE)
+            self.report.to_json(path)
             if self.report.applied:
-                self.report.save_html((Path(directory) / REPORT_FILE).with_suffix(".html"))
+                self.report.save_html(path.with_suffix(".html"))
+                return path.with_suffix(".html")
         except (OSError, LitWslError) as error:  # a full disk is no reason to stop a run that has its weights
             rank_zero_warn(f"Weight transfer: the report could not be written: {error}")
+        return None

@@ -1,4 +1,4 @@
-"""Coverage for loggers: scalars for all of them, text, tables or HTML for those that can.
+"""Coverage for loggers: scalars for all of them, text, tables or the whole HTML page for those that can.
 
 No logger's library is imported here: a logger is known by what its ``experiment`` offers, so whatever is not
 installed is never asked for.
@@ -7,7 +7,9 @@ installed is never asked for.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_wsl.report.coverage import HEADER, as_html, markdown, plain_text, rows, shown_modules
@@ -39,26 +41,33 @@ def scalars(report: TransferReport) -> dict[str, float]:
     return {f"{PREFIX}/{name}": value for name, value in values.items()}
 
 
-def log_report(loggers: Iterable[Logger], report: TransferReport, step: int = 0) -> None:
+def log_report(loggers: Iterable[Logger], report: TransferReport, step: int = 0, page: Path | None = None) -> None:
     """Send the report to every logger; a logger that fails is warned about and does not stop the run.
 
     Args:
         loggers: The trainer's loggers.
         report: The report.
         step: The step to log at.
+        page: The HTML page of the report, for loggers that keep files.
     """
     for logger in loggers:
-        try:
-            logger.log_metrics(scalars(report), step=step)
-            _log_text(logger, report, step)
-        except Exception as error:
-            _log.warning("weight transfer: %s could not log the report: %s", type(logger).__name__, error)
+        for send in (_log_scalars, _log_text, _log_page):
+            try:
+                send(logger, report, step, page)
+            except Exception as error:
+                _log.warning("weight transfer: %s could not log the report: %s", type(logger).__name__, error)
+                break  # say once that a server is gone
 
 
-def _log_text(logger: Logger, report: TransferReport, step: int) -> None:
+def _log_scalars(logger: Logger, report: TransferReport, step: int, page: Path | None) -> None:
+    logger.log_metrics(scalars(report), step=step)
+
+
+def _log_text(logger: Logger, report: TransferReport, step: int, page: Path | None) -> None:
     """Log the report as text, table or HTML, whichever the logger's experiment offers."""
     if hasattr(logger, "log_table"):  # Weights & Biases
-        logger.log_table(key=f"{PREFIX}/coverage", columns=list(HEADER), data=[list(r) for r in rows(report.coverage)])
+        cells = [list(row) for row in rows(report.coverage)]
+        logger.log_table(key=f"{PREFIX}/coverage", columns=list(HEADER), data=cells, step=step)
         return
     experiment: Any = getattr(logger, "experiment", None)
     run_id = getattr(logger, "run_id", None)
@@ -68,3 +77,19 @@ def _log_text(logger: Logger, report: TransferReport, step: int) -> None:
         experiment.log_html(as_html(report))
     elif hasattr(experiment, "log_text") and run_id is not None:  # MLflow
         experiment.log_text(run_id, plain_text(report), f"{PREFIX}.txt")
+
+
+def _log_page(logger: Logger, report: TransferReport, step: int, page: Path | None) -> None:
+    """Give the page to loggers whose site shows such files beside the run."""
+    if page is None:
+        return
+    experiment: Any = getattr(logger, "experiment", None)
+    run_id = getattr(logger, "run_id", None)
+    if hasattr(logger, "log_table"):  # Weights & Biases, whose logger takes its own kinds of media as metrics
+        media = sys.modules.get("wandb")
+        if media is not None:
+            logger.log_metrics({f"{PREFIX}/report": media.Html(str(page), inject=False)}, step=step)
+    elif hasattr(experiment, "log_asset"):  # Comet
+        experiment.log_asset(str(page), file_name=page.name)
+    elif hasattr(experiment, "log_artifact") and run_id is not None:  # MLflow
+        experiment.log_artifact(run_id, str(page))
