@@ -5,28 +5,31 @@ precision plugin (the gradient scaler). Epochs and steps count from zero, callba
 
 ``"all"`` carries everything, as if the old checkpoint had been converted and given to ``trainer.fit(ckpt_path=...)``:
 also epoch and step, loops, callbacks and the datamodule.
+
+Where each process holds the whole model, the checkpoint is converted as a whole. Where the model is sharded
+(:mod:`lit_wsl.callbacks.resume_sharded`), a rank goes through the states one by one and keeps its part of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lit_wsl.checkpoint.convert import Conversion, convert_document
+from lit_wsl.callbacks.resume_sharded import convert_for_shards, load_into_optimizers
+from lit_wsl.checkpoint.convert import convert_document, lightning_optimizers
 from lit_wsl.checkpoint.edit import with_entries
 from lit_wsl.checkpoint.inert import as_mapping, contains_foreign
 from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.errors import CheckpointError
-from lit_wsl.transfer.distributed import has_sharded_tensors
+from lit_wsl.transfer.distributed import Ranks, has_sharded_tensors
 from lit_wsl.transfer.plan import TransferPlan
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-CARRIED = ("optimizer_states", "lr_schedulers")
-
 
 def resume_training(
-    trainer: pl.Trainer, model: pl.LightningModule, checkpoint: object, plan: TransferPlan, mode: str
+    trainer: pl.Trainer, model: pl.LightningModule, checkpoint: object, plan: TransferPlan, mode: str, ranks: Ranks
 ) -> tuple[str, ...]:
     """Carry the training state of a checkpoint into a run whose optimizers exist, at ``on_fit_start``.
 
@@ -36,6 +39,7 @@ def resume_training(
         checkpoint: The opened checkpoint.
         plan: What filled the model.
         mode: ``"optimizer"`` or ``"all"``.
+        ranks: The processes of the run, all of which make this call.
 
     Returns:
         Remarks for the report.
@@ -43,57 +47,61 @@ def resume_training(
     Raises:
         CheckpointError: If the checkpoint has no training state, or it cannot be carried; the message says why.
     """
+    sharded = has_sharded_tensors(model)
+    content, container, notes = ranks.together(lambda: _convert(trainer, model, checkpoint, plan, mode, sharded))
+    assert isinstance(checkpoint, Checkpoint)
+    states = sum(len(state["state"]) for state in content["optimizer_states"])
+    if sharded:
+        ranks.together(lambda: load_into_optimizers(trainer.optimizers, content.pop("optimizer_states")))
+    if mode == "all":
+        _restore_all(trainer, model, checkpoint, with_entries(container, content) if container is not None else content)
+    else:
+        _restore_optimizers(trainer, content)
+    what = "optimizers and schedulers" if mode == "optimizer" else "optimizers, schedulers, loops, callbacks and data"
+    return (*notes, f"training goes on: {what} were restored ({states} parameters have an optimizer state)")
+
+
+def _convert(
+    trainer: pl.Trainer, model: pl.LightningModule, checkpoint: object, plan: TransferPlan, mode: str, sharded: bool
+) -> tuple[dict[str, Any], Any, tuple[str, ...]]:
+    """The checkpoint's content for this run, what contained it, and remarks; changes nothing, communicates nothing."""
     if not isinstance(checkpoint, Checkpoint):
         raise CheckpointError(f"resume={mode!r} needs the file of a checkpoint, since only it has optimizer states.")
-    if has_sharded_tensors(model) or not trainer.strategy.lightning_restore_optimizer:
+    if not sharded and not trainer.strategy.lightning_restore_optimizer:
         raise CheckpointError(
             f"resume={mode!r} cannot carry optimizer states into a model that {type(trainer.strategy).__name__} "
-            "shards. Convert the file first (plan.convert_checkpoint, or the convert command), and resume from that."
+            "has flattened or partitioned. Convert the file first (plan.convert_checkpoint, or the convert command), "
+            "and resume from that."
         )
-    lacking = [key for key in CARRIED if key not in checkpoint.content]
+    lacking = "lr_schedulers" if "lr_schedulers" not in checkpoint.unread else ""
+    lacking = "optimizer_states" if lightning_optimizers(checkpoint.unread) is None else lacking
     if lacking:
         raise CheckpointError(
-            f"{checkpoint.path} has no {lacking[0]!r}, so resume={mode!r} finds nothing to go on with (was it saved "
+            f"{checkpoint.path} has no {lacking!r}, so resume={mode!r} finds nothing to go on with (was it saved "
             "with save_weights_only=True?). Use resume='weights'."
         )
-    document, done = convert_document(checkpoint, plan, target=model, optimizers=trainer.optimizers)
-    content = dict(as_mapping(document) or {})
+    container: Any = None
+    if sharded:
+        content, notes = convert_for_shards(trainer, model, checkpoint, plan, mode)
+    else:
+        container, done = convert_document(checkpoint, plan, target=model, optimizers=trainer.optimizers)
+        content, notes = dict(as_mapping(container) or {}), done.notes
+        for key in ("state_dict", checkpoint.prefix[0]):  # what has no source stays as it is
+            content[key] = {**model.state_dict(), **(as_mapping(content.get(key)) or {})}
+    _check(trainer, checkpoint, content, mode)
+    return content, container, notes
+
+
+def _check(trainer: pl.Trainer, checkpoint: Checkpoint, content: Mapping[str, Any], mode: str) -> None:
+    """Refuse what cannot be restored, before anything is."""
     theirs, ours = len(content["lr_schedulers"]), len(trainer.lr_scheduler_configs)
     if theirs != ours:
         raise CheckpointError(
             f"{checkpoint.path} has {theirs} learning rate schedulers, the run {ours}; configure as many, or use "
             "resume='weights'."
         )
-    if mode == "all":
-        _restore_all(trainer, model, checkpoint, document, content)
-    else:
-        _restore_optimizers(trainer, content)
-    return (*done.notes, _remark(mode, done))
-
-
-def _remark(mode: str, done: Conversion) -> str:
-    what = "optimizers and schedulers" if mode == "optimizer" else "optimizers, schedulers, loops, callbacks and data"
-    return f"training goes on: {what} were restored ({done.states} parameters have an optimizer state)"
-
-
-def _restore_optimizers(trainer: pl.Trainer, content: dict[str, Any]) -> None:
-    trainer.strategy.load_optimizer_state_dict(content)
-    for config, state in zip(trainer.lr_scheduler_configs, content["lr_schedulers"]):
-        config.scheduler.load_state_dict(state)
-    plugin = trainer.precision_plugin
-    plugin_state = content.get(type(plugin).__qualname__)
-    if plugin_state is not None:
-        plugin.load_state_dict(plugin_state)
-
-
-def _restore_all(
-    trainer: pl.Trainer, model: pl.LightningModule, checkpoint: Checkpoint, document: Any, content: dict[str, Any]
-) -> None:
-    """Give Lightning the converted checkpoint as if it had read it from ``ckpt_path``.
-
-    The hook ``on_fit_start`` is followed by Lightning's own restoring of precision, loops, optimizers and schedulers,
-    which does nothing unless a checkpoint is loaded; what comes before in ``Trainer._run`` is done here.
-    """
+    if mode != "all":
+        return
     foreign = [str(key) for key, value in content.items() if key != "hyper_parameters" and contains_foreign(value)]
     if foreign:
         raise CheckpointError(
@@ -108,15 +116,32 @@ def _restore_all(
             "this version of Lightning restores checkpoints in another way than resume='all' knows. Convert the file "
             "(plan.convert_checkpoint) and resume from it with trainer.fit(..., ckpt_path=...)."
         )
-    for key in ("state_dict", checkpoint.prefix[0]):  # what has no source stays as it is
-        content[key] = {**model.state_dict(), **(as_mapping(content.get(key)) or {})}
-    loaded = with_entries(document, content)
+
+
+def _restore_optimizers(trainer: pl.Trainer, content: dict[str, Any]) -> None:
+    if trainer.strategy.lightning_restore_optimizer:
+        trainer.strategy.load_optimizer_state_dict(content)
+    for config, state in zip(trainer.lr_scheduler_configs, content["lr_schedulers"]):
+        config.scheduler.load_state_dict(state)
+    plugin = trainer.precision_plugin
+    plugin_state = content.get(type(plugin).__qualname__)
+    if plugin_state is not None:
+        plugin.load_state_dict(plugin_state)
+
+
+def _restore_all(trainer: pl.Trainer, model: pl.LightningModule, checkpoint: Checkpoint, loaded: Any) -> None:
+    """Give Lightning the converted checkpoint as if it had read it from ``ckpt_path``.
+
+    The hook ``on_fit_start`` is followed by Lightning's own restoring of precision, loops, optimizers and schedulers,
+    which does nothing unless a checkpoint is loaded; what comes before in ``Trainer._run`` is done here.
+    """
     try:
         from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
 
         loaded = _pl_migrate_checkpoint(loaded, str(checkpoint.path))
     except ImportError:  # checkpoints of this very version need no migration
         pass
+    connector = trainer._checkpoint_connector
     connector._loaded_checkpoint = loaded
     connector.restore_model()
     connector.restore_datamodule()

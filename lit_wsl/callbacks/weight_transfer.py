@@ -163,13 +163,9 @@ class WeightTransferCallback(Callback):
             self.report = replace(self.report, applied=False).with_remarks(notes=(note,))
             rank_zero_info(f"Weight transfer: {note}.")
         elif self._fresh and self.resume != "weights" and self.report is not None and trainer.state.fn == "fit":
-            remarks = resume_training(
-                trainer,
-                pl_module,
-                open_source(self.checkpoint, self.checkpoint_weights),
-                self.report.plan,
-                self.resume,
-            )
+            ranks = _ranks_of(trainer)
+            checkpoint = ranks.together(lambda: open_source(self.checkpoint, self.checkpoint_weights))
+            remarks = resume_training(trainer, pl_module, checkpoint, self.report.plan, self.resume, ranks)
             self.report = self.report.with_remarks(notes=remarks)
             rank_zero_info(f"Weight transfer: {remarks[-1]}.")
             self._write(trainer)
@@ -229,7 +225,7 @@ class WeightTransferCallback(Callback):
     def _transfer(self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, *, late: bool = False) -> None:
         """Plan, apply, report."""
         self._take_back = None
-        ranks = Ranks.of_run() if trainer.world_size > 1 else ALONE  # trainers of one device each share nothing
+        ranks = _ranks_of(trainer)
         ranks.together(lambda: refuse_wrapped(model, trainer.strategy))
         tensors = ranks.together(lambda: open_source(self.checkpoint, self.checkpoint_weights))
         prepared = self._prepare(trainer, model, stage, tensors, ranks)
@@ -311,3 +307,8 @@ class WeightTransferCallback(Callback):
         except (OSError, LitWslError) as error:  # a full disk is no reason to stop a run that has its weights
             rank_zero_warn(f"Weight transfer: the report could not be written: {error}")
         return None
+
+
+def _ranks_of(trainer: pl.Trainer) -> Ranks:
+    """The processes that run this trainer together; trainers of one device each share nothing."""
+    return Ranks.of_run() if trainer.world_size > 1 else ALONE

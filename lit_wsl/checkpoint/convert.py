@@ -172,7 +172,7 @@ def convert_document(
             entries[key] = value
     states = carried = 0
     if not weights_only:
-        notes += _remembered_files(tree.get("callbacks"))
+        notes += remembered_files(tree.get("callbacks"))
         made, saved, remarks = _convert_training(
             checkpoint, tree, plan, target, optimizers, parameter_names=parameter_names, on_lost=on_lost
         )
@@ -220,7 +220,7 @@ def _convert_training(
     return entries, made, notes
 
 
-def _remembered_files(callbacks: Any) -> list[str]:
+def remembered_files(callbacks: Any) -> list[str]:
     """Checkpoints that callbacks remember hold the old model still, so that ``ckpt_path="best"`` would not load."""
     states = callbacks.values() if isinstance(callbacks, Mapping) else ()
     best = [state.get("best_model_path") for state in states if isinstance(state, Mapping)]
@@ -255,10 +255,28 @@ def _at(tree: Any, place: Sequence[Any]) -> Any:
     return tree
 
 
+def lightning_optimizers(content: Mapping[Any, Any]) -> tuple[tuple[str, ...], list[Any]] | None:
+    """The optimizers of a Lightning checkpoint: a list in a file, entries of their own in a sharded folder.
+
+    Returns:
+        The keys that hold them and their states in order; ``None`` if there are none.
+
+    >>> lightning_optimizers({"optimizer_1": "b", "optimizer_0": "a"})
+    (('optimizer_0', 'optimizer_1'), ['a', 'b'])
+    """
+    if "optimizer_states" in content:
+        return ("optimizer_states",), list(content["optimizer_states"])
+    single = [key for key in content if isinstance(key, str) and re.fullmatch(r"optimizer_\d+", key)]
+    single.sort(key=lambda key: int(key.rpartition("_")[2]))
+    return (tuple(single), [content[key] for key in single]) if single else None
+
+
 def _gather_optimizers(entries: dict[Hashable, Any]) -> None:
-    single = [key for key in entries if isinstance(key, str) and re.fullmatch(r"optimizer_\d+", key)]
-    if single and "optimizer_states" not in entries:
-        entries["optimizer_states"] = [entries.pop(key) for key in sorted(single, key=lambda key: int(str(key)[10:]))]
+    keys, states = lightning_optimizers(entries) or ((), [])
+    if keys and "optimizer_states" not in entries:
+        for key in keys:
+            del entries[key]
+        entries["optimizer_states"] = states
 
 
 def _check_schedulers(schedulers: Sequence[Any], saved: Sequence[Any], made: Sequence[Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_wsl.checkpoint.document import LazyTensor
 from lit_wsl.checkpoint.edit import with_entries
 from lit_wsl.checkpoint.inert import as_mapping
 from lit_wsl.checkpoint.optimizer_state import own_memory
@@ -17,7 +18,7 @@ from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.errors import PlanError
 from lit_wsl.structure import describe
 from lit_wsl.transfer.operations import run_operations
-from lit_wsl.transfer.plan import TransferPlan
+from lit_wsl.transfer.plan import PlanEntry, TransferPlan
 
 Progress = Callable[[int, int], None]
 """Called with the number of entries done and their total."""
@@ -141,7 +142,25 @@ def convert_twin(value: Any, checkpoint: Checkpoint, plan: TransferPlan, target:
     """Convert another copy of the weights, such as that of ``WeightAveraging``, or an average of the parameters alone.
 
     Returns:
-        The converted copy; ``None`` if the value is no copy: most of the plan's sources, in the same shapes.
+        The converted copy; ``None`` if the value is no copy.
+    """
+    found = find_twin(value, checkpoint, plan)
+    if found is None:
+        return None
+    prefix, inside = found
+    entries = as_mapping(value) or {}
+    used = dict.fromkeys(source for entry in inside for source in entry.sources)
+    made = convert_tensors({s: entries[prefix + s] for s in used}, replace(plan, entries=tuple(inside)), target)
+    # what the plan leaves out of the model is left out of its copy; what is not the model's stays
+    rest = {key: item for key, item in entries.items() if str(key).removeprefix(prefix) not in checkpoint}
+    return with_entries(value, {**{prefix + name: tensor for name, tensor in made.items()}, **rest})
+
+
+def find_twin(value: Any, checkpoint: Checkpoint, plan: TransferPlan) -> tuple[str, list[PlanEntry]] | None:
+    """Whether a value is a copy of the weights: it holds most of the plan's sources, in the same shapes.
+
+    Returns:
+        The prefix of the names in the copy and the entries of the plan that it holds; ``None`` if it is no copy.
     """
     entries = as_mapping(value)
     if entries is None or not plan.entries:
@@ -150,14 +169,9 @@ def convert_twin(value: Any, checkpoint: Checkpoint, plan: TransferPlan, target:
 
         def fits(source: str, prefix: str = prefix) -> bool:
             tensor = entries.get(prefix + source)
-            return isinstance(tensor, Tensor) and tensor.shape == checkpoint.meta(source).shape
+            return isinstance(tensor, (Tensor, LazyTensor)) and tensor.shape == checkpoint.meta(source).shape
 
         inside = [entry for entry in plan.entries if all(map(fits, entry.sources))]
-        if len(inside) * 2 <= len(plan.entries):
-            continue
-        used = dict.fromkeys(source for entry in inside for source in entry.sources)
-        made = convert_tensors({s: entries[prefix + s] for s in used}, replace(plan, entries=tuple(inside)), target)
-        # what the plan leaves out of the model is left out of its copy; what is not the model's stays
-        rest = {key: item for key, item in entries.items() if str(key).removeprefix(prefix) not in checkpoint}
-        return with_entries(value, {**{prefix + name: tensor for name, tensor in made.items()}, **rest})
+        if len(inside) * 2 > len(plan.entries):
+            return prefix, inside
     return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_wsl.checkpoint.optimizer_names import REMEDY, Names, SavedGroup, SavedOptimizer, assign_names
-from lit_wsl.checkpoint.optimizer_state import NotCarriedError, carry_state
+from lit_wsl.checkpoint.optimizer_state import Keep, NotCarriedError, carry_state
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.info import Shape
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan
@@ -59,6 +59,7 @@ def convert_optimizers(
     groups: Sequence[Sequence[NewGroup]] | None = None,
     parameter_names: Sequence[Sequence[str]] | None = None,
     on_lost: OnLost = "refuse",
+    keep: Keep | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Convert ``optimizer_states`` of a checkpoint.
 
@@ -73,6 +74,7 @@ def convert_optimizers(
         on_lost: What to do where a state can't go through the operation of its parameter: ``"refuse"``, or
             ``"initialize"`` it as that of a new parameter (it is left out, and the optimizer starts it at its first
             step).
+        keep: What to hold of each value of a state, see :func:`~lit_wsl.checkpoint.optimizer_state.carry_state`.
 
     Returns:
         The new state dicts, and remarks for the report.
@@ -94,7 +96,7 @@ def convert_optimizers(
     lost: dict[str, str] = {}
     made = []
     for number, (optimizer, group_list) in enumerate(zip(optimizers, layout)):
-        states = _states(optimizer, names[number], plan, old_parameters, lost)
+        states = _states(optimizer, names[number], plan, old_parameters, lost, keep)
         made.append(_assemble(optimizer, number, names[number], owners, group_list, states, plan))
     if lost and on_lost == "refuse":
         name, why = next(iter(lost.items()))
@@ -206,6 +208,7 @@ def _states(
     plan: TransferPlan,
     shapes: Mapping[str, Shape],
     lost: dict[str, str],
+    keep: Keep | None,
 ) -> dict[str, dict[str, Any]]:
     """The states of the new parameters by name; what cannot be carried is noted in ``lost``."""
     index = {n: i for group, found in zip(optimizer.groups, names) for i, n in zip(group.indices, found)}
@@ -218,7 +221,7 @@ def _states(
             lacking = next((s for s, state in zip(entry.sources, held) if not state), None)
             if lacking is not None:
                 raise NotCarriedError(f"{lacking!r}, which becomes a part of it, has no state (frozen?)")
-            states = carry_state(entry, [state or {} for state in held], [shapes[s] for s in entry.sources])
+            states = carry_state(entry, [state or {} for state in held], [shapes[s] for s in entry.sources], keep)
         except NotCarriedError as error:
             lost.update(dict.fromkeys(entry.targets, str(error)))
             continue

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_wsl.checkpoint.document import LazyTensor, materialize
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.info import Shape
 
@@ -76,7 +77,7 @@ class SavedOptimizer:
             tuple(
                 SavedGroup(
                     tuple(group["params"]),
-                    {k: v for k, v in group.items() if k not in ("params", "param_names")},
+                    {k: materialize(v) for k, v in group.items() if k not in ("params", "param_names")},
                     tuple(group["param_names"]) if group.get("param_names") else None,
                 )
                 for group in groups
@@ -102,7 +103,7 @@ def kind_of(key: str, value: Any, shape: Shape) -> str | None:
     >>> kind_of("exp_avg", torch.zeros(4, 2), (4, 2)), kind_of("row_var", torch.zeros(4, 1), (4, 2))
     ('same', 'row*')
     """
-    if not isinstance(value, Tensor):
+    if not isinstance(value, (Tensor, LazyTensor)):
         return "plain" if value is None or isinstance(value, (bool, int, float, str)) else None
     own = tuple(value.shape)
     if key == "step":
@@ -129,7 +130,7 @@ def fits(state: Mapping[str, Any] | None, shape: Shape) -> bool:
     """Whether a parameter of this shape can have this state; a parameter without state fits anything."""
     if not state:
         return True
-    kinds = {kind_of(key, value, shape) for key, value in state.items() if isinstance(value, Tensor)}
+    kinds = {kind_of(key, value, shape) for key, value in state.items() if isinstance(value, (Tensor, LazyTensor))}
     if "same" in kinds or None in kinds:
         return "same" in kinds
     factors = kinds - {"scalar"}  # they come in pairs; a vector's moment is no row factor of a matrix
@@ -229,7 +230,8 @@ def _check_shapes(optimizer: SavedOptimizer, names: Names, parameters: Mapping[s
 
 def _misfit(optimizer: SavedOptimizer, index: Hashable, name: str, shape: Shape) -> str:
     state = optimizer.state.get(index, {})
-    shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in state.items() if isinstance(value, Tensor))
+    tensors = {key: value for key, value in state.items() if isinstance(value, (Tensor, LazyTensor))}
+    shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
     return (
         f"{optimizer.label}: the state with index {index} ({shapes}) does not belong to {name!r} of shape "
         f"{tuple(shape)}. {REMEDY}"

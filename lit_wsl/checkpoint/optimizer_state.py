@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_wsl.checkpoint.document import LazyTensor, materialize
 from lit_wsl.checkpoint.optimizer_names import kind_of
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.info import Shape
@@ -28,12 +29,17 @@ from lit_wsl.transfer.plan import PlanEntry
 
 State = Mapping[str, Any]
 
+Keep = Callable[[str, str, Tensor], Tensor]
+"""Called with a target's name, a key of its state and the value; gives what is held of the value."""
+
 
 class NotCarriedError(CheckpointError):
     """A parameter's state cannot go through the operations of its parameter; the message says why."""
 
 
-def carry_state(entry: PlanEntry, states: Sequence[State], shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+def carry_state(
+    entry: PlanEntry, states: Sequence[State], shapes: Sequence[Shape], keep: Keep | None = None
+) -> list[dict[str, Any]]:
     """Take the states of an entry's sources to the states of its targets.
 
     Values that belong to single weights (Adam's moments, momentum) go through the operations as the weights do, and
@@ -44,6 +50,8 @@ def carry_state(entry: PlanEntry, states: Sequence[State], shapes: Sequence[Shap
         entry: The entry of the plan.
         states: The state of each source.
         shapes: The shape of each source.
+        keep: What to hold of each value that is carried, such as one rank's part; the rest is let go before the next
+            value is read. Everything by default.
 
     Returns:
         One state for each target.
@@ -51,8 +59,16 @@ def carry_state(entry: PlanEntry, states: Sequence[State], shapes: Sequence[Shap
     Raises:
         NotCarriedError: If the mathematics does not allow it.
     """
+    made: list[dict[str, Any]] = [{} for _ in entry.targets]
+
+    def hold(name: str, key: str, value: Any) -> Any:
+        return keep(name, key, value) if keep is not None and isinstance(value, Tensor) else value
+
     if all(isinstance(op, Cast) for op in entry.operations):  # each on its own: whatever it is, it stays true
-        return [_cast_all(dict(state), entry.operations) for state in states]
+        for name, target, state in zip(entry.targets, made, states):
+            for key, value in state.items():
+                target[key] = hold(name, key, _cast(key, materialize(value), entry.operations))
+        return made
     refused = next((op for op in entry.operations if not op.lossless or op.name in ("fan_out", "tie")), None)
     if refused is not None:
         why = "changes values" if not refused.lossless else "changes which gradients are summed"
@@ -62,10 +78,10 @@ def carry_state(entry: PlanEntry, states: Sequence[State], shapes: Sequence[Shap
     if odd is not None:
         raise NotCarriedError(f"the sources have states of different kinds: {sorted(keys)} and {sorted(odd)}")
     _refuse_new_factors(entry.operations, shapes, states)
-    made: list[dict[str, Any]] = [{} for _ in entry.targets]
     for key in keys:
-        for target, value in zip(made, _carry_values(entry, key, [state[key] for state in states], states, shapes)):
-            target[key] = value
+        values = _carry_values(entry, key, [state[key] for state in states], states, shapes)
+        for name, target, value in zip(entry.targets, made, values):
+            target[key] = hold(name, key, value)
     return made
 
 
@@ -82,14 +98,13 @@ def own_memory(result: Tensor, *, shared: bool = False) -> Tensor:
     return result.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _cast_all(state: dict[str, Any], operations: Sequence[Operation]) -> dict[str, Any]:
+def _cast(key: str, value: Any, operations: Sequence[Operation]) -> Any:
     """Moments are kept in the weights' own type, so they are cast where they were in it."""
     for operation in operations:
         assert isinstance(operation, Cast)
-        for key, value in state.items():
-            if key != "step" and isinstance(value, Tensor) and str(value.dtype) == f"torch.{operation.source}":
-                state[key] = operation.apply([value])[0]
-    return state
+        if key != "step" and isinstance(value, Tensor) and str(value.dtype) == f"torch.{operation.source}":
+            value = operation.apply([value])[0]
+    return value
 
 
 def _carry_values(
@@ -97,10 +112,12 @@ def _carry_values(
 ) -> list[Any]:
     """Carry the values of one key, one per source, to one per target."""
     kinds = {kind_of(key, value, shape) for value, shape in zip(values, shapes)}
-    shown = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in values[:3]]
+    shown = [tuple(v.shape) if isinstance(v, (Tensor, LazyTensor)) else type(v).__name__ for v in values[:3]]
     if len(kinds) != 1 or None in kinds:
         raise NotCarriedError(f"{key!r} ({shown}) is neither one value per weight, nor a factor, nor a scalar")
     kind = kinds.pop()
+    if kind in ("scalar", "plain", "same"):
+        values = [materialize(value) for value in values]
     if kind in ("scalar", "plain"):
         if any(not _equal(values[0], other) for other in values[1:]):
             raise NotCarriedError(
@@ -154,7 +171,8 @@ def _carry_factors(
     is_row = wanted.startswith("row")
     axis = -1 if is_row else -2
     keeps = wanted.endswith("*")
-    factors = [s[source_key] if keeps else s[source_key].unsqueeze(axis) for s in states]
+    read = [materialize(state[source_key]) for state in states]
+    factors = read if keeps else [factor.unsqueeze(axis) for factor in read]
     current = list(shapes)
     for operation in entry.operations:
         factors = _step(operation, factors, current, source_key)
@@ -209,4 +227,4 @@ def _step(operation: Operation, factors: list[Tensor], shapes: list[Shape], key:
     )
 
 
-__all__ = ["NotCarriedError", "carry_state"]
+__all__ = ["Keep", "NotCarriedError", "carry_state"]

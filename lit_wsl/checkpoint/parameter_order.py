@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint.optimizer import NewOrder
+from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure import describe
 from lit_wsl.structure.info import Shape
@@ -26,8 +27,12 @@ def old_parameters(checkpoint: Mapping[str, Tensor], plan: TransferPlan) -> dict
     inferred = describe(checkpoint)
     seen: dict[tuple[Any, ...], str] = {}
     found: dict[str, Shape] = {}
+    lazy = isinstance(checkpoint, Checkpoint) and checkpoint.lazy  # of these, memory says nothing of what was tied
     for info in inferred.parameters:
         if kinds.get(info.name, info.kind) == "buffer":
+            continue
+        if lazy:
+            found[info.name] = info.shape
             continue
         tensor = checkpoint[info.name]
         memory = (tensor.data_ptr(), info.shape, tensor.stride()) if tensor.numel() else (info.name,)

@@ -89,11 +89,20 @@ class Checkpoint(Mapping[str, Tensor]):
 
         Objects of foreign classes are inert records (:class:`lit_wsl.checkpoint.inert.ForeignObject`).
         """
+        return _LazyContent(self.unread, self.path, self._document) if self.lazy else self.unread
+
+    @cached_property
+    def unread(self) -> Mapping[str, Any]:
+        """:attr:`content` with the tensors that are read on request left as records of their shapes and dtypes."""
         tree = as_mapping(self._document.tree)
         if tree is None or not self.prefix:
             return {}
-        rest = {key: value for key, value in tree.items() if key != self.prefix[0]}
-        return _LazyContent(rest, self.path, self._document) if self._document.lazy else rest
+        return {key: value for key, value in tree.items() if key != self.prefix[0]}
+
+    @property
+    def lazy(self) -> bool:
+        """Whether every request for a tensor reads it anew, instead of giving a view of the mapped file."""
+        return self._document.lazy
 
     def document(self) -> Any:
         """Give the whole content as one tree, tensors included, as the file has it."""

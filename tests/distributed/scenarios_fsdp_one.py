@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checks_dist import differing, save_old
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
-from models_dist import New, make_plan
-from scenarios_ddp import Lit, data, save_old
+from models_dist import New
+from runs_dist import data, quiet_trainer, transfer
+from scenarios_ddp import Lit
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import enable_wrap, wrap
-
-from lit_wsl import WeightTransferCallback
 
 
 class OnCpu(FSDPStrategy):
@@ -59,22 +59,10 @@ class Stop(Callback):
 
 def _fit(folder: Path, model: LightningModule) -> dict[str, Any]:
     path, expected = save_old(folder)
-    strategy = OnCpu(process_group_backend="gloo")
-    transfer = WeightTransferCallback(path, plan=make_plan("net."), verbose=False)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        callbacks=[transfer, Stop()],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    strategy, callback = OnCpu(process_group_backend="gloo"), transfer(path)
     with suppress(Wrapped):
-        trainer.fit(model, data())
-    wrong = sorted(name for name, t in expected.items() if not torch.equal(strategy.before_wrapping[name], t))
-    return {"wrong": wrong, "loaded": len(transfer.report.loaded)}
+        quiet_trainer(folder, callback, Stop(), strategy=strategy, logger=False).fit(model, data())
+    return {"wrong": differing(strategy.before_wrapping, expected), "loaded": len(callback.report.loaded)}
 
 
 def built_in_init(folder: Path) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from models_dist import New, expected_state, make_plan, old_model
+from checks_dist import differing, save_old, whole
+from models_dist import New, make_plan
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lit_wsl.transfer.api import transfer_weights
@@ -31,18 +31,13 @@ def _sharded() -> tuple[New, Any]:
 
 
 def transfer(folder: Path) -> dict[str, Any]:
-    old = old_model()
-    path = folder / "old.ckpt"
-    if dist.get_rank() == 0:
-        torch.save({"state_dict": old.state_dict()}, path)
-    dist.barrier()
+    path, expected = save_old(folder)
     net, _ = _sharded()
     parameters = dict(net.named_parameters())
     report = transfer_weights(net, path, plan=make_plan())
-    state = {n: (t.full_tensor() if isinstance(t, DTensor) else t) for n, t in net.state_dict().items()}
     twice = net.body.query.weight
     return {
-        "wrong": sorted(n for n, t in expected_state(old).items() if not torch.equal(state[n], t)),
+        "wrong": differing(whole(net), expected),
         "loaded": len(report.loaded),
         "placements": str(twice.placements),
         "held": held_part(twice).numel() / twice.numel(),

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import types
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from launch import run_ranks
 from torch import nn
 
 from lit_wsl.errors import TransferError
 from lit_wsl.transfer.distributed import refuse_wrapped
 
+SCENARIOS = "scenarios_fsdp_one"
 WORKING = ["built_in_init", "built_in_configure_model"]
 REFUSED = ["wrapped_in_configure_model", "made_on_meta"]
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    scenarios = Path(__file__).with_name("scenarios_fsdp_one.py")
-    return run_ranks(scenarios, [*WORKING, *REFUSED], tmp_path_factory.mktemp("fsdp_one"))
 
 
 @pytest.mark.parametrize("name", WORKING)

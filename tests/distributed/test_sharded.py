@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
-from launch import run_ranks
 
+SCENARIOS = "scenarios_sharded"
 FITS = ["fsdp2", "fsdp2_meta", "tensor_parallel", "tensor_parallel_meta"]
 FAILING = [
     "missing_on_rank_one",
@@ -16,13 +13,6 @@ FAILING = [
     "copy_fails_on_rank_one_tensor_parallel",
     "sharded_source",
 ]
-OTHERS = ["validate_alone", "matched_without_a_plan", "resume", "function_alone", "wrapped_by_fsdp_one"]
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    scenarios = Path(__file__).with_name("scenarios_sharded.py")
-    return run_ranks(scenarios, [*FITS, *OTHERS, *FAILING], tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("name", FITS)
@@ -45,9 +35,9 @@ def test_other_ways_in(results, name):
         assert rank.get("wrong") == [], rank
 
 
-def test_a_resumed_checkpoint_wins(results):
-    for rank in results["resume"]:
-        assert rank.get("resumed") == [], rank
+def test_a_restored_checkpoint_wins(results):
+    for rank in results["restored"]:
+        assert rank.get("wrong") == [], rank
         assert rank["moved"] > 0  # training had moved on from the transferred weights
         assert rank["applied"] is False
 
