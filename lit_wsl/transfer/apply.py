@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from lit_wsl.errors import LitWslError, TransferError
 from lit_wsl.structure.describe import HasMeta
 from lit_wsl.transfer.checks import describe_entry
-from lit_wsl.transfer.distributed import ALONE, Ranks, copy_into_shard, has_sharded_tensors, held_part, is_sharded
+from lit_wsl.transfer.copying import all_finite, copy_in_pieces, copy_into, is_plain
+from lit_wsl.transfer.distributed import ALONE, Ranks, has_sharded_tensors, held_part, is_sharded
 from lit_wsl.transfer.operations import run_operations
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan
 from lit_wsl.transfer.undo import UndoLog, interrupt_later
 
-_PIECE = 1 << 17  # elements copied in one go; half a megabyte in single precision fits every second-level cache
 _CHUNK = 1 << 24  # elements looked at in one go; bounds the temporary memory of a check
 _MIN_BUDGET = 32 << 20  # bytes the undo log may always take
 _VIEWS = frozenset({"permute", "transpose", "reshape", "split", "unstack", "fan_out"})  # allocate nothing, cannot fail
@@ -48,39 +48,12 @@ class Applied:
     notes: tuple[str, ...] = ()
 
 
-def copy_into(target: Tensor, value: Tensor) -> None:
-    """Copy a value into a tensor of the model, in place; dtype, device, identity and ``requires_grad`` stay.
-
-    Args:
-        target: The model's tensor; of a sharded one, each rank fills the part that it holds.
-        value: A tensor of the same shape, on any device, of any dtype.
-    """
-    if is_sharded(target):
-        copy_into_shard(target, value)
-        return
-    with torch.no_grad():
-        target.copy_(value)
-
-
 def _copy_watching(target: Tensor, value: Tensor) -> bool:
-    """:func:`copy_into`, and whether all that the target holds then is finite.
-
-    A sum is finite only if every term is, so one sum per cache-sized piece, taken while the piece is still in the
-    cache, costs little beside the copy. (A sum may overflow where no term does; whoever asks looks closely then.)
-    """
-    if not target.is_floating_point() or target.numel() == 0 or is_sharded(target):
-        copy_into(target, value)
-        return True
-    with torch.no_grad():
-        if target.is_contiguous() and value.is_contiguous():
-            pieces = zip(target.view(-1).split(_PIECE), value.detach().view(-1).split(_PIECE), strict=True)
-        else:
-            pieces = zip((target,), (value,), strict=True)
-        sums = []
-        for piece, piece_of_value in pieces:
-            copy_into(piece, piece_of_value)
-            sums.append((piece if piece.element_size() >= 4 else piece.float()).sum())
-        return bool(torch.isfinite(torch.stack(sums)).all())
+    """:func:`copy_into`, and whether all that the target holds then is finite; may be False where it is, not True."""
+    if is_plain(target, value):
+        return copy_in_pieces(target, value)
+    copy_into(target, value)
+    return all_finite(target)
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
