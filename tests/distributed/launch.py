@@ -91,12 +91,14 @@ def main(folder: str, work: str) -> None:
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
     rank = dist.get_rank()
-    for file, names in json.loads(work).items():
+    files = json.loads(work)
+    for file, names in files.items():
+        base = Path(folder, Path(file).stem if len(files) > 1 else "")  # names may be the same in two files
         sys.path.insert(0, str(Path(file).parent))
         scenarios = importlib.import_module(Path(file).stem)
         results = {}
         for name in names or scenarios_of(scenarios):
-            own = Path(folder) / Path(file).stem / name
+            own = base / name
             own.mkdir(exist_ok=True, parents=True)
             start = time.perf_counter()
             try:
