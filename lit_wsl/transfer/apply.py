@@ -2,16 +2,18 @@
 
 Peak memory. Nothing of the model's size is held beside the model: sources are read one by one (views of the mapped
 file where the format allows), transformed as views where the operation allows, and copied straight into the target.
-The undo log that stands behind "all or nothing" is bounded: copies that allocate nothing from sources that are open
-already do not fail, so they come last and are not logged once the little memory set aside for them is used up; the
-others are logged in memory up to an eighth of what is copied, and beyond that in a temporary file.
+The undo log that stands behind "all or nothing" takes a fixed amount of memory: what exceeds it goes to a temporary
+file. Copies that allocate nothing from sources that are open already do not fail, so they come last; in one process
+they are not logged once the memory is used up. Several processes log them too, each its own part: while one is still
+copying, another may have failed for reasons of its own, and then all of them have to go back.
 """
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,10 +27,10 @@ from lit_wsl.transfer.copying import all_finite, copy_in_pieces, copy_into, is_p
 from lit_wsl.transfer.distributed import ALONE, Ranks, has_sharded_tensors, held_part, is_sharded
 from lit_wsl.transfer.operations import run_operations
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan
-from lit_wsl.transfer.undo import UndoLog, interrupt_later
+from lit_wsl.transfer.undo import UndoLog, interrupt_later, room_on_disk
 
 _CHUNK = 1 << 24  # elements looked at in one go; bounds the temporary memory of a check
-_MIN_BUDGET = 32 << 20  # bytes the undo log may always take
+_UNDO_MEMORY = 32 << 20  # bytes the undo log may take
 _VIEWS = frozenset({"permute", "transpose", "reshape", "split", "unstack", "fan_out"})  # allocate nothing, cannot fail
 
 Progress = Callable[[str, int], None]
@@ -224,13 +226,12 @@ def _copy(
     look: Look | None,
 ) -> None:
     """Copy everything; on any failure, on any rank, put back what was there."""
-    total = sum(held_part(targets[name]).nbytes for entry in entries for name in entry.targets)
     own = {_storage(t) for t in targets.values()} - {0}
     # Copies that allocate can fail for want of memory, so they go first, while little has to be taken back.
     stages = [entry for entry in entries if _allocates(entry)], [entry for entry in entries if not _allocates(entry)]
     # Sources that are the model's own tensors (a model filled from itself) must all be read before any is written.
     held = ranks.together(partial(_own_values, entries, tensors, own))
-    with UndoLog(max(_MIN_BUDGET, total // 8), spare=_MIN_BUDGET) as undo:
+    with UndoLog(_UNDO_MEMORY, spare=_UNDO_MEMORY, spill=_spills(entries, targets, ranks)) as undo:
 
         def copy_all(stage: Sequence[PlanEntry]) -> None:
             for entry in stage:
@@ -250,9 +251,35 @@ def _copy(
         try:
             for stage in stages:
                 ranks.together(partial(copy_all, stage))
-        except BaseException:
+        except BaseException as error:
             undo.restore()
+            _admit_loss(error, undo, ranks)
             raise
+
+
+def _spills(entries: Sequence[PlanEntry], targets: Mapping[str, Tensor], ranks: Ranks) -> bool:
+    """Whether all that is overwritten is remembered: several processes do, where the disk has room for all on it."""
+    if ranks.size == 1:
+        return False
+    size = sum(held_part(targets[name]).nbytes for entry in entries for name in entry.targets)
+    return room_on_disk(sum(other for node, other in ranks.gather((platform.node(), size)) if node == platform.node()))
+
+
+def _admit_loss(error: BaseException, undo: UndoLog, ranks: Ranks) -> None:
+    """Say so if the model could not be put back as a whole; what failed failed where nothing was expected to.
+
+    Raises:
+        TransferError: If bytes were overwritten that nobody remembered.
+    """
+    lost = [undo.lost]
+    with suppress(RuntimeError):  # a rank that is gone tells nothing
+        lost = ranks.gather(undo.lost)
+    if any(lost) and isinstance(error, TransferError):
+        message = str(error).replace("The model is unchanged.", "").strip()
+        raise TransferError(
+            f"{message} This came when {sum(lost)} bytes had been overwritten for which the log that takes a failed "
+            "transfer back had no room: the model is NOT as it was. Build it again."
+        ) from error
 
 
 def _own_values(entries: Sequence[PlanEntry], tensors: Mapping[str, Tensor], own: set[int]) -> dict[str, Tensor]:

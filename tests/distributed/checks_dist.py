@@ -79,3 +79,15 @@ def failing_copy(number: int) -> Iterator[None]:
         yield
     finally:
         apply.copy_into = copy
+
+
+@contextmanager
+def little_memory_to_undo() -> Iterator[None]:
+    """Let the undo log take next to nothing into memory, as with a model of many gigabytes."""
+    import lit_wsl.transfer.apply as apply
+
+    memory, apply._UNDO_MEMORY = apply._UNDO_MEMORY, 64
+    try:
+        yield
+    finally:
+        apply._UNDO_MEMORY = memory

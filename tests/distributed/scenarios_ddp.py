@@ -8,7 +8,7 @@ from typing import Any
 import runs_dist
 import torch
 import torch.distributed as dist
-from checks_dist import attempt, differing, digest, failing_copy, save, save_old, whole
+from checks_dist import attempt, differing, digest, failing_copy, little_memory_to_undo, save, save_old, whole
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from models_dist import New
@@ -194,6 +194,12 @@ def another_model_on_rank_one(folder: Path) -> dict[str, Any]:
 def copy_fails_on_rank_one(folder: Path) -> dict[str, Any]:
     path, _ = save_old(folder)
     with failing_copy(5):
+        return _failing(folder, path)
+
+
+def last_copy_fails_on_rank_one(folder: Path) -> dict[str, Any]:
+    path, expected = save_old(folder)
+    with failing_copy(len(expected)), little_memory_to_undo():
         return _failing(folder, path)
 
 

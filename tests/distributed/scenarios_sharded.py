@@ -8,7 +8,7 @@ from typing import Any
 import runs_dist
 import torch
 import torch.distributed as dist
-from checks_dist import attempt, differing, failing_copy, save, save_old, whole
+from checks_dist import attempt, differing, failing_copy, little_memory_to_undo, save, save_old, whole
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from models_dist import New, make_plan, old_model
@@ -193,6 +193,25 @@ def copy_fails_on_rank_one_tensor_parallel(folder: Path) -> dict[str, Any]:
     path, _ = save_old(folder)
     with failing_copy(2):
         return _failing(_plain("tp"), path)
+
+
+def last_copy_fails_on_rank_one(folder: Path) -> dict[str, Any]:
+    """When rank zero is through with all of its copies, far more than the undo log takes into memory."""
+    path, expected = save_old(folder)
+    with failing_copy(len(expected)), little_memory_to_undo():
+        return _failing(_plain("fsdp2"), path)
+
+
+def last_copy_fails_and_the_disk_is_full(folder: Path) -> dict[str, Any]:
+    import lit_wsl.transfer.apply as apply
+
+    path, expected = save_old(folder)
+    room, apply.room_on_disk = apply.room_on_disk, lambda size: False
+    try:
+        with failing_copy(len(expected)), little_memory_to_undo():
+            return _failing(_plain("fsdp2"), path)
+    finally:
+        apply.room_on_disk = room
 
 
 def sharded_source(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ FAILING = [
     "missing_on_rank_one",
     "older_file_on_rank_one",
     "copy_fails_on_rank_one",
+    "last_copy_fails_on_rank_one",
     "copy_fails_on_rank_one_tensor_parallel",
     "sharded_source",
 ]
@@ -55,6 +56,14 @@ def test_a_failing_rank_stops_all_with_the_same_error_and_nothing_is_changed(res
     assert (zero["kind"], zero["message"]) == (one["kind"], one["message"])
     assert zero["unchanged"] is True
     assert one["unchanged"] is True
+
+
+def test_what_could_not_be_remembered_is_admitted(results):
+    zero, one = results["last_copy_fails_and_the_disk_is_full"]
+    assert (zero["kind"], zero["message"]) == (one["kind"], one["message"])
+    assert "the model is NOT as it was" in zero["message"]
+    assert "unchanged" not in zero["message"]
+    assert zero["unchanged"] is False
 
 
 def test_ranks_never_mix_two_files(results):

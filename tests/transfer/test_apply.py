@@ -173,7 +173,7 @@ def test_a_copy_that_fails_is_taken_back_within_any_memory(at, budget, monkeypat
             raise MemoryError("no memory")
         copy_into(target, value)
 
-    monkeypatch.setattr("lit_wsl.transfer.apply._MIN_BUDGET", budget)
+    monkeypatch.setattr("lit_wsl.transfer.apply._UNDO_MEMORY", budget)
     monkeypatch.setattr("lit_wsl.transfer.apply._VIEWS", frozenset())
     monkeypatch.setattr("lit_wsl.transfer.apply._allocates", lambda entry: True)
     # once the failure has come, taking back works
