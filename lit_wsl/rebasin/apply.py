@@ -25,10 +25,15 @@ def permute_tensor(spec: PermutationSpec, permutations: Permutations, name: str,
         raise RebasinError(
             f"{name!r} has shape {tuple(tensor.shape)}, the permutation spec was made for {tuple(shape)}."
         )
+    return permute_axes(spec, name, tensor, {axis: spec.index(permutations, name, axis) for axis in by_axis})
+
+
+def permute_axes(spec: PermutationSpec, name: str, tensor: Tensor, indices: Mapping[int, Tensor]) -> Tensor:
+    """One tensor with some of its axes taken from given positions (see :meth:`PermutationSpec.index`)."""
+    by_axis = spec.axes[name]
     # Plain axes first: an index with an outer axis belongs to the new positions on that axis.
-    for axis in sorted(by_axis, key=lambda a: (by_axis[a].outer_axis is not None, a)):
-        index = spec.index(permutations, name, axis).to(tensor.device)
-        outer_axis = by_axis[axis].outer_axis
+    for axis in sorted(indices, key=lambda a: (by_axis[a].outer_axis is not None, a)):
+        index, outer_axis = indices[axis].to(tensor.device), by_axis[axis].outer_axis
         if outer_axis is None:
             tensor = tensor.index_select(axis, index)
             continue

@@ -1,4 +1,10 @@
-"""Coordinate descent over the trees of a permutation spec: the present order, the objective, single steps."""
+"""Coordinate descent over the trees of a permutation spec: the objective, passes over the trees, single steps.
+
+A step costs what its matrix products and its assignment cost, and little else. No permuted copy of the other model is
+kept (:mod:`lit_wsl.rebasin.order`). What a step gains is read off the similarity matrix that the assignment was solved
+on; only where that gain is so small that rounding could explain it are the rows that would move compared in float64.
+The objective is computed in float64 when somebody asks for it, not at every step.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lit_wsl.rebasin.apply import permute_tensor
 from lit_wsl.rebasin.evidence import Evidence
 from lit_wsl.rebasin.nested import Similarity, Solution, TreeSolver
+from lit_wsl.rebasin.order import PresentOrder
 from lit_wsl.rebasin.progress import Progress
 from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.rebasin.terms import Term, Tree, build_trees
 
-#: Gains below this share of the objective's scale are rounding.
+#: Gains below this share of the objective's scale are rounding of float64.
 TOLERANCE = 1e-12
-#: Permuted tensors are kept while a step is judged, up to so many bytes; beyond it they are permuted again.
-HELD_BYTES = 2**31
+#: Gains below this share of their tree's scale could be rounding of float32 products.
+DOUBT = 1e-6
+#: Entries that are converted to float64 at a time.
+CHUNK = 2**22
 
 
 class Descent:
@@ -41,26 +49,36 @@ class Descent:
         self.spec = spec
         self.reference = {n: t.detach().to(device or t.device) for n, t in reference.items()}
         self.other = {n: t.detach().to(self.reference[n].device) for n, t in other.items()}
+        self.order = PresentOrder(spec, self.other)
         self.trees = build_trees(spec, self.reference)
-        self._scale = sum(_norm(self.reference[n]) * _norm(self.other[n]) for n in self.reference)
-        self._initial_dots = {n: dot(self.reference[n], self.other[n]) for n in self.reference}
+        self._lone = {root: _is_lone(spec, tree) for root, tree in self.trees.items()}
+        self._scales: dict[str, float] = {}
         self._spreads: dict[str, float] = {}
+        self._potentials: dict[str, Tensor] = {}
+        self._initial_dots: dict[str, float] = {}
         self.reset()
 
     def reset(self) -> None:
         """Back to the order in which the other model came."""
-        self.current = dict(self.other)
-        self.dots = dict(self._initial_dots)
-        self.permutations = self.spec.identity()
+        self.order.reset()
+        self._dots = dict(self._initial_dots)
         self._clock = 0
         self._changed = dict.fromkeys(self.reference, 0)
         self._solved = dict.fromkeys(self.trees, -1)
         self._sure = dict.fromkeys(self.trees, False)
 
     @property
+    def permutations(self) -> dict[str, Tensor]:
+        """The permutations that the other model stands under."""
+        return self.order.permutations
+
+    @property
     def objective(self) -> float:
         """Inner product of the reference with the other model in its present order, in float64."""
-        return math.fsum(self.dots.values())
+        value = math.fsum(self._dot(name) for name in self.reference)
+        if self._clock == 0:
+            self._initial_dots = dict(self._dots)
+        return value
 
     @property
     def certain(self) -> bool:
@@ -70,9 +88,10 @@ class Descent:
     def move(self, permutations: Mapping[str, Tensor]) -> None:
         """Start from given permutations instead of the order in which the other model came."""
         self.reset()
-        self.permutations.update({name: p.clone() for name, p in permutations.items()})
-        self.current = {n: permute_tensor(self.spec, permutations, n, t) for n, t in self.other.items()}
-        self.dots = {n: dot(self.reference[n], self.current[n]) for n in self.reference}
+        self._clock += 1
+        self._changed = dict.fromkeys(self.reference, self._clock)
+        self._dots = {}
+        self.order.move(permutations)
 
     # ---- passes ------------------------------------------------------------------------------------------------------
 
@@ -83,7 +102,7 @@ class Descent:
         for number in torch.randperm(len(names), generator=generator).tolist():
             tree = self.trees[names[number]]
             for solution in self._solutions(tree):
-                if not solution.certain or not _is_identity(solution):
+                if not solution.certain or self._moved(tree, solution):
                     return False
             self._solved[tree.root] = self._clock
             self._sure[tree.root] = True
@@ -123,9 +142,11 @@ class Descent:
             root = evidence.strongest()
             tree = self.trees[root]
             terms = evidence.terms(root) or [(term, {}) for term in tree.terms if not term.quadratic]
-            found = self._similarities(terms, normalise=True)
-            if tuple(found) and (len(tree.groups) > 1 or (root,) in found):
-                self._accept(tree, TreeSolver(self.spec, tree, found).solve(), always=True)
+            found = self._similarities(tree, terms, normalise=True)
+            if found and (len(tree.groups) > 1 or (root,) in found):
+                after = self._moved(tree, TreeSolver(self.spec, tree, found).solve())
+                if after:
+                    self._keep(tree, after)
             evidence.settle(root)
             bar.advance()
 
@@ -141,7 +162,7 @@ class Descent:
     def solve_joint(self, tree: Tree) -> Solution | None:
         """Optimum of the whole tree, without the terms that are not linear in it (except at a lone group)."""
         terms = [t for t in tree.terms if not t.quadratic or t.units[0] == 1]
-        found = self._similarities([(t, {}) for t in terms])
+        found = self._similarities(tree, [(t, {}) for t in terms])
         if not found or (len(tree.groups) == 1 and (tree.root,) not in found):
             return None
         return TreeSolver(self.spec, tree, found).solve()
@@ -150,12 +171,14 @@ class Descent:
         """Optimum of each group alone, with the terms that couple it to others of its tree taken at their present."""
         if len(tree.groups) == 1 or not any(t.quadratic and t.units[0] > 1 for t in tree.terms):
             return None
-        found = self._similarities([(t, {}) for t in tree.terms if len(t.groups) == 1 and t.units[0] > 1])
+        found = self._similarities(tree, [(t, {}) for t in tree.terms if len(t.groups) == 1 and t.units[0] > 1])
         return TreeSolver(self.spec, tree, found).solve_inner()
 
     def _similarities(
-        self, terms: Sequence[tuple[Term, Mapping[int, Tensor]]], normalise: bool = False
+        self, tree: Tree, terms: Sequence[tuple[Term, Mapping[int, Tensor]]], normalise: bool = False
     ) -> dict[tuple[str, ...], Similarity]:
+        lone = self._lone[tree.root]
+        plain = lone and not normalise
         found: dict[tuple[str, ...], Similarity] = {}
         for term, only in terms:
             weight = 1.0
@@ -165,10 +188,19 @@ class Descent:
                     continue
                 weight = 1.0 / spread
             if term.groups not in found:
-                found[term.groups] = Similarity(term.units[0], math.prod(term.units[1:]))
+                potential = self._potential(tree) if plain else None
+                found[term.groups] = Similarity(term.units[0], math.prod(term.units[1:]), potential)
             a = term.rows(self.reference[term.tensor], only)
-            found[term.groups].add(a, term.rows(self.current[term.tensor], only), weight)
+            other = self.order.behind(term) if lone else self.order.tensor(term.tensor)
+            found[term.groups].add(a, term.rows(other, only), weight)
         return found
+
+    def _potential(self, tree: Tree) -> Tensor:
+        """(1, size) half the squared norms behind the units of a lone group, in the order in which they came."""
+        if tree.root not in self._potentials:
+            squares = [term.squares(self.other[term.tensor]) for term in tree.terms]
+            self._potentials[tree.root] = torch.stack(squares).sum(dim=0).mul_(0.5)[None]
+        return self._potentials[tree.root]
 
     def _spread(self, name: str) -> float:
         """Product of both standard deviations of a tensor, which no permutation changes."""
@@ -176,63 +208,102 @@ class Descent:
             self._spreads[name] = _spread(self.reference[name]) * _spread(self.other[name])
         return self._spreads[name]
 
-    def _accept(self, tree: Tree, solution: Solution, always: bool = False) -> bool:
-        """Permute all tensors of the tree if the objective grows by it (or always); whether anything was moved."""
-        if _is_identity(solution):
-            return False
-        names = [name for name in tree.tensors if name in self.current]
-        hold = sum(self.current[n].numel() * self.current[n].element_size() for n in names) <= HELD_BYTES
-        moved: dict[str, Tensor] = {}
-        dots = {}
-        for name in names:
-            tensor = permute_tensor(self.spec, solution.permutations, name, self.current[name])
-            dots[name] = dot(self.reference[name], tensor)
-            if always:
-                self.current[name] = tensor
-            elif hold:
-                moved[name] = tensor
-        if not always:
-            gain = math.fsum([*dots.values(), *(-self.dots[name] for name in names)])
-            if not gain > TOLERANCE * self._scale:
-                return False
-            for name in names:
-                self.current[name] = (
-                    moved[name] if hold else permute_tensor(self.spec, solution.permutations, name, self.current[name])
-                )
+    def _scale(self, name: str) -> float:
+        """Product of both norms of a tensor, which no permutation changes."""
+        if name not in self._scales:
+            self._scales[name] = _norm(self.reference[name]) * _norm(self.other[name])
+        return self._scales[name]
+
+    # ---- what a solution is worth ------------------------------------------------------------------------------------
+
+    def _moved(self, tree: Tree, solution: Solution) -> dict[str, Tensor]:
+        """The permutations of a tree that a solution leads to; empty if it changes none."""
+        if self._lone[tree.root]:  # the solution says which unit, as it came, goes where
+            after = dict(solution.permutations)
+        else:  # the solution continues from the present order
+            after = self.order.followed_by(tree.groups, solution.permutations)
+        if all(torch.equal(p, self.permutations[group]) for group, p in after.items()):
+            return {}
+        return after
+
+    def _keep(self, tree: Tree, after: Mapping[str, Tensor], dots: Mapping[str, float] | None = None) -> None:
+        """Move a tree."""
+        self.order.move(after)
         self._clock += 1
-        self.dots.update(dots)
-        self._changed.update(dict.fromkeys(names, self._clock))
-        self._compose(tree, solution.permutations)
-        return True
+        for name in tree.tensors:
+            if name in self._changed:
+                self._changed[name] = self._clock
+                self._dots.pop(name, None)
+        self._dots.update(dots or {})
 
-    def _compose(self, tree: Tree, later: Mapping[str, Tensor]) -> None:
-        """Follow the present permutations of a tree by further ones."""
-        identity = {g: self.permutations[g] for g in tree.groups}
-        for group in tree.groups:
-            shape = self.spec.permutation_shape(group)
-            grid = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
-            path = tuple(
-                later[member][tuple(grid[: level + 1])] if member in later else grid[level]
-                for level, member in enumerate((*self.spec.ancestors(group), group))
-            )
-            self.permutations[group] = identity[group][path]
+    def _accept(self, tree: Tree, solution: Solution) -> bool:
+        """Move a tree if the objective grows by it; whether it was moved."""
+        after = self._moved(tree, solution)
+        if not after:
+            return False
+        if solution.similarity is not None and self._lone[tree.root]:
+            now, then = self.permutations[tree.root], after[tree.root]
+            gain = solution.similarity.worth(then) - solution.similarity.worth(now)
+            scale = sum(self._scale(term.tensor) for term in tree.terms)
+            if not gain > DOUBT * scale:
+                gain = self._exact_gain(tree, now, then)
+            if not gain > TOLERANCE * scale:
+                return False
+            self._keep(tree, after)
+            return True
+        names = [name for name in tree.tensors if name in self.reference]
+        before = {group: self.permutations[group] for group in after}
+        value = math.fsum(self._dot(name) for name in names)
+        self.order.move(after)
+        dots = {name: dot(self.reference[name], self.order.tensor(name)) for name in names}
+        if math.fsum([*dots.values(), -value]) > TOLERANCE * sum(self._scale(name) for name in names):
+            self._keep(tree, after, dots)
+            return True
+        self.order.move(before)
+        return False
+
+    def _exact_gain(self, tree: Tree, now: Tensor, then: Tensor) -> float:
+        """What a lone group gains, from the rows that would move alone, in float64."""
+        rows = torch.nonzero(now != then).flatten()
+        gain = 0.0
+        for term in tree.terms:
+            a = term.rows(self.reference[term.tensor])[0]
+            b = term.rows(self.order.behind(term))[0]
+            step = max(1, CHUNK // a.shape[1])
+            for part in rows.split(step):
+                change = b[then[part].to(b.device)].double() - b[now[part].to(b.device)].double()
+                gain += float((a[part.to(a.device)].double() * change).sum())
+        return gain
+
+    def _dot(self, name: str) -> float:
+        """Share of one tensor in the objective."""
+        if name not in self._dots:
+            self._dots[name] = dot(self.reference[name], self.order.tensor(name))
+        return self._dots[name]
 
 
-def _is_identity(solution: Solution) -> bool:
-    return all(bool((p == torch.arange(p.shape[-1])).all()) for p in solution.permutations.values())
+def _is_lone(spec: PermutationSpec, tree: Tree) -> bool:
+    """Whether a tree is one group that enters every tensor's share in the objective linearly.
+
+    Its units can then be compared as they came, wherever they stand now.
+    """
+    return len(tree.groups) == 1 and not any(
+        term.quadratic or any(axis.outer_axis == term.axis for axis in spec.axes[term.tensor].values())
+        for term in tree.terms
+    )
 
 
-def dot(a: Tensor, b: Tensor, chunk: int | None = None) -> float:
+def dot(a: Tensor, b: Tensor) -> float:
     """Inner product of two tensors of the same shape, accumulated in float64."""
     x, y = a.reshape(-1), b.reshape(-1)
-    if chunk is None:
-        chunk = 2**16 if x.device.type == "cpu" else 2**24  # converted pieces stay in the cache
+    # Pieces that stay in the cache when converted, and are too small to be worth waiting for other threads.
+    chunk = 2**15 if x.device.type == "cpu" else 2**24
     parts = [torch.dot(x[i : i + chunk].double(), y[i : i + chunk].double()) for i in range(0, x.numel(), chunk)]
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 
 def _norm(tensor: Tensor) -> float:
-    return math.sqrt(dot(tensor, tensor))
+    return float(torch.linalg.vector_norm(tensor if tensor.dtype == torch.float64 else tensor.float()))
 
 
 def _spread(tensor: Tensor) -> float:

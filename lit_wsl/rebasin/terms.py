@@ -77,6 +77,16 @@ class Term:
         tensor = tensor.reshape(above, self.outer_positions.shape[1], inner, shape[1], per_unit, rest)
         return tensor.permute(0, 2, 3, 1, 4, 5).reshape(shape)
 
+    def squares(self, tensor: Tensor) -> Tensor:
+        """Squared norm of what stands behind each unit, for terms without ancestors: float32 ``(size,)``."""
+        rest = [axis for axis in range(tensor.ndim) if axis != self.axis]
+        if tensor.dtype not in (torch.float32, torch.float64):
+            tensor = tensor.float()
+        squares = (torch.linalg.vector_norm(tensor, dim=rest) if rest else tensor).square().float()
+        if self.positions is not None:
+            squares = squares[self.positions.to(tensor.device)]
+        return squares.reshape(self.units[1], -1).sum(dim=1)
+
 
 @dataclass(frozen=True, eq=False)
 class Tree:
