@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from lit_wsl.cli.console import on_terminal, remark, say
 from lit_wsl.cli.models import Call, build_from, build_model, sample_call
 from lit_wsl.mapper.options import MatchingOptions
+from lit_wsl.report.rows import percent
 from lit_wsl.transfer.api import open_source, prepare_transfer
 from lit_wsl.transfer.coverage import Count
 from lit_wsl.transfer.floor import likely_cause
@@ -88,7 +89,7 @@ def _show(report: TransferReport) -> None:
 
 
 def _amount(count: Count) -> str:
-    return f"{count.share:.1%} of {count.of_elements:,} elements, {count.tensors} of {count.of_tensors} tensors"
+    return f"{percent(count.share)} of {count.of_elements:,} elements, {count.tensors} of {count.of_tensors} tensors"
 
 
 def _score(value: float | list[list[float]]) -> str:

@@ -11,9 +11,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lit_wsl.report.console import COLOURS, LEGEND, Bar, View, score_text
-from lit_wsl.report.rows import confidence, count_text, mapping_rows
-from lit_wsl.report.tables import SummaryPanel, percent
+from lit_wsl.report.console import COLOURS, LEGEND, Bar, View, Wrapped, score_text
+from lit_wsl.report.rows import confidence, count_text, mapping_rows, percent
+from lit_wsl.report.summary import SummaryPanel
 from lit_wsl.transfer.coverage import Coverage
 from lit_wsl.transfer.plan import TransferPlan
 
@@ -85,7 +85,7 @@ class AnalysisView(View):
         table.add_column("source → target", overflow="fold", ratio=1)
         for row in rows:
             names = f"{' + '.join(row.sources)} → {' + '.join(row.targets)}"
-            table.add_row(score_text(row.score), f"{row.margin:.2f}", row.badge, Text(names))
+            table.add_row(score_text(row.score), f"{row.margin:.2f}", row.badge, Wrapped((names,)))
         yield Text("")
         yield table
         yield Text(LEGEND, style="dim")

@@ -14,11 +14,12 @@ from rich.text import Text
 from lit_wsl.errors import MappingError
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.scoring import ScoreBreakdown
-from lit_wsl.report.console import COLOURS, LEGEND, Bar, View, score_text
+from lit_wsl.report.console import COLOURS, LEGEND, Bar, View, Wrapped, score_text
 from lit_wsl.report.material import Material, breakdown, pairs
 from lit_wsl.report.rows import confidence, shape_text
+from lit_wsl.report.runners_up import candidates
 from lit_wsl.structure.info import ModelDescription
-from lit_wsl.transfer.plan import PlanEntry, TransferPlan
+from lit_wsl.transfer.plan import PlanEntry, Side, TransferPlan
 
 _BAR = 16
 
@@ -70,8 +71,8 @@ class BreakdownView(View):
         shapes = " + ".join(map(shape_text, entry.source_shapes))
         after = " + ".join(map(shape_text, entry.target_shapes))
         names = Table.grid(padding=(0, 1))
-        names.add_row("source", Text("\n".join(entry.sources), overflow="fold"))
-        names.add_row("target", Text("\n".join(entry.targets), overflow="fold"))
+        names.add_row("source", Wrapped(entry.sources))
+        names.add_row("target", Wrapped(entry.targets))
         yield names
         line = Text("score ").append_text(score_text(entry.score)).append(f"   margin {entry.margin:.2f}")
         yield line.append(f"   operation {entry.badge}")
@@ -95,17 +96,20 @@ class BreakdownView(View):
 
     def _runners_up(self, material: Material, entry: PlanEntry) -> Iterator[RenderableType]:
         from_source = self.name in entry.sources
-        best = self._candidates(material, from_source, entry.targets if from_source else entry.sources)
+        best = self._candidates(material, entry)
         title = "next best target" if from_source else "next best source"
         if not best:
             yield Text(f"runner-up: none, no other {'target' if from_source else 'source'} has a shape that fits")
             return
         table = Table(box=None, pad_edge=False, show_header=True)
         table.add_column("score", no_wrap=True, overflow="crop")
+        for part in ("shape", "name", "hier."):
+            table.add_column(part, no_wrap=True, overflow="crop", justify="right")
         table.add_column(f"runner-up ({title})", overflow="fold")
         for other in best:
             name = other.target if from_source else other.source
-            table.add_row(score_text(other.total), Text(f"{name}{self._taken(name, from_source)}"))
+            parts = (f"{value:.2f}" for value in (other.shape, other.name, other.hierarchy))
+            table.add_row(score_text(other.total), *parts, Wrapped((f"{name}{self._taken(name, from_source)}",)))
         yield table
 
     def _taken(self, name: str, is_target: bool) -> str:
@@ -115,17 +119,20 @@ class BreakdownView(View):
         entries = self.plan.by_source.get(name, ())
         return f" (goes to {' + '.join(entries[0].targets)})" if entries else " (free)"
 
-    def _candidates(self, material: Material, from_source: bool, without: tuple[str, ...]) -> list[ScoreBreakdown]:
-        """The best pairs of the tensor with others of as many elements in any order of axes."""
+    def _candidates(self, material: Material, entry: PlanEntry | None) -> list[ScoreBreakdown]:
+        """The best other tensors of the shape of the partner, or of its own shape where it has none."""
+        from_source = self.name in (self.source if entry is None else entry.sources)
         own = (self.source if from_source else self.target)[self.name]
-        others = (self.target if from_source else self.source).parameters
-        found = []
-        for other in others:
-            if other.name in without or other.kind != own.kind or sorted(other.shape) != sorted(own.shape):
-                continue
-            one, two = (own, other) if from_source else (other, own)
-            found.append(material.score(one, two, operation=own.shape != other.shape))
-        return sorted(found, key=lambda b: (-b.total, b.source, b.target))[: self.runners_up]
+        others: Side = "target" if from_source else "source"
+        if entry is None:
+            return candidates(material, own, others, own.shape)[: self.runners_up]
+        partners = entry.targets if from_source else entry.sources
+        side = self.target if from_source else self.source
+        shape = side[partners[0]].shape if partners[0] in side else own.shape
+        moved = entry.badge not in ("exact", "cast")
+        return candidates(material, own, others, shape, like=partners[0], without=partners, operation=moved)[
+            : self.runners_up
+        ]
 
     def _unmatched(self, material: Material) -> Panel:
         from_source = self.name in self.source
@@ -140,7 +147,7 @@ class BreakdownView(View):
             if self.name in case.targets:
                 lines.append(Text(f"ambiguous: {case.reason}"))
                 lines += [Text(f"  {c.score:.2f} {' + '.join(c.sources)}") for c in case.candidates]
-        best = self._candidates(material, from_source, ())
+        best = self._candidates(material, None)
         for other in best:
             name = other.target if from_source else other.source
             lines += [Text(""), Text(f"best candidate: {name}{self._taken(name, from_source)}"), score_table(other)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,42 @@ def score_text(score: float) -> Text:
     """A score, coloured by confidence, with a mark that says the same without colour."""
     level = confidence(score)
     return Text(f"{score:.2f} {MARKS[level]}".rstrip(), style=COLOURS[level])
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """Names that are broken behind dots and blanks only, what follows indented, so that words stay whole.
+
+    Attributes:
+        lines: The lines, each with names.
+        style: Their style.
+    """
+
+    lines: tuple[str, ...]
+    style: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = [piece for line in self.lines for piece in broken(line, options.max_width)]
+        yield Text("\n".join(lines), style=self.style, overflow="fold")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest = max(map(len, self.lines), default=0)
+        word = max((len(piece) for line in self.lines for piece in broken(line, 1)), default=0)
+        return Measurement(min(word, options.max_width), min(longest, options.max_width))
+
+
+def broken(line: str, width: int) -> list[str]:
+    """A line of names as lines of at most ``width`` columns, as far as its words allow.
+
+    >>> broken("encoder.layers.0.self_attention → blocks.0.attn", 22)
+    ['encoder.layers.0.', '  self_attention →', '  blocks.0.attn']
+    """
+    lines = [""]
+    for piece in re.split(r"(?<=[. ])", line):
+        if lines[-1].strip() and len((lines[-1] + piece).rstrip()) > width:
+            lines.append("  ")
+        lines[-1] += piece
+    return [text.rstrip() for text in lines]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lit_wsl.report.rows import percent
 from lit_wsl.transfer.coverage import Count, Coverage, ModuleCoverage
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def rows(coverage: Coverage) -> list[tuple[str, ...]]:
             str(row.missing),
             str(row.ambiguous),
             f"{row.loaded.elements:,} of {row.loaded.of_elements:,}",
-            f"{row.loaded.share:.1%}",
+            percent(row.loaded.share),
         )
         for row in shown_modules(coverage)[0]
     ]
@@ -100,7 +101,7 @@ def gap_lines(report: TransferReport) -> list[str]:
 
 
 def _share(count: Count) -> str:
-    return f"{count.share:.1%} of {count.of_elements:,} elements, {count.tensors} of {count.of_tensors} tensors"
+    return f"{percent(count.share)} of {count.of_elements:,} elements, {count.tensors} of {count.of_tensors} tensors"
 
 
 def _some(title: str, names: Sequence[str]) -> list[str]:

@@ -15,9 +15,11 @@ from typing import Any
 
 from lit_wsl.checkpoint import atomic_write_text
 from lit_wsl.mapper.options import MatchingOptions
+from lit_wsl.mapper.scoring import ScoreBreakdown
 from lit_wsl.report.json_report import coverage_dict
 from lit_wsl.report.material import Material, breakdown, pairs
 from lit_wsl.report.rows import operation_counts, shape_text
+from lit_wsl.report.runners_up import runner_up
 from lit_wsl.structure.info import ModelDescription, ParameterInfo
 from lit_wsl.transfer.coverage import Coverage
 from lit_wsl.transfer.plan import PlanEntry, Unmatched
@@ -117,11 +119,13 @@ def page_data(material: Material) -> dict[str, Any]:
         "source": _Finder(material.source, numbers["source"]),
         "target": _Finder(material.target, numbers["target"]),
     }
-    entries = [_entry(material, entry, where, texts, badges) for entry in plan.entries]
+    entries = [_entry(material, i, entry, where, texts, badges) for i, entry in enumerate(plan.entries)]
     weights = material.options.score_weights
     notes = list(material.notes)
     if len(plan.entries) > _MOST_BREAKDOWNS:
         notes.append(f"score breakdowns are left out of pages with more than {_MOST_BREAKDOWNS:,} mappings")
+    elif len(material.questioned) < len(plan.entries):
+        notes.append(f"runners-up are named for the {len(material.questioned):,} mappings with the least margin")
     return {
         "version": __version__,
         "labels": {"source": plan.source.label, "target": plan.target.label},
@@ -178,27 +182,19 @@ def _side(side: ModelDescription, left: tuple[Unmatched, ...], shapes: _Table, t
     }
 
 
-def _entry(material: Material, entry: PlanEntry, where: dict[str, _Finder], texts: _Table, badges: _Table) -> list[Any]:
+def _entry(
+    material: Material, number: int, entry: PlanEntry, where: dict[str, _Finder], texts: _Table, badges: _Table
+) -> list[Any]:
     found = []
     explained = len(material.plan.entries) <= _MOST_BREAKDOWNS
     for source, target in pairs(entry) if explained else ():
         s, t = where["source"].all((source,)), where["target"].all((target,))
         if s and t:
-            parts = breakdown(material, entry, source, target)
-            details = [parts.name_parts.get(key) for key in _NAME_PARTS]
-            details += [parts.hierarchy_parts.get(key) for key in _HIERARCHY_PARTS]
-            found.append(
-                [
-                    s[0],
-                    t[0],
-                    round(parts.shape, 3),
-                    round(parts.name, 3),
-                    round(parts.hierarchy, 3),
-                    [None if value is None else round(value, 3) for value in details],
-                    round(parts.total, 3),
-                    parts.parents,
-                ]
-            )
+            pair = [s[0], t[0], *_parts(breakdown(material, entry, source, target))]
+            if number in material.questioned:
+                other = runner_up(material, entry, source, target)
+                pair.append(None if other is None else [*where["source"].all((other.source,)), *_parts(other)])
+            found.append(pair)
     return [
         where["source"].all(entry.sources),
         where["target"].all(entry.targets),
@@ -208,4 +204,18 @@ def _entry(material: Material, entry: PlanEntry, where: dict[str, _Finder], text
         texts.number(entry.reason),
         found,
         int(not entry.lossless),
+    ]
+
+
+def _parts(parts: ScoreBreakdown) -> list[Any]:
+    """Shape, name, hierarchy, what these two are made of, the score, and the parents' match."""
+    details = [parts.name_parts.get(key) for key in _NAME_PARTS]
+    details += [parts.hierarchy_parts.get(key) for key in _HIERARCHY_PARTS]
+    return [
+        round(parts.shape, 3),
+        round(parts.name, 3),
+        round(parts.hierarchy, 3),
+        [None if value is None else round(value, 3) for value in details],
+        round(parts.total, 3),
+        parts.parents,
     ]

@@ -11,9 +11,10 @@ from lit_wsl.mapper.names import Dictionary, split_numbers
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.scoring import ScoreBreakdown, score_pair
 from lit_wsl.report.rows import describe_from_plan
-from lit_wsl.structure.info import ModelDescription, ParameterInfo
+from lit_wsl.report.runners_up import MOST_EXPLAINED
+from lit_wsl.structure.info import ModelDescription, ParameterInfo, Shape
 from lit_wsl.transfer.coverage import Coverage, measure_coverage
-from lit_wsl.transfer.plan import PlanEntry, TransferPlan
+from lit_wsl.transfer.plan import PlanEntry, Side, TransferPlan
 
 _CERTAIN = 0.3  # least margin of a step that words are learned from, as in the matching itself
 
@@ -65,6 +66,35 @@ class Material:
             for entry in self.plan.entries
             for source, target in pairs(entry)
         )
+
+    @cached_property
+    def alike(self) -> dict[Side, dict[tuple[str, Shape], tuple[ParameterInfo, ...]]]:
+        """The tensors of each side by kind and by shape, whose axes may stand in any order."""
+        found: dict[Side, dict[tuple[str, Shape], tuple[ParameterInfo, ...]]] = {"source": {}, "target": {}}
+        for side, described in (("source", self.source), ("target", self.target)):
+            groups: dict[tuple[str, Shape], list[ParameterInfo]] = {}
+            for info in described.parameters:
+                groups.setdefault((info.kind, tuple(sorted(info.shape))), []).append(info)
+            found[side] = {key: tuple(infos) for key, infos in groups.items()}  # type: ignore[index]
+        return found
+
+    @cached_property
+    def partner_modules(self) -> dict[Side, dict[str, frozenset[str]]]:
+        """For modules of the other side: the modules of this side that share a step with them."""
+        found: dict[Side, dict[str, set[str]]] = {"source": {}, "target": {}}
+        for source, target in self.module_pairs:
+            found["source"].setdefault(target, set()).add(source)
+            found["target"].setdefault(source, set()).add(target)
+        return {side: {path: frozenset(paths) for path, paths in known.items()} for side, known in found.items()}
+
+    @cached_property
+    def questioned(self) -> frozenset[int]:
+        """Numbers of the steps whose runner-up a report names: all, or the least certain ones of very many."""
+        entries = self.plan.entries
+        if len(entries) <= MOST_EXPLAINED:
+            return frozenset(range(len(entries)))
+        doubt = sorted(range(len(entries)), key=lambda i: (entries[i].margin, entries[i].score, i))
+        return frozenset(doubt[:MOST_EXPLAINED])
 
     def score(self, source: ParameterInfo, target: ParameterInfo, *, operation: bool = False) -> ScoreBreakdown:
         """Score any pair of tensors as the plan's steps are scored: with learned words, and with the parents' match.

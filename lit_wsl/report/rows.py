@@ -71,6 +71,17 @@ def count_text(number: int) -> str:
     return str(number)
 
 
+def percent(share: float) -> str:
+    """A share in percent that says 100 % only of everything and 0 % only of nothing.
+
+    >>> percent(0.99999), percent(1.0), percent(0.00001), percent(0.5)
+    ('99.9%', '100.0%', '0.1%', '50.0%')
+    """
+    if share >= 1.0 or share <= 0.0:
+        return f"{100 * share:.1f}%"
+    return f"{min(99.9, max(0.1, 100 * share)):.1f}%"
+
+
 def mapping_rows(plan: TransferPlan, *, by: By = "group", folded: bool = True) -> list[MappingRow]:
     """The steps of a plan as lines of a table, in the plan's order.
 

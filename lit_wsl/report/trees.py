@@ -68,8 +68,8 @@ def tree_lines(
 ) -> list[TreeLine]:
     """The lines of one tree, parents first.
 
-    Siblings with a number for a name fold when everything below them is alike: names, shapes, and whether it is
-    matched; and a module without tensors of its own whose only child is one line joins that line:
+    Neighbours whose names differ by a number fold when everything below them is alike: names, shapes, and whether it
+    is matched; and a module without tensors of its own whose only child is one line joins that line:
     ``encoder.layer.{0..11}``. Linear in the number of tensors.
 
     Args:
@@ -132,7 +132,24 @@ def _children(nodes: Sequence[ModuleNode], facts: Mapping[str, _Facts], folded: 
 
 
 def _label(run: Sequence[ModuleNode]) -> str:
-    return run[0].name if len(run) == 1 else "{" + ranges([int(node.name) for node in run]) + "}"
+    """``{0..11}``, ``encoder_layer_{0..11}``, or the name of the only one."""
+    numbered = [_numbered(node.name) for node in run]
+    if len(run) == 1 or numbered[0] is None:
+        return run[0].name
+    before, _, after = numbered[0]
+    return before + "{" + ranges([int(found[1]) for found in numbered if found is not None]) + "}" + after
+
+
+def _numbered(name: str) -> tuple[str, str, str] | None:
+    """What stands before, in and behind the only number of a name; None where there is none, or several."""
+    found = re.fullmatch(r"(\D*)(\d+)(\D*)", name, re.ASCII)
+    return (found[1], found[2], found[3]) if found else None
+
+
+def _next_of_kind(before: str, name: str) -> bool:
+    """Whether two names differ by their only number."""
+    one, other = _numbered(before), _numbered(name)
+    return one is not None and other is not None and (one[0], one[2]) == (other[0], other[2])
 
 
 def _measure(root: ModuleNode, matched: frozenset[str] | None, with_buffers: bool) -> dict[str, _Facts]:
@@ -164,8 +181,7 @@ def _runs(children: Sequence[ModuleNode], facts: Mapping[str, _Facts]) -> list[l
         before = runs[-1][-1] if runs else None
         if (
             before is not None
-            and child.name.isdecimal()
-            and before.name.isdecimal()
+            and _next_of_kind(before.name, child.name)
             and facts[before.path].signature == facts[child.path].signature
         ):
             runs[-1].append(child)
@@ -247,7 +263,7 @@ def _line(line: TreeLine, partners: Mapping[str, tuple[str, ...]], width: int) -
         text.append(mark + " ", style=colour)
     text.append(line.label, style="bold" if line.depth == 0 else "")
     if len(line.paths) > 1:
-        text.append(f" x{len(line.paths)}", style="cyan")
+        _append(text, f" x{len(line.paths)}", "cyan", line.hang, width)
     hang = line.hang
     details = _badges(line.group)
     if line.numel and not (details and line.depth):

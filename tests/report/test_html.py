@@ -151,6 +151,39 @@ def test_click_shows_the_breakdown_and_marks_the_partners(page):
     assert page.lines("path.chosen") == 3
 
 
+def test_the_details_compare_with_the_runner_up_that_the_terminal_names(page, example):
+    from lit_wsl.report.material import options_of
+    from lit_wsl.report.runners_up import candidates
+
+    source, target, plan = example
+    material = Material.gather(plan, source=source, target=target)
+    entry = plan.by_target["blocks.3.norm.weight"]
+    best = candidates(
+        material, target["blocks.3.norm.weight"], "source", (8,), like=entry.sources[0], without=entry.sources
+    )[0]
+    assert options_of(plan) == material.options
+    page.driver.find_element("id", "fold").click()
+    page.search("blocks.3.norm")
+    page.wait("return document.getElementById('found').textContent === '1 match'")
+    page.row("target", "norm.weight").click()
+    page.wait("return document.querySelectorAll('#details .runner').length === 1")
+    shown = page.driver.find_element("css selector", "#details .runner").text
+    expected = f"Runner-up {best.total:.2f} {best.source} 8, goes to "
+    assert shown.startswith(expected)
+    assert re.fullmatch(r"blocks\.\d+\.norm\.weight", shown.removeprefix(expected))
+    cells = page.js(
+        "return [...document.querySelectorAll('#details tr')].map(r => r.cells[0].textContent + r.cells[5].textContent)"
+    )
+    assert cells[0] == "partrunner-up"
+    for part, value in (("shape", best.shape), ("name", best.name), ("score", best.total), *best.name_parts.items()):
+        assert f"{part}{value:.2f}" in cells
+    page.driver.find_element("css selector", "#details .runner .name").click()  # hidden by the filter so far
+    page.wait("return document.querySelectorAll('#source .row.selected').length === 1")
+    assert page.js("return document.getElementById('search').value") == ""
+    page.wait("return document.querySelectorAll('#details h3').length >= 2")
+    assert best.source in page.details
+
+
 def test_search_and_chips_filter_both_trees(page):
     page.search("qkv")
     page.wait("return document.getElementById('found').textContent === '12 matches'")

@@ -11,11 +11,14 @@ from torch import nn
 from lit_wsl.mapper import WeightMapper
 from lit_wsl.report.analysis import AnalysisView
 from lit_wsl.report.breakdown import BreakdownView
+from lit_wsl.report.leftovers import AmbiguousView, UnmatchedView
 from lit_wsl.report.material import Material, options_of
 from lit_wsl.report.rows import mapping_rows
-from lit_wsl.report.tables import AmbiguousView, MappingView, SummaryPanel, UnmatchedView
+from lit_wsl.report.summary import SummaryPanel
+from lit_wsl.report.tables import MappingView
 from lit_wsl.report.trees import HierarchyView, tree_lines
 from lit_wsl.structure import describe
+from lit_wsl.transfer.plan import PlanEntry, SideSummary, TransferPlan
 
 
 def show(*views, width=80, encoding="utf-8", color=False):
@@ -176,6 +179,26 @@ def test_blocks_that_differ_do_not_fold():
     assert labels == ["Sequential", "{0..1}", "2"]
     half = [line.label for line in tree_lines(describe(blocks), matched=frozenset({"0.weight"}))]
     assert half == ["Sequential", "0", "1", "2"]
+
+
+def test_neighbours_with_a_number_in_their_names_fold():
+    layers = {f"layer_{i}": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for i in (1, 2, 3)}
+    net = nn.ModuleDict({**layers, "stage1_block2": nn.Linear(4, 4), "stage1_block3": nn.Linear(4, 4)})
+    labels = [line.label for line in tree_lines(describe(net))]
+    assert labels == ["ModuleDict", "layer_{1..3}", "0", "1", "stage1_block2", "stage1_block3"]
+
+
+def test_names_break_behind_dots(example):
+    long = "encoder.layers.encoder_layer.self_attention_with_a_name.out_proj.weight"
+    source = describe({long: torch.ones(3)}, label="old")
+    target = describe({"p": torch.ones(3)}, label="new")
+    plan = TransferPlan(
+        (PlanEntry((long,), ("p",), (), ((3,),), ((3,),)),), SideSummary.of(source), SideSummary.of(target)
+    )
+    rows = [line.strip() for line in show(MappingView(plan, by="tensor"), width=80).splitlines()]
+    at = next(i for i, row in enumerate(rows) if "encoder.layers" in row)
+    assert rows[at].endswith("encoder.layers.encoder_layer.")
+    assert rows[at + 1] == "self_attention_with_a_name.out_proj.weight"
 
 
 def test_badges_tell_weight_bias_shape_and_buffers():

@@ -40,6 +40,9 @@
   data.ambiguous.forEach((c) => c.c.forEach(([list]) => list.forEach((s) => { if (source.status[s] === "unmatched") source.status[s] = "ambiguous"; })));
 
   // ---- trees: built once per side and folding --------------------------------------------------------------------
+  // what a name is without its only number, which neighbours may differ by; null where it has none, or several
+  const stem = (label) => { const found = /^(\D*)\d+(\D*)$/.exec(label); return found && found[1] + "#" + found[2]; };
+  const numberOf = (label) => Number(/\d+/.exec(label)[0]);
   function ranges(values) {
     const runs = [];
     for (const v of values) { const last = runs[runs.length - 1]; if (last && v === last[1] + 1) last[1] = v; else runs.push([v, v]); }
@@ -70,16 +73,16 @@
     // one shown node for a group of alike nodes (a group of one where nothing is folded)
     const first = group[0], labels = group.map((g) => g.label);
     const node = { label: first.label, times: group.length, depth, parent, children: [], leaf: first.tensor >= 0, tensors: [], key: first.key, open: false, side };
-    if (group.length > 1) { const set = [...new Set(labels)]; if (set.length > 1) node.label = ranges(set.map(Number)); }
+    if (group.length > 1) { const set = [...new Set(labels)]; if (set.length > 1) node.label = stem(set[0]).replace("#", ranges(set.map(numberOf))); }
     if (node.leaf) { node.tensors = group.map((g) => g.tensor); return node; }
     for (let k = 0; k < first.children.length;) {
       let end = k + 1;
       const head = first.children[k];
-      if (folded && /^\d+$/.test(head.label)) while (end < first.children.length && /^\d+$/.test(first.children[end].label) && first.children[end].sign === head.sign && (head.tensor >= 0) === (first.children[end].tensor >= 0)) end++;
+      if (folded && stem(head.label) !== null) while (end < first.children.length && stem(first.children[end].label) === stem(head.label) && first.children[end].sign === head.sign && (head.tensor >= 0) === (first.children[end].tensor >= 0)) end++;
       const below = [];
       for (const g of group) for (let j = k; j < end; j++) below.push(g.children[j]);
       const child = display(below, side, depth + 1, node, folded);
-      if (end - k > 1) child.label = ranges(first.children.slice(k, end).map((c) => Number(c.label)));
+      if (end - k > 1) child.label = stem(head.label).replace("#", ranges(first.children.slice(k, end).map((c) => numberOf(c.label))));
       else child.label = head.label;
       node.children.push(child);
       for (const t of child.tensors) node.tensors.push(t);
@@ -344,25 +347,36 @@
     if (e.reason) parts.push(el("p", { text: e.reason }));
     for (const pair of e.pairs || []) {
       parts.push(el("h3", { class: e.pairs.length > 1 ? "names" : "", text: (e.pairs.length > 1 ? source.names[pair[0]] + " → " + target.names[pair[1]] : "score breakdown") }));
-      parts.push(breakdown(pair));
+      parts.push(breakdown(pair), ...runnerUp(pair[8]));
       if (Math.abs(pair[6] - e.score) > 0.005) parts.push(el("p", { class: "muted", text: `This pair scores ${pair[6].toFixed(2)}; the step, as the mean of its pairs and its family, ${e.score.toFixed(2)}.` }));
     }
     return parts;
   }
+  function runnerUp(other) {
+    // undefined: not computed; null: there is none
+    if (other === undefined) return [];
+    if (other === null) return [el("p", { class: "runner", text: "Runner-up: none, no other source has a shape that fits." })];
+    const s = other[0], goes = source.partners[s].length ? "goes to " + names(target, entries[source.partners[s][0]].t) : "free";
+    return [el("p", { class: "runner" }, el("span", { text: "Runner-up " }), el("span", { class: level(other[5]), text: other[5].toFixed(2) + " " }),
+      el("button", { type: "button", class: "name", title: "Show this tensor", text: source.names[s], onclick: () => openTensor(source, s) }), el("span", { class: "muted", text: " " + source.shape[s] + ", " + goes }))];
+  }
   function breakdown(pair) {
-    const [, , shape, name, hierarchy, details, total, parents] = pair, scale = parents === null ? 1 : 0.8, table = el("table", { class: "parts" });
-    table.append(el("tr", {}, el("th", { text: "part" }), el("th", { text: "value" }), el("th", { text: "" }), el("th", { text: "weight" }), el("th", { text: "adds" })));
-    const line = (label, value, weight, cls) => {
+    const [, , shape, name, hierarchy, details, total, parents, other] = pair, scale = parents === null ? 1 : 0.8, table = el("table", { class: "parts" });
+    const rival = other ? other.slice(1) : null, head = ["part", "value", "", "weight", "adds"];
+    if (rival) head.push("runner-up");
+    table.append(el("tr", {}, ...head.map((text) => el("th", { text }))));
+    const line = (label, value, weight, cls, second) => {
       const meter = el("div", { class: cls === "sub" ? "" : level(value) }, el("i"));
       meter.firstChild.style.width = 100 * value + "%";
-      table.append(el("tr", { class: cls }, el("td", { text: label }), el("td", { text: value.toFixed(2) }), el("td", { class: "meter" }, meter), el("td", { text: weight === null ? "" : weight.toFixed(2) }), el("td", { text: weight === null ? "" : (weight * value * (cls === "main" ? scale : 1)).toFixed(2) })));
+      table.append(el("tr", { class: cls }, el("td", { text: label }), el("td", { text: value.toFixed(2) }), el("td", { class: "meter" }, meter), el("td", { text: weight === null ? "" : weight.toFixed(2) }), el("td", { text: weight === null ? "" : (weight * value * (cls === "main" ? scale : 1)).toFixed(2) }),
+        rival ? el("td", { class: "rival", text: second === null || second === undefined ? "–" : second.toFixed(2) }) : null));
     };
-    const sub = (keys, offset) => keys.forEach((key, i) => { const v = details[offset + i]; if (v !== null && v !== undefined) line(key, v, null, "sub"); });
-    line("shape", shape, data.weights[0], "main");
-    line("name", name, data.weights[1], "main"); sub(data.nameParts, 0);
-    line("hierarchy", hierarchy, data.weights[2], "main"); sub(data.hierarchyParts, data.nameParts.length);
-    if (parents !== null) line("parents match", parents, 0.2, "context");
-    line("score", total, null, "total");
+    const sub = (keys, offset) => keys.forEach((key, i) => { const v = details[offset + i]; if (v !== null && v !== undefined) line(key, v, null, "sub", rival && rival[3][offset + i]); });
+    line("shape", shape, data.weights[0], "main", rival && rival[0]);
+    line("name", name, data.weights[1], "main", rival && rival[1]); sub(data.nameParts, 0);
+    line("hierarchy", hierarchy, data.weights[2], "main", rival && rival[2]); sub(data.hierarchyParts, data.nameParts.length);
+    if (parents !== null) line("parents match", parents, 0.2, "context", rival && rival[5]);
+    line("score", total, null, "total", rival && rival[4]);
     return table;
   }
 
@@ -411,7 +425,14 @@
     for (const { e, n } of worst) list.append(el("li", {}, el("button", { type: "button", onclick: () => openEntry(e) }, el("span", { class: level(e.score), text: e.score.toFixed(2) + " " }), document.createTextNode(names(source, e.s) + " → " + names(target, e.t) + " "), n > 1 ? el("span", { class: "badge", text: "×" + n }) : null)));
     panel.replaceChildren(...parts, list);
   }
+  function showAll() {
+    Object.assign(state, { query: "", chip: "all", operation: "", buffers: true });
+    $("search").value = ""; $("operation").value = ""; $("buffers").checked = true;
+    document.querySelectorAll("#chips button").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.chip === "all")));
+    applyFilter();
+  }
   function openTensor(side, tensor) {
+    if (!side.pass[tensor]) showAll(); // a link must lead somewhere, whatever the filter hides
     reveal(side, tensor); layout();
     const node = side.rows[side.rowOf[tensor]];
     if (!node) return;
