@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import torch
 from checks_dist import differing, save_old
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
-from models_dist import New
+from models_dist import Body, Experts, New
 from runs_dist import data, quiet_trainer, transfer
 from scenarios_ddp import Lit
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import enable_wrap, wrap
 
 
@@ -57,12 +56,36 @@ class Stop(Callback):
         raise Wrapped
 
 
-def _fit(folder: Path, model: LightningModule) -> dict[str, Any]:
+class Trained(Callback):
+    """Note the whole parameters at the end of training, and of how many parts of its own the model is made."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = trainer.strategy.model
+        self.wrapped = sum(isinstance(m, FullyShardedDataParallel) for m in model.modules())
+        self.flat = sum(isinstance(p, FlatParameter) for p in trainer.optimizers[0].param_groups[0]["params"])
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            self.state = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def _fit(folder: Path, model: LightningModule, **options: Any) -> dict[str, Any]:
+    """Train an epoch on the same data on both ranks, as one process does that needs no transfer."""
     path, expected = save_old(folder)
-    strategy, callback = OnCpu(process_group_backend="gloo"), transfer(path)
-    with suppress(Wrapped):
-        quiet_trainer(folder, callback, Stop(), strategy=strategy, logger=False).fit(model, data())
-    return {"wrong": differing(strategy.before_wrapping, expected), "loaded": len(callback.report.loaded)}
+    strategy, callback, end = OnCpu(process_group_backend="gloo", **options), transfer(path), Trained()
+    epoch = {"limit_train_batches": 1.0, "use_distributed_sampler": False, "logger": False}
+    quiet_trainer(folder, callback, end, strategy=strategy, **epoch).fit(model, data())
+    alone = Lit("init")
+    alone.net.load_state_dict(expected)
+    quiet_trainer(folder, devices=1, strategy="auto", **epoch).fit(alone, data())
+    parameters = {name: p.detach() for name, p in alone.named_parameters()}
+    return {
+        "wrong": differing(strategy.before_wrapping, expected),
+        "loaded": len(callback.report.loaded),
+        "wrapped": end.wrapped,
+        "flat": end.flat,
+        "names": list(end.state) == list(parameters),
+        "difference": max((end.state[n] - p).abs().max().item() for n, p in parameters.items()),
+        "moved": min((p - expected[n.removeprefix("net.")]).abs().max().item() for n, p in parameters.items()),
+    }
 
 
 def built_in_init(folder: Path) -> dict[str, Any]:
@@ -71,6 +94,11 @@ def built_in_init(folder: Path) -> dict[str, Any]:
 
 def built_in_configure_model(folder: Path) -> dict[str, Any]:
     return _fit(folder, Lit("configure_model"))
+
+
+def wrapped_by_a_policy(folder: Path) -> dict[str, Any]:
+    """Its parts wrapped one by one, the parameters flattened under their modules' names."""
+    return _fit(folder, Lit("init"), auto_wrap_policy={Body, Experts}, use_orig_params=False)
 
 
 def wrapped_in_configure_model(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lit_wsl.errors import TransferError
 from lit_wsl.transfer.distributed import refuse_wrapped
 
 SCENARIOS = "scenarios_fsdp_one"
-WORKING = ["built_in_init", "built_in_configure_model"]
+WORKING = ["built_in_init", "built_in_configure_model", "wrapped_by_a_policy"]
 REFUSED = ["wrapped_in_configure_model", "made_on_meta"]
 
 
@@ -21,6 +21,18 @@ def test_the_model_is_filled_when_it_is_wrapped(results, name):
     for rank in results[name]:
         assert rank.get("wrong") == [], rank
         assert rank["loaded"] > 0
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_the_wrapped_model_trains_as_one_process_would(results, name):
+    for rank in results[name]:
+        assert rank["names"] is True
+        assert rank["difference"] < 1e-5 < rank["moved"] / 100, rank
+
+
+def test_the_wrapping_is_real(results):
+    assert results["built_in_init"][0]["wrapped"] == 1
+    assert results["wrapped_by_a_policy"][0]["wrapped"] == results["wrapped_by_a_policy"][0]["flat"] == 3
 
 
 @pytest.mark.parametrize("name", REFUSED)
