@@ -67,7 +67,7 @@ def _left_over(checkpoint: Checkpoint, plan: TransferPlan) -> list[str]:
     used = {source for entry in plan.entries for source in entry.sources}
     known = {u.name for u in plan.unmatched_source}
     known.update(source for a in plan.ambiguous for candidate in a.candidates for source in candidate.sources)
-    tied = describe(dict(checkpoint)).tied
+    tied = describe(checkpoint).tied
     left = [name for name in checkpoint if tied.get(name, name) not in used and name not in used]
     strange = [name for name in left if name not in known]
     notes = [f"{len(left)} tensors of the checkpoint are not used: {_some(left)}"] if left else []

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint.optimizer import NewOrder
-from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure import describe
 from lit_wsl.structure.info import Shape
@@ -24,21 +22,8 @@ def old_parameters(checkpoint: Mapping[str, Tensor], plan: TransferPlan) -> dict
     """
     kinds = {u.name: u.kind for u in plan.unmatched_source}
     kinds.update((source, entry.kind) for entry in plan.entries for source in entry.sources)
-    inferred = describe(checkpoint)
-    seen: dict[tuple[Any, ...], str] = {}
-    found: dict[str, Shape] = {}
-    lazy = isinstance(checkpoint, Checkpoint) and checkpoint.lazy  # of these, memory says nothing of what was tied
-    for info in inferred.parameters:
-        if kinds.get(info.name, info.kind) == "buffer":
-            continue
-        if lazy:
-            found[info.name] = info.shape
-            continue
-        tensor = checkpoint[info.name]
-        memory = (tensor.data_ptr(), info.shape, tensor.stride()) if tensor.numel() else (info.name,)
-        if seen.setdefault(memory, info.name) == info.name:
-            found[info.name] = info.shape
-    return found
+    inferred = describe(checkpoint).parameters
+    return {info.name: info.shape for info in inferred if kinds.get(info.name, info.kind) != "buffer"}
 
 
 def new_order(plan: TransferPlan, target: nn.Module | None = None) -> NewOrder:

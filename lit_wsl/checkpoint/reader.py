@@ -20,6 +20,7 @@ from lit_wsl.checkpoint.sniff import looks_like, read_head
 from lit_wsl.checkpoint.torch_file import read_torch_file, verify_checksums
 from lit_wsl.checkpoint.weights import Selection, Weights, select_weights
 from lit_wsl.errors import CheckpointError
+from lit_wsl.structure.describe import memory_of
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -79,9 +80,15 @@ class Checkpoint(Mapping[str, Tensor]):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
     def meta_items(self) -> Iterator[tuple[str, Tensor]]:
-        """Go over names and meta tensors in the file's order."""
-        for name in self:
-            yield name, self.meta(name)
+        """Go over names and meta tensors in the file's order.
+
+        Names that the file ties (formats of ``torch.save`` keep which tensors shared their memory) give one and the
+        same meta tensor. No data is read: what lies over the mapped file is told by its place there.
+        """
+        made: dict[object, Tensor] = {}
+        for name, tensor in self._tensors.items():
+            memory = memory_of(tensor) if isinstance(tensor, Tensor) else None
+            yield name, self.meta(name) if memory is None else made.setdefault(memory, self.meta(name))
 
     @cached_property
     def content(self) -> Mapping[str, Any]:

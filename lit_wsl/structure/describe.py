@@ -18,7 +18,7 @@ class HasMeta(Protocol):
     """A lazily read mapping that knows shapes and dtypes without reading data (``lit_wsl.checkpoint.Checkpoint``)."""
 
     def meta_items(self) -> Iterable[tuple[str, Tensor]]:
-        """Yield ``(name, tensor on the meta device)`` in registration order."""
+        """Yield ``(name, tensor on the meta device)`` in registration order; tied names yield one tensor."""
         ...
 
 
@@ -117,16 +117,32 @@ def _describe_tensors(tensors: Mapping[str, Tensor], order: Mapping[str, int], l
 
 def _tied_names(found: list[tuple[str, Tensor]]) -> dict[str, str]:
     """Names that share all their memory with an earlier name: the tensors were tied when they were saved."""
-    first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    first: dict[object, str] = {}
     tied: dict[str, str] = {}
     for name, tensor in found:
-        if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
-            continue
-        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        canonical = first.setdefault(key, name)
-        if canonical != name:
-            tied[name] = canonical
+        memory = memory_of(tensor)
+        if memory is not None and first.setdefault(memory, name) != name:
+            tied[name] = first[memory]
     return tied
+
+
+def memory_of(tensor: Tensor) -> object | None:
+    """What two tensors have in common if and only if they are tied: the same elements of the same memory.
+
+    Holds while both are alive. A tensor on the meta device has a storage too, only without bytes in it, so the ties of
+    a model that was never materialised, and of a file that was never read, are told as well.
+
+    Returns:
+        A value to compare; ``None`` for empty tensors, and where memory says nothing (sparse, lazy, sharded).
+    """
+    if tensor.layout is not torch.strided or nn.parameter.is_lazy(tensor) or tensor.numel() == 0:
+        return None
+    try:
+        storage = tensor.untyped_storage()
+        at = (storage._cdata, tensor.storage_offset()) if tensor.is_meta else (tensor.data_ptr(),)
+    except (RuntimeError, NotImplementedError, ValueError):  # subclasses that wrap others have no memory of their own
+        return None
+    return (*at, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
 
 
 def _infer_buffers(found: list[tuple[str, Tensor]]) -> frozenset[str]:
