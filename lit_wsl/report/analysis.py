@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_wsl.report.console import COLOURS, LEGEND, Bar, View, Wrapped, score_text
-from lit_wsl.report.rows import confidence, count_text, mapping_rows, percent
+from lit_wsl.report.rows import confidence, count_text, mapping_rows, open_questions, percent
 from lit_wsl.report.summary import SummaryPanel
 from lit_wsl.transfer.coverage import Coverage
 from lit_wsl.transfer.plan import TransferPlan
@@ -104,6 +104,7 @@ class AnalysisView(View):
             yield Text(f"\nunmatched in {side}: {count}", style="bold" if count else "dim")
             for reason, sizes in sorted(reasons.items(), key=lambda kv: -sum(kv[1]))[: self.top_n]:
                 yield Text(f"  {len(sizes)} tensors, {count_text(sum(sizes))} elements: {reason}")
-        for case in self.plan.ambiguous[: self.top_n]:
-            best = ", ".join(f"{' + '.join(c.sources)} {c.score:.2f}" for c in case.candidates[:3])
-            yield Text(f"  ambiguous: {', '.join(case.targets[:3])}: {case.reason} ({best})", style="yellow")
+        for question in open_questions(self.plan)[: self.top_n]:
+            best = ", ".join(f"{name} {score:.2f}" for score, name in question.candidates[:3])
+            names = ", ".join(question.targets[:3]) + (", ..." if len(question.targets) > 3 else "")
+            yield Text(f"  ambiguous (x{question.tensors}): {names}: {question.reason} ({best})", style="yellow")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lit_wsl.report.rows import percent
+from lit_wsl.report.rows import open_questions, percent
 from lit_wsl.transfer.coverage import Count, Coverage, ModuleCoverage
 
 if TYPE_CHECKING:
@@ -112,16 +112,21 @@ def _some(title: str, names: Sequence[str]) -> list[str]:
 
 
 def _candidates(report: TransferReport) -> list[str]:
-    """What each ambiguous target could have been given, the best first."""
-    open_questions = [a for a in report.plan.ambiguous if set(a.targets) & set(report.ambiguous)]
-    lines = []
-    for item in open_questions[:_SHOWN]:
-        names = [" + ".join(candidate.sources) for candidate in item.candidates]
+    """What each ambiguous target could have been given, the best first; every reason once."""
+    unsure = set(report.ambiguous)
+    questions = [q for q in open_questions(report.plan) if unsure & {name for case in q.cases for name in case.targets}]
+    lines: list[str] = []
+    for number, question in enumerate(questions[:_SHOWN]):
+        names = [name for _, name in question.candidates]
         shown = ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")
-        targets = ", ".join(item.targets[:4]) + (f", ... ({len(item.targets)})" if len(item.targets) > 4 else "")
-        lines.append(f"  {targets} <- one of {shown or 'none'}" + (f": {item.reason}" if item.reason else ""))
-    if len(open_questions) > _SHOWN:
-        lines.append(f"  and {len(open_questions) - _SHOWN} more open questions")
+        targets = ", ".join(question.targets[:4])
+        targets += f", ... ({len(question.targets)})" if len(question.targets) > 4 else ""
+        lines.append(f"  {targets} <- one of {shown or 'none'}")
+        following = questions[number + 1].reason if number + 1 < min(_SHOWN, len(questions)) else None
+        if question.reason and question.reason != following:
+            lines.append(f"    why: {question.reason}")
+    if len(questions) > _SHOWN:
+        lines.append(f"  and {len(questions) - _SHOWN} more open questions")
     return lines
 
 

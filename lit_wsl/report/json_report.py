@@ -1,4 +1,4 @@
-"""The report as JSON: what a program reads. The schema is ``assets/schema.json``."""
+"""The report as JSON, for programs: one layout for mappings and transfers, whose schema is ``assets/schema.json``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 
 from lit_wsl.checkpoint import atomic_write_text
 from lit_wsl.mapper.options import MatchingOptions
+from lit_wsl.mapper.scoring import ScoreBreakdown
 from lit_wsl.report.material import Material, breakdown, pairs
 from lit_wsl.report.rows import operation_counts
-from lit_wsl.structure.info import ModelDescription
+from lit_wsl.report.runners_up import runner_up
+from lit_wsl.structure.info import ModelDescription, ParameterInfo
 from lit_wsl.transfer.coverage import Count, Coverage
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan, Unmatched
 
 VERSION = 1
+MOST_PAIRS = 2_000  # steps of a report that explains each pair's score unless asked not to: a few megabytes
 SCHEMA = Path(__file__).parent / "assets" / "schema.json"
 
 
@@ -29,7 +32,7 @@ def report_dict(
     options: MatchingOptions | None = None,
     warnings: tuple[str, ...] | list[str] = (),
     notes: tuple[str, ...] | list[str] = (),
-    breakdowns: bool = True,
+    breakdowns: bool | None = None,
 ) -> dict[str, Any]:
     """The report as plain data.
 
@@ -41,7 +44,8 @@ def report_dict(
         options: The options of the matching.
         warnings: Further warnings.
         notes: Further notes.
-        breakdowns: Also give the parts of each score.
+        breakdowns: Also give the parts of each score and the runner-up; by default where there are no more than
+            2,000 steps.
 
     Returns:
         Data that fits ``lit_wsl/report/assets/schema.json``; the same input gives the same data.
@@ -52,16 +56,22 @@ def report_dict(
         result, source=source, target=target, coverage=coverage, options=options, warnings=warnings, notes=notes
     )
     plan = material.plan
+    unmatched = {
+        "source": _unmatched(material.source, plan.unmatched_source, getattr(result, "unused", None), plan),
+        "target": _unmatched(material.target, plan.unmatched_target, getattr(result, "missing", None), plan),
+    }
+    explained = len(plan.entries) <= MOST_PAIRS if breakdowns is None else breakdowns
     return {
         "format": "lit_wsl.report",
         "version": VERSION,
         "lit_wsl": __version__,
         "models": {"source": asdict(plan.source), "target": asdict(plan.target)},
+        "applied": bool(getattr(result, "unused", None) is not None and result.applied),
         "options": dict(plan.options),
         "proof": plan.proof,
-        "counts": _counts(plan),
+        "counts": _counts(plan, unmatched),
         "coverage": coverage_dict(material.coverage),
-        "mappings": [_mapping(material, entry, breakdowns) for entry in plan.entries],
+        "mappings": [_mapping(material, number, entry, explained) for number, entry in enumerate(plan.entries)],
         "ambiguous": [
             {
                 "targets": list(case.targets),
@@ -71,10 +81,7 @@ def report_dict(
             }
             for case in plan.ambiguous
         ],
-        "unmatched": {
-            "source": [_unmatched(item) for item in plan.unmatched_source],
-            "target": [_unmatched(item) for item in plan.unmatched_target],
-        },
+        "unmatched": unmatched,
         "warnings": list(material.warnings),
         "notes": list(material.notes),
     }
@@ -92,8 +99,13 @@ def save_json(result: Any, path: str | os.PathLike[str], **details: Any) -> Path
         CheckpointError: If the file cannot be written.
     """
     path = Path(path)
-    atomic_write_text(path, json.dumps(report_dict(result, **details), indent=2, ensure_ascii=False) + "\n")
+    atomic_write_text(path, report_text(result, **details))
     return path
+
+
+def report_text(result: Any, **details: Any) -> str:
+    """:func:`report_dict` as JSON text, with the same keyword arguments."""
+    return json.dumps(report_dict(result, **details), indent=2, ensure_ascii=False) + "\n"
 
 
 def coverage_dict(coverage: Coverage) -> dict[str, Any]:
@@ -112,19 +124,19 @@ def coverage_dict(coverage: Coverage) -> dict[str, Any]:
     }
 
 
-def _counts(plan: TransferPlan) -> dict[str, Any]:
+def _counts(plan: TransferPlan, unmatched: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "mappings": len(plan.entries),
         "sources_used": len(plan.by_source),
         "targets_filled": len(plan.by_target),
         "operations": operation_counts(plan),
         "ambiguous_targets": sum(len(case.targets) for case in plan.ambiguous),
-        "unmatched_source": len(plan.unmatched_source),
-        "unmatched_target": len(plan.unmatched_target),
+        "unmatched_source": len(unmatched["source"]),
+        "unmatched_target": len(unmatched["target"]),
     }
 
 
-def _mapping(material: Material, entry: PlanEntry, breakdowns: bool) -> dict[str, Any]:
+def _mapping(material: Material, number: int, entry: PlanEntry, explained: bool) -> dict[str, Any]:
     data: dict[str, Any] = {
         "sources": list(entry.sources),
         "targets": list(entry.targets),
@@ -138,16 +150,24 @@ def _mapping(material: Material, entry: PlanEntry, breakdowns: bool) -> dict[str
         "margin": _round(entry.margin),
         "reason": entry.reason,
     }
-    if breakdowns:
-        data["pairs"] = [_pair(material, entry, source, target) for source, target in pairs(entry)]
+    if explained:
+        named = number in material.questioned
+        data["pairs"] = [_pair(material, entry, source, target, named) for source, target in pairs(entry)]
     return data
 
 
-def _pair(material: Material, entry: PlanEntry, source: str, target: str) -> dict[str, Any]:
-    parts = breakdown(material, entry, source, target)
+def _pair(material: Material, entry: PlanEntry, source: str, target: str, named: bool) -> dict[str, Any]:
+    data = _parts(breakdown(material, entry, source, target))
+    if named:
+        other = runner_up(material, entry, source, target)
+        data["runner_up"] = None if other is None else _parts(other)
+    return data
+
+
+def _parts(parts: ScoreBreakdown) -> dict[str, Any]:
     return {
-        "source": source,
-        "target": target,
+        "source": parts.source,
+        "target": parts.target,
         "shape": _round(parts.shape),
         "name": _round(parts.name),
         "hierarchy": _round(parts.hierarchy),
@@ -159,8 +179,19 @@ def _pair(material: Material, entry: PlanEntry, source: str, target: str) -> dic
     }
 
 
-def _unmatched(item: Unmatched) -> dict[str, Any]:
-    return {"name": item.name, "shape": list(item.shape), "kind": item.kind, "reason": item.reason}
+def _unmatched(
+    side: ModelDescription, left: tuple[Unmatched, ...], names: tuple[str, ...] | None, plan: TransferPlan
+) -> list[dict[str, Any]]:
+    """What was asked for and found no partner: of the models where ``names`` tells it, else as the plan has it."""
+    known = {item.name: item for item in left}
+    if names is None:
+        unsure = {name for case in plan.ambiguous for name in case.targets}
+        excluded = plan.options.get("buffers") == "exclude"
+        found = [item for item in left if item.name not in unsure and not (excluded and item.kind == "buffer")]
+    else:  # a plan that was edited or is replayed may not know what it leaves out
+        every = [side[name] if name in side else ParameterInfo(name, ()) for name in names]
+        found = [known.get(i.name) or Unmatched(i.name, i.shape, i.kind, "not in the plan") for i in every]
+    return [{"name": i.name, "shape": list(i.shape), "kind": i.kind, "reason": i.reason} for i in found]
 
 
 def _round(value: float) -> float:

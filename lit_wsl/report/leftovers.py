@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_wsl.report.console import View, Wrapped
-from lit_wsl.report.rows import shape_text
+from lit_wsl.report.rows import OpenQuestion, open_questions, shape_text
 from lit_wsl.structure.families import fold
-from lit_wsl.transfer.plan import Ambiguity, TransferPlan, Unmatched
+from lit_wsl.transfer.plan import TransferPlan, Unmatched
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class UnmatchedView(View):
 
 @dataclass(frozen=True)
 class AmbiguousView(View):
-    """Targets left alone because nothing decides, with their candidates and the reason.
+    """Targets left alone because nothing decides, by reason, with their candidates.
 
     Attributes:
         plan: The plan.
-        max_rows: At most so many cases; ``None`` for all.
-        max_candidates: At most so many candidates per case.
+        max_rows: At most so many questions; ``None`` for all.
+        max_candidates: At most so many candidates per question.
     """
 
     plan: TransferPlan
@@ -70,25 +70,28 @@ class AmbiguousView(View):
     max_candidates: int = 4
 
     def _draw(self, width: int) -> Iterator[RenderableType]:
-        cases = self.plan.ambiguous
-        yield Text(f"ambiguous, left as they were: {len(cases)}", style="bold yellow" if cases else "dim")
-        if not cases:
-            return
+        questions = open_questions(self.plan)
+        count = sum(question.tensors for question in questions)
+        yield Text(f"ambiguous, left as they were: {count}", style="bold yellow" if count else "dim")
+        shown = questions if self.max_rows is None else questions[: max(0, self.max_rows)]
+        reasons: dict[str, list[OpenQuestion]] = {}
+        for question in shown:
+            reasons.setdefault(question.reason, []).append(question)
+        for reason, alike in reasons.items():
+            if reason:
+                yield Text(f"why: {reason}")
+            yield self._table(alike)
+        if len(questions) > len(shown):
+            yield Text(f"... and {len(questions) - len(shown)} more")
+
+    def _table(self, questions: Sequence[OpenQuestion]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.add_column("n", justify="right", no_wrap=True, overflow="crop")
         table.add_column("target", overflow="fold", ratio=1)
         table.add_column("candidates", overflow="fold", ratio=1)
-        for case in cases if self.max_rows is None else cases[: self.max_rows]:
-            table.add_row(self._targets(case), Wrapped(self._candidates(case)))
-        yield table
-        if self.max_rows is not None and len(cases) > self.max_rows:
-            yield Text(f"... and {len(cases) - self.max_rows} more")
-
-    def _targets(self, case: Ambiguity) -> Group:
-        names = Wrapped(tuple(family.patterns[0] for family in fold([(t,) for t in case.targets])))
-        why = f"{shape_text(case.shape)}: {case.reason}" if case.reason else shape_text(case.shape)
-        return Group(names, Text(why, style="dim"))
-
-    def _candidates(self, case: Ambiguity) -> tuple[str, ...]:
-        lines = [f"{c.score:.2f} {' + '.join(c.sources)}" for c in case.candidates[: self.max_candidates]]
-        more = len(case.candidates) - len(lines)
-        return (*lines, *([f"and {more} more"] if more > 0 else []))
+        for question in questions:
+            lines = [f"{score:.2f} {name}" for score, name in question.candidates[: self.max_candidates]]
+            more = len(question.candidates) - len(lines)
+            lines += [f"and {more} more"] if more > 0 else []
+            table.add_row(f"x{question.tensors}", Wrapped(question.targets), Wrapped(tuple(lines)))
+        return table

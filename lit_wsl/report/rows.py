@@ -8,7 +8,7 @@ from typing import Literal
 
 from lit_wsl.structure.families import fold
 from lit_wsl.structure.info import ModelDescription, ParameterInfo, Shape
-from lit_wsl.transfer.plan import PlanEntry, Side, TransferPlan
+from lit_wsl.transfer.plan import Ambiguity, PlanEntry, Side, TransferPlan
 
 Confidence = Literal["high", "medium", "low"]
 By = Literal["group", "tensor"]
@@ -174,6 +174,62 @@ def _shapes(shapes: tuple[Shape, ...]) -> str:
         else:
             runs.append((shape, 1))
     return " + ".join(shape_text(s) if n == 1 else f"{n} of {shape_text(s)}" for s, n in runs)
+
+
+@dataclass(frozen=True)
+class OpenQuestion:
+    """Targets that nothing decides, with the same candidates and for the same reason, folded by families.
+
+    Attributes:
+        targets: Names of the targets, indices folded, with their shape.
+        candidates: Score and names of each possible source, the best first; the lowest score of the family.
+        reason: Why nothing decides.
+        cases: The plan's cases that it stands for.
+    """
+
+    targets: tuple[str, ...]
+    candidates: tuple[tuple[float, str], ...]
+    reason: str
+    cases: tuple[Ambiguity, ...]
+
+    @property
+    def tensors(self) -> int:
+        """How many target tensors the question is about."""
+        return sum(len(case.targets) for case in self.cases)
+
+
+def open_questions(plan: TransferPlan) -> list[OpenQuestion]:
+    """The ambiguous targets of a plan, each once, in the plan's order."""
+    cases = plan.ambiguous
+    names = [(*case.targets, *(s for c in case.candidates for s in c.sources)) for case in cases]
+    keys = [
+        (len(case.targets), tuple(len(c.sources) for c in case.candidates), case.shape, case.reason) for case in cases
+    ]
+    merged: dict[tuple[tuple[str, ...], str], list[OpenQuestion]] = {}
+    for family in fold(names, keys):
+        members = [cases[m] for m in family.members]
+        first, at = members[0], len(members[0].targets)
+        candidates = []
+        for number, candidate in enumerate(first.candidates):
+            sources = family.patterns[at : at + len(candidate.sources)]
+            candidates.append((min(case.candidates[number].score for case in members), " + ".join(sources)))
+            at += len(candidate.sources)
+        found = OpenQuestion(
+            targets=tuple(f"{name} {shape_text(first.shape)}" for name in family.patterns[: len(first.targets)]),
+            candidates=tuple(candidates),
+            reason=first.reason,
+            cases=tuple(members),
+        )
+        merged.setdefault((tuple(name for _, name in candidates), first.reason), []).append(found)
+    return [
+        OpenQuestion(
+            targets=tuple(dict.fromkeys(target for one in alike for target in one.targets)),
+            candidates=alike[0].candidates,
+            reason=alike[0].reason,
+            cases=tuple(case for one in alike for case in one.cases),
+        )
+        for alike in merged.values()
+    ]
 
 
 def operation_counts(plan: TransferPlan) -> dict[str, int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,55 +95,10 @@ class TransferReport:
         return replace(self, warnings=self.warnings + warnings, notes=self.notes + notes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        from lit_wsl import __version__
+        """The report as plain data, in the layout of :func:`lit_wsl.report.json_report.report_dict`."""
+        from lit_wsl.report.json_report import report_dict
 
-        why = {item.name: item.reason for item in self.plan.unmatched_target}
-        why_not = {item.name: item.reason for item in self.plan.unmatched_source}
-        return {
-            "lit_wsl": __version__,
-            "checkpoint": self.plan.source.label,
-            "model": self.plan.target.label,
-            "applied": self.applied,
-            "proof": self.plan.proof,
-            "options": dict(self.plan.options),
-            "coverage": {
-                **{
-                    side: {**asdict(count), "share": count.share, "tensor_share": count.tensor_share}
-                    for side, count in (
-                        ("source", self.coverage.source),
-                        ("target", self.coverage.target),
-                        ("source_buffers", self.coverage.source_buffers),
-                        ("target_buffers", self.coverage.target_buffers),
-                    )
-                },
-                "modules": [asdict(row) for row in self.coverage.modules],
-            },
-            "loaded": [
-                {
-                    "targets": list(entry.targets),
-                    "sources": list(entry.sources),
-                    "operation": entry.badge,
-                    "score": round(entry.score, 4),
-                    "margin": round(entry.margin, 4),
-                    "reason": entry.reason,
-                }
-                for entry in self.plan.entries
-            ],
-            "missing": [{"name": name, "reason": why.get(name, "")} for name in self.missing],
-            "ambiguous": [
-                {
-                    "targets": list(item.targets),
-                    "shape": list(item.shape),
-                    "reason": item.reason,
-                    "candidates": [{"sources": list(c.sources), "score": round(c.score, 4)} for c in item.candidates],
-                }
-                for item in self.plan.ambiguous
-            ],
-            "unused": [{"name": name, "reason": why_not.get(name, "")} for name in self.unused],
-            "warnings": list(self.warnings),
-            "notes": list(self.notes),
-        }
+        return report_dict(self)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON; also written to a file, atomically, where a path is given.
@@ -153,12 +107,14 @@ class TransferReport:
             path: Where to write it, if anywhere.
 
         Returns:
-            The JSON text.
+            The JSON text; its schema is ``lit_wsl/report/assets/schema.json``.
 
         Raises:
             CheckpointError: If the file cannot be written.
         """
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        from lit_wsl.report.json_report import report_text
+
+        text = report_text(self)
         if path is not None:
             from lit_wsl.checkpoint import atomic_write_text
 
@@ -171,7 +127,7 @@ class TransferReport:
         Args:
             path: Where to write it.
         """
-        from lit_wsl.report.html import save_html  # type: ignore[import-not-found,unused-ignore]
+        from lit_wsl.report.html import save_html
 
         save_html(self, path)
 

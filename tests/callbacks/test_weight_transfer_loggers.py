@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import lightning as L
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 
 from lit_wsl import WeightTransferCallback
+from lit_wsl.report.json_report import SCHEMA
 from lit_wsl.report.loggers import log_report, scalars
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -81,7 +83,10 @@ def test_the_report_is_written_to_the_log_dir_of_every_kind_of_run(partial, trai
         trainer, report = fit(partial, trainer_kwargs, logger=logger)
         written = json.loads((Path(trainer.log_dir) / "weight_transfer.json").read_text())
         assert written == json.loads(report.to_json())
-        assert [item["name"] for item in written["missing"]] == ["net.4.weight", "net.4.bias"]
+        jsonschema.validate(written, json.loads(SCHEMA.read_text()))
+        assert written["applied"] is True
+        assert [item["name"] for item in written["unmatched"]["target"]] == ["net.4.weight", "net.4.bias"]
+        assert [item["name"] for item in written["unmatched"]["source"]] == ["unknown.weight"]
         assert written["coverage"]["target"]["elements"] == 56
 
 

@@ -60,3 +60,54 @@ def test_pairs_of_a_real_mapping_score_as_its_steps_do():
     assert result.coverage.target.share == 1.0
     for mapping in report_dict(result, source=mapper.source, target=mapper.target)["mappings"]:
         assert [pair["score"] for pair in mapping["pairs"]] == pytest.approx([mapping["score"]], abs=0.01)
+
+
+def test_mapping_and_transfer_have_one_layout(tmp_path):
+    from torch import nn
+
+    from lit_wsl import transfer_weights
+    from lit_wsl.mapper import WeightMapper
+
+    old = nn.ModuleDict({"one": nn.Linear(4, 8), "norm": nn.BatchNorm1d(8), "out": nn.Linear(8, 3)})
+    new = nn.ModuleDict({"first": nn.Linear(4, 8), "bn": nn.BatchNorm1d(8), "head": nn.Linear(8, 5)})
+    for buffers in ("lenient", "exclude"):
+        mapper = WeightMapper(old, new, buffer_matching_mode=buffers)
+        mapping = json.loads(mapper.export_mapping_report(tmp_path / "r.json").read_text())
+        transfer = json.loads(transfer_weights(new, old, buffers=buffers).to_json())
+        for data in (mapping, transfer):
+            jsonschema.validate(data, SCHEMA_DATA)
+        assert (mapping["applied"], transfer["applied"]) == (False, True)
+        same = ("format", "version", "counts", "coverage", "mappings", "ambiguous", "unmatched")
+        assert {key: mapping[key] for key in same} == {key: transfer[key] for key in same}
+        assert [item["name"] for item in mapping["unmatched"]["target"]] == ["head.weight", "head.bias"]
+
+
+def test_a_replayed_plan_that_forgets_a_tensor_still_reports_it(tmp_path):
+    from dataclasses import replace
+
+    from torch import nn
+
+    from lit_wsl import transfer_weights
+
+    old, new = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 3))
+    plan = transfer_weights(new, old.state_dict()).plan
+    shorter = replace(plan, entries=tuple(e for e in plan.entries if e.targets != ("0.bias",)))
+    data = json.loads(transfer_weights(new, old.state_dict(), plan=shorter).to_json())
+    jsonschema.validate(data, SCHEMA_DATA)
+    for side in ("source", "target"):
+        assert data["unmatched"][side] == [
+            {"name": "0.bias", "shape": [3], "kind": "parameter", "reason": "not in the plan"}
+        ]
+
+
+def test_pairs_name_the_runner_up_and_very_many_steps_are_not_explained(example, large):
+    source, target, plan = example
+    data = report_dict(plan, source=source, target=target)
+    rival = next(m for m in data["mappings"] if m["targets"] == ["blocks.3.norm.weight"])["pairs"][0]["runner_up"]
+    assert rival["source"] != "encoder.layer.3.norm.weight"
+    assert rival["source"].endswith(".norm.weight")
+    assert rival["score"] < 0.95
+    fused = next(m for m in data["mappings"] if m["targets"] == ["blocks.3.attn.qkv.weight"])
+    assert all(pair["runner_up"]["source"] not in fused["sources"] for pair in fused["pairs"])
+    source, target, plan = large
+    assert "pairs" not in report_dict(plan, source=source, target=target)["mappings"][0]

@@ -13,12 +13,12 @@ from lit_wsl.report.analysis import AnalysisView
 from lit_wsl.report.breakdown import BreakdownView
 from lit_wsl.report.leftovers import AmbiguousView, UnmatchedView
 from lit_wsl.report.material import Material, options_of
-from lit_wsl.report.rows import mapping_rows
+from lit_wsl.report.rows import mapping_rows, open_questions
 from lit_wsl.report.summary import SummaryPanel
 from lit_wsl.report.tables import MappingView
 from lit_wsl.report.trees import HierarchyView, tree_lines
 from lit_wsl.structure import describe
-from lit_wsl.transfer.plan import PlanEntry, SideSummary, TransferPlan
+from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, SideSummary, TransferPlan
 
 
 def show(*views, width=80, encoding="utf-8", color=False):
@@ -138,6 +138,32 @@ def test_leftovers_show_shape_reason_and_candidates(example):
         assert word in text
     for word in ("pair.x", "pair.y", "0.61twin.a", "0.61twin.b", "bothordersfitequallywell"):
         assert word in text
+
+
+def test_ambiguous_families_are_one_line_and_every_reason_is_said_once():
+    fused = [
+        Ambiguity(
+            (f"layers.{i}.attn.{name}.{kind}",),
+            (Candidate((f"h.{i}.c_attn.{kind}",), 0.79),),
+            shape,
+            "q, k or v first?",
+        )
+        for i in range(12)
+        for kind, shape in (("weight", (8, 8)), ("bias", (8,)))
+        for name in "qkv"
+    ]
+    other = Ambiguity(("a.x", "a.y"), (Candidate(("b.x",), 0.61), Candidate(("b.y",), 0.6)), (5,), "both fit")
+    side = SideSummary.of(describe(nn.Linear(1, 1)))
+    plan = TransferPlan((), side, side, ambiguous=(*fused, other))
+    text = show(AmbiguousView(plan))
+    assert "ambiguous, left as they were: 74" in text
+    assert text.count("why: q, k, v?") == text.count("why: both fit") == 1
+    assert len(re.findall(r"^ *x36 ", text, re.M)) == 2
+    assert len(re.findall(r"layers\.\{0\.\.11\}\.attn\.[qkv]\.weight 8x8", text)) == 3
+    assert text.count("0.79 h.{0..11}.c_attn.weight") == text.count("0.79 h.{0..11}.c_attn.bias") == 1
+    assert squeeze(text).index("0.61b.x") < squeeze(text).index("0.60b.y")
+    questions = open_questions(plan)
+    assert sorted(str(case) for q in questions for case in q.cases) == sorted(map(str, plan.ambiguous))
 
 
 def test_trees_fold_repeated_blocks_and_mark_what_is_matched(example):

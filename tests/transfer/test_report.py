@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import jsonschema
 import pytest
 import torch
 from torch import nn
 
 from lit_wsl import TransferReport
 from lit_wsl.errors import CoverageError, MappingError
+from lit_wsl.report.json_report import SCHEMA
 from lit_wsl.report.loggers import scalars
 from lit_wsl.structure import describe
 from lit_wsl.transfer.coverage import measure_coverage
@@ -112,20 +114,19 @@ def test_json_holds_what_the_report_holds(tmp_path):
     text = r.to_json(tmp_path / "report.json")
     assert (tmp_path / "report.json").read_text() == text
     data = json.loads(text)
-    assert data["checkpoint"] == "old.pt"
-    assert data["model"] == "Wrapped"
-    assert data["loaded"] == [
-        {
-            "targets": ["model.body.0.weight"],
-            "sources": ["a"],
-            "operation": "exact",
-            "score": 0.8765,
-            "margin": 0.5,
-            "reason": "fits",
-        }
-    ]
-    assert {"name": "model.head.weight", "reason": "no source of this shape"} in data["missing"]
-    assert {"name": "c", "reason": "no target of this shape"} in data["unused"]
+    jsonschema.validate(data, json.loads(SCHEMA.read_text()))
+    assert data["models"]["source"]["label"] == "old.pt"
+    assert data["models"]["target"]["label"] == "Wrapped"
+    assert data["applied"] is True
+    (step,) = data["mappings"]
+    assert (step["targets"], step["sources"], step["operation"]) == (["model.body.0.weight"], ["a"], "exact")
+    assert (step["score"], step["margin"], step["reason"]) == (0.87654, 0.5, "fits")
+    assert [item["name"] for item in data["unmatched"]["target"]] == list(r.missing)
+    assert [item["name"] for item in data["unmatched"]["source"]] == list(r.unused)
+    reasons = {item["name"]: item["reason"] for side in ("source", "target") for item in data["unmatched"][side]}
+    assert reasons["model.head.weight"] == "no source of this shape"
+    assert reasons["c"] == "no target of this shape"
+    assert data["counts"]["unmatched_target"] == len(r.missing)
     assert data["ambiguous"][0]["candidates"] == [{"sources": ["b"], "score": 0.7}]
     assert data["coverage"]["source"]["share"] == pytest.approx(24 / 55)
     assert data["warnings"] == ["look here"]
@@ -141,7 +142,7 @@ def test_it_prints_itself_as_text():
         "warning: look here",
         "missing (7): model.scale",
         "ambiguous, left alone (2): model.body.1.weight, model.body.1.bias",
-        "  model.body.1.weight, model.body.1.bias <- one of b: both fit",
+        "  model.body.1.weight 6, model.body.1.bias 6 <- one of b\n    why: both fit",
         "unused in the checkpoint (2): b, c",
         "note: a note",
     ):
