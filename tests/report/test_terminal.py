@@ -146,7 +146,7 @@ def test_ambiguous_families_are_one_line_and_every_reason_is_said_once():
             (f"layers.{i}.attn.{name}.{kind}",),
             (Candidate((f"h.{i}.c_attn.{kind}",), 0.79),),
             shape,
-            "q, k or v first?",
+            "q, k, v?",
         )
         for i in range(12)
         for kind, shape in (("weight", (8, 8)), ("bias", (8,)))
