@@ -10,7 +10,7 @@ import torch
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.rules import Run
-from lit_wsl.rebasin.slots import crossed_slots
+from lit_wsl.rebasin.slots import crossed_slots, torn_joins
 from lit_wsl.rebasin.spec import AxisSpec, PermutationGroup, PermutationSpec
 from lit_wsl.rebasin.units import FIXED, Array, distinct_rows, mix
 
@@ -275,7 +275,7 @@ def build_spec(run: Run) -> PermutationSpec:
         grouping = Grouping(run)
         spec = grouping.build()
         if not grouping.inexpressible and not grouping.crossing:
-            grouping.crossing = crossed_slots(run, grouping.group_of, grouping.colour)
+            grouping.crossing = torn_joins(algebra) or crossed_slots(run, grouping.group_of, grouping.colour)
             if not grouping.crossing:
                 return spec
         for members in grouping.crossing:

@@ -81,6 +81,8 @@ class Algebra:
 
     units: Units = field(default_factory=Units)
     node: int = 0
+    joins: list[tuple[Array, Array]] = field(default_factory=list)
+    """Factors on different axes of one tensor that have axes in common, see :mod:`~lit_wsl.rebasin.slots`."""
 
     # ---- factors -----------------------------------------------------------------------------------------------------
 
@@ -316,6 +318,7 @@ class Algebra:
                 common = depends(a) & depends(b)
                 if not common:
                     continue
+                self.joins.append((a, b))
                 first, second = self.blocks(a, one - common), self.blocks(b, two - common)
                 if first is None or second is None:
                     for factor in (a, b):

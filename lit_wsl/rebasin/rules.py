@@ -24,6 +24,8 @@ SEGMENT_RULES: set[str] = set()
 """Operations that take routed rows whose label has one place for each expert, see ``Label.segmented``."""
 ROUTING_RULES: set[str] = set()
 """Operations that know what to do with indices that name units, see ``Label.values``."""
+READING = {f"aten.{name}" for name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose")}
+"""Operations that hand values to Python, where they are out of sight."""
 MOVING_RULES: set[Rule] = set()
 """Rules that only put positions elsewhere, see :mod:`~lit_wsl.rebasin.slots`."""
 PATTERNS: list[tuple[re.Pattern[str], Rule]] = []
@@ -84,6 +86,7 @@ class Run:
     moves: list[Move] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._looked: set[int] = set()
         self._starts: list[int] = []
         self._owners: list[tuple[int, int]] = []
         self._by_storage: dict[int, list[int]] = {}
@@ -133,6 +136,7 @@ class Run:
         """Label of a tensor; constants and example inputs are not moved by anything."""
         if not isinstance(value, Ref):
             return Label(())
+        self._looked.add(value.number)
         found = self.labels.get(value.number)
         if found is None:
             info, tainted = self.trace.tensors[value.number], value.number in self.trace.inputs
@@ -188,7 +192,11 @@ class Run:
             self._unsegment(node)
         if function in MOVING_RULES:
             self.moves.append(Move(function, node, {ref.number: self.label(ref) for ref in tensor_args(node)}))
+        self._looked.clear()
         labels = unknown(self, node) if function is None else function(self, node)
+        for ref in tensor_args(node):
+            if ref.number not in self._looked:  # its rule knows nothing of this argument
+                self.algebra.freeze(self.label(ref), f"operation {node.name} with arguments its rule does not expect")
         if isinstance(labels, Label):
             labels = (labels,)
         self._check_routing(node, labels)
@@ -230,7 +238,8 @@ class Run:
         for node in reversed(self.trace.nodes):
             written = written_arguments(node)
             if not (
-                any(out.number in live for out in flat_refs(node.outs))
+                node.name in READING
+                or any(out.number in live for out in flat_refs(node.outs))
                 or any(tensors[number].storage in storages for number in written)
             ):
                 continue

@@ -9,7 +9,7 @@ from typing import Any
 from lit_wsl.rebasin.labels import Label, depends
 from lit_wsl.rebasin.rules import Joint, Run, flat_refs, pattern, rule, tensor_args
 from lit_wsl.rebasin.rules_shape import reshape_label, take
-from lit_wsl.rebasin.tracing import Node
+from lit_wsl.rebasin.tracing import Node, Ref
 
 ORDER = "an operation that depends on the order of positions"
 
@@ -20,9 +20,18 @@ def constant(run: Run, node: Node) -> list[Label]:
     return [Label(run.shape(out)) for out in flat_refs(node.outs)]
 
 
+@rule("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose")
+def reading(run: Run, node: Node) -> list[Label]:
+    """Values go to Python; who knows what for."""
+    for ref in tensor_args(node):
+        run.algebra.freeze(run.algebra.settle(run.label(ref), single=True), "read as a number by Python code")
+    return []
+
+
 @pattern(r"aten\.(new_)?(zeros|ones|full|empty)(_like|_strided)?|aten\.(zero|fill|scalar_tensor)_?")
 def filled(run: Run, node: Node) -> Label:
     """The same value everywhere (what is empty is written before it is read)."""
+    run.label(node.args.get("self"))  # only its shape counts
     shape = run.shape(node.outs[0])
     return Label(shape, (), (False,) * len(shape))
 
@@ -282,6 +291,8 @@ def group_norm(run: Run, node: Node) -> list[Label]:
 def pixels(run: Run, node: Node) -> list[Label]:
     """Pooling, resizing, padding: the last axes are worked on, all others are carried along."""
     label = run.label(node.args.get("self", node.args.get("input")))
+    if isinstance(node.args.get("indices"), Ref):  # the places that a pooling took its values from
+        label = run.algebra.join([label, replace(run.label(node.args["indices"]), values=None)], label.shape)
     count = next(int(c) for c in node.name if c in "123" and node.name[node.name.index(c) + 1] == "d")
     label = run.algebra.pinned(label, range(label.ndim - count, label.ndim), ORDER)
     run.algebra.sign(label, 0)

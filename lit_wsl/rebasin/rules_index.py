@@ -62,14 +62,22 @@ def index_arrays(run: Run, node: Node, refs: Sequence[Any]) -> tuple[list[Array 
         if values is None:
             return None
         tainted |= run.label(ref).tainted
-        if (chosen := run.label(ref).values) is not None:
-            run.algebra.units.freeze(chosen, "routing indices that pick positions")
+        _freeze_index(run, ref)
         found = values.cpu().numpy()
         if found.dtype == np.bool_ or found.dtype == np.uint8:
             arrays.extend(np.asarray(axis, dtype=np.int64) for axis in np.nonzero(found))
         else:
             arrays.append(found.astype(np.int64))
     return arrays, tainted
+
+
+def _freeze_index(run: Run, ref: Any) -> None:
+    """Positions that are computed from parameters: a permutation of these would pick others."""
+    label = run.label(ref)
+    if label.values is not None:
+        run.algebra.units.freeze(label.values, "routing indices that pick positions")
+    for factor in label.factors:
+        run.algebra.units.freeze(factor, "positions are computed from it")
 
 
 @rule("index", "_unsafe_index", moves=True)
@@ -120,6 +128,7 @@ def index_add(run: Run, node: Node) -> Label:
     """Rows added at positions of one axis."""
     dim = int(node.args["dim"])
     target, source = run.label(node.args["self"]), run.label(node.args["source"])
+    _freeze_index(run, node.args["index"])
     dim %= max(target.ndim, 1)
     return _put(run, target, source, [dim], [dim])
 
@@ -175,6 +184,8 @@ def scatter(run: Run, node: Node) -> Label:
     target = run.label(node.args["self"])
     dim = int(node.args["dim"]) % max(target.ndim, 1)
     index_of = run.label(node.args["index"])
+    for factor in index_of.factors:
+        run.algebra.units.freeze(factor, "positions are computed from it")
     operands = [run.algebra.pinned(target, [dim], PICKED)]
     if isinstance(node.args.get("src"), Ref):
         source = run.algebra.pinned(run.label(node.args["src"]), [dim], PICKED)

@@ -1,10 +1,14 @@
-"""Positions of one unit keep their order: check that every operation that moves positions agrees with that.
+"""Checks of a finished run: what is found must hold at every operation, whatever was unified and frozen later on.
 
-A unit may stand at several positions of an axis (a channel behind a flatten, both halves of a rotary pair). A spec says
-which unit stands where, and positions of one unit are told apart by their order. So when two units change places, the
-first position of one goes where the first of the other was, on every axis. An operation that puts positions elsewhere
-(a roll, a transposed view) must commute with this. Whether it does is seen by applying its rule once more with a unit
-of its own for every position, and comparing where the positions of interchangeable units went.
+*Positions of one unit keep their order.* A unit may stand at several positions of an axis (a channel behind a flatten,
+both halves of a rotary pair). A spec says which unit stands where, and positions of one unit are told apart by their
+order. So when two units change places, the first position of one goes where the first of the other was, on every axis.
+An operation that puts positions elsewhere (a roll, a transposed view) must commute with this. Whether it does is seen
+by applying its rule once more with a unit of its own for every position, and comparing where the positions of
+interchangeable units went.
+
+*Labels of one tensor agree.* Where a tensor is labelled on the axes (head, channel) and on (head) alone, a channel must
+be in the block of its head.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lit_wsl.rebasin.labels import Algebra, Label
+from lit_wsl.rebasin.labels import MAX_LABEL, Algebra, Label, compress, depends
 from lit_wsl.rebasin.rules import Move, Run
 from lit_wsl.rebasin.units import FIXED, Array, Units
 
@@ -37,6 +41,44 @@ def crossed_slots(run: Run, group_of: Array, colour: np.ndarray) -> list[Array]:
         if repeated and (units := _crossed(run, move, group_of, colour)) is not None:
             found.append(units)
     return found
+
+
+def torn_joins(algebra: Algebra) -> list[Array]:
+    """Units that label the same places of a tensor, but do not move together.
+
+    Factors on the axes (head, channel) and (head) of one tensor agree where each unit of the first is in the block of
+    the second, or the other way round; factors on (head, channel) and (head, token), where both are in a common block.
+    """
+    found = []
+    for one, two in algebra.joins:
+        one, two = compress(algebra.units.find(one)), compress(algebra.units.find(two))
+        if not depends(one) & depends(two):
+            continue
+        shape = np.broadcast_shapes(one.shape, two.shape)
+        if int(np.prod(shape)) > MAX_LABEL:
+            continue
+        pairs = np.stack([np.broadcast_to(one, shape).ravel(), np.broadcast_to(two, shape).ravel()])
+        first, second = np.unique(pairs, axis=1)
+        lines = [_with_blocks(algebra.units, first), _with_blocks(algebra.units, second)]
+        nested = depends(one) <= depends(two) or depends(two) <= depends(one)
+        if nested:
+            together = (lines[0] == second).any(axis=0) | (lines[1] == first).any(axis=0)
+        else:
+            together = np.any([(line != FIXED) & (line == other) for line in lines[0] for other in lines[1]], axis=0)
+        together |= (first == FIXED) & (second == FIXED)
+        if not together.all():
+            units = np.concatenate([first[~together], second[~together]])
+            found.append(units[units != FIXED])
+    return found
+
+
+def _with_blocks(units: Units, inner: Array) -> Array:
+    """Each unit and the blocks around it that move, from the inside out, one line for each level."""
+    lines = [units.find(inner)]
+    while lines[-1].any() and len(lines) < 8:
+        above = units.parents(lines[-1])
+        lines.append(np.where(lines[-1] == FIXED, FIXED, units.find(above)))
+    return np.stack(lines)
 
 
 def _repeats(units: Units, factor: Array) -> bool:

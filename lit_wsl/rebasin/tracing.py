@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 MAX_INDEX = 4_000_000
+_READERS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,20 @@ class Trace:
     integers: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
+class Escapes(TorchFunctionMode):
+    """Function mode that notes where values leave for Python or NumPy past the dispatcher."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the call; note it if it reads values."""
+        if func in _READERS and args and isinstance(args[0], Tensor):
+            self.recorder.note(torch.ops.aten._local_scalar_dense.default, {"self": args[0]})
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder(TorchDispatchMode):
     """Dispatch mode that writes every ATen call into a :class:`Trace`."""
 
@@ -122,10 +138,7 @@ class Recorder(TorchDispatchMode):
         named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
         named.update({argument.name: value for argument, value in zip(schema, args, strict=False)})
         named.update(kwargs)
-        for value in _tensors(list(named.values())):
-            if value not in self._numbers:  # a constant: nothing made it, and it is neither parameter nor input
-                self.trace.tensors[self.number(value)] = replace(self._info(value), varies=_varies(value))
-        recorded = {name: self.refer(value) for name, value in named.items()}
+        recorded = self._referred(named)
         for value in _tensors(list(named.values())):
             if not value.is_floating_point() and not value.is_complex() and 0 < value.numel() <= MAX_INDEX:
                 self.trace.integers[(number, self.number(value))] = value.detach().clone()
@@ -133,6 +146,16 @@ class Recorder(TorchDispatchMode):
         outs = tuple(self.refer(v) for v in (result if isinstance(result, (list, tuple)) else (result,)))
         self.trace.nodes.append(Node(number, func, recorded, outs))
         return result
+
+    def _referred(self, named: dict[str, Any]) -> dict[str, Any]:
+        for value in _tensors(list(named.values())):
+            if value not in self._numbers:  # a constant: nothing made it, and it is neither parameter nor input
+                self.trace.tensors[self.number(value)] = replace(self._info(value), varies=_varies(value))
+        return {name: self.refer(value) for name, value in named.items()}
+
+    def note(self, func: Any, named: dict[str, Any]) -> None:
+        """Write down a call that returns no tensor."""
+        self.trace.nodes.append(Node(len(self.trace.nodes), func, self._referred(named), ()))
 
 
 def _varies(tensor: Tensor) -> tuple[bool, ...] | None:
@@ -223,7 +246,7 @@ def trace_forward(
     trace.parameters = {number: tuple(of) for number, of in names.items()}
     for tensor in _tensors([list(example_args), dict(example_kwargs or {})]):
         trace.inputs.add(recorder.number(tensor))
-    with recorder:
+    with Escapes(recorder), recorder:
         output = model(*example_args, **(example_kwargs or {}))
     trace.outputs = [Ref(recorder.number(tensor)) for tensor in output_tensors(outputs(output) if outputs else output)]
     return trace

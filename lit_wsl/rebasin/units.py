@@ -289,6 +289,7 @@ class Units:
             return
         root, first = np.unique(root, return_index=True)
         target = block[first]
+        self._freeze_between(root, target)
         stuck = self._frozen[target]
         self.freeze(root[stuck], "its block stays")
         root, target = root[~stuck], target[~stuck]
@@ -297,6 +298,21 @@ class Units:
         self._link[root] = target
         if not np.array_equal(self.roots(block), self.roots(units.ravel()[apart])):
             self.unify(block, units.ravel()[apart])
+
+    def _freeze_between(self, units: Array, target: Array) -> None:
+        """Units are about to stand for another block than theirs: if neither is inside the other, both stay.
+
+        Units that are only bound to a block may leave it.
+        """
+        around = np.where(self._bound[units], FIXED, self.parents(units))
+        inside, current = around == FIXED, target
+        for _ in range(_MAX_DEPTH):
+            inside |= around == current
+            if inside.all() or not current.any():
+                break
+            current = np.where(current == FIXED, FIXED, self.parents(current))
+        if not inside.all():
+            self.freeze(np.concatenate([around[~inside], target[~inside]]), "used in blocks that overlap")
 
     def sign(self, units: Array, code: int, once: bool = False) -> None:
         """Note that a computation used these units: only units of equal use are interchangeable."""

@@ -121,6 +121,76 @@ def test_experts_change_places_and_permute_inside(batched):
         torch.testing.assert_close(model(*args), before, rtol=1e-4, atol=1e-5)
 
 
+def read_as_number(x, w):
+    return x * w[0].item()
+
+
+def through_numpy(x, w):
+    return x + torch.from_numpy(w.detach().numpy() * 2).to(x)
+
+
+def through_a_list(x, w):
+    return x + torch.tensor(w.detach().tolist()).to(x)
+
+
+def picked_by_order(x, w):
+    return x[:, w.argsort()]
+
+
+def written_by_mask(x, w):
+    x = x.clone()
+    x[:, w > w.mean()] = 0.5
+    return x
+
+
+def branched(x, w):
+    return x.relu() if w[0] > 0 else x.sin()
+
+
+def added_at_positions(x, w):
+    return torch.zeros_like(x).index_add(1, (w > w.mean()).long() + torch.arange(len(w)) % 5, x)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [read_as_number, through_numpy, through_a_list, picked_by_order, written_by_mask, branched, added_at_positions],
+)
+def test_values_that_leave_the_sight_of_the_tracer_stay(step):
+    """Numbers, masks and positions made of a parameter's values: a permutation of it would change them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.out, self.w = nn.Linear(3, 6), nn.Linear(6, 2), nn.Parameter(torch.randn(6))
+
+        def forward(self, x):
+            return self.out(step(self.inp(x) * self.w, self.w))
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, args = Net(), (torch.randn(4, 3),)
+        spec = infer_permutation_spec(model, args, verify=False)
+        assert verify_permutation_spec(spec, model, args).ok
+        assert largest_change(model, spec, args) < 1e-12
+
+
+def test_indices_of_a_pooling_move_with_their_channels():
+    class Unpooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            where = nn.functional.max_pool2d(self.a(x), 2, return_indices=True)[1]
+            return self.out(nn.functional.max_unpool2d(nn.functional.avg_pool2d(self.b(x), 2), where, 2))
+
+    model = Unpooled()
+    spec = infer_permutation_spec(model, (IMAGE,), verify=False)
+    assert top(spec) == [6]
+    assert set(spec.axes) == {"a.weight", "a.bias", "b.weight", "b.bias", "out.weight"}
+    assert largest_change(model, spec, (IMAGE,)) < 1e-12
+
+
 def test_tied_weights_move_together():
     model = nets.Transformer()
     spec = infer_permutation_spec(model, (TOKENS,))
