@@ -30,7 +30,7 @@ from lit_wsl.structure import ModelDescription, describe
 from lit_wsl.structure.tracing import is_lazy
 from lit_wsl.transfer.api import Prepared, finish_transfer, open_source, prepare_transfer
 from lit_wsl.transfer.coverage import measure_coverage
-from lit_wsl.transfer.distributed import ALONE, NOT_RUN, Ranks, has_sharded_tensors, refuse_wrapped
+from lit_wsl.transfer.distributed import ALONE, Ranks, has_sharded_tensors, refuse_wrapped
 from lit_wsl.transfer.floor import valid_floor
 from lit_wsl.transfer.plan import SideSummary, TransferPlan
 from lit_wsl.transfer.report import TransferReport
@@ -245,7 +245,7 @@ class WeightTransferCallback(Callback):
         if self.plan is not None and not is_lazy(model):
             samples, remark = [], ""  # a plan is replayed as it is: no need to run anything
         else:
-            samples, remark = ([], NOT_RUN) if has_sharded_tensors(model) else find_samples(trainer, model, stage)
+            samples, remark = find_samples(trainer, model, stage)
         with quiet(trainer, model):
             prepared = prepare_transfer(
                 model,

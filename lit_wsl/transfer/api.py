@@ -16,13 +16,14 @@ from lit_wsl.structure.tracing import is_lazy
 from lit_wsl.transfer.apply import Progress, apply_plan
 from lit_wsl.transfer.checks import check_plan, describe_entry, left_alone, loses_values
 from lit_wsl.transfer.coverage import Coverage, measure_coverage
-from lit_wsl.transfer.distributed import ALONE, NOT_RUN, Ranks, check_same_source, has_sharded_tensors
+from lit_wsl.transfer.distributed import ALONE, Ranks, check_same_source, has_sharded_tensors
 from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan
 from lit_wsl.transfer.report import TransferReport
 from lit_wsl.transfer.sides import (
     Call,
     Source,
+    describe_sharded,
     describe_source,
     describe_target,
     materialise,
@@ -162,8 +163,8 @@ def prepare_transfer(
 ) -> Prepared:
     """Describe both sides, match them or take the given plan, and check it. Changes nothing, reads no tensor data.
 
-    Of several processes all make the sample call, since it may communicate; rank zero makes the plan, and the others
-    check that it fits what they see.
+    Of several processes all make the sample call, since it may communicate (a sharded model is run as a copy without
+    memory, which does not); rank zero makes the plan, and the others check that it fits what they see.
 
     Args:
         model: The model to fill.
@@ -180,7 +181,7 @@ def prepare_transfer(
         The checked transfer.
     """
     if samples and has_sharded_tensors(model):
-        target, remark, call = describe(model), NOT_RUN, None
+        target, remark, call = *describe_sharded(model, samples), None
     else:
         target, remark, call = describe_target(model, samples)
     prepared = ranks.once(
@@ -217,7 +218,8 @@ def _plan_transfer(
         from lit_wsl.mapper import build_plan
 
         chosen = build_plan(theirs, target, options)
-        if module is not None and samples and module is not model:
+        runs = bool(samples) and not has_sharded_tensors(model)  # this is rank zero alone
+        if module is not None and runs and module is not model:
             from lit_wsl.mapper.proof import prove
 
             chosen = prove(chosen, module, model, samples)

@@ -29,11 +29,6 @@ T = TypeVar("T")
 _SAMPLED = 64  # tensors of which values are compared between ranks
 _ENDS = 256  # values at either end of each
 
-NOT_RUN = (
-    "no execution order, matched without it: a sharded model is not run before its training. Where that leaves "
-    "something ambiguous, make the plan in one process and give it as plan="
-)
-
 
 @dataclass(frozen=True)
 class Ranks:

@@ -15,6 +15,12 @@ from lit_wsl.errors import MappingError
 from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
 from lit_wsl.structure.preserving import preserved_rng
 from lit_wsl.structure.tracing import is_lazy, lazy_copy, only_child
+from lit_wsl.structure.unsharded import meta_copy, on_meta
+
+IN_ONE = (
+    "A sharded model is run as a copy on the meta device; where the order is needed, make the plan in one process and "
+    "give it as plan="
+)
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -63,6 +69,20 @@ def describe_target(model: nn.Module, samples: Sequence[Call] = ()) -> tuple[Mod
         )
     remark = f"no execution order, matched without it: the sample call failed ({failures[0]})" if failures else ""
     return describe(model), remark, None
+
+
+def describe_sharded(model: nn.Module, samples: Sequence[Call]) -> tuple[ModelDescription, str]:
+    """Describe a sharded model, with the execution order of a whole copy of it on the meta device.
+
+    Returns:
+        The description; a remark for the report if no sample call worked, empty otherwise.
+    """
+    try:
+        traced, remark, _ = describe_target(meta_copy(model), on_meta(samples))
+    except Exception as error:  # modules that cannot be copied so
+        return describe(model), f"no execution order, matched without it: {type(error).__name__}: {error}. {IN_ONE}"
+    order = {info.name: info.execution_order for info in traced.parameters if info.execution_order is not None}
+    return describe(model, execution_order=order), f"{remark}. {IN_ONE}" if remark else ""
 
 
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:

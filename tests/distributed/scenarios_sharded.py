@@ -13,13 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from models_dist import New, make_plan, old_model
 from runs_dist import data, transfer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lit_wsl import transfer_weights
+from lit_wsl.structure import trace_execution_order
 from lit_wsl.transfer.distributed import held_part
 
 TP_PLAN = {
@@ -163,6 +164,42 @@ def function_alone(folder: Path) -> dict[str, Any]:
         "difference": difference,
         "loaded": len(report.loaded),
     }
+
+
+class Registered(nn.Module):
+    """Four layers, registered last to first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(6, 6) for name in "zyxw"})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in "wxyz":
+            x = self.layers[name](x).tanh()
+        return x
+
+
+class LitRegistered(runs_dist.Lit):
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = Registered()
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def execution_order(folder: Path) -> dict[str, Any]:
+    """A sharded model is not run, and yet its order is known: by the data's sample, and by one that is given."""
+    path = save(folder / "same.ckpt", Registered().state_dict())
+    callback = transfer(path, plan=None)
+    trainer(folder, "fsdp2", callback).fit(LitRegistered(), data())
+    mesh = init_device_mesh("cpu", (2,))
+    reports = [callback.report]
+    for sample in (torch.ones(2, 6), torch.ones(2, 5)):  # the second does not fit
+        net = Registered()
+        fully_shard(net, mesh=mesh)
+        reports.append(transfer_weights(net, path, example_args=(sample,)))
+    expected = trace_execution_order(Registered(), (torch.ones(2, 6),))
+    orders = [{i.name.removeprefix("net."): i.execution_order for i in report.target.parameters} for report in reports]
+    return {"right": [order == expected for order in orders], "notes": [list(report.notes) for report in reports]}
 
 
 def _failing(net: nn.Module, path: Path) -> dict[str, Any]:

@@ -49,6 +49,13 @@ def test_the_function_fills_a_sharded_model_which_then_computes_the_same(results
         assert rank["difference"] < 1e-5
 
 
+def test_the_execution_order_of_a_sharded_model_is_that_of_a_copy_without_memory(results):
+    for rank in results["execution_order"]:
+        assert rank.get("right") == [True, True, False], rank
+        assert not any("no execution order" in note for notes in rank["notes"][:2] for note in notes)
+        assert any("the sample call failed" in note and "on the meta device" in note for note in rank["notes"][2])
+
+
 @pytest.mark.parametrize("name", FAILING)
 def test_a_failing_rank_stops_all_with_the_same_error_and_nothing_is_changed(results, name):
     zero, one = results[name]
