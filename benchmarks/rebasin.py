@@ -1,8 +1,9 @@
 """All measurements of lit_wsl.rebasin, one after the other (``make rebasin-bench``).
 
-    python -m benchmarks.rebasin [architectures planted digits timing llama] [--device cuda]
+    python -m benchmarks.rebasin [architectures planted digits timing llama] [--device cuda] [--save]
 
-Each part is a module of its own and can be run alone: ``python -m benchmarks.rebasin_digits --help``.
+With ``--save`` what the parts print goes to ``benchmarks/results`` too, from where ``python docs/measured.py`` takes it
+into the docs. Each part is a module of its own and can be run alone: ``python -m benchmarks.rebasin_digits --help``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 PARTS = {
     "architectures": "function kept and coverage on public architectures",
@@ -19,12 +21,30 @@ PARTS = {
     "timing": "time of a sweep, beside its pure part and the rebasin package",
     "llama": "one full matching of the shapes of an 8-billion-parameter Llama",
 }
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure(part: str, extra: list[str], save: bool) -> int:
+    """Run one part; what it prints is shown, and kept if asked for and nothing failed."""
+    if save and part == "architectures":
+        extra = [*extra, "--out", str((RESULTS / "rebasin_architectures.json").relative_to(Path.cwd()))]
+    words = ["-m", f"benchmarks.rebasin_{part}", *extra]
+    lines = [f"$ python {' '.join(words)}\n"]
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if save and process.returncode == 0 and part != "architectures":
+        (RESULTS / f"rebasin_{part}.txt").write_text("".join(lines), encoding="utf-8")
+    return process.returncode
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="part", help="; ".join(f"{k}: {v}" for k, v in PARTS.items()))
     parser.add_argument("--device", default="cpu", help="cuda runs llama at full size")
+    parser.add_argument("--save", action="store_true", help="keep what is printed in benchmarks/results")
     options = parser.parse_args()
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
@@ -34,7 +54,7 @@ def main() -> int:
         print(f"\n== {part}: {PARTS[part]}", flush=True)
         extra = ["--device", options.device] if part == "llama" else []
         began = time.perf_counter()
-        code = subprocess.call([sys.executable, "-m", f"benchmarks.rebasin_{part}", *extra])
+        code = measure(part, extra, options.save)
         print(f"== {part} took {time.perf_counter() - began:.0f} s", flush=True)
         if code:
             failed.append(part)

@@ -1,6 +1,8 @@
 """Put the measured numbers of ``benchmarks/results`` into ``docs/comparison.md``: ``python docs/measured.py``.
 
-What has not been measured is left out. Every table names the command that wrote its numbers.
+What has not been measured is left out. Every table names the command that wrote its numbers. Besides the JSON files that
+have a table here, every ``NAME.txt`` is shown as it was printed: ``python -m benchmarks.NAME > benchmarks/results/NAME.txt``
+(its first line may be ``$ the command``, where there were options).
 """
 
 # ruff: noqa: E501  rows of tables are easier to read as they stand
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -52,19 +55,14 @@ def scale() -> Iterator[str]:
     if not data:
         return
     yield "### Planning very large models, on the meta device\n\n"
-    yield from _generic(data, ("case", "tensors", "seconds", "gigabytes", "wrong", "missing"))
+    yield "Making the plan alone, in one process: the first call, the best of three, and the memory that it takes.\n\n"
+    yield "| case | tensors | wrong | missing | first, s | best, s | memory, GB |\n|---|---:|---:|---:|---:|---:|---:|\n"
+    for row in data:
+        yield (
+            f"| {row['case']} | {row['tensors']:,} | {row['wrong']} | {row['missing']} | {row['first_s']:.2f} | "
+            f"{row['best_s']:.2f} | {row['plan_gb']:.2f} |\n"
+        )
     yield "\n`python -m benchmarks.scale --json benchmarks/results/scale.json`\n\n"
-
-
-def _generic(rows: list[dict[str, Any]], wanted: tuple[str, ...]) -> Iterator[str]:
-    keys = [key for key in wanted if key in rows[0]]
-    yield "| " + " | ".join(keys) + " |\n|" + "---|" * len(keys) + "\n"
-    for row in rows:
-        cells = [
-            f"{row[k]:,.2f}" if isinstance(row[k], float) else f"{row[k]:,}" if isinstance(row[k], int) else row[k]
-            for k in keys
-        ]
-        yield "| " + " | ".join(map(str, cells)) + " |\n"
 
 
 def memory() -> Iterator[str]:
@@ -106,7 +104,7 @@ def reading() -> Iterator[str]:
     names = {
         "torch": "`torch.load(mmap=True)` + `load_state_dict`",
         "read": "`open_checkpoint` + `load_state_dict`",
-        "foreign": "the same, from a file with foreign classes in it",
+        "machine": "the same by our own pickle machine, which reads files with foreign classes",
         "transfer": "`transfer_weights` into renamed modules, all checks",
     }
     yield f"### Reading {data['bytes'] / 1e9:.1f} GB\n\n"
@@ -117,9 +115,75 @@ def reading() -> Iterator[str]:
     yield "\n`python benchmarks/io.py --json benchmarks/results/io.json`\n\n"
 
 
+def architectures() -> Iterator[str]:
+    """Permutation specs inferred for public architectures."""
+    data = load("rebasin_architectures.json")
+    if not data or not data["rows"]:
+        return
+    rows = data["rows"]
+    kept = sum(row["kept"] for row in rows)
+    yield "### Permutation symmetries of public architectures\n\n"
+    yield (
+        f"{len(rows)} architectures, random weights. *Kept*: after random permutations of all groups that were found the network "
+        f"computes the same, in double precision ({kept} of {len(rows)}). *Coverage*: share of the parameters' elements that "
+        "some group permutes. Processor seconds for the inference, without its proof.\n\n"
+    )
+    yield "| library | architectures | kept | refused | median coverage | least coverage | median s | most s |\n"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|\n"
+    for library in sorted({row["library"] for row in rows}):
+        part = [row for row in rows if row["library"] == library]
+        good = [row for row in part if not row["error"]]
+        shares = [row["coverage"] for row in good] or [0.0]
+        seconds = [row.get("infer_cpu_seconds", row["infer_seconds"]) for row in good] or [0.0]
+        yield (
+            f"| {library} | {len(part)} | {sum(r['kept'] for r in part)} | {len(part) - len(good)} | {median(shares):.1%} | "
+            f"{min(shares):.1%} | {median(seconds):.2f} | {max(seconds):.2f} |\n"
+        )
+    yield "\n"
+    left = [row for row in rows if not row["kept"]]
+    if left:
+        why = [
+            f"{r['name']} ({r['error'] or 'groups dropped: ' + ', '.join(map(str, r['dropped'][:3]))})" for r in left
+        ]
+        yield f"Not kept in full: {'; '.join(why)}.\n\n"
+    low = sorted((row for row in rows if not row["error"] and row["coverage"] < 0.9), key=lambda r: r["coverage"])
+    if low:
+        names = [f"{row['name']} ({row['coverage']:.1%})" for row in low]
+        yield f"Below 90 % coverage: {', '.join(names)}.\n\n"
+    default = "python -m benchmarks.rebasin_architectures --out benchmarks/results/rebasin_architectures.json"
+    yield f"`{data.get('command', default)}`\n\n"
+
+
+TITLES = {
+    "rebasin_planted": "Planted permutations, recovered",
+    "rebasin_digits": "Two seeds on real digits: the barrier between them",
+    "rebasin_timing": "Time of the matching, beside the rebasin package",
+    "rebasin_llama": "Matching the shapes of a Llama",
+    "convert": "Converting a checkpoint",
+    "transfer_cost": "A transfer beside plain loading",
+}
+
+
+def printed() -> Iterator[str]:
+    """What other benchmarks printed, as it stands; those without a title here last, by name."""
+    order = list(TITLES)
+    files = sorted(
+        RESULTS.glob("*.txt"), key=lambda f: (order.index(f.stem) if f.stem in order else len(order), f.stem)
+    )
+    for file in files:
+        text = file.read_text(encoding="utf-8").strip("\n")
+        first, _, rest = text.partition("\n")
+        command, body = (
+            (first[2:], rest.strip("\n")) if first.startswith("$ ") else (f"python -m benchmarks.{file.stem}", text)
+        )
+        if body:
+            yield f"### {TITLES.get(file.stem, file.stem)}\n\n```text\n{body.replace('```', chr(39) * 3)}\n```\n\n`{command}`\n\n"
+
+
 def render() -> str:
     """All tables that there are numbers for."""
-    return "".join(piece for part in (gauntlet, scale, memory, reading) for piece in part())
+    parts = (gauntlet, scale, memory, reading, architectures, printed)
+    return "".join(piece for part in parts for piece in part())
 
 
 def main() -> None:

@@ -130,3 +130,21 @@ def test_figures_are_made_by_their_code(figure, tmp_path):
     module.draw(path)
     assert path.read_text().startswith("<?xml")
     assert figure.with_suffix(".svg").exists()
+
+
+def test_measured_numbers_are_whatever_is_there(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import measured
+
+    whole = measured.render()
+    for name in ("Pairs with known truth", "Permutation symmetries"):
+        assert f"### {name}" in whole
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    assert measured.render() == ""
+    (tmp_path / "rebasin_digits.txt").write_text("$ python -m benchmarks.rebasin_digits --epochs 3\n\nmlp: 0.1\n")
+    (tmp_path / "other.txt").write_text("one\ntwo\n")
+    assert measured.render() == (
+        "### Two seeds on real digits: the barrier between them\n\n```text\nmlp: 0.1\n```\n\n"
+        "`python -m benchmarks.rebasin_digits --epochs 3`\n\n"
+        "### other\n\n```text\none\ntwo\n```\n\n`python -m benchmarks.other`\n\n"
+    )
