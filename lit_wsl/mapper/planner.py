@@ -12,6 +12,7 @@ from lit_wsl.mapper.classes import ORDER_WEIGHT
 from lit_wsl.mapper.entries import EntryWriter
 from lit_wsl.mapper.evidence import Evidence, OrderVotes
 from lit_wsl.mapper.factors import factor_roles, same_roles
+from lit_wsl.mapper.layouts import hidden_layouts, leave_open
 from lit_wsl.mapper.names import Dictionary, split_numbers
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.tree import TreeBuilder, shape_key, stem_of
@@ -41,7 +42,11 @@ class Alignment:
 
 
 def build_plan(
-    source: ModelDescription, target: ModelDescription, options: MatchingOptions | None = None
+    source: ModelDescription,
+    target: ModelDescription,
+    options: MatchingOptions | None = None,
+    *,
+    assume_layouts: bool = False,
 ) -> TransferPlan:
     """Match two models by structure, order, shape and names, and write down what would be loaded.
 
@@ -49,17 +54,20 @@ def build_plan(
         source: The checkpoint's side.
         target: The model's side.
         options: How to match.
+        assume_layouts: Whether rows of queries and keys, and flattened patches, may be taken to mean the same on
+            both sides where nothing shows it (:mod:`lit_wsl.mapper.layouts`): for looking at a mapping, and for plans
+            that are going to be proven by function. To be loaded as they are, such tensors are ambiguous.
 
     Returns:
         The plan; deterministic, and made without tensor data.
     """
     options = options or MatchingOptions()
     plan = _build_lossless(source, target, options)
-    if not options.adapt:
-        return plan
-    from lit_wsl.mapper.adaptations import adapt_plan
+    if options.adapt:
+        from lit_wsl.mapper.adaptations import adapt_plan
 
-    return adapt_plan(plan, source, target, options, _build_lossless)
+        plan = adapt_plan(plan, source, target, options, _build_lossless)
+    return plan if assume_layouts else leave_open(plan, hidden_layouts(plan, source, target))
 
 
 def _build_lossless(source: ModelDescription, target: ModelDescription, options: MatchingOptions) -> TransferPlan:

@@ -9,43 +9,25 @@ then tried in a bounded number of ways.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lit_wsl.mapper.classes import ORDER_WEIGHT
+from lit_wsl.mapper.layouts import leave_open
 from lit_wsl.mapper.names import split_numbers
+from lit_wsl.mapper.running import Call, Run, close, comparable, hindrance, run_with, shaken_state, source_calls
+from lit_wsl.mapper.tree import role_of
 from lit_wsl.mapper.variants import Variant, open_questions, suspicions
-from lit_wsl.structure.preserving import undisturbed
 from lit_wsl.transfer.operations import run_operations
-from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, TransferPlan
+from lit_wsl.transfer.plan import PlanEntry, TransferPlan
 
-TOLERANCE = 1e-3
 MAX_TRIALS = 256
 MAX_ROUNDS = 4
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-Trace = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a model.
-
-    Attributes:
-        outputs: The floating-point tensors it returned, in order.
-        trace: Sorted values of the first output of each leaf module, in order of execution. Sorted, so that layouts
-            (channels first or last, a token axis before or after a batch axis) compare equal.
-    """
-
-    outputs: tuple[Tensor, ...]
-    trace: Trace
 
 
 def prove(
@@ -55,6 +37,7 @@ def prove(
     samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]],
     *,
     max_trials: int = MAX_TRIALS,
+    unseen: Mapping[str, str] | None = None,
 ) -> TransferPlan:
     """Check a plan by function, and let the function decide what names and shapes could not.
 
@@ -64,46 +47,50 @@ def prove(
         new: The new module, the target. Neither is changed.
         samples: Calls of the new module, ``(args, kwargs)``; the first that both modules take is used.
         max_trials: Most runs of the new module.
+        unseen: First targets of entries that need a proof -> why (:func:`lit_wsl.mapper.layouts.hidden_layouts`).
+            Without one they become ambiguous.
 
     Returns:
         The plan with ``proof`` set to ``"proven"``, ``"refuted"`` or ``"not tested"``, with entries added or replaced
         where a trial proved them, and with a note of what was found.
     """
-    hindrance = _hindrance(old) or _hindrance(new) or _new_function(plan)
-    if hindrance:
-        return replace(plan, notes=(*plan.notes, f"function not tested: {hindrance}"))
-    shaken = _shaken(old)
+    judged, seen = _judge(plan, old, new, samples, max_trials, set(unseen or ()))
+    return leave_open(judged, {t: why for t, why in (unseen or {}).items() if t not in seen})
+
+
+def _judge(
+    plan: TransferPlan,
+    old: nn.Module,
+    new: nn.Module,
+    samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    max_trials: int,
+    unseen: set[str],
+) -> tuple[TransferPlan, set[str]]:
+    """The plan after all trials, and the first targets of what was seen to work, be the whole proven or not."""
+    reason = hindrance(old) or hindrance(new) or _new_function(plan)
+    if reason:
+        return replace(plan, notes=(*plan.notes, f"function not tested: {reason}")), set()
+    shaken = shaken_state(old)
     problem = ""
     for args, kwargs in samples:
-        for theirs in _source_calls(old, tuple(args), dict(kwargs)):
+        for theirs in source_calls(old, tuple(args), dict(kwargs)):
             try:
-                reference = _run(old, shaken, *theirs)
+                reference = run_with(old, shaken, *theirs)
                 prover = _Prover(new, shaken, reference, (tuple(args), dict(kwargs)), max_trials)
                 first = prover.run(plan.entries)
             except Exception as error:  # whatever a forward raises
                 problem = problem or f"{type(error).__name__}: {error}".splitlines()[0][:120]
                 continue
-            return prover.decide(plan, first)
+            judged, last = prover.decide(plan, first)
+            return judged, prover.seen(judged, last, unseen)
     reason = f"no sample runs through both models ({problem})" if samples else "no sample to run"
-    return replace(plan, notes=(*plan.notes, f"function not tested: {reason}"))
+    return replace(plan, notes=(*plan.notes, f"function not tested: {reason}")), set()
 
 
 def _new_function(plan: TransferPlan) -> str:
     """Which adaptation, asked for by the user, makes the new model compute something else on purpose."""
     names = sorted({op.name for e in plan.entries for op in e.operations if not op.keeps_function})
     return f"{', '.join(names)} changes what the model computes" if names else ""
-
-
-def _hindrance(module: nn.Module) -> str:
-    """Why a module cannot be run here, if so."""
-    for tensor in module.state_dict(keep_vars=True).values():
-        if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
-            return "a lazy module has no shapes yet"
-        if isinstance(tensor, Tensor) and tensor.is_meta:
-            return "a model on the meta device cannot run"
-        if hasattr(tensor, "device_mesh"):
-            return "a model spread over several processes is not run by one of them"
-    return ""
 
 
 class _Prover:
@@ -124,7 +111,7 @@ class _Prover:
     def run(self, entries: Sequence[PlanEntry]) -> Run:
         """Run the new model with the shaken weights under a plan; what the plan leaves open is shaken too."""
         self.budget -= 1
-        state = _shaken(self.new, salt="target")
+        state = shaken_state(self.new, salt="target")
         for entry in entries:
             present = [state[name] for name in entry.targets]
             results = run_operations(entry.operations, [self.shaken[name] for name in entry.sources], present)
@@ -132,9 +119,9 @@ class _Prover:
                 filled = value.reshape(state[name].shape).to(state[name].dtype)
                 for twin in self.tied[name]:
                     state[twin] = filled
-        return _run(self.new, state, *self.call)
+        return run_with(self.new, state, *self.call)
 
-    def decide(self, plan: TransferPlan, first: Run) -> TransferPlan:
+    def decide(self, plan: TransferPlan, first: Run) -> tuple[TransferPlan, Run]:
         """Settle open questions one by one, then suspicions, until the outputs agree or the trials are spent."""
         run = first
         changed: list[str] = []
@@ -149,33 +136,59 @@ class _Prover:
                 break
         if self.proven(run):
             note = "function proven: both models compute the same on the sample"
-            return replace(plan, proof="proven", notes=(*plan.notes, *changed, note))
+            return replace(plan, proof="proven", notes=(*plan.notes, *changed, note)), run
         where = self._first_difference(plan, run)
-        if not where and not _comparable(self.reference.outputs, run.outputs):
+        if not where and not comparable(self.reference.outputs, run.outputs):
             compared = [path for _, path in self._comparisons(plan, run)]
             if compared and compared[-1] == list(run.trace)[-1]:
                 note = "function proven: both models compute the same up to the model's last module"
-                return replace(plan, proof="proven", notes=(*plan.notes, *changed, note))
+                return replace(plan, proof="proven", notes=(*plan.notes, *changed, note)), run
             note = "function not compared to the end: the models return nothing of the same shape"
-            return replace(plan, notes=(*plan.notes, *changed, note))
+            return replace(plan, notes=(*plan.notes, *changed, note)), run
         unfilled = {_module(u.name) for u in plan.unmatched_target if u.kind == "parameter"}
         unfilled |= {_module(t) for a in plan.ambiguous for t in a.targets}
         order = list(run.trace)
         upto = order.index(where) if where else len(order)
         if any(path in unfilled for path in order[: upto + 1]) or (unfilled and not unfilled.intersection(order)):
             note = "function not compared to the end: some parameters of the model stay as they are"
-            return replace(plan, notes=(*plan.notes, *changed, note))
+            return replace(plan, notes=(*plan.notes, *changed, note)), run
         note = f"function REFUTED: the outputs differ{f', first at module {where!r}' if where else ''}"
         verified = {path for same, path in self._comparisons(plan, run) if same}
+        earlier = self._agreed(plan, run)
+        verified |= {_module(t) for e in plan.entries for t in e.targets if _all_in(earlier, run, _module(t))}
         if not where and verified:  # no module differs: what does lies between them, and no entry is to blame
-            return replace(plan, proof="refuted", notes=(*plan.notes, *changed, note))
+            return replace(plan, proof="refuted", notes=(*plan.notes, *changed, note)), run
         plan = _withdraw(plan, self._doubtful_modules(plan, run), verified, where)
-        return replace(plan, proof="refuted", notes=(*plan.notes, *changed, note))
+        return replace(plan, proof="refuted", notes=(*plan.notes, *changed, note)), run
 
     def proven(self, run: Run) -> bool:
         """Whether the outputs agree."""
-        pairs = _comparable(self.reference.outputs, run.outputs)
-        return any(_close(x, y) for x, y in pairs)
+        pairs = comparable(self.reference.outputs, run.outputs)
+        return any(close(x, y) for x, y in pairs)
+
+    def seen(self, plan: TransferPlan, run: Run, unseen: set[str]) -> set[str]:
+        """First targets of the entries behind which the models agree.
+
+        Behind: at a module that ran after all that belong to the parent of the entry's module, so that a projection
+        of queries counts only when what the whole attention puts out was the same.
+        """
+        if self.proven(run):
+            # A sample of one token proves nothing of queries and keys: what is proven must be missed when it is gone.
+            without = [e for e in plan.entries if e.targets[0] not in unseen]
+            missed = len(without) < len(plan.entries) and not self.proven(self.run(without))
+            return {e.targets[0] for e in plan.entries} if missed else set()
+        before = self._agreed(plan, run)
+        return {e.targets[0] for e in plan.entries if _all_in(before, run, _module(_module(e.targets[0])))}
+
+    def _agreed(self, plan: TransferPlan, run: Run) -> set[str]:
+        """Modules that ran before one that agreed, where nothing had differed until then."""
+        last = ""
+        for same, path in self._comparisons(plan, run):
+            if not same:
+                break
+            last = path
+        order = list(run.trace)
+        return set(order[: order.index(last)] if last else ())
 
     def _questions(self, plan: TransferPlan, run: Run) -> Iterator[list[Variant]]:
         yield from open_questions(plan)
@@ -219,7 +232,7 @@ class _Prover:
         for path, values in run.trace.items():
             theirs = self.reference.trace.get(partner.get(path, "\0"))
             if theirs is not None and theirs.numel() == values.numel():
-                yield _close(theirs, values), path
+                yield close(theirs, values), path
 
     def _first_difference(self, plan: TransferPlan, run: Run) -> str:
         return next((path for same, path in self._comparisons(plan, run) if not same), "")
@@ -238,37 +251,40 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _all_in(paths: set[str], run: Run, above: str) -> bool:
+    """Whether all modules that ran at and below a path are among some."""
+    inside = [p for p in run.trace if not above or p == above or p.startswith(f"{above}.")]
+    return bool(inside) and paths.issuperset(inside)
+
+
 def _withdraw(plan: TransferPlan, modules: Sequence[str], verified: set[str], where: str) -> TransferPlan:
-    """Take out of a refuted plan what stands before the first difference, with its like in the other blocks.
+    """Take out of a refuted plan what may have caused the first difference, with its like in the other blocks.
 
-    What nothing but order decided goes too, unless its module was seen to compute the same.
+    To blame is what stands before the difference, and what nothing but order decided; not what was seen to compute the
+    same, nor what has no rival: where no other tensor fits, it is the models that differ, not the mapping.
     """
-    suspects = {e.targets[0] for e in plan.entries for t in e.targets if _module(t) in modules}
-    suspects |= {
-        e.targets[0] for e in plan.entries if e.margin <= ORDER_WEIGHT and _module(e.targets[0]) not in verified
-    }
-    families = {split_numbers(name)[0] for name in suspects}
-    out = [e for e in plan.entries if split_numbers(e.targets[0])[0] in families]
+    open_ = [e for e in plan.entries if e.kind == "parameter" and _module(e.targets[0]) not in verified]
+    suspects = [e for e in open_ if e.margin <= ORDER_WEIGHT or any(_module(t) in modules for t in e.targets)]
+    left_over = [(u.name, u.shape) for u in (*plan.unmatched_source, *plan.unmatched_target) if u.kind == "parameter"]
+    rivals = Counter(_fits(e.targets[0], e.target_shapes[0]) for e in open_)
+    rivals.update(_fits(name, shape) for name, shape in left_over)
+    families = {split_numbers(e.targets[0])[0] for e in suspects if _could_differ(e, rivals)}
+    out = [e for e in open_ if split_numbers(e.targets[0])[0] in families]
     reason = f"refuted by function: the models differ at {where or 'their outputs'}"
-    doubts = tuple(
-        Ambiguity((t,), (Candidate(e.sources, e.score, e.operations),), shape, reason)
-        for e in out
-        for t, shape in zip(e.targets, e.target_shapes)
-    )
-    kept = tuple(e for e in plan.entries if e not in set(out))
-    return replace(plan, entries=kept, ambiguous=(*plan.ambiguous, *doubts))
+    return leave_open(plan, {e.targets[0]: reason for e in out})
 
 
-def _source_calls(old: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Call]:
-    """Ways to give the old module what the new one takes: the same call, by position, by the old names, and bare."""
-    yield args, kwargs
-    values = [*args, *kwargs.values()]
-    yield tuple(values), {}
-    names = [n for n in inspect.signature(old.forward).parameters if n not in ("args", "kwargs", "self")]
-    yield (), dict(zip(names, values))
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    if tensors:
-        yield (tensors[0],), {}
+def _fits(name: str, shape: Sequence[int]) -> tuple[str, int]:
+    """What two tensors have in common if one may stand in the other's place."""
+    return role_of(name), math.prod(shape)
+
+
+def _could_differ(entry: PlanEntry, rivals: Mapping[tuple[str, int], int]) -> bool:
+    """Whether something else could be done for a target: another tensor, another layout, the matrix turned."""
+    shape = entry.target_shapes[0]
+    layouts = len(entry.sources) > 1 or len(entry.targets) > 1 or any(op.name != "cast" for op in entry.operations)
+    square = len(shape) == 2 and shape[0] == shape[1]
+    return layouts or square or rivals[_fits(entry.targets[0], shape)] > 1
 
 
 def _partners(plan: TransferPlan) -> dict[str, str]:
@@ -278,85 +294,3 @@ def _partners(plan: TransferPlan) -> dict[str, str]:
         if len(entry.sources) == len(entry.targets) == 1 and entry.kind == "parameter":
             found.setdefault(entry.targets[0].rpartition(".")[0], entry.sources[0].rpartition(".")[0])
     return found
-
-
-def _run(module: nn.Module, state: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
-    """Run a module functionally, in eval mode, and record its leaf modules."""
-    trace: Trace = {}
-    with undisturbed(module), torch.no_grad(), _recorded(module, trace):
-        module.eval()
-        result = functional_call(module, dict(state), tuple(args), dict(kwargs), tie_weights=True)
-    return Run(tuple(_tensors(result)), trace)
-
-
-@contextmanager
-def _recorded(module: nn.Module, trace: Trace) -> Iterator[None]:
-    def hook(path: str) -> Callable[..., None]:
-        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            tensor = next(iter(_tensors(output)), None)
-            if tensor is not None and path not in trace:
-                trace[path] = tensor.detach().flatten().double().sort().values
-
-        return record
-
-    leaves = [
-        (path, sub)
-        for path, sub in module.named_modules()
-        if any(True for _ in sub.parameters(recurse=False)) and not any(True for _ in sub.children())
-    ]
-    handles = [sub.register_forward_hook(hook(path)) for path, sub in leaves]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value.detach()
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _comparable(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The largest outputs of equal shape; models may return more than they have in common."""
-    pairs = [(x, y) for x in a for y in b if x.shape == y.shape and x.numel() > 1]
-    largest = max((x.numel() for x, _ in pairs), default=0)
-    return [(x, y) for x, y in pairs if x.numel() == largest]
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    a, b = a.double().flatten(), b.double().flatten()
-    scale = float(a.abs().max()) if a.numel() else 0.0
-    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()) or scale == 0.0:
-        return bool(torch.equal(a, b)) and scale != 0.0
-    return float((a - b).abs().max()) <= TOLERANCE * scale
-
-
-def _shaken(module: nn.Module, salt: str = "source") -> dict[str, Tensor]:
-    """The module's state, perturbed the same way every time: no ones, no zeros, no two alike."""
-    shaken: dict[str, Tensor] = {}
-    known: dict[int, Tensor] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if not tensor.is_floating_point():
-            shaken[name] = tensor.detach()
-            continue
-        if id(tensor) not in known:
-            seed = int.from_bytes(hashlib.sha256(f"{salt}/{name}".encode()).digest()[:4], "little")
-            generator = torch.Generator().manual_seed(seed)
-            value = tensor.detach().to("cpu", torch.float32)
-            spread = 0.1 * float(value.std()) if value.numel() > 1 else 0.0
-            noise = torch.randn(value.shape, generator=generator) * (spread or 0.05)
-            moved = value + noise
-            kept = moved.abs().clamp_min(0.05) if name.endswith("var") else moved
-            known[id(tensor)] = kept.to(tensor.device, tensor.dtype)
-        shaken[name] = known[id(tensor)]
-    return shaken

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.errors import MappingError
 from lit_wsl.mapper.arguments import as_module, execution_order
+from lit_wsl.mapper.layouts import hidden_layouts
 from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.mapper.planner import build_plan
 from lit_wsl.mapper.result import MappingResult
@@ -196,7 +198,12 @@ class WeightMapper:
             MappingError: If an option has a value that is not allowed.
         """
         self.options = MatchingOptions.make(**self._options, threshold=threshold, strategy=strategy, weights=weights)
-        plan = build_plan(self.source, self.target, self.options)
+        plan = build_plan(self.source, self.target, self.options, assume_layouts=True)
+        assumed = hidden_layouts(plan, self.source, self.target)
+        if assumed:
+            first = next(iter(assumed))
+            note = f"{len(assumed)} steps take for granted what names and shapes don't show, first {first}: "
+            plan = replace(plan, notes=(*plan.notes, note + assumed[first]))
         self._result = MappingResult(plan, measure_coverage(plan, self.source, self.target))
         return self._result
 

@@ -217,12 +217,14 @@ def _plan_transfer(
     else:
         from lit_wsl.mapper import build_plan
 
-        chosen = build_plan(theirs, target, options)
         runs = bool(samples) and not has_sharded_tensors(model)  # this is rank zero alone
-        if module is not None and runs and module is not model:
+        old_one = module if runs and module is not model else None
+        chosen = build_plan(theirs, target, options, assume_layouts=old_one is not None)
+        if old_one is not None:
+            from lit_wsl.mapper.layouts import hidden_layouts
             from lit_wsl.mapper.proof import prove
 
-            chosen = prove(chosen, module, model, samples)
+            chosen = prove(chosen, old_one, model, samples, unseen=hidden_layouts(chosen, theirs, target))
         chosen, dropped = _without_losses(chosen, theirs, target)
         notes += dropped
     chosen, dropped = _leave_alone(chosen, target)

@@ -66,10 +66,12 @@ def likely_cause(plan: TransferPlan, source: ModelDescription, target: ModelDesc
     common = _multiset_share(theirs, ours)
     if plan.ambiguous:
         waiting = sum(len(a.targets) for a in plan.ambiguous)
-        if waiting * 2 >= len(ours):
+        elements = sum(math.prod(a.shape) * len(a.targets) for a in plan.ambiguous)
+        if waiting * 2 >= len(ours) or elements * 2 >= sum(i.numel for i in ours):
+            first = plan.ambiguous[0]
             return (
-                f"{waiting} tensors are ambiguous: several sources fit each equally well. A sample batch "
-                "(execution order) or an edited plan decides between them."
+                f"{waiting} tensors are ambiguous, first {first.targets[0]}: {first.reason}. A sample batch "
+                "(execution order), source_module or an edited plan decides."
             )
     widths = _same_names_other_shapes(theirs, ours)
     if widths:

@@ -79,22 +79,72 @@ class Another(nn.Module):
     def __init__(self, sign: float) -> None:
         super().__init__()
         self.sign = sign
-        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.a, self.b, self.c, self.d = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 6)
 
     def forward(self, x):
-        return self.b(torch.sin(self.sign * self.a(x)) if self.sign > 1 else self.a(x))
+        x = self.b(torch.sin(self.sign * self.a(x)) if self.sign > 1 else self.a(x))
+        return self.d(torch.relu(self.c(x)))
 
 
-def test_a_different_function_is_refuted_and_what_differs_is_not_loaded():
+def test_a_different_function_is_refuted_and_what_may_have_caused_it_is_not_loaded():
     old, new = randomise(Another(1.0)), randomise(Another(2.0), 1)
     before = copy.deepcopy(new.state_dict())
     plan = proven(old, new, torch.randn(4, 5))
     assert plan.proof == "refuted"
     assert any("'b'" in note for note in plan.notes)
-    withdrawn = {t for a in plan.ambiguous for t in a.targets}
-    assert "b.weight" in withdrawn
+    assert {t for a in plan.ambiguous for t in a.targets} == {"b.weight", "b.bias"}  # d would fit there as well
     assert all("refuted" in a.reason for a in plan.ambiguous)
+    loaded = {t for e in plan for t in e.targets}
+    assert {"a.weight", "a.bias", "c.weight", "c.bias"} <= loaded  # seen to agree, or without a rival
     assert all(torch.equal(t, before[n]) for n, t in new.state_dict().items())
+    report = transfer_weights(new, old.state_dict(), example_args=(torch.randn(4, 5),), source_module=old)
+    assert any("refuted" in warning for warning in report.warnings)
+
+
+class Listed(nn.Module):
+    """All layers in one registered list; what runs them is not registered, and holds the same objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.layers = nn.ModuleList([inner[0], inner[2]])
+        self.held = [inner, inner[0].weight]
+
+    def forward(self, x):
+        return self.held[0](x) + self.held[1].sum()
+
+
+def test_what_is_held_elsewhere_too_is_run_with_the_trial_s_weights():
+    old, new = randomise(Listed()), randomise(Listed(), 1)
+    before = copy.deepcopy(new.state_dict())
+    assert proven(old, new, torch.randn(4, 5)).proof == "proven"
+    assert all(torch.equal(t, before[n]) for n, t in new.state_dict().items())
+    assert new.held[1] is new.layers[0].weight
+
+
+class Pair(nn.Module):
+    """Takes two inputs; ``Encoder`` is its first half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.dec = Encoder(), nn.Linear(8, 5)
+
+    def forward(self, x, y):
+        return self.dec(self.enc(x)) + y
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(5, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x)))
+
+
+def test_an_old_model_that_takes_more_inputs_is_run_too():
+    old, new = randomise(Pair()), randomise(Encoder(), 1)
+    assert proven(old, new, torch.randn(4, 5)).proof == "proven"
 
 
 def test_a_sample_that_does_not_run_is_reported():

@@ -1,0 +1,229 @@
+"""Layouts that names and shapes can't show: the rows of queries and keys, and patches that were flattened.
+
+Two implementations of one network may agree on every tensor and every shape, and still not on what a row means. Three
+such conventions are common, and a file that follows the other one loads without a complaint and computes something
+else:
+
+* *Rotary embeddings* turn pairs of rows of each head of q and k. A pair is two neighbours (RoFormer, the first Llama
+  release) or two halves of the head (GPT-NeoX, most libraries).
+* *Fused projections* hold q, k and v one after the other, or head by head (Megatron and its descendants).
+* *Patches* that a linear layer takes in are flattened as ``(c, p, p)`` or as ``(p, p, c)``.
+
+A transformer that has a table of positions, or convolutions between its tokens, does not rotate, and fuses its
+projections one after the other; and a pure renaming keeps every convention. For the rest only the function can tell
+(:mod:`lit_wsl.mapper.proof`), so without it such tensors are ambiguous.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lit_wsl.mapper.names import split_numbers
+from lit_wsl.mapper.tree import owner_path
+from lit_wsl.structure.info import ModelDescription, ParameterInfo, tokenize
+from lit_wsl.transfer.operations import Concat, Reshape, Split
+from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, TransferPlan
+
+LEAST_POSITIONS = 4  # rows of a table of positions; token types and the like have fewer
+HEADS = 4  # a head is at least so wide
+KINSHIP = 2 / 3  # share of module names that both sides have in common, from which they are one code base
+_QUERY_OR_KEY = re.compile(r"(^|[^a-z])w?[qk]([^a-z]|$)|quer|key")  # the letters of Attention(Q, K, V)
+_REMEDY = (
+    "give source_module= and a sample, and the function decides; or, if you know that both models agree, move the "
+    "candidate to the entries of the plan"
+)
+ROWS = f"the rows of q and k may stand in rotary pairs or halves, which names and shapes don't show: {_REMEDY}"
+FUSED = f"q, k and v may follow one another or alternate head by head, which names and shapes don't show: {_REMEDY}"
+PATCHES = f"patches may be flattened as (c, p, p) or (p, p, c), which names and shapes don't show: {_REMEDY}"
+
+
+def hidden_layouts(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> dict[str, str]:
+    """Entries that are right only under a convention that nothing shows.
+
+    Args:
+        plan: The plan.
+        source: The checkpoint's side.
+        target: The model's side.
+
+    Returns:
+        First target of each such entry -> the reason, in the plan's order.
+    """
+    found = {e.targets[0]: PATCHES for e in plan if _cuts_patches(e, source, target)}
+    if _only_renamed(plan, source) or _kinship(plan) >= KINSHIP:
+        return found
+    inputs = _Inputs.of(target)
+    towers: dict[str, bool] = {}
+    for entry in plan:
+        reason = _attention(entry) if entry.kind == "parameter" else ""
+        if reason:
+            tower = inputs.tower(entry.targets[0])
+            if tower not in towers:
+                towers[tower] = inputs.places_tokens(tower)
+            if not towers[tower]:
+                found[entry.targets[0]] = reason
+    return {e.targets[0]: found[e.targets[0]] for e in plan if e.targets[0] in found}
+
+
+def leave_open(plan: TransferPlan, reasons: Mapping[str, str]) -> TransferPlan:
+    """Turn entries into ambiguities.
+
+    Args:
+        plan: The plan.
+        reasons: First target of each of them -> the reason.
+
+    Returns:
+        The plan without the entries, each of their targets listed as ambiguous with the entry as its candidate.
+    """
+    if not reasons:
+        return plan
+    doubts = tuple(
+        Ambiguity((t,), (Candidate(e.sources, e.score, e.operations),), shape, reasons[e.targets[0]])
+        for e in plan
+        if e.targets[0] in reasons
+        for t, shape in zip(e.targets, e.target_shapes)
+    )
+    entries = tuple(e for e in plan if e.targets[0] not in reasons)
+    return replace(plan, entries=entries, ambiguous=(*plan.ambiguous, *doubts))
+
+
+def _only_renamed(plan: TransferPlan, source: ModelDescription) -> bool:
+    """Whether every tensor stands where it stood and nothing is done to any: the same code under other names."""
+    whole = [e for e in plan if e.kind == "parameter"]
+    if any(op.name not in ("cast", "fan_out") for e in whole for op in e.operations):
+        return False
+    places = [source[e.sources[0]].index for e in whole]
+    return places == sorted(places)
+
+
+def _kinship(plan: TransferPlan) -> float:
+    """Share of the pairs of families whose modules are called alike."""
+    families = {
+        split_numbers(e.targets[0])[0]: (_words(e.sources[0]), _words(e.targets[0]))
+        for e in plan
+        if e.kind == "parameter" and len(e.sources) == len(e.targets) == 1
+    }
+    if not families:
+        return 0.0
+    always = [set.intersection(*(set(pair[side]) for pair in families.values())) for side in (0, 1)]
+    bare = [tuple([w for w in pair[k] if w not in always[k]] for k in (0, 1)) for pair in families.values()]
+    return sum(bool(s) and s == t for s, t in bare) / len(bare)
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in tokenize(_own_name(name)) if not word.isdigit()]
+
+
+def _own_name(name: str) -> str:
+    return owner_path(name).rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a model reads: words that it looks up, or the patches of a picture.
+
+    Attributes:
+        target: The model.
+        words: Number of rows of the largest table that is looked up; 0 if nothing is.
+    """
+
+    target: ModelDescription
+    words: int
+
+    @classmethod
+    def of(cls, target: ModelDescription) -> _Inputs:
+        """Find the vocabulary."""
+        width = _residual_width(target.parameters)
+        return cls(target, max((i.shape[0] for i in target.parameters if _looked_up(i, width)), default=0))
+
+    def tower(self, name: str) -> str:
+        """Path of the smallest module around a tensor that reads an input: words, or the patches of a picture.
+
+        A model of several towers may rotate in one and look positions up in another.
+        """
+        path = self.target[name].module_path
+        while path:
+            path = path.rpartition(".")[0]
+            inside = self.inside(path)
+            width = _residual_width(inside)
+            if any(_looked_up(i, width) or self.reads_input(i) for i in inside):
+                break
+        return path
+
+    def inside(self, path: str) -> Sequence[ParameterInfo]:
+        """The tensors below a path."""
+        return [i for i in self.target.parameters if not path or i.name.startswith(path + ".")]
+
+    def reads_input(self, info: ParameterInfo) -> bool:
+        """Whether it is a convolution whose channels nothing in the model puts out."""
+        return _is_convolution(info) and _reads_input(info, self.target)
+
+    def places_tokens(self, path: str) -> bool:
+        """Whether a tower learns, stores or computes positions outside of its projections: a table, or convolutions.
+
+        What takes in neither words nor pictures has its positions from outside, or needs none.
+        """
+        inside = self.inside(path)
+        width = _residual_width(inside)
+        pictures = any(self.reads_input(i) for i in inside)
+        if not pictures and not any(_looked_up(i, width) for i in inside):
+            return True
+        if any(_is_table(i, width, 0 if pictures else self.words) for i in inside):
+            return True
+        return any(_is_convolution(i) and max(i.shape[2:]) > 1 and not self.reads_input(i) for i in inside)
+
+
+def _residual_width(infos: Sequence[ParameterInfo]) -> int:
+    """The most frequent length of a vector: norms and biases of the residual stream."""
+    lengths = Counter(i.shape[0] for i in infos if len(i.shape) == 1 and i.kind == "parameter")
+    return max(lengths, key=lambda n: (lengths[n], -n), default=0)
+
+
+def _looked_up(info: ParameterInfo, width: int) -> bool:
+    return "Embed" in info.module_type and info.leaf == "weight" and len(info.shape) == 2 and info.shape[1] == width
+
+
+def _is_convolution(info: ParameterInfo) -> bool:
+    return len(info.shape) >= 3 and "Conv" in info.module_type
+
+
+def _is_table(info: ParameterInfo, width: int, words: int) -> bool:
+    """Whether a tensor has a row for each position: of the residual stream's width, or a number for each head."""
+    shape = tuple(n for n in info.shape if n != 1)
+    if len(shape) != 2 or not ("Embed" in info.module_type or info.leaf not in ("weight", "bias")):
+        return False
+    rows, columns = shape
+    if columns == width:
+        return rows >= LEAST_POSITIONS and rows not in (width, words)
+    return columns < rows and HEADS * columns <= width
+
+
+def _attention(entry: PlanEntry) -> str:
+    """What is not known of an entry for queries or keys: how they are fused, or how their rows stand."""
+    parts = entry.sources if len(entry.sources) > 1 else entry.targets
+    named = any(_QUERY_OR_KEY.search(_own_name(n).lower()) for n in (*entry.sources, *entry.targets))
+    if len(parts) == 1:
+        return ROWS if named else ""
+    fused = any(isinstance(op, (Split, Concat)) for op in entry.operations)
+    return FUSED if fused and (named or len(parts) == 3) else ""
+
+
+def _cuts_patches(entry: PlanEntry, source: ModelDescription, target: ModelDescription) -> bool:
+    """Whether a convolution that reads the input becomes a matrix, or a matrix becomes one."""
+    if len(entry.operations) == 0 or not all(isinstance(op, Reshape) for op in entry.operations[:1]):
+        return False
+    s, t = source[entry.sources[0]], target[entry.targets[0]]
+    for kernel, flat, side in ((s, t, source), (t, s, target)):
+        if len(kernel.shape) >= 4 and len(flat.shape) == 2 and kernel.shape[0] == flat.shape[0]:
+            return kernel.shape[1] > 1 and max(kernel.shape[2:]) > 1 and _reads_input(kernel, side)
+    return False
+
+
+def _reads_input(kernel: ParameterInfo, side: ModelDescription) -> bool:
+    """Whether nothing in the model puts out as many channels as the convolution takes in; one may be depthwise."""
+    channels = kernel.shape[1]
+    if channels == 1 and kernel.name != next(i.name for i in side.parameters if len(i.shape) >= 3):
+        return False
+    return not any(i.shape[0] == channels for i in side.parameters if i.kind == "parameter" and i.shape)

@@ -1,0 +1,179 @@
+"""Conventions that names and shapes don't show: doubted without a proof, decided with one, no hindrance elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pairs import randomise
+from torch import nn
+from torch.nn import functional as F
+
+from lit_wsl import WeightMapper, transfer_weights
+from lit_wsl.errors import CoverageError
+
+WIDTH, HEADS = 16, 2
+
+
+def turned(x, pairs: bool):
+    """Rotary embedding of (batch, heads, time, width): neighbours or halves turn together."""
+    half = x.shape[-1] // 2
+    angle = torch.outer(torch.arange(x.shape[-2]), 10.0 ** -torch.arange(half))
+    cos, sin = angle.cos(), angle.sin()
+    a, b = (x[..., 0::2], x[..., 1::2]) if pairs else (x[..., :half], x[..., half:])
+    rotated = (a * cos - b * sin, a * sin + b * cos)
+    return torch.stack(rotated, -1).flatten(-2) if pairs else torch.cat(rotated, -1)
+
+
+class Words(nn.Module):
+    """A decoder over words in one of several conventions.
+
+    ``names`` are those of the projections; two of them mean a fused projection, whose heads ``alternate`` or not.
+    ``around`` are those of the rest.
+    """
+
+    def __init__(self, names, around, *, pairs=False, rotary=True, table=False, alternate=False, late=False):
+        super().__init__()
+        self.names, self.around = names, around
+        self.pairs, self.rotary, self.alternate = pairs, rotary, alternate
+        self.table = nn.Embedding(7, WIDTH) if table else None
+        layers = dict(zip(around, (nn.Embedding(40, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5))))
+        widths = [3 * WIDTH] if len(names) == 2 else [WIDTH] * 3
+        layers |= {name: nn.Linear(WIDTH, width) for name, width in zip(names, [*widths, WIDTH])}
+        if late:
+            layers[around[1]] = layers.pop(around[1])
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, ids):
+        embed, norm, head = (getattr(self, name) for name in self.around)
+        *projections, out = (getattr(self, name) for name in self.names)
+        x = embed(ids)
+        if self.table is not None:
+            x = x + self.table(torch.arange(ids.shape[1]))
+        y = norm(x)
+        if len(projections) == 3:
+            q, k, v = (p(y).unflatten(-1, (HEADS, -1)) for p in projections)
+        elif self.alternate:
+            q, k, v = projections[0](y).unflatten(-1, (HEADS, 3, -1)).unbind(-2)
+        else:
+            q, k, v = projections[0](y).unflatten(-1, (3, HEADS, -1)).unbind(-3)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if self.rotary:
+            q, k = turned(q, self.pairs), turned(k, self.pairs)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return head(x + out(y))
+
+
+LONG, SHORT, FUSED = ("query", "key", "value", "dense"), ("wq", "wk", "wv", "wo"), ("qkv", "proj")
+AROUND, ELSEWHERE = ("embedding", "norm", "classifier"), ("tokens", "ln", "readout")
+IDS = torch.arange(2, 12).view(2, 5)
+
+
+def other(**options) -> Words:
+    """The same network under other names, registered in another order."""
+    return randomise(Words(SHORT, ELSEWHERE, late=True, **options), 1)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rows_of_queries_and_keys_wait_for_a_proof(pairs):
+    old, new = randomise(Words(LONG, AROUND)), other(pairs=pairs)
+    report = transfer_weights(new, old.state_dict())
+    rows = {f"{name}.{kind}" for name in ("wq", "wk") for kind in ("weight", "bias")}
+    assert set(report.ambiguous) == rows
+    assert {c.sources[0].partition(".")[0] for a in report.plan.ambiguous for c in a.candidates} == {"query", "key"}
+    assert all("source_module" in a.reason for a in report.plan.ambiguous)
+    torch.testing.assert_close(new.wv.weight, old.value.weight, rtol=0, atol=0)
+
+    report = transfer_weights(new, old.state_dict(), example_args=(IDS,), source_module=old)
+    assert (report.plan.proof, report.ambiguous) == ("proven", ())
+    torch.testing.assert_close(new(IDS), old(IDS))
+    assert torch.equal(new.wq.weight, old.query.weight) != pairs
+
+
+def test_a_sample_that_never_turns_a_row_proves_nothing():
+    old, new = randomise(Words(LONG, AROUND)), other(pairs=True)
+    report = transfer_weights(new, old.state_dict(), example_args=(IDS[:, :1],), source_module=old)
+    assert {name.partition(".")[0] for name in report.ambiguous} == {"wq", "wk"}
+
+
+@pytest.mark.parametrize("alternate", [False, True])
+@pytest.mark.parametrize("whole_is_target", [False, True])
+def test_fused_projections_of_a_model_without_positions_wait_for_a_proof(alternate, whole_is_target):
+    fused, apart = Words(FUSED, AROUND, alternate=alternate), Words(SHORT, ELSEWHERE)
+    old, new = (apart, fused) if whole_is_target else (fused, apart)
+    randomise(old), randomise(new, 1)
+    report = transfer_weights(new, old.state_dict())
+    doubted = {"qkv"} if whole_is_target else {"wq", "wk", "wv"}
+    assert {name.partition(".")[0] for name in report.ambiguous} == doubted
+    transfer_weights(new, old.state_dict(), example_args=(IDS,), source_module=old)
+    torch.testing.assert_close(new(IDS), old(IDS))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_pure_renaming_keeps_every_convention(pairs):
+    old, new = randomise(Words(LONG, AROUND, pairs=pairs)), randomise(Words(SHORT, ELSEWHERE, pairs=pairs), 1)
+    assert transfer_weights(new, old.state_dict()).missing == ()
+    torch.testing.assert_close(new(IDS), old(IDS))
+
+
+def test_a_table_of_positions_leaves_nothing_to_turn():
+    old, new = randomise(Words(LONG, AROUND, table=True, rotary=False)), other(table=True, rotary=False)
+    assert transfer_weights(new, old.state_dict()).ambiguous == ()
+    torch.testing.assert_close(new(IDS), old(IDS))
+
+
+def test_one_code_base_keeps_its_convention_when_it_fuses():
+    old, new = Words(("q_proj", "k_proj", "v_proj", "proj"), AROUND), Words(FUSED, AROUND)
+    report = transfer_weights(randomise(new, 1), randomise(old).state_dict())
+    assert report.ambiguous == ()
+    torch.testing.assert_close(new(IDS), old(IDS))
+
+
+def test_the_mapper_shows_the_pair_and_says_what_it_takes_for_granted():
+    old, new = randomise(Words(LONG, AROUND)), other(pairs=True)
+    result = WeightMapper.from_state_dict(old.state_dict(), new).suggest_mapping()
+    assert result["query.weight"] == "wq.weight"
+    assert any("wq.weight" in note and "rotary" in note for note in result.plan.notes)
+
+
+class Patches(nn.Module):
+    """A classifier of pictures cut into patches by a convolution, or by hand for a linear layer."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.cut = cut
+        self.embed = nn.Conv2d(3, WIDTH, 4, 4) if cut == "convolution" else nn.Linear(48, WIDTH)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        if self.cut == "convolution":
+            y = self.embed(x).flatten(2).transpose(1, 2)
+        else:
+            y = x.unfold(2, 4, 4).unfold(3, 4, 4)  # (batch, channels, rows, columns, height, width)
+            order = (0, 2, 3, 1, 4, 5) if self.cut == "channels first" else (0, 2, 3, 4, 5, 1)
+            y = self.embed(y.permute(*order).flatten(3).flatten(1, 2))
+        return self.head(self.norm(y).mean(1))
+
+
+@pytest.mark.parametrize("cut", ["channels first", "channels last"])
+@pytest.mark.parametrize("back", [False, True])
+def test_flattened_patches_wait_for_a_proof(cut, back):
+    models = [Patches("convolution"), Patches(cut)]
+    old, new = reversed(models) if back else models
+    randomise(old), randomise(new, 1)
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(CoverageError, match="ambiguous, first embed.weight: patches"):
+        transfer_weights(new, old.state_dict())
+    assert transfer_weights(new, old.state_dict(), min_coverage=0.1).ambiguous == ("embed.weight",)
+    report = transfer_weights(new, old.state_dict(), example_args=(x,), source_module=old)
+    assert report.ambiguous == ()
+    torch.testing.assert_close(new(x), old(x))
+
+
+def test_a_flattened_head_is_cut_in_the_order_of_memory():
+    old = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 2))
+    new = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 6))
+    report = transfer_weights(randomise(new, 1), randomise(old).state_dict())
+    assert report.ambiguous == report.missing == ()
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(new(x), old(x).flatten(1))
