@@ -195,6 +195,22 @@ def fsdp2_from_a_file(folder: Path) -> dict[str, Any]:
     return _same_data(folder, "fsdp2", meta=True)
 
 
+def one_process_from_a_folder(folder: Path) -> dict[str, Any]:
+    """Two ranks wrote it, one process goes on."""
+    _, uninterrupted, reached = old_in_one_process(folder, transformer(), tokens)
+    trainer = sharded_trainer(folder, "fsdp2", Steps(), **everything(BEFORE, as_given=True))
+    trainer.fit(Lit(transformer, "fsdp2"), Data(tokens))
+    trainer.save_checkpoint(folder / "sharded")
+    plan, model = transformers_plan(), Lit(NewTransformer)
+    callback = transfer(folder / "sharded", plan=plan, resume="all")
+    found = fit(one_trainer(folder, callback, Steps(), **everything(ALL)), model, tokens)
+    return {
+        "wrong": differing(whole(model), convert_tensors(uninterrupted, plan)),
+        "reached": found,
+        "uninterrupted": reached,
+    }
+
+
 def tensor_parallel(folder: Path) -> dict[str, Any]:
     """Every lossless operation; sums are taken in another order, so equal to rounding."""
     path, uninterrupted, reached = old_in_one_process(folder, old_model().train(), runs_dist.data)

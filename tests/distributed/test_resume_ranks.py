@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 SCENARIOS = "scenarios_resume"
-ALL = ["ddp", "fsdp2_from_a_file", "fsdp2_from_a_folder"]
+ALL = ["ddp", "fsdp2_from_a_file", "fsdp2_from_a_folder", "one_process_from_a_folder"]
 
 
 @pytest.mark.parametrize("name", [*ALL, "fsdp2_optimizer_only"])
