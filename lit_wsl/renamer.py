@@ -187,7 +187,7 @@ class WeightRenamer:
         if len(changed) > 20:
             console.print(f"  ... and {len(changed) - 20} more")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, keep_foreign: bool = False) -> None:
         """Write the checkpoint with the new names, atomically; everything else in the file is kept.
 
         Optimizer states, epoch, hyper-parameters and the rest stay as they were, objects of classes that are not
@@ -195,9 +195,13 @@ class WeightRenamer:
 
         Args:
             path: where to; the file that was read can be given.
+            keep_foreign: whether to write calls of foreign functions and classes again, as they are in the old file:
+                they run when somebody loads the new file with ``weights_only=False``. Objects of foreign classes, which
+                are data (:mod:`lit_wsl.checkpoint.harmless`), are always kept.
 
         Raises:
-            CheckpointError: if it cannot be written, or something of the file cannot be kept; the old file is whole.
+            CheckpointError: if it cannot be written, something of the file cannot be kept, or the new file would call
+                foreign functions that the old one names; the old file is whole.
         """
         renamed = {name: self.checkpoint[original] for original, name in self._names.items()}
         if Path(path).suffix == ".safetensors":
@@ -213,7 +217,7 @@ class WeightRenamer:
                 f"{self.path} holds tensors or dicts with attributes of their own, which would be lost. "
                 "Save the tensors alone, to a .safetensors path."
             )
-        atomic_save(self._tree(renamed), path)
+        atomic_save(self._tree(renamed), path, keep_foreign=keep_foreign)
 
     def _tree(self, renamed: Mapping[str, Any]) -> Any:
         """The file's content with the state dict's entries renamed in their places, in their order."""

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lit_wsl.checkpoint.convert_weights import Progress, convert_tensors, convert_twin, convert_weights
 from lit_wsl.checkpoint.edit import replace_at, with_entries
+from lit_wsl.checkpoint.harmless import foreign_calls
 from lit_wsl.checkpoint.inert import as_mapping, contains_foreign
 from lit_wsl.checkpoint.optimizer import OnLost, convert_optimizers, groups_of
 from lit_wsl.checkpoint.parameter_order import new_order, old_parameters
@@ -56,6 +57,7 @@ def convert_checkpoint(
     parameter_names: Sequence[Sequence[str]] | None = None,
     on_lost: OnLost = "refuse",
     weights_only: bool = False,
+    keep_foreign: bool = False,
     checkpoint_weights: Weights = "auto",
     progress: Progress | None = None,
 ) -> Conversion:
@@ -79,7 +81,10 @@ def convert_checkpoint(
         on_lost: What to do where an optimizer's state can't go through the operation of its parameter: ``"refuse"`` or
             ``"initialize"`` it.
         weights_only: Whether to leave optimizers, schedulers and callbacks out, as ``ModelCheckpoint`` does with
-            ``save_weights_only``.
+            ``save_weights_only``, and entries that hold calls of foreign functions.
+        keep_foreign: Whether to write calls of foreign functions and classes again, as they are in the old file: they
+            run when somebody loads the new file with ``weights_only=False``. Objects of foreign classes, which are data
+            (:mod:`lit_wsl.checkpoint.harmless`), are always kept.
         checkpoint_weights: Which weights of the file the plan speaks of: the ``"model"``'s or its ``"ema"``; others of
             the same names and shapes are converted likewise.
         progress: Called after each entry.
@@ -88,13 +93,16 @@ def convert_checkpoint(
         What was done.
 
     Raises:
-        CheckpointError: If a file cannot be read or written, or an optimizer's state cannot be carried.
+        CheckpointError: If a file cannot be read or written, an optimizer's state cannot be carried, or the new file
+            would call foreign functions that the old one names.
         PlanError: If the plan does not fit the checkpoint or the model.
     """
     checkpoint = open_checkpoint(source, weights=checkpoint_weights)
     safetensors = Path(destination).suffix == ".safetensors"
     if safetensors or not checkpoint.prefix:
-        return _convert_weights_alone(checkpoint, destination, plan, target, progress, safetensors=safetensors)
+        return _convert_weights_alone(
+            checkpoint, destination, plan, target, progress, safetensors=safetensors, keep_foreign=keep_foreign
+        )
     if checkpoint.lossy and not weights_only:
         raise CheckpointError(
             f"{source} holds objects that cannot be written again unchanged. Convert the weights only "
@@ -108,9 +116,10 @@ def convert_checkpoint(
         parameter_names=parameter_names,
         on_lost=on_lost,
         weights_only=weights_only,
+        keep_foreign=keep_foreign,
         progress=progress,
     )
-    atomic_save(document, destination)
+    atomic_save(document, destination, keep_foreign=keep_foreign)
     return done
 
 
@@ -122,6 +131,7 @@ def _convert_weights_alone(
     progress: Progress | None,
     *,
     safetensors: bool,
+    keep_foreign: bool,
 ) -> Conversion:
     """Write a bare state dict."""
     state, notes = convert_weights(checkpoint, plan, target=target, progress=progress)
@@ -134,7 +144,7 @@ def _convert_weights_alone(
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         save_safetensors(tensors, destination, metadata=checkpoint.metadata)
     else:
-        atomic_save(state, destination)
+        atomic_save(state, destination, keep_foreign=keep_foreign)
     return Conversion(len(state), 0, 0, (*checkpoint.notes, *notes))
 
 
@@ -147,6 +157,7 @@ def convert_document(
     parameter_names: Sequence[Sequence[str]] | None = None,
     on_lost: OnLost = "refuse",
     weights_only: bool = False,
+    keep_foreign: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Any, Conversion]:
     """Convert the whole content of a checkpoint in memory; arguments as :func:`convert_checkpoint`.
@@ -159,9 +170,10 @@ def convert_document(
         raise CheckpointError(f"{checkpoint.path} holds weights only; there is nothing else to convert.")
     state, notes = convert_weights(checkpoint, plan, target=target, progress=progress)
     entries: dict[Hashable, Any] = {}
+    calls = (lambda _: []) if keep_foreign else foreign_calls
     training = TRAINING | {place[0] for place in find_optimizers(tree)}
     for key, value in tree.items():
-        if weights_only and (key in training or (checkpoint.lossy and contains_foreign(value))):
+        if weights_only and (key in training or (checkpoint.lossy and contains_foreign(value)) or calls(value)):
             notes.append(f"left out: {key!r}")
         elif key == checkpoint.prefix[0]:
             entries[key] = replace_at(value, checkpoint.prefix[1:], state)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lit_wsl.checkpoint.harmless import foreign_calls
 from lit_wsl.checkpoint.inert import contains_foreign
 from lit_wsl.checkpoint.repickle import save_with_records
 from lit_wsl.errors import CheckpointError
@@ -151,7 +152,7 @@ class _ErrorKeepingFile:
         self._file.flush()
 
 
-def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
+def atomic_save(obj: Any, path: str | os.PathLike[str], *, keep_foreign: bool = False) -> None:
     """Save ``obj`` with ``torch.save``, or a dict of tensors as safetensors where ``path`` says ``.safetensors``.
 
     Args:
@@ -159,17 +160,24 @@ def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
             orders that the original file had, see :mod:`lit_wsl.checkpoint.repickle`); for ``.safetensors`` a mapping
             of names to tensors.
         path: the file to write.
+        keep_foreign: whether to write records that call something of the file's choice, too: code, for whoever loads
+            the new file with ``weights_only=False``. Objects and plain values (:mod:`lit_wsl.checkpoint.harmless`) are
+            always written.
 
     Raises:
-        CheckpointError: if it cannot be written, or safetensors cannot hold it; the old file is whole.
+        CheckpointError: if it cannot be written, safetensors cannot hold it, or a record would call something; the old
+            file is whole.
     """
     if Path(path).suffix == ".safetensors":
         save_safetensors(obj, path)
         return
+    foreign = contains_foreign(obj)
+    if foreign and not keep_foreign:
+        _refuse_calls(obj, path)
     with atomic(path) as temporary, open(temporary, "wb") as raw:
         file = _ErrorKeepingFile(raw)
         try:
-            if contains_foreign(obj):
+            if foreign:
                 save_with_records(obj, file)
             else:
                 torch.save(obj, file)  # type: ignore[arg-type]
@@ -177,6 +185,21 @@ def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
             if file.error is not None:
                 raise file.error from error
             raise
+
+
+def _refuse_calls(obj: Any, path: str | os.PathLike[str]) -> None:
+    calls = foreign_calls(obj)
+    if not calls:
+        return
+    entries = obj.items() if isinstance(obj, Mapping) else ()
+    where = [repr(key) for key, value in entries if foreign_calls(value)]
+    inside = f" in {', '.join(where)}" if where else ""
+    shown = ", ".join(calls[:5]) + (", ..." if calls[5:] else "")
+    raise CheckpointError(
+        f"Cannot write {path}: the old file calls {shown}{inside}. Nothing of it was run, but whoever loads the new "
+        "file with weights_only=False would run it. If you trust the file, keep the calls (keep_foreign=True, "
+        "--keep-foreign); if not, take the weights alone: write to .safetensors."
+    )
 
 
 def save_safetensors(

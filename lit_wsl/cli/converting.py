@@ -29,6 +29,7 @@ def run(options: Any) -> int:
             parameter_names=_names(options.parameter_names),
             on_lost=options.on_lost,
             weights_only=options.weights_only,
+            keep_foreign=options.keep_foreign,
             checkpoint_weights=options.checkpoint_weights,
             progress=step,
         )

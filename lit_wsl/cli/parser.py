@@ -153,6 +153,7 @@ nothing had happened.
     parser.add_argument("--reverse", action="store_true", help="go the other way: from the new model to the old")
     _add_model(parser)
     parser.add_argument("--weights-only", action="store_true", help="leave optimizers, schedulers and callbacks out")
+    _add_foreign(parser)
     parser.add_argument(
         "--on-lost",
         type=Literal["refuse", "initialize"],
@@ -192,6 +193,7 @@ Several changes are made in this order: --map, --prefix, --remove-prefix,
     parser.add_argument("--add-prefix", action="append", type=str, metavar="PATH", help="put a path before all names")
     parser.add_argument("--regex", action="append", type=str, metavar="PATTERN=NEW", help="a regular expression")
     parser.add_argument("--dry-run", action="store_true", help="show the new names, write nothing")
+    _add_foreign(parser)
     return parser
 
 
@@ -254,6 +256,15 @@ def _add_model(parser: ArgumentParser) -> None:
         "--model-args", type=dict[str, Any], default={}, metavar="ARGS", help="its arguments: --model-args.depth 12"
     )
     parser.add_argument("--config", type=str, metavar="FILE", help="a LightningCLI config that has the model")
+
+
+def _add_foreign(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep-foreign",
+        action="store_true",
+        help="keep the file's calls of functions, which run when the new file is loaded with weights_only=False; "
+        "for files that you trust",
+    )
 
 
 def _add_weights(parser: ArgumentParser) -> None:

@@ -29,7 +29,7 @@ def run(options: Any) -> int:
         remark("lit-wsl rename: no name changes")
         return 1
     if not options.dry_run:
-        renamer.save(options.output)
+        renamer.save(options.output, keep_foreign=options.keep_foreign)
         say(f"{options.output}: {len(changed)} of {len(before)} tensors renamed")
     return 0
 
