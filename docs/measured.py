@@ -1,4 +1,4 @@
-"""Put the measured numbers of ``benchmarks/results`` into ``docs/comparison.md``: ``python docs/measured.py``.
+"""Put the measured numbers of ``benchmarks/results`` into README and ``docs/comparison.md``: ``python docs/measured.py``.
 
 What has not been measured is left out. Every table names the command that wrote its numbers. Besides the JSON files that
 have a table here, every ``NAME.txt`` is shown as it was printed: ``python -m benchmarks.NAME > benchmarks/results/NAME.txt``
@@ -10,6 +10,7 @@ have a table here, every ``NAME.txt`` is shown as it was printed: ``python -m be
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "comparison.md"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
 
 
@@ -46,6 +48,8 @@ def gauntlet() -> Iterator[str]:
             f"| {method} | {row['right']:,} | {row['wrong']:,} | {row['missing']:,} | {row['pairs with a wrong tensor']} | "
             f"{row['kept']} of {row['pairs']} | {row['kept without permute']} of {row['pairs without permute']} |\n"
         )
+    own = data["totals"]["lit_wsl state_dict"]
+    yield f"\nWrong tensors of `lit_wsl` outside of pairs that permute axes: {own['wrong without permute']}.\n"
     yield f"\n`{data['command']}`\n\n"
 
 
@@ -186,12 +190,34 @@ def render() -> str:
     return "".join(piece for part in parts for piece in part())
 
 
-def main() -> None:
-    """Rewrite the section of the page."""
-    page = PAGE.read_text(encoding="utf-8")
+def summary() -> str:
+    """The README's sentences about the gauntlet."""
+    data = load("gauntlet.json")
+    if not data:
+        return ""
+    own, order, plain = (data["totals"][key] for key in ("lit_wsl state_dict", "zip by order", "strict=False"))
+    elsewhere = own["wrong without permute"]
+    where = f"{elsewhere:,} of them" if elsewhere else "all of these in pairs that permute axes inside a tensor"
+    where += " in pairs without permuted axes" if elsewhere else ", which neither names nor shapes show"
+    wrong = f"{own['wrong']:,} wrong, {where}" if own["wrong"] else "none wrong"
+    text = (
+        f"On [{own['pairs']} pairs of public implementations and refactorings](docs/comparison.md) with proven truth "
+        f"(`make gauntlet`): {own['right']:,} tensors right, {own['missing']:,} missing, {wrong}. Loading in order of "
+        f"registration gets {order['wrong']:,} wrong, `strict=False` leaves {plain['missing']:,} out."
+    )
+    return "\n".join(textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)) + "\n"
+
+
+def filled(page: str, text: str) -> str:
+    """The page with the text between its marks."""
     before, rest = page.split(BEGIN)
-    after = rest.split(END, 1)[1]
-    PAGE.write_text(f"{before}{BEGIN}{render()}{END}{after}", encoding="utf-8")
+    return f"{before}{BEGIN}{text}{END}{rest.split(END, 1)[1]}"
+
+
+def main() -> None:
+    """Rewrite the marked parts of both pages."""
+    for path, text in ((PAGE, render()), (README, summary())):
+        path.write_text(filled(path.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 
 if __name__ == "__main__":

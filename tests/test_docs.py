@@ -148,3 +148,14 @@ def test_measured_numbers_are_whatever_is_there(tmp_path, monkeypatch):
         "`python -m benchmarks.rebasin_digits --epochs 3`\n\n"
         "### other\n\n```text\none\ntwo\n```\n\n`python -m benchmarks.other`\n\n"
     )
+
+
+def test_readme_and_comparison_say_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import measured
+
+    for path, text in ((measured.PAGE, measured.render()), (measured.README, measured.summary())):
+        page = path.read_text(encoding="utf-8")
+        assert measured.filled(page, text) == page, (
+            f"{path.name} is older than benchmarks/results: python docs/measured.py"
+        )
