@@ -5,6 +5,7 @@ from __future__ import annotations
 from lit_wsl.rebasin.activation import activation_matching
 from lit_wsl.rebasin.apply import apply_permutation, compose_permutations, invert_permutations
 from lit_wsl.rebasin.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
+from lit_wsl.rebasin.best import best_matching, midpoint_gap
 from lit_wsl.rebasin.builder import PermutationSpecBuilder
 from lit_wsl.rebasin.inference import infer_permutation_spec
 from lit_wsl.rebasin.matching import MatchingResult, weight_matching
@@ -34,11 +35,13 @@ __all__ = [
     "apply_permutation",
     "apply_permutation_to_task_vectors",
     "average",
+    "best_matching",
     "compose_permutations",
     "infer_permutation_spec",
     "interpolate",
     "interpolation_curve",
     "invert_permutations",
+    "midpoint_gap",
     "permutation_spec",
     "reestimate_batchnorm",
     "register_permutation_spec",
