@@ -5,7 +5,8 @@
 - ``plain``: ``model.load_state_dict(torch.load(path))`` of a checkpoint whose names fit, the usual way;
 - ``transfer``: ``transfer_weights(model, path)`` of a refactored model in one process: renamed, a fused layer split,
   three layers joined;
-- ``sharded``: the same into a model that FSDP2 has sharded over two processes.
+- ``sharded``: the same into a model that FSDP2 has sharded over two processes;
+- ``resume``: the states of AdamW, two values per weight, carried into the optimizer of that sharded model.
 
 Then ``plan``: plans for checkpoints much larger than memory (their files are sparse: only the headers are written).
 
@@ -189,6 +190,20 @@ def write(path: Path, gigabytes: float) -> None:
         for number, p in enumerate(old.parameters()):
             p.fill_(number + 1)
     torch.save({"state_dict": old.state_dict()}, path)
+    write_training(path, old)
+
+
+def write_training(path: Path, old: nn.Module) -> None:
+    """The same checkpoint with optimizer states, both moments of every weight filled with its weight's number."""
+    weights = dict(old.named_parameters())
+    group = {k: v for k, v in torch.optim.AdamW([torch.zeros(1)]).param_groups[0].items() if k != "params"}
+    states = {
+        number: {"step": torch.tensor(7.0), "exp_avg": p.detach(), "exp_avg_sq": p.detach().clone()}
+        for number, p in enumerate(weights.values())
+    }
+    optimizer = {"state": states, "param_groups": [{**group, "params": list(range(len(weights)))}]}
+    content = {"state_dict": old.state_dict(), "optimizer_states": [optimizer], "lr_schedulers": []}
+    torch.save(content, path.with_suffix(".training"))
 
 
 def plain(path: Path, gigabytes: float) -> Measured:
@@ -209,12 +224,11 @@ def transfer(path: Path, gigabytes: float) -> Measured:
     return result
 
 
-def sharded(path: Path, gigabytes: float) -> Measured:
+def in_shards(gigabytes: float) -> tuple[nn.Module, Any]:
+    """The new network, sharded by FSDP2, and the plan."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-
-    from lit_wsl.transfer.api import transfer_weights
 
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -223,6 +237,41 @@ def sharded(path: Path, gigabytes: float) -> Measured:
         fully_shard(block, mesh=mesh)
     materialised(model)
     dist.barrier()
+    return model, plan
+
+
+def resume(path: Path, gigabytes: float) -> Measured:
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+
+    from lit_wsl.callbacks.resume_sharded import convert_for_shards, load_into_optimizers
+    from lit_wsl.checkpoint import open_checkpoint
+
+    model, plan = in_shards(gigabytes)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run: Any = SimpleNamespace(optimizers=[optimizer])
+    checkpoint = open_checkpoint(path.with_suffix(".training"))
+
+    def work() -> None:
+        content, _ = convert_for_shards(run, model, checkpoint, plan, "optimizer")  # type: ignore[arg-type]
+        load_into_optimizers(run.optimizers, content["optimizer_states"])
+
+    result = measure("resume", gigabytes, work, 3 * held_bytes(model), dist.get_rank())
+    with torch.no_grad():  # the moments of a weight hold its number
+        for p in model.parameters():
+            p.copy_(optimizer.state[p]["exp_avg"])
+    check(model)
+    dist.destroy_process_group()
+    return result
+
+
+def sharded(path: Path, gigabytes: float) -> Measured:
+    import torch.distributed as dist
+
+    from lit_wsl.transfer.api import transfer_weights
+
+    model, plan = in_shards(gigabytes)
     work = lambda: transfer_weights(model, path, plan=plan)  # noqa: E731
     result = measure("sharded", gigabytes, work, held_bytes(model), dist.get_rank())
     check(model)
@@ -350,7 +399,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.job:
         job, path, argument = args.job
-        if job in ("write", "plain", "transfer", "sharded"):
+        if job in ("write", "plain", "transfer", "sharded", "resume"):
             result = globals()[job](Path(path), float(argument))
             print(json.dumps(asdict(result) if result else {}))
         else:
@@ -364,6 +413,7 @@ def main() -> None:
             rows += run("plain", path, str(size))
             rows += run("transfer", path, str(size))
             rows += run("sharded", path, str(size), args.ranks)
+            rows += run("resume", path, str(size), args.ranks)
     plans: list[dict[str, Any]] = []
     for name in () if args.no_plans else PLANS:
         with tempfile.TemporaryDirectory() as folder:

@@ -78,10 +78,14 @@ def carry_state(
     if odd is not None:
         raise NotCarriedError(f"the sources have states of different kinds: {sorted(keys)} and {sorted(odd)}")
     _refuse_new_factors(entry.operations, shapes, states)
-    for key in keys:
+
+    def carry(key: str) -> None:  # a function, so that its values are gone before the next are made
         values = _carry_values(entry, key, [state[key] for state in states], states, shapes)
         for name, target, value in zip(entry.targets, made, values):
             target[key] = hold(name, key, value)
+
+    for key in keys:
+        carry(key)
     return made
 
 
