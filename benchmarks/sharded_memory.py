@@ -128,9 +128,9 @@ class Measured:
         case: What was done.
         gigabytes: Size of the model.
         rank: Which process.
-        held: Bytes of the model that this process holds.
+        held: Bytes of the model that this process holds, and of what was to be made.
         private: Peak of private memory, the model included.
-        extra: How much of it came on top of what was there before.
+        extra: How much of it came on top of what was there before, and of what was to be made.
         mapped: Peak of resident pages of files.
         seconds: Wall time.
     """
@@ -145,13 +145,15 @@ class Measured:
     seconds: float
 
 
-def measure(case: str, gigabytes: float, work: Callable[[], object], held: int, rank: int = 0) -> Measured:
+def measure(
+    case: str, gigabytes: float, work: Callable[[], object], held: int, rank: int = 0, made: int = 0
+) -> Measured:
     start = time.perf_counter()
     with Peak() as peak:
         work()
     seconds = time.perf_counter() - start
-    extra = peak.private - peak.start[0]
-    return Measured(case, gigabytes, rank, held / MB, peak.private / MB, extra / MB, peak.mapped / MB, seconds)
+    extra = peak.private - peak.start[0] - made
+    return Measured(case, gigabytes, rank, (held + made) / MB, peak.private / MB, extra / MB, peak.mapped / MB, seconds)
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -257,7 +259,8 @@ def resume(path: Path, gigabytes: float) -> Measured:
         content, _ = convert_for_shards(run, model, checkpoint, plan, "optimizer")  # type: ignore[arg-type]
         load_into_optimizers(run.optimizers, content["optimizer_states"])
 
-    result = measure("resume", gigabytes, work, 3 * held_bytes(model), dist.get_rank())
+    held = held_bytes(model)
+    result = measure("resume", gigabytes, work, held, dist.get_rank(), made=2 * held)
     with torch.no_grad():  # the moments of a weight hold its number
         for p in model.parameters():
             p.copy_(optimizer.state[p]["exp_avg"])
