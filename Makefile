@@ -42,7 +42,7 @@ gauntlet: .venv-bench/.ready  ## map pairs of public implementations with known 
 	.venv-bench/bin/python -m benchmarks.gauntlet $(ARGS)
 
 rebasin-bench: .venv-bench/.ready  ## align models of torchvision, timm and transformers
-	.venv-bench/bin/python -m benchmarks.rebasin_bench $(ARGS)
+	.venv-bench/bin/python -m benchmarks.rebasin --save $(ARGS)
 
 scale: .venv/.ready  ## map up to 120,000 tensors on the meta device
 	.venv/bin/python -m benchmarks.scale $(ARGS)
