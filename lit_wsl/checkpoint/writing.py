@@ -1,7 +1,8 @@
 """Atomic writing: the old file stays whole until the new one is complete on disk.
 
 A temporary file is written in the folder of the target, flushed to disk (fsync), and renamed over it; then the folder's
-entry is flushed too. A crash, a full disk or ``kill -9`` at any moment leaves either the old file or the new one.
+entry is flushed too. A crash, a full disk or ``kill -9`` at any moment leaves either the old file or the new one. What
+``kill -9`` leaves of the temporary file is removed by the next write of the same target.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from lit_wsl.checkpoint.harmless import foreign_calls
 from lit_wsl.checkpoint.inert import contains_foreign
 from lit_wsl.checkpoint.repickle import save_with_records
+from lit_wsl.checkpoint.temporary import begin, hold
 from lit_wsl.errors import CheckpointError
 
 _REMEDIES = {
@@ -93,25 +94,25 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.is_dir():
         raise _write_error(path, IsADirectoryError(errno.EISDIR, "is a directory"))
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
-        os.close(descriptor)
+        lock, temporary = begin(path)
     except OSError as error:
         raise _write_error(path, error) from error
-    temporary = Path(name)
     try:
         yield temporary
         descriptor = os.open(temporary, os.O_RDWR)
         try:
+            hold(descriptor)  # whoever filled the file may have put another in its place, as safetensors does
             os.fsync(descriptor)
+            os.chmod(temporary, _final_mode(path))
+            os.replace(temporary, path)
         finally:
             os.close(descriptor)
-        os.chmod(temporary, _final_mode(path))
-        os.replace(temporary, path)
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
         with suppress(OSError):  # gone already where the rename was done
             temporary.unlink()
+        os.close(lock)
     _fsync_folder(path.parent)
 
 

@@ -145,6 +145,58 @@ def test_kill_9_leaves_a_whole_file(tmp_path: Path, delay: float) -> None:
         writer.wait(20)
     checkpoint = open_checkpoint(path)
     assert bool((checkpoint["w"] == checkpoint["mark"]).all())
+    atomic_save({"w": torch.ones(1)}, path)
+    assert leftovers(tmp_path) == []
+
+
+STOPPED = """
+    import os, signal, sys
+    from lit_wsl.checkpoint import atomic
+    with atomic(sys.argv[1]) as temporary:
+        temporary.write_text("half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_of_the_same_target(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
+    for target in (path, path, other):
+        subprocess.run([sys.executable, "-c", textwrap.dedent(STOPPED), str(target)], check=False)
+    strange = [tmp_path / ".a.ckpt.notes.tmp", tmp_path / ".a.ckpt.swp", tmp_path / "a.ckpt.tmp"]
+    for file in strange:
+        file.write_text("not ours")
+    assert len(leftovers(tmp_path)) >= 3
+    atomic_write_text(path, "new")
+    left = [file for file in leftovers(tmp_path) if tmp_path / file not in strange]
+    assert len(left) == 1
+    assert str(left[0]).rpartition("/")[2].startswith(".b.ckpt.")
+    assert all(file.exists() for file in strange)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.safetensors"])
+def test_a_writer_at_work_is_left_alone(tmp_path: Path, name: str) -> None:
+    """Two write the same target at once: both come to their end, and the last one's file stays."""
+    path = tmp_path / name
+    with atomic(path) as slow:
+        slow.write_text("slow")
+        if name == "a.txt":
+            atomic_write_text(path, "quick")
+        else:
+            save_safetensors({"w": torch.ones(2)}, path)
+        assert slow.read_text() == "slow"
+    assert path.read_text() == "slow"
+    assert leftovers(tmp_path) == []
+
+
+def test_writers_side_by_side_do_not_take_each_others_files(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    texts = [f"{number}" * 1000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for done in pool.map(lambda text: [atomic_write_text(tmp_path / "a", text) for _ in range(20)], texts):
+            assert len(done) == 20
+            assert (tmp_path / "a").read_text() in texts
+    assert leftovers(tmp_path) == []
 
 
 def test_safetensors_with_shared_and_turned_tensors(tmp_path: Path) -> None:
