@@ -9,6 +9,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from lit_wsl.rebasin.core_assignment import MIN_SIZE, assign_large
+
 
 def is_permutation(index: Tensor) -> bool:
     """Whether every value of ``0 .. n-1`` occurs once in a LongTensor ``(n,)``."""
@@ -38,11 +40,13 @@ def assign(similarity: Tensor, potential: Tensor | None = None) -> tuple[Tensor,
     best = (similarity if potential is None else similarity - potential).argmax(dim=1)
     if is_permutation(best):
         return best.cpu(), True
+    if len(similarity) >= MIN_SIZE:
+        return assign_large(similarity.detach()), False
     # The solver starts with prices of zero. Prices at the columns' maxima are closer to the optimal ones, and it needs
     # half the time; prices at half the squared norms would cost it several times as much.
     reduced = similarity - similarity.amax(dim=0)
-    _, columns = linear_sum_assignment(reduced.detach().cpu().numpy(), maximize=True)
-    return torch.from_numpy(columns).long(), False
+    solved = linear_sum_assignment(reduced.detach().cpu().numpy(), maximize=True)[1]
+    return torch.from_numpy(solved).long(), False
 
 
 def assign_lazily(
