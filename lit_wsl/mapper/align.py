@@ -270,6 +270,7 @@ class Aligner:
             )
         gone = {id(p.source) for p in pairing.pairs} | {id(i) for d in pairing.doubts for i in d.sources}
         gone |= {id(p.target) for p in pairing.pairs} | {id(i) for d in pairing.doubts for i in d.targets}
+        gone |= {id(i) for i in pairing.closed}
         return [i for i in s if id(i) not in gone], [i for i in t if id(i) not in gone]
 
     def _take_fusion(self, fusion: Fusion, units_s: list[Item], units_t: list[Item], out: Outcome) -> None:

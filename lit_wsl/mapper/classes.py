@@ -269,6 +269,9 @@ class ClassSolver:
         """More on one side than on the other: only names that leave no doubt decide, the rest stays open."""
         if not self.names:
             return Pairing()
+        longer = self._by_number(fs, ft)
+        if longer is not None:
+            return longer
         fs, ft = literal_if_needed(fs, ft)
         cost = np.full((len(fs), len(ft) + len(fs)), 1.0 - NAME_SUPPORT)
         words_s, words_t = telling_words(fs), telling_words(ft)
@@ -286,6 +289,22 @@ class ClassSolver:
             if j < len(ft) and margin >= self.margin and cost[i, j] <= 1.0 - NAME_SUPPORT:
                 pairing.pairs += _zip(fs[i], ft[j], margin, "their names single them out", True)
         return pairing
+
+    def _by_number(self, fs: list[Family], ft: list[Family]) -> Pairing | None:
+        """The only repeated blocks of their size on both sides, more on one: block ``i`` goes to block ``i``."""
+        if len(fs) != 1 or len(ft) != 1:
+            return None
+        (f,), (g,) = fs, ft
+        common = sorted(set(f.numbers) & set(g.numbers))
+        if len(common) < min(len(f.members), len(g.members)) or len(common) < 2:
+            return None
+        theirs, ours = dict(zip(f.numbers, f.members)), dict(zip(g.numbers, g.members))
+        if not all(_strong(theirs[n]) and self.cost(theirs[n], ours[n]) is not None for n in common):
+            return None
+        reason = "the only repeated modules of this size, by number"
+        pairs = [Pair(theirs[n], ours[n], ORDER_WEIGHT, reason, certain=n == common[0]) for n in common]
+        rest = [m for family in (f, g) for n, m in zip(family.numbers, family.members) if n not in common]
+        return Pairing(pairs, closed=rest)
 
 
 def _ranks(shape: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
+from lit_wsl.mapper.classes import ORDER_WEIGHT
 from lit_wsl.mapper.evidence import Evidence
 from lit_wsl.mapper.families import Family, families_of
 from lit_wsl.mapper.names import best_pairs_similarity, path_tokens, token_similarity
@@ -238,7 +239,8 @@ def _order(
     around_p = [w for w in path_tokens(_ancestor(parts[0].members[0].path, 1)) if not w.isdigit()]
     near = best_pairs_similarity(around_w[-2:], around_p[-2:], evidence.dictionary)
     balance = _balance(parts, families, rivals)
-    total = (score + 0.2 * near + 0.3 * balance) if score else 0.0
+    in_place = _in_place(whole, parts, families, rivals)
+    total = (score + 0.2 * near + 0.3 * balance + ORDER_WEIGHT * in_place) if score else 0.0
     return _Choice(tuple(parts[i] for i in order), total, reason, spelled=score == SPELLED, numbered=score == NUMBERED)
 
 
@@ -253,6 +255,28 @@ def _balance(parts: tuple[Family, ...], families: list[Family], rivals: Sequence
         there = sum(1 for i in rivals if tuple(sorted(i.profile.items())) == profile)
         fits += left * size == there
     return fits / len(profiles)
+
+
+def _in_place(whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> bool:
+    """Whether the parts follow one another, and siblings of their shape stand around them as around the whole."""
+    profiles = {tuple(sorted(p.members[0].profile.items())) for p in parts}
+    home = _ancestor(parts[0].members[0].path, 1)
+    row = sorted(
+        f.start
+        for f in families
+        if tuple(sorted(f.members[0].profile.items())) in profiles and _ancestor(f.members[0].path, 1) == home
+    )
+    run = sorted(p.start for p in parts)
+    if len(profiles) > 1 or run[0] not in row:
+        return False
+    before = row.index(run[0])
+    first = whole.members[0]
+    around = [
+        i.positions[0] < first.positions[0]
+        for i in rivals
+        if tuple(sorted(i.profile.items())) in profiles and _ancestor(i.path, 1) == _ancestor(first.path, 1)
+    ]
+    return row[before : before + len(run)] == run and (sum(around), len(around)) == (before, len(row) - len(run))
 
 
 def _spelled(name: str, labels: list[str]) -> tuple[tuple[int, ...] | None, float, str]:

@@ -105,7 +105,14 @@ class ItemDoubt:
 
 @dataclass
 class Pairing:
-    """The decisions of a class."""
+    """The decisions of a class.
+
+    Attributes:
+        pairs: What belongs together.
+        doubts: What belongs together in an order that nothing decides.
+        closed: What has no partner as a whole, nor has anything inside it: blocks that the other side doesn't have.
+    """
 
     pairs: list[Pair] = field(default_factory=list)
     doubts: list[ItemDoubt] = field(default_factory=list)
+    closed: list[Item] = field(default_factory=list)
