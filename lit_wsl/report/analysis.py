@@ -11,11 +11,14 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lit_wsl.report.console import COLOURS, LEGEND, Bar, View, Wrapped, score_text
+from lit_wsl.report.console import COLOURS, LEGEND, Bar, View, score_text
 from lit_wsl.report.rows import confidence, count_text, mapping_rows, open_questions, percent
 from lit_wsl.report.summary import SummaryPanel
+from lit_wsl.report.tables import stacked
 from lit_wsl.transfer.coverage import Coverage
 from lit_wsl.transfer.plan import TransferPlan
+
+DOUBTFUL_HEAD = 36  # columns that score, margin and operation take
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class AnalysisView(View):
         yield SummaryPanel(self.plan, self.coverage)
         yield self._modules()
         yield self._distribution()
-        yield from self._doubtful()
+        yield from self._doubtful(width)
         if self.show_unmatched:
             yield from self._leftovers()
 
@@ -74,7 +77,7 @@ class AnalysisView(View):
         text.append(f"{counts['medium']} from 0.6 to 0.8", style=COLOURS["medium"]).append(", ")
         return text.append(f"{counts['low']} below 0.6", style=COLOURS["low"])
 
-    def _doubtful(self) -> Iterator[RenderableType]:
+    def _doubtful(self, width: int) -> Iterator[RenderableType]:
         rows = sorted(mapping_rows(self.plan), key=lambda row: (row.score, row.margin))[: self.top_n]
         if not rows:
             return
@@ -84,8 +87,7 @@ class AnalysisView(View):
         table.add_column("operation", overflow="fold")
         table.add_column("source → target", overflow="fold", ratio=1)
         for row in rows:
-            names = f"{' + '.join(row.sources)} → {' + '.join(row.targets)}"
-            table.add_row(score_text(row.score), f"{row.margin:.2f}", row.badge, Wrapped((names,)))
+            table.add_row(score_text(row.score), f"{row.margin:.2f}", row.badge, stacked(row, width - DOUBTFUL_HEAD))
         yield Text("")
         yield table
         yield Text(LEGEND, style="dim")

@@ -76,6 +76,15 @@ class Wrapped:
         return Measurement(min(word, options.max_width), min(longest, options.max_width))
 
 
+def pieces(line: str) -> list[str]:
+    """What a line of names may be broken into: behind blanks, and behind dots that are not those of ``{0..11}``.
+
+    >>> pieces("layers.{0..11}.0.attn + b")
+    ['layers.', '{0..11}.', '0.', 'attn ', '+ ', 'b']
+    """
+    return re.split(r"(?<=[. ])(?!\.)(?!\d+[},])", line)
+
+
 def broken(line: str, width: int) -> list[str]:
     """A line of names as lines of at most ``width`` columns, as far as its words allow.
 
@@ -83,7 +92,7 @@ def broken(line: str, width: int) -> list[str]:
     ['encoder.layers.0.', '  self_attention →', '  blocks.0.attn']
     """
     lines = [""]
-    for piece in re.split(r"(?<=[. ])", line):
+    for piece in pieces(line):
         if lines[-1].strip() and len((lines[-1] + piece).rstrip()) > width:
             lines.append("  ")
         lines[-1] += piece

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lit_wsl.report.rows import open_questions, percent
+from lit_wsl.structure.families import fold_names
 from lit_wsl.transfer.coverage import Count, Coverage, ModuleCoverage
+from lit_wsl.transfer.plan import Unmatched
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 HEADER = ("module", "loaded", "missing", "ambiguous", "elements loaded", "share")
 MOST_ROWS = 40  # of the table; beyond that, modules that are loaded in full are folded into one line
+_REASONS = 3  # told per kind of gap
 _SHOWN = 8  # names listed per kind of gap; the report and the JSON file have them all
 
 
@@ -92,10 +96,10 @@ def gap_lines(report: TransferReport) -> list[str]:
     _, hidden = shown_modules(report.coverage)
     lines = [hidden] if hidden else []
     lines += [f"warning: {text}" for text in report.warnings]
-    lines += _some("missing", report.missing)
+    lines += _some("missing", report.missing, report.plan.unmatched_target)
     lines += _some("ambiguous, left alone", report.ambiguous)
     lines += _candidates(report)
-    lines += _some("unused in the checkpoint", report.unused)
+    lines += _some("unused in the checkpoint", report.unused, report.plan.unmatched_source)
     lines += [f"note: {text}" for text in report.notes]
     return lines
 
@@ -104,11 +108,19 @@ def _share(count: Count) -> str:
     return f"{percent(count.share)} of {count.of_elements:,} elements, {count.tensors} of {count.of_tensors} tensors"
 
 
-def _some(title: str, names: Sequence[str]) -> list[str]:
+def _some(title: str, names: Sequence[str], unmatched: Sequence[Unmatched] = ()) -> list[str]:
+    """The names, those that differ by indices folded, and why, the most frequent reasons first."""
     if not names:
         return []
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{title} ({len(names)}): {', '.join(names[:_SHOWN])}{more}"]
+    folded = fold_names(names)
+    more = f" and {len(folded) - _SHOWN} more" if len(folded) > _SHOWN else ""
+    known = {item.name: item.reason for item in unmatched}
+    reasons = Counter(known[name] for name in names if known.get(name))
+    why = [
+        f"  why: {reason}" if count == len(names) else f"  why ({count} of {len(names)}): {reason}"
+        for reason, count in reasons.most_common(_REASONS)
+    ]
+    return [f"{title} ({len(names)}): {', '.join(folded[:_SHOWN])}{more}", *why]
 
 
 def _candidates(report: TransferReport) -> list[str]:

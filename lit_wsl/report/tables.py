@@ -58,14 +58,13 @@ class MappingView(View):
             table.add_column("tensors", overflow="fold", ratio=1)
         else:
             table.add_column("source → target", overflow="fold", ratio=1)
-        arrow = "→ "
         for row in shown:
             head = (score_text(row.score), _badge(row), f"x{row.groups}")
             moved = Wrapped((row.tensors,), "dim")
             if wide:
                 table.add_row(*head, Wrapped(row.sources), Wrapped(row.targets), moved)
             else:
-                table.add_row(*head, Group(*_stacked(row, arrow, width - NARROW_HEAD), moved))
+                table.add_row(*head, Group(stacked(row, width - NARROW_HEAD), moved))
         yield table
         hidden = len(rows) - len(shown)
         if hidden:
@@ -76,12 +75,12 @@ class MappingView(View):
             yield Text("* changes values, as asked for", style="bold red")
 
 
-def _stacked(row: MappingRow, arrow: str, width: int) -> list[Wrapped]:
+def stacked(row: MappingRow, width: int) -> Wrapped:
     """Source and target on one line where they fit, else below each other."""
-    line = f"{' + '.join(row.sources)} {arrow}{' + '.join(row.targets)}"
+    line = f"{' + '.join(row.sources)} → {' + '.join(row.targets)}"
     if len(line) <= width:
-        return [Wrapped((line,))]
-    return [Wrapped(row.sources), Wrapped(tuple(f"{arrow}{target}" for target in row.targets))]
+        return Wrapped((line,))
+    return Wrapped((*row.sources, *(f"→ {target}" for target in row.targets)))
 
 
 def _worth_showing(rows: Sequence[MappingRow], limit: int | None) -> list[MappingRow]:

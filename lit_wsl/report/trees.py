@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lit_wsl.report.console import View
+from lit_wsl.report.console import View, pieces
 from lit_wsl.report.rows import count_text, shape_text
 from lit_wsl.structure.families import fold_names, ranges
 from lit_wsl.structure.info import ModelDescription, ModuleNode, ParameterGroup
@@ -286,7 +286,7 @@ def _append(text: Text, words: str, style: str, hang: str, width: int) -> None:
         return
     room = max(8, width - len(hang) - 2)
     lines = [""]
-    for piece in re.split(r"(?<=[., ])", words):  # broken at dots and blanks, so that words stay whole
+    for piece in pieces(words):
         if lines[-1].strip() and len((lines[-1] + piece).rstrip()) > room:
             lines.append("  ")
         lines[-1] += piece

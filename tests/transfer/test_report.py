@@ -141,9 +141,10 @@ def test_it_prints_itself_as_text():
         "43.6% of 55 elements, 1 of 3 tensors",
         "warning: look here",
         "missing (7): model.scale",
+        "  why (1 of 7): no source of this shape",
         "ambiguous, left alone (2): model.body.1.weight, model.body.1.bias",
         "  model.body.1.weight 6, model.body.1.bias 6 <- one of b\n    why: both fit",
-        "unused in the checkpoint (2): b, c",
+        "unused in the checkpoint (2): b, c\n  why (1 of 2): no target of this shape",
         "note: a note",
     ):
         assert part in text
