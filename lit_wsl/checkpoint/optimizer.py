@@ -3,51 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
-from lit_wsl.checkpoint.optimizer_names import REMEDY, Names, SavedGroup, SavedOptimizer, assign_names
+from lit_wsl.checkpoint.optimizer_groups import (
+    NewGroup,
+    NewOrder,
+    groups_of,
+    refuse_other_optimizer,
+    same_settings,
+)
+from lit_wsl.checkpoint.optimizer_names import REMEDY, Names, SavedOptimizer, assign_names
 from lit_wsl.checkpoint.optimizer_state import Keep, NotCarriedError, carry_state
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.info import Shape
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan
 
 OnLost = Literal["refuse", "initialize"]
-
-SCHEDULED = frozenset(  # written into groups by schedulers and averaging, not by the optimizer
-    {"initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "param_names", "params", "foreach"}
-)
-
-
-@dataclass(frozen=True)
-class NewGroup:
-    """A parameter group of the new model's optimizer.
-
-    Attributes:
-        names: Its parameters in order.
-        settings: Its settings in the new run, ``None`` where no optimizer is at hand.
-    """
-
-    names: tuple[str, ...]
-    settings: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class NewOrder:
-    """The new model's parameters, in registration order, tied ones once.
-
-    Attributes:
-        names: All of them.
-        frozen: Those that don't require gradients, where that is known.
-        known: Whether frozen parameters are known at all (a model was given).
-    """
-
-    names: tuple[str, ...]
-    frozen: frozenset[str] = frozenset()
-    known: bool = False
 
 
 def convert_optimizers(
@@ -278,58 +249,15 @@ def _settings(
         return optimizer.groups[min(position, len(optimizer.groups) - 1)].settings
     first = next(iter(origins))
     chosen = optimizer.groups[first]
-    other = next((o for o in origins if not _same_settings(optimizer.groups[o], chosen)), None)
+    other = next((o for o in origins if not same_settings(optimizer.groups[o], chosen)), None)
     if other is not None:
         raise CheckpointError(
             f"group {position} of the new run's optimizer {number} joins parameters of the old groups {first} "
             f"({origins[first]!r}, ...) and {other} ({origins[other]!r}, ...), whose settings differ. Keep the groups "
             "as they were, or convert the weights only."
         )
-    _refuse_other_optimizer(optimizer, chosen, group)
+    refuse_other_optimizer(optimizer, chosen, group)
     return chosen.settings
 
 
-def _same_settings(first: SavedGroup, second: SavedGroup) -> bool:
-    a, b = first.settings, second.settings
-    return first is second or (set(a) == set(b) and all(_plain(a[key]) == _plain(b[key]) for key in a))
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
-
-
-def _refuse_other_optimizer(optimizer: SavedOptimizer, saved: SavedGroup, group: NewGroup) -> None:
-    """Adam's state means nothing to SGD: tell them apart by the settings that they know."""
-    if group.settings is None:
-        return
-    old, new = set(saved.settings) - SCHEDULED, set(group.settings) - SCHEDULED
-    if old - new and new - old:
-        raise CheckpointError(
-            f"{optimizer.label} of the checkpoint is of another kind than the new run's: its groups have "
-            f"{sorted(old - new)}, the new ones {sorted(new - old)}. "
-            "Use the same optimizer, or transfer the weights only."
-        )
-
-
-def groups_of(optimizers: Sequence[Optimizer], model: nn.Module) -> list[list[NewGroup]]:
-    """The parameter groups of real optimizers, by name.
-
-    Raises:
-        CheckpointError: If an optimizer holds a parameter that is not the model's.
-    """
-    names: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), name)
-    made = []
-    for number, optimizer in enumerate(optimizers):
-        found = []
-        for position, group in enumerate(optimizer.param_groups):
-            if any(id(parameter) not in names for parameter in group["params"]):
-                raise CheckpointError(
-                    f"group {position} of optimizer {number} ({type(optimizer).__name__}) holds a tensor that is no "
-                    "parameter of the model, so its state cannot be told."
-                )
-            settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            found.append(NewGroup(tuple(names[id(parameter)] for parameter in group["params"]), settings))
-        made.append(found)
-    return made
+__all__ = ["NewGroup", "NewOrder", "OnLost", "convert_optimizers", "groups_of"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint.document import LazyTensor, materialize
-from lit_wsl.checkpoint.optimizer_names import kind_of
+from lit_wsl.checkpoint.optimizer_saved import kind_of
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.info import Shape
 from lit_wsl.transfer.operations import (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lit_wsl.checkpoint.optimizer import NewOrder
+from lit_wsl.checkpoint.optimizer_groups import NewOrder
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure import describe
 from lit_wsl.structure.info import Shape

@@ -19,7 +19,8 @@ from typing import Any
 
 from lit_wsl.checkpoint import rebuild
 from lit_wsl.checkpoint.inert import ForeignObject, children_of
-from lit_wsl.checkpoint.machine import CONTAINERS, MAX_DEPTH, LoadStorage, Machine
+from lit_wsl.checkpoint.machine import Machine
+from lit_wsl.checkpoint.machine_core import CONTAINERS, MAX_DEPTH, LoadStorage
 from lit_wsl.checkpoint.rebuild import RefusedError
 
 MAX_EXPANSION = 100_000_000  # values if shared containers were written out: "billion laughs"
