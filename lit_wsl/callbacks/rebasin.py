@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_wsl.callbacks.sample import Call, find_samples, ways_to_call
+from lit_wsl.callbacks.rebasin_model import (
+    SHARDED,
+    find_spec,
+    is_sharded,
+    refuse_gaps,
+    repaired,
+    train_batches,
+    whole_state,
+)
+from lit_wsl.callbacks.sample import Call, find_samples
 from lit_wsl.checkpoint import atomic_write_text, open_checkpoint
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.inference import infer_permutation_spec
 from lit_wsl.rebasin.job import (
     MEAN_STATISTICS,
     REPORT_FILE,
@@ -31,10 +37,10 @@ from lit_wsl.rebasin.job import (
     names_of,
     write_results,
 )
-from lit_wsl.rebasin.merging import has_batch_statistics, reestimate_batchnorm
+from lit_wsl.rebasin.merging import has_batch_statistics
+from lit_wsl.rebasin.outputs import resolve_outputs
 from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.structure.preserving import preserved_rng
-from lit_wsl.structure.tracing import only_child
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -57,8 +63,9 @@ class RebasinCallback(Callback):
 
     The fitted model is not changed unless ``update_model`` says so. Nothing that goes wrong here costs the fit: it is
     warned about, written to ``rebasin.json`` with ``perm_matching: false``, and the run ends normally. With several
-    processes rank zero does the work. With weight averaging the averaged weights are used, as they are what the fit
-    leaves in the model.
+    processes rank zero does the work; distributed tensors (``ModelParallelStrategy``) are gathered for it, and the
+    symmetries of such a model are read from ``spec``. With weight averaging the averaged weights are used, as they are
+    what the fit leaves in the model.
 
     Args:
         pretrained: Checkpoint that all runs started from; None only with ``on="weights"``.
@@ -73,7 +80,10 @@ class RebasinCallback(Callback):
         merge_scale: Factor of each task vector in task arithmetic; None for one over their number.
         repair_batches: Training batches for the batch norm statistics of the merged model; 0 keeps their mean.
         update_model: Load the run's ``"aligned"`` or the ``"merged"`` weights into the fitted model; None leaves it.
-        spec: JSON file of a permutation spec, in place of the inference.
+        spec: JSON file of a permutation spec, in place of the inference. A sharded model needs one.
+        outputs: What has to stay as it is of what the model returns, ``lambda output: output.logits``; from YAML the
+            import path of a function. By default all floating tensors but hidden states, attention maps and caches
+            that come beside others.
         verify: Whether to prove an inferred spec (two more forward passes).
         spectra: Whether to compute the metrics that need singular value decompositions.
         log_layers: Whether loggers get the metrics of every layer too; the JSON always has them.
@@ -107,6 +117,7 @@ class RebasinCallback(Callback):
         repair_batches: int = 32,
         update_model: Update | None = None,
         spec: str | Path | None = None,
+        outputs: Callable[[Any], Any] | str | None = None,
         verify: bool = True,
         spectra: bool = True,
         log_layers: bool = False,
@@ -134,7 +145,7 @@ class RebasinCallback(Callback):
             others = (others,)
         self.pretrained, self.reference, self.others = pretrained, reference, tuple(others)
         self.repair_batches, self.update_model = repair_batches, update_model
-        self.spec_file, self.verify = spec, verify
+        self.spec_file, self.verify, self.outputs = spec, verify, resolve_outputs(outputs)
         self.log_layers, self.save_weights = log_layers, save_weights
         self.report: RebasinReport | None = None
 
@@ -146,7 +157,7 @@ class RebasinCallback(Callback):
             folder = trainer.log_dir  # a collective call: on all ranks
             if getattr(trainer, "fast_dev_run", False):
                 return
-            own = _whole_state(pl_module)  # collective too, where the weights are sharded
+            own = whole_state(pl_module)  # collective too, where the weights are sharded
             if not trainer.is_global_zero:
                 return
             with preserved_rng(pl_module):
@@ -166,14 +177,14 @@ class RebasinCallback(Callback):
         }
         loaded = {f"{name}_checkpoint" if name == RUN else name: state for name, state in loaded.items()}
         reference, *rest = loaded
-        _refuse_gaps(loaded, module)
+        refuse_gaps(loaded, module)
         models = {reference: loaded[reference], RUN: own, **{name: loaded[name] for name in rest}}
         shared = [n for n in own if all(n in state for state in models.values())]
         models = {name: {n: state[n] for n in shared} for name, state in models.items()}
         base = None
         if self.pretrained is not None:
             base = fit_names(open_checkpoint(self.pretrained), shapes, str(self.pretrained))
-        call, spec, reason = self._spec(trainer, module)
+        call, spec, reason, remarks = self._spec(trainer, module)
         if reason:
             rank_zero_warn(f"Rebasin: the models are compared as they are, not aligned: {reason}")
         options = self.options
@@ -181,7 +192,7 @@ class RebasinCallback(Callback):
             options = replace(options, device=str(trainer.strategy.root_device))
         parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
         report = align(models, base, spec, options, parameters=parameters, reason=reason)
-        report = self._complete(report, own)
+        report = self._complete(replace(report, notes=(*remarks, *report.notes)), own)
         report = self._repair(trainer, module, report, call)
         self._log(trainer, report)
         if folder is not None:
@@ -195,29 +206,19 @@ class RebasinCallback(Callback):
 
     def _spec(
         self, trainer: pl.Trainer, module: pl.LightningModule
-    ) -> tuple[Call | None, PermutationSpec | None, str | None]:
-        """The call that worked, the spec, and why there is none."""
+    ) -> tuple[Call | None, PermutationSpec | None, str | None, tuple[str, ...]]:
+        """The call that worked, the spec, why there is none, and remarks."""
         from lit_wsl.callbacks.weight_transfer import quiet
 
         if self.spec_file is not None:
-            return None, PermutationSpec.from_json(Path(self.spec_file)), None
+            return None, PermutationSpec.from_json(Path(self.spec_file)), None, ()
+        if is_sharded(module):
+            return None, None, SHARDED, ()
         calls, why = find_samples(trainer, module, "fit")
         if not calls:
-            return None, None, f"{why}; a sample is needed to infer the permutation symmetries"
-        callee, prefix = _callee(module)
-        reasons = []
+            return None, None, f"{why}; a sample is needed to infer the permutation symmetries", ()
         with quiet(trainer, module):
-            for args, kwargs in calls:
-                try:
-                    spec = infer_permutation_spec(callee, args, kwargs, verify=self.verify)
-                except Exception as error:
-                    reasons.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}")
-                    continue
-                if not spec.groups:
-                    reasons.append("no group of units of this model can be permuted")
-                    continue
-                return (args, kwargs), _prefixed(spec, prefix), None
-        return None, None, reasons[0]
+            return find_spec(module, calls, self.outputs, self.verify)
 
     def _complete(self, report: RebasinReport, own: Mapping[str, Tensor]) -> RebasinReport:
         """Give the run's aligned weights and the merged ones what only the run has."""
@@ -239,18 +240,10 @@ class RebasinCallback(Callback):
         try:
             if self.repair_batches < 1:
                 raise RebasinError("repair_batches is 0")
-            probe = copy.deepcopy(module)
-            probe.load_state_dict(report.merged, strict=False)
-            callee, _ = _callee(probe)
-
-            def forward(_: Any, batch: Any) -> None:
-                _call_like(callee, batch, call)
-
-            count = reestimate_batchnorm(
-                probe, _train_batches(trainer, probe), forward=forward, max_batches=self.repair_batches
-            )
-            state = {n: t.detach().clone() for n, t in probe.state_dict().items() if isinstance(t, Tensor)}
-            note = f"batch norm statistics of the merged model were estimated on {count} training batches"
+            if is_sharded(module):
+                raise RebasinError("the model is sharded and cannot run on one rank")
+            batches = train_batches(trainer, module)
+            state, note = repaired(module, report.merged, batches, call, self.repair_batches)
             notes = tuple(n for n in report.notes if n != MEAN_STATISTICS)
             return replace(report, merged=state, notes=(*notes, note))
         except Exception as error:
@@ -270,7 +263,9 @@ class RebasinCallback(Callback):
 
     def _update(self, module: pl.LightningModule, report: RebasinReport) -> None:
         state = report.merged if self.update_model == "merged" else report.models[RUN].state_dict
-        if self.update_model is not None and state is not None:
+        if self.update_model is not None and state is not None and is_sharded(module):
+            rank_zero_warn(f"Rebasin: update_model={self.update_model!r} is left out: the model is sharded.")
+        elif self.update_model is not None and state is not None:
             module.load_state_dict(state, strict=False)
 
     def _fail(self, trainer: pl.Trainer, folder: str | None, error: Exception) -> None:
@@ -286,72 +281,3 @@ class RebasinCallback(Callback):
             with suppress(Exception):
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 atomic_write_text(Path(folder) / REPORT_FILE, json.dumps(content, indent=2) + "\n")
-
-
-def _whole_state(module: pl.LightningModule) -> dict[str, Tensor]:
-    """The model's state dict on the CPU, sharded tensors gathered (a collective call then), nothing shared with it."""
-    state = {}
-    for name, value in module.state_dict().items():
-        if not isinstance(value, Tensor):
-            continue
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        state[name] = whole.detach().cpu().clone()
-    return state
-
-
-def _refuse_gaps(loaded: Mapping[str, Mapping[str, Tensor]], module: pl.LightningModule) -> None:
-    """Every run must have every parameter, in the model's shape."""
-    for name, state in loaded.items():
-        gaps = [n for n, _ in module.named_parameters() if n not in state]
-        if gaps:
-            shape = tuple(module.get_parameter(gaps[0]).shape)
-            raise RebasinError(
-                f"{name} lacks {len(gaps)} parameters of the model, such as {gaps[0]!r} of shape {shape}: is it a "
-                "fine-tuning of the same architecture? Otherwise convert it first (lit-wsl map, lit-wsl convert)."
-            )
-
-
-def _callee(module: pl.LightningModule) -> tuple[Any, str]:
-    """The module that a sample is for, and the prefix of its names: the model, or the network it wraps."""
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
-    path = None if is_overridden("forward", module) else only_child(module)
-    return (module, "") if path is None else (module.get_submodule(path), f"{path}.")
-
-
-def _prefixed(spec: PermutationSpec, prefix: str) -> PermutationSpec:
-    """The spec of a submodule under the names of the whole model."""
-    if not prefix:
-        return spec
-    return replace(
-        spec,
-        axes={prefix + name: axes for name, axes in spec.axes.items()},
-        shapes={prefix + name: shape for name, shape in spec.shapes.items()},
-        parameters=tuple(prefix + name for name in spec.parameters),
-        frozen={prefix + name: why for name, why in spec.frozen.items()},
-    )
-
-
-def _train_batches(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Any]:
-    """Training batches on the CPU, after the transfer hooks."""
-    loaders = trainer.train_dataloader
-    if loaders is None:
-        raise RebasinError("the trainer has no training batches any more")
-    for batch in loaders:
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield module._apply_batch_transfer_handler(batch, device=torch.device("cpu"), dataloader_idx=0)
-
-
-def _call_like(callee: Any, batch: Any, call: Call | None) -> None:
-    """Call the model on a batch in the way that worked for the sample."""
-    errors = []
-    for args, kwargs in ways_to_call(callee, batch):
-        if call is not None and (len(args), sorted(kwargs)) != (len(call[0]), sorted(call[1])):
-            continue
-        try:
-            callee(*args, **kwargs)
-        except Exception as error:
-            errors.append(error)
-            continue
-        return
-    raise RebasinError(f"the model does not take a training batch: {errors[0] if errors else 'no way to call it'}")
