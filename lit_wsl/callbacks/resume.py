@@ -7,7 +7,8 @@ precision plugin (the gradient scaler). Epochs and steps count from zero, callba
 also epoch and step, loops, callbacks and the datamodule.
 
 Where each process holds the whole model, the checkpoint is converted as a whole. Where the model is sharded
-(:mod:`lit_wsl.callbacks.resume_sharded`), a rank goes through the states one by one and keeps its part of each.
+(:mod:`lit_wsl.callbacks.resume_sharded`), a rank goes through the states one by one and keeps its part of each. Where
+it is flattened (:mod:`lit_wsl.callbacks.resume_flattened`), torch's own engine cuts them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lit_wsl.callbacks.resume_sharded import convert_for_shards, load_into_optimizers
+from lit_wsl.callbacks.resume_flattened import (
+    Layout,
+    groups_of_flattened,
+    is_flattened,
+    load_into_flattened,
+    order_in_flattened,
+)
+from lit_wsl.callbacks.resume_sharded import convert_for_shards, convert_without_weights, load_into_optimizers
 from lit_wsl.checkpoint.convert import convert_document, lightning_optimizers
 from lit_wsl.checkpoint.edit import with_entries
 from lit_wsl.checkpoint.inert import as_mapping, contains_foreign
 from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.errors import CheckpointError
+from lit_wsl.structure import ModelDescription
 from lit_wsl.transfer.distributed import Ranks, has_sharded_tensors
 from lit_wsl.transfer.plan import TransferPlan
 
@@ -29,7 +38,13 @@ if TYPE_CHECKING:
 
 
 def resume_training(
-    trainer: pl.Trainer, model: pl.LightningModule, checkpoint: object, plan: TransferPlan, mode: str, ranks: Ranks
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    checkpoint: object,
+    plan: TransferPlan,
+    target: ModelDescription,
+    mode: str,
+    ranks: Ranks,
 ) -> tuple[str, ...]:
     """Carry the training state of a checkpoint into a run whose optimizers exist, at ``on_fit_start``.
 
@@ -38,6 +53,7 @@ def resume_training(
         model: The model, filled by the plan.
         checkpoint: The opened checkpoint.
         plan: What filled the model.
+        target: The model as it was then: an engine may have flattened it since.
         mode: ``"optimizer"`` or ``"all"``.
         ranks: The processes of the run, all of which make this call.
 
@@ -47,11 +63,14 @@ def resume_training(
     Raises:
         CheckpointError: If the checkpoint has no training state, or it cannot be carried; the message says why.
     """
-    sharded = has_sharded_tensors(model)
-    content, container, notes = ranks.together(lambda: _convert(trainer, model, checkpoint, plan, mode, sharded))
+    engine = trainer.strategy.model
+    layout = groups_of_flattened(engine, trainer.optimizers) if is_flattened(engine) else None  # a collective call
+    content, container, notes = ranks.together(lambda: _convert(trainer, model, checkpoint, plan, target, mode, layout))
     assert isinstance(checkpoint, Checkpoint)
     states = sum(len(state["state"]) for state in content["optimizer_states"])
-    if sharded:
+    if layout is not None and engine is not None:
+        load_into_flattened(engine, trainer.optimizers, content.pop("optimizer_states"), layout)
+    elif container is None:
         ranks.together(lambda: load_into_optimizers(trainer.optimizers, content.pop("optimizer_states")))
     if mode == "all":
         _restore_all(trainer, model, checkpoint, with_entries(container, content) if container is not None else content)
@@ -62,16 +81,26 @@ def resume_training(
 
 
 def _convert(
-    trainer: pl.Trainer, model: pl.LightningModule, checkpoint: object, plan: TransferPlan, mode: str, sharded: bool
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    checkpoint: object,
+    plan: TransferPlan,
+    target: ModelDescription,
+    mode: str,
+    layout: Layout | None,
 ) -> tuple[dict[str, Any], Any, tuple[str, ...]]:
-    """The checkpoint's content for this run, what contained it, and remarks; changes nothing, communicates nothing."""
+    """The checkpoint's content for this run, remarks, and what contained it where nothing has been taken out.
+
+    Changes nothing and communicates nothing.
+    """
     if not isinstance(checkpoint, Checkpoint):
         raise CheckpointError(f"resume={mode!r} needs the file of a checkpoint, since only it has optimizer states.")
-    if not sharded and not trainer.strategy.lightning_restore_optimizer:
+    sharded = has_sharded_tensors(model)
+    if not sharded and layout is None and not trainer.strategy.lightning_restore_optimizer:
         raise CheckpointError(
             f"resume={mode!r} cannot carry optimizer states into a model that {type(trainer.strategy).__name__} "
-            "has flattened or partitioned. Convert the file first (plan.convert_checkpoint, or the convert command), "
-            "and resume from that."
+            "has partitioned. Convert the file first (plan.convert_checkpoint, or the convert command), and resume "
+            "from that."
         )
     lacking = "lr_schedulers" if "lr_schedulers" not in checkpoint.unread else ""
     lacking = "optimizer_states" if lightning_optimizers(checkpoint.unread) is None else lacking
@@ -81,7 +110,10 @@ def _convert(
             "with save_weights_only=True?). Use resume='weights'."
         )
     container: Any = None
-    if sharded:
+    if layout is not None:
+        order = order_in_flattened(trainer.optimizers, layout, target)
+        content, notes = convert_without_weights(checkpoint, plan, mode, layout, order)
+    elif sharded:
         content, notes = convert_for_shards(trainer, model, checkpoint, plan, mode)
     else:
         container, done = convert_document(checkpoint, plan, target=model, optimizers=trainer.optimizers)

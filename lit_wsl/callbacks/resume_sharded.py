@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from lit_wsl.checkpoint.convert import lightning_optimizers, remembered_files
 from lit_wsl.checkpoint.convert_weights import find_twin
-from lit_wsl.checkpoint.optimizer import convert_optimizers, groups_of
+from lit_wsl.checkpoint.optimizer import NewGroup, NewOrder, convert_optimizers, groups_of
 from lit_wsl.checkpoint.optimizer_names import kind_of
-from lit_wsl.checkpoint.optimizer_state import NotCarriedError
+from lit_wsl.checkpoint.optimizer_state import Keep, NotCarriedError
 from lit_wsl.checkpoint.parameter_order import new_order, old_parameters
 from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.errors import CheckpointError
@@ -49,6 +49,20 @@ def convert_for_shards(
     Raises:
         CheckpointError: If something cannot be carried.
     """
+    keep = partial(_part, dict(model.named_parameters(remove_duplicate=False)))
+    groups = groups_of(trainer.optimizers, model)
+    return convert_without_weights(checkpoint, plan, mode, groups, new_order(plan, model), keep)
+
+
+def convert_without_weights(
+    checkpoint: Checkpoint,
+    plan: TransferPlan,
+    mode: str,
+    groups: Sequence[Sequence[NewGroup]],
+    order: NewOrder,
+    keep: Keep | None = None,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """:func:`convert_for_shards`, for parameter groups and an order that are known, keeping what ``keep`` says."""
     places, saved = lightning_optimizers(checkpoint.unread) or ((), ())
     if mode == "all":
         twin = next((k for k, v in checkpoint.unread.items() if find_twin(v, checkpoint, plan) is not None), None)
@@ -57,14 +71,7 @@ def convert_for_shards(
                 f"{checkpoint.path}: {twin!r} is a copy of the weights (of WeightAveraging?), which cannot be restored "
                 "into a sharded run. Use resume='optimizer', or resume in one process."
             )
-    states, notes = convert_optimizers(
-        saved,
-        plan,
-        old_parameters(checkpoint, plan),
-        new_order(plan, model),
-        groups=groups_of(trainer.optimizers, model),
-        keep=partial(_part, dict(model.named_parameters(remove_duplicate=False))),
-    )
+    states, notes = convert_optimizers(saved, plan, old_parameters(checkpoint, plan), order, groups=groups, keep=keep)
     rest = {key: checkpoint.content[key] for key in checkpoint.unread if key not in places}
     if mode == "all":
         notes += remembered_files(rest.get("callbacks"))
@@ -94,4 +101,4 @@ def load_into_optimizers(optimizers: Sequence[Optimizer], states: Sequence[dict[
         optimizer.load_state_dict(state)
 
 
-__all__ = ["convert_for_shards", "load_into_optimizers"]
+__all__ = ["convert_for_shards", "convert_without_weights", "load_into_optimizers"]

@@ -165,7 +165,9 @@ class WeightTransferCallback(Callback):
         elif self._fresh and self.resume != "weights" and self.report is not None and trainer.state.fn == "fit":
             ranks = _ranks_of(trainer)
             checkpoint = ranks.together(lambda: open_source(self.checkpoint, self.checkpoint_weights))
-            remarks = resume_training(trainer, pl_module, checkpoint, self.report.plan, self.resume, ranks)
+            plan, target = self.report.plan, self.report.target
+            assert target is not None
+            remarks = resume_training(trainer, pl_module, checkpoint, plan, target, self.resume, ranks)
             self.report = self.report.with_remarks(notes=remarks)
             rank_zero_info(f"Weight transfer: {remarks[-1]}.")
             self._write(trainer)

@@ -80,7 +80,8 @@ def carry_state(
     _refuse_new_factors(entry.operations, shapes, states)
 
     def carry(key: str) -> None:  # a function, so that its values are gone before the next are made
-        values = _carry_values(entry, key, [state[key] for state in states], states, shapes)
+        of_sources = [state[key] for state in states]
+        values = _carry_values(entry, key, of_sources, states, shapes, views=keep is not None)
         for name, target, value in zip(entry.targets, made, values):
             target[key] = hold(name, key, value)
 
@@ -112,9 +113,15 @@ def _cast(key: str, value: Any, operations: Sequence[Operation]) -> Any:
 
 
 def _carry_values(
-    entry: PlanEntry, key: str, values: list[Any], states: Sequence[State], shapes: Sequence[Shape]
+    entry: PlanEntry,
+    key: str,
+    values: list[Any],
+    states: Sequence[State],
+    shapes: Sequence[Shape],
+    *,
+    views: bool = False,
 ) -> list[Any]:
-    """Carry the values of one key, one per source, to one per target."""
+    """Carry the values of one key, one per source, to one per target; as views of the sources where those will do."""
     kinds = {kind_of(key, value, shape) for value, shape in zip(values, shapes)}
     shown = [tuple(v.shape) if isinstance(v, (Tensor, LazyTensor)) else type(v).__name__ for v in values[:3]]
     if len(kinds) != 1 or None in kinds:
@@ -132,7 +139,7 @@ def _carry_values(
         dtypes = {str(value.dtype).removeprefix("torch.") for value in values}
         operations = [op for op in entry.operations if not isinstance(op, Cast) or dtypes == {op.source}]
         results = run_operations(operations, values)
-        return [own_memory(result, shared=len(results) > 1) for result in results]
+        return results if views else [own_memory(result, shared=len(results) > 1) for result in results]
     assert kind is not None
     return _carry_factors(entry, key, kind, states, shapes)
 

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from models_dist import New, make_plan, old_model
 from runs_dist import transfer
+from scenarios_fsdp_one import OnCpu, Trained
 from scenarios_sharded import shard
 from scenarios_sharded import trainer as sharded_trainer
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Subset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 
-from conversion_models import NewTransformer, OldTransformer, tokens, transformer_plan
+from conversion_models import NewBlock, NewTransformer, OldTransformer, tokens, transformer_plan
 
 from lit_wsl.checkpoint.convert import convert_tensors
 from lit_wsl.transfer import TransferPlan
@@ -116,7 +117,9 @@ def fit(trainer: Trainer, model: Lit, data: Callable[[], Any]) -> dict[str, Any]
     module = Data(data)
     trainer.fit(model, module)
     optimizer = trainer.optimizers[0]
-    held = [(p, optimizer.state[p]["exp_avg"]) for p in model.parameters()]
+    held = [
+        (p, optimizer.state[p]["exp_avg"]) for group in optimizer.param_groups for p in group["params"] if p.numel()
+    ]
     return {
         "step": trainer.global_step,
         "epoch": trainer.current_epoch,
@@ -141,16 +144,18 @@ def with_net(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"net.{name}": tensor for name, tensor in state.items()}
 
 
-def old_in_one_process(folder: Path, net: nn.Module, data: Callable[[], Any]) -> tuple[Path, dict[str, Tensor], Any]:
+def old_in_one_process(
+    folder: Path, net: nn.Module, data: Callable[[], Any], kind: type[Lit] = Lit
+) -> tuple[Path, dict[str, Tensor], Any]:
     """Train the old network alone: its checkpoint after the first epochs, and where all epochs lead."""
-    model = Lit(lambda: copy.deepcopy(net))
+    model = kind(lambda: copy.deepcopy(net))
     trainer = one_trainer(folder, Steps(), **everything(BEFORE))
     trainer.fit(model, Data(data))
     path = folder / "old.ckpt"
     if dist.get_rank() == 0:
         trainer.save_checkpoint(path)
     dist.barrier()
-    uninterrupted = Lit(lambda: copy.deepcopy(net))
+    uninterrupted = kind(lambda: copy.deepcopy(net))
     reached = fit(one_trainer(folder, Steps(), **everything(ALL)), uninterrupted, data)
     return path, whole(uninterrupted), reached
 
@@ -266,6 +271,44 @@ def fsdp2_optimizer_only(folder: Path) -> dict[str, Any]:
         return DataLoader(Subset(tokens().dataset, range(dist.get_rank(), 16, 2)), batch_size=4)
 
     return _own_data(folder, "optimizer", own_half, distributed=False, as_given=True)
+
+
+# ---- flattened by FSDPStrategy ---------------------------------------------------------------------------------------
+
+
+class OneGroup(Lit):
+    """What is flattened has neither matrices nor vectors to tell apart; made and not sharded in ``configure_model``."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3, eps=1e-3, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=40)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _flattened(folder: Path, **options: Any) -> dict[str, Any]:
+    path, uninterrupted, reached = old_in_one_process(folder, transformer(), tokens, kind=OneGroup)
+    plan, model, end = transformers_plan(), OneGroup(NewTransformer), Trained()
+    callback = transfer(path, plan=plan, resume="all")
+    strategy = OnCpu(process_group_backend="gloo", auto_wrap_policy={NewBlock}, **options)
+    epochs = everything(ALL, as_given=True)
+    trainer = runs_dist.quiet_trainer(folder, callback, Steps(), end, strategy=strategy, logger=False, **epochs)
+    found = fit(trainer, model, tokens)
+    expected = convert_tensors(uninterrupted, plan)
+    return {
+        "wrong": differing(end.state, {n: t for n, t in expected.items() if n in end.state}),
+        "compared": len(end.state),
+        "flat": end.flat,
+        "reached": found,
+        "uninterrupted": reached,
+    }
+
+
+def fsdp1(folder: Path) -> dict[str, Any]:
+    return _flattened(folder)
+
+
+def fsdp1_flat(folder: Path) -> dict[str, Any]:
+    return _flattened(folder, use_orig_params=False)
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 SCENARIOS = "scenarios_resume"
-ALL = ["ddp", "fsdp2_from_a_file", "fsdp2_from_a_folder", "one_process_from_a_folder"]
+ALL = ["ddp", "fsdp2_from_a_file", "fsdp2_from_a_folder", "one_process_from_a_folder", "fsdp1", "fsdp1_flat"]
 
 
 @pytest.mark.parametrize("name", [*ALL, "fsdp2_optimizer_only"])
@@ -41,6 +41,11 @@ def test_optimizer_alone_counts_steps_and_epochs_from_zero(results):
 def test_both_kinds_of_sharded_checkpoint(results):
     assert results["fsdp2_from_a_folder"][0]["a folder"] is True
     assert results["fsdp2_optimizer_only"][0]["a folder"] is False
+
+
+def test_flattened_parameters_are_told_apart(results):
+    assert [results[name][0]["flat"] for name in ("fsdp1", "fsdp1_flat")] == [0, 3]
+    assert results["fsdp1"][0]["compared"] == results["fsdp1_flat"][0]["compared"] == 37
 
 
 def test_a_failing_rank_stops_all_with_the_same_error(results):
