@@ -15,10 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import torchvision_guard  # noqa: F401, I001  torchvision of the index is a CUDA build: see there
 
-import timm
 import torch
 from rich.console import Console
-from transformers import ViTConfig, ViTForImageClassification
+
+try:
+    import timm
+    from transformers import ViTConfig, ViTForImageClassification
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: this example needs pip install '.[gauntlet]' in the checkout")
 
 from lit_wsl import WeightMapper, transfer_weights
 

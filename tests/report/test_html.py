@@ -210,6 +210,16 @@ def test_ambiguous_tensors_show_candidates_and_reason(page):
         assert word in page.details
 
 
+def test_the_page_opens_with_what_is_doubtful(page):
+    shown = page.details
+    for words in ("Look here first", "2 target tensors are ambiguous", "1 target tensor found no source"):
+        assert words in shown
+    assert shown.index("pair.x") < shown.index("new_head.weight") < shown.index("0.55")
+    buttons = page.driver.find_elements("css selector", "#details .pairlist button")
+    next(button for button in buttons if "new_head" in button.text).click()
+    page.wait("return document.getElementById('details').textContent.includes('no source of shape (3, 8) is free')")
+
+
 def test_unfolding_and_the_keyboard(page):
     from selenium.webdriver.common.keys import Keys
 

@@ -414,12 +414,20 @@
       if (family) family.n++; else families.set(key, { e, n: 1 });
     }
     const worst = [...families.values()].slice(0, 12);
-    if (data.ambiguous.length) {
-      parts.push(el("p", { text: `${data.counts.ambiguous_targets} target tensors are ambiguous and were left alone:` }));
-      const cases = el("ul", { class: "pairlist" });
-      for (const c of data.ambiguous.slice(0, 5)) cases.append(el("li", {}, el("button", { type: "button", onclick: () => openTensor(target, c.t[0]) }, el("span", { class: "ambiguous", text: "? " }), document.createTextNode(names(target, c.t)))));
-      parts.push(cases);
-    }
+    const listed = (title, tensors, cls) => {
+      // target tensors as links, those whose names differ by numbers once
+      const alike = new Map();
+      for (const t of tensors) { const key = target.names[t].replace(/\d+/g, "#"), found = alike.get(key); if (found) found.n++; else alike.set(key, { t, n: 1 }); }
+      if (!alike.size) return;
+      const list = el("ul", { class: "pairlist" });
+      for (const { t, n } of [...alike.values()].slice(0, 5)) list.append(el("li", {}, el("button", { type: "button", onclick: () => openTensor(target, t) }, el("span", { class: cls, text: MARKS[cls] + " " }), document.createTextNode(target.names[t] + " "), n > 1 ? el("span", { class: "badge", text: "×" + n }) : null)));
+      parts.push(el("p", { text: title }), list);
+      if (alike.size > 5) parts.push(el("p", { class: "muted", text: `and ${alike.size - 5} more kinds: press “${cls === "ambiguous" ? "Ambiguous" : "Unmatched"}” above` }));
+    };
+    const withStatus = (status) => target.names.map((_, t) => t).filter((t) => target.status[t] === status && target.pass[t]);
+    const unsure = withStatus("ambiguous"), missing = withStatus("unmatched");
+    listed(`${unsure.length} target tensor${unsure.length === 1 ? " is" : "s are"} ambiguous and left alone:`, unsure, "ambiguous");
+    listed(`${missing.length} target tensor${missing.length === 1 ? "" : "s"} found no source:`, missing, "unmatched");
     parts.push(el("p", { class: "muted", text: worst.length ? "The mappings with the lowest scores, alike ones counted. Click one, or a row, for its score breakdown." : "No mapping passes the filter." }));
     const list = el("ul", { class: "pairlist" });
     for (const { e, n } of worst) list.append(el("li", {}, el("button", { type: "button", onclick: () => openEntry(e) }, el("span", { class: level(e.score), text: e.score.toFixed(2) + " " }), document.createTextNode(names(source, e.s) + " → " + names(target, e.t) + " "), n > 1 ? el("span", { class: "badge", text: "×" + n }) : null)));
