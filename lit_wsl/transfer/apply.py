@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from lit_wsl.errors import LitWslError, TransferError
 from lit_wsl.structure.describe import HasMeta
 from lit_wsl.transfer.checks import describe_entry
-from lit_wsl.transfer.copying import all_finite, copy_in_pieces, copy_into, is_plain
+from lit_wsl.transfer.copying import all_finite, copy_in_pieces, copy_into, is_plain, look_at
 from lit_wsl.transfer.distributed import ALONE, Ranks, has_sharded_tensors, held_part, is_sharded
 from lit_wsl.transfer.operations import run_operations
 from lit_wsl.transfer.plan import PlanEntry, TransferPlan
 from lit_wsl.transfer.undo import UndoLog, interrupt_later, room_on_disk
 
-_CHUNK = 1 << 24  # elements looked at in one go; bounds the temporary memory of a check
 _UNDO_MEMORY = 32 << 20  # bytes the undo log may take
 _VIEWS = frozenset({"permute", "transpose", "reshape", "split", "unstack", "fan_out"})  # allocate nothing, cannot fail
 
@@ -98,7 +97,7 @@ def apply_plan(
 
     def look(entry: PlanEntry, values: Sequence[Tensor]) -> None:
         wanted = targets[entry.targets[0]].dtype
-        looks.extend(text for name, value in zip(entry.sources, values) for text in _look_at(name, value, wanted))
+        looks.extend(text for name, value in zip(entry.sources, values) for text in look_at(name, value, wanted))
 
     def verify() -> dict[tuple[str, str], int]:
         _check_targets(plan, targets, model)
@@ -196,25 +195,6 @@ def _verify(
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _look_at(name: str, value: Tensor, wanted: torch.dtype) -> Iterator[str]:
-    """Yield a warning for values that are not finite, or that the target's dtype cannot hold."""
-    if not value.is_floating_point() or value.numel() == 0:
-        return
-    flat = value.detach().reshape(-1)
-    narrow = wanted.is_floating_point and torch.finfo(wanted).max < torch.finfo(value.dtype).max
-    bad = over = 0
-    for chunk in flat.split(_CHUNK):
-        wide = chunk.float() if chunk.dtype.itemsize < 4 else chunk
-        if not bool(torch.isfinite(wide.sum())):
-            bad += int((~torch.isfinite(wide)).sum())
-        if narrow:
-            over += int((chunk.to(wanted).isinf() & ~chunk.isinf()).sum())
-    if bad:
-        yield f"{name} {tuple(value.shape)}: {bad} of {value.numel()} values are not finite (NaN or infinite)"
-    if over:
-        yield f"{name} {tuple(value.shape)}: {over} values are out of the range of {_short(wanted)} and become infinite"
 
 
 def _copy(

@@ -8,7 +8,7 @@ tenth. Pieces of that size are so many that the calls count, and NumPy's cost a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,7 +20,7 @@ from lit_wsl.transfer.distributed import copy_into_shard, is_sharded
 _PIECE = 1 << 18  # bytes; one of the target and one of the source fit every second-level cache
 _STRETCH = 1 << 24  # bytes that are worth a thread of their own
 _MOST_THREADS = 8  # more do not copy faster: the memory is the limit, and they wait for each other between two pieces
-_CHUNK = 1 << 24  # elements summed in one go; bounds the memory that a conversion takes
+_CHUNK = 1 << 24  # elements looked at in one go; bounds the temporary memory of a check
 
 _Array = np.ndarray  # one-dimensional
 
@@ -52,6 +52,26 @@ def all_finite(tensor: Tensor) -> bool:
         # torch sums no 8-bit numbers, and sums of 16-bit numbers in 16 bits overflow
         wide = (chunk.float() if chunk.element_size() < 4 else chunk for chunk in chunks)
         return bool(torch.isfinite(torch.stack([chunk.sum() for chunk in wide])).all())
+
+
+def look_at(name: str, value: Tensor, wanted: torch.dtype) -> Iterator[str]:
+    """Yield a warning for values that are not finite, or that the target's dtype cannot hold."""
+    if not value.is_floating_point() or value.numel() == 0:
+        return
+    flat = value.detach().reshape(-1)
+    narrow = wanted.is_floating_point and torch.finfo(wanted).max < torch.finfo(value.dtype).max
+    bad = over = 0
+    for chunk in flat.split(_CHUNK):
+        wide = chunk.float() if chunk.dtype.itemsize < 4 else chunk
+        if not bool(torch.isfinite(wide.sum())):
+            bad += int((~torch.isfinite(wide)).sum())
+        if narrow:
+            over += int((chunk.to(wanted).isinf() & ~chunk.isinf()).sum())
+    if bad:
+        yield f"{name} {tuple(value.shape)}: {bad} of {value.numel()} values are not finite (NaN or infinite)"
+    if over:
+        kind = str(wanted).removeprefix("torch.")
+        yield f"{name} {tuple(value.shape)}: {over} values are out of the range of {kind} and become infinite"
 
 
 def is_plain(target: Tensor, value: Tensor) -> bool:

@@ -15,7 +15,7 @@ from lit_wsl.transfer.folding import ORDERS, Line, unfold_order
 from lit_wsl.transfer.operations import OPERATIONS, Operation, operation_from_dict
 from lit_wsl.transfer.patterns import Budget, Pattern, expand, parse_side
 from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, Proof, SideSummary, TransferPlan, Unmatched
-from lit_wsl.transfer.plan_file import FORMAT, SECTIONS, VERSION, derived_shapes
+from lit_wsl.transfer.plan_writing import FORMAT, SECTIONS, VERSION, derived_shapes
 
 MAX_BYTES = 256 * 2**20
 
