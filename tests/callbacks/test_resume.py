@@ -1,6 +1,5 @@
 """Going on with training inside a run: ``WeightTransferCallback(..., resume=...)``."""
 
-import copy
 import sys
 from pathlib import Path
 
@@ -10,25 +9,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 
 from conversion_models import (
+    CASES,
     NewConvNet,
     NewTransformer,
     OldConvNet,
     OldTransformer,
     conv_plan,
+    differing,
     fit,
     images,
+    interrupted,
     tokens,
     transformer_plan,
 )
 
 from lit_wsl import WeightTransferCallback
-from lit_wsl.checkpoint.convert import convert_tensors
 from lit_wsl.errors import CheckpointError
-
-CASES = {
-    "transformer": (OldTransformer, NewTransformer, transformer_plan, tokens),
-    "conv net": (OldConvNet, NewConvNet, conv_plan, images),
-}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -36,33 +32,27 @@ def test_all_is_as_if_nothing_had_happened(case, tmp_path):
     make_old, make_new, make_plan, data = CASES[case]
     torch.manual_seed(0)
     old = make_old()
-    uninterrupted = copy.deepcopy(old)
-    fit(old, data(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
-    fit(uninterrupted, data(), tmp_path, 5)
+    uninterrupted = interrupted(old, data, tmp_path, of=5)
     new = make_new()
     plan = make_plan(old, new)
     callback = WeightTransferCallback(tmp_path / "old.ckpt", plan=plan, resume="all", verbose=False)
     runner = fit(new, data(), tmp_path, 5, callbacks=[callback])
     assert runner.global_step == 20
     assert runner.current_epoch == 5
-    expected = convert_tensors(uninterrupted.state_dict(), plan)
-    assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())
+    assert not differing(new, uninterrupted, plan)
     assert any("training goes on" in note for note in callback.report.notes)
 
 
 def test_optimizer_takes_the_same_steps_but_counts_from_zero(tmp_path):
     torch.manual_seed(0)
     old = OldTransformer()
-    uninterrupted = copy.deepcopy(old)
-    fit(old, tokens(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
-    fit(uninterrupted, tokens(), tmp_path, 5)
+    uninterrupted = interrupted(old, tokens, tmp_path, of=5)
     new = NewTransformer()
     plan = transformer_plan(old, new)
     callback = WeightTransferCallback(tmp_path / "old.ckpt", plan=plan, resume="optimizer", verbose=False)
     runner = fit(new, tokens(), tmp_path, 3, callbacks=[callback])
     assert runner.global_step == 12
-    expected = convert_tensors(uninterrupted.state_dict(), plan)
-    assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())
+    assert not differing(new, uninterrupted, plan)
 
 
 def test_weights_alone_start_the_optimizer_afresh(tmp_path):
@@ -104,15 +94,12 @@ def test_an_order_of_its_own_is_refused_where_the_old_one_is_only_inferred(tmp_p
 def test_the_real_optimizers_say_in_which_order_the_states_go(tmp_path):
     torch.manual_seed(0)
     old = OldTransformer(configure=named)
-    uninterrupted = copy.deepcopy(old)
-    fit(old, tokens(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
-    fit(uninterrupted, tokens(), tmp_path, 4)
+    uninterrupted = interrupted(old, tokens, tmp_path, of=4)
     new = NewTransformer(configure=regrouped)
     plan = transformer_plan(old, new)
     callback = WeightTransferCallback(tmp_path / "old.ckpt", plan=plan, resume="all", verbose=False)
     fit(new, tokens(), tmp_path, 4, callbacks=[callback])
-    expected = convert_tensors(uninterrupted.state_dict(), plan)
-    assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())
+    assert not differing(new, uninterrupted, plan)
 
 
 def sgd(module):

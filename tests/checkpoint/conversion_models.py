@@ -1,11 +1,14 @@
 """Small Lightning models before and after a refactor, and the plans between them; shared by the tests of conversion."""
 
+import copy
+
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lit_wsl.checkpoint.convert import convert_tensors
 from lit_wsl.structure import describe
 from lit_wsl.transfer import PlanEntry, SideSummary, Split, TransferPlan, Unmatched
 from lit_wsl.transfer.operations import run_shapes
@@ -226,3 +229,32 @@ def fit(model, data, folder, epochs, ckpt_path=None, callbacks=()):
     runner = trainer(folder, epochs, callbacks)
     runner.fit(model, data, ckpt_path=ckpt_path)
     return runner
+
+
+CASES = {
+    "transformer": (OldTransformer, NewTransformer, transformer_plan, tokens),
+    "conv net": (OldConvNet, NewConvNet, conv_plan, images),
+}
+
+
+def interrupted(old, data, folder, *, after=2, of):
+    """Train a model to ``old.ckpt`` in the folder, and a twin of it that nothing interrupts to the end; give the twin.
+
+    Args:
+        old: The model; trained in place. The generator should be seeded before it is made.
+        data: Makes the data loader.
+        folder: Where to.
+        after: Epochs to the checkpoint.
+        of: Epochs in all.
+    """
+    twin = copy.deepcopy(old)
+    fit(old, data(), folder, after).save_checkpoint(folder / "old.ckpt")
+    fit(twin, data(), folder, of)
+    return twin
+
+
+def differing(new, old, plan):
+    """Names of the tensors of a model that are not bit for bit those of the old one, brought over by the plan."""
+    expected, found = convert_tensors(old.state_dict(), plan), new.state_dict()
+    assert set(expected) == set(found)
+    return [name for name, value in found.items() if not torch.equal(value, expected[name])]

@@ -1,18 +1,19 @@
 """A run that goes on after a refactor as if nothing had happened."""
 
-import copy
-
 import lightning.pytorch as pl
 import pytest
 import torch
 from conversion_models import (
+    CASES,
     NewConvNet,
     NewTransformer,
     OldConvNet,
     OldTransformer,
     conv_plan,
+    differing,
     fit,
     images,
+    interrupted,
     tokens,
     trainer,
     transformer_plan,
@@ -43,10 +44,6 @@ def named_adam(module):
 
 
 CONFIGURES = [None, groups_by_rank, sgd, named_adam]
-CASES = {
-    "transformer": (OldTransformer, NewTransformer, transformer_plan, tokens),
-    "conv net": (OldConvNet, NewConvNet, conv_plan, images),
-}
 
 
 @pytest.mark.parametrize("configure", CONFIGURES, ids=lambda c: c.__name__ if c else "adamw_one_cycle")
@@ -54,10 +51,7 @@ CASES = {
 def test_training_goes_on_bit_for_bit(case, configure, tmp_path):
     make_old, make_new, make_the_plan, data = CASES[case]
     torch.manual_seed(0)
-    old = make_old(configure=configure)
-    uninterrupted = copy.deepcopy(old)
-    fit(old, data(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
-    fit(uninterrupted, data(), tmp_path, 5)
+    uninterrupted = interrupted(make_old(configure=configure), data, tmp_path, of=5)
 
     new = make_new(configure=configure)
     plan = make_the_plan(make_old(), new)
@@ -66,11 +60,8 @@ def test_training_goes_on_bit_for_bit(case, configure, tmp_path):
     TransferPlan.load(file).convert_checkpoint(tmp_path / "old.ckpt", tmp_path / "new.ckpt")
     runner = fit(new, data(), tmp_path, 5, ckpt_path=tmp_path / "new.ckpt")
 
-    expected = convert_tensors(uninterrupted.state_dict(), plan)
     assert runner.global_step == 20
-    assert set(expected) == set(new.state_dict())
-    for name, value in new.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+    assert not differing(new, uninterrupted, plan)
 
 
 def test_three_projections_instead_of_one_go_on_to_rounding(tmp_path):
@@ -78,9 +69,7 @@ def test_three_projections_instead_of_one_go_on_to_rounding(tmp_path):
     # rounding noise up where a gradient is zero in exact arithmetic: softmax does not see the bias of the keys.
     torch.manual_seed(0)
     old = OldTransformer(configure=sgd)
-    uninterrupted = copy.deepcopy(old)
-    fit(old, tokens(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
-    fit(uninterrupted, tokens(), tmp_path, 5)
+    uninterrupted = interrupted(old, tokens, tmp_path, of=5)
     new = NewTransformer(fused=False, configure=sgd)
     plan = transformer_plan(old, new)
     plan.convert_checkpoint(tmp_path / "old.ckpt", tmp_path / "new.ckpt")
@@ -190,16 +179,13 @@ def test_two_optimizers_as_in_a_gan(tmp_path):
 
     torch.manual_seed(0)
     old = Old()
-    uninterrupted = copy.deepcopy(old)
-    fit(old, images(), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
-    fit(uninterrupted, images(), tmp_path, 4)
+    uninterrupted = interrupted(old, images, tmp_path, of=4)
     new = New()
     plan = conv_plan(old, new)
     done = convert_checkpoint(tmp_path / "old.ckpt", tmp_path / "new.ckpt", plan)
     assert (done.optimizers, done.states) == (2, 10)
     fit(new, images(), tmp_path, 4, ckpt_path=tmp_path / "new.ckpt")
-    expected = convert_tensors(uninterrupted.state_dict(), plan)
-    assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())
+    assert not differing(new, uninterrupted, plan)
 
 
 def test_the_average_of_the_weights_is_converted_too(tmp_path):
