@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lit_wsl.mapper.names import split_numbers
 from lit_wsl.mapper.tree import owner_path
@@ -54,7 +54,7 @@ def hidden_layouts(plan: TransferPlan, source: ModelDescription, target: ModelDe
     found = {e.targets[0]: PATCHES for e in plan if _cuts_patches(e, source, target)}
     if _only_renamed(plan, source) or _kinship(plan) >= KINSHIP:
         return found
-    inputs = _Inputs.of(target)
+    inputs = _Inputs(target)
     towers: dict[str, bool] = {}
     for entry in plan:
         reason = _attention(entry) if entry.kind == "parameter" else ""
@@ -120,59 +120,49 @@ def _own_name(name: str) -> str:
     return owner_path(name).rpartition(".")[2]
 
 
-@dataclass(frozen=True)
 class _Inputs:
-    """What a model reads: words that it looks up, or the patches of a picture.
+    """What a model reads, and where: words that it looks up, or the patches of a picture.
 
-    Attributes:
+    Args:
         target: The model.
-        words: Number of rows of the largest table that is looked up; 0 if nothing is.
     """
 
-    target: ModelDescription
-    words: int
-
-    @classmethod
-    def of(cls, target: ModelDescription) -> _Inputs:
-        """Find the vocabulary."""
-        width = _residual_width(target.parameters)
-        return cls(target, max((i.shape[0] for i in target.parameters if _looked_up(i, width)), default=0))
+    def __init__(self, target: ModelDescription) -> None:
+        self.target = target
+        vectors = {i.shape[0] for i in target.parameters if len(i.shape) == 1 and i.kind == "parameter"}
+        tables = [i for i in target.parameters if _looked_up(i) and i.shape[1] in vectors]
+        self.words = max((i.shape[0] for i in tables), default=0)
+        convolutions = [i for i in target.parameters if _is_convolution(i)]
+        puts_out = {i.shape[0] for i in target.parameters if i.kind == "parameter" and i.shape}
+        self.pictures = {i.name for i in convolutions if i.shape[1] not in puts_out and _is_dense(i, target)}
+        self._above = {""}
+        for name in (*(i.name for i in tables), *self.pictures):
+            while name := name.rpartition(".")[0]:
+                self._above.add(name)
 
     def tower(self, name: str) -> str:
-        """Path of the smallest module around a tensor that reads an input: words, or the patches of a picture.
+        """Path of the smallest module around a tensor that reads an input.
 
         A model of several towers may rotate in one and look positions up in another.
         """
-        path = self.target[name].module_path
-        while path:
+        path = self.target[name].module_path.rpartition(".")[0]
+        while path not in self._above:
             path = path.rpartition(".")[0]
-            inside = self.inside(path)
-            width = _residual_width(inside)
-            if any(_looked_up(i, width) or self.reads_input(i) for i in inside):
-                break
         return path
-
-    def inside(self, path: str) -> Sequence[ParameterInfo]:
-        """The tensors below a path."""
-        return [i for i in self.target.parameters if not path or i.name.startswith(path + ".")]
-
-    def reads_input(self, info: ParameterInfo) -> bool:
-        """Whether it is a convolution whose channels nothing in the model puts out."""
-        return _is_convolution(info) and _reads_input(info, self.target)
 
     def places_tokens(self, path: str) -> bool:
         """Whether a tower learns, stores or computes positions outside of its projections: a table, or convolutions.
 
         What takes in neither words nor pictures has its positions from outside, or needs none.
         """
-        inside = self.inside(path)
+        inside = [i for i in self.target.parameters if not path or i.name.startswith(path + ".")]
         width = _residual_width(inside)
-        pictures = any(self.reads_input(i) for i in inside)
-        if not pictures and not any(_looked_up(i, width) for i in inside):
+        pictures = any(i.name in self.pictures for i in inside)
+        if not pictures and not any(_looked_up(i) and i.shape[1] == width for i in inside):
             return True
         if any(_is_table(i, width, 0 if pictures else self.words) for i in inside):
             return True
-        return any(_is_convolution(i) and max(i.shape[2:]) > 1 and not self.reads_input(i) for i in inside)
+        return any(_is_convolution(i) and max(i.shape[2:]) > 1 and i.name not in self.pictures for i in inside)
 
 
 def _residual_width(infos: Sequence[ParameterInfo]) -> int:
@@ -181,8 +171,8 @@ def _residual_width(infos: Sequence[ParameterInfo]) -> int:
     return max(lengths, key=lambda n: (lengths[n], -n), default=0)
 
 
-def _looked_up(info: ParameterInfo, width: int) -> bool:
-    return "Embed" in info.module_type and info.leaf == "weight" and len(info.shape) == 2 and info.shape[1] == width
+def _looked_up(info: ParameterInfo) -> bool:
+    return "Embed" in info.module_type and info.leaf == "weight" and len(info.shape) == 2
 
 
 def _is_convolution(info: ParameterInfo) -> bool:
@@ -222,8 +212,11 @@ def _cuts_patches(entry: PlanEntry, source: ModelDescription, target: ModelDescr
 
 
 def _reads_input(kernel: ParameterInfo, side: ModelDescription) -> bool:
-    """Whether nothing in the model puts out as many channels as the convolution takes in; one may be depthwise."""
-    channels = kernel.shape[1]
-    if channels == 1 and kernel.name != next(i.name for i in side.parameters if len(i.shape) >= 3):
-        return False
-    return not any(i.shape[0] == channels for i in side.parameters if i.kind == "parameter" and i.shape)
+    """Whether nothing in the model puts out as many channels as the convolution takes in."""
+    puts_out = any(i.shape[0] == kernel.shape[1] for i in side.parameters if i.kind == "parameter" and i.shape)
+    return not puts_out and _is_dense(kernel, side)
+
+
+def _is_dense(kernel: ParameterInfo, side: ModelDescription) -> bool:
+    """Whether a convolution takes in whole pixels; with one channel it may be depthwise, but for the very first."""
+    return kernel.shape[1] > 1 or kernel.name == next(i.name for i in side.parameters if len(i.shape) >= 3)
