@@ -289,7 +289,8 @@ def markdown(results: list[Result], command: str) -> str:
     for r in results:
         lines.append(
             f"| {r.case} | {r.tensors} | {r.right} | {r.wrong} | {r.missing} | {r.waiting} |"
-            f" {r.describe_s:.2f} | {r.first_s:.2f} | {r.best_s:.2f} | {r.cpu_s:.2f} | {r.peak_gb:.2f} | {r.plan_gb:.2f} |"
+            f" {r.describe_s:.2f} | {r.first_s:.2f} | {r.best_s:.2f} | {r.cpu_s:.2f} |"
+            f" {r.peak_gb:.2f} | {r.plan_gb:.2f} |"
         )
     return "\n".join([*lines, "", *remarks(results), ""])
 
