@@ -6,7 +6,6 @@ indices; schedulers, loops, precision, callbacks', datamodule's and hyper-parame
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,14 @@ from lit_wsl.checkpoint.inert import as_mapping, contains_foreign
 from lit_wsl.checkpoint.optimizer import OnLost, convert_optimizers, groups_of
 from lit_wsl.checkpoint.parameter_order import new_order, old_parameters
 from lit_wsl.checkpoint.reader import Checkpoint, open_checkpoint
+from lit_wsl.checkpoint.training import (
+    at,
+    check_schedulers,
+    find_optimizers,
+    gather_optimizers,
+    lightning_optimizers,
+    remembered_files,
+)
 from lit_wsl.checkpoint.weights import Weights
 from lit_wsl.checkpoint.writing import atomic_save, save_safetensors
 from lit_wsl.errors import CheckpointError, PlanError
@@ -190,7 +197,7 @@ def convert_document(
         )
         entries.update(made)
         if checkpoint.format == "dcp":  # sharded files hold them one by one; in one file Lightning looks for a list
-            _gather_optimizers(entries)
+            gather_optimizers(entries)
         notes += remarks
         carried, states = len(saved), sum(len(optimizer["state"]) for optimizer in saved)
     document = with_entries(checkpoint.document(), entries)
@@ -212,7 +219,7 @@ def _convert_training(
     if not places:
         return {}, [], []
     made, notes = convert_optimizers(
-        [_at(tree, place) for place in places],
+        [at(tree, place) for place in places],
         plan,
         old_parameters(checkpoint, plan),
         new_order(plan, target),
@@ -220,7 +227,7 @@ def _convert_training(
         parameter_names=parameter_names,
         on_lost=on_lost,
     )
-    _check_schedulers(tree.get("lr_schedulers") or [], [_at(tree, place) for place in places], made)
+    check_schedulers(tree.get("lr_schedulers") or [], [at(tree, place) for place in places], made)
     entries: dict[Any, Any] = {}
     for place, data in zip(places, made):
         if len(place) == 1:
@@ -232,78 +239,12 @@ def _convert_training(
     return entries, made, notes
 
 
-def remembered_files(callbacks: Any) -> list[str]:
-    """Checkpoints that callbacks remember hold the old model still, so that ``ckpt_path="best"`` would not load."""
-    states = callbacks.values() if isinstance(callbacks, Mapping) else ()
-    best = [state.get("best_model_path") for state in states if isinstance(state, Mapping)]
-    return [f"ModelCheckpoint remembers {path}, a file of the old model; convert it too" for path in best if path]
-
-
-def find_optimizers(tree: Mapping[Any, Any]) -> list[tuple[Any, ...]]:
-    """Where the states of optimizers are, told by their form: Lightning's list, or entries of plain training scripts.
-
-    >>> optimizer = {"state": {}, "param_groups": []}
-    >>> find_optimizers({"optimizer_states": [optimizer], "epoch": 3, "optimizer": optimizer})
-    [('optimizer_states', 0), ('optimizer',)]
-    """
-
-    def is_optimizer(value: Any) -> bool:
-        return isinstance(value, Mapping) and {"state", "param_groups"} <= set(value)
-
-    found: list[tuple[Any, ...]] = []
-    for key, value in tree.items():
-        if is_optimizer(value):
-            found.append((key,))
-        elif isinstance(value, (list, tuple)) and (key == "optimizer_states" or any(map(is_optimizer, value))):
-            found += [(key, number) for number in range(len(value))]
-        elif isinstance(value, Mapping) and any(map(is_optimizer, value.values())):
-            found += [(key, name) for name in value if is_optimizer(value[name])]
-    return found
-
-
-def _at(tree: Any, place: Sequence[Any]) -> Any:
-    for key in place:
-        tree = tree[key]
-    return tree
-
-
-def lightning_optimizers(content: Mapping[Any, Any]) -> tuple[tuple[str, ...], list[Any]] | None:
-    """The optimizers of a Lightning checkpoint: a list in a file, entries of their own in a sharded folder.
-
-    Returns:
-        The keys that hold them and their states in order; ``None`` if there are none.
-
-    >>> lightning_optimizers({"optimizer_1": "b", "optimizer_0": "a"})
-    (('optimizer_0', 'optimizer_1'), ['a', 'b'])
-    """
-    if "optimizer_states" in content:
-        return ("optimizer_states",), list(content["optimizer_states"])
-    single = [key for key in content if isinstance(key, str) and re.fullmatch(r"optimizer_\d+", key)]
-    single.sort(key=lambda key: int(key.rpartition("_")[2]))
-    return (tuple(single), [content[key] for key in single]) if single else None
-
-
-def _gather_optimizers(entries: dict[Hashable, Any]) -> None:
-    keys, states = lightning_optimizers(entries) or ((), [])
-    if keys and "optimizer_states" not in entries:
-        for key in keys:
-            del entries[key]
-        entries["optimizer_states"] = states
-
-
-def _check_schedulers(schedulers: Sequence[Any], saved: Sequence[Any], made: Sequence[Any]) -> None:
-    """Refuse schedulers that hold a learning rate per group where the number of groups has changed."""
-    before = {len(optimizer["param_groups"]) for optimizer in saved}
-    after = {len(optimizer["param_groups"]) for optimizer in made}
-    if before == after:
-        return
-    for scheduler in schedulers:
-        rates = scheduler.get("base_lrs") if isinstance(scheduler, Mapping) else None
-        if isinstance(rates, (list, tuple)) and len(rates) not in after:
-            raise CheckpointError(
-                f"a scheduler holds learning rates for {len(rates)} parameter groups, but the new run's optimizers "
-                f"have {sorted(after)}. Keep the number of groups, or transfer the weights only."
-            )
-
-
-__all__ = ["Conversion", "convert_checkpoint", "convert_document", "convert_tensors", "convert_weights"]
+__all__ = [
+    "Conversion",
+    "convert_checkpoint",
+    "convert_document",
+    "convert_tensors",
+    "convert_weights",
+    "lightning_optimizers",
+    "remembered_files",
+]
