@@ -35,7 +35,7 @@ def measure(part: str, extra: list[str], save: bool) -> int:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)
-    if save and process.returncode == 0 and part != "architectures":
+    if save and process.returncode == 0 and part not in ("architectures", "timing"):  # these write JSON themselves
         (RESULTS / f"rebasin_{part}.txt").write_text("".join(lines), encoding="utf-8")
     return process.returncode
 

@@ -141,6 +141,16 @@ def test_measured_numbers_are_whatever_is_there(tmp_path, monkeypatch):
         assert f"### {name}" in whole
     monkeypatch.setattr(measured, "RESULTS", tmp_path)
     assert measured.render() == ""
+    timing = {"wall": 2.0, "cpu": 1.5}
+    row = {"trees": 4, "spec": timing, "sweep": timing, "pure": timing, "fine_tuned_pair": timing}
+    (tmp_path / "rebasin_timing.json").write_text(
+        json.dumps({"1 threads": {"net": {**row, "rebasin": {"error": "no"}}}})
+    )
+    (tmp_path / "rebasin_timing.txt").write_text("the same, printed\n")
+    assert "| 1 | net | 4 | 1.50 (2.00) | 1.50 (2.00) | 1.50 (2.00) | 1.50 (2.00) | no |  |" in measured.render()
+    assert "printed" not in measured.render()
+    (tmp_path / "rebasin_timing.json").unlink()
+    (tmp_path / "rebasin_timing.txt").unlink()
     (tmp_path / "rebasin_digits.txt").write_text("$ python -m benchmarks.rebasin_digits --epochs 3\n\nmlp: 0.1\n")
     (tmp_path / "other.txt").write_text("one\ntwo\n")
     assert measured.render() == (

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from lit_wsl.cli.console import on_terminal, remark, say
 from lit_wsl.cli.models import Call, build_from, build_model, sample_call
 from lit_wsl.mapper.options import MatchingOptions
-from lit_wsl.report.rows import percent
+from lit_wsl.report.rows import open_questions, percent
 from lit_wsl.transfer.api import open_source, prepare_transfer
 from lit_wsl.transfer.coverage import Count
 from lit_wsl.transfer.floor import likely_cause
@@ -78,9 +78,9 @@ def _show(report: TransferReport) -> None:
         operations = "+".join(op if isinstance(op, str) else next(iter(op)) for op in line.get("ops", ())) or "exact"
         source, _, target = line.get("map", f"{line.get('sources')} -> {line.get('targets')}").partition(" -> ")
         say(f"entry\t{_score(line.get('score', document['defaults']['score']))}\t{operations}\t{source}\t{target}")
-    for line in document["ambiguous"]:
-        candidates = " | ".join(str(candidate["sources"]) for candidate in line["candidates"])
-        say(f"ambiguous\t{line['targets']}\t{candidates}\t{line['reason']}")
+    for question in open_questions(report.plan):
+        candidates = " | ".join(name for _, name in question.candidates)
+        say(f"ambiguous\t{', '.join(question.targets)}\t{candidates}\t{question.reason}")
     for side in ("source", "target"):
         for line in document[f"unmatched_{side}"]:
             say(f"unmatched {side}\t{line['name']}\t{line['reason']}")
