@@ -11,7 +11,9 @@ the output projection reads as a product of query head and unit). Rotary embeddi
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -80,6 +82,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("No CUDA device at hand: not measured. Without --device the same runs scaled down on the CPU.")
     torch.set_num_threads(options.threads)
     small = device.type == "cpu"
     layers = options.layers or (4 if small else 32)
@@ -101,8 +105,7 @@ def main() -> None:
         f"{count / 1e9:.2f} billion parameters of {dtype}, {layers} layers on {device}; "
         f"two models {2 * size / 2**30:.1f} GiB"
     )
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    held = start_peak(device)
     began = time.perf_counter()
     found = weight_matching(spec, reference, other, seed=0)
     if device.type == "cuda":
@@ -114,9 +117,37 @@ def main() -> None:
     print(
         f"matched in {seconds:.1f} s, {found.sweeps} sweeps from {found.start}; {right} of {entries} entries recovered"
     )
+    peak = peak_since_start(device)
+    if peak is not None and held is not None:
+        # What stood there before is the two models (and, on a CPU, the program).
+        print(f"peak memory {2 * size / 2**30:.2f} GiB of models + {(peak - held) / 2**30:.2f} GiB")
+        print(f"that is {(2 * size + peak - held) / (2 * size):.2f} x the two models")
+
+
+def start_peak(device: torch.device) -> int | None:
+    """Forget the peak so far; bytes that are held now, None where that cannot be known."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-        print(f"peak memory {peak / 2**30:.1f} GiB, {peak / (2 * size):.2f} x the two models")
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _status("VmRSS")
+
+
+def peak_since_start(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
 
 if __name__ == "__main__":
