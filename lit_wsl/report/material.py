@@ -166,7 +166,7 @@ def _description(result: Any, side: str) -> ModelDescription | None:
 
 def options_of(plan: TransferPlan) -> MatchingOptions:
     """The options that a plan was made with, its defaults where it doesn't say."""
-    known = ("buffers", "strategy", "threshold", "weights", "incompatible_pairs", "shape_tolerance", "adapt")
+    known = [field.name for field in dataclasses.fields(MatchingOptions)]
     return MatchingOptions.make(**{key: plan.options[key] for key in known if key in plan.options})
 
 

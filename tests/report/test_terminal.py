@@ -11,12 +11,13 @@ from torch import nn
 from lit_wsl.mapper import WeightMapper
 from lit_wsl.report.analysis import AnalysisView
 from lit_wsl.report.breakdown import BreakdownView
+from lit_wsl.report.folding import tree_lines
 from lit_wsl.report.leftovers import AmbiguousView, UnmatchedView
 from lit_wsl.report.material import Material, options_of
 from lit_wsl.report.rows import mapping_rows, open_questions
 from lit_wsl.report.summary import SummaryPanel
 from lit_wsl.report.tables import MappingView
-from lit_wsl.report.trees import HierarchyView, tree_lines
+from lit_wsl.report.trees import HierarchyView
 from lit_wsl.structure import describe
 from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, SideSummary, TransferPlan
 
