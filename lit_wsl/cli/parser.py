@@ -126,6 +126,11 @@ are written all the same, so that the plan can be completed by hand.
     parser.add_argument(
         "--adapt", type=list[str], default=[], metavar="NAMES", help="value-changing operations that are allowed"
     )
+    parser.add_argument(
+        "--assume-layouts",
+        action="store_true",
+        help="both models order the rows of q and k alike, and cut patches alike, where nothing shows it",
+    )
     parser.add_argument("--min-coverage", type=float, default=0.5, help="least share of elements that find a place")
     _add_weights(parser)
     return parser
@@ -225,21 +230,34 @@ them before and after, and merge them.
 
   lit-wsl rebasin a.ckpt b.ckpt --base pretrained.ckpt \\
       --model my.models:Net --sample my.models:batch -o aligned/
+  # batch norms of the merged model get statistics from training data
   lit-wsl rebasin a.ckpt b.ckpt --on weights --merge average \\
-      --model my.models:Net --sample my.models:batch -o merged/
+      --model my.models:Net --sample my.models:batch \\
+      --data my.data:loader -o merged/
 
 The first checkpoint is the reference. --sample names a function that gives
 one input of the model (a tensor, a tuple of arguments, or a dict of keyword
 arguments); models with example_input_array need none.
+
+Exit code 1 means: the models could not be aligned, only compared.
 """)
     parser.add_argument("checkpoints", type=str, nargs="+", help="two or more, the reference first")
     parser.add_argument("--base", type=str, metavar="FILE", help="the pretrained checkpoint, for task vectors")
     _add_model(parser)
     parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
+    parser.add_argument(
+        "--outputs", type=str, metavar="MODULE:NAME", help="a function that picks what counts of what it returns"
+    )
+    parser.add_argument("--spec", type=str, metavar="FILE", help="a permutation spec (JSON), instead of a sample")
     parser.add_argument("-o", "--output", type=str, metavar="FOLDER", help="where to write aligned checkpoints")
     parser.add_argument("--on", type=Literal["task_vectors", "weights"], default=None, help="what to align")
     parser.add_argument("--merge", type=Literal["average", "task_arithmetic"] | None, default=None, help="how to merge")
     parser.add_argument("--merge-scale", type=float | None, default=None, help="factor of task vectors when merging")
+    parser.add_argument(
+        "--data", type=str, metavar="MODULE:NAME", help="training data: batch norm statistics of the merged model"
+    )
+    parser.add_argument("--repair-batches", type=int, default=32, help="how many batches of it; 0: keep the mean")
+    parser.add_argument("--device", type=str, metavar="DEVICE", help="where to match, e.g. cuda; default: the CPU")
     parser.add_argument("--max-iter", type=int, default=100, help="most sweeps of the matching")
     parser.add_argument("--seed", type=int, default=0, help="of the matching's random orders")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

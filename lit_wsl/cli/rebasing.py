@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from lit_wsl.callbacks.rebasin_model import find_spec, repaired
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.cli.console import print_json, remark, say, table
-from lit_wsl.cli.models import UsageError, build_model, sample_call
-from lit_wsl.rebasin.inference import infer_permutation_spec
-from lit_wsl.rebasin.job import AlignOptions, On, RebasinReport, align, fit_names, names_of, write_results
+from lit_wsl.cli.models import Call, UsageError, build_model, look_up, sample_call
+from lit_wsl.rebasin.job import (
+    MEAN_STATISTICS,
+    AlignOptions,
+    On,
+    RebasinReport,
+    align,
+    fit_names,
+    names_of,
+    write_results,
+)
+from lit_wsl.rebasin.merging import has_batch_statistics
+from lit_wsl.rebasin.spec import PermutationSpec
 
 
 def run(options: Any) -> int:
@@ -17,34 +33,93 @@ def run(options: Any) -> int:
         raise UsageError("give two checkpoints at least; the first is the reference.")
     on: On = options.on or ("task_vectors" if options.base else "weights")
     settings = AlignOptions(
-        on=on, max_iter=options.max_iter, seed=options.seed, merge=options.merge, merge_scale=options.merge_scale
+        on=on,
+        max_iter=options.max_iter,
+        seed=options.seed,
+        merge=options.merge,
+        merge_scale=options.merge_scale,
+        device=options.device,
     )
     model = build_model(options, meta=False)
     call = sample_call(options.sample, model)
-    if call is None:
-        raise UsageError(
-            "which units may be permuted is read from one call of the model: name a function that gives a sample input "
-            "with --sample my.models:batch, or give the model an example_input_array."
-        )
-    spec = infer_permutation_spec(model, *call)
+    _refuse_stale_statistics(options, model)
+    spec, reason, remarks = _spec(options, model, call)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if hasattr(tensor, "shape")}
 
     def read(path: str) -> dict[str, Any]:
         return fit_names(open_checkpoint(path, weights=options.checkpoint_weights), wanted, path)
 
     models = dict(zip(names_of(options.checkpoints), map(read, options.checkpoints)))
-    report = align(models, read(options.base) if options.base else None, spec, settings)
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    base = read(options.base) if options.base else None
+    report = align(models, base, spec, settings, parameters=parameters, reason=reason)
+    report = replace(report, notes=(*remarks, *report.notes))
+    if report.merged is not None and options.data is not None and has_batch_statistics(model):
+        merged, note = repaired(model, report.merged, _batches(options.data), call, options.repair_batches)
+        notes = tuple(n for n in report.notes if n != MEAN_STATISTICS)
+        report = replace(report, merged={n: merged[n] for n in report.merged}, notes=(*notes, note))
     if options.output:
         report = write_results(report, options.output)
     if options.json:
         print_json(report.to_dict())
     else:
         _show(report)
+    if not report.perm_matching:
+        remark(f"warning: the models are compared as they are, not aligned: {report.reason}")
     for note in report.notes:
         remark(f"note: {note}")
     for kind, file in report.files.items():
         remark(f"{kind}: {options.output}/{file}")
     return 0 if report.perm_matching else 1
+
+
+def _refuse_stale_statistics(options: Any, model: nn.Module) -> None:
+    """A merged model whose batch norms describe another one is not written by accident."""
+    if options.merge is None or options.data is not None or options.repair_batches < 1:
+        return
+    if has_batch_statistics(model):
+        raise UsageError(
+            "the model has batch norms, and the mean of their statistics does not describe the merged model. Name "
+            "training data to estimate them anew on, --data my.models:loader (a DataLoader, a LightningDataModule or a "
+            "list of batches); or take the mean, which mostly ruins the model, with --repair-batches 0."
+        )
+
+
+def _spec(
+    options: Any, model: nn.Module, call: Call | None
+) -> tuple[PermutationSpec | None, str | None, tuple[str, ...]]:
+    """The spec of ``--spec``, or an inferred one; or why there is none; and remarks."""
+    if options.spec is not None:
+        return PermutationSpec.from_json(Path(options.spec)), None, ()
+    if call is None:
+        raise UsageError(
+            "which units may be permuted is read from one call of the model: name a function that gives a sample input "
+            "with --sample my.models:batch, or give the model an example_input_array, or a spec with --spec spec.json."
+        )
+    outputs = look_up(options.outputs) if options.outputs else None
+    if outputs is not None and not callable(outputs):
+        raise UsageError(f"{options.outputs} is a {type(outputs).__name__}, not a function.")
+    _, spec, reason, remarks = find_spec(model, [call], outputs, verify=True)
+    return spec, reason, remarks
+
+
+def _batches(path: str) -> Iterable[Any]:
+    """The batches of ``--data``."""
+    from lightning.pytorch import LightningDataModule
+
+    found = look_up(path)
+    try:
+        if isinstance(found, type) or (callable(found) and not hasattr(found, "__iter__")):
+            found = found()
+        if isinstance(found, LightningDataModule):
+            found.prepare_data()
+            found.setup("fit")
+            found = found.train_dataloader()
+    except Exception as error:
+        raise UsageError(f"{path} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Iterable):
+        raise UsageError(f"{path} gives a {type(found).__name__}, not a DataLoader, a LightningDataModule or batches.")
+    return found
 
 
 def _show(report: RebasinReport) -> None:

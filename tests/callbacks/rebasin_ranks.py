@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_wsl.callbacks import RebasinCallback
+from lit_wsl.rebasin import infer_permutation_spec
 
 
 class Net(pl.LightningModule):
@@ -26,14 +28,25 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder, strategy, reference):
+class Sharded(Net):
+    """Every layer cut up over both ranks (FSDP2)."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        if not any(hasattr(p, "full_tensor") for p in self.parameters()):
+            for layer in (self.net[0], self.net[2]):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def fit(folder, strategy, reference, model=Net, **options):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(32, 6, generator=generator)
     labels = torch.randint(0, 3, (32,), generator=generator)
     if torch.distributed.get_rank() == 0:
         torch.save({"state_dict": Net().state_dict()}, folder / "base.ckpt")
     torch.distributed.barrier()
-    callback = RebasinCallback(folder / "base.ckpt", folder / reference)
+    callback = RebasinCallback(folder / "base.ckpt", folder / reference, **options)
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -46,10 +59,10 @@ def fit(folder, strategy, reference):
         enable_model_summary=False,
         default_root_dir=folder / "root",
     )
-    trainer.fit(Net(), DataLoader(TensorDataset(images, labels), batch_size=8))
+    trainer.fit(model(), DataLoader(TensorDataset(images, labels), batch_size=8))
     report = callback.report
-    share = None if report is None else report.models["run"].on_weights.identity_share
-    return {"finished": trainer.state.finished, "share": share}
+    matched = None if report is None else report.models["run"].on_weights
+    return {"finished": trainer.state.finished, "share": None if matched is None else matched.identity_share}
 
 
 def ddp(folder):
@@ -58,3 +71,19 @@ def ddp(folder):
 
 def ddp_failing(folder):
     return fit(folder, "ddp", "nowhere.ckpt")
+
+
+def sharded(folder):
+    return fit(folder, strategy(), "base.ckpt", Sharded)
+
+
+def sharded_with_a_spec(folder):
+    if torch.distributed.get_rank() == 0:
+        infer_permutation_spec(Net(), (torch.randn(2, 6),)).to_json(folder / "spec.json")
+    return fit(
+        folder, strategy(), "base.ckpt", Sharded, spec=folder / "spec.json", merge="average", update_model="merged"
+    )
+
+
+def strategy():
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")

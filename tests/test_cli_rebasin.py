@@ -1,0 +1,124 @@
+"""``lit-wsl rebasin``: what it refuses, what it falls back to, statistics of a merged model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lit_wsl.cli import main
+from lit_wsl.rebasin import infer_permutation_spec
+
+CODE = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+def net(norm=True):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8) if norm else nn.ReLU(), nn.ReLU(), nn.Linear(8, 3))
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+    def forward(self, x):
+        hidden = self.a(x).relu()
+        return {"features": hidden, "logits": self.b(hidden)}
+
+class Broken(Two):
+    def forward(self, x):
+        raise RuntimeError("no way in")
+
+def batch():
+    return torch.ones(2, 4)
+
+def logits(output):
+    return output["logits"]
+
+def images():
+    return torch.randn(64, 4, generator=torch.Generator().manual_seed(1)) + 2
+
+def loader():
+    return DataLoader(TensorDataset(images(), torch.zeros(64)), batch_size=16)
+"""
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A file of models, and two checkpoints of each."""
+    (tmp_path / "nets.py").write_text(CODE)
+    scope: dict = {}
+    exec(CODE, scope)
+    for name, model in (("net", scope["net"]()), ("two", scope["Two"]())):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            state = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+            state = {k: v.abs() if k.endswith("running_var") else v for k, v in state.items()}
+            torch.save(state, tmp_path / f"{name}{seed}.pt")
+    return tmp_path, scope
+
+
+def run(folder, checkpoints, model, *more):
+    files = [str(folder / f"{checkpoints}{seed}.pt") for seed in (0, 1)]
+    options = ["--model", f"{folder}/nets.py:{model}", "--sample", f"{folder}/nets.py:batch", *map(str, more)]
+    return main(["rebasin", *files, *options])
+
+
+def test_stale_statistics_are_refused_before_anything_is_written(work, capsys):
+    folder, _ = work
+    assert run(folder, "net", "net", "--merge", "average", "-o", folder / "out") == 2
+    assert "--data" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_statistics_of_the_merged_model_come_from_data(work):
+    folder, scope = work
+    data = ("--merge", "average", "--data", f"{folder}/nets.py:loader", "-o", folder / "out")
+    assert run(folder, "net", "net", *data) == 0
+    merged = torch.load(folder / "out" / "rebasin_merged.ckpt", weights_only=True)["state_dict"]
+    seen = nn.functional.linear(scope["images"](), merged["0.weight"], merged["0.bias"])
+    torch.testing.assert_close(merged["1.running_mean"], seen.mean(0), rtol=1e-4, atol=1e-5)
+    report = json.loads((folder / "out" / "rebasin.json").read_text())
+    assert any("4 training batches" in note for note in report["notes"])
+
+
+def test_the_mean_of_statistics_only_when_told(work, capsys):
+    folder, _ = work
+    assert run(folder, "net", "net", "--merge", "average", "--repair-batches", "0", "-o", folder / "out") == 0
+    assert (folder / "out" / "rebasin_merged.ckpt").exists()
+    assert "statistics" in capsys.readouterr().err
+
+
+def test_without_symmetries_models_are_compared_as_they_are(work, capsys):
+    folder, _ = work
+    assert run(folder, "two", "Two", "-o", folder / "out") == 1  # all of what it returns must stay
+    report = json.loads((folder / "out" / "rebasin.json").read_text())
+    assert report["perm_matching"] is False
+    assert "outputs" in report["reason"]
+    assert report["models"]["two1"]["after"] is None
+    assert "cosine" in report["models"]["two1"]["before"]["overall"]
+    assert capsys.readouterr().err.count("not aligned") == 1
+
+
+def test_outputs_say_what_counts(work):
+    folder, _ = work
+    assert run(folder, "two", "Two", "--outputs", f"{folder}/nets.py:logits", "-o", folder / "out") == 0
+    assert json.loads((folder / "out" / "rebasin.json").read_text())["spec"]["groups"] == 1
+
+
+def test_a_model_that_cannot_run_is_compared_as_it_is(work):
+    folder, _ = work
+    assert run(folder, "two", "Broken", "-o", folder / "out") == 1
+    assert "no way in" in json.loads((folder / "out" / "rebasin.json").read_text())["reason"]
+
+
+def test_a_spec_from_a_file_needs_no_sample(work):
+    folder, scope = work
+    spec = infer_permutation_spec(scope["Two"](), (torch.ones(2, 4),), outputs=lambda output: output["logits"])
+    spec.to_json(folder / "spec.json")
+    files = [str(folder / f"two{seed}.pt") for seed in (0, 1)]
+    model = ("--model", f"{folder}/nets.py:Two", "--spec", str(folder / "spec.json"))
+    assert main(["rebasin", *files, *model, "-o", str(folder / "out")]) == 0
