@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lit_wsl.callbacks.lifecycle import (
@@ -21,25 +21,24 @@ from lit_wsl.callbacks.lifecycle import (
     resumed_path,
     when_whole,
 )
+from lit_wsl.callbacks.reporting import announce, report_nothing, write_report
 from lit_wsl.callbacks.resume import resume_training
 from lit_wsl.callbacks.sample import Call, find_samples, quiet
-from lit_wsl.errors import LitWslError, MappingError
+from lit_wsl.errors import MappingError
 from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.report.progress import transfer_progress
-from lit_wsl.structure import ModelDescription, describe
 from lit_wsl.structure.tracing import is_lazy
 from lit_wsl.transfer.api import Prepared, finish_transfer, open_source, prepare_transfer
-from lit_wsl.transfer.coverage import measure_coverage
-from lit_wsl.transfer.distributed import ALONE, Ranks, has_sharded_tensors, refuse_wrapped
+from lit_wsl.transfer.distributed import ALONE, Ranks, has_sharded_tensors
 from lit_wsl.transfer.floor import valid_floor
-from lit_wsl.transfer.plan import SideSummary, TransferPlan
+from lit_wsl.transfer.plan import TransferPlan
 from lit_wsl.transfer.report import TransferReport
+from lit_wsl.transfer.wrapped import refuse_wrapped
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 Resume = Literal["weights", "optimizer", "all"]
-REPORT_FILE = "weight_transfer.json"
 
 
 class WeightTransferCallback(Callback):
@@ -68,6 +67,8 @@ class WeightTransferCallback(Callback):
         min_coverage: Least share, 0 to 1, of parameter elements that must find a place; below it the run stops.
         source_module: The module the checkpoint was saved from, for users who still have the old code.
         adapt: Operations that change values, asked for by name.
+        assume_layouts: You know that both models order the rows of queries and keys alike, and cut patches alike.
+            Without, what only the function could show stays ambiguous, unless ``source_module`` and a sample prove it.
         checkpoint_weights: Which weights of the file: the ``"model"``'s, its ``"ema"``, or what it marks as its own.
         resume: ``"weights"`` starts training afresh; ``"optimizer"`` carries the states of optimizers, schedulers and
             the gradient scaler along; ``"all"`` also epoch, step, loops, callbacks and the datamodule, as if the
@@ -99,6 +100,7 @@ class WeightTransferCallback(Callback):
         min_coverage: float = 0.5,
         source_module: nn.Module | None = None,
         adapt: Sequence[str] = (),
+        assume_layouts: bool = False,
         checkpoint_weights: Literal["auto", "model", "ema"] = "auto",
         resume: Resume = "weights",
         verbose: bool = True,
@@ -111,6 +113,7 @@ class WeightTransferCallback(Callback):
             weights=weights,
             incompatible_pairs=incompatible_pairs,
             adapt=adapt,
+            assume_layouts=assume_layouts,
         )
         for option, value, allowed in (
             ("resume", resume, get_args(Resume)),
@@ -143,7 +146,7 @@ class WeightTransferCallback(Callback):
         if resumed is not None:
             self._served = weakref.ref(pl_module)
             self._yield_to(trainer, pl_module, f"this run restores {resumed}, which wins")
-            self._write(trainer)
+            write_report(trainer, self.report)
         elif has_trained_elsewhere(trainer):
             self._yield_to(trainer, pl_module, "an earlier fit of this trainer, in processes of its own, has trained")
         elif is_whole(pl_module):
@@ -170,7 +173,7 @@ class WeightTransferCallback(Callback):
             remarks = resume_training(trainer, pl_module, checkpoint, plan, target, self.resume, ranks)
             self.report = self.report.with_remarks(notes=remarks)
             rank_zero_info(f"Weight transfer: {remarks[-1]}.")
-            self._write(trainer)
+            write_report(trainer, self.report)
         self._fresh = False
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
@@ -237,7 +240,8 @@ class WeightTransferCallback(Callback):
         warnings, notes = mind_copies(trainer, model, self, report.loaded, late=late)
         report = report.with_remarks(warnings=warnings, notes=notes)
         self._served, self._fresh = weakref.ref(model), True
-        self._announce(trainer, report)
+        self.report = report
+        announce(trainer, report, verbose=self.verbose)
 
     def _prepare(
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, tensors: Mapping[str, Any], ranks: Ranks
@@ -265,50 +269,8 @@ class WeightTransferCallback(Callback):
     def _yield_to(self, trainer: pl.Trainer, model: pl.LightningModule, why: str) -> None:
         """Report that other weights win, such as those of a resumed checkpoint."""
         note = f"{why}; nothing was transferred from {self._label}"
-        source = SideSummary(self._label, 0, 0, 0, 0, "")
-        try:
-            target = describe(model)
-        except LitWslError:  # not built yet
-            target = ModelDescription((), label=type(model).__name__)
-        plan = TransferPlan((), source, SideSummary.of(target), options=self.options.to_dict())
-        nothing = ModelDescription((), label=self._label)
-        report = TransferReport.of(plan, measure_coverage(plan, nothing, target), nothing, target, notes=(note,))
-        self.report = replace(report, applied=False)
+        self.report = report_nothing(model, self._label, self.options, note)
         rank_zero_info(f"Weight transfer: {note}.")
-
-    def _announce(self, trainer: pl.Trainer, report: TransferReport) -> None:
-        """Tell the terminal, the loggers and a file; rank zero only."""
-        self.report = report
-        if trainer.is_global_zero and self.verbose:
-            from lit_wsl.report.coverage import print_report
-
-            print_report(report)
-        page = self._write(trainer)
-        if trainer.is_global_zero:
-            from lit_wsl.report.loggers import log_report
-
-            log_report(trainer.loggers, report, page=page)
-
-    def _write(self, trainer: pl.Trainer) -> Path | None:
-        """Write the report to the log directory; returns the HTML page, if there is one."""
-        directory = trainer.log_dir  # a collective call: on all ranks
-        if (
-            self.report is None
-            or not trainer.is_global_zero
-            or directory is None
-            or getattr(trainer, "fast_dev_run", False)
-        ):
-            return None
-        path = Path(directory) / REPORT_FILE
-        try:
-            os.makedirs(directory, exist_ok=True)
-            self.report.to_json(path)
-            if self.report.applied:
-                self.report.save_html(path.with_suffix(".html"))
-                return path.with_suffix(".html")
-        except (OSError, LitWslError) as error:  # a full disk is no reason to stop a run that has its weights
-            rank_zero_warn(f"Weight transfer: the report could not be written: {error}")
-        return None
 
 
 def _ranks_of(trainer: pl.Trainer) -> Ranks:

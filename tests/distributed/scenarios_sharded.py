@@ -258,7 +258,7 @@ def sharded_source(folder: Path) -> dict[str, Any]:
 
 def wrapped_by_fsdp_one(folder: Path) -> dict[str, Any]:
     from lit_wsl.errors import TransferError
-    from lit_wsl.transfer.distributed import refuse_wrapped
+    from lit_wsl.transfer.wrapped import refuse_wrapped
 
     net = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
     try:
