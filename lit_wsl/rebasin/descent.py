@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lit_wsl.rebasin.evidence import Evidence
-from lit_wsl.rebasin.nested import Similarity, Solution, TreeSolver
+from lit_wsl.rebasin.nested import Solution, TreeSolver
 from lit_wsl.rebasin.order import PresentOrder
 from lit_wsl.rebasin.progress import Progress
+from lit_wsl.rebasin.similarity import Similarity, dot, norm, spread
 from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.rebasin.terms import Term, Tree, build_trees
 
@@ -183,10 +184,10 @@ class Descent:
         for term, only in terms:
             weight = 1.0
             if normalise:
-                spread = self._spread(term.tensor)
-                if not spread > 0:
+                deviation = self._spread(term.tensor)
+                if not deviation > 0:
                     continue
-                weight = 1.0 / spread
+                weight = 1.0 / deviation
             if term.groups not in found:
                 potential = self._potential(tree) if plain else None
                 found[term.groups] = Similarity(term.units[0], math.prod(term.units[1:]), potential)
@@ -205,13 +206,13 @@ class Descent:
     def _spread(self, name: str) -> float:
         """Product of both standard deviations of a tensor, which no permutation changes."""
         if name not in self._spreads:
-            self._spreads[name] = _spread(self.reference[name]) * _spread(self.other[name])
+            self._spreads[name] = spread(self.reference[name]) * spread(self.other[name])
         return self._spreads[name]
 
     def _scale(self, name: str) -> float:
         """Product of both norms of a tensor, which no permutation changes."""
         if name not in self._scales:
-            self._scales[name] = _norm(self.reference[name]) * _norm(self.other[name])
+            self._scales[name] = norm(self.reference[name]) * norm(self.other[name])
         return self._scales[name]
 
     # ---- what a solution is worth ------------------------------------------------------------------------------------
@@ -291,20 +292,3 @@ def _is_lone(spec: PermutationSpec, tree: Tree) -> bool:
         term.quadratic or any(axis.outer_axis == term.axis for axis in spec.axes[term.tensor].values())
         for term in tree.terms
     )
-
-
-def dot(a: Tensor, b: Tensor) -> float:
-    """Inner product of two tensors of the same shape, accumulated in float64."""
-    x, y = a.reshape(-1), b.reshape(-1)
-    # Pieces that stay in the cache when converted, and are too small to be worth waiting for other threads.
-    chunk = 2**15 if x.device.type == "cpu" else 2**24
-    parts = [torch.dot(x[i : i + chunk].double(), y[i : i + chunk].double()) for i in range(0, x.numel(), chunk)]
-    return float(torch.stack(parts).sum()) if parts else 0.0
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor if tensor.dtype == torch.float64 else tensor.float()))
-
-
-def _spread(tensor: Tensor) -> float:
-    return float(tensor.float().std(correction=0)) if tensor.numel() > 1 else 0.0
