@@ -106,7 +106,7 @@ def find_spec(
             reasons.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}")
             continue
         if not spec.groups:
-            reasons.append(_nothing_found(spec, outputs is None))
+            reasons.insert(0, _nothing_found(spec, outputs is None))  # says more than a call that does not fit
             continue
         return (args, kwargs), prefixed(spec, prefix), None, _remarks(spec, pick)
     return None, None, reasons[0] if reasons else "there is no sample of what the model takes", ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 
 import lightning.pytorch as pl
 import pytest
@@ -242,6 +243,54 @@ def test_a_model_that_cannot_be_traced_is_compared_as_it_is(tmp_path, runs):
     assert "merged" not in report["files"]
 
 
+class Telling(Net):
+    """Returns what goes on inside beside its answer, as language models do."""
+
+    answer, beside = "logits", "hidden_states"
+
+    def forward(self, x):
+        hidden = self.net[:6](x)
+        return {self.beside: hidden, self.answer: self.net[6:](hidden)}
+
+    def training_step(self, batch, index):
+        return nn.functional.cross_entropy(self(batch[0])[self.answer], batch[1])
+
+
+class Features(Telling):
+    """Nothing says that the features may change."""
+
+    beside = "features"
+
+    def forward(self, x):
+        first = self.net[:3](x)
+        hidden = self.net[3:6](first)
+        return {"first": first, self.beside: hidden, self.answer: self.net[6:](hidden)}
+
+
+def only_logits(output):
+    return output["logits"]
+
+
+def test_hidden_states_beside_an_answer_may_be_permuted(tmp_path, runs):
+    trainer(tmp_path, RebasinCallback(*runs)).fit(Telling(), data(2))
+    report = read(tmp_path)
+    assert report["perm_matching"] is True
+    assert report["spec"]["coverage"] > 0.9
+    assert any("hidden_states" in note for note in report["notes"])
+
+
+def test_outputs_say_what_counts_and_without_them_nothing_is_aligned(tmp_path, runs, recwarn):
+    base, reference = runs
+    trainer(tmp_path, RebasinCallback(base, reference, merge="average")).fit(Features(), data(2))
+    report = read(tmp_path)
+    assert report["perm_matching"] is False
+    assert "outputs=" in report["reason"]
+    assert "merged" not in report["files"]
+    assert len([w for w in recwarn if "not aligned" in str(w.message)]) == 1
+    trainer(tmp_path, RebasinCallback(base, reference, outputs=only_logits)).fit(Features(), data(2))
+    assert read(tmp_path)["perm_matching"] is True
+
+
 @pytest.mark.parametrize("broken", ["missing", "other architecture", "garbage"])
 def test_any_failure_is_reported_and_the_run_ends_normally(tmp_path, runs, broken):
     base, reference = runs
@@ -299,6 +348,8 @@ def test_options_are_checked_when_it_is_made():
         RebasinCallback("a", "b", merge="sum")
     with pytest.raises(RebasinError, match="pretrained"):
         RebasinCallback(None, "b")
+    with pytest.raises(RebasinError, match=r"outputs='nowhere\.at_all'"):
+        RebasinCallback("a", "b", outputs="nowhere.at_all")
     with pytest.raises(RebasinError, match="update_model"):
         RebasinCallback("a", "b", update_model="merged")
 
@@ -311,8 +362,9 @@ def test_from_yaml(tmp_path, runs):
     config = tmp_path / "config.yaml"
     config.write_text(
         f"rebasin:\n  pretrained: {runs[0]}\n  reference: {runs[1]}\n  others: [a.ckpt, b.ckpt]\n"
-        '  "on": weights\n  max_iter: 7\n  merge: average\n'
+        '  "on": weights\n  max_iter: 7\n  merge: average\n  outputs: operator.itemgetter\n'
     )
     made = parser.instantiate_classes(parser.parse_path(config))
+    assert made.rebasin.outputs is operator.itemgetter
     assert made.rebasin.options.max_iter == 7
     assert [str(p) for p in made.rebasin.others] == ["a.ckpt", "b.ckpt"]
