@@ -51,6 +51,7 @@ sharded-memory: .venv/.ready  ## peak memory of a sharded transfer, against plai
 	.venv/bin/python -m benchmarks.sharded_memory $(ARGS)
 
 docs: .venv-docs/.ready  ## build the documentation into site/
+	.venv-docs/bin/python docs/measured.py
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet $(ARGS)
 	@echo "site/index.html"
 

@@ -158,8 +158,10 @@ class NewNet(Classifier):
 # ---- the story -------------------------------------------------------------------------------------------------------
 
 
-def train(model: LightningModule, epochs: int, ckpt_path: Path | None = None, callbacks: tuple = ()) -> Trainer:
-    """Train up to ``epochs`` epochs, quietly."""
+def train(
+    model: LightningModule, epochs: int, folder: Path, ckpt_path: Path | None = None, callbacks: tuple = ()
+) -> Trainer:
+    """Train up to ``epochs`` epochs, quietly; reports go to the folder."""
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -167,6 +169,7 @@ def train(model: LightningModule, epochs: int, ckpt_path: Path | None = None, ca
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        default_root_dir=folder,
         callbacks=list(callbacks),
     )
     trainer.fit(model, digits(), ckpt_path=ckpt_path)
@@ -197,8 +200,8 @@ def main() -> int:
 
     old = OldNet()
     uninterrupted = copy.deepcopy(old)
-    train(uninterrupted, EPOCHS)
-    train(old, INTERRUPTED).save_checkpoint(folder / "old.ckpt")
+    train(uninterrupted, EPOCHS, folder)
+    train(old, INTERRUPTED, folder).save_checkpoint(folder / "old.ckpt")
     print(f"old network: {EPOCHS} epochs without interruption, loss {loss(uninterrupted):.6f}")
     print(f"old network: {INTERRUPTED} epochs, loss {loss(old):.6f}, saved to {folder / 'old.ckpt'}\n")
 
@@ -211,11 +214,11 @@ def main() -> int:
     print(f"converted: {done.tensors} tensors, the optimizer's state of {done.states} parameters\n")
 
     new = NewNet()
-    trainer = train(new, EPOCHS, ckpt_path=folder / "new.ckpt")
+    trainer = train(new, EPOCHS, folder, ckpt_path=folder / "new.ckpt")
     inside = NewNet()
-    train(inside, EPOCHS, callbacks=(WeightTransferCallback(folder / "old.ckpt", resume="all", verbose=False),))
+    train(inside, EPOCHS, folder, callbacks=(WeightTransferCallback(folder / "old.ckpt", resume="all", verbose=False),))
     fresh = NewNet()
-    train(fresh, EPOCHS - INTERRUPTED, callbacks=(WeightTransferCallback(folder / "old.ckpt", verbose=False),))
+    train(fresh, EPOCHS - INTERRUPTED, folder, callbacks=(WeightTransferCallback(folder / "old.ckpt", verbose=False),))
 
     wanted = convert_tensors(uninterrupted.state_dict(), plan)
     gaps = {"converted": farthest(new, wanted), "resume='all'": farthest(inside, wanted)}

@@ -160,12 +160,11 @@ def test_measured_numbers_are_whatever_is_there(tmp_path, monkeypatch):
     )
 
 
-def test_readme_and_comparison_say_what_was_measured(monkeypatch):
+def test_the_readme_says_what_was_measured(monkeypatch):
+    """The comparison page is written anew by ``make docs``."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import measured
 
-    for path, text in ((measured.PAGE, measured.render()), (measured.README, measured.summary())):
-        page = path.read_text(encoding="utf-8")
-        assert measured.filled(page, text) == page, (
-            f"{path.name} is older than benchmarks/results: python docs/measured.py"
-        )
+    page = measured.README.read_text(encoding="utf-8")
+    current = measured.filled(page, measured.summary())
+    assert current == page, "README is older than benchmarks/results/gauntlet.json: python docs/measured.py"
