@@ -85,7 +85,7 @@ def memory() -> Iterator[str]:
         yield (
             "Peak of private memory per process, in MB, the model itself included; pages of the mapped file, which the system "
             "takes back when memory is short, are not. *Plain* is `model.load_state_dict(torch.load(path))` with names that fit; "
-            "*transfer* fills a renamed model with split and joined layers; *sharded* the same into FSDP2 over two processes. "
+            "*transfer* fills a renamed model with split and joined layers; *sharded* the same into FSDP2 over two processes, *resume* with the optimizer's states besides. "
             "*resume* carries AdamW's two moments of every weight into the optimizer of that model; they count to its share. "
             "Seconds from a shared two-core machine.\n\n"
         )
