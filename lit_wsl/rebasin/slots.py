@@ -57,8 +57,8 @@ def torn_joins(algebra: Algebra) -> list[Array]:
         shape = np.broadcast_shapes(one.shape, two.shape)
         if int(np.prod(shape)) > MAX_LABEL:
             continue
-        pairs = np.stack([np.broadcast_to(one, shape).ravel(), np.broadcast_to(two, shape).ravel()])
-        first, second = np.unique(pairs, axis=1)
+        count = len(algebra.units)  # both units of a place in one number: sorted much faster than pairs
+        first, second = np.divmod(np.unique((one * count + two).ravel()), count)
         lines = [_with_blocks(algebra.units, first), _with_blocks(algebra.units, second)]
         nested = depends(one) <= depends(two) or depends(two) <= depends(one)
         if nested:
