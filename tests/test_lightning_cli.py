@@ -25,6 +25,7 @@ OPTIONS = {
     "min_coverage": 0.25,
     "source_module": None,
     "adapt": ["partial_head"],
+    "assume_layouts": True,
     "checkpoint_weights": "model",
     "resume": "weights",
     "verbose": False,
@@ -95,7 +96,7 @@ def test_every_option_arrives(config):
     assert (options.buffers, options.strategy, options.threshold) == ("exclude", "conservative", 0.7)
     assert options.weights == {"hierarchy": 0.2, "name": 0.2, "shape": 0.6}
     assert options.incompatible_pairs == ((frozenset({"backbone"}), frozenset({"head"})),)
-    assert options.adapt == ("partial_head",)
+    assert (options.adapt, options.assume_layouts) == (("partial_head",), True)
     assert (callback.min_coverage, callback.checkpoint_weights, callback.verbose) == (0.25, "model", False)
 
 

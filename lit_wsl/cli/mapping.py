@@ -29,6 +29,7 @@ def run(options: Any) -> int:
         weights=options.weights,
         incompatible_pairs=[tuple(map(set, pair)) for pair in options.incompatible_pairs or ()],  # type: ignore[misc]
         adapt=options.adapt,
+        assume_layouts=options.assume_layouts,
     )
     tensors = open_source(options.checkpoint, options.checkpoint_weights)
     model = build_model(options, meta=options.sample is None)

@@ -10,8 +10,9 @@ else:
 * *Patches* that a linear layer takes in are flattened as ``(c, p, p)`` or as ``(p, p, c)``.
 
 A transformer that has a table of positions, or convolutions between its tokens, does not rotate, and fuses its
-projections one after the other; and a pure renaming keeps every convention. For the rest only the function can tell
-(:mod:`lit_wsl.mapper.proof`), so without it such tensors are ambiguous.
+projections one after the other; so, as a rule, does one that is no language model and has norms of the older kind. A
+pure renaming keeps every convention. For the rest only the function can tell (:mod:`lit_wsl.mapper.proof`), so without
+it such tensors are ambiguous.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import replace
 
 from lit_wsl.mapper.names import split_numbers
 from lit_wsl.mapper.tree import owner_path
-from lit_wsl.structure.info import ModelDescription, ParameterInfo, tokenize
+from lit_wsl.structure.info import ModelDescription, ParameterGroup, ParameterInfo, Shape, tokenize
 from lit_wsl.transfer.operations import Concat, Reshape, Split
 from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, TransferPlan
 
@@ -31,10 +32,7 @@ LEAST_POSITIONS = 4  # rows of a table of positions; token types and the like ha
 HEADS = 4  # a head is at least so wide
 KINSHIP = 2 / 3  # share of module names that both sides have in common, from which they are one code base
 _QUERY_OR_KEY = re.compile(r"(^|[^a-z])w?[qk]([^a-z]|$)|quer|key")  # the letters of Attention(Q, K, V)
-_REMEDY = (
-    "give source_module= and a sample, and the function decides; or, if you know that both models agree, move the "
-    "candidate to the entries of the plan"
-)
+_REMEDY = "source_module= and a sample let the function decide; assume_layouts=True if you know that both sides agree"
 ROWS = f"the rows of q and k may stand in rotary pairs or halves, which names and shapes don't show: {_REMEDY}"
 FUSED = f"q, k and v may follow one another or alternate head by head, which names and shapes don't show: {_REMEDY}"
 PATCHES = f"patches may be flattened as (c, p, p) or (p, p, c), which names and shapes don't show: {_REMEDY}"
@@ -54,15 +52,15 @@ def hidden_layouts(plan: TransferPlan, source: ModelDescription, target: ModelDe
     found = {e.targets[0]: PATCHES for e in plan if _cuts_patches(e, source, target)}
     if _only_renamed(plan, source) or _kinship(plan) >= KINSHIP:
         return found
-    inputs = _Inputs(target)
+    inputs = _Inputs(source, target)
     towers: dict[str, bool] = {}
     for entry in plan:
         reason = _attention(entry) if entry.kind == "parameter" else ""
         if reason:
             tower = inputs.tower(entry.targets[0])
             if tower not in towers:
-                towers[tower] = inputs.places_tokens(tower)
-            if not towers[tower]:
+                towers[tower] = inputs.may_rotate(tower)
+            if towers[tower]:
                 found[entry.targets[0]] = reason
     return {e.targets[0]: found[e.targets[0]] for e in plan if e.targets[0] in found}
 
@@ -75,15 +73,14 @@ def leave_open(plan: TransferPlan, reasons: Mapping[str, str]) -> TransferPlan:
         reasons: First target of each of them -> the reason.
 
     Returns:
-        The plan without the entries, each of their targets listed as ambiguous with the entry as its candidate.
+        The plan without the entries, their targets listed as ambiguous, with the entry as the only candidate.
     """
     if not reasons:
         return plan
     doubts = tuple(
-        Ambiguity((t,), (Candidate(e.sources, e.score, e.operations),), shape, reasons[e.targets[0]])
+        Ambiguity(e.targets, (Candidate(e.sources, e.score, e.operations),), e.target_shapes[0], reasons[e.targets[0]])
         for e in plan
         if e.targets[0] in reasons
-        for t, shape in zip(e.targets, e.target_shapes)
     )
     entries = tuple(e for e in plan if e.targets[0] not in reasons)
     return replace(plan, entries=entries, ambiguous=(*plan.ambiguous, *doubts))
@@ -124,14 +121,17 @@ class _Inputs:
     """What a model reads, and where: words that it looks up, or the patches of a picture.
 
     Args:
-        target: The model.
+        source: The checkpoint's side.
+        target: The model's side.
     """
 
-    def __init__(self, target: ModelDescription) -> None:
+    def __init__(self, source: ModelDescription, target: ModelDescription) -> None:
         self.target = target
+        sides = (source, target)
         vectors = {i.shape[0] for i in target.parameters if len(i.shape) == 1 and i.kind == "parameter"}
         tables = [i for i in target.parameters if _looked_up(i) and i.shape[1] in vectors]
         self.words = max((i.shape[0] for i in tables), default=0)
+        self.speaks = any(_puts_out_words(side, t.shape) for t in tables if t.shape[0] == self.words for side in sides)
         convolutions = [i for i in target.parameters if _is_convolution(i)]
         puts_out = {i.shape[0] for i in target.parameters if i.kind == "parameter" and i.shape}
         self.pictures = {i.name for i in convolutions if i.shape[1] not in puts_out and _is_dense(i, target)}
@@ -150,25 +150,39 @@ class _Inputs:
             path = path.rpartition(".")[0]
         return path
 
-    def places_tokens(self, path: str) -> bool:
-        """Whether a tower learns, stores or computes positions outside of its projections: a table, or convolutions.
+    def may_rotate(self, path: str) -> bool:
+        """Whether a tower has nowhere else to take positions from than its attention, and looks as if it did.
 
-        What takes in neither words nor pictures has its positions from outside, or needs none.
+        Nowhere else: no table of positions, and no convolution between the tokens. Looks like it: it reads words and
+        puts out words (a language model that knows no order is no use), or it has norms without a bias, which came
+        with rotary embeddings.
         """
-        inside = [i for i in self.target.parameters if not path or i.name.startswith(path + ".")]
+        groups = [g for g in self.target.groups if f"{g.module_path}.".startswith(f"{path}." if path else "")]
+        inside = [i for g in groups for i in g.members]
         width = _residual_width(inside)
         pictures = any(i.name in self.pictures for i in inside)
-        if not pictures and not any(_looked_up(i) and i.shape[1] == width for i in inside):
-            return True
         if any(_is_table(i, width, 0 if pictures else self.words) for i in inside):
-            return True
-        return any(_is_convolution(i) and max(i.shape[2:]) > 1 and i.name not in self.pictures for i in inside)
+            return False
+        if any(_is_convolution(i) and max(i.shape[2:]) > 1 and i.name not in self.pictures for i in inside):
+            return False
+        return self.speaks or any(_is_plain_norm(g, width) for g in groups)
 
 
 def _residual_width(infos: Sequence[ParameterInfo]) -> int:
     """The most frequent length of a vector: norms and biases of the residual stream."""
     lengths = Counter(i.shape[0] for i in infos if len(i.shape) == 1 and i.kind == "parameter")
     return max(lengths, key=lambda n: (lengths[n], -n), default=0)
+
+
+def _puts_out_words(side: ModelDescription, vocabulary: Shape) -> bool:
+    """Whether a head of the vocabulary's shape stands beside it, outside of all blocks, or is tied to it."""
+    alike = [i.name for i in side.parameters if i.shape == vocabulary and not any(c.isdigit() for c in i.name)]
+    return len(alike) > 1 or any(first in alike for first in side.tied.values())
+
+
+def _is_plain_norm(group: ParameterGroup, width: int) -> bool:
+    """Whether a module is a norm that scales and does not shift (RMSNorm)."""
+    return [(i.leaf, i.shape) for i in group.parameters] == [("weight", (width,))]
 
 
 def _looked_up(info: ParameterInfo) -> bool:

@@ -30,6 +30,8 @@ class MatchingOptions:
         shape_tolerance: Kept for callers of older versions; trainable parameters never match across different
             shapes, so it only widens which buffers count as near.
         adapt: Value-changing operations the user asks for by name.
+        assume_layouts: Whether rows of queries and keys, and flattened patches, may be taken to mean the same on both
+            sides where nothing shows it (:mod:`lit_wsl.mapper.layouts`); without, they are ambiguous.
 
     Raises:
         MappingError: If an option has a value that is not allowed; the message names it.
@@ -42,6 +44,7 @@ class MatchingOptions:
     incompatible_pairs: tuple[tuple[frozenset[str], frozenset[str]], ...] = ()
     shape_tolerance: float = 0.0
     adapt: tuple[Adaptation, ...] = ()
+    assume_layouts: bool = False
 
     def __post_init__(self) -> None:
         _one_of("buffers", self.buffers, get_args(BufferMode))
@@ -68,6 +71,7 @@ class MatchingOptions:
         incompatible_pairs: Sequence[tuple[Any, Any]] | None = None,
         shape_tolerance: float = 0.0,
         adapt: Sequence[str] = (),
+        assume_layouts: bool = False,
     ) -> MatchingOptions:
         """Build options from what users write: lists for sets, missing weights, ``None`` for the default."""
         pairs = tuple(_pair(pair) for pair in incompatible_pairs or ())
@@ -79,6 +83,7 @@ class MatchingOptions:
             incompatible_pairs=pairs,
             shape_tolerance=float(shape_tolerance),
             adapt=tuple(adapt),  # type: ignore[arg-type]
+            assume_layouts=bool(assume_layouts),
         )
 
     @property
@@ -106,6 +111,7 @@ class MatchingOptions:
             "weights": dict(self.weights),
             "incompatible_pairs": [[sorted(a), sorted(b)] for a, b in self.incompatible_pairs],
             "adapt": list(self.adapt),
+            **({"assume_layouts": True} if self.assume_layouts else {}),
         }
 
 

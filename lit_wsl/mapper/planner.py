@@ -54,9 +54,8 @@ def build_plan(
         source: The checkpoint's side.
         target: The model's side.
         options: How to match.
-        assume_layouts: Whether rows of queries and keys, and flattened patches, may be taken to mean the same on
-            both sides where nothing shows it (:mod:`lit_wsl.mapper.layouts`): for looking at a mapping, and for plans
-            that are going to be proven by function. To be loaded as they are, such tensors are ambiguous.
+        assume_layouts: As the option of this name: for looking at a mapping, and for plans that are going to be
+            proven by function. To be loaded as they are, such tensors are ambiguous.
 
     Returns:
         The plan; deterministic, and made without tensor data.
@@ -67,7 +66,9 @@ def build_plan(
         from lit_wsl.mapper.adaptations import adapt_plan
 
         plan = adapt_plan(plan, source, target, options, _build_lossless)
-    return plan if assume_layouts else leave_open(plan, hidden_layouts(plan, source, target))
+    if assume_layouts or options.assume_layouts:
+        return plan
+    return leave_open(plan, hidden_layouts(plan, source, target))
 
 
 def _build_lossless(source: ModelDescription, target: ModelDescription, options: MatchingOptions) -> TransferPlan:

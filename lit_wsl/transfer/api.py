@@ -79,6 +79,7 @@ def transfer_weights(
     min_coverage: float = 0.5,
     source_module: nn.Module | None = None,
     adapt: Sequence[str] = (),
+    assume_layouts: bool = False,
     checkpoint_weights: Literal["auto", "model", "ema"] = "auto",
 ) -> TransferReport:
     """Put the weights of one model into another, in place, all or nothing.
@@ -101,6 +102,8 @@ def transfer_weights(
             the model's, whichever share is larger).
         source_module: The module the checkpoint was saved from, for users who still have the old code.
         adapt: Operations that change values, asked for by name.
+        assume_layouts: You know that both models order the rows of queries and keys alike, and cut patches alike.
+            Without, what only the function could show stays ambiguous, unless ``source_module`` and a sample prove it.
         checkpoint_weights: Which weights of the file: the ``"model"``'s, its ``"ema"``, or what it marks as its own.
 
     Returns:
@@ -130,6 +133,7 @@ def transfer_weights(
         weights=weights,
         incompatible_pairs=incompatible_pairs,
         adapt=adapt,
+        assume_layouts=assume_layouts,
     )
     floor = valid_floor(min_coverage)
     ranks = Ranks.of_model(model)
@@ -224,7 +228,8 @@ def _plan_transfer(
             from lit_wsl.mapper.layouts import hidden_layouts
             from lit_wsl.mapper.proof import prove
 
-            chosen = prove(chosen, old_one, model, samples, unseen=hidden_layouts(chosen, theirs, target))
+            unseen = {} if options.assume_layouts else hidden_layouts(chosen, theirs, target)
+            chosen = prove(chosen, old_one, model, samples, unseen=unseen)
         chosen, dropped = _without_losses(chosen, theirs, target)
         notes += dropped
     chosen, dropped = _leave_alone(chosen, target)

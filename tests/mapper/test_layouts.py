@@ -25,18 +25,19 @@ def turned(x, pairs: bool):
 
 
 class Words(nn.Module):
-    """A decoder over words in one of several conventions.
+    """A model of words in one of several conventions.
 
     ``names`` are those of the projections; two of them mean a fused projection, whose heads ``alternate`` or not.
     ``around`` are those of the rest.
     """
 
-    def __init__(self, names, around, *, pairs=False, rotary=True, table=False, alternate=False, late=False):
+    def __init__(self, names, around, *, pairs=False, rotary=True, table=False, alternate=False, late=False, **kind):
         super().__init__()
+        norm, puts_out = kind.get("norm", nn.LayerNorm), kind.get("puts_out", 40)
         self.names, self.around = names, around
         self.pairs, self.rotary, self.alternate = pairs, rotary, alternate
         self.table = nn.Embedding(7, WIDTH) if table else None
-        layers = dict(zip(around, (nn.Embedding(40, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5))))
+        layers = dict(zip(around, (nn.Embedding(40, WIDTH), norm(WIDTH), nn.Linear(WIDTH, puts_out))))
         widths = [3 * WIDTH] if len(names) == 2 else [WIDTH] * 3
         layers |= {name: nn.Linear(WIDTH, width) for name, width in zip(names, [*widths, WIDTH])}
         if late:
@@ -90,6 +91,14 @@ def test_rows_of_queries_and_keys_wait_for_a_proof(pairs):
     assert torch.equal(new.wq.weight, old.query.weight) != pairs
 
 
+def test_whoever_knows_may_say_so():
+    old, new = randomise(Words(LONG, AROUND)), other()
+    report = transfer_weights(new, old.state_dict(), assume_layouts=True)
+    assert report.ambiguous == ()
+    assert report.plan.options["assume_layouts"] is True
+    torch.testing.assert_close(new(IDS), old(IDS))
+
+
 def test_a_sample_that_never_turns_a_row_proves_nothing():
     old, new = randomise(Words(LONG, AROUND)), other(pairs=True)
     report = transfer_weights(new, old.state_dict(), example_args=(IDS[:, :1],), source_module=old)
@@ -114,6 +123,12 @@ def test_a_pure_renaming_keeps_every_convention(pairs):
     old, new = randomise(Words(LONG, AROUND, pairs=pairs)), randomise(Words(SHORT, ELSEWHERE, pairs=pairs), 1)
     assert transfer_weights(new, old.state_dict()).missing == ()
     torch.testing.assert_close(new(IDS), old(IDS))
+
+
+@pytest.mark.parametrize(("norm", "doubted"), [(nn.LayerNorm, False), (nn.RMSNorm, True)])
+def test_a_classifier_is_doubted_only_with_the_norms_that_came_with_rotary_embeddings(norm, doubted):
+    old, new = randomise(Words(LONG, AROUND, puts_out=5, norm=norm)), other(puts_out=5, norm=norm)
+    assert bool(transfer_weights(new, old.state_dict()).ambiguous) == doubted
 
 
 def test_a_table_of_positions_leaves_nothing_to_turn():
@@ -162,7 +177,7 @@ def test_flattened_patches_wait_for_a_proof(cut, back):
     old, new = reversed(models) if back else models
     randomise(old), randomise(new, 1)
     x = torch.randn(2, 3, 8, 8)
-    with pytest.raises(CoverageError, match="ambiguous, first embed.weight: patches"):
+    with pytest.raises(CoverageError, match=r"ambiguous, first embed\.weight: patches"):
         transfer_weights(new, old.state_dict())
     assert transfer_weights(new, old.state_dict(), min_coverage=0.1).ambiguous == ("embed.weight",)
     report = transfer_weights(new, old.state_dict(), example_args=(x,), source_module=old)
