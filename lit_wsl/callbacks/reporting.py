@@ -43,27 +43,34 @@ def report_nothing(model: pl.LightningModule, label: str, options: MatchingOptio
 
 
 def announce(trainer: pl.Trainer, report: TransferReport, *, verbose: bool) -> None:
-    """Print the coverage, if ``verbose``, tell the loggers, and write the report."""
-    if trainer.is_global_zero:
+    """Print the coverage, if ``verbose``, write the report, and tell the loggers."""
+    if trainer.is_global_zero and verbose:
         from lit_wsl.report.coverage import print_report
+
+        print_report(report)
+    page = write_report(trainer, report)
+    if trainer.is_global_zero:
         from lit_wsl.report.loggers import log_report
 
-        if verbose:
-            print_report(report)
-        log_report(trainer.loggers, report)
-    write_report(trainer, report)
+        log_report(trainer.loggers, report, page=page)
 
 
-def write_report(trainer: pl.Trainer, report: TransferReport | None) -> None:
-    """Write the report, if there is one, into the run's folder, as JSON and as a page; on all ranks."""
+def write_report(trainer: pl.Trainer, report: TransferReport | None) -> Path | None:
+    """Write the report, if there is one, into the run's folder, as JSON and as a page; on all ranks.
+
+    Returns:
+        The page, if one was written.
+    """
     directory = trainer.log_dir  # a collective call
     if report is None or not trainer.is_global_zero or directory is None or getattr(trainer, "fast_dev_run", False):
-        return
+        return None
     path = Path(directory) / REPORT_FILE
     try:
         os.makedirs(directory, exist_ok=True)
         report.to_json(path)
         if report.applied:
             report.save_html(path.with_suffix(".html"))
+            return path.with_suffix(".html")
     except (OSError, LitWslError) as error:  # a full disk is no reason to stop a run that has its weights
         rank_zero_warn(f"Weight transfer: the report could not be written: {error}")
+    return None
