@@ -252,6 +252,36 @@ print(json.dumps([[e.sources, e.targets, e.badge, e.score, e.margin, e.reason] f
 """
 
 
+class Chain(nn.Module):
+    """Layers of few shapes, registered in one order and run in another."""
+
+    def __init__(self, widths, registered, name):
+        super().__init__()
+        self.run = [name(k) for k in range(len(widths) - 1)]
+        for k in registered:
+            self.add_module(name(k), nn.Linear(widths[k], widths[k + 1]))
+
+    def forward(self, x):
+        for name in self.run:
+            x = torch.tanh(getattr(self, name)(x))
+        return x
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([3, 4]), min_size=4, max_size=8), st.randoms(use_true_random=False))
+def test_a_sample_only_turns_missing_into_right(widths, chance):
+    layers = list(range(len(widths) - 1))
+    words = [f"{chance.choice(['body', 'neck', 'tail'])}_{letter}" for letter in "abcdefg"]
+    orders = [chance.sample(layers, len(layers)) if chance.random() < 0.5 else layers for _ in range(2)]
+    old, new = Chain(widths, orders[0], lambda k: f"stage{k}"), Chain(widths, orders[1], lambda k: words[k])
+    x = torch.randn(2, widths[0])
+    without = build_plan(describe(old.state_dict()), describe(new))
+    order = trace_execution_order(new, (x,))
+    with_sample = build_plan(describe(old.state_dict()), describe(new, execution_order=order))
+    found = [{t: (e.sources, e.operations) for e in plan for t in e.targets} for plan in (without, with_sample)]
+    assert found[0].items() <= found[1].items()
+
+
 def test_the_plan_is_the_same_for_every_hash_seed_and_thread_count():
     plans = set()
     for seed, threads in (("0", 1), ("1", 2), ("4711", 1)):
