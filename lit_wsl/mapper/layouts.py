@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lit_wsl.mapper.names import split_numbers
 from lit_wsl.mapper.tree import owner_path
 from lit_wsl.structure.info import ModelDescription, ParameterGroup, ParameterInfo, Shape, tokenize
 from lit_wsl.transfer.operations import Concat, Reshape, Split
@@ -31,6 +30,7 @@ from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, TransferPlan
 LEAST_POSITIONS = 4  # rows of a table of positions; token types and the like have fewer
 HEADS = 4  # a head is at least so wide
 KINSHIP = 2 / 3  # share of module names that both sides have in common, from which they are one code base
+_NUMBER = re.compile(r"\d+")
 _QUERY_OR_KEY = re.compile(r"(^|[^a-z])w?[qk]([^a-z]|$)|quer|key")  # the letters of Attention(Q, K, V)
 _REMEDY = "source_module= and a sample let the function decide; assume_layouts=True if you know that both sides agree"
 ROWS = f"the rows of q and k may stand in rotary pairs or halves, which names and shapes don't show: {_REMEDY}"
@@ -54,8 +54,14 @@ def hidden_layouts(plan: TransferPlan, source: ModelDescription, target: ModelDe
         return found
     inputs = _Inputs(source, target)
     towers: dict[str, bool] = {}
+    reasons: dict[tuple[str, ...], str] = {}
     for entry in plan:
-        reason = _attention(entry) if entry.kind == "parameter" else ""
+        if entry.kind != "parameter":
+            continue
+        family = tuple(_NUMBER.sub("#", name) for name in (*entry.targets, *entry.sources))
+        if family not in reasons:
+            reasons[family] = _attention(entry)
+        reason = reasons[family]
         if reason:
             tower = inputs.tower(entry.targets[0])
             if tower not in towers:
@@ -97,11 +103,12 @@ def _only_renamed(plan: TransferPlan, source: ModelDescription) -> bool:
 
 def _kinship(plan: TransferPlan) -> float:
     """Share of the pairs of families whose modules are called alike."""
-    families = {
-        split_numbers(e.targets[0])[0]: (_words(e.sources[0]), _words(e.targets[0]))
+    first = {
+        _NUMBER.sub("#", e.targets[0]): e
         for e in plan
         if e.kind == "parameter" and len(e.sources) == len(e.targets) == 1
     }
+    families = {name: (_words(e.sources[0]), _words(e.targets[0])) for name, e in first.items()}
     if not families:
         return 0.0
     always = [set.intersection(*(set(pair[side]) for pair in families.values())) for side in (0, 1)]
