@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from lit_wsl.structure.info import ParameterInfo, Shape
 from lit_wsl.transfer.operations import Operation
@@ -73,6 +73,7 @@ class Item:
         return max(self.tensors, key=lambda t: (t.numel, -t.start))
 
 
+@lru_cache(maxsize=4096)  # a model of many tensors has few shapes
 def shape_key(shape: Shape) -> Shape:
     """A shape up to transposition and axes of size one.
 
@@ -150,6 +151,7 @@ class TreeBuilder:
         return children[0] if len(children) == 1 else self.group(path, children, 2)
 
 
+@lru_cache(maxsize=4096)  # and few names of leaves
 def stem_of(leaf: str) -> str:
     """The name of a tensor without the word that says weight or bias.
 
