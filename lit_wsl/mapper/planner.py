@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from lit_wsl.mapper.align import Aligner, Match, Outcome
@@ -61,14 +63,27 @@ def build_plan(
         The plan; deterministic, and made without tensor data.
     """
     options = options or MatchingOptions()
-    plan = _build_lossless(source, target, options)
-    if options.adapt:
-        from lit_wsl.mapper.adaptations import adapt_plan
+    with _no_collections():
+        plan = _build_lossless(source, target, options)
+        if options.adapt:
+            from lit_wsl.mapper.adaptations import adapt_plan
 
-        plan = adapt_plan(plan, source, target, options, _build_lossless)
-    if assume_layouts or options.assume_layouts:
-        return plan
-    return leave_open(plan, hidden_layouts(plan, source, target))
+            plan = adapt_plan(plan, source, target, options, _build_lossless)
+        if assume_layouts or options.assume_layouts:
+            return plan
+        return leave_open(plan, hidden_layouts(plan, source, target))
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without the cyclic garbage collector: planning makes many objects and hardly a cycle, which it would search."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _build_lossless(source: ModelDescription, target: ModelDescription, options: MatchingOptions) -> TransferPlan:
