@@ -340,7 +340,7 @@ def _tensors(units: Sequence[Item]) -> list[Item]:
 
 def _key(item: Item) -> Profile:
     """Items of one key hold tensors of the same shapes."""
-    return (item.level, *sorted(item.profile.items()))
+    return (item.level, *item.profile_key)
 
 
 def _by_profile(items: Sequence[Item]) -> dict[Profile, list[Item]]:

@@ -95,7 +95,7 @@ def find_fusions(
         wholes, parts = (targets, sources) if whole_is_target else (sources, targets)
         root_w, root_p = (root_t, root_s) if whole_is_target else (root_s, root_t)
         wholes = [i for i in wholes if id(i) not in gone and i.rank >= 2]
-        other_profiles = {tuple(sorted(i.profile.items())) for i in parts}
+        other_profiles = {i.profile_key for i in parts}
         for whole in sorted(_uniform(families_of(wholes, root_w)), key=lambda f: (-f.members[0].numel, f.start)):
             free = [i for i in parts if id(i) not in gone and i.rank >= 2]
             choice, margin = _choose(whole, free, wholes, root_p, evidence, turned)
@@ -112,7 +112,7 @@ def find_fusions(
 
 
 def _has_equal(family: Family, profiles: set[tuple]) -> bool:
-    return tuple(sorted(family.members[0].profile.items())) in profiles
+    return family.members[0].profile_key in profiles
 
 
 def _uniform(families: list[Family]) -> list[Family]:
@@ -248,23 +248,21 @@ def _balance(parts: tuple[Family, ...], families: list[Family], rivals: Sequence
     """Whether the siblings that are left find as many units of their shape on the whole's side."""
     size = len(parts[0].members)
     taken = {id(p) for p in parts}
-    profiles = {tuple(sorted(p.members[0].profile.items())) for p in parts}
+    profiles = {p.members[0].profile_key for p in parts}
     fits = 0
     for profile in profiles:
-        left = sum(1 for f in families if id(f) not in taken and tuple(sorted(f.members[0].profile.items())) == profile)
-        there = sum(1 for i in rivals if tuple(sorted(i.profile.items())) == profile)
+        left = sum(1 for f in families if id(f) not in taken and f.members[0].profile_key == profile)
+        there = sum(1 for i in rivals if i.profile_key == profile)
         fits += left * size == there
     return fits / len(profiles)
 
 
 def _in_place(whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> bool:
     """Whether the parts follow one another, and siblings of their shape stand around them as around the whole."""
-    profiles = {tuple(sorted(p.members[0].profile.items())) for p in parts}
+    profiles = {p.members[0].profile_key for p in parts}
     home = _ancestor(parts[0].members[0].path, 1)
     row = sorted(
-        f.start
-        for f in families
-        if tuple(sorted(f.members[0].profile.items())) in profiles and _ancestor(f.members[0].path, 1) == home
+        f.start for f in families if f.members[0].profile_key in profiles and _ancestor(f.members[0].path, 1) == home
     )
     run = sorted(p.start for p in parts)
     if len(profiles) > 1 or run[0] not in row:
@@ -274,7 +272,7 @@ def _in_place(whole: Family, parts: tuple[Family, ...], families: list[Family], 
     around = [
         i.positions[0] < first.positions[0]
         for i in rivals
-        if tuple(sorted(i.profile.items())) in profiles and _ancestor(i.path, 1) == _ancestor(first.path, 1)
+        if i.profile_key in profiles and _ancestor(i.path, 1) == _ancestor(first.path, 1)
     ]
     return row[before : before + len(run)] == run and (sum(around), len(around)) == (before, len(row) - len(run))
 

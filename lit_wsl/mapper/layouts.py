@@ -140,8 +140,7 @@ class _Inputs:
         self.words = max((i.shape[0] for i in tables), default=0)
         self.speaks = any(_puts_out_words(side, t.shape) for t in tables if t.shape[0] == self.words for side in sides)
         convolutions = [i for i in target.parameters if _is_convolution(i)]
-        puts_out = {i.shape[0] for i in target.parameters if i.kind == "parameter" and i.shape}
-        self.pictures = {i.name for i in convolutions if i.shape[1] not in puts_out and _is_dense(i, target)}
+        self.pictures = _reading_input(convolutions, target)
         self._above = {""}
         for name in (*(i.name for i in tables), *self.pictures):
             while name := name.rpartition(".")[0]:
@@ -223,21 +222,20 @@ def _attention(entry: PlanEntry) -> str:
 
 def _cuts_patches(entry: PlanEntry, source: ModelDescription, target: ModelDescription) -> bool:
     """Whether a convolution that reads the input becomes a matrix, or a matrix becomes one."""
-    if len(entry.operations) == 0 or not all(isinstance(op, Reshape) for op in entry.operations[:1]):
+    if not entry.operations or not isinstance(entry.operations[0], Reshape):
         return False
     s, t = source[entry.sources[0]], target[entry.targets[0]]
     for kernel, flat, side in ((s, t, source), (t, s, target)):
         if len(kernel.shape) >= 4 and len(flat.shape) == 2 and kernel.shape[0] == flat.shape[0]:
-            return kernel.shape[1] > 1 and max(kernel.shape[2:]) > 1 and _reads_input(kernel, side)
+            return kernel.shape[1] > 1 and max(kernel.shape[2:]) > 1 and bool(_reading_input([kernel], side))
     return False
 
 
-def _reads_input(kernel: ParameterInfo, side: ModelDescription) -> bool:
-    """Whether nothing in the model puts out as many channels as the convolution takes in."""
-    puts_out = any(i.shape[0] == kernel.shape[1] for i in side.parameters if i.kind == "parameter" and i.shape)
-    return not puts_out and _is_dense(kernel, side)
+def _reading_input(kernels: Sequence[ParameterInfo], side: ModelDescription) -> set[str]:
+    """Names of the convolutions that take in channels which nothing in the model puts out.
 
-
-def _is_dense(kernel: ParameterInfo, side: ModelDescription) -> bool:
-    """Whether a convolution takes in whole pixels; with one channel it may be depthwise, but for the very first."""
-    return kernel.shape[1] > 1 or kernel.name == next(i.name for i in side.parameters if len(i.shape) >= 3)
+    With one channel a convolution may be depthwise, so there only the very first counts.
+    """
+    puts_out = {i.shape[0] for i in side.parameters if i.kind == "parameter" and i.shape}
+    first = next((i.name for i in side.parameters if len(i.shape) >= 3), "")
+    return {k.name for k in kernels if k.shape[1] not in puts_out and (k.shape[1] > 1 or k.name == first)}

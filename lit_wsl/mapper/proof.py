@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from lit_wsl.mapper.running import Call, Run, close, comparable, hindrance, run_
 from lit_wsl.mapper.tree import role_of
 from lit_wsl.mapper.variants import Variant, open_questions, suspicions
 from lit_wsl.transfer.operations import run_operations
-from lit_wsl.transfer.plan import PlanEntry, TransferPlan
+from lit_wsl.transfer.plan import PlanEntry, Proof, TransferPlan
 
 MAX_TRIALS = 256
 MAX_ROUNDS = 4
@@ -134,32 +135,32 @@ class _Prover:
                 changed += [why] if why else []
             if self.proven(run) or len(changed) == before:
                 break
+        judged, proof, note = self._verdict(plan, run)
+        return replace(judged, proof=proof, notes=(*judged.notes, *changed, note)), run
+
+    def _verdict(self, plan: TransferPlan, run: Run) -> tuple[TransferPlan, Proof, str]:
+        """The plan, without what may be to blame if it is refuted; its proof; and what was found, in words."""
         if self.proven(run):
-            note = "function proven: both models compute the same on the sample"
-            return replace(plan, proof="proven", notes=(*plan.notes, *changed, note)), run
-        where = self._first_difference(plan, run)
+            return plan, "proven", "function proven: both models compute the same on the sample"
+        compared = list(self._comparisons(plan, run))
+        order = list(run.trace)
+        where = next((path for same, path in compared if not same), "")
         if not where and not comparable(self.reference.outputs, run.outputs):
-            compared = [path for _, path in self._comparisons(plan, run)]
-            if compared and compared[-1] == list(run.trace)[-1]:
-                note = "function proven: both models compute the same up to the model's last module"
-                return replace(plan, proof="proven", notes=(*plan.notes, *changed, note)), run
-            note = "function not compared to the end: the models return nothing of the same shape"
-            return replace(plan, notes=(*plan.notes, *changed, note)), run
+            if compared and compared[-1][1] == order[-1]:
+                return plan, "proven", "function proven: both models compute the same up to the model's last module"
+            return plan, plan.proof, "function not compared to the end: the models return nothing of the same shape"
         unfilled = {_module(u.name) for u in plan.unmatched_target if u.kind == "parameter"}
         unfilled |= {_module(t) for a in plan.ambiguous for t in a.targets}
-        order = list(run.trace)
         upto = order.index(where) if where else len(order)
         if any(path in unfilled for path in order[: upto + 1]) or (unfilled and not unfilled.intersection(order)):
-            note = "function not compared to the end: some parameters of the model stay as they are"
-            return replace(plan, notes=(*plan.notes, *changed, note)), run
+            return plan, plan.proof, "function not compared to the end: some parameters of the model stay as they are"
         note = f"function REFUTED: the outputs differ{f', first at module {where!r}' if where else ''}"
-        verified = {path for same, path in self._comparisons(plan, run) if same}
-        earlier = self._agreed(plan, run)
+        earlier = self._before_agreement(plan, run)
+        verified = {path for same, path in compared if same}
         verified |= {_module(t) for e in plan.entries for t in e.targets if _all_in(earlier, run, _module(t))}
-        if not where and verified:  # no module differs: what does lies between them, and no entry is to blame
-            return replace(plan, proof="refuted", notes=(*plan.notes, *changed, note)), run
-        plan = _withdraw(plan, self._doubtful_modules(plan, run), verified, where)
-        return replace(plan, proof="refuted", notes=(*plan.notes, *changed, note)), run
+        if where or not verified:  # where no module differs, what does lies between them, and no entry is to blame
+            plan = _withdraw(plan, self._doubtful_modules(plan, run), verified, where)
+        return plan, "refuted", note
 
     def proven(self, run: Run) -> bool:
         """Whether the outputs agree."""
@@ -177,18 +178,17 @@ class _Prover:
             without = [e for e in plan.entries if e.targets[0] not in unseen]
             missed = len(without) < len(plan.entries) and not self.proven(self.run(without))
             return {e.targets[0] for e in plan.entries} if missed else set()
-        before = self._agreed(plan, run)
+        before = self._before_agreement(plan, run)
         return {e.targets[0] for e in plan.entries if _all_in(before, run, _module(_module(e.targets[0])))}
 
-    def _agreed(self, plan: TransferPlan, run: Run) -> set[str]:
+    def _agreeing(self, plan: TransferPlan, run: Run) -> list[str]:
+        """The compared modules up to the first that differs."""
+        return [path for _, path in takewhile(lambda compared: compared[0], self._comparisons(plan, run))]
+
+    def _before_agreement(self, plan: TransferPlan, run: Run) -> set[str]:
         """Modules that ran before one that agreed, where nothing had differed until then."""
-        last = ""
-        for same, path in self._comparisons(plan, run):
-            if not same:
-                break
-            last = path
-        order = list(run.trace)
-        return set(order[: order.index(last)] if last else ())
+        agreeing, order = self._agreeing(plan, run), list(run.trace)
+        return set(order[: order.index(agreeing[-1])] if agreeing else ())
 
     def _questions(self, plan: TransferPlan, run: Run) -> Iterator[list[Variant]]:
         yield from open_questions(plan)
@@ -219,12 +219,7 @@ class _Prover:
 
     def _progress(self, plan: TransferPlan, run: Run) -> tuple[bool, int]:
         """How far two runs agree: the outputs, then the number of modules up to the first that differs."""
-        agreed = 0
-        for same, _ in self._comparisons(plan, run):
-            if not same:
-                break
-            agreed += 1
-        return self.proven(run), agreed
+        return self.proven(run), len(self._agreeing(plan, run))
 
     def _comparisons(self, plan: TransferPlan, run: Run) -> Iterator[tuple[bool, str]]:
         """Modules of the new model in order of execution, and whether their partner computed the same."""
@@ -233,9 +228,6 @@ class _Prover:
             theirs = self.reference.trace.get(partner.get(path, "\0"))
             if theirs is not None and theirs.numel() == values.numel():
                 yield close(theirs, values), path
-
-    def _first_difference(self, plan: TransferPlan, run: Run) -> str:
-        return next((path for same, path in self._comparisons(plan, run) if not same), "")
 
     def _doubtful_modules(self, plan: TransferPlan, run: Run) -> list[str]:
         """Modules between the last that agrees and the first that differs, both included, nearest last."""
@@ -292,5 +284,5 @@ def _partners(plan: TransferPlan) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in plan.entries:
         if len(entry.sources) == len(entry.targets) == 1 and entry.kind == "parameter":
-            found.setdefault(entry.targets[0].rpartition(".")[0], entry.sources[0].rpartition(".")[0])
+            found.setdefault(_module(entry.targets[0]), _module(entry.sources[0]))
     return found

@@ -63,6 +63,11 @@ class Item:
         return Counter(shape_key(t.shape) for t in self.tensors)
 
     @cached_property
+    def profile_key(self) -> tuple[tuple[Shape, int], ...]:
+        """The profile as something to compare and to look up."""
+        return tuple(sorted(self.profile.items()))
+
+    @cached_property
     def rank(self) -> int:
         """Largest number of axes (sizes of one left out) of any tensor below."""
         return max(len(key) for key in self.profile)
