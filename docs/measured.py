@@ -111,8 +111,8 @@ def memory() -> Iterator[str]:
 
 def reading() -> Iterator[str]:
     """Reading a large file."""
-    data = load("io.json")
-    if not data:
+    runs = [data for data in (load("io.json"), load("io_two_threads.json")) if data]
+    if not runs:
         return
     names = {
         "torch": "`torch.load(mmap=True)` + `load_state_dict`",
@@ -120,12 +120,16 @@ def reading() -> Iterator[str]:
         "machine": "the same by our own pickle machine, which reads files with foreign classes",
         "transfer": "`transfer_weights` into renamed modules, all checks",
     }
-    yield f"### Reading {data['bytes'] / 1e9:.1f} GB\n\n"
-    yield "Median of the repeats, on a shared two-core machine, the file in the page cache.\n\n"
-    yield "| way | s | fastest, s | private memory, MB |\n|---|---:|---:|---:|\n"
-    for key, row in data["ways"].items():
-        yield f"| {names.get(key, key)} | {row['seconds']:.1f} | {row['fastest']:.1f} | {row['private'] / 1e6:.1f} |\n"
-    yield "\n`python benchmarks/io.py --json benchmarks/results/io.json`\n\n"
+    yield f"### Reading {runs[0]['bytes'] / 1e9:.1f} GB\n\n"
+    yield "Median of the repeats, on a shared two-core machine, the file in the page cache; in brackets in units of the first way.\n\n"
+    yield "| threads | way | s | processor, s | peak memory, GB | private memory, MB |\n|---:|---|---:|---:|---:|---:|\n"
+    for data in runs:
+        base = data["ways"]["torch"]
+        for key, row in data["ways"].items():
+            times = " | ".join(f"{row[k]:.2f} ({row[k] / base[k]:.2f})" for k in ("seconds", "cpu"))
+            yield f"| {data['threads']} | {names.get(key, key)} | {times} | {row['peak'] / 1e9:.2f} | {row['private'] / 1e6:.1f} |\n"
+    yield "\n`python benchmarks/io.py --repeats 9 --json benchmarks/results/io.json`\n"
+    yield "`python benchmarks/io.py --repeats 9 --threads 2 --json benchmarks/results/io_two_threads.json`\n\n"
 
 
 def architectures() -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from lit_wsl.transfer.distributed import copy_into_shard, is_sharded
 
 _PIECE = 1 << 18  # bytes; one of the target and one of the source fit every second-level cache
+_THREADS_PIECE = 1 << 20  # threads wait for the interpreter between two pieces, so theirs are larger
 _STRETCH = 1 << 24  # bytes that are worth a thread of their own
 _MOST_THREADS = 8  # more do not copy faster: the memory is the limit, and they wait for each other between two pieces
 _CHUNK = 1 << 24  # elements looked at in one go; bounds the temporary memory of a check
@@ -101,30 +103,31 @@ def copy_in_pieces(target: Tensor, value: Tensor) -> bool:
     threads = min(torch.get_num_threads(), _MOST_THREADS, target.nbytes // _STRETCH)
     if threads > 1 and source.dtype == flat.dtype:
         length = -(-len(flat) // threads)
+        copy = partial(_copy_stretch, piece=_THREADS_PIECE)
         with ThreadPoolExecutor(threads) as pool:
-            finite = all(list(pool.map(_copy_stretch, flat.split(length), source.split(length))))
+            finite = all(list(pool.map(copy, flat.split(length), source.split(length))))
     else:
         with torch.no_grad():
-            finite = _copy_stretch(flat, source)
+            finite = _copy_stretch(flat, source, _PIECE)
     if not target.is_inference():  # autograd notices a write that comes too early, as it does with copy_
         torch.autograd.graph.increment_version(target)
     return finite
 
 
-def _copy_stretch(target: Tensor, value: Tensor) -> bool:
-    """Copy and check piece by piece; both are one-dimensional."""
-    check, step = _CHECKS[target.dtype], _PIECE // target.element_size()
+def _copy_stretch(target: Tensor, value: Tensor, piece: int) -> bool:
+    """Copy and check by pieces of so many bytes; both are one-dimensional."""
+    check, step = _CHECKS[target.dtype], piece // target.element_size()
     into = _as_array(target)
     source = _as_array(value) if value.dtype == target.dtype else None
     finite = True
     with np.errstate(all="ignore"):
         for start in range(0, len(into), step):
-            piece = into[start : start + step]
+            copied = into[start : start + step]
             if source is not None:
-                np.copyto(piece, source[start : start + step])
+                np.copyto(copied, source[start : start + step])
             else:
                 target[start : start + step].copy_(value[start : start + step])
-            finite = finite and check(piece)
+            finite = finite and check(copied)
     return finite
 
 
