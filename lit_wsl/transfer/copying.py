@@ -8,9 +8,9 @@ tenth. Pieces of that size are so many that the calls count, and NumPy's cost a 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from lit_wsl.transfer.distributed import copy_into_shard, is_sharded
 
 _PIECE = 1 << 18  # bytes; one of the target and one of the source fit every second-level cache
 _THREADS_PIECE = 1 << 20  # threads wait for the interpreter between two pieces, so theirs are larger
-_STRETCH = 1 << 24  # bytes that are worth a thread of their own
+_STRETCH = 1 << 23  # bytes that a thread takes at a time
 _MOST_THREADS = 8  # more do not copy faster: the memory is the limit, and they wait for each other between two pieces
 _CHUNK = 1 << 24  # elements looked at in one go; bounds the temporary memory of a check
 
@@ -102,16 +102,32 @@ def copy_in_pieces(target: Tensor, value: Tensor) -> bool:
     flat, source = target.detach().view(-1), value.detach().view(-1)
     threads = min(torch.get_num_threads(), _MOST_THREADS, target.nbytes // _STRETCH)
     if threads > 1 and source.dtype == flat.dtype:
-        length = -(-len(flat) // threads)
-        copy = partial(_copy_stretch, piece=_THREADS_PIECE)
-        with ThreadPoolExecutor(threads) as pool:
-            finite = all(list(pool.map(copy, flat.split(length), source.split(length))))
+        finite = _copy_shared(flat, source, threads)
     else:
         with torch.no_grad():
             finite = _copy_stretch(flat, source, _PIECE)
     if not target.is_inference():  # autograd notices a write that comes too early, as it does with copy_
         torch.autograd.graph.increment_version(target)
     return finite
+
+
+def _copy_shared(target: Tensor, value: Tensor, threads: int) -> bool:
+    """Several threads, this one among them, take stretch after stretch: none waits for one that came late."""
+    length = _STRETCH // target.element_size()
+    left = deque(zip(target.split(length), value.split(length), strict=True))
+
+    def work() -> bool:
+        finite = True
+        while True:
+            try:
+                into, source = left.popleft()
+            except IndexError:
+                return finite
+            finite = _copy_stretch(into, source, _THREADS_PIECE) and finite
+
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(work) for _ in range(threads - 1)]
+        return all([work(), *(other.result() for other in others)])
 
 
 def _copy_stretch(target: Tensor, value: Tensor, piece: int) -> bool:
