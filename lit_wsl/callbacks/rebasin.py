@@ -25,6 +25,7 @@ from lit_wsl.callbacks.rebasin_model import (
 from lit_wsl.callbacks.sample import Call, find_samples
 from lit_wsl.checkpoint import atomic_write_text, open_checkpoint
 from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.batch_statistics import has_batch_statistics
 from lit_wsl.rebasin.job import (
     MEAN_STATISTICS,
     REPORT_FILE,
@@ -37,7 +38,6 @@ from lit_wsl.rebasin.job import (
     names_of,
     write_results,
 )
-from lit_wsl.rebasin.merging import has_batch_statistics
 from lit_wsl.rebasin.outputs import resolve_outputs
 from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.structure.preserving import preserved_rng

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lit_wsl.callbacks.sample import Call, ways_to_call
 from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.batch_statistics import reestimate_batchnorm
 from lit_wsl.rebasin.inference import infer_permutation_spec
-from lit_wsl.rebasin.merging import reestimate_batchnorm
 from lit_wsl.rebasin.outputs import MainOutputs, Outputs
 from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.structure.tracing import only_child

@@ -13,6 +13,7 @@ from lit_wsl.callbacks.rebasin_model import find_spec, repaired
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.cli.console import print_json, remark, say, table
 from lit_wsl.cli.models import Call, UsageError, build_model, look_up, sample_call
+from lit_wsl.rebasin.batch_statistics import has_batch_statistics
 from lit_wsl.rebasin.job import (
     MEAN_STATISTICS,
     AlignOptions,
@@ -23,7 +24,6 @@ from lit_wsl.rebasin.job import (
     names_of,
     write_results,
 )
-from lit_wsl.rebasin.merging import has_batch_statistics
 from lit_wsl.rebasin.spec import PermutationSpec
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from lit_wsl.rebasin.activation import activation_matching
 from lit_wsl.rebasin.apply import apply_permutation, compose_permutations, invert_permutations
 from lit_wsl.rebasin.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
+from lit_wsl.rebasin.batch_statistics import reestimate_batchnorm
 from lit_wsl.rebasin.best import best_matching, midpoint_gap
 from lit_wsl.rebasin.builder import PermutationSpecBuilder
 from lit_wsl.rebasin.inference import infer_permutation_spec
 from lit_wsl.rebasin.matching import MatchingResult, weight_matching
-from lit_wsl.rebasin.merging import average, interpolate, reestimate_batchnorm, task_arithmetic
+from lit_wsl.rebasin.merging import average, interpolate, task_arithmetic
 from lit_wsl.rebasin.registry import permutation_spec, register_permutation_spec, registered_permutation_specs
 from lit_wsl.rebasin.repair import repair
 from lit_wsl.rebasin.spec import AxisSpec, AxisUse, PermutationGroup, Permutations, PermutationSpec

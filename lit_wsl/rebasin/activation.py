@@ -17,9 +17,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.batch_statistics import Forward, call_on_inputs
 from lit_wsl.rebasin.descent import Descent
 from lit_wsl.rebasin.matching import MatchingResult, identity_share, matched_names
-from lit_wsl.rebasin.merging import Forward, call_on_inputs
 from lit_wsl.rebasin.progress import progress_bar
 from lit_wsl.rebasin.spec import PermutationSpec
 

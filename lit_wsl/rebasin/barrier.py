@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics import Metric
 
-from lit_wsl.rebasin.merging import (
+from lit_wsl.rebasin.batch_statistics import (
     Forward,
     call_on_inputs,
     has_batch_statistics,
-    interpolate,
     reestimate_batchnorm,
 )
+from lit_wsl.rebasin.merging import interpolate
 from lit_wsl.rebasin.repair import repair as repair_model
 from lit_wsl.rebasin.spec import PermutationSpec
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.activation import activation_matching
 from lit_wsl.rebasin.apply import apply_permutation
+from lit_wsl.rebasin.batch_statistics import Forward, call_on_inputs
 from lit_wsl.rebasin.descent import Descent
 from lit_wsl.rebasin.matching import MatchingResult, identity_share, matched_names, weight_matching
-from lit_wsl.rebasin.merging import Forward, average, call_on_inputs
+from lit_wsl.rebasin.merging import average
 from lit_wsl.rebasin.progress import progress_bar
 from lit_wsl.rebasin.repair import repair
 from lit_wsl.rebasin.spec import Permutations, PermutationSpec

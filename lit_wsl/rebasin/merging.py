@@ -1,20 +1,16 @@
-"""Merge aligned models: average, interpolation, task arithmetic, and batch norm statistics re-estimated afterwards.
+"""Merge aligned models: average, interpolation, task arithmetic.
 
 Nothing here aligns: give it state dicts whose units already stand in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from lit_wsl.errors import RebasinError
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 def linear_combination(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -104,73 +100,3 @@ def _check_same_layout(first: Mapping[str, Tensor], other: Mapping[str, Tensor],
         if tensor.shape != other[name].shape:
             shapes = f"{tuple(other[name].shape)}, in the first {tuple(tensor.shape)}"
             raise RebasinError(f"{name!r} has shape {shapes} in {which}")
-
-
-def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether the model has batch norms with running statistics."""
-    return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules())
-
-
-def call_on_inputs(model: nn.Module, batch: Any) -> Any:
-    """Call the model on a batch: the first of a pair of inputs and targets, the keywords of a dict, else as it is."""
-    if isinstance(batch, (tuple, list)):
-        return model(batch[0])
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch)
-
-
-@torch.no_grad()
-def reestimate_batchnorm(
-    model: nn.Module, batches: Iterable[Any], *, forward: Forward = call_on_inputs, max_batches: int | None = None
-) -> int:
-    """Estimate the running statistics of all batch norms anew, in place.
-
-    The mean of two networks has activations of smaller variance than either, and the mean of their statistics does
-    not describe it; this restores most of what is lost (REPAIR, Jordan et al. 2023). Statistics are the equally
-    weighted mean over the batches. Only batch norms run in training mode: dropout stays off, and the mode of every
-    module is put back.
-
-    Args:
-        model: the merged model.
-        batches: a dataloader or list of batches.
-        forward: how to call the model on a batch.
-        max_batches: stop after so many.
-
-    Returns:
-        The number of batches used; 0 if the model has no batch norms with running statistics.
-
-    Raises:
-        RebasinError: there was no batch.
-    """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not norms:
-        return 0
-    modes = [(m, m.training) for m in model.modules()]
-    momenta = [m.momentum for m in norms]
-    saved = [{k: v.clone() for k, v in m.named_buffers(recurse=False)} for m in norms]
-    count = 0
-    try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over the batches instead of an exponential one
-            norm.train()
-        for batch in batches:
-            if max_batches is not None and count >= max_batches:
-                break
-            forward(model, batch)
-            count += 1
-        if count == 0:
-            raise RebasinError("no batch to estimate batch norm statistics from")
-    except BaseException:
-        for norm, buffers in zip(norms, saved):
-            for key, value in buffers.items():
-                getattr(norm, key).copy_(value)
-        raise
-    finally:
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
-    return count

@@ -2,7 +2,7 @@
 
 The mean of two units that respond alike, but not equally, varies less than either, and layer by layer the responses of
 a merged network fade. Where batch norms follow, estimating their statistics anew undoes it
-(:func:`~lit_wsl.rebasin.merging.reestimate_batchnorm`). Without them, each unit is scaled and shifted so that its mean
+(:func:`~lit_wsl.rebasin.reestimate_batchnorm`). Without them, each unit is scaled and shifted so that its mean
 and standard deviation over data are the weighted means of the end points'; both fold into the layer's weight and bias.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.activation import channel_axis, output_axis
-from lit_wsl.rebasin.merging import Forward, call_on_inputs, has_batch_statistics, reestimate_batchnorm
+from lit_wsl.rebasin.batch_statistics import Forward, call_on_inputs, has_batch_statistics, reestimate_batchnorm
 from lit_wsl.rebasin.spec import PermutationSpec
 
 Statistics = dict[str, tuple[Tensor, Tensor]]

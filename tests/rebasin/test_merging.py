@@ -109,6 +109,30 @@ def test_reestimated_statistics_are_the_data_s_own_and_nothing_else_changes():
     assert model[1].momentum == 0.1
 
 
+def test_reestimated_statistics_do_not_depend_on_how_the_data_is_cut_into_batches():
+    torch.manual_seed(3)
+    images = (
+        torch.randn(20, 1, 8, 8) * torch.linspace(0.5, 3, 20)[:, None, None, None]
+        + torch.arange(20.0)[:, None, None, None]
+    )  # sorted: no batch is like the others
+    for sizes in ([20], [1, 19], [5, 5, 5, 5], [12, 7, 1]):
+        model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU())
+        outputs = model[0](images).movedim(1, 0).flatten(1)
+        assert reestimate_batchnorm(model, [(part,) for part in images.split(sizes)]) == len(sizes)
+        torch.testing.assert_close(model[1].running_mean, outputs.mean(1))
+        torch.testing.assert_close(model[1].running_var, outputs.var(1))
+        assert int(model[1].num_batches_tracked) == len(sizes)
+
+
+def test_a_batch_norm_that_no_batch_reaches_keeps_its_statistics():
+    model = conv_net()
+    model.add_module("auxiliary", nn.BatchNorm1d(4))
+    torch.nn.init.uniform_(model.auxiliary.running_var, 2, 3)
+    before = copy.deepcopy(model.auxiliary.state_dict())
+    reestimate_batchnorm(model, batches(), forward=lambda m, batch: m[:10](batch[0]))
+    assert all(torch.equal(before[k], v) for k, v in model.auxiliary.state_dict().items())
+
+
 def test_reestimation_without_batches_leaves_the_statistics():
     model = conv_net()
     before = copy.deepcopy(model.state_dict())

@@ -1,0 +1,129 @@
+"""Batch norm statistics of a merged model, estimated anew on data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lit_wsl.errors import RebasinError
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether the model has batch norms with running statistics."""
+    return bool(_norms(model))
+
+
+def call_on_inputs(model: nn.Module, batch: Any) -> Any:
+    """Call the model on a batch: the first of a pair of inputs and targets, the keywords of a dict, else as it is."""
+    if isinstance(batch, (tuple, list)):
+        return model(batch[0])
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch)
+
+
+@torch.no_grad()
+def reestimate_batchnorm(
+    model: nn.Module, batches: Iterable[Any], *, forward: Forward = call_on_inputs, max_batches: int | None = None
+) -> int:
+    """Estimate the running statistics of all batch norms anew, in place.
+
+    The mean of two networks has activations of smaller variance than either, and the mean of their statistics does
+    not describe it; this restores most of what is lost (REPAIR, Jordan et al. 2023). The statistics are those of all
+    batches together, every sample counted once, also where batches differ in size or in their means. Only batch norms
+    run in training mode: dropout stays off, and the mode of every module is put back. A batch norm that no batch
+    reaches keeps its statistics.
+
+    Args:
+        model: the merged model.
+        batches: a dataloader or list of batches.
+        forward: how to call the model on a batch.
+        max_batches: stop after so many.
+
+    Returns:
+        The number of batches used; 0 if the model has no batch norms with running statistics.
+
+    Raises:
+        RebasinError: there was no batch.
+    """
+    norms = _norms(model)
+    if not norms:
+        return 0
+    with _only_norms_in_training(model, norms):
+        moments = [_Moments(norm) for norm in norms]
+        count = 0
+        try:
+            for batch in batches:
+                if max_batches is not None and count >= max_batches:
+                    break
+                forward(model, batch)
+                count += 1
+        finally:
+            for each in moments:
+                each.stop()
+        if count == 0:
+            raise RebasinError("no batch to estimate batch norm statistics from")
+    for norm, each in zip(norms, moments):
+        each.store(norm)
+    return count
+
+
+def _norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+@contextmanager
+def _only_norms_in_training(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Batch norms normalise by the batch, all else evaluates; modes and statistics are put back at the end."""
+    modes = [(m, m.training) for m in model.modules()]
+    saved = [{k: v.clone() for k, v in m.named_buffers(recurse=False)} for m in norms]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.train()
+        yield
+    finally:
+        for norm, buffers in zip(norms, saved):
+            for key, value in buffers.items():
+                getattr(norm, key).copy_(value)
+        for module, training in modes:
+            module.training = training
+
+
+class _Moments:
+    """Mean and variance of the channels of what enters a module, over all calls (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.count, self.calls = 0, 0
+        self.mean: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0  # sum of squared distances from the mean
+        self._handle = module.register_forward_pre_hook(self._see)
+
+    def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        columns = args[0].detach().movedim(1, 0).flatten(1)  # (channels, samples)
+        variance, mean = (x.double() for x in torch.var_mean(columns.float(), dim=1, correction=0))
+        here, total = columns.shape[1], self.count + columns.shape[1]
+        apart = mean - self.mean
+        self.mean = self.mean + apart * (here / total)
+        self.squares = self.squares + variance * here + apart.square() * (self.count * here / total)
+        self.count, self.calls = total, self.calls + 1
+
+    def stop(self) -> None:
+        """See no further calls."""
+        self._handle.remove()
+
+    def store(self, norm: _BatchNorm) -> None:
+        """Write the statistics into a batch norm, the variance unbiased as it keeps it."""
+        if self.calls == 0 or norm.running_mean is None or norm.running_var is None:
+            return
+        norm.running_mean.copy_(torch.as_tensor(self.mean))
+        norm.running_var.copy_(torch.as_tensor(self.squares) / max(self.count - 1, 1))
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(self.calls)
