@@ -3,10 +3,11 @@
 The method, for a region (a pair of subtrees known to correspond; at first the two whole models):
 
 1. **Top-down by size.** Take the largest item of either side. If both sides have items with that number of elements
-   they are a *class* and are paired; otherwise the item is dissolved into its children. The number of elements is
-   invariant under every lossless operation, so this finds corresponding subtrees under renaming, regrouping, fusing
-   and splitting. (The idea of matching isomorphic subtrees greedily from the top is that of GumTree, Falleri et al.
-   2014, with an invariant instead of a hash.)
+   they are a *class* and are paired; otherwise the item is dissolved into its children, or folded with its like into
+   a stack if the other side holds one (:mod:`lit_wsl.mapper.stacks`). The number of elements is invariant under every
+   lossless operation, so this finds corresponding subtrees under renaming, regrouping, fusing and splitting.
+   (The idea of matching isomorphic subtrees greedily from the top is that of GumTree, Falleri et al. 2014, with an
+   invariant instead of a hash.)
 2. **A class with several members** is decided jointly: members whose paths differ only by numbers are a family and go
    by their numbers; families are assigned to one another by the words that tell them apart, by the dictionary
    learned from this pair of models, and by order as far as order has proved trustworthy. What has no margin over the
@@ -27,10 +28,11 @@ from functools import cached_property
 
 from lit_wsl.mapper.classes import ClassSolver
 from lit_wsl.mapper.evidence import Evidence
-from lit_wsl.mapper.fusion import Fusion, find_fusions, fold_run
+from lit_wsl.mapper.fusion import Fusion, find_fusions
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.pairing import Pair, Pairing, Region
 from lit_wsl.mapper.shapes import operations_between
+from lit_wsl.mapper.stacks import fold_run
 from lit_wsl.mapper.tree import Item, TreeBuilder, role_of, shape_key
 from lit_wsl.transfer.operations import Operation
 
@@ -180,8 +182,7 @@ class Aligner:
             weight = REPEATED_WEIGHT if repeated else 1  # tables of a model's ends are never stored transposed
             self.gathered.exact_matrices += weight * (not operations)
             self.gathered.turned_matrices += weight * any(op.name == "transpose" for op in operations)
-        undone = tuple(op.reverse() for op in reversed(t.operations))
-        out.matches.append(Match(s.positions, t.positions, (*s.operations, *operations, *undone), margin, reason))
+        out.matches.append(Match(s.positions, t.positions, (*s.operations, *operations, *t.undoing), margin, reason))
 
     def _solve(self, sources: list[Item], targets: list[Item], region: Region) -> Outcome:
         out = Outcome()

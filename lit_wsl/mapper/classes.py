@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from lit_wsl.mapper.assignment import FORBIDDEN, assign
-from lit_wsl.mapper.evidence import Evidence
+from lit_wsl.mapper.evidence import ORDER_WEIGHT, Evidence
 from lit_wsl.mapper.families import (
     Family,
     aligned_axes,
@@ -33,7 +33,6 @@ from lit_wsl.mapper.tree import Item, place_in, relative
 
 MARGIN = 0.08
 FIRST_MARGIN = 0.15  # while nothing has been learned, names alone must be clear
-ORDER_WEIGHT = 0.25
 NAME_SUPPORT = 0.5
 
 

@@ -10,6 +10,7 @@ from itertools import combinations, pairwise
 from lit_wsl.mapper.names import Dictionary
 from lit_wsl.mapper.roles import RoleMemory
 
+ORDER_WEIGHT = 0.25  # what order counts beside names where it is fully trusted; less than any clear name
 ENOUGH = 3  # pairs of certain matrices in a region, for it to judge order by itself
 
 

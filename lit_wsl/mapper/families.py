@@ -19,7 +19,6 @@ class Family:
         pattern: The words of the path, numbers replaced by ``#``.
         members: The items, ordered by their numbers.
         numbers: The numbers of each member.
-        literal: The words of the path of the first member, where the family has only one, numbers included.
     """
 
     pattern: tuple[str, ...]
@@ -54,10 +53,11 @@ class Family:
         parts: dict[int, list[int]] = {}
         for i, n in enumerate(self.numbers):
             parts.setdefault(n[axis], []).append(i)
-        return [
-            Family(self.pattern, tuple(self.members[i] for i in idx), tuple(self.numbers[i] for i in idx))
-            for _, idx in sorted(parts.items())
-        ]
+        return [self.pick(indices) for _, indices in sorted(parts.items())]
+
+    def pick(self, indices: Sequence[int]) -> Family:
+        """The family of some of the members."""
+        return Family(self.pattern, tuple(self.members[i] for i in indices), tuple(self.numbers[i] for i in indices))
 
 
 def families_of(items: Sequence[Item], root: Item) -> list[Family]:
@@ -143,6 +143,35 @@ def _cut_one(families: list[Family], wanted: Counter[int]) -> list[Family] | Non
                 out = [*families[:k], *parts, *families[k + 1 :]]
                 return sorted(out, key=lambda f: f.start)
     return None
+
+
+def uniform(families: Sequence[Family]) -> list[Family]:
+    """Cut families until all members of each have one structure."""
+    out: list[Family] = []
+    for family in families:
+        if len({m.structure for m in family.members}) == 1 or not family.axes():
+            out.append(family)
+            continue
+        by_structure: dict[int, list[int]] = {}
+        for i, m in enumerate(family.members):
+            by_structure.setdefault(m.structure, []).append(i)
+        out += [family.pick(indices) for indices in by_structure.values()]
+    return out
+
+
+def of_size(families: Sequence[Family], size: int) -> list[Family]:
+    """Families of ``size`` members, larger ones cut along a number where that gives the size."""
+    out: list[Family] = []
+    for family in families:
+        if len(family.members) == size:
+            out.append(family)
+            continue
+        for axis in reversed(family.axes()):
+            parts = family.split(axis)
+            if all(len(p.members) == size for p in parts):
+                out += parts
+                break
+    return sorted(out, key=lambda f: f.start)
 
 
 def literal_if_needed(fs: list[Family], ft: list[Family]) -> tuple[list[Family], list[Family]]:

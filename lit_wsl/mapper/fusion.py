@@ -1,27 +1,26 @@
-"""Units that are one tensor on one side and several on the other: q, k, v <-> qkv; gate, up <-> gate_up; experts.
+"""Units that are one tensor on one side and several on the other: q, k, v <-> qkv; gate, up <-> gate_up.
 
-Shapes tell that parts can make a whole, but not in which order. The order is taken from the whole's name where it
-spells the parts (``qkv``, ``gate_up_proj``, ``w12``), from the formula ``Attention(Q, K, V)`` where the parts are
-called so, or from numbers in the parts' names. Where nothing tells, the parts stay ambiguous.
+Shapes tell that parts can make a whole, but not in which order: that is :mod:`lit_wsl.mapper.part_order`. Of several
+sets of parts the one is taken whose order is known best and that stands where the whole stands. Where nothing tells,
+the parts stay ambiguous.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations
 
-from lit_wsl.mapper.classes import ORDER_WEIGHT
-from lit_wsl.mapper.evidence import Evidence
-from lit_wsl.mapper.families import Family, families_of
-from lit_wsl.mapper.names import best_pairs_similarity, path_tokens, token_similarity
-from lit_wsl.mapper.tree import Item, TreeBuilder, owner_path, relative, role_of
-from lit_wsl.structure.info import Shape
-from lit_wsl.transfer.operations import Concat, Operation, Permute, Split, Stack, Transpose
+from lit_wsl.mapper.evidence import ORDER_WEIGHT, Evidence
+from lit_wsl.mapper.families import Family, families_of, of_size, uniform
+from lit_wsl.mapper.names import best_pairs_similarity, path_tokens
+from lit_wsl.mapper.part_order import NUMBERED, SPELLED, PartOrder, order_of_parts
+from lit_wsl.mapper.shapes import join_axis, transpose_shape
+from lit_wsl.mapper.tree import Item, owner_path, role_of
+from lit_wsl.transfer.operations import Concat, Operation, Permute, Split, Transpose
 
 MAX_PARTS = 4
 MAX_SIBLINGS = 8
-SPELLED, FORMULA, NUMBERED = 1.0, 0.9, 0.7
 MARGIN = 0.08
 
 
@@ -56,13 +55,11 @@ class Fusion:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Parts in an order, how sure that is, and why."""
+    """Parts in the order in which they stand in the whole, what that rests on, and a score against other choices."""
 
     parts: tuple[Family, ...]
+    order: PartOrder
     score: float
-    reason: str
-    spelled: bool = False
-    numbered: bool = False
 
 
 def find_fusions(
@@ -96,12 +93,14 @@ def find_fusions(
         root_w, root_p = (root_t, root_s) if whole_is_target else (root_s, root_t)
         wholes = [i for i in wholes if id(i) not in gone and i.rank >= 2]
         other_profiles = {i.profile_key for i in parts}
-        for whole in sorted(_uniform(families_of(wholes, root_w)), key=lambda f: (-f.members[0].numel, f.start)):
+        for whole in sorted(uniform(families_of(wholes, root_w)), key=lambda f: (-f.members[0].numel, f.start)):
             free = [i for i in parts if id(i) not in gone and i.rank >= 2]
-            choice, margin = _choose(whole, free, wholes, root_p, evidence, turned)
-            if choice is None or (_has_equal(whole, other_profiles) and not choice.spelled):
+            choice, margin = _choose(whole, free, wholes, root_p, evidence)
+            if choice is None:
+                continue
+            if whole.members[0].profile_key in other_profiles and choice.order.strength != SPELLED:
                 continue  # something else has the size of the whole, so only its name can make it one
-            if not complete and choice.numbered:
+            if not complete and choice.order.strength == NUMBERED:
                 continue
             for k, member in enumerate(whole.members):
                 fusion = _build(member, [p.members[k] for p in choice.parts], whole_is_target, choice, margin, turned)
@@ -111,68 +110,34 @@ def find_fusions(
     return found
 
 
-def _has_equal(family: Family, profiles: set[tuple]) -> bool:
-    return family.members[0].profile_key in profiles
-
-
-def _uniform(families: list[Family]) -> list[Family]:
-    """Cut families until all members of each have one structure."""
-    out: list[Family] = []
-    for family in families:
-        if len({m.structure for m in family.members}) == 1 or not family.axes():
-            out.append(family)
-            continue
-        by_structure: dict[int, list[int]] = {}
-        for i, m in enumerate(family.members):
-            by_structure.setdefault(m.structure, []).append(i)
-        out += [
-            Family(family.pattern, tuple(family.members[i] for i in idx), tuple(family.numbers[i] for i in idx))
-            for idx in by_structure.values()
-        ]
-    return out
-
-
-def _of_size(families: list[Family], size: int) -> list[Family]:
-    """Families of ``size`` members, larger ones cut along a number where that gives the size."""
-    out: list[Family] = []
-    for family in families:
-        if len(family.members) == size:
-            out.append(family)
-            continue
-        for axis in reversed(family.axes()):
-            parts = family.split(axis)
-            if all(len(p.members) == size for p in parts):
-                out += parts
-                break
-    return sorted(out, key=lambda f: f.start)
-
-
 def _choose(
-    whole: Family, parts: list[Item], rivals: Sequence[Item], root: Item, evidence: Evidence, turned: bool
+    whole: Family, parts: list[Item], rivals: Sequence[Item], root: Item, evidence: Evidence
 ) -> tuple[_Choice | None, float]:
     """The best parts for a whole, in order, and the margin over the next best."""
-    size = len(whole.members)
-    families = _of_size(_uniform(families_of(parts, root)), size)
-    sets: dict[frozenset[int], tuple[Family, ...]] = {}
-    for up in (1, 2):
-        groups: dict[str, list[Family]] = {}
-        for family in families:
-            groups.setdefault(_ancestor(family.members[0].path, up), []).append(family)
-        for siblings in groups.values():
-            if len(siblings) <= MAX_SIBLINGS:
-                for n in range(2, min(MAX_PARTS, len(siblings)) + 1):
-                    for subset in combinations(siblings, n):
-                        if (
-                            join_axis(whole.members[0].main.shape, [p.members[0].main.shape for p in subset])
-                            is not None
-                        ):
-                            sets.setdefault(frozenset(id(p) for p in subset), subset)
-    choices = [_order(whole, subset, families, rivals, evidence) for subset in sets.values()]
+    families = of_size(uniform(families_of(parts, root)), len(whole.members))
+    sets = {frozenset(id(p) for p in subset): subset for subset in _sets_of_parts(whole, families)}
+    choices = [_judge(whole, subset, families, rivals, evidence) for subset in sets.values()]
     choices.sort(key=lambda c: (-c.score, [p.start for p in c.parts]))
     if not choices:
         return None, 0.0
     margin = choices[0].score - choices[1].score if len(choices) > 1 else choices[0].score
     return choices[0], min(margin, 1.0)
+
+
+def _sets_of_parts(whole: Family, families: Sequence[Family]) -> Iterator[tuple[Family, ...]]:
+    """Sets of siblings (then of cousins) whose shapes make up the whole's; some come twice."""
+    shape = whole.members[0].main.shape
+    for up in (1, 2):
+        groups: dict[str, list[Family]] = {}
+        for family in families:
+            groups.setdefault(_ancestor(family.members[0].path, up), []).append(family)
+        for siblings in groups.values():
+            if len(siblings) > MAX_SIBLINGS:
+                continue
+            for n in range(2, min(MAX_PARTS, len(siblings)) + 1):
+                for subset in combinations(siblings, n):
+                    if join_axis(shape, [p.members[0].main.shape for p in subset]) is not None:
+                        yield subset
 
 
 def _ancestor(path: str, up: int) -> str:
@@ -182,66 +147,19 @@ def _ancestor(path: str, up: int) -> str:
     return path
 
 
-def join_axis(whole: Shape, parts: Sequence[Shape]) -> tuple[int, bool] | None:
-    """Axis along which parts make up a whole, and whether the parts must be transposed first.
-
-    >>> join_axis((6, 4), [(2, 4), (4, 4)]), join_axis((4, 6), [(2, 4), (4, 4)])
-    ((0, False), (1, True))
-    """
-    if len({len(p) for p in parts} | {len(whole)}) != 1:
-        return None
-    for turn in (False, True):
-        shapes = [_turned(p) for p in parts] if turn else list(parts)
-        if turn and len(whole) not in (2, 3):
-            return None
-        first = 1 if len(whole) == 3 else 0
-        for axis in range(first, len(whole)):
-            rest = {(*s[:axis], *s[axis + 1 :]) for s in [whole, *shapes]}
-            if len(rest) == 1 and sum(s[axis] for s in shapes) == whole[axis]:
-                return axis, turn
-    return None
-
-
-def _turned(shape: Shape) -> Shape:
-    return (*shape[:-2], shape[-1], shape[-2]) if len(shape) >= 2 else shape
-
-
-def _labels(parts: Sequence[Family]) -> list[str]:
-    """What tells the parts apart: their paths without common beginning and end, e.g. ``q``, ``k``, ``v``."""
-    paths = [owner_path(p.members[0].path) for p in parts]
-    head, tail = _shared_letters(paths), _shared_letters([p[::-1] for p in paths])
-    labels = [p[head : len(p) - tail] for p in paths]
-    if any(not label for label in labels):  # one label begins like another: keep what they share
-        cut = max((p[:head].rfind(c) for p in paths for c in "._"), default=-1) + 1
-        labels = [p[cut : len(p) - tail] or p[cut:] for p in paths]
-    return [label.strip("._").lower() for label in labels]
-
-
-def _shared_letters(words: Sequence[str]) -> int:
-    """Length of the common beginning."""
-    return next((k for k, letters in enumerate(zip(*words)) if len(set(letters)) > 1), min(map(len, words)))
-
-
-def _order(
+def _judge(
     whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item], evidence: Evidence
 ) -> _Choice:
     """Put parts in the order in which they stand in the whole, and score the evidence for it."""
-    labels = _labels(parts)
     name = whole.members[0].path
-    order, score, reason = _spelled(name, labels)
-    if order is None:
-        order, score, reason = _by_formula(labels)
-    if order is None:
-        order, score, reason = _by_number(labels)
-    if order is None:
-        order, score, reason = tuple(range(len(parts))), 0.0, "nothing tells in which order the parts stand"
+    order = order_of_parts(name, [p.members[0].path for p in parts])
     around_w = [w for w in path_tokens(_ancestor(name, 1)) if not w.isdigit()]
     around_p = [w for w in path_tokens(_ancestor(parts[0].members[0].path, 1)) if not w.isdigit()]
     near = best_pairs_similarity(around_w[-2:], around_p[-2:], evidence.dictionary)
     balance = _balance(parts, families, rivals)
     in_place = _in_place(whole, parts, families, rivals)
-    total = (score + 0.2 * near + 0.3 * balance + ORDER_WEIGHT * in_place) if score else 0.0
-    return _Choice(tuple(parts[i] for i in order), total, reason, spelled=score == SPELLED, numbered=score == NUMBERED)
+    total = (order.strength + 0.2 * near + 0.3 * balance + ORDER_WEIGHT * in_place) if order.known else 0.0
+    return _Choice(tuple(parts[i] for i in order.order), order, total)
 
 
 def _balance(parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> float:
@@ -277,48 +195,6 @@ def _in_place(whole: Family, parts: tuple[Family, ...], families: list[Family], 
     return row[before : before + len(run)] == run and (sum(around), len(around)) == (before, len(row) - len(run))
 
 
-def _spelled(name: str, labels: list[str]) -> tuple[tuple[int, ...] | None, float, str]:
-    """The order in which a name spells its parts: by initials in one word, or by words."""
-    *_, above, own = ("", "", *owner_path(name).split("."))
-    tokens = (*(t for t in path_tokens(above) if not t.isdigit()), *path_tokens(own))
-    initials = [label[0] for label in labels]
-    for order in permutations(range(len(labels))):
-        if len(set(initials)) == len(initials) and any(
-            tok.endswith("".join(initials[i] for i in order)) and len(tok) <= len(labels) + 1 for tok in tokens
-        ):
-            return order, SPELLED, "the name spells the order of the parts"
-        if all(label.isdigit() for label in labels) and "".join(labels[i] for i in order) in path_tokens(own):
-            return order, SPELLED, "the name spells the order of the parts"
-    if any(label.isdigit() for label in labels):
-        return None, 0.0, ""  # a number on both sides says nothing
-    places = []
-    for label in labels:
-        words = path_tokens(label)
-        hits = [k for k, tok in enumerate(tokens) if any(token_similarity(w, tok) >= 0.85 for w in words)]
-        places.append(hits[-1] if hits else -1)
-    if min(places) >= 0 and len(set(places)) == len(places):
-        order = tuple(sorted(range(len(labels)), key=lambda i: places[i]))
-        return order, SPELLED, "the name spells the order of the parts"
-    return None, 0.0, ""
-
-
-def _by_formula(labels: list[str]) -> tuple[tuple[int, ...] | None, float, str]:
-    """Attention(Q, K, V): queries before keys before values."""
-    initials = [label[:1] for label in labels]
-    if sorted(initials) in (["k", "q", "v"], ["k", "v"], ["k", "q"]):
-        order = tuple(sorted(range(len(labels)), key=lambda i: "qkv".index(initials[i])))
-        return order, FORMULA, "queries, keys, values stand in the order of the formula"
-    return None, 0.0, ""
-
-
-def _by_number(labels: list[str]) -> tuple[tuple[int, ...] | None, float, str]:
-    """Parts that are called alike but for a number, where the number is part of a word (``w1``, ``wi_0``)."""
-    if all(label.isdigit() for label in labels) and len(set(labels)) == len(labels):
-        order = tuple(sorted(range(len(labels)), key=lambda i: int(labels[i])))
-        return order, NUMBERED, "the parts are numbered"
-    return None, 0.0, ""
-
-
 def _build(
     whole: Item, parts: list[Item], whole_is_target: bool, choice: _Choice, margin: float, turned: bool
 ) -> Fusion | None:
@@ -326,8 +202,8 @@ def _build(
     all_parts = tuple(pos for p in parts for pos in p.positions)
     sides = (all_parts, whole.positions) if whole_is_target else (whole.positions, all_parts)
     items = (whole, *parts)
-    if choice.score == 0.0 or margin < MARGIN:
-        why = choice.reason if choice.score == 0.0 else "several sets of parts fit as well"
+    if not choice.order.known or margin < MARGIN:
+        why = "several sets of parts fit as well" if choice.order.known else choice.order.reason
         return Fusion(items, (), *sides, margin=margin, reason=why, doubt=True)
     steps = []
     for tensor in whole.tensors:
@@ -337,7 +213,7 @@ def _build(
         step = _join(tensor, [m for m in members if m is not None], whole_is_target, turned)
         if step is not None:
             steps.append(step)
-    return Fusion(items, tuple(steps), *sides, margin=margin, reason=choice.reason) if steps else None
+    return Fusion(items, tuple(steps), *sides, margin=margin, reason=choice.order.reason) if steps else None
 
 
 def _same_role(tensor: Item, whole: Item, part: Item) -> Item | None:
@@ -359,57 +235,9 @@ def _join(whole: Item, parts: list[Item], whole_is_target: bool, turned: bool) -
     turning: tuple[Operation, ...] = ()
     if turn:
         turning = (Transpose(),) if len(whole.shape) == 2 else (Permute((0, 2, 1)),)
-    sizes = tuple(_turned(p.shape)[axis] if turn else p.shape[axis] for p in parts)
+    sizes = tuple(transpose_shape(p.shape)[axis] if turn else p.shape[axis] for p in parts)
     places = tuple(pos for p in parts for pos in p.positions)
-    virtual = parts[0].operations  # the same for all parts: they are siblings
+    part = parts[0]  # what makes it, if it is virtual, is the same for all parts: they are siblings
     if whole_is_target:
-        undone = tuple(op.reverse() for op in reversed(whole.operations))
-        return Step(places, whole.positions, (*virtual, *turning, Concat(axis, sizes), *undone))
-    undone = tuple(op.reverse() for op in reversed(virtual))
-    return Step(whole.positions, places, (*whole.operations, Split(axis, sizes), *turning, *undone))
-
-
-def fold_run(items: Sequence[Item], waiting: Sequence[Item], builder: TreeBuilder) -> list[Item] | None:
-    """Stack repeated siblings into virtual tensors where the other side holds such stacks.
-
-    Args:
-        items: Items of one size that found no partner.
-        waiting: Items of the other side that are still open.
-        builder: Gives the virtual items their structure numbers.
-
-    Returns:
-        One module of virtual tensors per run of siblings, or ``None`` if the other side holds no stack of them.
-    """
-    stacks = {t.shape for i in waiting for t in i.tensors if len(t.shape) >= 2}
-    if not stacks or len({i.structure for i in items}) != 1:
-        return None
-    shapes = {t.shape for t in items[0].tensors}
-    out: list[Item] = []
-    for family in families_of(items, items[0]):
-        axis = next((a for a in reversed(family.axes()) if _is_stacked(len(family.split(a)), shapes, stacks)), None)
-        if axis is None:
-            return None
-        count = len(family.split(axis))
-        runs: dict[tuple[int, ...], list[Item]] = {}
-        for member, numbers in zip(family.members, family.numbers):
-            runs.setdefault((*numbers[:axis], *numbers[axis + 1 :]), []).append(member)
-        if any(len(run) != count for run in runs.values()):
-            return None
-        out += [_stack(run, builder) for run in runs.values()]
-    return out
-
-
-def _is_stacked(count: int, shapes: set[Shape], stacks: set[Shape]) -> bool:
-    return any(s[0] == count and any(sorted(s[1:]) == sorted(shape) for shape in shapes) for s in stacks)
-
-
-def _stack(run: list[Item], builder: TreeBuilder) -> Item:
-    count = len(run)
-    parent = run[0].path.rpartition(".")[0]
-    prefix = f"{parent}." if parent else ""
-    children = []
-    for k, tensor in enumerate(run[0].tensors):
-        positions = tuple(p for member in run for p in member.tensors[k].positions)
-        path = prefix + relative(tensor, run[0])
-        children.append(builder.tensor(path, (count, *tensor.shape), positions, (*tensor.operations, Stack(0, count))))
-    return children[0] if len(children) == 1 else builder.group(parent, children, 2)
+        return Step(places, whole.positions, (*part.operations, *turning, Concat(axis, sizes), *whole.undoing))
+    return Step(whole.positions, places, (*whole.operations, Split(axis, sizes), *turning, *part.undoing))

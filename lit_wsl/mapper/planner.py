@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 
 from lit_wsl.mapper.align import Aligner, Match, Outcome
 from lit_wsl.mapper.buffers import match_buffers, refuse_modules, split_kinds
-from lit_wsl.mapper.classes import ORDER_WEIGHT
 from lit_wsl.mapper.entries import EntryWriter
-from lit_wsl.mapper.evidence import Evidence, OrderVotes
+from lit_wsl.mapper.evidence import ORDER_WEIGHT, Evidence, OrderVotes
 from lit_wsl.mapper.factors import factor_roles, same_roles
 from lit_wsl.mapper.layouts import hidden_layouts, leave_open
 from lit_wsl.mapper.names import Dictionary, split_numbers

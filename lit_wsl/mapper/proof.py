@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_wsl.mapper.classes import ORDER_WEIGHT
+from lit_wsl.mapper.evidence import ORDER_WEIGHT
 from lit_wsl.mapper.layouts import leave_open
 from lit_wsl.mapper.names import split_numbers
 from lit_wsl.mapper.running import Call, Run, close, comparable, hindrance, run_with, shaken_state, source_calls

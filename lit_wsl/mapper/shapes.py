@@ -1,6 +1,9 @@
-"""Which lossless operation takes one shape into another."""
+"""Which lossless operation takes one shape into another, and along which axis parts make up a whole."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 from lit_wsl.structure.info import Shape
 from lit_wsl.transfer.operations import Operation, Permute, Reshape, Transpose
@@ -41,16 +44,9 @@ def operations_between(source: Shape, target: Shape, *, transposed: bool = False
         return (Transpose(),)
     if len(source) == len(target) == 3 and source[0] == target[0] and source[1:] == target[1:][::-1]:
         return (Permute((0, 2, 1)),)
-    if min(len(s), len(t)) == 2 and max(len(s), len(t)) >= 3 and s[0] == t[0] and _product(s) == _product(t):
+    if min(len(s), len(t)) == 2 and max(len(s), len(t)) >= 3 and s[0] == t[0] and math.prod(s) == math.prod(t):
         return (Reshape(source, target),)
     return None
-
-
-def _product(shape: Shape) -> int:
-    n = 1
-    for d in shape:
-        n *= d
-    return n
 
 
 def operation_cost(source: Shape, target: Shape, *, transposed: bool = False) -> float | None:
@@ -62,3 +58,28 @@ def operation_cost(source: Shape, target: Shape, *, transposed: bool = False) ->
         return EXACT
     turned = any(op.name in ("transpose", "permute") for op in operations)
     return (EXACT if transposed else TRANSPOSED) if turned else RESHAPED
+
+
+def join_axis(whole: Shape, parts: Sequence[Shape]) -> tuple[int, bool] | None:
+    """Axis along which parts make up a whole, and whether the parts must be transposed first.
+
+    >>> join_axis((6, 4), [(2, 4), (4, 4)]), join_axis((4, 6), [(2, 4), (4, 4)])
+    ((0, False), (1, True))
+    """
+    if len({len(p) for p in parts} | {len(whole)}) != 1:
+        return None
+    for turn in (False, True):
+        shapes = [transpose_shape(p) for p in parts] if turn else list(parts)
+        if turn and len(whole) not in (2, 3):
+            return None
+        first = 1 if len(whole) == 3 else 0
+        for axis in range(first, len(whole)):
+            rest = {(*s[:axis], *s[axis + 1 :]) for s in [whole, *shapes]}
+            if len(rest) == 1 and sum(s[axis] for s in shapes) == whole[axis]:
+                return axis, turn
+    return None
+
+
+def transpose_shape(shape: Shape) -> Shape:
+    """A shape with its last two axes exchanged; a vector's own."""
+    return (*shape[:-2], shape[-1], shape[-2]) if len(shape) >= 2 else shape

@@ -50,6 +50,11 @@ class Item:
         """Ordinal of the first tensor: the place in registration order."""
         return self.positions[0]
 
+    @property
+    def undoing(self) -> tuple[Operation, ...]:
+        """What makes the real tensors out of a virtual one again."""
+        return tuple(op.reverse() for op in reversed(self.operations))
+
     @cached_property
     def tensors(self) -> tuple[Item, ...]:
         """All tensors below, in registration order."""

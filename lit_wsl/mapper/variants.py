@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from lit_wsl.mapper.fusion import join_axis
 from lit_wsl.mapper.names import split_numbers
-from lit_wsl.mapper.shapes import operations_between
+from lit_wsl.mapper.shapes import join_axis, operations_between
 from lit_wsl.mapper.tree import owner_path, role_of
 from lit_wsl.structure.info import Shape
 from lit_wsl.transfer.operations import Concat, Operation, Permute, Reshape, Split, Transpose
