@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from lit_wsl.mapper.align import Aligner, Match, Outcome
+from lit_wsl.mapper.align import Aligner
 from lit_wsl.mapper.buffers import match_buffers, refuse_modules, split_kinds
 from lit_wsl.mapper.entries import EntryWriter
 from lit_wsl.mapper.evidence import ORDER_WEIGHT, Evidence, OrderVotes
@@ -16,6 +16,7 @@ from lit_wsl.mapper.factors import factor_roles, same_roles
 from lit_wsl.mapper.layouts import hidden_layouts, leave_open
 from lit_wsl.mapper.names import Dictionary, split_numbers
 from lit_wsl.mapper.options import MatchingOptions
+from lit_wsl.mapper.outcome import Match, Outcome
 from lit_wsl.mapper.tree import TreeBuilder, shape_key, stem_of
 from lit_wsl.structure.info import ModelDescription, ParameterInfo, tokenize
 from lit_wsl.transfer.plan import SideSummary, TransferPlan
