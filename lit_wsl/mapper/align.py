@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from lit_wsl.mapper.classes import ClassSolver
+from lit_wsl.mapper.costs import Forbidden, PairCosts
 from lit_wsl.mapper.evidence import Evidence
 from lit_wsl.mapper.fusion import Fusion, find_fusions
 from lit_wsl.mapper.options import MatchingOptions
@@ -34,7 +35,6 @@ from lit_wsl.mapper.shapes import operations_between
 from lit_wsl.mapper.stacks import fold_run
 from lit_wsl.mapper.tree import Item, TreeBuilder, role_of, shape_key
 
-Forbidden = Callable[[str, str], bool]
 Profile = tuple[object, ...]
 REPEATED_WEIGHT = 1000
 NEIGHBOUR_MARGIN = 0.25
@@ -63,7 +63,8 @@ class Aligner:
         self.evidence = evidence
         self.gathered = Evidence()
         self.turned = evidence.turned_matrices > evidence.exact_matrices
-        self._classes = ClassSolver(options, evidence, forbidden, self.turned, ties)
+        self._costs = PairCosts(forbidden, self.turned)
+        self._classes = ClassSolver(options, evidence, self._costs, ties)
         self._memo: dict[tuple[int, int], tuple[int, int, Outcome]] = {}
 
     def align(self, source: Item, target: Item) -> Outcome:
@@ -251,7 +252,7 @@ class Aligner:
             if t is None or t.start not in by_place:
                 continue
             alike = _key(s) == _key(t) and role_of(s.main.path) == role_of(t.main.path)
-            if (alike or count_s[_key(s)] == 1) and self._classes.cost(s, t) is not None:
+            if (alike or count_s[_key(s)] == 1) and self._costs.of(s, t) is not None:
                 pairing.pairs.append(Pair(s, t, NEIGHBOUR_MARGIN, "stands next to tensors that are matched"))
                 del by_place[t.start]
         return self._take_pairing(pairing, sources, targets, region, out, sure)

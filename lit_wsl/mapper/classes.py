@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from lit_wsl.mapper.assignment import FORBIDDEN, assign
+from lit_wsl.mapper.costs import PairCosts
 from lit_wsl.mapper.evidence import ORDER_WEIGHT, Evidence
 from lit_wsl.mapper.families import (
     Family,
@@ -18,18 +19,12 @@ from lit_wsl.mapper.families import (
     same_numbering,
     telling_words,
 )
-from lit_wsl.mapper.names import (
-    ABBREVIATION,
-    best_pairs_similarity,
-    path_tokens,
-    shared_evidence,
-    token_similarity,
-    weighted_similarity,
-)
+from lit_wsl.mapper.names import best_pairs_similarity, shared_evidence
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.pairing import ItemDoubt, Pair, Pairing, Region
-from lit_wsl.mapper.shapes import TRANSPOSED, operation_cost
-from lit_wsl.mapper.tree import Item, place_in, relative
+from lit_wsl.mapper.region_words import RegionWords
+from lit_wsl.mapper.shapes import TRANSPOSED
+from lit_wsl.mapper.tree import Item
 
 MARGIN = 0.08
 FIRST_MARGIN = 0.15  # while nothing has been learned, names alone must be clear
@@ -42,26 +37,17 @@ class ClassSolver:
     Args:
         options: How to match; ``shape_only`` ignores names.
         evidence: The dictionary and the trust in order.
-        forbidden: Whether two paths must not match.
-        turned: Whether the pair stores its matrices the other way round.
+        costs: What pairs cost by structure and shapes.
         ties: How many names each tied source tensor has.
     """
 
-    def __init__(
-        self,
-        options: MatchingOptions,
-        evidence: Evidence,
-        forbidden: Callable[[str, str], bool],
-        turned: bool,
-        ties: Mapping[str, int],
-    ) -> None:
+    def __init__(self, options: MatchingOptions, evidence: Evidence, costs: PairCosts, ties: Mapping[str, int]) -> None:
         self.ties = ties
         self.margin = FIRST_MARGIN if evidence.first else MARGIN
-        self._words: dict[int, tuple[Item, Counter[str]]] = {}
         self.names = options.strategy != "shape_only"
         self.evidence = evidence
-        self.forbidden = forbidden
-        self.turned = turned
+        self.costs = costs
+        self.words = RegionWords(evidence.dictionary)
 
     def solve(self, s: list[Item], t: list[Item], region: Region) -> Pairing:
         """Pair the members of a class.
@@ -76,7 +62,7 @@ class ClassSolver:
         """
         if len(s) == len(t) == 1:
             return self._single(s[0], t[0], region)
-        if len(s) == 1 and len(t) <= self.ties.get(s[0].main.path, 1) and all(self.cost(s[0], i) == 0.0 for i in t):
+        if len(s) == 1 and len(t) <= self.ties.get(s[0].main.path, 1) and all(self.costs.of(s[0], i) == 0.0 for i in t):
             return Pairing([Pair(s[0], i, 1.0, "tied in the source to all tensors of this shape") for i in t])
         families_s, families_t = families_of(s, region.source), families_of(t, region.target)
         if len(s) != len(t):
@@ -91,75 +77,19 @@ class ClassSolver:
     # one member -------------------------------------------------------------------------------------------------
 
     def _single(self, s: Item, t: Item, region: Region) -> Pairing:
-        if self.cost(s, t) is None:
+        if self.costs.of(s, t) is None:
             return Pairing()
         proof = region.complete or _strong(s) or region.distinct(s, t)
-        if not proof and self.support(s, t, region) < NAME_SUPPORT:
+        if not proof and self.words.support(s, t, region) < NAME_SUPPORT:
             return Pairing()
         return Pairing([Pair(s, t, 1.0, "the only ones of this size and structure on both sides", certain=True)])
-
-    def support(self, s: Item, t: Item, region: Region) -> float:
-        """How far names alone support a pair: similarity of their words, rare words of the region counting most."""
-        paths = relative(s, region.source), relative(t, region.target)
-        if paths[0] == paths[1]:
-            return 1.0
-        words = [[w for w in path_tokens(p) if not w.isdigit()] for p in paths]
-        rare = [
-            {w: 1.0 / max(1, self._counts(root)[w] / len(item.tensors)) for w in ws}
-            for ws, root, item in zip(words, (region.source, region.target), (s, t))
-        ]
-        return weighted_similarity(rare[0], rare[1], self.evidence.dictionary)
-
-    def _counts(self, root: Item) -> Counter[str]:
-        """How many tensors below a root have each word in their path."""
-        if id(root) not in self._words:
-            self._words[id(root)] = (root, _word_counts(root.tensors, root))
-        return self._words[id(root)][1]
-
-    def cost(self, s: Item, t: Item) -> float | None:
-        """Cost of pairing two items by structure and shapes; ``None`` where they can't correspond."""
-        if self.forbidden(s.path, t.path):
-            return None
-        if s.level == t.level == 0:
-            return operation_cost(s.shape, t.shape, transposed=self.turned)
-        if s.structure == t.structure:
-            return 0.0
-        if s.profile == t.profile and max(s.level, t.level) == 2:
-            same = Counter(i.shape for i in s.tensors) == Counter(i.shape for i in t.tensors)
-            return 0.0 if same or self.turned else TRANSPOSED
-        if max(s.level, t.level) == 2:
-            return 0.2
-        return self._unit_cost(s, t)
-
-    def _unit_cost(self, s: Item, t: Item) -> float | None:
-        """Cost of pairing two units tensor by tensor, the largest with the largest."""
-        if len(s.tensors) != len(t.tensors):
-            return None
-        by_size = [sorted(i.tensors, key=lambda x: (-x.numel, x.start)) for i in (s, t)]
-        costs = [operation_cost(a.shape, b.shape, transposed=self.turned) for a, b in zip(*by_size)]
-        known = [c for c in costs if c is not None]
-        return max(known) if len(known) == len(costs) else None
 
     # several members --------------------------------------------------------------------------------------------
 
     def _assign(self, fs: list[Family], ft: list[Family], region: Region) -> Pairing:
         """Assign families to families, jointly, and their members by number."""
         n = len(fs)
-        words_s, words_t = same_numbering(telling_words(fs), telling_words(ft))
-        weak_s, weak_t = self._weak(fs, region.source), self._weak(ft, region.target)
-        shape = np.full((n, n), FORBIDDEN)
-        base = np.full((n, n), FORBIDDEN)
-        for i, f in enumerate(fs):
-            for j, g in enumerate(ft):
-                cost = self._family_cost(f, g)
-                if cost is None:
-                    continue
-                alike = 0.5
-                if self.names:
-                    alike = shared_evidence(words_s[i], words_t[j], self.evidence.dictionary, weak_s, weak_t)
-                    alike = self._with_role(alike, f, g, region)
-                shape[i, j] = cost
-                base[i, j] = cost + 1.0 - alike
+        shape, base = self._matrices(fs, ft, region)
         rank_s, rank_t = _ranks(shape), _ranks(shape.T)
         unlike = (rank_s[:, None] != rank_t[None, :]).astype(float)
         trust = self._trust_here(fs, ft, rank_s, rank_t, shape, region)
@@ -185,6 +115,26 @@ class ClassSolver:
             )
         return pairing
 
+    def _matrices(self, fs: list[Family], ft: list[Family], region: Region) -> tuple[np.ndarray, np.ndarray]:
+        """Costs of all pairs of families, ``(n, n)``: by shapes alone, and with what names and roles say."""
+        n = len(fs)
+        words_s, words_t = same_numbering(telling_words(fs), telling_words(ft))
+        weak_s, weak_t = self.words.weak(fs, region.source), self.words.weak(ft, region.target)
+        shape = np.full((n, n), FORBIDDEN)
+        base = np.full((n, n), FORBIDDEN)
+        for i, f in enumerate(fs):
+            for j, g in enumerate(ft):
+                cost = self.costs.of_families(f, g)
+                if cost is None:
+                    continue
+                alike = 0.5
+                if self.names:
+                    alike = shared_evidence(words_s[i], words_t[j], self.evidence.dictionary, weak_s, weak_t)
+                    alike = self._with_role(alike, f, g, region)
+                shape[i, j] = cost
+                base[i, j] = cost + 1.0 - alike
+        return shape, base
+
     def _with_role(self, alike: float, f: Family, g: Family, region: Region) -> float:
         """What other regions of the same make are certain of outweighs how names look."""
         if len(f.members) > 1 or region.make is None:
@@ -193,21 +143,6 @@ class ClassSolver:
         if verdict is None:
             return alike
         return 1.0 if verdict else min(alike, 0.1)
-
-    def _weak(self, families: list[Family], root: Item) -> set[str]:
-        """Words of own names that also stand elsewhere in the region: ``attention_norm`` is near the attention.
-
-        Words of the modules around an item are no such hints: they say where the item is.
-        """
-        if len(families) < 2:
-            return set()
-        everywhere = self._counts(root)
-        here = _word_counts([t for f in families for m in f.members for t in m.tensors], root)
-        outside = sorted(w for w, count in everywhere.items() if count > here[w])
-        places = [place_in(m, root).rpartition(".") for f in families for m in f.members]
-        own = {w for _, _, name in places for w in path_tokens(name)}
-        around = {w for above, _, _ in places for w in path_tokens(above)}
-        return {w for w in own - around if any(token_similarity(w, o) >= ABBREVIATION for o in outside)}
 
     def _trust_here(
         self,
@@ -219,8 +154,7 @@ class ClassSolver:
         region: Region,
     ) -> float:
         """Trust in order for this class: none if going by rank would cross what is certain of the matrices."""
-        spans = [(r.positions[0], r.positions[-1] + 1) for r in (region.source, region.target)]
-        trust = self.evidence.trust(spans[0], spans[1])
+        trust = self.evidence.trust(*region.spans)
         if trust == 0.0 or fs[0].members[0].rank < 2:
             return trust
         for i in range(len(fs)):
@@ -229,37 +163,14 @@ class ClassSolver:
                     return 0.0
         return trust
 
-    def _misplaced(self, f: Family, g: Family, region: Region) -> bool:
-        spans = [(r.positions[0], r.positions[-1] + 1) for r in (region.source, region.target)]
-        return self.evidence.misplaced(f.start, g.start, spans[0], spans[1]) > 0.5
-
-    def _family_cost(self, f: Family, g: Family) -> float | None:
-        """Mean cost over the members paired by number; ``None`` if any can't correspond."""
-        if len(f.members) != len(g.members):
-            return None
-        known: dict[tuple[int, int], float | None] = {}
-        total = 0.0
-        check_paths = f.members[0].path, g.members[0].path
-        if self.forbidden(*check_paths):
-            return None
-        for a, b in zip(f.members, g.members):
-            key = (a.structure, b.structure)
-            if key not in known:
-                known[key] = self.cost(a, b)
-            cost = known[key]
-            if cost is None:
-                return None
-            total += cost
-        return total / len(f.members)
+    def _misplaced(self, s: Item | Family, t: Item | Family, region: Region) -> bool:
+        return self.evidence.misplaced(s.start, t.start, *region.spans) > 0.5
 
     def _by_order(self, s: list[Item], t: list[Item], region: Region) -> Pairing:
         """Families don't fit together; if order has proved trustworthy, go by it."""
-        spans = [(r.positions[0], r.positions[-1] + 1) for r in (region.source, region.target)]
-        margin = ORDER_WEIGHT * self.evidence.trust(spans[0], spans[1])
-        crossed = s[0].rank >= 2 and any(
-            self.evidence.misplaced(a.start, b.start, spans[0], spans[1]) > 0.5 for a, b in zip(s, t)
-        )
-        if margin >= self.margin and not crossed and all(self.cost(a, b) is not None for a, b in zip(s, t)):
+        margin = ORDER_WEIGHT * self.evidence.trust(*region.spans)
+        crossed = s[0].rank >= 2 and any(self._misplaced(a, b, region) for a, b in zip(s, t))
+        if margin >= self.margin and not crossed and all(self.costs.of(a, b) is not None for a, b in zip(s, t)):
             reason = "same place in order among those of its shape"
             return Pairing([Pair(a, b, margin, reason) for a, b in zip(s, t)])
         return Pairing(doubts=[ItemDoubt(tuple(t), tuple(s), "same shapes, and the order can't be trusted")])
@@ -276,12 +187,12 @@ class ClassSolver:
         words_s, words_t = telling_words(fs), telling_words(ft)
         for i, f in enumerate(fs):
             for j, g in enumerate(ft):
-                shape = self._family_cost(f, g) if f.numbers == g.numbers or len(f.members) == 1 else None
+                shape = self.costs.of_families(f, g) if f.numbers == g.numbers or len(f.members) == 1 else None
                 if shape is None or region.stands_by_number(f.members[0], g.members[0]):
                     cost[i, j] = FORBIDDEN
                     continue
                 alike = best_pairs_similarity(words_s[i], words_t[j], self.evidence.dictionary)
-                whole = self.support(f.members[0], g.members[0], region)
+                whole = self.words.support(f.members[0], g.members[0], region)
                 cost[i, j] = shape + 1.0 - (alike + 3 * whole) / 4
         pairing = Pairing()
         for i, j, margin in assign(cost):
@@ -298,7 +209,7 @@ class ClassSolver:
         if len(common) < min(len(f.members), len(g.members)) or len(common) < 2:
             return None
         theirs, ours = dict(zip(f.numbers, f.members)), dict(zip(g.numbers, g.members))
-        if not all(_strong(theirs[n]) and self.cost(theirs[n], ours[n]) is not None for n in common):
+        if not all(_strong(theirs[n]) and self.costs.of(theirs[n], ours[n]) is not None for n in common):
             return None
         reason = "the only repeated modules of this size, by number"
         pairs = [Pair(theirs[n], ours[n], ORDER_WEIGHT, reason, certain=n == common[0]) for n in common]
@@ -315,10 +226,6 @@ def _ranks(shape: np.ndarray) -> np.ndarray:
         ranks.append(seen[key])
         seen[key] += 1
     return np.array(ranks)
-
-
-def _word_counts(tensors: Sequence[Item], root: Item) -> Counter[str]:
-    return Counter(w for t in tensors for w in set(path_tokens(relative(t, root))) if not w.isdigit())
 
 
 def _strong(item: Item) -> bool:

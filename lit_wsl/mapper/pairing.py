@@ -64,6 +64,12 @@ class Region:
         """Equal for regions of the same structure, which are solved once."""
         return self.source.structure, self.target.structure
 
+    @property
+    def spans(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Ordinals of the region's tensors on both sides: the first, and the one behind the last."""
+        s, t = self.source.positions, self.target.positions
+        return (s[0], s[-1] + 1), (t[0], t[-1] + 1)
+
     def places(self, s: Item, t: Item) -> tuple[str, str, str, str]:
         """Where two items stand: their paths in the region, and the ends of their paths that other blocks share."""
         return place_in(s, self.source), place_in(t, self.target), place_end(s), place_end(t)
