@@ -19,11 +19,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_wsl.mapper.evidence import ORDER_WEIGHT
+from lit_wsl.mapper.layout_variants import layout_variants
 from lit_wsl.mapper.layouts import leave_open
 from lit_wsl.mapper.names import split_numbers
 from lit_wsl.mapper.running import Call, Run, close, comparable, hindrance, run_with, shaken_state, source_calls
 from lit_wsl.mapper.tree import role_of
-from lit_wsl.mapper.variants import Variant, open_questions, suspicions
+from lit_wsl.mapper.variants import Variant, open_questions
 from lit_wsl.transfer.operations import run_operations
 from lit_wsl.transfer.plan import PlanEntry, Proof, TransferPlan
 
@@ -123,7 +124,7 @@ class _Prover:
         return run_with(self.new, state, *self.call)
 
     def decide(self, plan: TransferPlan, first: Run) -> tuple[TransferPlan, Run]:
-        """Settle open questions one by one, then suspicions, until the outputs agree or the trials are spent."""
+        """Settle open questions one by one, then doubtful layouts, until the outputs agree or the trials are spent."""
         run = first
         changed: list[str] = []
         for _ in range(MAX_ROUNDS):
@@ -192,7 +193,7 @@ class _Prover:
 
     def _questions(self, plan: TransferPlan, run: Run) -> Iterator[list[Variant]]:
         yield from open_questions(plan)
-        yield from suspicions(plan, self._doubtful_modules(plan, run))
+        yield from layout_variants(plan, self._doubtful_modules(plan, run))
 
     def _best(self, plan: TransferPlan, run: Run, variants: list[Variant]) -> tuple[TransferPlan, Run, str]:
         """Take the variant that agrees furthest, if it agrees further than the plan does."""
