@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lit_wsl.mapper.adaptation_proposals import PROPOSERS, Change, Proposals
+from lit_wsl.mapper.adaptation_norms import fold_batchnorm
+from lit_wsl.mapper.adaptation_proposals import Change, Proposals, Propose
+from lit_wsl.mapper.adaptation_sizes import new_input_channels, partial_head, resize_position_embedding
 from lit_wsl.mapper.names import Dictionary
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.scoring import score_pair
@@ -22,6 +24,12 @@ from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, SideSummary, 
 Matcher = Callable[[ModelDescription, ModelDescription, MatchingOptions], TransferPlan]
 MAX_ROUNDS = 3  # of matching for one adaptation
 SWEEPS = 2  # what one adaptation could not do, it may do after another
+PROPOSERS: tuple[tuple[str, Propose], ...] = (  # in the order in which they are tried
+    ("new_input_channels", new_input_channels),
+    ("fold_batchnorm", fold_batchnorm),
+    ("resize_position_embedding", resize_position_embedding),
+    ("partial_head", partial_head),
+)
 
 
 @dataclass(frozen=True)
