@@ -117,9 +117,7 @@ class Aligner:
         out = Outcome()
         sure: list[tuple[Item, Item]] = []
         units_s, units_t = self._top_down(sources, targets, region, out, sure)
-        for fusion in find_fusions(
-            units_s, units_t, region.source, region.target, self.evidence, self.turned, region.complete
-        ):
+        for fusion in find_fusions(units_s, units_t, region, self.evidence, self.turned):
             self._take_fusion(fusion, units_s, units_t, out)
         for level in ("unit", "tensor"):
             if level == "tensor":

@@ -14,6 +14,7 @@ from itertools import combinations
 from lit_wsl.mapper.evidence import ORDER_WEIGHT, Evidence
 from lit_wsl.mapper.families import Family, families_of, of_size, uniform
 from lit_wsl.mapper.names import best_pairs_similarity, path_tokens
+from lit_wsl.mapper.pairing import Region
 from lit_wsl.mapper.part_order import NUMBERED, SPELLED, PartOrder, order_of_parts
 from lit_wsl.mapper.shapes import join_axis, transpose_shape
 from lit_wsl.mapper.tree import Item, owner_path, role_of
@@ -65,23 +66,19 @@ class _Choice:
 def find_fusions(
     sources: Sequence[Item],
     targets: Sequence[Item],
-    root_s: Item,
-    root_t: Item,
+    region: Region,
     evidence: Evidence,
     turned: bool,
-    complete: bool,
 ) -> list[Fusion]:
     """Find wholes on one side whose parts are on the other.
 
     Args:
         sources: Left-over units of the source, in registration order.
         targets: Left-over units of the target, in registration order.
-        root_s: Item below which source paths are compared.
-        root_t: Item below which target paths are compared.
+        region: Where they stand. If it is not complete, numbers in the parts' names are no evidence that something else
+            is made of them.
         evidence: The dictionary of this pair of models.
         turned: Whether the pair stores its matrices the other way round.
-        complete: Whether everything must find a partner; if not, numbers in the parts' names are no evidence that
-            something else is made of them.
 
     Returns:
         Fusions that use no unit twice.
@@ -90,7 +87,7 @@ def find_fusions(
     gone: set[int] = set()
     for whole_is_target in (True, False):
         wholes, parts = (targets, sources) if whole_is_target else (sources, targets)
-        root_w, root_p = (root_t, root_s) if whole_is_target else (root_s, root_t)
+        root_w, root_p = (region.target, region.source) if whole_is_target else (region.source, region.target)
         wholes = [i for i in wholes if id(i) not in gone and i.rank >= 2]
         other_profiles = {i.profile_key for i in parts}
         for whole in sorted(uniform(families_of(wholes, root_w)), key=lambda f: (-f.members[0].numel, f.start)):
@@ -100,7 +97,7 @@ def find_fusions(
                 continue
             if whole.members[0].profile_key in other_profiles and choice.order.strength != SPELLED:
                 continue  # something else has the size of the whole, so only its name can make it one
-            if not complete and choice.order.strength == NUMBERED:
+            if not region.complete and choice.order.strength == NUMBERED:
                 continue
             for k, member in enumerate(whole.members):
                 fusion = _build(member, [p.members[k] for p in choice.parts], whole_is_target, choice, margin, turned)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from lit_wsl.mapper.align import Aligner
 from lit_wsl.mapper.buffers import match_buffers, refuse_modules, split_kinds
+from lit_wsl.mapper.costs import Forbidden
 from lit_wsl.mapper.entries import EntryWriter
 from lit_wsl.mapper.evidence import ORDER_WEIGHT, Evidence, OrderVotes
 from lit_wsl.mapper.factors import factor_roles, same_roles
@@ -268,7 +269,7 @@ def _learn(outcome: Outcome, source: Sequence[ParameterInfo], target: Sequence[P
     return dictionary
 
 
-def _forbidden(options: MatchingOptions) -> Callable[[str, str], bool]:
+def _forbidden(options: MatchingOptions) -> Forbidden:
     """Whether two paths stand on different sides of an incompatible pair."""
     pairs = [({w.lower() for w in a}, {w.lower() for w in b}) for a, b in options.incompatible_pairs]
 

@@ -8,6 +8,7 @@ tensors that belong to one linear map or norm: ``weight`` and ``bias`` of a modu
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,9 +125,7 @@ class TreeBuilder:
         self, path: str, shape: Shape, positions: tuple[int, ...], operations: tuple[Operation, ...] = ()
     ) -> Item:
         """A tensor, virtual if operations make it."""
-        numel = 1
-        for d in shape:
-            numel *= d
+        numel = math.prod(shape)
         return Item(path, (), positions, numel, self._number(("tensor", shape)), 0, shape, operations, bool(operations))
 
     def group(self, path: str, children: Sequence[Item], level: int) -> Item:
