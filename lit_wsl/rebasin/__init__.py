@@ -9,6 +9,7 @@ from lit_wsl.rebasin.batch_statistics import reestimate_batchnorm
 from lit_wsl.rebasin.best import best_matching, midpoint_gap
 from lit_wsl.rebasin.builder import PermutationSpecBuilder
 from lit_wsl.rebasin.inference import infer_permutation_spec
+from lit_wsl.rebasin.joint import joint_matching
 from lit_wsl.rebasin.matching import MatchingResult, weight_matching
 from lit_wsl.rebasin.merging import average, interpolate, task_arithmetic
 from lit_wsl.rebasin.registry import permutation_spec, register_permutation_spec, registered_permutation_specs
@@ -42,6 +43,7 @@ __all__ = [
     "interpolate",
     "interpolation_curve",
     "invert_permutations",
+    "joint_matching",
     "midpoint_gap",
     "permutation_spec",
     "reestimate_batchnorm",

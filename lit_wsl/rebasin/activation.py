@@ -59,37 +59,34 @@ def activation_matching(
     Raises:
         RebasinError: no group shows in the output of a module, or the two passes saw different data.
     """
-    a = _responses(spec, model, reference, batches, max_batches, max_samples, seed, forward)
-    b = _responses(spec, model, other, batches, max_batches, max_samples, seed, forward)
+    a, b = responses(spec, model, reference, other, batches, max_batches, max_samples, seed, forward)
     if not a:
         raise RebasinError("no permutation group shows in the output of a module: use weight_matching instead")
-    if any(a[name].shape != b[name].shape for name in a):
-        raise RebasinError("the two passes over the batches saw different amounts of data: use a list or fixed loader")
     shown = PermutationSpec(
         groups=spec.groups,
         axes={name: {0: spec.axes[name][output_axis(model, name)]} for name in a},
         shapes={name: tuple(x.shape) for name, x in a.items()},
         parameters=tuple(a),
     )
-    responses = Descent(shown, a, b)
+    answers = Descent(shown, a, b)
     names = matched_names(spec, reference, other)
     weights = Descent(spec, {n: reference[n] for n in names}, {n: other[n] for n in names})
-    before = responses.objective
+    before = answers.objective
     with progress_bar(progress) as bar:
-        bar.start("matching: activations", len(responses.trees))
-        responses.sweep(range(len(responses.trees)), bar)
-        hidden = [i for i, root in enumerate(weights.trees) if not _shows(shown, responses, root)]
-        weights.move(responses.permutations)
+        bar.start("matching: activations", len(answers.trees))
+        answers.sweep(range(len(answers.trees)), bar)
+        hidden = [i for i, root in enumerate(weights.trees) if not _shows(shown, answers, root)]
+        weights.move(answers.permutations)
         sweeps, gained = 1, bool(hidden)
         while gained and sweeps <= max_iter:
             bar.start(f"matching: weights of hidden groups, sweep {sweeps}", len(hidden))
             gained = weights.sweep(hidden, bar)
             sweeps += 1
     permutations = dict(weights.permutations)
-    certain = responses.certain and not hidden
+    certain = answers.certain and not hidden
     return MatchingResult(
         permutations,
-        responses.objective,
+        answers.objective,
         before,
         identity_share(permutations),
         sweeps,
@@ -99,11 +96,35 @@ def activation_matching(
     )
 
 
-def _shows(shown: PermutationSpec, responses: Descent, root: str) -> bool:
+def responses(
+    spec: PermutationSpec,
+    model: nn.Module,
+    reference: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    max_batches: int | None,
+    max_samples: int,
+    seed: int,
+    forward: Forward,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Standardised responses ``(channels, samples)`` of both models by the name of the weight that makes them.
+
+    Raises:
+        RebasinError: the two passes saw different data.
+    """
+    a, b = (
+        _responses(spec, model, state, batches, max_batches, max_samples, seed, forward) for state in (reference, other)
+    )
+    if any(a[name].shape != b[name].shape for name in a):
+        raise RebasinError("the two passes over the batches saw different amounts of data: use a list or fixed loader")
+    return a, b
+
+
+def _shows(shown: PermutationSpec, answers: Descent, root: str) -> bool:
     """Whether the responses say something about every group of a tree."""
-    terms = responses.trees[root].terms if root in responses.trees else ()
+    terms = answers.trees[root].terms if root in answers.trees else ()
     said = {group for term in terms for group in term.groups}
-    return all(group in said or shown.children(group) for group in responses.trees[root].groups)
+    return all(group in said or shown.children(group) for group in answers.trees[root].groups)
 
 
 def output_axis(model: nn.Module, name: str) -> int:

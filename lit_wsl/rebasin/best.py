@@ -1,7 +1,8 @@
 """Several ways of matching, judged by data: which of them leaves the least between the two models.
 
-Weights and activations each find orders of units that the other misses, most of all where layers are narrow. Which one
-is better is not a question of their objectives, which cannot be compared, but of the merged model. It needs no labels:
+Weights and activations each find orders of units that the other misses, most of all where layers are narrow; both in
+one objective find more than either, but what a response is worth beside a weight depends on the network. Which result
+is better is not a question of the objectives, which cannot be compared, but of the merged model. It needs no labels:
 the mean of two well aligned networks, repaired, answers like the mean of their answers.
 """
 
@@ -19,13 +20,15 @@ from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.activation import activation_matching
 from lit_wsl.rebasin.apply import apply_permutation
 from lit_wsl.rebasin.batch_statistics import Forward, call_on_inputs
-from lit_wsl.rebasin.descent import Descent
-from lit_wsl.rebasin.matching import MatchingResult, identity_share, matched_names, weight_matching
+from lit_wsl.rebasin.joint import joint_matching
+from lit_wsl.rebasin.matching import MatchingResult, weight_matching
 from lit_wsl.rebasin.merging import average
-from lit_wsl.rebasin.progress import progress_bar
 from lit_wsl.rebasin.repair import repair
-from lit_wsl.rebasin.spec import Permutations, PermutationSpec
+from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.rebasin.tracing import output_tensors
+
+#: What a unit's responses count beside its incoming weights, in the candidates that are matched on both.
+SHARES = (0.1, 0.3, 1.0)
 
 
 def best_matching(
@@ -42,10 +45,10 @@ def best_matching(
     forward: Forward = call_on_inputs,
     progress: bool | None = None,
 ) -> MatchingResult:
-    """Match on weights, on activations, and on weights from where activations lead; keep what merges best on data.
+    """Match on weights, on activations, and on both together; keep what merges best on data.
 
-    The judge is :func:`midpoint_gap`. More work than either alone: one weight matching, one activation matching, and
-    for each candidate the repair of the mean.
+    The judge is :func:`midpoint_gap`. More work than one of them alone: all are run, those on both together for each
+    share of :data:`SHARES`, and the mean of each candidate is repaired.
 
     Args:
         spec: permutation spec of the architecture.
@@ -55,14 +58,14 @@ def best_matching(
         batches: a list or loader that gives the same batches in the same order each time.
         max_iter: most sweeps for each start of the matching on weights.
         seed: of random orders and of the positions that are drawn from activations.
-        restarts: further starts of the matching on weights.
+        restarts: further starts of each matching in which weights count.
         max_batches: stop after so many batches.
         forward: how to call the model on a batch.
         progress: show a progress bar; by default only on a terminal.
 
     Returns:
         The best candidate; its ``start`` begins with how it was found: ``weights``, ``activations`` or
-        ``activations, then weights``.
+        ``weights and activations``.
 
     Raises:
         RebasinError: there is no batch, or the models do not fit the spec.
@@ -71,11 +74,10 @@ def best_matching(
     on_weights = weight_matching(spec, reference, other, max_iter, seed, restarts=restarts, progress=progress)
     candidates = [replace(on_weights, start=f"weights, {on_weights.start}")]
     if not on_weights.certain:
-        responses = activation_matching(
-            spec, model, reference, other, used, seed=seed, max_iter=max_iter, forward=forward, progress=progress
-        )
-        refined = _refined(spec, reference, other, responses, max_iter, seed, progress)
-        candidates += [responses, refined]
+        models = (spec, model, reference, other, used)
+        options: dict[str, Any] = {"seed": seed, "max_iter": max_iter, "forward": forward, "progress": progress}
+        candidates.append(activation_matching(*models, **options))
+        candidates += [joint_matching(*models, share=share, restarts=restarts, **options) for share in SHARES]
     if len(candidates) == 1:
         return candidates[0]
     gaps = [
@@ -83,34 +85,6 @@ def best_matching(
         for found in candidates
     ]
     return candidates[min(range(len(gaps)), key=gaps.__getitem__)]
-
-
-def _refined(
-    spec: PermutationSpec,
-    reference: Mapping[str, Tensor],
-    other: Mapping[str, Tensor],
-    start: Permutations,
-    max_iter: int,
-    seed: int,
-    progress: bool | None,
-) -> MatchingResult:
-    """Coordinate descent on weights from given permutations."""
-    names = matched_names(spec, reference, other)
-    descent = Descent(spec, {n: reference[n] for n in names}, {n: other[n] for n in names})
-    before = descent.objective
-    descent.move(start)
-    generator = torch.Generator().manual_seed(seed)
-    sweeps, gained = 0, True
-    with progress_bar(progress) as bar:
-        while gained and sweeps < max_iter:
-            bar.start(f"matching: weights from activations, sweep {sweeps + 1}", len(descent.trees))
-            gained = descent.sweep(torch.randperm(len(descent.trees), generator=generator).tolist(), bar)
-            sweeps += 1
-    found = {name: p.clone() for name, p in descent.permutations.items()}
-    share = identity_share(found)
-    return MatchingResult(
-        found, descent.objective, before, share, sweeps, not gained, False, "activations, then weights"
-    )
 
 
 @torch.no_grad()
