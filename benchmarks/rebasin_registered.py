@@ -52,7 +52,7 @@ def models(only: str) -> Iterator[tuple[str, str, nn.Module, torch.Tensor]]:
         elif name in vision.list_models():
             yield name, "torchvision", vision.get_model(name, weights=None), image
         elif name in timm.list_models():
-            yield name, "timm", timm.create_model(name), image
+            yield name, "timm", timm.create_model(name, num_classes=1000), image
 
 
 def measure(name: str, library: str, model: nn.Module, example: torch.Tensor) -> dict[str, Any]:

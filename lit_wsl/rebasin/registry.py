@@ -63,14 +63,16 @@ def permutation_spec(
             f"No permutation spec is registered for {name!r}. There are: {', '.join(registered_permutation_specs())}. "
             "infer_permutation_spec(model, example_args) makes one for any model."
         )
-    if isinstance(source, nn.Module):
-        builder = PermutationSpecBuilder(source)
-        spec = factory(source.state_dict())
-        return PermutationSpec(spec.groups, spec.axes, spec.shapes, builder.parameters, spec.frozen, spec.dropped)
     try:
-        return factory(source)
+        spec = factory(source.state_dict() if isinstance(source, nn.Module) else source)
     except KeyError as error:
         raise RebasinError(f"The state dict has no tensor {error}; is it a {name}?") from error
+    except IndexError as error:
+        raise RebasinError(f"The state dict lacks layers of a {name}, such as its classifier.") from error
+    if not isinstance(source, nn.Module):
+        return spec
+    parameters = PermutationSpecBuilder(source).parameters
+    return PermutationSpec(spec.groups, spec.axes, spec.shapes, parameters, spec.frozen, spec.dropped)
 
 
 def _stages(names: Sequence[str], pattern: str) -> list[str]:
@@ -148,7 +150,13 @@ def vgg(state_dict: Mapping[str, Any]) -> PermutationSpec:
 
 
 def transformer(
-    state_dict: Mapping[str, Any], heads: int, *, block: str, names: Mapping[str, str], stream: Mapping[str, int]
+    state_dict: Mapping[str, Any],
+    heads: int,
+    *,
+    block: str,
+    names: Mapping[str, str],
+    stream: Mapping[str, int],
+    head: str,
 ) -> PermutationSpec:
     """A pre-norm transformer with fused q, k, v.
 
@@ -158,21 +166,24 @@ def transformer(
         block: Regular expression whose first group is the prefix of a block.
         names: ``norm1, qkv, out, norm2, up, down`` and optional ``scale1, scale2``: names inside a block.
         stream: Tensor name -> axis of the residual stream outside of the blocks; those that are absent are left out.
+        head: The tensor in front of the outputs, its axis in ``stream``. A model without it puts the residual stream
+            out, so that the stream stays as it is.
     """
     builder = PermutationSpecBuilder(state_dict)
     shapes = builder.shapes
+    residual = "residual" if head in shapes else None
     for name, axis in stream.items():
         if name in shapes:
-            builder.axis(name, axis, "residual")
+            builder.axis(name, axis, residual)
     for prefix in _stages(list(shapes), block):
         for norm in ("norm1", "norm2"):
-            builder.norm(f"{prefix}.{names[norm]}", "residual")
-        builder.attention(prefix, heads, f"{prefix}.{names['qkv']}", f"{prefix}.{names['out']}", "residual")
-        builder.linear(f"{prefix}.{names['up']}", f"{prefix}.mlp", "residual")
-        builder.linear(f"{prefix}.{names['down']}", "residual", f"{prefix}.mlp")
+            builder.norm(f"{prefix}.{names[norm]}", residual)
+        builder.attention(prefix, heads, f"{prefix}.{names['qkv']}", f"{prefix}.{names['out']}", residual)
+        builder.linear(f"{prefix}.{names['up']}", f"{prefix}.mlp", residual)
+        builder.linear(f"{prefix}.{names['down']}", residual, f"{prefix}.mlp")
         for scale in ("scale1", "scale2"):
             if (tensor := f"{prefix}.{names.get(scale, '-')}") in shapes:
-                builder.tensor(tensor, "residual")
+                builder.tensor(tensor, residual)
     return builder.build()
 
 
@@ -192,7 +203,7 @@ def timm_vit(state_dict: Mapping[str, Any], heads: int) -> PermutationSpec:
     """Vision transformers as timm names them (``blocks.{i}.attn.qkv``)."""
     stream = {"cls_token": 2, "reg_token": 2, "pos_embed": 2, **_ends("patch_embed.proj"), **_ends("norm")}
     stream |= {**_ends("fc_norm"), **_ends("norm_pre"), "head.weight": 1}
-    return transformer(state_dict, heads, block=r"(blocks\.\d+)\.", names=_TIMM, stream=stream)
+    return transformer(state_dict, heads, block=r"(blocks\.\d+)\.", names=_TIMM, stream=stream, head="head.weight")
 
 
 def torchvision_vit(state_dict: Mapping[str, Any], heads: int) -> PermutationSpec:
@@ -201,7 +212,8 @@ def torchvision_vit(state_dict: Mapping[str, Any], heads: int) -> PermutationSpe
     stream = {"class_token": 2, "encoder.pos_embedding": 2, **_ends("conv_proj"), **_ends("encoder.ln")}
     stream |= {"heads.head.weight": 1}
     names = {**_VISION, "up": mlp[0], "down": mlp[1]}
-    return transformer(state_dict, heads, block=r"(encoder\.layers\.encoder_layer_\d+)\.", names=names, stream=stream)
+    block = r"(encoder\.layers\.encoder_layer_\d+)\."
+    return transformer(state_dict, heads, block=block, names=names, stream=stream, head="heads.head.weight")
 
 
 def open_clip_visual(state_dict: Mapping[str, Any], heads: int) -> PermutationSpec:
@@ -210,13 +222,14 @@ def open_clip_visual(state_dict: Mapping[str, Any], heads: int) -> PermutationSp
     stream = {f"{p}class_embedding": 0, f"{p}positional_embedding": 1, f"{p}conv1.weight": 0, f"{p}proj": 0}
     stream |= {**_ends(f"{p}ln_pre"), **_ends(f"{p}ln_post")}
     block = rf"({re.escape(p)}transformer\.resblocks\.\d+)\."
-    return transformer(state_dict, heads, block=block, names=_CLIP, stream=stream)
+    return transformer(state_dict, heads, block=block, names=_CLIP, stream=stream, head=f"{p}proj")
 
 
 def open_clip_text(state_dict: Mapping[str, Any], heads: int) -> PermutationSpec:
     """Text towers of OpenCLIP."""
     stream = {"token_embedding.weight": 1, "positional_embedding": 1, "text_projection": 0, **_ends("ln_final")}
-    return transformer(state_dict, heads, block=r"(transformer\.resblocks\.\d+)\.", names=_CLIP, stream=stream)
+    block = r"(transformer\.resblocks\.\d+)\."
+    return transformer(state_dict, heads, block=block, names=_CLIP, stream=stream, head="text_projection")
 
 
 def _with_heads(factory: Callable[[Mapping[str, Any], int], PermutationSpec], heads: int) -> SpecFactory:

@@ -141,6 +141,12 @@ class TimmViT(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
+def headless_vit() -> nn.Module:
+    model = TimmViT()
+    model.head = nn.Identity()
+    return model
+
+
 class PackedBlock(nn.Module):
     """A block around ``nn.MultiheadAttention``, with the names of torchvision or of OpenCLIP."""
 
@@ -236,6 +242,7 @@ KNOWN = {
     "VGG16": (lambda: VGG(norm=False), IMAGE, lambda sd: permutation_spec("vgg16", sd)),
     "VGG16-BN": (lambda: VGG(norm=True), IMAGE, lambda sd: permutation_spec("vgg16_bn", sd)),
     "timm ViT": (TimmViT, SMALL, lambda sd: timm_vit(sd, 3)),
+    "timm ViT without a head": (headless_vit, SMALL, lambda sd: timm_vit(sd, 3)),
     "torchvision ViT": (TorchvisionViT, SMALL, lambda sd: torchvision_vit(sd, 3)),
     "OpenCLIP visual": (Visual, SMALL, lambda sd: open_clip_visual(sd, 3)),
     "OpenCLIP text": (Text, TEXT, lambda sd: open_clip_text(sd, 3)),
@@ -291,3 +298,8 @@ def test_unknown_names_and_wrong_state_dicts_are_refused():
         permutation_spec("nobody", {})
     with pytest.raises(RebasinError):
         permutation_spec("resnet50", {"something": (3, 3)})
+    headless = VGG(norm=True)
+    headless.classifier = nn.Identity()
+    for source in (headless, headless.state_dict()):
+        with pytest.raises(RebasinError, match="classifier"):
+            permutation_spec("vgg16_bn", source)
