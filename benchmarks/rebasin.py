@@ -1,6 +1,6 @@
 """All measurements of lit_wsl.rebasin, one after the other (``make rebasin-bench``).
 
-    python -m benchmarks.rebasin [architectures planted digits timing llama] [--device cuda] [--save]
+    python -m benchmarks.rebasin [architectures registered planted digits timing llama] [--device cuda] [--save]
 
 With ``--save`` what the parts print goes to ``benchmarks/results`` too, from where ``python docs/measured.py`` takes it
 into the docs. Each part is a module of its own and can be run alone: ``python -m benchmarks.rebasin_digits --help``.
@@ -16,18 +16,23 @@ from pathlib import Path
 
 PARTS = {
     "architectures": "function kept and coverage on public architectures",
+    "registered": "function kept by the hand-written specs of the registry",
     "planted": "planted permutations recovered, with and without noise",
     "digits": "barrier between two seeds on real digits",
     "timing": "time of a sweep, beside its pure part and the rebasin package",
     "llama": "one full matching of the shapes of an 8-billion-parameter Llama",
 }
 RESULTS = Path(__file__).parent / "results"
+#: Parts that write what they measured as JSON where ``--out`` says.
+AS_JSON = ("architectures", "registered", "digits")
+#: Ten pairs of seeds: one pair is luck.
+PAIRS = [f"{seed},{seed + 1}" for seed in range(0, 20, 2)]
 
 
 def measure(part: str, extra: list[str], save: bool) -> int:
     """Run one part; what it prints is shown, and kept if asked for and nothing failed."""
-    if save and part == "architectures":
-        extra = [*extra, "--out", str((RESULTS / "rebasin_architectures.json").relative_to(Path.cwd()))]
+    if save and part in AS_JSON:
+        extra = [*extra, "--out", str((RESULTS / f"rebasin_{part}.json").relative_to(Path.cwd()))]
     words = ["-m", f"benchmarks.rebasin_{part}", *extra]
     lines = [f"$ python {' '.join(words)}\n"]
     with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
@@ -35,7 +40,7 @@ def measure(part: str, extra: list[str], save: bool) -> int:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)
-    if save and process.returncode == 0 and part not in ("architectures", "timing"):  # these write JSON themselves
+    if save and process.returncode == 0 and part not in (*AS_JSON, "timing"):  # timing always writes its JSON
         (RESULTS / f"rebasin_{part}.txt").write_text("".join(lines), encoding="utf-8")
     return process.returncode
 
@@ -52,7 +57,7 @@ def main() -> int:
     failed = []
     for part in options.parts or PARTS:
         print(f"\n== {part}: {PARTS[part]}", flush=True)
-        extra = ["--device", options.device] if part == "llama" else []
+        extra = {"llama": ["--device", options.device], "digits": ["--seeds", *PAIRS]}.get(part, [])
         began = time.perf_counter()
         code = measure(part, extra, options.save)
         print(f"== {part} took {time.perf_counter() - began:.0f} s", flush=True)

@@ -171,6 +171,49 @@ def architectures() -> Iterator[str]:
     yield f"`{data.get('command', default)}`\n\n"
 
 
+def registered() -> Iterator[str]:
+    """Hand-written specs of the registry."""
+    data = load("rebasin_registered.json")
+    if not data:
+        return
+    rows = data["rows"]
+    same = sum(row["groups"] == row["inferred"] for row in rows)
+    yield "### Hand-written specs on the models they are named after\n\n"
+    yield (
+        f"{len(rows)} models of torchvision, timm and OpenCLIP: {sum(row['kept'] for row in rows)} keep their function under a random "
+        f"permutation of all groups of the registered spec; in {same} inference finds as many groups. Least coverage by hand "
+        f"{min(row['coverage'] for row in rows):.2%}, inferred {min(row['inferred_coverage'] for row in rows):.2%}.\n\n"
+        "`python -m benchmarks.rebasin_registered --out benchmarks/results/rebasin_registered.json`\n\n"
+    )
+
+
+def digits() -> Iterator[str]:
+    """Barriers between two seeds."""
+    data = load("rebasin_digits.json")
+    if not data:
+        return
+    pairs = [tuple(seeds) for seeds in dict.fromkeys(tuple(row["seeds"]) for row in data["rows"])]
+    yield "### Two seeds on real digits: the barrier between them\n\n"
+    yield (
+        f"Barrier of the training loss on the line between two networks that were trained alike from different seeds, {len(pairs)} pairs; "
+        "median, and the largest in brackets. All but *as they are* after REPAIR. *Best* is `best_matching`.\n\n"
+    )
+    ways = {
+        "unaligned": "as they are",
+        "weights, REPAIR": "weights",
+        "activations, REPAIR": "activations",
+        "best, REPAIR": "best",
+    }
+    yield f"| network | bound | {' | '.join(ways.values())} | best within the bound |\n|---|---:|---:|---:|---:|---:|---:|\n"
+    for net, bound in data["bounds"].items():
+        rows = [row for row in data["rows"] if row["net"] == net]
+        cells = [f"{median(row[way] for row in rows):.4f} ({max(row[way] for row in rows):.4f})" for way in ways]
+        within = sum(row["best, REPAIR"] <= bound for row in rows)
+        yield f"| {net} | {bound:g} | {' | '.join(cells)} | {within} of {len(rows)} |\n"
+    seeds = " ".join(f"{a},{b}" for a, b in pairs)
+    yield f"\n`python -m benchmarks.rebasin_digits --seeds {seeds} --out benchmarks/results/rebasin_digits.json`\n\n"
+
+
 def timing() -> Iterator[str]:
     """Time of weight matching."""
     data = load("rebasin_timing.json")
@@ -179,20 +222,22 @@ def timing() -> Iterator[str]:
     yield "### Time of the matching, beside the rebasin package\n\n"
     yield (
         "Processor seconds, wall clock in brackets. *Pure* are the matrix products and assignments of a sweep alone; *to the end* is "
-        "the whole matching of a fine-tuned pair. The last columns: one sweep of the `rebasin` package, and how many times ours "
-        "over as many groups of the same sizes that is.\n\n"
+        "the whole matching of a fine-tuned pair. The last columns: one sweep of the `rebasin` package (which knows no residual "
+        "streams, the costliest groups), how many times our whole sweep that is, and how many times ours over as many groups of the "
+        "same sizes as it has.\n\n"
     )
-    yield "| threads | model | groups | inference | one sweep | pure | to the end | rebasin, one sweep | times ours |\n"
-    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|\n"
+    yield "| threads | model | groups | inference | one sweep | pure | to the end | rebasin, one sweep | x our sweep | x ours, same sizes |\n"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
     for threads, models in sorted(data.items()):
         for model, row in models.items():
             peer = row.get("rebasin") or {}
-            theirs, times = (
-                _seconds(peer[key]) if key in peer else "" for key in ("sweep", "times_our_sweep_over_these")
+            theirs, times, same = (
+                _seconds(peer[key]) if key in peer else ""
+                for key in ("sweep", "times_our_sweep", "times_our_sweep_over_these")
             )
             cells = (_seconds(row[key]) for key in ("spec", "sweep", "pure", "fine_tuned_pair"))
             yield (
-                f"| {threads.split()[0]} | {model} | {row['trees']} | {' | '.join(cells)} | {peer.get('error', theirs)} | {times} |\n"
+                f"| {threads.split()[0]} | {model} | {row['trees']} | {' | '.join(cells)} | {peer.get('error', theirs)} | {times} | {same} |\n"
             )
     yield "\n`python -m benchmarks.rebasin_timing`\n\n"
 
@@ -203,7 +248,6 @@ def _seconds(value: dict[str, float]) -> str:
 
 TITLES = {
     "rebasin_planted": "Planted permutations, recovered",
-    "rebasin_digits": "Two seeds on real digits: the barrier between them",
     "rebasin_llama": "Matching the shapes of a Llama",
     "convert": "Converting a checkpoint",
     "transfer_cost": "A transfer beside plain loading",
@@ -231,7 +275,7 @@ def printed() -> Iterator[str]:
 
 def render() -> str:
     """All tables that there are numbers for."""
-    parts = (gauntlet, scale, memory, reading, architectures, timing, printed)
+    parts = (gauntlet, scale, memory, reading, architectures, registered, timing, digits, printed)
     return "".join(piece for part in parts for piece in part())
 
 

@@ -151,13 +151,19 @@ def test_measured_numbers_are_whatever_is_there(tmp_path, monkeypatch):
     assert "printed" not in measured.render()
     (tmp_path / "rebasin_timing.json").unlink()
     (tmp_path / "rebasin_timing.txt").unlink()
-    (tmp_path / "rebasin_digits.txt").write_text("$ python -m benchmarks.rebasin_digits --epochs 3\n\nmlp: 0.1\n")
+    (tmp_path / "rebasin_planted.txt").write_text("$ python -m benchmarks.rebasin_planted --seed 3\n\nall recovered\n")
     (tmp_path / "other.txt").write_text("one\ntwo\n")
     assert measured.render() == (
-        "### Two seeds on real digits: the barrier between them\n\n```text\nmlp: 0.1\n```\n\n"
-        "`python -m benchmarks.rebasin_digits --epochs 3`\n\n"
+        "### Planted permutations, recovered\n\n```text\nall recovered\n```\n\n"
+        "`python -m benchmarks.rebasin_planted --seed 3`\n\n"
         "### other\n\n```text\none\ntwo\n```\n\n`python -m benchmarks.other`\n\n"
     )
+    barriers = {"unaligned": 2.0, "weights, REPAIR": 0.5, "activations, REPAIR": 0.4}
+    rows = [{"net": "n", "seeds": [s, s + 1], **barriers, "best, REPAIR": best} for s, best in ((0, 0.1), (2, 0.3))]
+    (tmp_path / "rebasin_digits.json").write_text(json.dumps({"bounds": {"n": 0.2}, "rows": rows}))
+    table = measured.render()
+    assert "| n | 0.2 | 2.0000 (2.0000) | 0.5000 (0.5000) | 0.4000 (0.4000) | 0.2000 (0.3000) | 1 of 2 |" in table
+    assert "--seeds 0,1 2,3" in table
 
 
 def test_the_readme_says_what_was_measured(monkeypatch):
