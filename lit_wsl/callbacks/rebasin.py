@@ -69,7 +69,8 @@ class RebasinCallback(Callback):
 
     Args:
         pretrained: Checkpoint that all runs started from; None only with ``on="weights"``.
-        reference: Checkpoint of the run that the others are aligned to.
+        reference: Checkpoint of the run that the others are aligned to. It can't be left out; it has a default only
+            because ``pretrained`` in front of it has one, which a config file leaves out.
         others: Checkpoints of further runs.
         on: What is compared: ``"task_vectors"`` or ``"weights"``. YAML reads a bare ``on`` as true, so a config file
             needs quotes around the key: ``"on": weights``.
@@ -104,8 +105,8 @@ class RebasinCallback(Callback):
 
     def __init__(
         self,
-        pretrained: str | Path | None,
-        reference: str | Path,
+        pretrained: str | Path | None = None,
+        reference: str | Path | None = None,
         others: Sequence[str | Path] = (),
         *,
         on: On = "task_vectors",
@@ -135,6 +136,10 @@ class RebasinCallback(Callback):
             merge_scale=merge_scale,
             device=device,
         )
+        if reference is None:
+            raise RebasinError(
+                "there is nothing to align to: give the checkpoint of a reference run, reference='a.ckpt'"
+            )
         if pretrained is None and (on == "task_vectors" or merge == "task_arithmetic"):
             raise RebasinError("task vectors need the pretrained checkpoint: give it, or choose on='weights'")
         if update_model is not None and update_model not in get_args(Update):

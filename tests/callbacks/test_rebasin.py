@@ -368,3 +368,20 @@ def test_from_yaml(tmp_path, runs):
     assert made.rebasin.outputs is operator.itemgetter
     assert made.rebasin.options.max_iter == 7
     assert [str(p) for p in made.rebasin.others] == ["a.ckpt", "b.ckpt"]
+
+
+@pytest.mark.parametrize("line", ["", "  pretrained: null\n"])
+def test_yaml_may_leave_the_pretrained_checkpoint_out(tmp_path, runs, line):
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    parser = LightningArgumentParser()
+    parser.add_class_arguments(RebasinCallback, "rebasin")
+    config = tmp_path / "config.yaml"
+    config.write_text(f'rebasin:\n{line}  reference: {runs[1]}\n  "on": weights\n')
+    made = parser.instantiate_classes(parser.parse_path(config)).rebasin
+    trainer(tmp_path, made).fit(Net(), data(2))
+    assert made.report is not None
+    assert made.report.to_dict()["perm_matching"] is True
+    config.write_text(f'rebasin:\n{line}  "on": weights\n')
+    with pytest.raises(RebasinError, match="reference"):
+        parser.instantiate_classes(parser.parse_path(config))
