@@ -9,7 +9,14 @@ from typing import Any
 from torch import nn
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin import rules_cat, rules_compute, rules_index, rules_routing, rules_shape  # noqa: F401  (rules)
+from lit_wsl.rebasin import (  # noqa: F401  (rules)
+    rules_cat,
+    rules_compute,
+    rules_index,
+    rules_routing,
+    rules_shape,
+    rules_slice,
+)
 from lit_wsl.rebasin.grouping import build_spec
 from lit_wsl.rebasin.rules import Joint, Run
 from lit_wsl.rebasin.spec import PermutationSpec

@@ -8,7 +8,8 @@ from typing import Any
 
 from lit_wsl.rebasin.labels import Label, depends
 from lit_wsl.rebasin.rules import Joint, Run, flat_refs, pattern, rule, tensor_args
-from lit_wsl.rebasin.rules_shape import reshape_label, take
+from lit_wsl.rebasin.rules_shape import reshape_label
+from lit_wsl.rebasin.rules_slice import take
 from lit_wsl.rebasin.tracing import Node, Ref
 
 ORDER = "an operation that depends on the order of positions"
