@@ -13,6 +13,7 @@ from lit_wsl.rebasin import (  # noqa: F401  (rules)
     rules_cat,
     rules_compute,
     rules_index,
+    rules_product,
     rules_routing,
     rules_shape,
     rules_slice,
