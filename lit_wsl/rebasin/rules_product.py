@@ -17,15 +17,17 @@ from lit_wsl.rebasin.rules_shape import reshape_label
 from lit_wsl.rebasin.tracing import Node
 
 
-def _ask_for_joint(run: Run, label: Label, batch: int, axes: Sequence[int]) -> None:
-    """A parameter multiplied batch by batch may have other units inside each batch: ask for them in the next pass."""
+def ask_for_joint(run: Run, label: Label, batch: int) -> None:
+    """A parameter used batch by batch may have other units inside each batch: ask for them in the next pass."""
     outer = [f for f in label.factors if depends(f) == {batch}]
     owner = run.owner(outer[0]) if outer else None
     if owner is None:
         return
     for factor in label.factors:
-        if depends(factor) <= set(axes) and (inner := run.owner(factor)) and inner[0] == owner[0]:
-            run.request(inner[0], inner[1], Joint(owner[1], run.trace.tensors[owner[0]].shape[owner[1]]))
+        inner = run.owner(factor) if batch not in depends(factor) else None
+        # The batch may be on two axes (products of all pairs of rows): it has no units inside itself.
+        if inner is not None and inner[0] == owner[0] and inner != owner:
+            run.request(inner[0], inner[1], Joint(owner[1], run.shape_of(owner[0])[owner[1]]))
 
 
 def product(run: Run, refs: Sequence[Any], words: Sequence[str], out: str) -> Label:
@@ -35,8 +37,7 @@ def product(run: Run, refs: Sequence[Any], words: Sequence[str], out: str) -> La
     for label, word in zip(labels, words, strict=True):
         sizes.update({c: n for c, n in zip(word, label.shape, strict=True) if n > 1 or c not in sizes})
         if "b" in word and label.shape[word.index("b")] > 1:
-            batch = word.index("b")
-            _ask_for_joint(run, label, batch, [a for a in range(label.ndim) if a != batch])
+            ask_for_joint(run, label, word.index("b"))
     return run.algebra.contract(labels, words, out, sizes)
 
 

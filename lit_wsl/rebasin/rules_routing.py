@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lit_wsl.rebasin.labels import Label, depends
-from lit_wsl.rebasin.rules import ROUTING_RULES, SEGMENT_RULES, Joint, Run, flat_refs, rule, unknown
+from lit_wsl.rebasin.rules import ROUTING_RULES, SEGMENT_RULES, Run, flat_refs, rule, unknown
 from lit_wsl.rebasin.rules_compute import ORDER
+from lit_wsl.rebasin.rules_product import ask_for_joint
 from lit_wsl.rebasin.tracing import Node, Ref
 from lit_wsl.rebasin.units import Array
 
@@ -82,16 +83,6 @@ def running_sum(run: Run, node: Node) -> Label:
     return replace(label, values=None)
 
 
-def _ask(run: Run, weight: Label) -> None:
-    """The weights of experts have units of their own for each expert: ask for that."""
-    outer = [f for f in weight.factors if depends(f) == {0}]
-    owner = run.owner(outer[0]) if outer else None
-    for factor in weight.factors:
-        inner = run.owner(factor)
-        if owner and inner and inner[0] == owner[0] and inner[1] != owner[1] and 0 not in depends(factor):
-            run.request(inner[0], inner[1], Joint(owner[1], run.shape_of(owner[0])[owner[1]]))
-
-
 def _meet(run: Run, weight: Label, units: Array | None) -> None:
     """The router's experts are those of the weights' first axis."""
     met = False
@@ -116,7 +107,7 @@ def grouped_product(run: Run, node: Node) -> Sequence[Label]:
     rows, weight = (run.algebra.settle(run.label(node.args[name])) for name in ("self", "mat2"))
     if rows.ndim != 2 or weight.ndim != 3 or not isinstance(node.args.get("offs"), Ref):
         return unknown(run, node)
-    _ask(run, weight)
+    ask_for_joint(run, weight, 0)
     _meet(run, weight, run.label(node.args["offs"]).segments)
     experts, k, m = weight.shape
     if rows.segmented is None:
@@ -138,7 +129,7 @@ def index_by_expert(run: Run, node: Node) -> Label | None:
     chosen, table = run.label(refs[0]), run.algebra.settle(run.label(node.args["self"]))
     if chosen.values is None or chosen.ndim != 1 or len(chosen.values) != table.shape[0]:
         return None
-    _ask(run, table)
+    ask_for_joint(run, table, 0)
     _meet(run, table, chosen.values)
     factors = tuple(f for f in table.factors if depends(f) != {0})
     return Label(run.shape(node.outs[0]), factors, tainted=True, routed=True, segmented=0)

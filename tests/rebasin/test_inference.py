@@ -191,6 +191,26 @@ def test_indices_of_a_pooling_move_with_their_channels():
     assert largest_change(model, spec, (IMAGE,)) < 1e-12
 
 
+class AllPairs(nn.Module):
+    """Products of all pairs of rows of one parameter, row by row times a matrix: a batch that is on two axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.out = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = self.rows[:, None, :] * self.rows[None, :, :]
+        return torch.bmm(pairs, self.out.expand(4, 5, 3)).sum((0, 1)) + x
+
+
+def test_a_batch_that_is_on_two_axes_of_a_product():
+    model, args = AllPairs(), (torch.ones(3),)
+    spec = infer_permutation_spec(model, args, verify=False)
+    assert list(spec.axes["rows"]) == [1]
+    assert list(spec.axes["out"]) == [0]
+    assert largest_change(model, spec, args) < 1e-12
+
+
 def test_tied_weights_move_together():
     model = nets.Transformer()
     spec = infer_permutation_spec(model, (TOKENS,))
