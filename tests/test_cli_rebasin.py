@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lit_wsl.cli import main
-from lit_wsl.rebasin import infer_permutation_spec
+from lit_wsl.rebasin import best_matching, infer_permutation_spec
 
 CODE = """
 import torch
@@ -122,3 +122,17 @@ def test_a_spec_from_a_file_needs_no_sample(work):
     files = [str(folder / f"two{seed}.pt") for seed in (0, 1)]
     model = ("--model", f"{folder}/nets.py:Two", "--spec", str(folder / "spec.json"))
     assert main(["rebasin", *files, *model, "-o", str(folder / "out")]) == 0
+
+
+def test_matching_on_data_is_judged_by_it(work, capsys):
+    folder, scope = work
+    assert run(folder, "net", "net", "--matching", "best") == 2
+    assert "--data" in capsys.readouterr().err
+    data = ("--matching", "best", "--data", f"{folder}/nets.py:loader")
+    assert run(folder, "net", "net", *data, "--json") == 0
+    best = json.loads(capsys.readouterr().out)["models"]["net1"]["matching"]["weights"]
+    states = [torch.load(folder / f"net{seed}.pt") for seed in (0, 1)]
+    spec = infer_permutation_spec(scope["net"](), (scope["batch"](),))
+    batches = [batch for batch, _ in scope["loader"]()]
+    wanted = best_matching(spec, scope["net"](), *states, batches, forward=lambda model, x: model(x))
+    assert (best["start"], best["objective"]) == (wanted.start, pytest.approx(wanted.objective))

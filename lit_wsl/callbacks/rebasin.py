@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from lit_wsl.callbacks.rebasin_model import (
     SHARDED,
+    best_matcher,
+    completed,
     find_spec,
     is_sharded,
     refuse_gaps,
@@ -30,6 +33,8 @@ from lit_wsl.rebasin.job import (
     MEAN_STATISTICS,
     REPORT_FILE,
     AlignOptions,
+    Matcher,
+    Matching,
     Merge,
     On,
     RebasinReport,
@@ -79,7 +84,10 @@ class RebasinCallback(Callback):
         restarts: Further starts where the first one leaves room for doubt.
         merge: ``"average"`` or ``"task_arithmetic"`` of all models to write a merged checkpoint; None for none.
         merge_scale: Factor of each task vector in task arithmetic; None for one over their number.
-        repair_batches: Training batches for the batch norm statistics of the merged model; 0 keeps their mean.
+        matching: ``"weights"``, or ``"best"`` to match whole weights also on how units respond to training batches,
+            and keep what merges best; worth its time where layers are narrow or runs had different seeds.
+        repair_batches: Training batches for that, and for the batch norm statistics of the merged model; 0 keeps
+            their mean.
         update_model: Load the run's ``"aligned"`` or the ``"merged"`` weights into the fitted model; None leaves it.
         spec: JSON file of a permutation spec, in place of the inference. A sharded model needs one.
         outputs: What has to stay as it is of what the model returns, ``lambda output: output.logits``; from YAML the
@@ -115,6 +123,7 @@ class RebasinCallback(Callback):
         restarts: int = 2,
         merge: Merge | None = None,
         merge_scale: float | None = None,
+        matching: Matching = "weights",
         repair_batches: int = 32,
         update_model: Update | None = None,
         spec: str | Path | None = None,
@@ -134,6 +143,7 @@ class RebasinCallback(Callback):
             spectra=spectra,
             merge=merge,
             merge_scale=merge_scale,
+            matching=matching,
             device=device,
         )
         if reference is None:
@@ -196,8 +206,10 @@ class RebasinCallback(Callback):
         if options.device is None and trainer.strategy.root_device.type == "cuda":
             options = replace(options, device=str(trainer.strategy.root_device))
         parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-        report = align(models, base, spec, options, parameters=parameters, reason=reason)
-        report = self._complete(replace(report, notes=(*remarks, *report.notes)), own)
+        matcher, note = self._matcher(trainer, module, spec, call)
+        report = align(models, base, spec, options, parameters=parameters, reason=reason, matcher=matcher)
+        remarks += (note,) if note else ()
+        report = completed(replace(report, notes=(*remarks, *report.notes)), RUN, own)
         report = self._repair(trainer, module, report, call)
         self._log(trainer, report)
         if folder is not None:
@@ -225,16 +237,19 @@ class RebasinCallback(Callback):
         with quiet(trainer, module):
             return find_spec(module, calls, self.outputs, self.verify)
 
-    def _complete(self, report: RebasinReport, own: Mapping[str, Tensor]) -> RebasinReport:
-        """Give the run's aligned weights and the merged ones what only the run has."""
-        models = dict(report.models)
-        state = models[RUN].state_dict
-        if state is not None:
-            models[RUN] = replace(models[RUN], state_dict={n: state.get(n, t) for n, t in own.items()})
-        merged = report.merged
-        if merged is not None:
-            merged = {n: merged.get(n, t) for n, t in own.items()}
-        return replace(report, models=models, merged=merged)
+    def _matcher(
+        self, trainer: pl.Trainer, module: pl.LightningModule, spec: PermutationSpec | None, call: Call | None
+    ) -> tuple[Matcher | None, str | None]:
+        """What matches on data, if asked for; or a remark why it can't."""
+        if spec is None or self.options.matching != "best":
+            return None, None
+        try:
+            batches = list(islice(train_batches(trainer, module), self.repair_batches))
+            return best_matcher(module, spec, self.options, batches, call, self.outputs), None
+        except Exception as error:
+            note = f"matched on weights alone, not on data: {error}"
+            rank_zero_warn(f"Rebasin: {note}")
+            return None, note
 
     def _repair(
         self, trainer: pl.Trainer, module: pl.LightningModule, report: RebasinReport, call: Call | None
@@ -281,8 +296,8 @@ class RebasinCallback(Callback):
         for logger in trainer.loggers:
             with suppress(Exception):
                 logger.log_metrics({"rebasin/perm_matching": 0.0}, step=trainer.global_step)
+        content = {"perm_matching": False, "reason": reason, "on": self.options.on, "models": {}}
         if folder is not None:
-            content = {"perm_matching": False, "reason": reason, "on": self.options.on, "models": {}}
             with suppress(Exception):
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 atomic_write_text(Path(folder) / REPORT_FILE, json.dumps(content, indent=2) + "\n")

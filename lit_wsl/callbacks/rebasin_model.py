@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from lit_wsl.callbacks.sample import Call, ways_to_call
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.batch_statistics import reestimate_batchnorm
+from lit_wsl.rebasin.best import best_matching
 from lit_wsl.rebasin.inference import infer_permutation_spec
+from lit_wsl.rebasin.job import AlignOptions, Matcher, RebasinReport
+from lit_wsl.rebasin.matching import MatchingResult
 from lit_wsl.rebasin.outputs import MainOutputs, Outputs
 from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.structure.tracing import only_child
@@ -174,7 +177,58 @@ def repaired(
     return state, f"batch norm statistics of the merged model were estimated on {count} training batches"
 
 
-def call_like(called: nn.Module, batch: Any, call: Call | None) -> None:
+def completed(report: RebasinReport, run: str, own: Mapping[str, Tensor]) -> RebasinReport:
+    """The report, with what only this run has (and no other checkpoint) in its aligned weights and the merged ones."""
+    models, merged = dict(report.models), report.merged
+    state = models[run].state_dict
+    if state is not None:
+        models[run] = replace(models[run], state_dict={n: state.get(n, t) for n, t in own.items()})
+    if merged is not None:
+        merged = {n: merged.get(n, t) for n, t in own.items()}
+    return replace(report, models=models, merged=merged)
+
+
+def best_matcher(
+    module: nn.Module,
+    spec: PermutationSpec,
+    options: AlignOptions,
+    batches: Sequence[Any],
+    call: Call | None,
+    outputs: Outputs | None,
+) -> Matcher:
+    """Whole weights matched in the way that merges best on data, see :func:`best_matching`.
+
+    Args:
+        module: The model, not changed.
+        spec: Its permutation spec.
+        options: How to match.
+        batches: Training batches.
+        call: How the model was called on a sample.
+        outputs: Picks what counts from what it returns; None for :class:`MainOutputs`.
+
+    Raises:
+        RebasinError: There is no batch, or the model does not take one.
+    """
+    if is_sharded(module):
+        raise RebasinError("the model is sharded and cannot run on one rank")
+    if not batches:
+        raise RebasinError("there is no training batch")
+    probe, pick = copy.deepcopy(module).eval(), outputs or MainOutputs()
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        return pick(call_like(callee(model)[0], batch, call))
+
+    def match(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> MatchingResult:
+        first, second = ({**probe.state_dict(), **state} for state in (reference, other))
+        settings: dict[str, Any] = {key: getattr(options, key) for key in ("max_iter", "seed", "restarts", "progress")}
+        return best_matching(spec, probe, first, second, batches, forward=forward, **settings)
+
+    with torch.no_grad():
+        forward(probe, batches[0])  # a model that does not take a batch is known before the long work
+    return match
+
+
+def call_like(called: nn.Module, batch: Any, call: Call | None) -> Any:
     """Call the model on a batch in the way that worked for the sample.
 
     Raises:
@@ -185,11 +239,9 @@ def call_like(called: nn.Module, batch: Any, call: Call | None) -> None:
         if call is not None and (len(args), sorted(kwargs)) != (len(call[0]), sorted(call[1])):
             continue
         try:
-            called(*args, **kwargs)
+            return called(*args, **kwargs)
         except Exception as error:
             errors.append(error)
-            continue
-        return
     raise RebasinError(f"the model does not take a training batch: {errors[0] if errors else 'no way to call it'}")
 
 

@@ -254,6 +254,12 @@ Exit code 1 means: the models could not be aligned, only compared.
     parser.add_argument("--merge", type=Literal["average", "task_arithmetic"] | None, default=None, help="how to merge")
     parser.add_argument("--merge-scale", type=float | None, default=None, help="factor of task vectors when merging")
     parser.add_argument(
+        "--matching",
+        type=Literal["weights", "best"],
+        default="weights",
+        help="best: match also on how units respond to --data",
+    )
+    parser.add_argument(
         "--data", type=str, metavar="MODULE:NAME", help="training data: batch norm statistics of the merged model"
     )
     parser.add_argument("--repair-batches", type=int, default=32, help="how many batches of it; 0: keep the mean")

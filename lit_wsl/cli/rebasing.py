@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lit_wsl.callbacks.rebasin_model import find_spec, repaired
+from lit_wsl.callbacks.rebasin_model import best_matcher, find_spec, repaired
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.cli.console import print_json, remark, say, table
 from lit_wsl.cli.models import Call, UsageError, build_model, look_up, sample_call
@@ -38,11 +39,14 @@ def run(options: Any) -> int:
         seed=options.seed,
         merge=options.merge,
         merge_scale=options.merge_scale,
+        matching=options.matching,
         device=options.device,
     )
     model = build_model(options, meta=False)
     call = sample_call(options.sample, model)
     _refuse_stale_statistics(options, model)
+    if options.matching == "best" and options.data is None:
+        raise UsageError("--matching best is judged by data: name it, --data my.models:loader.")
     spec, reason, remarks = _spec(options, model, call)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if hasattr(tensor, "shape")}
 
@@ -52,7 +56,12 @@ def run(options: Any) -> int:
     models = dict(zip(names_of(options.checkpoints), map(read, options.checkpoints)))
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     base = read(options.base) if options.base else None
-    report = align(models, base, spec, settings, parameters=parameters, reason=reason)
+    matcher = None
+    if options.matching == "best" and spec is not None:
+        batches = list(islice(_batches(options.data), options.repair_batches))
+        picked = look_up(options.outputs) if options.outputs else None
+        matcher = best_matcher(model, spec, settings, batches, call, picked)
+    report = align(models, base, spec, settings, parameters=parameters, reason=reason, matcher=matcher)
     report = replace(report, notes=(*remarks, *report.notes))
     if report.merged is not None and options.data is not None and has_batch_statistics(model):
         merged, note = repaired(model, report.merged, _batches(options.data), call, options.repair_batches)

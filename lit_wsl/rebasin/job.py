@@ -6,16 +6,26 @@ Shared by :class:`lit_wsl.callbacks.RebasinCallback` and the command line. Pure:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.apply import apply_permutation
 from lit_wsl.rebasin.job_files import REPORT_FILE, fit_names, names_of, write_results
-from lit_wsl.rebasin.job_report import MEAN_STATISTICS, Aligned, AlignOptions, Merge, On, RebasinReport, StateDict
-from lit_wsl.rebasin.matching import weight_matching
+from lit_wsl.rebasin.job_report import (
+    MEAN_STATISTICS,
+    Aligned,
+    AlignOptions,
+    Matching,
+    Merge,
+    On,
+    RebasinReport,
+    StateDict,
+)
+from lit_wsl.rebasin.matching import MatchingResult, weight_matching
 from lit_wsl.rebasin.merging import average, task_arithmetic
 from lit_wsl.rebasin.metrics import compare_vectors
 from lit_wsl.rebasin.spec import PermutationSpec
@@ -30,6 +40,8 @@ __all__ = [
     "REPORT_FILE",
     "AlignOptions",
     "Aligned",
+    "Matcher",
+    "Matching",
     "Merge",
     "On",
     "RebasinReport",
@@ -38,6 +50,8 @@ __all__ = [
     "names_of",
     "write_results",
 ]
+
+Matcher: TypeAlias = Callable[[StateDict, StateDict], MatchingResult]
 
 
 def align(
@@ -48,6 +62,7 @@ def align(
     *,
     parameters: Collection[str] | None = None,
     reason: str | None = None,
+    matcher: Matcher | None = None,
 ) -> RebasinReport:
     """Align models to the first one, compare before and after, and merge if asked.
 
@@ -62,6 +77,8 @@ def align(
         parameters: names of the tensors to compare; by default the spec's, or all without a spec. Statistics of norms
             are better left out: their scale would drown the weights.
         reason: why there is no spec.
+        matcher: finds the permutations of whole weights from the reference's and another model's; by default
+            :func:`weight_matching`.
 
     Raises:
         RebasinError: the models don't fit each other, or something that is needed is not given.
@@ -99,9 +116,10 @@ def align(
         "device": options.device,
         "progress": options.progress,
     }
+    match: Matcher = matcher or partial(weight_matching, spec, **settings)
     aligned = {}
     for name, comparison in before.items():
-        on_weights = weight_matching(spec, models[reference], models[name], **settings)
+        on_weights = match(models[reference], models[name])
         compared = on_weights
         if options.on == "task_vectors":
             pair = [vectors[reference], vectors[name]]

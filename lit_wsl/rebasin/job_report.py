@@ -16,6 +16,7 @@ from lit_wsl.rebasin.spec import PermutationSpec
 
 On = Literal["task_vectors", "weights"]
 Merge = Literal["average", "task_arithmetic"]
+Matching = Literal["weights", "best"]
 StateDict = Mapping[str, Tensor]
 
 MEAN_STATISTICS = (
@@ -36,6 +37,8 @@ class AlignOptions:
         spectra: also the metrics that need singular value decompositions.
         merge: how to merge the aligned models; None for not at all.
         merge_scale: factor of each task vector in task arithmetic; None for one over their number.
+        matching: how whole weights are matched: on weights, or in the way that merges best on data
+            (:func:`best_matching`), which :func:`align` is then given.
         device: where similarity matrices are computed.
         progress: show a progress bar; None for only on a terminal.
     """
@@ -47,6 +50,7 @@ class AlignOptions:
     spectra: bool = True
     merge: Merge | None = None
     merge_scale: float | None = None
+    matching: Matching = "weights"
     device: str | None = None
     progress: bool | None = None
 
@@ -56,6 +60,10 @@ class AlignOptions:
         if self.merge is not None and self.merge not in get_args(Merge):
             raise RebasinError(
                 f"merge={self.merge!r} is not known: choose one of {', '.join(get_args(Merge))}, or None"
+            )
+        if self.matching not in get_args(Matching):
+            raise RebasinError(
+                f"matching={self.matching!r} is not known: choose one of {', '.join(get_args(Matching))}"
             )
         if self.max_iter < 1:
             raise RebasinError(f"max_iter={self.max_iter} leaves nothing to do: at least one sweep")

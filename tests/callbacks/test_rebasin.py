@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_wsl.callbacks import RebasinCallback
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin import apply_permutation, infer_permutation_spec
+from lit_wsl.rebasin import apply_permutation, infer_permutation_spec, midpoint_gap
 
 
 def network(norm: bool = True) -> nn.Module:
@@ -385,3 +385,36 @@ def test_yaml_may_leave_the_pretrained_checkpoint_out(tmp_path, runs, line):
     config.write_text(f'rebasin:\n{line}  "on": weights\n')
     with pytest.raises(RebasinError, match="reference"):
         parser.instantiate_classes(parser.parse_path(config))
+
+
+def test_matching_on_data_merges_at_least_as_well(tmp_path):
+    """Runs from different seeds: matched on data they leave the smaller gap, and the report says how it was found."""
+    other = Net(seed=5)
+    pl.seed_everything(7)
+    trainer(tmp_path / "other").fit(other, data(1))
+    reference = save(tmp_path / "other.ckpt", other.state_dict())
+    gaps = {}
+    for matching in ("weights", "best"):
+        run = Net(seed=6)
+        pl.seed_everything(2)
+        callback = RebasinCallback(None, reference, on="weights", matching=matching, restarts=0)
+        trainer(tmp_path, callback).fit(run, data(2))
+        found = callback.report.models["run"]
+        spec = callback.report.spec
+        aligned = apply_permutation(spec, found.on_weights, run.state_dict())
+        gaps[matching] = midpoint_gap(Net(), spec, other.state_dict(), aligned, list(data(2)))
+        assert read(tmp_path)["models"]["run"]["matching"]["weights"]["start"] == found.on_weights.start
+        kept = {n: t for n, t in run.state_dict().items() if "num_batches" not in n}
+        assert all(torch.equal(found.state_dict[n], aligned[n]) for n in kept)
+    assert gaps["best"] <= gaps["weights"]
+
+
+def test_matching_on_data_without_data_is_done_on_weights_and_said(tmp_path, runs):
+    base, reference = runs
+    callback = RebasinCallback(base, reference, matching="best", repair_batches=0)
+    with pytest.warns(UserWarning, match="matched on weights alone, not on data: there is no training batch"):
+        trainer(tmp_path, callback).fit(Net(), data(2))
+    assert read(tmp_path)["perm_matching"] is True
+    assert any("matched on weights alone" in note for note in read(tmp_path)["notes"])
+    with pytest.raises(RebasinError, match="matching='luck'"):
+        RebasinCallback(base, reference, matching="luck")
