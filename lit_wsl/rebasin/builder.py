@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.spec import AxisSpec, PermutationGroup, PermutationSpec
+from lit_wsl.rebasin.spec import PermutationSpec
+from lit_wsl.rebasin.spec_axis import AxisSpec, PermutationGroup
 from lit_wsl.rebasin.spec_json import axis_from_segments
 
 Part: TypeAlias = "str | int | tuple[str | int, ...]"

@@ -11,7 +11,8 @@ import torch
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.rules import Run
 from lit_wsl.rebasin.slots import crossed_slots, torn_joins
-from lit_wsl.rebasin.spec import AxisSpec, PermutationGroup, PermutationSpec
+from lit_wsl.rebasin.spec import PermutationSpec
+from lit_wsl.rebasin.spec_axis import AxisSpec, PermutationGroup
 from lit_wsl.rebasin.units import FIXED, Array, distinct_rows, mix
 
 Place = tuple[int, int]

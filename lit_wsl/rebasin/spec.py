@@ -4,10 +4,8 @@ A *group* is one independent permutation variable: ``size`` interchangeable unit
 may be *nested* in a parent: inside every head there is a permutation of its own, so the permutation of a nested group
 has one row per unit of the parent, ``(heads, head_dim)``.
 
-An :class:`AxisSpec` gives each position of one axis its *coordinates*: the unit of every group that moves it. An axis
-of length ``heads * head_dim`` has the coordinates (head, unit in the head); the input axis of a Linear behind a flatten
-has one coordinate (the channel), and positions of equal coordinates (the pixels) keep their order. Fused, concatenated
-and shuffled axes are nothing special: their coordinates simply come from several groups.
+An :class:`~lit_wsl.rebasin.spec_axis.AxisSpec` tells where groups stand on one axis of one tensor. The spec holds the
+groups and axes of a whole architecture: it knows which group is nested in which, and how their permutations act.
 
 Convention: a permutation ``p`` *takes*, ``new[i] = old[p[i]]``; with nested groups
 ``new[head, unit] = old[outer[head], inner[head, unit]]``, so the rows of ``inner`` belong to the new places.
@@ -26,103 +24,12 @@ import torch
 from torch import Tensor
 
 from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.spec_axis import AxisSpec as AxisSpec
+from lit_wsl.rebasin.spec_axis import AxisUse as AxisUse
+from lit_wsl.rebasin.spec_axis import PermutationGroup as PermutationGroup
+from lit_wsl.rebasin.spec_axis import Permutations as Permutations
+from lit_wsl.rebasin.spec_axis import lexsort
 from lit_wsl.rebasin.spec_check import validate
-
-Permutations = Mapping[str, Tensor]
-"""Group name -> LongTensor of shape ``(*sizes of the ancestors, size)``; every last-axis row is a permutation."""
-
-
-@dataclass(frozen=True)
-class PermutationGroup:
-    """One permutation variable.
-
-    Attributes:
-        name: Name of the group, unique in its spec.
-        size: Number of interchangeable units.
-        parent: The group in each of whose units this group has a permutation of its own; None at the top.
-    """
-
-    name: str
-    size: int
-    parent: str | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class AxisSpec:
-    """How the positions of one axis of one tensor are moved.
-
-    Attributes:
-        groups: The groups that move the axis, parents before children.
-        coords: LongTensor ``(len(groups), length)``: the unit of each group at each position, -1 where the group does
-            not touch the position. Positions of equal coordinates keep their order.
-        outer_axis: Where the parents of these groups lie on *another axis of the same tensor* (the expert of an
-            ``(experts, out, in)`` tensor; the group of a grouped convolution's output channel), that axis.
-    """
-
-    groups: tuple[str, ...]
-    coords: Tensor
-    outer_axis: int | None = None
-
-    @property
-    def length(self) -> int:
-        """Number of positions of the axis."""
-        return int(self.coords.shape[1])
-
-    @cached_property
-    def rank(self) -> Tensor:
-        """Place of each position among the positions of equal coordinates, LongTensor ``(length,)``."""
-        if not self.groups or self.length == 0:
-            return torch.arange(self.length)
-        _, inverse = torch.unique(self.coords, dim=1, return_inverse=True)
-        order = torch.argsort(inverse, stable=True)
-        ordered = inverse[order]
-        starts = torch.searchsorted(ordered, ordered, side="left")
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(self.length) - starts
-        return rank
-
-    def coordinate(self, group: str) -> Tensor:
-        """Unit of ``group`` at each position, LongTensor ``(length,)``, -1 where it does not touch."""
-        return self.coords[self.groups.index(group)]
-
-    @property
-    def touched(self) -> Tensor:
-        """Bool ``(length,)``: the positions that some group moves."""
-        if not self.groups:
-            return torch.zeros(self.length, dtype=torch.bool)
-        return (self.coords >= 0).any(dim=0)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, AxisSpec):
-            return NotImplemented
-        return (
-            self.groups == other.groups
-            and self.outer_axis == other.outer_axis
-            and torch.equal(self.coords, other.coords)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-@dataclass(frozen=True, eq=False)
-class AxisUse:
-    """Where one group acts on one axis, laid out for building similarity matrices.
-
-    Attributes:
-        tensor: Name of the tensor.
-        axis: The axis.
-        positions: LongTensor ``(*sizes of the ancestors, size, k)``: the ``k`` positions of each unit, in an order that
-            is the same for all units (children first by their coordinates, then by rank).
-        outer_axis: The other axis on which the ancestors lie, or None.
-        outer_positions: LongTensor ``(*sizes of the ancestors, k2)``: with ``outer_axis``, the positions on it that
-            belong to each unit of the parent.
-    """
-
-    tensor: str
-    axis: int
-    positions: Tensor
-    outer_axis: int | None = None
-    outer_positions: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,14 +96,14 @@ class PermutationSpec:
         touched = torch.stack(keys).amin(dim=0) >= 0
         rest = [axis_spec.coordinate(g) for g in axis_spec.groups if g not in family]
         where = torch.nonzero(touched).flatten()
-        order = _lexsort([k[where] for k in (*keys, *rest, axis_spec.rank)])
+        order = lexsort([k[where] for k in (*keys, *rest, axis_spec.rank)])
         shape = [self.groups[g].size for g in on_axis]
         positions = where[order].reshape(*shape, -1)
         if axis_spec.outer_axis is None:
             return AxisUse(name, axis, positions)
         above = [g for g in family if g not in on_axis]
         outer = self.axes[name][axis_spec.outer_axis]
-        outer_order = _lexsort([*(outer.coordinate(g) for g in above), torch.arange(outer.length)])
+        outer_order = lexsort([*(outer.coordinate(g) for g in above), torch.arange(outer.length)])
         sizes = [self.groups[g].size for g in above]
         outer_positions = outer_order.reshape(*sizes, -1)
         positions = positions.expand(*sizes, *positions.shape)
@@ -263,15 +170,7 @@ class PermutationSpec:
                 else:
                     path.append(torch.full((int(where.sum()),), given[ancestor], dtype=torch.long))
             source[row, where] = permutation.to("cpu", torch.long)[tuple(path)]
-        # Only positions that move are sorted, by the groups that touch them: a long concatenation has many of each.
-        index = torch.arange(axis_spec.length)
-        moved = torch.nonzero((source != axis_spec.coords).any(dim=0)).flatten()
-        rows = (axis_spec.coords[:, moved] >= 0).any(dim=1)
-        rank = axis_spec.rank[moved]
-        new = _lexsort([*source[rows][:, moved], rank])
-        old = _lexsort([*axis_spec.coords[rows][:, moved], rank])
-        index[moved[new]] = moved[old]
-        return index
+        return axis_spec.index_from(source)
 
     # ---- what the user sees ------------------------------------------------------------------------------------------
 
@@ -299,7 +198,7 @@ class PermutationSpec:
             if removed.intersection(self.ancestors(name)):
                 removed.add(name)
         axes = {
-            tensor: {axis: kept for axis, spec in by_axis.items() if (kept := _without(spec, removed)).groups}
+            tensor: {axis: kept for axis, spec in by_axis.items() if (kept := spec.without(removed)).groups}
             for tensor, by_axis in self.axes.items()
         }
         return PermutationSpec(
@@ -369,17 +268,3 @@ class PermutationSpec:
         except ValueError as error:
             raise RebasinError(f"{str(source)[:80]!r} is not JSON: {error}") from error
         return cls.from_dict(data)
-
-
-def _lexsort(keys: list[Tensor]) -> Tensor:
-    """Order that sorts by the first key, ties by the second, and so on."""
-    order = torch.arange(keys[0].numel())
-    for key in reversed(keys):
-        order = order[torch.argsort(key[order], stable=True)]
-    return order
-
-
-def _without(axis_spec: AxisSpec, removed: set[str]) -> AxisSpec:
-    keep = [row for row, group in enumerate(axis_spec.groups) if group not in removed]
-    groups = tuple(axis_spec.groups[row] for row in keep)
-    return AxisSpec(groups, axis_spec.coords[keep], axis_spec.outer_axis)

@@ -9,7 +9,8 @@ import torch
 from lit_wsl.errors import RebasinError
 
 if TYPE_CHECKING:
-    from lit_wsl.rebasin.spec import AxisSpec, PermutationSpec
+    from lit_wsl.rebasin.spec import PermutationSpec
+    from lit_wsl.rebasin.spec_axis import AxisSpec
 
 
 def validate(spec: PermutationSpec) -> None:

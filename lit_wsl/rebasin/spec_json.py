@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.spec_axis import AxisSpec, PermutationGroup
 
 if TYPE_CHECKING:
-    from lit_wsl.rebasin.spec import AxisSpec, PermutationSpec
+    from lit_wsl.rebasin.spec import PermutationSpec
 
 FORMAT = "lit_wsl.permutation_spec"
 VERSION = 1
@@ -95,8 +96,6 @@ def axis_to_segments(axis_spec: AxisSpec) -> list[dict[str, Any]]:
 
 def axis_from_segments(segments: Sequence[Mapping[str, Any]], order: Sequence[str], outer_axis: int | None) -> AxisSpec:
     """Inverse of :func:`axis_to_segments`; ``order`` ranks the groups, parents before children."""
-    from lit_wsl.rebasin.spec import AxisSpec
-
     parts = [
         (segment_coords(s["shape"], s["groups"], s.get("start")), torch.Size(s["shape"]).numel()) for s in segments
     ]
@@ -139,7 +138,7 @@ def spec_from_dict(data: Mapping[str, Any]) -> PermutationSpec:
     Raises:
         RebasinError: The data is not a permutation spec, or of a newer version.
     """
-    from lit_wsl.rebasin.spec import PermutationGroup, PermutationSpec
+    from lit_wsl.rebasin.spec import PermutationSpec
 
     if data.get("format") != FORMAT or int(data.get("version", 0)) > VERSION:
         raise RebasinError(
