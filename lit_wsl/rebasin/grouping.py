@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.blocks import bound_across, release
+from lit_wsl.rebasin.hashing import distinct_rows, mix, scramble
 from lit_wsl.rebasin.rules import Run
 from lit_wsl.rebasin.slots import crossed_slots, torn_joins
 from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.rebasin.spec_axis import AxisSpec, PermutationGroup
-from lit_wsl.rebasin.units import FIXED, Array, distinct_rows, mix
+from lit_wsl.rebasin.units import FIXED, Array
 
 Place = tuple[int, int]
 DIFFERS = "differs between the blocks of another axis"
@@ -84,21 +86,19 @@ class Grouping:
         unused = (colour == 0) & (self.parent == FIXED)
         first = np.full(len(self.units), _NOWHERE)
         position = 0
-        with np.errstate(over="ignore"):
-            for place in self.order:
-                flat = self.arrays[place].ravel()
-                np.add.at(colour, flat, np.uint64(mix(*place, 77)))
-                np.minimum.at(first, flat, position + np.arange(flat.size))
-                position += flat.size
-            colour[unused] = 0
-            # Blocks: what their children look like, from the innermost level outwards.
-            depth = self.units.depth(np.arange(len(self.units)))
-            for level in range(int(depth.max()), 0, -1):
-                child = np.nonzero((depth == level) & (first != _NOWHERE))[0]
-                child = child[self.units.find(child) == child]
-                mixed = (colour[child] ^ np.uint64(0x5851F42D4C957F2D)) * np.uint64(0x14057B7EF767814F)
-                np.add.at(colour, self.parent[child], mixed ^ (mixed >> np.uint64(29)))
-                np.minimum.at(first, self.parent[child], first[child])
+        for place in self.order:
+            flat = self.arrays[place].ravel()
+            np.add.at(colour, flat, np.uint64(mix(*place, 77)))
+            np.minimum.at(first, flat, position + np.arange(flat.size))
+            position += flat.size
+        colour[unused] = 0
+        # Blocks: what their children look like, from the innermost level outwards.
+        depth = self.units.depth(np.arange(len(self.units)))
+        for level in range(int(depth.max()), 0, -1):
+            child = np.nonzero((depth == level) & (first != _NOWHERE))[0]
+            child = child[self.units.find(child) == child]
+            np.add.at(colour, self.parent[child], scramble(colour[child]))
+            np.minimum.at(first, self.parent[child], first[child])
         return colour, first
 
     def _sort_into_groups(self, colour: np.ndarray, first: np.ndarray) -> None:
@@ -283,8 +283,9 @@ def build_spec(run: Run) -> PermutationSpec:
             algebra.units.freeze(members, CROSSING)
         for rows in grouping.inexpressible:
             before = algebra.units.losses
-            if algebra.units.bound_across(np.ascontiguousarray(rows.T)):
-                algebra.release(np.ascontiguousarray(rows.T))
+            columns = np.ascontiguousarray(rows.T)
+            if bound_across(algebra.units, columns):
+                release(algebra.units, columns)
             else:
                 algebra.pin(rows, [1], DIFFERS)
             if algebra.units.losses == before:

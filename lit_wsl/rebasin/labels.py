@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lit_wsl.rebasin.units import FIXED, Array, Units, mix
+from lit_wsl.rebasin.blocks import blocks_of_rows, bound_across, release
+from lit_wsl.rebasin.hashing import mix
+from lit_wsl.rebasin.units import Array, Units
 
 _ROUNDS = 6
 MAX_LABEL = 4_000_000
@@ -120,14 +122,8 @@ class Algebra:
                     if j < i and np.array_equal(factor, other):
                         implied = True
                     continue
-                current = other
-                for _ in range(4):
-                    current = self.units.parents(current)
-                    if not current.any():
-                        break
-                    if (np.broadcast_to(factor, np.broadcast_shapes(factor.shape, current.shape)) == current).all():
-                        implied = True
-                        break
+                # Both have as many axes: comparing them broadcasts.
+                implied |= any((factor == blocks).all() for blocks in self.units.outwards(other, 4))
             if not implied:
                 kept.append(factor)
         return kept
@@ -161,7 +157,8 @@ class Algebra:
         rows = int(np.prod([factor.shape[a] for a in keep]))
         matrix = np.ascontiguousarray(factor.transpose([*keep, *gone, *rest])).reshape(rows, -1)
         shape = [factor.shape[axis] if axis in keep else 1 for axis in range(factor.ndim)]
-        found = self.release(matrix) if self.units.bound_across(matrix) else self.units.blocks_of_rows(matrix)
+        across = bound_across(self.units, matrix)
+        found = release(self.units, matrix) if across else blocks_of_rows(self.units, matrix)
         return None if found is None else found.reshape(shape)
 
     def fix(self, factor: Array, along: Iterable[int], reason: str) -> None:
@@ -182,15 +179,6 @@ class Algebra:
             return
         outer = self._blocks(factor, keep, gone) if keep and inner is None else None
         self.units.freeze(factor if outer is None else outer, reason)
-
-    def release(self, matrix: Array) -> Array:
-        """The units of each row become one and the same, in no block."""
-        live = self.units.find(matrix) != FIXED
-        made = np.where(live.any(axis=1), self.units.fresh(len(matrix)), FIXED)
-        self.units.collapse(matrix[live], np.broadcast_to(made[:, None], matrix.shape)[live])
-        frozen = ~live.all(axis=1)
-        self.units.freeze(made[frozen], "stays in some blocks of another axis")
-        return self.units.find(made)
 
     def freeze(self, label: Label, reason: str) -> None:
         """Everything that moves this tensor stays."""

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from lit_wsl.rebasin.hashing import scramble
 from lit_wsl.rebasin.labels import MAX_LABEL, Algebra, Label, compress, depends
 from lit_wsl.rebasin.rules import Move, Run
 from lit_wsl.rebasin.units import FIXED, Array, Units
@@ -134,13 +135,10 @@ def _differing(units: Array, places: Array, group_of: Array, colour: np.ndarray)
     units, places = units[moving], places[moving]
     if not units.size:
         return None
-    codes = (places * 4099 + _ranks(units)).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    codes = (codes ^ (codes >> np.uint64(31))) * np.uint64(0xD6E8FEB86659FD93)
-    codes ^= codes >> np.uint64(32)
+    codes = scramble(places * 4099 + _ranks(units))
     kinds, which = np.unique(units, return_inverse=True)
     sums = np.zeros(len(kinds), dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        np.add.at(sums, which.reshape(-1), codes)
+    np.add.at(sums, which.reshape(-1), codes)
     family = group_of[kinds].astype(np.uint64) * np.uint64(0x94D049BB133111EB) ^ colour[kinds]
     order = np.lexsort((sums, family))
     family, sums, kinds = family[order], sums[order], kinds[order]

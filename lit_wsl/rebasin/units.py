@@ -7,39 +7,16 @@ in, like the channels of one attention head. All operations work on whole arrays
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
+
+from lit_wsl.rebasin.hashing import Hashes, mix, scramble
 
 Array = NDArray[np.int64]
 FIXED = 0
 _MAX_DEPTH = 8
-
-
-def mix(*values: int) -> int:
-    """64-bit hash of small integers that does not depend on the process (splitmix64)."""
-    state = 0x9E3779B97F4A7C15
-    for value in values:
-        state = (state ^ (value & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 27
-        state = state * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state
-
-
-def distinct_rows(matrix: Array) -> tuple[Array, Array]:
-    """First row of each kind, and the kind of each row (by a 64-bit hash of its content).
-
-    >>> first, kind = distinct_rows(np.array([[5, 6], [1, 2], [5, 6]]))
-    >>> (bool(kind[0] == kind[2]), bool(kind[0] == kind[1]), len(first))
-    (True, False, 2)
-    """
-    weights = np.random.default_rng(0).integers(1, 2**62, matrix.shape[1], dtype=np.uint64) | np.uint64(1)
-    values = matrix.astype(np.uint64)
-    values ^= values >> np.uint64(7)
-    values *= np.uint64(0x9E3779B97F4A7C15)
-    values ^= values >> np.uint64(31)
-    _, first, kind = np.unique(values @ weights, return_index=True, return_inverse=True)
-    return first, kind.reshape(-1).astype(np.int64)
 
 
 class Units:
@@ -86,32 +63,22 @@ class Units:
         They never move between blocks by themselves, as the positions of an activation with both axes could.
         """
         units, blocks = np.broadcast_arrays(units, blocks)
-        self.version += 1
         self._bound[units] = True
+        self.enclose(units, blocks)
+
+    def enclose(self, units: Array, blocks: Array, known: bool = False) -> None:
+        """Put units into blocks, and note it: two blocks may become one later on, and what was inside stays apart.
+
+        ``known``: a new block is put between units and the block that they are in already; there is nothing to note.
+        """
+        self.version += 1
         self._parent[units] = blocks
-        self._put_inside(units, blocks)
+        if not known:
+            np.add.at(self._inside, units.ravel(), scramble(blocks).ravel())
 
-    def _put_inside(self, units: Array, blocks: Array) -> None:
-        """Note the block that units came into: two blocks may become one later on, and what was inside stays apart."""
-        codes = blocks.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        codes = (codes ^ (codes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-        with np.errstate(over="ignore"):
-            np.add.at(self._inside, units.ravel(), (codes ^ (codes >> np.uint64(32))).ravel())
-
-    def inside(self, units: Array) -> NDArray[np.uint64]:
+    def inside(self, units: Array) -> Hashes:
         """A number for all blocks that each unit was ever put into, by itself or as another unit of its class."""
         return self._inside[self.roots(units)]
-
-    def bound_across(self, matrix: Array) -> bool:
-        """Whether the rows of a matrix run across the blocks that its units are bound to."""
-        root = self.roots(matrix)
-        live = ~self._frozen[root]
-        if not live.any() or not self._bound[root[live]].all():
-            return False
-        above = self.roots(self._parent[root])
-        low = np.where(live, above, np.iinfo(np.int64).max).min(axis=1)
-        high = np.where(live, above, -1).max(axis=1)
-        return bool((low < high).any())
 
     def roots(self, units: Array) -> Array:
         """Representative of each unit, frozen or not."""
@@ -133,11 +100,31 @@ class Units:
         """The block that each unit is in, 0 if none. A frozen one, too: it still tells apart what is inside."""
         return self.roots(self._parent[self.roots(units)])
 
+    def outwards(self, units: Array, levels: int = _MAX_DEPTH) -> Iterator[Array]:
+        """The blocks that units are in, the blocks around these, and so on, until there are none."""
+        for _ in range(levels):
+            units = self.parents(units)
+            if not units.any():
+                return
+            yield units
+
+    def depth(self, units: Array) -> Array:
+        """Number of blocks around each unit."""
+        depth = np.zeros(units.shape, dtype=np.int64)
+        for level, blocks in enumerate(self.outwards(units, _MAX_DEPTH + 1)):
+            if level == _MAX_DEPTH:
+                self.freeze(units[blocks != FIXED], "blocks inside one another")
+                return np.where(blocks != FIXED, 0, depth)
+            depth += blocks != FIXED
+        return depth
+
+    def bound(self, units: Array) -> NDArray[np.bool_]:
+        """Whether each unit is bound to its block, see :meth:`bind`."""
+        return self._bound[self.roots(units)]
+
     def reason(self, units: Array) -> list[str]:
         """Why each unit is frozen."""
         return [self.reasons[code] for code in self._reason[self.roots(units)]]
-
-    # ---- constraints -------------------------------------------------------------------------------------------------
 
     def freeze(self, units: Array, reason: str) -> None:
         """Units stay where they are, and so do the blocks around them."""
@@ -176,8 +163,7 @@ class Units:
         if not root.size:
             return
         codes = np.array([mix(code, int(k)) for k in range(int(slot.max()) + 1)], dtype=np.uint64)
-        with np.errstate(over="ignore"):
-            np.add.at(self._signature, root, codes[slot])
+        np.add.at(self._signature, root, codes[slot])
         self._anchored[root] = True
         self.losses += 1
         self.version += 1
@@ -209,8 +195,7 @@ class Units:
         root = self.roots(members)
         inside = self._inside[members]
         self._inside[members] = 0
-        with np.errstate(over="ignore"):
-            np.add.at(self._inside, root, inside)
+        np.add.at(self._inside, root, inside)
         frozen = np.zeros(self._n, dtype=bool)
         frozen[root[self._frozen[members]]] = True
         lost = root[frozen[root]]
@@ -257,27 +242,16 @@ class Units:
             self._merge(one, two, depth + 1)
             return
         around = self.parents(inner)
-        if np.isin(self._above(outer), inner).any():
+        if any(np.isin(blocks, inner).any() for blocks in self.outwards(outer)):
             self._merge(one, two, depth + 1)
             return
         self._parent[units] = inner
         free = around == FIXED
         pairs = np.unique(np.stack([inner[free], outer[free]]), axis=1)
-        self._parent[pairs[0]] = pairs[1]
-        self._put_inside(pairs[0], pairs[1])
+        self.enclose(pairs[0], pairs[1])
         apart = ~free & (around != outer)
         if apart.any():
             self._merge(around[apart], outer[apart], depth + 1)
-
-    def _above(self, units: Array) -> Array:
-        """All blocks around units, however far out."""
-        found, current = [], self.parents(units)
-        for _ in range(_MAX_DEPTH):
-            if not current.any():
-                break
-            found.append(current)
-            current = np.where(current == FIXED, FIXED, self.parents(current))
-        return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
     def collapse(self, units: Array, blocks: Array) -> None:
         """Units keep their place inside their block: from now on they are labelled by the block alone."""
@@ -305,12 +279,9 @@ class Units:
         Units that are only bound to a block may leave it.
         """
         around = np.where(self._bound[units], FIXED, self.parents(units))
-        inside, current = around == FIXED, target
-        for _ in range(_MAX_DEPTH):
-            inside |= around == current
-            if inside.all() or not current.any():
-                break
-            current = np.where(current == FIXED, FIXED, self.parents(current))
+        inside = (around == FIXED) | (around == target)
+        for blocks in self.outwards(target, _MAX_DEPTH - 1):
+            inside |= around == blocks
         if not inside.all():
             self.freeze(np.concatenate([around[~inside], target[~inside]]), "used in blocks that overlap")
 
@@ -319,87 +290,10 @@ class Units:
         flat = self.find(units.ravel())
         if once:
             flat = np.unique(flat)
-        with np.errstate(over="ignore"):
-            np.add.at(self._signature, flat, np.uint64(code))
+        np.add.at(self._signature, flat, np.uint64(code))
 
-    def signatures(self) -> NDArray[np.uint64]:
+    def signatures(self) -> Hashes:
         """Signature of every root: the sum over the units it stands for."""
         total = np.zeros(self._n, dtype=np.uint64)
-        with np.errstate(over="ignore"):
-            np.add.at(total, self.roots(np.arange(self._n)), self._signature[: self._n])
+        np.add.at(total, self.roots(np.arange(self._n)), self._signature[: self._n])
         return total
-
-    # ---- blocks ------------------------------------------------------------------------------------------------------
-
-    def depth(self, units: Array) -> Array:
-        """Number of blocks around each unit."""
-        depth = np.zeros(units.shape, dtype=np.int64)
-        current = self.parents(units)
-        for _ in range(_MAX_DEPTH):
-            if not current.any():
-                return depth
-            depth += current != FIXED
-            current = np.where(current == FIXED, FIXED, self.parents(current))
-        self.freeze(units[current != FIXED], "blocks inside one another")
-        return np.where(current != FIXED, 0, depth)
-
-    def blocks_of_rows(self, matrix: Array) -> Array | None:
-        """The block of each row of a matrix of units: its units move only together with the row.
-
-        Rows of equal content share their block. Blocks that exist are found, others are made.
-
-        Returns:
-            One unit per row, frozen or not (0 for rows without a unit that moves); None if the units are in other
-            blocks already.
-        """
-        rows, row_kind = distinct_rows(matrix)
-        columns, _ = distinct_rows(np.ascontiguousarray(matrix[rows].T))
-        found = self._blocks_of_rows(matrix[rows][:, columns])
-        return None if found is None else found[row_kind]
-
-    def _blocks_of_rows(self, matrix: Array) -> Array | None:
-        matrix = self.roots(matrix)
-        live = ~self._frozen[matrix]
-        any_live = live.any(axis=1)
-        if not any_live.any():
-            return np.zeros(len(matrix), dtype=np.int64)
-        depth = self.depth(matrix)
-        row_id: Array | None = None
-        level = int(depth[live].min())
-        current, below = matrix, None
-        while True:
-            while (deeper := live & (depth > level)).any():
-                current = np.where(deeper, self.parents(current), current)
-                depth = depth - deeper
-            value = np.where(live, current, FIXED).max(axis=1)
-            if (np.where(live, current, value[:, None]) == value[:, None]).all():
-                row_id = self._row_ids(matrix) if row_id is None else row_id
-                pairs = np.unique(np.stack([row_id[any_live], value[any_live]]), axis=1)
-                if len(np.unique(pairs[1])) == len(np.unique(pairs[0])):
-                    return value
-                if below is None:
-                    return value if self._same_rows(matrix, live) else None
-                return self._insert(below, live, row_id, value)
-            if level == 0:
-                row_id = self._row_ids(matrix)
-                return self._insert(current, live, row_id, None)
-            below, level = current, level - 1
-
-    def _same_rows(self, matrix: Array, live: NDArray[np.bool_]) -> bool:
-        return bool((np.where(live, matrix, matrix.max(axis=1)[:, None]) == matrix.max(axis=1)[:, None]).all())
-
-    def _row_ids(self, matrix: Array) -> Array:
-        return distinct_rows(matrix)[1]
-
-    def _insert(self, members: Array, live: NDArray[np.bool_], row_id: Array, above: Array | None) -> Array | None:
-        rows = np.broadcast_to(row_id[:, None], members.shape)[live]
-        pairs = np.unique(np.stack([members[live], rows]), axis=1)
-        if len(np.unique(pairs[0])) != pairs.shape[1]:
-            return None
-        self.version += 1
-        made = self.fresh(int(row_id.max()) + 1)
-        self._parent[pairs[0]] = made[pairs[1]]
-        self._put_inside(pairs[0], made[pairs[1]])
-        if above is not None:
-            self._parent[made[row_id]] = above
-        return np.where(live.any(axis=1), made[row_id], FIXED)
