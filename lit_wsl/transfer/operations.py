@@ -86,7 +86,12 @@ def _typed(value: object, hint: Any, where: str) -> Any:
             return value
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+    elif (
+        origin is None  # Python 3.10 calls tuple[int] a type
+        and isinstance(hint, type)
+        and isinstance(value, hint)
+        and (hint is bool or not isinstance(value, bool))
+    ):
         return value
     shown = repr(value)
     wanted = hint.__name__ if isinstance(hint, type) and origin is None else str(hint)
