@@ -11,11 +11,11 @@ from lit_wsl.mapper.names import Dictionary, split_numbers
 from lit_wsl.mapper.options import MatchingOptions
 from lit_wsl.mapper.scoring import ScoreBreakdown, score_pair
 from lit_wsl.report.rows import describe_from_plan
-from lit_wsl.report.runners_up import MOST_EXPLAINED
 from lit_wsl.structure.info import ModelDescription, ParameterInfo, Shape
 from lit_wsl.transfer.coverage import Coverage, measure_coverage
 from lit_wsl.transfer.plan import PlanEntry, Side, TransferPlan
 
+MOST_EXPLAINED = 600  # steps of a report with a runner-up each; of more, the least certain ones
 _CERTAIN = 0.3  # least margin of a step that words are learned from, as in the matching itself
 
 

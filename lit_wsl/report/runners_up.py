@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.mapper.scoring import ScoreBreakdown
+from lit_wsl.report.material import Material
 from lit_wsl.structure.info import ParameterInfo, Shape
 from lit_wsl.transfer.plan import PlanEntry, Side
 
-if TYPE_CHECKING:
-    from lit_wsl.report.material import Material
-
-MOST_EXPLAINED = 600  # steps of a report with a runner-up each; of more, the least certain ones
 QUICK = 4  # rivals scored per step of a report
 THOROUGH = 64  # rivals scored where one tensor is asked for
 
