@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from lit_wsl.rebasin.labels import Algebra, Label
+from lit_wsl.rebasin.algebra import Algebra
+from lit_wsl.rebasin.labels import Label
 from lit_wsl.rebasin.tracing import Node, Ref, Trace
 from lit_wsl.rebasin.units import Array
 

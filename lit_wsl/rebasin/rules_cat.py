@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lit_wsl.rebasin.labels import Algebra, Label, depends
+from lit_wsl.rebasin.algebra import Algebra
+from lit_wsl.rebasin.labels import Label, depends
 from lit_wsl.rebasin.rules import Run, rule
 from lit_wsl.rebasin.rules_shape import axes_of, moved
 from lit_wsl.rebasin.rules_slice import take

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_wsl.rebasin.labels import MAX_LABEL, Label, compress, depends
+from lit_wsl.rebasin.labels import MAX_LABEL, Label, compress, depends, lifted
 from lit_wsl.rebasin.rules import Run, flat_refs, rule, unknown
 from lit_wsl.rebasin.rules_routing import index_by_expert
 from lit_wsl.rebasin.tracing import Node, Ref
@@ -145,14 +145,7 @@ def index_put(run: Run, node: Node) -> Sequence[Label]:
     if dims != list(range(dims[0], dims[0] + len(dims))):
         return unknown(run, node)
     count = len(np.broadcast_shapes(*(array.shape for array in given)))
-    full = count + target.ndim - len(dims)
-    extra = full - source.ndim
-    source = replace(
-        source,
-        shape=(1,) * extra + source.shape,
-        factors=tuple(f.reshape((1,) * extra + f.shape) for f in source.factors),
-        varies=(False,) * extra + source.varies,
-    )
+    source = lifted(source, count + target.ndim - len(dims))
     return [_put(run, target, source, dims, list(range(dims[0], dims[0] + count)))]
 
 

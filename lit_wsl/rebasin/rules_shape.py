@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_wsl.rebasin.labels import MAX_LABEL, Algebra, Label, compress, depends
+from lit_wsl.rebasin.algebra import Algebra
+from lit_wsl.rebasin.labels import MAX_LABEL, Label, compress, depends, lifted
 from lit_wsl.rebasin.rules import Run, rule, unknown
 from lit_wsl.rebasin.tracing import Node
 from lit_wsl.rebasin.units import Array
@@ -53,11 +54,10 @@ def copy(run: Run, node: Node) -> Label:
 
 def expand_label(label: Label, shape: Sequence[int]) -> Label:
     """Broadcast; values do not vary along the new axes."""
-    extra = len(shape) - label.ndim
-    old = (1,) * extra + label.shape
-    full = tuple(o if n == -1 else n for n, o in zip(shape, old, strict=True))
-    varies = [a >= extra and label.varies[a - extra] and not (old[a] == 1 and full[a] > 1) for a in range(len(full))]
-    return moved(label, full, lambda f: f.reshape((1,) * extra + f.shape), varies, lambda a: a + extra)
+    label = lifted(label, len(shape))
+    full = tuple(old if new == -1 else new for new, old in zip(shape, label.shape, strict=True))
+    varies = tuple(v and not (old == 1 < new) for v, old, new in zip(label.varies, label.shape, full, strict=True))
+    return replace(label, shape=full, varies=varies)
 
 
 @rule("expand")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_wsl.rebasin.labels import Label
+from lit_wsl.rebasin.labels import Label, lifted
 from lit_wsl.rebasin.rules import Run, rule
 from lit_wsl.rebasin.rules_shape import axes_of, moved
 from lit_wsl.rebasin.tracing import Node
@@ -116,18 +116,14 @@ def roll(run: Run, node: Node) -> Label:
 @rule("repeat", moves=True)
 def repeat(run: Run, node: Node) -> Label:
     """Tiles."""
-    label = run.label(node.args["self"])
     times = tuple(int(n) for n in node.args["repeats"])
-    extra = len(times) - label.ndim
-    shape = run.shape(node.outs[0])
-    old = (1,) * extra + label.shape
-    varies = [a >= extra and label.varies[a - extra] and old[a] > 1 for a in range(len(shape))]
+    label = lifted(run.label(node.args["self"]), len(times))
+    varies = [v and n > 1 for v, n in zip(label.varies, label.shape, strict=True)]
 
     def tile(factor: Array) -> Array:
-        factor = factor.reshape((1,) * extra + factor.shape)
         return np.tile(factor, [times[a] if factor.shape[a] > 1 else 1 for a in range(factor.ndim)])
 
-    return moved(label, shape, tile, varies)
+    return moved(label, run.shape(node.outs[0]), tile, varies)
 
 
 @rule("unfold", moves=True)

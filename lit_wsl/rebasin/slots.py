@@ -18,8 +18,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from lit_wsl.rebasin.algebra import Algebra
 from lit_wsl.rebasin.hashing import scramble
-from lit_wsl.rebasin.labels import MAX_LABEL, Algebra, Label, compress, depends
+from lit_wsl.rebasin.labels import MAX_LABEL, Label, compress, depends
 from lit_wsl.rebasin.rules import Move, Run
 from lit_wsl.rebasin.units import FIXED, Array, Units
 
