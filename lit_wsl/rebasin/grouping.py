@@ -11,7 +11,7 @@ import torch
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.blocks import bound_across, release
 from lit_wsl.rebasin.hashing import distinct_rows, mix, scramble
-from lit_wsl.rebasin.rules import Run
+from lit_wsl.rebasin.run import Run
 from lit_wsl.rebasin.slots import crossed_slots, torn_joins
 from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.rebasin.spec_axis import AxisSpec, PermutationGroup

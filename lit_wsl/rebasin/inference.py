@@ -19,7 +19,8 @@ from lit_wsl.rebasin import (  # noqa: F401  (rules)
     rules_slice,
 )
 from lit_wsl.rebasin.grouping import build_spec
-from lit_wsl.rebasin.rules import Joint, Run
+from lit_wsl.rebasin.propagation import propagate
+from lit_wsl.rebasin.run import Joint, Run
 from lit_wsl.rebasin.spec import PermutationSpec
 from lit_wsl.rebasin.tracing import Trace, trace_forward, undisturbed
 
@@ -85,7 +86,8 @@ def spec_from_trace(trace: Trace) -> PermutationSpec:
     """Apply the rules to a trace until no rule asks for a finer labelling."""
     joints: dict[tuple[int, int], Joint] = {}
     for _ in range(MAX_PASSES):
-        run = Run(trace, joints=dict(joints)).run()
+        run = Run(trace, joints=dict(joints))
+        propagate(run)
         if not run.requests:
             break
         joints.update(run.requests)

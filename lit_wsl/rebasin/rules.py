@@ -1,25 +1,20 @@
-"""What each ATen operation does to labels: the registry of rules, and the run over a trace.
+"""The registry of rules: which rule says what an ATen operation does to labels.
 
-A rule takes the :class:`Run` and the node and returns the labels of what the node returns. An operation without a rule
-freezes all that enters it, so that what is found is safe by construction.
+The rules themselves are in the modules ``rules_*.py``, sorted by what the operations do; what a rule is says the module
+:mod:`~lit_wsl.rebasin.run`. An operation without a rule freezes all that enters it, so that what is found is safe.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
-from lit_wsl.rebasin.algebra import Algebra
 from lit_wsl.rebasin.labels import Label
-from lit_wsl.rebasin.tracing import Node, Ref, Trace
-from lit_wsl.rebasin.units import Array
+from lit_wsl.rebasin.run import Rule, Run
+from lit_wsl.rebasin.tracing import Node, flat_refs, tensor_args
 
-Rule: TypeAlias = Callable[["Run", Node], "Label | Sequence[Label]"]
 RULES: dict[str, Rule] = {}
 SEGMENT_RULES: set[str] = set()
 """Operations that take routed rows whose label has one place for each expert, see ``Label.segmented``."""
@@ -53,217 +48,6 @@ def pattern(expression: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-@dataclass(frozen=True)
-class Joint:
-    """An axis whose units are different for each place on another axis: ``(outer axis, number of outer blocks)``."""
-
-    outer_axis: int
-    blocks: int
-
-
-@dataclass(frozen=True)
-class Move:
-    """A node that only put positions elsewhere, and the labels that entered it."""
-
-    rule: Rule
-    node: Node
-    labels: dict[int, Label]
-
-
-@dataclass
-class Run:
-    """One pass of the rules over a trace."""
-
-    trace: Trace
-    joints: dict[tuple[int, int], Joint] = field(default_factory=dict)
-    algebra: Algebra = field(default_factory=Algebra)
-    labels: dict[int, Label] = field(default_factory=dict)
-    axes: dict[tuple[int, int], Array] = field(default_factory=dict)
-    requests: dict[tuple[int, int], Joint] = field(default_factory=dict)
-    unknown: dict[str, int] = field(default_factory=dict)
-    used: set[int] = field(default_factory=set)
-    moves: list[Move] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._looked: set[int] = set()
-        self._starts: list[int] = []
-        self._owners: list[tuple[int, int]] = []
-        self._by_storage: dict[int, list[int]] = {}
-        for number in self.trace.parameters:
-            self._label_parameter(number)
-
-    def _label_parameter(self, number: int) -> None:
-        shape = self.trace.tensors[number].shape
-        factors = []
-        for axis, size in enumerate(shape):
-            if size < 2:
-                continue
-            joint = self.joints.get((number, axis))
-            view = [1] * len(shape)
-            view[axis] = size
-            self._starts.append(len(self.algebra.units))
-            self._owners.append((number, axis))
-            if joint is None:
-                units = self.algebra.units.fresh(size)
-                factor = units.reshape(view)
-            else:
-                outer = shape[joint.outer_axis]
-                fresh = self.algebra.units.fresh(joint.blocks * size).reshape(joint.blocks, size)
-                if joint.blocks == outer and (number, joint.outer_axis) in self.axes:
-                    blocks = self.axes[(number, joint.outer_axis)].ravel()
-                else:
-                    blocks = self.algebra.units.fresh(joint.blocks)
-                self.algebra.units.bind(fresh, blocks[:, None])
-                rows = np.repeat(fresh, outer // joint.blocks, axis=0)
-                view[joint.outer_axis] = outer
-                factor = (rows if joint.outer_axis < axis else rows.T).reshape(view)
-            self.axes[(number, axis)] = factor
-            factors.append(factor)
-        self._set(number, Label(shape, tuple(factors), origin=number))
-
-    def owner(self, factor: Array) -> tuple[int, int] | None:
-        """Parameter and axis that all units of a factor were made for, None if they come from several."""
-        found = self.algebra.units.find(factor)
-        low, high = int(found.min()), int(found.max())
-        place = int(np.searchsorted(self._starts, low, side="right")) - 1
-        same = int(np.searchsorted(self._starts, high, side="right")) - 1
-        if low == 0 or place < 0 or place != same:
-            return None
-        return self._owners[place]
-
-    def label(self, value: Any) -> Label:
-        """Label of a tensor; constants and example inputs are not moved by anything."""
-        if not isinstance(value, Ref):
-            return Label(())
-        self._looked.add(value.number)
-        found = self.labels.get(value.number)
-        if found is None:
-            info, tainted = self.trace.tensors[value.number], value.number in self.trace.inputs
-            found = Label(info.shape, tainted=tainted, varies=() if tainted else info.varies or ())
-            self._set(value.number, found)
-        return found
-
-    def _set(self, number: int, label: Label) -> None:
-        if number not in self.labels:
-            self._by_storage.setdefault(self.trace.tensors[number].storage, []).append(number)
-        self.labels[number] = label
-
-    def integers(self, node: Node, value: Any) -> torch.Tensor | None:
-        """The values of an integer tensor when the node ran, None if it was too large to keep."""
-        return self.trace.integers.get((node.number, value.number)) if isinstance(value, Ref) else None
-
-    def aliases(self, value: Any) -> list[int]:
-        """Other tensors with the same storage."""
-        if not isinstance(value, Ref):
-            return []
-        same = self._by_storage.get(self.trace.tensors[value.number].storage, [])
-        return [number for number in same if number != value.number]
-
-    def shape(self, value: Any) -> tuple[int, ...]:
-        """Shape of a tensor of the trace."""
-        return self.trace.tensors[value.number].shape if isinstance(value, Ref) else ()
-
-    def shape_of(self, number: int) -> tuple[int, ...]:
-        """Shape of a tensor by its number."""
-        return self.trace.tensors[number].shape
-
-    def request(self, number: int, axis: int, joint: Joint) -> None:
-        """Ask for a further pass in which an axis has other units for each place on another axis."""
-        if (number, axis) not in self.joints:
-            self.requests[(number, axis)] = joint
-
-    # ---- running -----------------------------------------------------------------------------------------------------
-
-    def run(self) -> Run:
-        """Apply the rules to every node, then fix the outputs."""
-        for node in self.live_nodes():
-            self.used.update(ref.number for ref in tensor_args(node))
-            self.step(node)
-        for output in self.trace.outputs:
-            self.algebra.freeze(self.label(output), "output of the model")
-        return self
-
-    def step(self, node: Node) -> None:
-        """Apply the rule of one node."""
-        self.algebra.node = node.number + 1
-        function = find_rule(node)
-        if node.name not in SEGMENT_RULES:
-            self._unsegment(node)
-        if function in MOVING_RULES:
-            self.moves.append(Move(function, node, {ref.number: self.label(ref) for ref in tensor_args(node)}))
-        self._looked.clear()
-        labels = unknown(self, node) if function is None else function(self, node)
-        for ref in tensor_args(node):
-            if ref.number not in self._looked:  # its rule knows nothing of this argument
-                self.algebra.freeze(self.label(ref), f"operation {node.name} with arguments its rule does not expect")
-        if isinstance(labels, Label):
-            labels = (labels,)
-        self._check_routing(node, labels)
-        written = written_arguments(node)
-        for out, label in zip(flat_refs(node.outs), labels, strict=False):
-            shape = self.trace.tensors[out.number].shape
-            if label.shape != shape:
-                self.algebra.freeze(label, f"operation {node.name} with a shape its rule does not expect")
-                label = Label(shape, tainted=True)
-            tainted = label.tainted or any(self.label(ref).tainted for ref in tensor_args(node))
-            label = replace(label, tainted=tainted)
-            if out.number in written:
-                self._overwrite(out, label)
-            self._set(out.number, label)
-
-    def _check_routing(self, node: Node, labels: Sequence[Label]) -> None:
-        """Indices that name units must be carried on or be used by an operation that knows them; otherwise freeze."""
-        if node.name in ROUTING_RULES or any(out.values is not None or out.segments is not None for out in labels):
-            return
-        for ref in tensor_args(node):
-            label = self.label(ref)
-            for extra in (label.values, label.segments):
-                if extra is not None:
-                    self.algebra.units.freeze(extra, "routing indices that are computed with")
-
-    def _unsegment(self, node: Node) -> None:
-        """Labels by expert end at operations that do not know them."""
-        for ref in tensor_args(node):
-            label = self.labels.get(ref.number)
-            if label is not None:
-                self.labels[ref.number] = self.algebra.unsegmented(label)
-
-    def live_nodes(self) -> list[Node]:
-        """The nodes that the outputs depend on; what else was computed ties nothing together."""
-        tensors = self.trace.tensors
-        live = {ref.number for ref in self.trace.outputs}
-        storages = {tensors[number].storage for number in live}
-        kept = []
-        for node in reversed(self.trace.nodes):
-            written = written_arguments(node)
-            if not (
-                node.name in READING
-                or any(out.number in live for out in flat_refs(node.outs))
-                or any(tensors[number].storage in storages for number in written)
-            ):
-                continue
-            kept.append(node)
-            for ref in tensor_args(node):
-                live.add(ref.number)
-                storages.add(tensors[ref.number].storage)
-        return kept[::-1]
-
-    def _overwrite(self, out: Ref, label: Label) -> None:
-        """Writing into a tensor also changes its views: what they did not carry before must stay where it is."""
-        aliases = self.aliases(out)
-        if not aliases:
-            return
-        units = self.algebra.units
-        before = [units.find(f) for f in self.label(out).factors]
-        for factor in label.factors:
-            found = units.find(factor)
-            if not any(found.shape == f.shape and np.array_equal(found, f) for f in before):
-                units.freeze(factor, "written into a part of another tensor")
-        for number in aliases:
-            old = self.labels[number]
-            self.labels[number] = replace(old, varies=(True,) * old.ndim, tainted=old.tainted or label.tainted)
 
 
 def find_rule(node: Node) -> Rule | None:
@@ -305,27 +89,3 @@ def unknown(run: Run, node: Node) -> list[Label]:
 
 def _moves(label: Label) -> bool:
     return bool(label.factors) or label.values is not None or label.segments is not None
-
-
-def flat_refs(value: Any) -> Iterator[Ref]:
-    """References in nested tuples."""
-    if isinstance(value, Ref):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from flat_refs(item)
-
-
-def tensor_args(node: Node) -> Iterator[Ref]:
-    """All tensors that enter a node."""
-    for value in node.args.values():
-        yield from flat_refs(value)
-
-
-def written_arguments(node: Node) -> set[int]:
-    """Tensors that a node writes into."""
-    written: set[int] = set()
-    for argument in node.func._schema.arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written.update(ref.number for ref in flat_refs(node.args.get(argument.name)))
-    return written

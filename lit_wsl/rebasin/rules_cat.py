@@ -9,9 +9,10 @@ import numpy as np
 
 from lit_wsl.rebasin.algebra import Algebra
 from lit_wsl.rebasin.labels import Label, depends
-from lit_wsl.rebasin.rules import Run, rule
+from lit_wsl.rebasin.rules import rule
 from lit_wsl.rebasin.rules_shape import axes_of, moved
 from lit_wsl.rebasin.rules_slice import take
+from lit_wsl.rebasin.run import Run
 from lit_wsl.rebasin.tracing import Node
 from lit_wsl.rebasin.units import FIXED, Array
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from lit_wsl.rebasin.labels import Label
-from lit_wsl.rebasin.rules import Run, flat_refs, pattern, rule, tensor_args
+from lit_wsl.rebasin.rules import READING, pattern, rule
 from lit_wsl.rebasin.rules_shape import reshape_label
 from lit_wsl.rebasin.rules_slice import take
-from lit_wsl.rebasin.tracing import Node, Ref
+from lit_wsl.rebasin.run import Run
+from lit_wsl.rebasin.tracing import Node, Ref, flat_refs, tensor_args
 
 ORDER = "an operation that depends on the order of positions"
 
@@ -24,7 +25,7 @@ def constant(run: Run, node: Node) -> list[Label]:
     return [Label(run.shape(out)) for out in flat_refs(node.outs)]
 
 
-@rule("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose")
+@rule(*sorted(READING))
 def reading(run: Run, node: Node) -> list[Label]:
     """Values go to Python; who knows what for."""
     for ref in tensor_args(node):

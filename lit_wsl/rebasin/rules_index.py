@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from lit_wsl.rebasin.labels import MAX_LABEL, Label, compress, depends, lifted
-from lit_wsl.rebasin.rules import Run, flat_refs, rule, unknown
+from lit_wsl.rebasin.rules import rule, unknown
 from lit_wsl.rebasin.rules_routing import index_by_expert
-from lit_wsl.rebasin.tracing import Node, Ref
+from lit_wsl.rebasin.run import Run
+from lit_wsl.rebasin.tracing import Node, Ref, flat_refs
 from lit_wsl.rebasin.units import Array
 
 PICKED = "picked by positions that depend on the input"

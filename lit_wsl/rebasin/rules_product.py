@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from lit_wsl.rebasin.labels import Label, depends
-from lit_wsl.rebasin.rules import Joint, Run, rule, tensor_args
+from lit_wsl.rebasin.rules import rule
 from lit_wsl.rebasin.rules_compute import ORDER
 from lit_wsl.rebasin.rules_shape import reshape_label
-from lit_wsl.rebasin.tracing import Node
+from lit_wsl.rebasin.run import Joint, Run
+from lit_wsl.rebasin.tracing import Node, tensor_args
 
 
 def ask_for_joint(run: Run, label: Label, batch: int) -> None:

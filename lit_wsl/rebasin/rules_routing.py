@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lit_wsl.rebasin.labels import Label, depends
-from lit_wsl.rebasin.rules import ROUTING_RULES, SEGMENT_RULES, Run, flat_refs, rule, unknown
+from lit_wsl.rebasin.rules import ROUTING_RULES, SEGMENT_RULES, rule, unknown
 from lit_wsl.rebasin.rules_compute import ORDER
 from lit_wsl.rebasin.rules_product import ask_for_joint
-from lit_wsl.rebasin.tracing import Node, Ref
+from lit_wsl.rebasin.run import Run
+from lit_wsl.rebasin.tracing import Node, Ref, flat_refs
 from lit_wsl.rebasin.units import Array
 
 SEGMENT_RULES.update(

@@ -13,7 +13,8 @@ import numpy as np
 
 from lit_wsl.rebasin.algebra import Algebra
 from lit_wsl.rebasin.labels import MAX_LABEL, Label, compress, depends, lifted
-from lit_wsl.rebasin.rules import Run, rule, unknown
+from lit_wsl.rebasin.rules import rule, unknown
+from lit_wsl.rebasin.run import Run
 from lit_wsl.rebasin.tracing import Node
 from lit_wsl.rebasin.units import Array
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from lit_wsl.rebasin.labels import Label, lifted
-from lit_wsl.rebasin.rules import Run, rule
+from lit_wsl.rebasin.rules import rule
 from lit_wsl.rebasin.rules_shape import axes_of, moved
+from lit_wsl.rebasin.run import Run
 from lit_wsl.rebasin.tracing import Node
 from lit_wsl.rebasin.units import Array
 

@@ -21,7 +21,7 @@ import numpy as np
 from lit_wsl.rebasin.algebra import Algebra
 from lit_wsl.rebasin.hashing import scramble
 from lit_wsl.rebasin.labels import MAX_LABEL, Label, compress, depends
-from lit_wsl.rebasin.rules import Move, Run
+from lit_wsl.rebasin.run import Move, Run
 from lit_wsl.rebasin.units import FIXED, Array, Units
 
 
@@ -92,8 +92,7 @@ def _repeats(units: Units, factor: Array) -> bool:
 
 
 def _crossed(run: Run, move: Move, group_of: Array, colour: np.ndarray) -> Array | None:
-    replay = Run.__new__(Run)
-    replay.__dict__.update(run.__dict__, algebra=Algebra(), requests={}, unknown={}, labels={})
+    replay = run.replica()
     unit_of, place_of = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
     for number, label in move.labels.items():
         own = []

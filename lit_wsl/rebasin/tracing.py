@@ -63,6 +63,30 @@ class Node:
         return f"{self.func.namespace}.{self.func._opname}"
 
 
+def flat_refs(value: Any) -> Iterator[Ref]:
+    """References in nested tuples."""
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from flat_refs(item)
+
+
+def tensor_args(node: Node) -> Iterator[Ref]:
+    """All tensors that enter a node."""
+    for value in node.args.values():
+        yield from flat_refs(value)
+
+
+def written_arguments(node: Node) -> set[int]:
+    """Tensors that a node writes into."""
+    written: set[int] = set()
+    for argument in node.func._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.update(ref.number for ref in flat_refs(node.args.get(argument.name)))
+    return written
+
+
 @dataclass
 class Trace:
     """A recorded forward pass."""
