@@ -127,9 +127,13 @@ class Algebra:
         """Everything that moves this tensor stays."""
         for factor in label.factors:
             self.units.freeze(factor, reason)
-        for extra in (label.values, label.segments):
-            if extra is not None:
-                self.units.freeze(extra, reason)
+        self.freeze_named(label, reason)
+
+    def freeze_named(self, label: Label, reason: str = "routing indices that are computed with") -> None:
+        """The units that the values of this tensor name stay."""
+        for named in (label.values, label.segments):
+            if named is not None:
+                self.units.freeze(named, reason)
 
     def pin(self, factor: Array, along: Iterable[int], reason: str) -> Array | None:
         """The order along some axes stays, and these axes are used up: what remains are whole blocks."""

@@ -82,10 +82,7 @@ def _check_routing(run: Run, node: Node, labels: Sequence[Label]) -> None:
     if node.name in ROUTING_RULES or any(out.values is not None or out.segments is not None for out in labels):
         return
     for ref in tensor_args(node):
-        label = run.label(ref)
-        for extra in (label.values, label.segments):
-            if extra is not None:
-                run.algebra.units.freeze(extra, "routing indices that are computed with")
+        run.algebra.freeze_named(run.label(ref))
 
 
 def _unsegment(run: Run, node: Node) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lit_wsl.rebasin.labels import Label
 from lit_wsl.rebasin.rules import READING, pattern, rule
-from lit_wsl.rebasin.rules_shape import reshape_label
+from lit_wsl.rebasin.rules_shape import axes_of, reshape_label
 from lit_wsl.rebasin.rules_slice import take
 from lit_wsl.rebasin.run import Run
 from lit_wsl.rebasin.tracing import Node, Ref, flat_refs, tensor_args
@@ -61,18 +61,14 @@ def pointwise(run: Run, node: Node) -> Sequence[Label]:
     """Position by position, with broadcasting."""
     labels = [run.label(ref) for ref in tensor_args(node)]
     for label in labels:
-        for extra in (label.values, label.segments):
-            if extra is not None:
-                run.algebra.units.freeze(extra, "routing indices that are computed with")
+        run.algebra.freeze_named(label)
     outs = list(flat_refs(node.outs))
     joined = run.algebra.join(labels, run.shape(outs[0]))
     return [joined if run.shape(out) == joined.shape else Label(run.shape(out)) for out in outs]
 
 
 def _dims(value: Any, ndim: int) -> list[int]:
-    if value is None or value == ():
-        return list(range(ndim))
-    return [int(d) % max(ndim, 1) for d in (value if isinstance(value, tuple) else (value,))]
+    return list(range(ndim)) if value is None or value == () else axes_of(value, ndim)
 
 
 @rule(
