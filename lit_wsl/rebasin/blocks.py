@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_wsl.rebasin.hashing import distinct_rows
+from lit_wsl.rebasin.hashing import distinct, distinct_rows
 from lit_wsl.rebasin.units import FIXED, Array, Units
 
 
@@ -56,7 +56,7 @@ def _of_distinct_rows(units: Units, matrix: Array) -> Array | None:
         if (np.where(live, current, value[:, None]) == value[:, None]).all():
             row_id = distinct_rows(matrix)[1] if row_id is None else row_id
             pairs = np.unique(np.stack([row_id[any_live], value[any_live]]), axis=1)
-            if len(np.unique(pairs[1])) == len(np.unique(pairs[0])):
+            if len(distinct(pairs[1])) == len(distinct(pairs[0])):
                 return value
             if below is None:
                 return value if _same_in_rows(matrix, live) else None
@@ -75,7 +75,7 @@ def _insert(units: Units, members: Array, live: NDArray[np.bool_], row_id: Array
     """New blocks for rows, between their members and the blocks around these; None if rows share members."""
     rows = np.broadcast_to(row_id[:, None], members.shape)[live]
     pairs = np.unique(np.stack([members[live], rows]), axis=1)
-    if len(np.unique(pairs[0])) != pairs.shape[1]:
+    if len(distinct(pairs[0])) != pairs.shape[1]:
         return None
     made = units.fresh(int(row_id.max()) + 1)
     units.enclose(pairs[0], made[pairs[1]])

@@ -10,7 +10,7 @@ import torch
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.blocks import bound_across, release
-from lit_wsl.rebasin.hashing import distinct_rows, mix, scramble
+from lit_wsl.rebasin.hashing import distinct, distinct_rows, mix, scramble
 from lit_wsl.rebasin.run import Run
 from lit_wsl.rebasin.slots import crossed_slots, torn_joins
 from lit_wsl.rebasin.spec import PermutationSpec
@@ -102,7 +102,7 @@ class Grouping:
         return colour, first
 
     def _sort_into_groups(self, colour: np.ndarray, first: np.ndarray) -> None:
-        roots = np.unique(self.units.find(np.nonzero((first != _NOWHERE) & (colour != 0))[0]))
+        roots = distinct(self.units.find(np.nonzero((first != _NOWHERE) & (colour != 0))[0]))
         live = [int(u) for u in roots if u != FIXED and colour[u] != 0 and first[u] != _NOWHERE]
         live.sort(key=lambda u: (int(first[u]), u))
         by_parent: dict[int, list[int]] = defaultdict(list)
@@ -129,7 +129,7 @@ class Grouping:
                 sorted_out[int(colour[unit]), apart].append(unit)
             for key, members in sorted_out.items():
                 families.setdefault(key, [[] for _ in parents])[row] = members
-                if len(np.unique(self.inside[members])) > 1:
+                if len(distinct(self.inside[members])) > 1:
                     self.crossing.append(np.array(members))
         for members_by_row in families.values():
             sizes = {len(members) for members in members_by_row}
@@ -229,7 +229,7 @@ class Grouping:
         current = flat
         while current.any():
             group = self.group_of[current]
-            for which in np.unique(group[group >= 0]):
+            for which in distinct(group[group >= 0]):
                 row = rows.setdefault(int(which), np.full(flat.size, -1))
                 where = (group == which) & (row < 0)
                 row[where] = self.number[current[where]]
@@ -244,9 +244,7 @@ class Grouping:
     def _check_slots(self, flat: Array, coords: torch.Tensor) -> None:
         """Positions of equal coordinates are told apart by their order: it must be the same in all blocks."""
         touched = np.nonzero((coords >= 0).any(dim=0).numpy())[0]
-        if not touched.size or len(np.unique(flat[touched])) == len(touched) == len(
-            np.unique(coords.numpy(), axis=1).T
-        ):
+        if not touched.size or len(distinct(flat[touched])) == len(touched) == len(np.unique(coords.numpy(), axis=1).T):
             return
         columns = coords.numpy()[:, touched]
         _, cell = np.unique(columns, axis=1, return_inverse=True)

@@ -5,10 +5,13 @@ Hashes of parts are added up to a hash of the whole where the order of the parts
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
+Integer = TypeVar("Integer", bound=np.integer[Any])
 
 
 def mix(*values: int) -> int:
@@ -32,6 +35,18 @@ def scramble(values: NDArray[np.int64] | Hashes) -> Hashes:
     codes = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     codes = (codes ^ (codes >> np.uint64(31))) * np.uint64(0xD6E8FEB86659FD93)
     return codes ^ (codes >> np.uint64(32))
+
+
+def distinct(values: NDArray[Integer]) -> NDArray[Integer]:
+    """The distinct numbers of an array, ascending: ``numpy.unique``, which hashes and takes ten times as long.
+
+    >>> distinct(np.array([[5, 1], [1, 7]])).tolist()
+    [1, 5, 7]
+    """
+    ordered = np.sort(values, axis=None)
+    first = np.ones(len(ordered), dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered[first]
 
 
 def distinct_rows(matrix: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -19,7 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from lit_wsl.rebasin.algebra import Algebra
-from lit_wsl.rebasin.hashing import scramble
+from lit_wsl.rebasin.hashing import distinct, scramble
 from lit_wsl.rebasin.labels import MAX_LABEL, Label, compress, depends
 from lit_wsl.rebasin.run import Move, Run
 from lit_wsl.rebasin.units import FIXED, Array, Units
@@ -60,7 +60,7 @@ def torn_joins(algebra: Algebra) -> list[Array]:
         if int(np.prod(shape)) > MAX_LABEL:
             continue
         count = len(algebra.units)  # both units of a place in one number: sorted much faster than pairs
-        first, second = np.divmod(np.unique((one * count + two).ravel()), count)
+        first, second = np.divmod(distinct(one * count + two), count)
         lines = [_with_blocks(algebra.units, first), _with_blocks(algebra.units, second)]
         nested = depends(one) <= depends(two) or depends(two) <= depends(one)
         if nested:
@@ -88,7 +88,7 @@ def _repeats(units: Units, factor: Array) -> bool:
         return False
     live = units.find(factor.ravel())
     live = live[live != FIXED]
-    return len(live) > 1 and len(np.unique(live)) < len(live)
+    return len(live) > 1 and len(distinct(live)) < len(live)
 
 
 def _crossed(run: Run, move: Move, group_of: Array, colour: np.ndarray) -> Array | None:

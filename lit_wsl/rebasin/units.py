@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_wsl.rebasin.hashing import Hashes, mix, scramble
+from lit_wsl.rebasin.hashing import Hashes, distinct, mix, scramble
 
 Array = NDArray[np.int64]
 FIXED = 0
@@ -128,7 +128,7 @@ class Units:
 
     def freeze(self, units: Array, reason: str) -> None:
         """Units stay where they are, and so do the blocks around them."""
-        root = np.unique(self.roots(units.ravel()))
+        root = distinct(self.roots(units.ravel()))
         if reason not in self.reasons:
             self.reasons.append(reason)
         code = self.reasons.index(reason)
@@ -140,7 +140,7 @@ class Units:
             self.version += 1
             self._frozen[root] = True
             self._reason[root] = code
-            root = np.unique(self.roots(self._parent[root]))
+            root = distinct(self.roots(self._parent[root]))
         self._freeze_anchored(code)
 
     def _freeze_anchored(self, code: int) -> None:
@@ -183,7 +183,7 @@ class Units:
 
     def _merge(self, a: Array, b: Array, depth: int = 0) -> None:
         self.version += 1
-        members = np.unique(np.concatenate([a, b]))
+        members = distinct(np.concatenate([a, b]))
         above = self._parent[members].copy()
         while True:
             a, b = self.roots(a), self.roots(b)
@@ -233,7 +233,7 @@ class Units:
         """
         one, two = self.roots(one), self.roots(two)
         pairs = np.unique(np.stack([one, two]), axis=1)
-        ones, twos, count = len(np.unique(one)), len(np.unique(two)), pairs.shape[1]
+        ones, twos, count = len(distinct(one)), len(distinct(two)), pairs.shape[1]
         if ones == count > twos:
             inner, outer = one, two
         elif twos == count > ones:
@@ -289,7 +289,7 @@ class Units:
         """Note that a computation used these units: only units of equal use are interchangeable."""
         flat = self.find(units.ravel())
         if once:
-            flat = np.unique(flat)
+            flat = distinct(flat)
         np.add.at(self._signature, flat, np.uint64(code))
 
     def signatures(self) -> Hashes:
