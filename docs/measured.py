@@ -167,7 +167,9 @@ def architectures() -> Iterator[str]:
     if low:
         names = [f"{row['name']} ({row['coverage']:.1%})" for row in low]
         yield f"Below 90 % coverage: {', '.join(names)}.\n\n"
-    default = "python -m benchmarks.rebasin_architectures --out benchmarks/results/rebasin_architectures.json"
+    default = (
+        "python -m benchmarks.rebasin_architectures --threads 1 --out benchmarks/results/rebasin_architectures.json"
+    )
     yield f"`{data.get('command', default)}`\n\n"
 
 
