@@ -194,7 +194,7 @@ def digits() -> Iterator[str]:
     data = load("rebasin_digits.json")
     if not data:
         return
-    pairs = [tuple(seeds) for seeds in dict.fromkeys(tuple(row["seeds"]) for row in data["rows"])]
+    pairs = list(dict.fromkeys(tuple(row["seeds"]) for row in data["rows"]))
     yield "### Two seeds on real digits: the barrier between them\n\n"
     yield (
         f"Barrier of the training loss on the line between two networks that were trained alike from different seeds, {len(pairs)} pairs; "

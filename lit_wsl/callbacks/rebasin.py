@@ -296,8 +296,8 @@ class RebasinCallback(Callback):
         for logger in trainer.loggers:
             with suppress(Exception):
                 logger.log_metrics({"rebasin/perm_matching": 0.0}, step=trainer.global_step)
-        content = {"perm_matching": False, "reason": reason, "on": self.options.on, "models": {}}
         if folder is not None:
+            content = {"perm_matching": False, "reason": reason, "on": self.options.on, "models": {}}
             with suppress(Exception):
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 atomic_write_text(Path(folder) / REPORT_FILE, json.dumps(content, indent=2) + "\n")

@@ -25,6 +25,7 @@ from lit_wsl.rebasin.job import (
     names_of,
     write_results,
 )
+from lit_wsl.rebasin.outputs import Outputs
 from lit_wsl.rebasin.spec import PermutationSpec
 
 
@@ -59,8 +60,7 @@ def run(options: Any) -> int:
     matcher = None
     if options.matching == "best" and spec is not None:
         batches = list(islice(_batches(options.data), options.repair_batches))
-        picked = look_up(options.outputs) if options.outputs else None
-        matcher = best_matcher(model, spec, settings, batches, call, picked)
+        matcher = best_matcher(model, spec, settings, batches, call, _outputs(options))
     report = align(models, base, spec, settings, parameters=parameters, reason=reason, matcher=matcher)
     report = replace(report, notes=(*remarks, *report.notes))
     if report.merged is not None and options.data is not None and has_batch_statistics(model):
@@ -105,11 +105,16 @@ def _spec(
             "which units may be permuted is read from one call of the model: name a function that gives a sample input "
             "with --sample my.models:batch, or give the model an example_input_array, or a spec with --spec spec.json."
         )
+    _, spec, reason, remarks = find_spec(model, [call], _outputs(options), verify=True)
+    return spec, reason, remarks
+
+
+def _outputs(options: Any) -> Outputs | None:
+    """The function of ``--outputs``."""
     outputs = look_up(options.outputs) if options.outputs else None
     if outputs is not None and not callable(outputs):
         raise UsageError(f"{options.outputs} is a {type(outputs).__name__}, not a function.")
-    _, spec, reason, remarks = find_spec(model, [call], outputs, verify=True)
-    return spec, reason, remarks
+    return outputs
 
 
 def _batches(path: str) -> Iterable[Any]:

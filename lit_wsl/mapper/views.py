@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -131,15 +132,7 @@ class MappingViews(ABC):
         """
         from lit_wsl.report.json_report import save_json
 
-        result = self.result
-        return save_json(
-            result,
-            path,
-            source=self.source,
-            target=self.target,
-            notes=self._notes,
-            options=self.options,
-        )
+        return save_json(self.result, path, **self._context())
 
     def save_html(self, path: str | os.PathLike[str]) -> Path:
         """Write the interactive report: one file that needs no network.
@@ -149,15 +142,11 @@ class MappingViews(ABC):
         """
         from lit_wsl.report.html import save_html
 
-        result = self.result
-        return save_html(
-            result,
-            path,
-            source=self.source,
-            target=self.target,
-            notes=self._notes,
-            options=self.options,
-        )
+        return save_html(self.result, path, **self._context())
+
+    def _context(self) -> dict[str, Any]:
+        """What a saved report shows besides the result, once that is there: making it adds notes."""
+        return {"source": self.source, "target": self.target, "notes": self._notes, "options": self.options}
 
     def _check_name(self, name: str) -> None:
         if name in self.source or name in self.target:

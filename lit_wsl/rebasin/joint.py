@@ -67,14 +67,14 @@ def joint_matching(
     """
     names = matched_names(spec, reference, other)
     a, b = ({name: state[name] for name in names} for state in (reference, other))
-    answers = responses(spec, model, reference, other, batches, max_batches, max_samples, seed, forward)
+    first, second = responses(spec, model, reference, other, batches, max_batches, max_samples, seed, forward)
     axes, shapes = dict(spec.axes), {name: tuple(a[name].shape) for name in names}
-    for name, rows in zip(answers[0], zip(answers[0].values(), answers[1].values())):
+    for name in first:
         axis = output_axis(model, name)
         scale = math.sqrt(share * norm(reference[name]) * norm(other[name]) / reference[name].shape[axis])
         answer = f"responses of {name}"
-        a[answer], b[answer] = (x.to(device=reference[name].device) * scale for x in rows)
-        axes[answer], shapes[answer] = {0: spec.axes[name][axis]}, tuple(rows[0].shape)
+        a[answer], b[answer] = (rows[name].to(reference[name].device) * scale for rows in (first, second))
+        axes[answer], shapes[answer] = {0: spec.axes[name][axis]}, tuple(first[name].shape)
     both = PermutationSpec(groups=spec.groups, axes=axes, shapes=shapes, parameters=tuple(a))
     with torch.no_grad():
         found = weight_matching(both, a, b, max_iter, seed, restarts=restarts, progress=progress)
