@@ -57,7 +57,8 @@ def reestimate_batchnorm(
     if not norms:
         return 0
     with _only_norms_in_training(model, norms):
-        moments = [_Moments(norm) for norm in norms]
+        moments = [Moments() for _ in norms]
+        hooks = [norm.register_forward_pre_hook(_adding_to(each)) for norm, each in zip(norms, moments)]
         count = 0
         try:
             for batch in batches:
@@ -66,13 +67,17 @@ def reestimate_batchnorm(
                 forward(model, batch)
                 count += 1
         finally:
-            for each in moments:
-                each.stop()
+            for hook in hooks:
+                hook.remove()
         if count == 0:
             raise RebasinError("no batch to estimate batch norm statistics from")
     for norm, each in zip(norms, moments):
-        each.store(norm)
+        _store(each, norm)
     return count
+
+
+def _adding_to(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda module, args: moments.add(args[0].movedim(1, 0))
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:
@@ -97,33 +102,34 @@ def _only_norms_in_training(model: nn.Module, norms: Sequence[_BatchNorm]) -> It
             module.training = training
 
 
-class _Moments:
-    """Mean and variance of the channels of what enters a module, over all calls (Chan, Golub and LeVeque 1979)."""
+class Moments:
+    """Mean and variance of channels over pieces of data, in float64 (Chan, Golub and LeVeque 1979)."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.count, self.calls = 0, 0
+    def __init__(self) -> None:
+        self.count, self.pieces = 0, 0
         self.mean: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0  # sum of squared distances from the mean
-        self._handle = module.register_forward_pre_hook(self._see)
+        self._squares: Tensor | float = 0.0  # sum of squared distances from the mean
 
-    def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        columns = args[0].detach().movedim(1, 0).flatten(1)  # (channels, samples)
-        variance, mean = (x.double() for x in torch.var_mean(columns.float(), dim=1, correction=0))
+    def add(self, values: Tensor) -> None:
+        """Add a piece ``(channels, ...)``, all axes behind the first being samples."""
+        columns = values.detach().reshape(len(values), -1).double()
+        variance, mean = torch.var_mean(columns, dim=1, correction=0)
         here, total = columns.shape[1], self.count + columns.shape[1]
         apart = mean - self.mean
         self.mean = self.mean + apart * (here / total)
-        self.squares = self.squares + variance * here + apart.square() * (self.count * here / total)
-        self.count, self.calls = total, self.calls + 1
+        self._squares = self._squares + variance * here + apart.square() * (self.count * here / total)
+        self.count, self.pieces = total, self.pieces + 1
 
-    def stop(self) -> None:
-        """See no further calls."""
-        self._handle.remove()
+    def variance(self, correction: int = 0) -> Tensor:
+        """Variance of each channel; with a correction of one unbiased, as batch norms keep it."""
+        return torch.as_tensor(self._squares) / max(self.count - correction, 1)
 
-    def store(self, norm: _BatchNorm) -> None:
-        """Write the statistics into a batch norm, the variance unbiased as it keeps it."""
-        if self.calls == 0 or norm.running_mean is None or norm.running_var is None:
-            return
-        norm.running_mean.copy_(torch.as_tensor(self.mean))
-        norm.running_var.copy_(torch.as_tensor(self.squares) / max(self.count - 1, 1))
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.fill_(self.calls)
+
+def _store(moments: Moments, norm: _BatchNorm) -> None:
+    """Write statistics into a batch norm, if any data reached it."""
+    if moments.pieces == 0 or norm.running_mean is None or norm.running_var is None:
+        return
+    norm.running_mean.copy_(torch.as_tensor(moments.mean))
+    norm.running_var.copy_(moments.variance(correction=1))
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.fill_(moments.pieces)

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.activation import channel_axis, output_axis
-from lit_wsl.rebasin.batch_statistics import Forward, call_on_inputs, has_batch_statistics, reestimate_batchnorm
+from lit_wsl.rebasin.batch_statistics import (
+    Forward,
+    Moments,
+    call_on_inputs,
+    has_batch_statistics,
+    reestimate_batchnorm,
+)
 from lit_wsl.rebasin.spec import PermutationSpec
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -94,17 +100,14 @@ def _hidden_layers(model: nn.Module, spec: PermutationSpec) -> list[str]:
 
 def _statistics(model: nn.Module, layers: Sequence[str], batches: Iterable[Any], forward: Forward) -> Statistics:
     """Mean and standard deviation of every output channel of the layers over the batches, by first execution."""
-    sums: dict[str, list[Tensor]] = {}
+    moments: dict[str, Moments] = {}
 
     def listen(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 return
             axis = channel_axis(module, output)
-            columns = output.movedim(axis, 0).reshape(output.shape[axis], -1).double()
-            count = torch.tensor(float(columns.shape[1]), dtype=torch.float64)
-            parts = [columns.sum(1), columns.square().sum(1), count]
-            sums[name] = [a + b for a, b in zip(sums[name], parts)] if name in sums else parts
+            moments.setdefault(name, Moments()).add(output.movedim(axis, 0))
 
         return hook
 
@@ -115,13 +118,9 @@ def _statistics(model: nn.Module, layers: Sequence[str], batches: Iterable[Any],
     finally:
         for handle in hooks:
             handle.remove()
-    if layers and not sums:
+    if layers and not moments:
         raise RebasinError("no batch to repair the merged model with, or none of its hidden layers ran")
-    found = {}
-    for name, (total, squares, count) in sums.items():
-        mean = total / count
-        found[name] = (mean, (squares / count - mean.square()).clamp_min(0).sqrt())
-    return found
+    return {name: (torch.as_tensor(found.mean), found.variance().sqrt()) for name, found in moments.items()}
 
 
 def _fold(module: nn.Module, now: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
