@@ -1,0 +1,155 @@
+"""A pair as plain data: drawn from a seed, written to JSON, replayed, shrunk."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import benchmarks.refactors.operators_layout
+import benchmarks.refactors.operators_names
+import benchmarks.refactors.operators_places
+import benchmarks.refactors.structures_more  # noqa: F401
+from benchmarks.refactors.network import Side
+from benchmarks.refactors.operators import OPERATORS, STAGES, Operator, Regime
+from benchmarks.refactors.structures import STRUCTURES, Draft, Sizes, Split
+from benchmarks.refactors.vocabulary import Words, draw_words
+
+FileKind = Literal["state_dict", "sorted", "safetensors"]
+SOURCE, TARGET = 0, 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """One operator on one side."""
+
+    operator: str
+    side: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that makes a pair.
+
+    Attributes:
+        structure: The network.
+        sizes: Its knobs.
+        words: What each side calls the roles.
+        changes: What was done to the sides.
+        file: How the checkpoint arrives: in the order of registration, sorted, or as a safetensors file.
+        sample: Whether a sample call of the new model is given.
+        seed: Where it was drawn from, to find it again.
+    """
+
+    structure: str
+    sizes: Sizes = field(default_factory=Sizes)
+    words: tuple[Words, Words] = field(default_factory=lambda: ({}, {}))
+    changes: tuple[Change, ...] = ()
+    file: FileKind = "state_dict"
+    sample: bool = False
+    seed: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Config:
+        first, second = data["words"]
+        return cls(
+            structure=data["structure"],
+            sizes=Sizes(**data["sizes"]),
+            words=(dict(first), dict(second)),
+            changes=tuple(Change(**change) for change in data["changes"]),
+            file=data["file"],
+            sample=data["sample"],
+            seed=data["seed"],
+        )
+
+    def reversed(self) -> Config:
+        """Source and target exchanged."""
+        changes = tuple(replace(change, side=1 - change.side) for change in self.changes)
+        return replace(self, words=self.words[::-1], changes=changes)
+
+    def sides(self) -> tuple[Side, Side]:
+        """Both networks, refactored."""
+        return self._side(SOURCE), self._side(TARGET)
+
+    def _side(self, which: int) -> Side:
+        draft = Draft(self.sizes)
+        STRUCTURES[self.structure].write(draft)
+        side = Side(draft.leaves, dict(self.words[which]))
+        mine = [change for change in self.changes if change.side == which]
+        for change in sorted(mine, key=lambda change: STAGES.index(OPERATORS[change.operator].stage)):
+            OPERATORS[change.operator].apply(side, random.Random(change.seed))
+        return side
+
+
+def draw(split: Split, regime: Regime, seed: int, *, sample: bool = False, attempt: int = 0) -> Config:
+    """A random pair of one part of the corpus. Attempts differ; some cannot be written (two names in one place)."""
+    name = f"{split}/{regime}/{seed}/{attempt}"
+    rng = random.Random(name)
+    structure = rng.choice(sorted((s for s in STRUCTURES.values() if s.split == split), key=lambda s: s.name))
+    words: tuple[Words, Words] = ({}, {})
+    for group in structure.groups:
+        first = draw_words(group, split, rng)
+        second = draw_words(group, split, rng) if rng.random() < 0.65 else first
+        words[SOURCE].update(first)
+        words[TARGET].update(second)
+    return Config(
+        structure=structure.name,
+        sizes=_draw_sizes(rng),
+        words=words,
+        changes=tuple(_draw_changes(split, regime, rng)),
+        file=_draw_file(regime, rng),
+        sample=sample,
+        seed=name,
+    )
+
+
+def _draw_sizes(rng: random.Random) -> Sizes:
+    width = 8
+    return Sizes(
+        width=width,
+        hidden=width * rng.choice([1, 2, 2, 3]),
+        depth=rng.choice([1, 2, 2, 3, 4]),
+        stages=rng.choice([1, 2, 3]),
+        experts=rng.choice([2, 3, 4]),
+        kv=rng.choice([width, width, width // 2]),
+        outputs=rng.choice([4, 4, 5, width]),
+        bias=rng.random() < 0.75,
+        same_heads=rng.random() < 0.6,
+    )
+
+
+def _draw_file(regime: Regime, rng: random.Random) -> FileKind:
+    if regime == "safetensors":
+        return rng.choice(["safetensors", "safetensors", "safetensors", "sorted"])  # type: ignore[return-value]
+    if regime == "everything":
+        return rng.choice(["state_dict", "state_dict", "sorted", "safetensors"])  # type: ignore[return-value]
+    return "state_dict"
+
+
+def _draw_changes(split: Split, regime: Regime, rng: random.Random) -> Iterator[Change]:
+    """Some operators, each on a side that it may happen on."""
+    known = sorted(OPERATORS.values(), key=lambda op: op.name)
+    possible = [op for op in known if op.split in (split, "both") and regime in op.regimes]
+    orders = [op for op in possible if op.stage == "order"]
+    others = [op for op in possible if op.stage != "order"]
+    chosen = _sample(others, rng.choice([0, 1, 2, 2, 3, 4]), rng)
+    if orders and (regime == "shuffled" or rng.random() < 0.4):
+        chosen += _sample(orders, rng.choice([1, 1, 2]), rng)
+    for op in chosen:
+        side = {"source": SOURCE, "target": TARGET}.get(op.where, rng.choice([SOURCE, TARGET]))
+        yield Change(op.name, side, rng.randrange(10**6))
+
+
+def _sample(operators: list[Operator], count: int, rng: random.Random) -> list[Operator]:
+    """Draw without replacement, by weight."""
+    pool, chosen = list(operators), []
+    while pool and len(chosen) < count:
+        (pick,) = rng.choices(pool, [op.weight for op in pool])
+        pool.remove(pick)
+        chosen.append(pick)
+    return chosen

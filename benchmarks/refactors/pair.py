@@ -1,0 +1,195 @@
+"""One pair: build both sides, transfer, compare every tensor with the truth."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.refactors.config import Config, draw
+from benchmarks.refactors.network import ClashError, Net, Side, pieces_of, randomise, true_tensors
+from benchmarks.refactors.operators import Regime
+from benchmarks.refactors.structures import Split
+from lit_wsl import LitWslError, TransferReport, transfer_weights
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of one target tensor.
+
+    Attributes:
+        name: Its name.
+        verdict: ``right``; ``wrong`` (something that is not its own, or its own in a wrong layout); ``unseen`` (its
+            own, but turned: a square whose make nothing shows); ``missing``, ``open`` (left alone, a choice is
+            listed); ``nothing`` (left alone, and rightly so).
+        layout: Whether what is wrong holds the right values in the wrong places.
+        buffer: Whether it is a buffer.
+        sources: What it was filled from.
+        reason: The entry's reason.
+        evidence: The kind of evidence that the entry names, if it does.
+        margin: The entry's margin.
+        wanted: What belongs there.
+    """
+
+    name: str
+    verdict: str
+    layout: bool = False
+    buffer: bool = False
+    sources: tuple[str, ...] = ()
+    reason: str = ""
+    evidence: str = ""
+    margin: float = 0.0
+    wanted: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A pair with its verdicts."""
+
+    config: Config
+    tensors: tuple[Judged, ...]
+    error: str = ""
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(tensor.verdict for tensor in self.tensors)
+
+    @property
+    def wrong(self) -> tuple[Judged, ...]:
+        return tuple(tensor for tensor in self.tensors if tensor.verdict == "wrong")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The wrong ones, and what it takes to see them again."""
+        return {"config": self.config.to_dict(), "error": self.error, "wrong": [asdict(t) for t in self.wrong]}
+
+
+class Pair:
+    """Both sides of a configuration, with values.
+
+    Attributes:
+        old: The old network.
+        new: The new one, filled with values of its own.
+        state: What the checkpoint holds.
+        truth: What each tensor of the new network should hold; ``None`` where the old one has nothing for it.
+        before: What it holds before.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Build both sides.
+
+        Raises:
+            ClashError: If a side cannot be written as a module.
+        """
+        self.config = config
+        source, target = config.sides()
+        self.old, self.new = Net(source), Net(target)
+        self.state = {name: t for name, t in true_tensors(self.old).items() if t is not None} | source.extra
+        self.truth = true_tensors(self.new, pieces_of(self.old))
+        self.before = randomise(self.new)
+        self.hidden = _unseen(source) | _unseen(target)
+
+    def source(self, folder: Path | None = None) -> Mapping[str, Tensor] | Path:
+        """The checkpoint as it arrives."""
+        if self.config.file == "safetensors" and folder is not None:
+            from safetensors.torch import save_file
+
+            path = folder / "model.safetensors"
+            save_file(self.state, path)
+            return path
+        return self.state if self.config.file == "state_dict" else dict(sorted(self.state.items()))
+
+    def transfer(self, **options: Any) -> TransferReport:
+        """Fill the new network."""
+        sample = {"example_args": (torch.zeros(1),)} if self.config.sample else {}
+        folder: AbstractContextManager[str | None] = nullcontext()
+        if self.config.file == "safetensors":
+            folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+        with folder as where:
+            source = self.source(Path(where) if where else None)
+            return transfer_weights(self.new, source, **{"min_coverage": 0.0, **sample, **options})
+
+    def judge(self, report: TransferReport) -> tuple[Judged, ...]:
+        """Compare every tensor with the truth."""
+        unsure = {name for choice in report.plan.ambiguous for name in choice.targets}
+        origin = {tensor.numpy().tobytes(): name for name, tensor in self.state.items()}
+        buffers = {name for name, _ in self.new.named_buffers()}
+        return tuple(
+            self._judge(name, tensor, report, name in unsure, name in buffers, origin)
+            for name, tensor in self.new.state_dict().items()
+        )
+
+    def _judge(
+        self, name: str, held: Tensor, report: TransferReport, unsure: bool, buffer: bool, origin: Mapping[bytes, str]
+    ) -> Judged:
+        truth = self.truth[name]
+        if truth is not None and torch.equal(held, truth):
+            verdict = "right"
+        elif torch.equal(held, self.before[name]):
+            verdict = "nothing" if truth is None else "open" if unsure else "missing"
+        else:
+            verdict = "wrong"
+        layout = verdict == "wrong" and truth is not None and _same_values(held, truth)
+        if layout and name in self._turned and truth is not None and torch.equal(held, truth.T):
+            verdict = "unseen"
+        entry = report.plan.by_target.get(name)
+        judged = Judged(name, verdict, layout, buffer)
+        if entry is None:
+            return judged
+        wanted = (
+            origin.get(truth.numpy().tobytes(), "several" if truth is not None else "nothing")
+            if truth is not None
+            else "nothing"
+        )
+        return replace(
+            judged,
+            sources=entry.sources,
+            reason=entry.reason,
+            margin=entry.margin,
+            evidence=str(getattr(entry, "evidence", "")),
+            wanted=wanted,
+        )
+
+    @property
+    def _turned(self) -> set[str]:
+        """Squares of the new model whose make changed without a trace."""
+        return {f"{p.name}.weight" for p in self.new.placed if set(p.leaf.pieces) & self.hidden}
+
+
+def _same_values(held: Tensor, truth: Tensor) -> bool:
+    return held.numel() == truth.numel() and torch.equal(held.flatten().sort().values, truth.flatten().sort().values)
+
+
+def _unseen(side: Side) -> set[str]:
+    """Pieces that a side stores turned under a Linear's own names, where no other one shows it by its shape."""
+    turned = [leaf for leaf in side.leaves if leaf.layout == "transposed"]
+    shapes = {leaf: (sum(size[0] for size in leaf.sizes), leaf.sizes[0][1]) for leaf in turned}
+    if any(rows != columns for rows, columns in shapes.values()):
+        return set()
+    return {piece for leaf in turned for piece in leaf.pieces}
+
+
+def drawn_pair(split: Split, regime: Regime, seed: int, *, sample: bool = False) -> Pair:
+    """The pair of a seed: the first attempt that can be written."""
+    for attempt in range(50):
+        try:
+            return Pair(draw(split, regime, seed, sample=sample, attempt=attempt))
+        except ClashError:
+            continue
+    raise RuntimeError(f"no pair could be drawn from seed {seed}")
+
+
+def run(pair: Pair, **options: Any) -> Result:
+    """Transfer once and judge."""
+    try:
+        report = pair.transfer(**options)
+    except LitWslError as error:  # a refusal loads nothing: everything that had a source is missing
+        left = tuple(Judged(n, "missing" if t is not None else "nothing") for n, t in pair.truth.items())
+        return Result(pair.config, left, f"{type(error).__name__}: {error}")
+    return Result(pair.config, pair.judge(report))

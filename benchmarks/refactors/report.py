@@ -1,0 +1,101 @@
+"""Many pairs, summed up: by structure and by operator."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.refactors.pair import Result
+
+ROWS = ("right", "wrong", "unseen", "open", "missing", "nothing")
+Table = dict[str, Counter[str]]
+
+
+@dataclass
+class Summary:
+    """Counts of tensors over many pairs, and everything that was wrong."""
+
+    pairs: int = 0
+    total: Counter[str] = field(default_factory=Counter)
+    buffers: Counter[str] = field(default_factory=Counter)
+    by_structure: Table = field(default_factory=lambda: defaultdict(Counter))
+    by_operator: Table = field(default_factory=lambda: defaultdict(Counter))
+    bad: list[Result] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def add(self, result: Result) -> None:
+        counts = result.counts
+        self.pairs += 1
+        self.total.update(counts)
+        self.buffers.update(t.verdict for t in result.tensors if t.buffer)
+        self.by_structure[result.config.structure].update({**counts, "pairs": 1, "bad": int(bool(result.wrong))})
+        for name in sorted({change.operator for change in result.config.changes}) or ["(words alone)"]:
+            self.by_operator[name].update({**counts, "pairs": 1, "bad": int(bool(result.wrong))})
+        if result.wrong:
+            self.bad.append(result)
+        if result.error:
+            self.refused[result.error.partition(":")[0]] += 1
+
+    @property
+    def known(self) -> int:
+        """Tensors that have a source."""
+        return sum(self.total[row] for row in ("right", "wrong", "unseen", "open", "missing"))
+
+    @property
+    def share(self) -> float:
+        return self.total["right"] / max(1, self.known)
+
+    def line(self) -> str:
+        """The result in a line."""
+        parts = ", ".join(f"{self.total[row]} {row}" for row in ROWS)
+        layout = sum(t.layout for r in self.bad for t in r.wrong)
+        return (
+            f"{self.pairs} pairs: {parts}; right {self.share:.1%} of {self.known}; wrong in {len(self.bad)} pairs"
+            f" ({layout} of them by layout), bound {upper_bound(self.total['wrong'], self.known):.2%}"
+            + (f"; refused {dict(self.refused)}" if self.refused else "")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "pairs": self.pairs,
+            "tensors": {row: self.total[row] for row in ROWS},
+            "buffers": {row: self.buffers[row] for row in ROWS},
+            "right_share": round(self.share, 4),
+            "wrong_pairs": len(self.bad),
+            "wrong_upper_bound_95": round(upper_bound(self.total["wrong"], self.known), 6),
+            "refused": dict(self.refused),
+            "by_structure": _plain(self.by_structure),
+            "by_operator": _plain(self.by_operator),
+        }
+
+
+def _plain(table: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    return {name: dict(table[name]) for name in sorted(table)}
+
+
+def table_text(table: Mapping[str, Counter[str]], title: str) -> Iterable[str]:
+    """A table, worst first."""
+    yield f"{title:28} {'pairs':>6} {'bad':>5} " + " ".join(f"{row:>8}" for row in ROWS)
+    for name in sorted(table, key=lambda name: (-table[name]["wrong"], name)):
+        row = table[name]
+        yield f"{name:28} {row['pairs']:6} {row['bad']:5} " + " ".join(f"{row[key]:8}" for key in ROWS)
+
+
+def upper_bound(wrong: int, of: int, confidence: float = 0.95) -> float:
+    """One-sided upper bound of a rate (Clopper & Pearson, 1934).
+
+    >>> round(upper_bound(0, 60), 3)
+    0.049
+    >>> upper_bound(3, 3)
+    1.0
+    """
+    if wrong >= of:
+        return 1.0
+    if wrong == 0:
+        return 1 - math.pow(1 - confidence, 1 / of)
+    from scipy.stats import beta
+
+    return float(beta.ppf(confidence, wrong + 1, of - wrong))

@@ -1,0 +1,58 @@
+"""Words for roles. A word group is what one code base calls the parts of one thing: its q, k, v and o, its two norms.
+
+``harvested.json`` holds what ``harvest.py`` found in public libraries, with counts; ``words.json`` what people write by
+hand for roles that are too rare there. A group belongs to ``fit`` or to ``validate``; groups that share the word of
+their first role go together, so that neither part has seen the other's words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import zlib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from benchmarks.refactors.structures import Split
+
+HERE = Path(__file__).parent
+HARVESTED = HERE / "harvested.json"
+BY_HAND = HERE / "words.json"
+
+Words = dict[str, str]
+
+
+@cache
+def _groups() -> Mapping[str, list[tuple[Words, float]]]:
+    """Every group of words with its weight: how often code says it, dampened."""
+    found: dict[str, dict[str, tuple[Words, float]]] = {}
+    for name, entries in json.loads(BY_HAND.read_text()).items():
+        for words in entries:
+            found.setdefault(name, {})[json.dumps(words, sort_keys=True)] = (words, 1.0)
+    if HARVESTED.exists():
+        for name, entries in json.loads(HARVESTED.read_text())["groups"].items():
+            for entry in entries:
+                weight = 1 + math.log(sum(entry["counts"].values()))
+                found.setdefault(name, {})[json.dumps(entry["words"], sort_keys=True)] = (entry["words"], weight)
+    return {name: list(entries.values()) for name, entries in found.items()}
+
+
+@cache
+def groups_of(name: str, split: Split) -> tuple[tuple[Words, float], ...]:
+    """The word groups of one part of the corpus."""
+    entries = _groups()[name]
+    firsts = sorted({_first(words) for words, _ in entries}, key=lambda word: zlib.crc32(f"{name}/{word}".encode()))
+    mine = {word for at, word in enumerate(firsts) if (at % 2 == 0) == (split == "fit")}
+    chosen = sorted((e for e in entries if _first(e[0]) in mine), key=lambda e: json.dumps(e[0], sort_keys=True))
+    return tuple(chosen or entries)
+
+
+def _first(words: Words) -> str:
+    return next(iter(words.values()))
+
+
+def draw_words(name: str, split: Split, rng: random.Random) -> Words:
+    entries = groups_of(name, split)
+    return dict(rng.choices([words for words, _ in entries], [weight for _, weight in entries])[0])
