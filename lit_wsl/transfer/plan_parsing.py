@@ -63,8 +63,8 @@ class _PlanReader:
         ambiguous = (a for a in self.ambiguous() if not all(name in filled for name in a.targets))
         return TransferPlan(
             entries=entries,
-            source=_summary(document.mapping("source")),
-            target=_summary(document.mapping("target")),
+            source=_parse_summary(document.mapping("source")),
+            target=_parse_summary(document.mapping("target")),
             ambiguous=tuple(ambiguous),
             unmatched_source=tuple(u for u in self.unmatched("unmatched_source") if u.name not in used),
             unmatched_target=tuple(u for u in self.unmatched("unmatched_target") if u.name not in filled),
@@ -197,7 +197,7 @@ class _Where:
         return f"{line}{label} {self.number + 1} ({shown(name)})"
 
 
-def _summary(fields: Fields) -> SideSummary:
+def _parse_summary(fields: Fields) -> SideSummary:
     fields.allow("label", "parameters", "parameter_elements", "buffers", "buffer_elements", "fingerprint")
     return SideSummary(
         label=fields.string("label", ""),
