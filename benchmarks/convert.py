@@ -86,8 +86,8 @@ def memory(field: str) -> float:
 
 def plan_of_many_entries() -> None:
     """Write and read a plan for a mixture of experts."""
+    from lit_wsl.plan.file import plan_to_text
     from lit_wsl.transfer import PlanEntry, SideSummary, TransferPlan
-    from lit_wsl.transfer.plan_file import plan_from_text, plan_to_text
 
     side = SideSummary("x", 0, 0, 0, 0, "")
     plan = TransferPlan(
@@ -105,7 +105,7 @@ def plan_of_many_entries() -> None:
     start = time.perf_counter()
     text = plan_to_text(plan)
     middle = time.perf_counter()
-    same = plan_from_text(text) == plan
+    same = TransferPlan.from_text(text) == plan
     print(
         f"plan of {len(plan):,} entries: written in {middle - start:.1f} s as {len(text):,} characters, "
         f"read in {time.perf_counter() - middle:.1f} s, {'equal' if same else 'NOT EQUAL'}"

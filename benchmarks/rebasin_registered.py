@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks import torchvision_guard  # noqa: F401
 from lit_wsl.rebasin import infer_permutation_spec, verify_permutation_spec
-from lit_wsl.rebasin.registry import permutation_spec, registered_permutation_specs
+from lit_wsl.rebasin.spec.registry import permutation_spec, registered_permutation_specs
 
 
 def clip_tower(name: str, part: str) -> nn.Module:

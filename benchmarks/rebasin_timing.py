@@ -30,9 +30,8 @@ from torch import nn
 
 from benchmarks.rebasin_planted import MODELS, noisy, randomised
 from lit_wsl.rebasin import infer_permutation_spec, weight_matching
-from lit_wsl.rebasin.descent import Descent
-from lit_wsl.rebasin.matching import matched_names
-from lit_wsl.rebasin.progress import progress_bar
+from lit_wsl.rebasin.matching.descent import Descent, progress_bar
+from lit_wsl.rebasin.matching.weights import matched_names
 
 RESULTS = Path(__file__).parent / "results" / "rebasin_timing.json"
 

@@ -225,7 +225,7 @@ def _peak() -> float:
 def measure(case: Case, repeats: int = 3) -> Result:
     """Plan one case in this process."""
     from lit_wsl.mapper import build_plan
-    from lit_wsl.mapper.layouts import hidden_layouts
+    from lit_wsl.matching.layouts import hidden_layouts
     from lit_wsl.structure import describe
 
     rows = list(case.rows())

@@ -157,7 +157,7 @@ def measure(
 
 
 def held_bytes(model: nn.Module) -> int:
-    from lit_wsl.transfer.distributed import held_part
+    from lit_wsl.transfer.ranks import held_part
 
     return sum(held_part(p).nbytes for p in model.parameters())
 
@@ -174,7 +174,7 @@ def materialised(model: nn.Module, value: float = 0.0) -> nn.Module:
     model.to_empty(device="cpu")
     with torch.no_grad():
         for p in model.parameters():
-            from lit_wsl.transfer.distributed import held_part
+            from lit_wsl.transfer.ranks import held_part
 
             held_part(p).fill_(value)
     return model
@@ -247,8 +247,8 @@ def resume(path: Path, gigabytes: float) -> Measured:
 
     import torch.distributed as dist
 
-    from lit_wsl.callbacks.resume_sharded import convert_for_shards, load_into_optimizers
     from lit_wsl.checkpoint import open_checkpoint
+    from lit_wsl.convert.resume import convert_for_shards, load_into_optimizers
 
     model, plan = in_shards(gigabytes)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -284,7 +284,7 @@ def sharded(path: Path, gigabytes: float) -> Measured:
 
 def check(model: nn.Module) -> None:
     """Every weight holds its own number, from the first row of this process's part to the last."""
-    from lit_wsl.transfer.distributed import is_sharded
+    from lit_wsl.transfer.ranks import is_sharded
 
     for i, block in enumerate(model["decoder"]):
         q, k, v, w12, w3 = (5 * i + n + 1 for n in range(5))
@@ -337,8 +337,9 @@ def write_plan_case(path: Path, name: str) -> None:
 
 def plan(path: Path, name: str) -> dict[str, Any]:
     from benchmarks.scale import CASES, module_of, target_of
-    from lit_wsl.mapper.options import MatchingOptions
-    from lit_wsl.transfer.api import open_source, prepare_transfer
+    from lit_wsl.matching.options import MatchingOptions
+    from lit_wsl.transfer.api import prepare_transfer
+    from lit_wsl.transfer.sides import open_source
 
     case = next(c for c in CASES if c.name == name)
     tensors, truth = target_of(list(case.rows()), case.stacked)

@@ -35,8 +35,9 @@ from torch.nn.functional import cross_entropy, gelu, linear, scaled_dot_product_
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lit_wsl import WeightMapper, WeightTransferCallback
-from lit_wsl.checkpoint.convert import convert_checkpoint, convert_tensors
-from lit_wsl.transfer.plan_file import plan_to_text
+from lit_wsl.convert.checkpoint import convert_checkpoint
+from lit_wsl.convert.weights import convert_tensors
+from lit_wsl.plan.file import plan_to_text
 
 EPOCHS, INTERRUPTED, WIDTH = 6, 3, 32
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lit_wsl import former_paths
 from lit_wsl.errors import LitWslError
 
 if TYPE_CHECKING:
@@ -16,18 +17,20 @@ if TYPE_CHECKING:
     from lit_wsl.checkpoint import load_checkpoint_as_dict as load_checkpoint_as_dict
     from lit_wsl.mapper import MappingResult as MappingResult
     from lit_wsl.mapper import WeightMapper as WeightMapper
-    from lit_wsl.models.weight_renamer import WeightRenamer as WeightRenamer
+    from lit_wsl.plan.plan import TransferPlan as TransferPlan
+    from lit_wsl.renamer import WeightRenamer as WeightRenamer
+    from lit_wsl.report.report import TransferReport as TransferReport
     from lit_wsl.transfer.api import transfer_weights as transfer_weights
-    from lit_wsl.transfer.plan import TransferPlan as TransferPlan
-    from lit_wsl.transfer.report import TransferReport as TransferReport
 
 __version__ = "0.1.0"
+
+former_paths.install()
 
 _HOMES = {
     "MappingResult": "lit_wsl.mapper",
     "RebasinCallback": "lit_wsl.callbacks.rebasin",
-    "TransferPlan": "lit_wsl.transfer.plan",
-    "TransferReport": "lit_wsl.transfer.report",
+    "TransferPlan": "lit_wsl.plan.plan",
+    "TransferReport": "lit_wsl.report.report",
     "WeightMapper": "lit_wsl.mapper",
     "WeightRenamer": "lit_wsl.models.weight_renamer",
     "WeightTransferCallback": "lit_wsl.callbacks.weight_transfer",

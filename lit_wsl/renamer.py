@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lit_wsl.checkpoint import Checkpoint, atomic_save, open_checkpoint, replace_at, save_safetensors
 from lit_wsl.checkpoint.edit import with_entries
-from lit_wsl.checkpoint.inert import as_mapping
+from lit_wsl.checkpoint.records import as_mapping
 from lit_wsl.errors import CheckpointError, MappingError
 
 
@@ -197,7 +197,7 @@ class WeightRenamer:
             path: where to; the file that was read can be given.
             keep_foreign: whether to write calls of foreign functions and classes again, as they are in the old file:
                 they run when somebody loads the new file with ``weights_only=False``. Objects of foreign classes, which
-                are data (:mod:`lit_wsl.checkpoint.harmless`), are always kept.
+                are data (:mod:`lit_wsl.checkpoint.records`), are always kept.
 
         Raises:
             CheckpointError: if it cannot be written, something of the file cannot be kept, or the new file would call

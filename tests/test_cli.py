@@ -9,17 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conversion_models import NewTransformer, OldTransformer, fit, tokens, transformer_plan
 from safetensors import safe_open
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent / "checkpoint"))
-
-from conversion_models import NewTransformer, OldTransformer, fit, tokens, transformer_plan
 
 from lit_wsl.cli import main
 from lit_wsl.transfer import TransferPlan
 
-MODELS = str(Path(__file__).parent / "checkpoint" / "conversion_models.py")
+MODELS = str(Path(__file__).parent / "helpers" / "conversion_models.py")
 
 
 @pytest.fixture(scope="module")

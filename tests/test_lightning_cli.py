@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
-
-sys.path.insert(0, str(Path(__file__).parent / "callbacks"))
 from tiny import Data, InConfigureModel, InInit
 
 OPTIONS = {

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from example import NewNet, OldNet
 
 from lit_wsl import WeightMapper
-from lit_wsl.mapper.scoring import score_pair
+from lit_wsl.matching.scoring import score_pair
 
 
 def draw(path: Path) -> None:

@@ -14,21 +14,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_wsl.callbacks.rebasin_model import (
-    SHARDED,
-    best_matcher,
-    completed,
-    find_spec,
-    is_sharded,
-    refuse_gaps,
-    repaired,
-    train_batches,
-    whole_state,
-)
-from lit_wsl.callbacks.sample import Call, find_samples
+from lit_wsl.callbacks.sample import find_samples
 from lit_wsl.checkpoint import atomic_write_text, open_checkpoint
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.batch_statistics import has_batch_statistics
 from lit_wsl.rebasin.job import (
     MEAN_STATISTICS,
     REPORT_FILE,
@@ -43,9 +31,22 @@ from lit_wsl.rebasin.job import (
     names_of,
     write_results,
 )
-from lit_wsl.rebasin.outputs import resolve_outputs
-from lit_wsl.rebasin.spec import PermutationSpec
+from lit_wsl.rebasin.job_model import (
+    SHARDED,
+    best_matcher,
+    completed,
+    find_spec,
+    is_sharded,
+    refuse_gaps,
+    repaired,
+    resolve_outputs,
+    train_batches,
+    whole_state,
+)
+from lit_wsl.rebasin.responses import has_batch_statistics
+from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.preserving import preserved_rng
+from lit_wsl.structure.running import Call
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -225,7 +226,7 @@ class RebasinCallback(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule
     ) -> tuple[Call | None, PermutationSpec | None, str | None, tuple[str, ...]]:
         """The call that worked, the spec, why there is none, and remarks."""
-        from lit_wsl.callbacks.weight_transfer import quiet
+        from lit_wsl.callbacks.sample import quiet
 
         if self.spec_file is not None:
             return None, PermutationSpec.from_json(Path(self.spec_file)), None, ()

@@ -7,8 +7,7 @@ iterated: two items are read from its data set and collated as it would, and wha
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
+from lit_wsl.structure.execution_order import only_child
 from lit_wsl.structure.preserving import preserved_objects, preserved_rng
-from lit_wsl.structure.tracing import only_child
+from lit_wsl.structure.running import Call, ways_to_call
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 _ITEMS = 2  # enough for batch statistics in models that refuse a batch of one
 _LOADERS = {  # which loaders a stage has, the best first
     "fit": ("train_dataloader", "val_dataloader"),
@@ -190,40 +189,3 @@ def _callee(module: pl.LightningModule) -> nn.Module:
 
     path = None if is_overridden("forward", module) else only_child(module)
     return module if path is None else module.get_submodule(path)
-
-
-def ways_to_call(module: nn.Module, batch: Any) -> list[Call]:
-    """How ``forward`` may take a batch: as it is, its inputs without the labels, unpacked, by name.
-
-    >>> class Net(nn.Module):
-    ...     def forward(self, image, mask=None):
-    ...         return image
-    >>> [(len(a), sorted(k)) for a, k in ways_to_call(Net(), {"image": torch.ones(1), "label": torch.ones(1)})]
-    [(0, ['image']), (1, []), (1, [])]
-    """
-    calls: list[Call] = []
-    if isinstance(batch, Mapping):
-        parameters = inspect.signature(module.forward).parameters.values()
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            calls.append(((), dict(batch)))
-        known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        named = {key: value for key, value in batch.items() if key in known}
-        if named:
-            calls.append(((), named))
-        calls.append(((batch,), {}))
-        first = next((value for value in batch.values() if isinstance(value, Tensor)), None)
-        if first is not None:
-            calls.append(((first,), {}))
-        return calls
-    calls.append(((batch,), {}))
-    if isinstance(batch, (tuple, list)) and batch:
-        calls += ways_to_call(module, batch[0])
-        if len(batch) > 1:
-            calls.append((tuple(batch), {}))
-            if len(batch) > 2:
-                calls.append((tuple(batch[:-1]), {}))
-    unique: list[Call] = []
-    for call in calls:
-        if not any(call is other for other in unique):
-            unique.append(call)
-    return unique

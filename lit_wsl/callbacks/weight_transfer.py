@@ -14,26 +14,29 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lit_wsl.callbacks.lifecycle import (
+    announce,
     has_trained_elsewhere,
     is_whole,
     mind_copies,
     needs_memory,
+    report_nothing,
     resumed_path,
     when_whole,
+    write_report,
 )
-from lit_wsl.callbacks.reporting import announce, report_nothing, write_report
-from lit_wsl.callbacks.resume import resume_training
-from lit_wsl.callbacks.sample import Call, find_samples, quiet
+from lit_wsl.callbacks.sample import find_samples, quiet
+from lit_wsl.convert.resume import resume_training
 from lit_wsl.errors import MappingError
-from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
+from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
+from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.progress import transfer_progress
-from lit_wsl.structure.tracing import is_lazy
-from lit_wsl.transfer.api import Prepared, finish_transfer, open_source, prepare_transfer
-from lit_wsl.transfer.distributed import ALONE, Ranks, has_sharded_tensors
+from lit_wsl.report.report import TransferReport
+from lit_wsl.structure.execution_order import is_lazy
+from lit_wsl.structure.running import Call
+from lit_wsl.transfer.api import Prepared, finish_transfer, prepare_transfer
 from lit_wsl.transfer.floor import valid_floor
-from lit_wsl.transfer.plan import TransferPlan
-from lit_wsl.transfer.report import TransferReport
-from lit_wsl.transfer.wrapped import refuse_wrapped
+from lit_wsl.transfer.ranks import ALONE, Ranks, has_sharded_tensors, refuse_wrapped
+from lit_wsl.transfer.sides import open_source
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -76,7 +79,7 @@ class WeightTransferCallback(Callback):
         verbose: Whether to print the coverage.
 
     Attributes:
-        report: The :class:`~lit_wsl.transfer.report.TransferReport` of the last transfer, ``None`` before it.
+        report: The :class:`~lit_wsl.report.report.TransferReport` of the last transfer, ``None`` before it.
 
     Raises:
         MappingError: If an option has a value that is not allowed.

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.document import Document, LazyTensor
-from lit_wsl.checkpoint.inert import ForeignObject, as_mapping
-from lit_wsl.checkpoint.rebuild import RefusedError
+from lit_wsl.checkpoint.records import ForeignObject, as_mapping
 from lit_wsl.checkpoint.torch_file import MappedFile, read_zip
-from lit_wsl.checkpoint.unpickle import unpickle
+from lit_wsl.checkpoint.unpickler import unpickle
 
 LIGHTNING_METADATA = "meta.pt"
 MAX_ELEMENTS = 1 << 48

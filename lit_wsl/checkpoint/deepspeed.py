@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.document import Document, LazyTensor
-from lit_wsl.checkpoint.inert import as_mapping
-from lit_wsl.checkpoint.rebuild import RefusedError
+from lit_wsl.checkpoint.records import as_mapping
 from lit_wsl.errors import CheckpointError
 
 ReadFile = Callable[[Path], Document]

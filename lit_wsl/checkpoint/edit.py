@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_wsl.checkpoint.inert import ForeignObject, as_mapping
+from lit_wsl.checkpoint.records import ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
 
 

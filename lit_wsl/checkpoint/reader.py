@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,176 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_wsl.checkpoint.allowlist import RefusedError
+from lit_wsl.checkpoint.dcp import read_distributed
+from lit_wsl.checkpoint.deepspeed import is_deepspeed, read_deepspeed
 from lit_wsl.checkpoint.document import Document, LazyTensor
-from lit_wsl.checkpoint.folder import read_folder
-from lit_wsl.checkpoint.inert import ForeignObject, as_mapping
-from lit_wsl.checkpoint.rebuild import RefusedError
+from lit_wsl.checkpoint.records import ForeignObject, as_mapping
 from lit_wsl.checkpoint.safetensors_file import is_safetensors, read_safetensors
-from lit_wsl.checkpoint.sniff import looks_like, read_head
 from lit_wsl.checkpoint.torch_file import read_torch_file, verify_checksums
 from lit_wsl.checkpoint.weights import Selection, Weights, select_weights
 from lit_wsl.errors import CheckpointError
-from lit_wsl.structure.describe import memory_of
+from lit_wsl.structure.description import memory_of
+
+ReadFile = Callable[[Path], Document]
+
+
+MAX_INDEX = 256 << 20
+
+
+def read_folder(path: Path, read_file: ReadFile) -> Document:
+    """Read a folder by what lies in it.
+
+    Args:
+        path: the folder, or the ``*.index.json`` in it.
+        read_file: reads one shard.
+
+    Raises:
+        CheckpointError: naming what the folder lacks.
+    """
+    if path.is_file():
+        return _read_sharded(path, read_file)
+    if (path / ".metadata").is_file():
+        return read_distributed(path, read_file)
+    if is_deepspeed(path):
+        return read_deepspeed(path, read_file)
+    indices = sorted(path.glob("*.index.json"), key=lambda index: ("safetensors" not in index.name, len(index.name)))
+    if indices:
+        return _read_sharded(indices[0], read_file)
+    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return read_file(path / name)
+    return _read_only_file(path, read_file)
+
+
+def _read_only_file(path: Path, read_file: ReadFile) -> Document:
+    suffixes = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
+    files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
+    if len(files) == 1:
+        return read_file(files[0])
+    if any(path.glob("*.distcp")):
+        raise CheckpointError(
+            f"{path} holds shards of a distributed checkpoint (*.distcp) but not their index (.metadata). Copy the "
+            "hidden file .metadata too, or save again: it is written last, so saving may have been interrupted."
+        )
+    if not files:
+        raise CheckpointError(
+            f"{path} is a folder without a checkpoint: neither *.index.json, model.safetensors, .metadata nor a single "
+            "file is in it. Give the path of the file."
+        )
+    listed = ", ".join(file.name for file in files[:5])
+    raise CheckpointError(f"{path} is a folder with several checkpoints ({listed}). Give the path of one of them.")
+
+
+def _read_sharded(index: Path, read_file: ReadFile) -> Document:
+    """Join the shards that a Hugging Face index lists, in the index's order."""
+    weight_map = _weight_map(index)
+    shards: dict[str, Document] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = index.parent / name
+        if Path(name).name != name or name in (".", ".."):
+            raise CheckpointError(
+                f"{index} names a shard outside its folder ({name!r}). The index is damaged or forged."
+            )
+        if not shard.is_file():
+            raise CheckpointError(f"{index} names the shard {name}, which is not in the folder. Copy it there.")
+        shards[name] = read_file(shard)
+    tree: dict[str, Any] = {}
+    for key, name in weight_map.items():
+        inner = shards[name].tree
+        if not isinstance(inner, dict) or key not in inner:
+            raise CheckpointError(
+                f"{index} says that tensor {key!r} is in {name}, but it is not. Copy the shards again."
+            )
+        tree[key] = inner[key]
+    unlisted = sorted(key for shard in shards.values() for key in shard.tree if key not in weight_map)
+    notes = (f"{len(unlisted)} tensors of the shards are not in the index: {unlisted[:3]}",) if unlisted else ()
+    kind = "safetensors" if all(shard.format == "safetensors" for shard in shards.values()) else "torch"
+    stubbed = tuple(sorted({name for shard in shards.values() for name in shard.stubbed}))
+    return Document(f"{kind}-sharded", tree, stubbed, notes, metadata=_first_metadata(shards), lazy=True)
+
+
+def _first_metadata(shards: dict[str, Document]) -> Any:
+    found = [shard.metadata for shard in shards.values() if shard.metadata is not None]
+    return found[0] if found else None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    if index.stat().st_size > MAX_INDEX:
+        raise CheckpointError(f"{index} is too large for an index.")
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not valid JSON ({error}). Copy it again.") from error
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError(f"{index} has no 'weight_map' of tensor names to shards. Copy it again.")
+    return found
+
+
+_MAGIC: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\x89HDF\r\n", "an HDF5 file (Keras?); convert it to safetensors first"),
+    (0, b"GGUF", "a GGUF file (llama.cpp); load the original checkpoint it was made from"),
+    (0, b"\x93NUMPY", "a NumPy array; wrap it as {name: torch.from_numpy(array)} and torch.save it"),
+    (0, b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (0, b"BZh", "a bzip2 archive; unpack it first"),
+    (0, b"\xfd7zXZ", "an xz archive; unpack it first"),
+    (0, b"7z\xbc\xaf", "a 7-Zip archive; unpack it first"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it first"),
+    (0, b"Rar!", "a RAR archive; unpack it first"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"\x7fELF", "a program (ELF)"),
+    (0, b"SQLite format 3", "an SQLite database"),
+    (257, b"ustar", "a tar archive (torch.save before version 0.1.10, or one made by hand); unpack it, or load and "
+                    "save it again with the torch version that wrote it"),
+)  # fmt: skip
+
+
+def looks_like(head: bytes) -> str | None:
+    """Say what a file is by its first bytes, if it is surely not a checkpoint.
+
+    Args:
+        head: at least the first 512 bytes, or all of a shorter file.
+
+    Example:
+        >>> looks_like(b"")
+        'empty (0 bytes); the writing was interrupted, or the download failed: copy it again'
+    """
+    if not head:
+        return "empty (0 bytes); the writing was interrupted, or the download failed: copy it again"
+    for offset, magic, words in _MAGIC:
+        if head[offset : offset + len(magic)] == magic:
+            return words
+    if not head.strip(b"\0"):
+        return "filled with zeros; the disk or the download was interrupted: copy it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself; run `git lfs pull` where it came from"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not the file itself; the download was answered by a login or error page"
+    if _is_text(head):
+        return f"a text file (it begins with {head[:40].decode('utf-8', 'replace')!r})"
+    return None
+
+
+def _is_text(head: bytes) -> bool:
+    if head.startswith((b"(", b"]", b"}", b"I", b"c")) and head.rstrip().endswith(b"."):
+        return False  # could be a pickle of protocol 0, which is text
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:  # not only a character cut at the end
+            return False
+        text = head[: error.start].decode("utf-8")
+    return all(character.isprintable() or character in "\t\r\n\f" for character in text)
+
+
+def read_head(path: Path, size: int = 4096) -> bytes:
+    """Read the first bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read(size)
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -94,7 +255,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def content(self) -> Mapping[str, Any]:
         """Everything else in the file: epoch, hyper_parameters, optimizer_states, callbacks, ...
 
-        Objects of foreign classes are inert records (:class:`lit_wsl.checkpoint.inert.ForeignObject`).
+        Objects of foreign classes are inert records (:class:`lit_wsl.checkpoint.records.ForeignObject`).
         """
         return _LazyContent(self.unread, self.path, self._document) if self.lazy else self.unread
 

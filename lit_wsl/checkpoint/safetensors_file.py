@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.document import Document, LazyTensor
-from lit_wsl.checkpoint.rebuild import RefusedError
 from lit_wsl.checkpoint.torch_file import MappedFile
 
 _DTYPES: dict[str, torch.dtype] = {

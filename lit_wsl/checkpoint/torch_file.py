@@ -2,30 +2,199 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import struct
 import sys
+import zipfile
+import zlib
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_wsl.checkpoint.archive import Archive, read_archive
+from lit_wsl.checkpoint.allowlist import RefusedError, Storage
 from lit_wsl.checkpoint.document import Document
-from lit_wsl.checkpoint.inert import as_mapping
-from lit_wsl.checkpoint.rebuild import RefusedError, Storage
-from lit_wsl.checkpoint.unpickle import Unpickled, unpickle
+from lit_wsl.checkpoint.records import as_mapping
+from lit_wsl.checkpoint.unpickler import Unpickled, unpickle
+
+MAX_MEMBERS = 4_000_000
+
+
+_LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of the archive.
+
+    Attributes:
+        offset: where its bytes begin in the data.
+        size: their number.
+        crc: CRC-32 that the archive states for them.
+    """
+
+    offset: int
+    size: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A checked archive: its members by their names inside the one folder, and the names of compressed ones.
+
+    Compressed members (the code of a script module) are never read, so nothing can be unpacked to a monstrous size.
+    ``checksums`` is False for files written with ``torch.serialization.set_crc32_options(False)``: zeros all over.
+    """
+
+    members: dict[str, Member]
+    compressed: frozenset[str] = frozenset()
+    checksums: bool = True
+
+    def bytes_of(self, data: memoryview, name: str) -> memoryview:
+        """Give a member's bytes, after comparing their CRC-32 where the archive has checksums.
+
+        Raises:
+            RefusedError: if the bytes are not those that were written.
+        """
+        member = self.members[name]
+        part = data[member.offset : member.offset + member.size]
+        if self.checksums and zlib.crc32(part) != member.crc:
+            raise RefusedError(f"a damaged file: the checksum (CRC-32) of its part {name!r:.200} is wrong")
+        return part
+
+
+class _View(io.RawIOBase):
+    """A read-only file over a memory view, for ``zipfile``, without a copy of the data."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        end = len(self._data) if size is None or size < 0 else self._at + size
+        part = bytes(self._data[self._at : end])
+        self._at += len(part)
+        return part
+
+
+def read_archive(data: memoryview) -> Archive:
+    """Read and check the directory of a zip archive.
+
+    Args:
+        data: the bytes of the whole archive.
+
+    Raises:
+        RefusedError: if it is damaged, truncated, or not of the form that torch writes.
+    """
+    try:
+        # zipfile keeps a reference to the view only while it is open
+        with zipfile.ZipFile(_View(data)) as opened:
+            entries = opened.infolist()
+    except zipfile.BadZipFile as error:
+        raise RefusedError(f"a zip archive that is truncated or damaged ({error})") from error
+    except (ValueError, struct.error, OverflowError, NotImplementedError, EOFError, UnicodeError) as error:
+        raise RefusedError(f"a damaged zip archive ({type(error).__name__}: {error})") from error
+    if len(entries) > MAX_MEMBERS:
+        raise RefusedError(f"a zip archive of {len(entries)} members")
+    members: dict[str, Member] = {}
+    compressed: set[str] = set()
+    spans: list[tuple[int, int, str]] = []
+    for entry in entries:
+        if entry.is_dir():
+            continue
+        name = _checked_name(entry)
+        if name in members or name in compressed:
+            raise RefusedError(f"a zip archive with two members named {name!r:.200}")
+        start = _data_start(data, entry)
+        if entry.compress_type == zipfile.ZIP_STORED:
+            members[name] = Member(start, entry.file_size, entry.CRC)
+        else:
+            compressed.add(name)
+        spans.append((entry.header_offset, start + entry.compress_size, name))
+    spans.sort()
+    for (_, end, name), (begin, _, other) in pairwise(spans):
+        if end > begin:
+            raise RefusedError(f"a zip archive whose members {name!r:.200} and {other!r:.200} overlap")
+    folder = _common_folder([*members, *sorted(compressed)])
+    return Archive(
+        {name[len(folder) :]: member for name, member in members.items()},
+        frozenset(name[len(folder) :] for name in compressed),
+        checksums=any(member.crc for member in members.values()),
+    )
+
+
+def _checked_name(entry: zipfile.ZipInfo) -> str:
+    name = entry.filename
+    parts = name.split("/")
+    if name.startswith("/") or "\\" in name or ":" in parts[0] or ".." in parts or entry.orig_filename != name:
+        raise RefusedError(f"a zip archive with a member outside its folder ({entry.orig_filename!r:.200})")
+    if entry.flag_bits & 0x1:
+        raise RefusedError(f"a zip archive with an encrypted member ({name!r:.200})")
+    if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
+        raise RefusedError(f"a zip archive that states two sizes of the member {name!r:.200}")
+    return name
+
+
+def _data_start(data: memoryview, entry: zipfile.ZipInfo) -> int:
+    """Find a member's bytes by its local header, which has to agree with the directory."""
+    at = entry.header_offset
+    if at < 0 or at + _LOCAL_HEADER.size > len(data):
+        raise RefusedError(f"a zip archive with the member {entry.filename!r:.200} outside the file")
+    signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack_from(data, at)
+    start = at + _LOCAL_HEADER.size
+    local = bytes(data[start : start + name_length])
+    if signature != b"PK\x03\x04" or local.decode("utf-8", "replace") != entry.filename:
+        raise RefusedError(f"a zip archive whose parts disagree about the member {entry.filename!r:.200}")
+    start += name_length + extra_length
+    if start + entry.compress_size > len(data):
+        raise RefusedError(f"a zip archive with the member {entry.filename!r:.200} beyond its end (truncated?)")
+    return start
+
+
+def _common_folder(names: list[str]) -> str:
+    """The one folder that torch puts all members in, with its slash; empty for other archives."""
+    folders = {name.partition("/")[0] for name in names}
+    return f"{folders.pop()}/" if len(folders) == 1 and all("/" in name for name in names) else ""
+
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+
 LEGACY_PROTOCOL = 1001
+
+
 MAX_PICKLE = 1 << 30
+
+
 VERIFIED = 64 << 20  # bytes up to which every checksum is compared when a file is opened; more only when asked for
+
+
 MANY = 20_000  # names allowed to be read twice; beyond, the same answer is not worth the time
+
 
 # Names of which a file may consist for torch's own weights_only reader to get it. Those of its list that call into
 # torch with sizes of the file's choice (torch.Tensor(10**12), bytearray(10**12)) or import (_codecs.encode) are left
 # out on purpose: our reader checks their arguments.
 _PLAIN_PREFIXES = ("torch.float", "torch.bfloat", "torch.int", "torch.uint", "torch.bool", "torch.complex")
+
+
 _PLAIN = {
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_parameter",

@@ -2,13 +2,353 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lit_wsl.checkpoint.averages import inner_average, list_average
-from lit_wsl.checkpoint.inert import ForeignObject, as_mapping
-from lit_wsl.checkpoint.nests import Nest, find_nests
+import torch
+from torch import Tensor
+
+from lit_wsl.checkpoint.allowlist import RefusedError
+from lit_wsl.checkpoint.document import LazyTensor
+from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
+
+MAX_NAMES = 4_000_000
+
+
+MAX_MODULE_DEPTH = 300
+
+
+_NUMPY_DTYPES: dict[str, torch.dtype] = {
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+    "i1": torch.int8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "u1": torch.uint8,
+    "b1": torch.bool,
+    "c8": torch.complex64,
+    "c16": torch.complex128,
+}
+
+
+def is_module(value: Any) -> bool:
+    """Whether a value is the record of an ``nn.Module`` (told by its structure) or of a script module."""
+    if not isinstance(value, ForeignObject):
+        return False
+    if isinstance(value.func, ForeignName) and value.func.module.startswith("__torch__"):
+        return True
+    state = value.state
+    return all(isinstance(state.get(key), dict) for key in ("_parameters", "_buffers", "_modules"))
+
+
+def module_state_dict(root: ForeignObject) -> dict[str, Tensor]:
+    """List the tensors that ``module.state_dict()`` would give, in its order, with its names.
+
+    Own parameters, then own persistent buffers, then children; a module or tensor that is used under several names is
+    listed under each, as ``state_dict`` does.
+
+    Raises:
+        RefusedError: if modules contain themselves, or are nested to an astronomical size.
+    """
+    result: dict[str, Tensor] = {}
+    stack: list[tuple[str, ForeignObject, int]] = [("", root, 0)]
+    visits = 0
+    while stack:
+        prefix, module, depth = stack.pop()
+        visits += 1
+        if depth > MAX_MODULE_DEPTH or visits > MAX_NAMES or len(result) > MAX_NAMES:
+            raise RefusedError("modules that contain themselves, or are nested to an excessive size")
+        own, children = _contents(module)
+        result.update((prefix + name, tensor) for name, tensor in own.items())
+        stack.extend((f"{prefix}{name}.", child, depth + 1) for name, child in reversed(children.items()))
+    return result
+
+
+def _contents(module: ForeignObject) -> tuple[dict[str, Tensor], dict[str, ForeignObject]]:
+    state = module.state
+    if not isinstance(state.get("_modules"), dict):  # a script module: its attributes are its state
+        own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        return own, {name: value for name, value in state.items() if is_module(value)}
+    transient = state.get("_non_persistent_buffers_set")
+    transient = transient if isinstance(transient, (set, frozenset, list, tuple)) else ()
+    own = {str(name): value for name, value in state["_parameters"].items() if isinstance(value, Tensor)}
+    own |= {
+        str(name): value
+        for name, value in (state.get("_buffers") or {}).items()
+        if isinstance(value, Tensor) and name not in transient
+    }
+    return own, {str(name): child for name, child in state["_modules"].items() if isinstance(child, ForeignObject)}
+
+
+def numpy_tensor(value: Any) -> Tensor | None:
+    """Give the tensor of a pickled NumPy array (not an object array), or None if the record is something else.
+
+    Raises:
+        RefusedError: if the array's data does not have the size that its shape needs.
+    """
+    if not isinstance(value, ForeignObject) or not isinstance(value.func, ForeignName):
+        return None
+    if not value.func.module.startswith("numpy"):
+        return None
+    if value.func.name == "_reconstruct":
+        states = [order[1] for order in value.orders if order[0] == "build"]
+        if len(states) != 1 or not isinstance(states[0], tuple) or len(states[0]) != 5:
+            return None
+        _, shape, kind, fortran, raw = states[0]
+    elif value.func.name == "_frombuffer" and len(value.args) == 4:
+        raw, kind, shape, order = value.args
+        fortran = order == "F"
+    else:
+        return None
+    dtype, swap = _numpy_dtype(kind)
+    if dtype is None or not isinstance(raw, (bytes, bytearray)) or not isinstance(shape, tuple):
+        return None
+    if not all(type(length) is int and length >= 0 for length in shape):
+        return None
+    if math.prod(shape) * dtype.itemsize != len(raw):
+        raise RefusedError(f"a NumPy array of shape {shape} with {len(raw)} bytes of data")
+    if not raw:
+        return torch.empty(shape, dtype=dtype)
+    flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    if swap:
+        width = dtype.itemsize // (2 if dtype.is_complex else 1)
+        flat = flat.view(-1, width).flip(1).reshape(-1)
+    flat = flat.view(dtype)
+    return flat.view(shape[::-1]).permute(*range(len(shape) - 1, -1, -1)) if fortran else flat.view(shape)
+
+
+def _numpy_dtype(record: Any) -> tuple[torch.dtype | None, bool]:
+    """Read ``numpy.dtype('f4')`` with its state ``(version, byte order, ...)``; the flag says big-endian."""
+    if not isinstance(record, ForeignObject) or str(record.func) != "numpy.dtype" or not record.args:
+        return None, False
+    states = [order[1] for order in record.orders if order[0] == "build"]
+    order = states[0][1] if states and isinstance(states[0], tuple) and len(states[0]) > 1 else "<"
+    code = record.args[0] if isinstance(record.args[0], str) else ""
+    return _NUMPY_DTYPES.get(code.lstrip("<|=>")), order == ">" or code.startswith(">")
+
+
+def attributes(value: Any) -> dict[Any, Any]:
+    """What can be looked into: the items of a mapping, the attributes of a record."""
+    mapping = as_mapping(value)
+    if mapping is not None:
+        return dict(mapping)
+    return value.state if isinstance(value, ForeignObject) else {}
+
+
+Leaf = Tensor | LazyTensor
+
+
+MAX_NEST = 6
+
+
+AVERAGE_WORDS = frozenset({"ema", "average", "averaged", "averaging", "avg", "swa", "shadow", "polyak"})
+
+
+@dataclass(frozen=True)
+class Nest:
+    """A place in the tree that holds named tensors.
+
+    Attributes:
+        path: the keys that lead there.
+        tensors: names and tensors.
+        extra: its entries that are no tensors, such as ``_extra_state``.
+        module: whether it is a whole pickled module.
+    """
+
+    path: tuple[str, ...]
+    tensors: dict[str, Leaf]
+    extra: dict[Any, Any] = field(default_factory=dict)
+    module: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of all its tensors."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a word on its path says that it is a running average of the weights."""
+        return any(words_of(part) & AVERAGE_WORDS for part in self.path)
+
+    @property
+    def label(self) -> str:
+        """Its path as text."""
+        return ".".join(self.path) or "state_dict"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes, without a leading ``module.`` that all names share."""
+        names = list(self.tensors)
+        common = "module." if all(name.startswith("module.") or "." not in name for name in names) else ""
+        return {name.removeprefix(common): tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+
+def words_of(text: str) -> set[str]:
+    """Cut a key into lower-case words: ``state_dict_ema``, ``EMACallback``, ``modelEma``."""
+    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", text)
+    return {part.lower() for part in parts}
+
+
+def find_nests(tree: Any) -> list[Nest]:
+    """List every place of the tree that holds named tensors, in the file's order; optimizer states are left out."""
+    found: list[Nest] = []
+    seen: set[int] = set()
+    stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    while stack:
+        path, value = stack.pop()
+        if id(value) in seen or len(path) > MAX_NEST:
+            continue
+        seen.add(id(value))
+        if is_module(value):
+            tensors = module_state_dict(value)
+            if tensors:
+                found.append(Nest(path, dict(tensors), module=True))
+                continue
+        entries = attributes(value)
+        if _is_optimizer(entries):
+            continue
+        nest = _nest(path, entries)
+        if nest.tensors:
+            found.append(nest)
+        inner = [(path + (key,), child) for key, child in entries.items() if isinstance(key, str)]
+        stack.extend(reversed([item for item in inner if _is_container(item[1])]))
+    return found
+
+
+def _is_container(value: Any) -> bool:
+    return as_mapping(value) is not None or isinstance(value, ForeignObject)
+
+
+def _is_optimizer(entries: Mapping[Any, Any]) -> bool:
+    """Tell an optimizer's state dict by its two parts, nested or flattened into dotted names."""
+    if "param_groups" in entries and "state" in entries:
+        return True
+    return any(isinstance(key, str) and key.startswith("param_groups.") for key in entries)
+
+
+def _nest(path: tuple[str, ...], entries: Mapping[Any, Any]) -> Nest:
+    tensors: dict[str, Leaf] = {}
+    extra: dict[Any, Any] = {}
+    for key, value in entries.items():
+        name = key.decode("utf-8", "replace") if isinstance(key, bytes) else key
+        leaf = value if isinstance(value, (Tensor, LazyTensor)) else numpy_tensor(value)
+        if isinstance(name, str) and leaf is not None:
+            tensors[name] = leaf
+        else:
+            extra[key] = value
+    return Nest(path, tensors, extra)
+
+
+MAX_PAIRS = 20_000_000  # bounds the time of counting the ways in which a list fits the model
+
+
+def inner_average(model: Nest) -> tuple[str, Nest, Nest] | None:
+    """Find an average that is a submodule of the model: ``ema.module.layer.weight`` beside ``net.layer.weight``.
+
+    Some averages (LDM's LitEma) keep their names without dots; both spellings are understood. The result is
+    the submodule's prefix, the averaged weights under the model's names, and the model without the submodule.
+    """
+    heads = sorted({name.partition(".")[0] for name in model.tensors if "." in name})
+    for head in heads:
+        if not words_of(head) & AVERAGE_WORDS:
+            continue
+        rest = {name: tensor for name, tensor in model.tensors.items() if not name.startswith(f"{head}.")}
+        mine = {name[len(head) + 1 :]: name for name in model.tensors if name.startswith(f"{head}.")}
+        if mine and all(name.startswith("module.") or "." not in name for name in mine):
+            mine = {name.removeprefix("module."): full for name, full in mine.items()}
+        found = _pair_average(model.tensors, mine, rest)
+        if found:
+            average = {name: model.tensors[found[name]] if name in found else rest[name] for name in rest}
+            return f"{head}.", Nest(model.path, average, model.extra), Nest(model.path, rest, model.extra)
+    return None
+
+
+def _pair_average(tensors: Mapping[str, Leaf], mine: Mapping[str, str], rest: Mapping[str, Leaf]) -> dict[str, str]:
+    """Pair averaged names with the model's, under the common prefix that pairs the most of them."""
+    best: dict[str, str] = {}
+    prefixes = {""} | {".".join(name.split(".")[:depth]) + "." for name in rest for depth in (1, 2, 3) if "." in name}
+    for prefix in sorted(prefixes, key=lambda text: (text.count("."), text))[: 1 + MAX_PAIRS // (4 * len(rest) + 1)]:
+        for spelling in (str, lambda name: name.replace(".", "")):
+            pairs = {
+                name: mine[spelling(name[len(prefix) :])]
+                for name in rest
+                if name.startswith(prefix) and spelling(name[len(prefix) :]) in mine
+            }
+            pairs = {a: b for a, b in pairs.items() if tensors[a].shape == tensors[b].shape}
+            if len(pairs) > len(best):
+                best = pairs
+    return best if len(best) * 2 > len(mine) else {}
+
+
+def list_average(tree: Any, model: Nest) -> tuple[str, Nest] | None:
+    """Find an average that is a bare list of tensors in the order of the model's parameters (``shadow_params``).
+
+    The list has no names. It is taken only if its shapes fit into the model's order in exactly one way; tensors that it
+    leaves out (buffers) keep the model's values, and tied ones follow their partner.
+
+    Returns:
+        Where the list is, and the averaged weights under the model's names; None if there is none that surely fits.
+    """
+    names = list(model.tensors)
+    for path, values in _lists(tree):
+        places = _only_fit([tuple(t.shape) for t in values], [tuple(t.shape) for t in model.tensors.values()])
+        if places is None:
+            continue
+        found: dict[str, Leaf] = {names[place]: value for place, value in zip(places, values)}
+        tied = {_address(model.tensors[name]): value for name, value in found.items()}
+        average = {name: found.get(name, tied.get(_address(leaf), leaf)) for name, leaf in model.tensors.items()}
+        return ".".join(path), Nest(model.path, average, model.extra)
+    return None
+
+
+def _lists(tree: Any) -> Iterator[tuple[tuple[str, ...], Sequence[Tensor]]]:
+    """Go over the lists of tensors below keys of which a word speaks of an average; shared containers once."""
+    stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    seen: set[int] = set()
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, (list, tuple)):
+            tensors = len(value) > 1 and all(isinstance(item, Tensor) for item in value)
+            if tensors and any(words_of(part) & AVERAGE_WORDS for part in path):
+                yield path, value
+        elif id(value) not in seen and len(path) < MAX_NEST:
+            seen.add(id(value))
+            entries = as_mapping(value) or {}
+            stack.extend(reversed([((*path, key), child) for key, child in entries.items() if isinstance(key, str)]))
+
+
+def _only_fit(part: Sequence[tuple[int, ...]], whole: Sequence[tuple[int, ...]]) -> list[int] | None:
+    """The places of ``part`` in ``whole``, in order, if there is exactly one way to put it there.
+
+    Counts embeddings of one sequence into another by dynamic programming, up to two.
+    """
+    if len(part) == len(whole):
+        return list(range(len(part))) if list(part) == list(whole) else None
+    if len(part) * len(whole) > MAX_PAIRS or len(part) > len(whole):
+        return None
+    ways = [1] + [0] * len(part)
+    for shape in whole:
+        for at in range(len(part) - 1, -1, -1):
+            if part[at] == shape:
+                ways[at + 1] = min(2, ways[at + 1] + ways[at])
+    if ways[-1] != 1:
+        return None
+    places, begin = [], 0
+    for shape in part:
+        begin = whole.index(shape, begin)
+        places.append(begin)
+        begin += 1
+    return places
+
+
+def _address(leaf: Leaf) -> Any:
+    return (leaf.data_ptr(), leaf.shape) if isinstance(leaf, Tensor) and leaf.numel() and not leaf.is_meta else None
+
 
 Weights = Literal["auto", "model", "ema"]
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lit_wsl.checkpoint.convert import convert_checkpoint
 from lit_wsl.cli.console import progress, remark, say
 from lit_wsl.cli.models import UsageError, build_model, wanted
-from lit_wsl.transfer.plan import TransferPlan
+from lit_wsl.convert.checkpoint import convert_checkpoint
+from lit_wsl.plan.plan import TransferPlan
 
 
 def run(options: Any) -> int:

@@ -45,8 +45,8 @@ def run(options: Any) -> int:
     first: Mapping[str, Tensor] = open_checkpoint(options.first, weights=options.checkpoint_weights)
     second = open_checkpoint(options.second, weights=options.checkpoint_weights)
     if options.plan:
-        from lit_wsl.checkpoint.convert import convert_tensors
-        from lit_wsl.transfer.plan import TransferPlan
+        from lit_wsl.convert.weights import convert_tensors
+        from lit_wsl.plan.plan import TransferPlan
 
         first = convert_tensors(first, TransferPlan.load(options.plan))
     with progress("comparing") as step:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_wsl.checkpoint import Checkpoint, open_checkpoint
-from lit_wsl.checkpoint.inert import ForeignName, ForeignObject, as_mapping
+from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.cli.console import fields, print_json, remark, say, shape_text, size_text, table
 from lit_wsl.structure.families import fold
 

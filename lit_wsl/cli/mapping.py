@@ -11,13 +11,14 @@ from torch.utils._pytree import tree_map
 
 from lit_wsl.cli.console import on_terminal, remark, say
 from lit_wsl.cli.models import Call, build_from, build_model, sample_call
-from lit_wsl.mapper.options import MatchingOptions
+from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.plan.coverage import Count
+from lit_wsl.plan.file import plan_to_document
+from lit_wsl.report.report import TransferReport
 from lit_wsl.report.rows import open_questions, percent
-from lit_wsl.transfer.api import open_source, prepare_transfer
-from lit_wsl.transfer.coverage import Count
+from lit_wsl.transfer.api import prepare_transfer
 from lit_wsl.transfer.floor import likely_cause
-from lit_wsl.transfer.plan_file import plan_to_document
-from lit_wsl.transfer.report import TransferReport
+from lit_wsl.transfer.sides import open_source
 
 
 def run(options: Any) -> int:

@@ -15,7 +15,8 @@ from torch import nn
 
 from lit_wsl.cli.console import remark
 from lit_wsl.errors import LitWslError
-from lit_wsl.structure.tracing import is_lazy
+from lit_wsl.structure.execution_order import is_lazy
+from lit_wsl.structure.running import Call
 
 
 class UsageError(LitWslError):
@@ -187,9 +188,6 @@ def _instantiate(path: str, arguments: Mapping[str, Any], file: str) -> nn.Modul
     if not isinstance(model, nn.Module):
         raise UsageError(f"{path} gives a {type(model).__name__}, not a torch.nn.Module.")
     return _configured(model)
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def sample_call(path: str | None, model: nn.Module) -> Call | None:

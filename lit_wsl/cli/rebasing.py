@@ -10,11 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from lit_wsl.callbacks.rebasin_model import best_matcher, find_spec, repaired
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.cli.console import print_json, remark, say, table
 from lit_wsl.cli.models import Call, UsageError, build_model, look_up, sample_call
-from lit_wsl.rebasin.batch_statistics import has_batch_statistics
 from lit_wsl.rebasin.job import (
     MEAN_STATISTICS,
     AlignOptions,
@@ -25,8 +23,9 @@ from lit_wsl.rebasin.job import (
     names_of,
     write_results,
 )
-from lit_wsl.rebasin.outputs import Outputs
-from lit_wsl.rebasin.spec import PermutationSpec
+from lit_wsl.rebasin.job_model import Outputs, best_matcher, find_spec, repaired
+from lit_wsl.rebasin.responses import has_batch_statistics
+from lit_wsl.rebasin.spec.spec import PermutationSpec
 
 
 def run(options: Any) -> int:

@@ -1,8 +1,8 @@
 """Matching two models: options, scores, alignment, and the ``WeightMapper`` face."""
 
-from lit_wsl.mapper.options import MatchingOptions
-from lit_wsl.mapper.planner import build_plan
 from lit_wsl.mapper.result import MappingResult
 from lit_wsl.mapper.weight_mapper import WeightMapper
+from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.planner import build_plan
 
 __all__ = ["MappingResult", "MatchingOptions", "WeightMapper", "build_plan"]

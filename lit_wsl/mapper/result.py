@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
-from lit_wsl.transfer.coverage import Coverage
-from lit_wsl.transfer.plan import TransferPlan
+from lit_wsl.plan.coverage import Coverage
+from lit_wsl.plan.plan import TransferPlan
 
 
 class MappingResult(Mapping[str, str]):

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from lit_wsl.rebasin.activation import activation_matching
-from lit_wsl.rebasin.apply import apply_permutation, compose_permutations, invert_permutations
-from lit_wsl.rebasin.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
-from lit_wsl.rebasin.batch_statistics import reestimate_batchnorm
-from lit_wsl.rebasin.best import best_matching, midpoint_gap
-from lit_wsl.rebasin.builder import PermutationSpecBuilder
-from lit_wsl.rebasin.inference import infer_permutation_spec
-from lit_wsl.rebasin.joint import joint_matching
-from lit_wsl.rebasin.matching import MatchingResult, weight_matching
-from lit_wsl.rebasin.merging import average, interpolate, task_arithmetic
-from lit_wsl.rebasin.registry import permutation_spec, register_permutation_spec, registered_permutation_specs
-from lit_wsl.rebasin.repair import repair
-from lit_wsl.rebasin.spec import AxisSpec, AxisUse, PermutationGroup, Permutations, PermutationSpec
-from lit_wsl.rebasin.task_vectors import (
+from lit_wsl.rebasin.inference.infer import infer_permutation_spec
+from lit_wsl.rebasin.inference.verify import Verification, verify_permutation_spec
+from lit_wsl.rebasin.matching.activations import activation_matching, joint_matching
+from lit_wsl.rebasin.matching.best import best_matching, midpoint_gap
+from lit_wsl.rebasin.matching.weights import (
+    MatchingResult,
     apply_permutation_to_task_vectors,
     task_vector,
+    weight_matching,
     weight_matching_for_task_vectors,
 )
-from lit_wsl.rebasin.verify import Verification, verify_permutation_spec
+from lit_wsl.rebasin.merging.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
+from lit_wsl.rebasin.merging.merge import average, interpolate, task_arithmetic
+from lit_wsl.rebasin.merging.repair import repair
+from lit_wsl.rebasin.responses import reestimate_batchnorm
+from lit_wsl.rebasin.spec.apply import apply_permutation, compose_permutations, invert_permutations
+from lit_wsl.rebasin.spec.axis import AxisSpec, AxisUse, PermutationGroup, Permutations
+from lit_wsl.rebasin.spec.builder import PermutationSpecBuilder
+from lit_wsl.rebasin.spec.registry import permutation_spec, register_permutation_spec, registered_permutation_specs
+from lit_wsl.rebasin.spec.spec import PermutationSpec
 
 __all__ = [
     "AxisSpec",

@@ -13,16 +13,15 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-from lit_wsl.checkpoint import atomic_write_text
-from lit_wsl.mapper.options import MatchingOptions
-from lit_wsl.mapper.scoring import ScoreBreakdown
+from lit_wsl.files import atomic_write_text
+from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.scoring import ScoreBreakdown
+from lit_wsl.plan.coverage import Coverage
+from lit_wsl.plan.entries import PlanEntry, Unmatched
 from lit_wsl.report.json_report import coverage_dict
-from lit_wsl.report.material import Material, breakdown, pairs
 from lit_wsl.report.rows import operation_counts, shape_text
-from lit_wsl.report.runners_up import runner_up
-from lit_wsl.structure.info import ModelDescription, ParameterInfo
-from lit_wsl.transfer.coverage import Coverage
-from lit_wsl.transfer.plan import PlanEntry, Unmatched
+from lit_wsl.report.scores import Material, breakdown, pairs, runner_up
+from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
 _ASSETS = Path(__file__).parent / "assets"
 _NAME_PARTS = ("token", "edit", "substring", "type")

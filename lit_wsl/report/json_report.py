@@ -8,15 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lit_wsl.checkpoint import atomic_write_text
-from lit_wsl.mapper.options import MatchingOptions
-from lit_wsl.mapper.scoring import ScoreBreakdown
-from lit_wsl.report.material import Material, breakdown, pairs
+from lit_wsl.files import atomic_write_text
+from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.scoring import ScoreBreakdown
+from lit_wsl.plan.coverage import Count, Coverage
+from lit_wsl.plan.entries import PlanEntry, Unmatched
+from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.rows import operation_counts
-from lit_wsl.report.runners_up import runner_up
-from lit_wsl.structure.info import ModelDescription, ParameterInfo
-from lit_wsl.transfer.coverage import Count, Coverage
-from lit_wsl.transfer.plan import PlanEntry, TransferPlan, Unmatched
+from lit_wsl.report.scores import Material, breakdown, pairs, runner_up
+from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
 VERSION = 1
 MOST_PAIRS = 2_000  # steps of a report that explains each pair's score unless asked not to: a few megabytes

@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_wsl.report.coverage import HEADER, as_html, markdown, plain_text, rows, shown_modules
+from lit_wsl.report.report import HEADER, as_html, markdown, plain_text, rows, shown_modules
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
-    from lit_wsl.transfer.report import TransferReport
+    from lit_wsl.report.report import TransferReport
 
 _log = logging.getLogger(__name__)
 PREFIX = "weight_transfer"

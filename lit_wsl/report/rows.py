@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lit_wsl.plan.entries import Ambiguity, PlanEntry, Side
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 from lit_wsl.structure.families import fold
-from lit_wsl.structure.info import ModelDescription, ParameterInfo, Shape
-from lit_wsl.transfer.plan import Ambiguity, PlanEntry, Side, TransferPlan
 
 Confidence = Literal["high", "medium", "low"]
 By = Literal["group", "tensor"]

@@ -1,8 +1,14 @@
 """Describing models: parameters, groups, hierarchy, and the execution order of a sample call."""
 
-from lit_wsl.structure.describe import describe
-from lit_wsl.structure.info import ModelDescription, ModuleNode, ParameterGroup, ParameterInfo, tokenize
-from lit_wsl.structure.tracing import trace_execution_order
+from lit_wsl.structure.description import (
+    ModelDescription,
+    ModuleNode,
+    ParameterGroup,
+    ParameterInfo,
+    describe,
+    tokenize,
+)
+from lit_wsl.structure.execution_order import trace_execution_order
 
 __all__ = [
     "ModelDescription",

@@ -1,46 +1,12 @@
-"""Plans, their operations, and how they are applied: all or nothing."""
+"""Doing it: both sides of a transfer, the plan applied all or nothing, ranks, and the least coverage."""
 
-from lit_wsl.transfer.adapt import FoldBatchNorm, NewInputChannels, PartialHead, ResizePositionEmbedding
-from lit_wsl.transfer.coverage import Count, Coverage, ModuleCoverage, measure_coverage
-from lit_wsl.transfer.operations import (
-    Cast,
-    Concat,
-    FanOut,
-    Operation,
-    Permute,
-    Reshape,
-    Split,
-    Stack,
-    Tie,
-    Transpose,
-    Unstack,
-)
-from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, SideSummary, TransferPlan, Unmatched
+from typing import Any
 
-__all__ = [
-    "Ambiguity",
-    "Candidate",
-    "Cast",
-    "Concat",
-    "Count",
-    "Coverage",
-    "FanOut",
-    "FoldBatchNorm",
-    "ModuleCoverage",
-    "NewInputChannels",
-    "Operation",
-    "PartialHead",
-    "Permute",
-    "PlanEntry",
-    "Reshape",
-    "ResizePositionEmbedding",
-    "SideSummary",
-    "Split",
-    "Stack",
-    "Tie",
-    "TransferPlan",
-    "Transpose",
-    "Unmatched",
-    "Unstack",
-    "measure_coverage",
-]
+from lit_wsl import plan
+
+
+def __getattr__(name: str) -> Any:
+    """The names of :mod:`lit_wsl.plan`, which stood here before."""
+    if name in plan.__all__:
+        return getattr(plan, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,16 +10,16 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import Checkpoint
-from lit_wsl.mapper.options import BufferMode, MatchingOptions, Strategy
+from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
+from lit_wsl.plan.coverage import Coverage, measure_coverage
+from lit_wsl.plan.entries import PlanEntry
+from lit_wsl.plan.plan import TransferPlan, check_plan, describe_entry, left_alone, loses_values
+from lit_wsl.report.report import TransferReport
 from lit_wsl.structure import ModelDescription, describe
-from lit_wsl.structure.tracing import is_lazy
+from lit_wsl.structure.execution_order import is_lazy
 from lit_wsl.transfer.apply import Progress, apply_plan
-from lit_wsl.transfer.checks import check_plan, describe_entry, left_alone, loses_values
-from lit_wsl.transfer.coverage import Coverage, measure_coverage
-from lit_wsl.transfer.distributed import ALONE, Ranks, check_same_source, has_sharded_tensors
 from lit_wsl.transfer.floor import check_floor, valid_floor
-from lit_wsl.transfer.plan import PlanEntry, TransferPlan
-from lit_wsl.transfer.report import TransferReport
+from lit_wsl.transfer.ranks import ALONE, Ranks, check_same_source, has_sharded_tensors
 from lit_wsl.transfer.sides import (
     Call,
     Source,
@@ -219,14 +219,14 @@ def _plan_transfer(
     if plan is not None:
         chosen = plan if isinstance(plan, TransferPlan) else TransferPlan.load(plan)
     else:
-        from lit_wsl.mapper import build_plan
+        from lit_wsl.matching.planner import build_plan
 
         runs = bool(samples) and not has_sharded_tensors(model)  # this is rank zero alone
         old_one = module if runs and module is not model else None
         chosen = build_plan(theirs, target, options, assume_layouts=old_one is not None)
         if old_one is not None:
-            from lit_wsl.mapper.layouts import hidden_layouts
-            from lit_wsl.mapper.proof import prove
+            from lit_wsl.matching.layouts import hidden_layouts
+            from lit_wsl.matching.proof import prove
 
             unseen = {} if options.assume_layouts else hidden_layouts(chosen, theirs, target)
             chosen = prove(chosen, old_one, model, samples, unseen=unseen)
@@ -292,6 +292,3 @@ def _leave_alone(plan: TransferPlan, target: ModelDescription) -> tuple[Transfer
     names = sorted({n for e in plan.entries for n in e.targets if n in packed})
     note = f"left alone, quantised or packed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
     return replace(plan, entries=entries), [note]
-
-
-__all__ = ["Prepared", "finish_transfer", "open_source", "prepare_transfer", "transfer_weights"]

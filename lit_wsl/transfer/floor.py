@@ -6,9 +6,9 @@ import math
 from collections import Counter
 
 from lit_wsl.errors import CoverageError, MappingError
-from lit_wsl.structure.info import ModelDescription, ParameterInfo
-from lit_wsl.transfer.coverage import Coverage
-from lit_wsl.transfer.plan import TransferPlan
+from lit_wsl.plan.coverage import Coverage
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
 
 def valid_floor(min_coverage: float) -> float:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.errors import MappingError
 from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
+from lit_wsl.structure.execution_order import is_lazy, lazy_copy, meta_copy, on_meta, only_child
 from lit_wsl.structure.preserving import preserved_rng
-from lit_wsl.structure.tracing import is_lazy, lazy_copy, only_child
-from lit_wsl.structure.unsharded import meta_copy, on_meta
 
 IN_ONE = (
     "A sharded model is run as a copy on the meta device; where the order is needed, make the plan in one process and "

@@ -17,7 +17,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from tiny import InInit, loader
 
 from lit_wsl import RebasinCallback, WeightTransferCallback

@@ -1,13 +1,7 @@
 """Going on with training inside a run: ``WeightTransferCallback(..., resume=...)``."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
-
 from conversion_models import (
     CASES,
     NewConvNet,

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EMAWeightAveraging, WeightAveraging
+from tiny import Base, InConfigureModel, InInit, SetupForData, loader, network
 
 from lit_wsl import WeightTransferCallback
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import Base, InConfigureModel, InInit, SetupForData, loader, network
 
 
 @pytest.fixture

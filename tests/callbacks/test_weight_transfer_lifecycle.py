@@ -5,21 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from tiny import BUILDERS, InConfigureModel, InInit, InSetup, loader
 from torch import nn
 
 from lit_wsl import LitWslError, WeightTransferCallback
 from lit_wsl.errors import CheckpointError, CoverageError, MappingError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import BUILDERS, InConfigureModel, InInit, InSetup, loader
 
 
 @pytest.fixture

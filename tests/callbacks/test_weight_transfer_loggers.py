@@ -15,13 +15,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
+from tiny import InInit, loader
 
 from lit_wsl import WeightTransferCallback
 from lit_wsl.report.json_report import SCHEMA
 from lit_wsl.report.loggers import log_report, scalars
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import InInit, loader
 
 
 @pytest.fixture

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import lightning as L
 import pytest
 import torch
+from tiny import Base, Data, InInit, dataset, loader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_wsl import WeightTransferCallback
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import Base, Data, InInit, dataset, loader
 
 
 class Listening(Base):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -12,13 +10,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from tiny import Augmented, Data, InConfigureModel, InInit, InSetup, Measured, loader
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_wsl import WeightTransferCallback
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import Augmented, Data, InConfigureModel, InInit, InSetup, Measured, loader
 
 
 class Recorder(Callback):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch._subclasses import FakeTensorMode
 
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.checkpoint.rebuild import RefusedError
+from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.safetensors_file import _read_larger_than_memory, read_safetensors
 from lit_wsl.errors import CheckpointError
 

@@ -11,11 +11,12 @@ from torch import nn
 
 from lit_wsl import WeightRenamer, transfer_weights
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.checkpoint.convert import convert_checkpoint
-from lit_wsl.checkpoint.parameter_order import old_parameters
+from lit_wsl.convert.checkpoint import convert_checkpoint
+from lit_wsl.convert.weights import old_parameters
 from lit_wsl.mapper import build_plan
+from lit_wsl.plan.entries import SideSummary
+from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import describe
-from lit_wsl.transfer.plan import SideSummary, TransferPlan
 
 
 class Old(nn.Module):

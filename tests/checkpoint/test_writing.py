@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lit_wsl.checkpoint import (
+from lit_wsl.checkpoint import (  # fmt: skip
     atomic,
     atomic_save,
     atomic_write_bytes,
     atomic_write_text,
     open_checkpoint,
     save_safetensors,
-)  # fmt: skip
+)
 from lit_wsl.errors import CheckpointError
 
 

@@ -12,13 +12,13 @@ from hostile_corpus import CANARY, files
 
 from lit_wsl import WeightRenamer
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.checkpoint.convert import convert_checkpoint
-from lit_wsl.checkpoint.harmless import foreign_calls, is_harmless
-from lit_wsl.checkpoint.inert import ForeignName, ForeignObject
+from lit_wsl.checkpoint.records import ForeignName, ForeignObject, foreign_calls, is_harmless
 from lit_wsl.cli import main
+from lit_wsl.convert.checkpoint import convert_checkpoint
 from lit_wsl.errors import CheckpointError, LitWslError
+from lit_wsl.plan.entries import PlanEntry, SideSummary
+from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import describe
-from lit_wsl.transfer.plan import PlanEntry, SideSummary, TransferPlan
 
 LOAD = """
 import sys, torch

@@ -26,13 +26,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from conversion_models import NewBlock, NewTransformer, OldTransformer, tokens, transformer_plan
 
-from lit_wsl.checkpoint.convert import convert_tensors
+from lit_wsl.convert.weights import convert_tensors
 from lit_wsl.transfer import TransferPlan
-from lit_wsl.transfer.distributed import held_part
+from lit_wsl.transfer.ranks import held_part
 
 BEFORE, ALL = 2, 5  # epochs
 

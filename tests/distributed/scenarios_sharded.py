@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lit_wsl import transfer_weights
 from lit_wsl.structure import trace_execution_order
-from lit_wsl.transfer.distributed import held_part
+from lit_wsl.transfer.ranks import held_part
 
 TP_PLAN = {
     **{f"body.{name}": ColwiseParallel(output_layouts=Replicate()) for name in ("query", "key", "value", "gate_up")},
@@ -258,7 +258,7 @@ def sharded_source(folder: Path) -> dict[str, Any]:
 
 def wrapped_by_fsdp_one(folder: Path) -> dict[str, Any]:
     from lit_wsl.errors import TransferError
-    from lit_wsl.transfer.wrapped import refuse_wrapped
+    from lit_wsl.transfer.ranks import refuse_wrapped
 
     net = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
     try:

@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lit_wsl.transfer.api import transfer_weights
 from lit_wsl.transfer.apply import copy_into
-from lit_wsl.transfer.distributed import held_part
+from lit_wsl.transfer.ranks import held_part
 
 
 def _sharded() -> tuple[New, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lit_wsl.errors import TransferError
-from lit_wsl.transfer.wrapped import refuse_wrapped
+from lit_wsl.transfer.ranks import refuse_wrapped
 
 SCENARIOS = "scenarios_fsdp_one"
 WORKING = ["built_in_init", "built_in_configure_model", "wrapped_by_a_policy"]

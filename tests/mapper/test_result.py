@@ -2,10 +2,11 @@ import torch
 from torch import nn
 
 from lit_wsl.mapper import MappingResult
+from lit_wsl.plan.coverage import measure_coverage
+from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, SideSummary, Unmatched
+from lit_wsl.plan.operations import Concat, Transpose
+from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import describe
-from lit_wsl.transfer.coverage import measure_coverage
-from lit_wsl.transfer.operations import Concat, Transpose
-from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, SideSummary, TransferPlan, Unmatched
 
 
 def result():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.outputs import MainOutputs, resolve_outputs
+from lit_wsl.rebasin.job_model import MainOutputs, resolve_outputs
 
 LOGITS, HIDDEN, BOXES = torch.ones(2, 3), torch.ones(2, 5, 4), torch.ones(2, 7, 4)
 

@@ -1,8 +1,9 @@
 import pytest
 
-from lit_wsl.structure.info import ModelDescription, ParameterInfo
-from lit_wsl.transfer.operations import Concat, Transpose
-from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, SideSummary, TransferPlan, Unmatched
+from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, SideSummary, Unmatched
+from lit_wsl.plan.operations import Concat, Transpose
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
 DIM, DEPTH = 8, 12
 

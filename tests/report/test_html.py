@@ -8,10 +8,11 @@ import time
 
 import pytest
 
+from lit_wsl.plan.entries import PlanEntry, SideSummary
+from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.html import save_html
-from lit_wsl.report.material import Material
-from lit_wsl.structure.info import ModelDescription, ParameterInfo
-from lit_wsl.transfer.plan import PlanEntry, SideSummary, TransferPlan
+from lit_wsl.report.scores import Material
+from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -152,8 +153,7 @@ def test_click_shows_the_breakdown_and_marks_the_partners(page):
 
 
 def test_the_details_compare_with_the_runner_up_that_the_terminal_names(page, example):
-    from lit_wsl.report.material import options_of
-    from lit_wsl.report.runners_up import candidates
+    from lit_wsl.report.scores import candidates, options_of
 
     source, target, plan = example
     material = Material.gather(plan, source=source, target=target)

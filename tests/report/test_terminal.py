@@ -9,17 +9,13 @@ from rich.console import Console
 from torch import nn
 
 from lit_wsl.mapper import WeightMapper
-from lit_wsl.report.analysis import AnalysisView
-from lit_wsl.report.breakdown import BreakdownView
-from lit_wsl.report.folding import tree_lines
-from lit_wsl.report.leftovers import AmbiguousView, UnmatchedView
-from lit_wsl.report.material import Material, options_of
+from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, SideSummary
+from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.rows import mapping_rows, open_questions
-from lit_wsl.report.summary import SummaryPanel
-from lit_wsl.report.tables import MappingView
-from lit_wsl.report.trees import HierarchyView
+from lit_wsl.report.scores import BreakdownView, Material, options_of
+from lit_wsl.report.tables import AmbiguousView, AnalysisView, MappingView, SummaryPanel, UnmatchedView
+from lit_wsl.report.trees import HierarchyView, tree_lines
 from lit_wsl.structure import describe
-from lit_wsl.transfer.plan import Ambiguity, Candidate, PlanEntry, SideSummary, TransferPlan
 
 
 def show(*views, width=80, encoding="utf-8", color=False):
@@ -312,7 +308,7 @@ def test_operations_that_change_values_are_marked(example):
     from dataclasses import dataclass, replace
     from typing import ClassVar
 
-    from lit_wsl.transfer.operations import Transpose
+    from lit_wsl.plan.operations import Transpose
 
     @dataclass(frozen=True)
     class Lossy(Transpose):

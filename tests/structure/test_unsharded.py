@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lit_wsl.structure import trace_execution_order
-from lit_wsl.structure.unsharded import meta_copy, on_meta
+from lit_wsl.structure.execution_order import meta_copy, on_meta
 
 
 class Net(nn.Module):

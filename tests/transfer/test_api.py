@@ -14,9 +14,9 @@ import lit_wsl
 from lit_wsl import TransferPlan, transfer_weights
 from lit_wsl.checkpoint import save_safetensors
 from lit_wsl.errors import CoverageError, LitWslError, PlanError
+from lit_wsl.plan.operations import Operation
+from lit_wsl.plan.plan import left_alone
 from lit_wsl.structure import describe
-from lit_wsl.transfer.checks import left_alone
-from lit_wsl.transfer.operations import Operation
 
 
 class Net(nn.Module):

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lit_wsl.errors import PlanError, TransferError
+from lit_wsl.plan.entries import PlanEntry, SideSummary
+from lit_wsl.plan.operations import Concat, Operation, Permute, Reshape, Split, Stack, Tie, Transpose
+from lit_wsl.plan.plan import TransferPlan, check_plan, loses_values
 from lit_wsl.structure import describe
 from lit_wsl.transfer.apply import apply_plan, copy_into
-from lit_wsl.transfer.checks import check_plan, loses_values
-from lit_wsl.transfer.operations import Concat, Operation, Permute, Reshape, Split, Stack, Tie, Transpose
-from lit_wsl.transfer.plan import PlanEntry, SideSummary, TransferPlan
 
 
 def plan_of(entries, source, model):

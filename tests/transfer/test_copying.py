@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lit_wsl.transfer import copying
-from lit_wsl.transfer.copying import all_finite, copy_in_pieces, copy_into, is_plain
+from lit_wsl.transfer import apply
+from lit_wsl.transfer.apply import all_finite, copy_in_pieces, copy_into, is_plain
 
 KINDS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(copying, "_PIECE", 256)
-    monkeypatch.setattr(copying, "_STRETCH", 1024)
+    monkeypatch.setattr(apply, "_PIECE", 256)
+    monkeypatch.setattr(apply, "_STRETCH", 1024)
 
 
 def bits(tensor):
@@ -54,8 +54,8 @@ def test_bits_are_copied_and_what_is_not_finite_is_noticed(dtype, n, at, bad):
 def test_every_number_of_16_bits_is_told_for_what_it_is(dtype):
     """All 65,536 of them; each one alone among zeros."""
     numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-    check = copying._CHECKS[dtype]
-    told = [check(copying._as_array(number)) for number in numbers.split(1)]
+    check = apply._CHECKS[dtype]
+    told = [check(apply._as_array(number)) for number in numbers.split(1)]
     assert told == torch.isfinite(numbers.float()).tolist()
 
 

@@ -1,0 +1,253 @@
+"""Atomic writing: the old file stays whole until the new one is complete on disk.
+
+A temporary file is written in the folder of the target, flushed to disk (fsync), and renamed over it; then the folder's
+entry is flushed too. A crash, a full disk or ``kill -9`` at any moment leaves either the old file or the new one. What
+``kill -9`` leaves of the temporary file is removed by the next write of the same target.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lit_wsl.checkpoint.pickler import save_with_records
+from lit_wsl.checkpoint.records import contains_foreign, foreign_calls
+from lit_wsl.errors import CheckpointError
+from lit_wsl.files import begin, hold
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space or write to another disk",
+    errno.EDQUOT: "the disk quota is used up; free some space or write to another disk",
+    errno.EFBIG: "the file system does not allow a file of this size; write to another disk",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: "no permission to write there; choose another folder or change its permissions",
+    errno.EPERM: "no permission to write there; choose another folder or change its permissions",
+    errno.ENOENT: "the folder does not exist; create it first",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
+    errno.EISDIR: "the path is a folder; give the name of a file",
+    errno.ENAMETOOLONG: "the file name is too long for the file system; choose a shorter one",
+}
+
+
+def _write_error(path: Path, error: Exception) -> CheckpointError:
+    """Say what failed in words, and what to do; the old file is untouched whenever this is raised."""
+    number = error.errno if isinstance(error, OSError) else None
+    remedy = _REMEDIES.get(number) if number is not None else None
+    detail = remedy or f"{type(error).__name__}: {error}"
+    kept = " The file that was there is unchanged." if path.is_file() else " Nothing was written."
+    return CheckpointError(f"Cannot write {path}: {detail}.{kept}")
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries; file systems that cannot do this (some network ones, Windows) are left as they are."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _final_mode(path: Path) -> int:
+    """The permissions that an ordinary ``open(path, "w")`` would leave: those of the old file, else the umask's."""
+    with suppress(OSError):
+        return stat.S_IMODE(path.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path in the same folder; rename it over ``path`` when the block ends without an error.
+
+    A symbolic link is followed, so that its target is replaced and the link stays.
+
+    Args:
+        path: the file to write.
+
+    Yields:
+        The path of an empty temporary file, to be filled by the block.
+
+    Raises:
+        CheckpointError: if the folder cannot be written or the disk is full. The old file is whole.
+        Exception: whatever the block raises that is not an ``OSError``; the old file is whole then too.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with atomic(file) as temporary:
+        ...     _ = temporary.write_text("hello")
+        >>> file.read_text()
+        'hello'
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise _write_error(path, IsADirectoryError(errno.EISDIR, "is a directory"))
+    try:
+        lock, temporary = begin(path)
+    except OSError as error:
+        raise _write_error(path, error) from error
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDWR)
+        try:
+            hold(descriptor)  # whoever filled the file may have put another in its place, as safetensors does
+            os.fsync(descriptor)
+            os.chmod(temporary, _final_mode(path))
+            os.replace(temporary, path)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _write_error(path, error) from error
+    finally:
+        with suppress(OSError):  # gone already where the rename was done
+            temporary.unlink()
+        os.close(lock)
+    _fsync_folder(path.parent)
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to ``path``, all or nothing.
+
+    Raises:
+        CheckpointError: if it cannot be written; the old file is whole.
+    """
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, all or nothing.
+
+    Raises:
+        CheckpointError: if it cannot be written; the old file is whole.
+    """
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+class _ErrorKeepingFile:
+    """A file for ``torch.save`` that remembers the ``OSError`` behind torch's own, wordless ``RuntimeError``."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def atomic_save(obj: Any, path: str | os.PathLike[str], *, keep_foreign: bool = False) -> None:
+    """Save ``obj`` with ``torch.save``, or a dict of tensors as safetensors where ``path`` says ``.safetensors``.
+
+    Args:
+        obj: anything ``torch.save`` takes, inert records of foreign objects included (they are written as the same
+            orders that the original file had, see :mod:`lit_wsl.checkpoint.pickler`); for ``.safetensors`` a mapping
+            of names to tensors.
+        path: the file to write.
+        keep_foreign: whether to write records that call something of the file's choice, too: code, for whoever loads
+            the new file with ``weights_only=False``. Objects and plain values (:mod:`lit_wsl.checkpoint.records`) are
+            always written.
+
+    Raises:
+        CheckpointError: if it cannot be written, safetensors cannot hold it, or a record would call something; the old
+            file is whole.
+    """
+    if Path(path).suffix == ".safetensors":
+        save_safetensors(obj, path)
+        return
+    foreign = contains_foreign(obj)
+    if foreign and not keep_foreign:
+        _refuse_calls(obj, path)
+    with atomic(path) as temporary, open(temporary, "wb") as raw:
+        file = _ErrorKeepingFile(raw)
+        try:
+            if foreign:
+                save_with_records(obj, file)
+            else:
+                torch.save(obj, file)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if file.error is not None:
+                raise file.error from error
+            raise
+
+
+def _refuse_calls(obj: Any, path: str | os.PathLike[str]) -> None:
+    calls = foreign_calls(obj)
+    if not calls:
+        return
+    entries = obj.items() if isinstance(obj, Mapping) else ()
+    where = [repr(key) for key, value in entries if foreign_calls(value)]
+    inside = f" in {', '.join(where)}" if where else ""
+    shown = ", ".join(calls[:5]) + (", ..." if calls[5:] else "")
+    raise CheckpointError(
+        f"Cannot write {path}: the old file calls {shown}{inside}. Nothing of it was run, but whoever loads the new "
+        "file with weights_only=False would run it. If you trust the file, keep the calls (keep_foreign=True, "
+        "--keep-foreign); if not, take the weights alone: write to .safetensors."
+    )
+
+
+def save_safetensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Save tensors as safetensors, all or nothing.
+
+    Tensors that share memory are written once each (the format has no sharing), so tied weights load as two copies.
+
+    Args:
+        tensors: names and dense tensors.
+        path: the file to write.
+        metadata: the file's ``__metadata__``; ``{"format": "pt"}`` if not given.
+
+    Raises:
+        CheckpointError: if a value is not a dense tensor, or the file cannot be written; the old file is whole.
+    """
+    from safetensors.torch import save_file
+
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            raise CheckpointError(
+                f"Cannot write {path}: safetensors holds dense tensors only, but {name!r} is a {type(value).__name__}. "
+                "Save it as .ckpt instead, or leave this entry out."
+            )
+    seen: dict[int, str] = {}
+    own: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        pointer = value.untyped_storage().data_ptr()
+        shared = pointer in seen and value.numel() > 0
+        own[name] = (
+            value.detach().clone(memory_format=torch.contiguous_format) if shared else value.detach().contiguous()
+        )
+        seen.setdefault(pointer, name)
+    with atomic(path) as temporary:
+        try:
+            save_file(own, str(temporary), metadata=dict(metadata) if metadata is not None else {"format": "pt"})
+        except Exception as error:
+            if isinstance(error, OSError):
+                raise
+            found = _errno_in(str(error))
+            if found is not None:
+                raise OSError(found, os.strerror(found)) from error
+            raise CheckpointError(f"Cannot write {path}: {error}") from error
+
+
+def _errno_in(message: str) -> int | None:
+    """Find the system error in a safetensors message such as ``... (os error 28)``."""
+    _, mark, rest = message.partition("(os error ")
+    digits = rest.partition(")")[0]
+    return int(digits) if mark and digits.isdigit() else None

@@ -1,0 +1,1 @@
+"""A whole checkpoint to its new code: weights, optimizers, and resuming training."""

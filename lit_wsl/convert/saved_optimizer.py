@@ -1,0 +1,206 @@
+"""A saved optimizer taken apart, and what the values of its states are, told by their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_wsl.checkpoint.document import LazyTensor, materialize
+from lit_wsl.errors import CheckpointError
+from lit_wsl.structure.description import Shape
+
+
+@dataclass(frozen=True)
+class SavedGroup:
+    """One parameter group of a saved optimizer.
+
+    Attributes:
+        indices: The keys of its parameters in the state, in order: numbers, or names in files of sharded strategies.
+        settings: Learning rate and all else.
+        names: ``param_names``, if the file has them.
+    """
+
+    indices: tuple[Hashable, ...]
+    settings: Mapping[str, Any]
+    names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SavedOptimizer:
+    """One optimizer's state dict, taken apart.
+
+    Attributes:
+        label: What to call it in messages.
+        state: Index -> the state of one parameter.
+        groups: Its parameter groups.
+        rest: What else is in the state dict.
+    """
+
+    label: str
+    state: Mapping[Hashable, Mapping[str, Any]]
+    groups: tuple[SavedGroup, ...]
+    rest: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, data: Any, label: str) -> SavedOptimizer:
+        """Take a state dict apart.
+
+        Raises:
+            CheckpointError: If it is not that of a ``torch.optim.Optimizer``.
+        """
+        if not isinstance(data, Mapping) or not {"state", "param_groups"} <= set(data):
+            raise CheckpointError(f"{label} is not the state of a torch optimizer: no 'state' and 'param_groups'.")
+        state, groups = data["state"], data["param_groups"]
+        well_formed = isinstance(state, Mapping) and isinstance(groups, (list, tuple))
+        if not well_formed or not all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups):
+            raise CheckpointError(f"{label} is not the state of a torch optimizer: its groups are of another form.")
+        if not all(isinstance(s, Mapping) for s in state.values()):
+            raise CheckpointError(f"{label} is not the state of a torch optimizer: its states are of another form.")
+        return cls(
+            label,
+            state,
+            tuple(
+                SavedGroup(
+                    tuple(group["params"]),
+                    {k: materialize(v) for k, v in group.items() if k not in ("params", "param_names")},
+                    tuple(group["param_names"]) if group.get("param_names") else None,
+                )
+                for group in groups
+            ),
+            {k: v for k, v in data.items() if k not in ("state", "param_groups")},
+        )
+
+    @property
+    def indices(self) -> tuple[Hashable, ...]:
+        """All indices in order."""
+        return tuple(index for group in self.groups for index in group.indices)
+
+
+def kind_of(key: str, value: Any, shape: Shape) -> str | None:
+    """What a value of a parameter's state is, told by its shape against the parameter's.
+
+    Returns:
+        ``"same"`` (one value per weight, as Adam's moments), ``"row"`` or ``"column"`` (means over the last axis or the
+        one before, as Adafactor's; a ``"*"`` is added where the axis is kept with length 1), ``"scalar"``, ``"plain"``
+        (no tensor), or ``None`` for anything else.
+
+    >>> import torch
+    >>> kind_of("exp_avg", torch.zeros(4, 2), (4, 2)), kind_of("row_var", torch.zeros(4, 1), (4, 2))
+    ('same', 'row*')
+    """
+    if not isinstance(value, (Tensor, LazyTensor)):
+        return "plain" if value is None or isinstance(value, (bool, int, float, str)) else None
+    own = tuple(value.shape)
+    if key == "step":
+        return "scalar" if value.numel() == 1 else None
+    if own == tuple(shape):
+        return "same"
+    if len(shape) >= 2:
+        *batch, rows, columns = shape
+        forms = {
+            "row*": (*batch, rows, 1),
+            "column*": (*batch, 1, columns),
+            "row": (*batch, rows),
+            "column": (*batch, columns),
+        }
+        fitting = [form for form, expected in forms.items() if own == expected]
+        if len(fitting) > 1:  # square matrices: only the name can tell
+            fitting = [f for f in fitting if ("row" in key) == f.startswith("row") and ("row" in key) != ("col" in key)]
+        if len(fitting) == 1:
+            return fitting[0]
+    return "scalar" if value.numel() == 1 else None
+
+
+def fits(state: Mapping[str, Any] | None, shape: Shape) -> bool:
+    """Whether a parameter of this shape can have this state; a parameter without state fits anything."""
+    if not state:
+        return True
+    kinds = {kind_of(key, value, shape) for key, value in state.items() if isinstance(value, (Tensor, LazyTensor))}
+    if "same" in kinds or None in kinds:
+        return "same" in kinds
+    factors = kinds - {"scalar"}  # they come in pairs; a vector's moment is no row factor of a matrix
+    return factors in (set(), {"row", "column"}, {"row*", "column*"})
+
+
+SCHEDULED = frozenset(  # written into groups by schedulers and averaging, not by the optimizer
+    {"initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "param_names", "params", "foreach"}
+)
+
+
+@dataclass(frozen=True)
+class NewGroup:
+    """A parameter group of the new model's optimizer.
+
+    Attributes:
+        names: Its parameters in order.
+        settings: Its settings in the new run, ``None`` where no optimizer is at hand.
+    """
+
+    names: tuple[str, ...]
+    settings: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class NewOrder:
+    """The new model's parameters, in registration order, tied ones once.
+
+    Attributes:
+        names: All of them.
+        frozen: Those that don't require gradients, where that is known.
+        known: Whether frozen parameters are known at all (a model was given).
+    """
+
+    names: tuple[str, ...]
+    frozen: frozenset[str] = frozenset()
+    known: bool = False
+
+
+def same_settings(first: SavedGroup, second: SavedGroup) -> bool:
+    """Whether two saved groups have the same settings, those included that are tensors."""
+    a, b = first.settings, second.settings
+    return first is second or (set(a) == set(b) and all(_plain(a[key]) == _plain(b[key]) for key in a))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def refuse_other_optimizer(optimizer: SavedOptimizer, saved: SavedGroup, group: NewGroup) -> None:
+    """Adam's state means nothing to SGD: tell them apart by the settings that they know."""
+    if group.settings is None:
+        return
+    old, new = set(saved.settings) - SCHEDULED, set(group.settings) - SCHEDULED
+    if old - new and new - old:
+        raise CheckpointError(
+            f"{optimizer.label} of the checkpoint is of another kind than the new run's: its groups have "
+            f"{sorted(old - new)}, the new ones {sorted(new - old)}. "
+            "Use the same optimizer, or transfer the weights only."
+        )
+
+
+def groups_of(optimizers: Sequence[Optimizer], model: nn.Module) -> list[list[NewGroup]]:
+    """The parameter groups of real optimizers, by name.
+
+    Raises:
+        CheckpointError: If an optimizer holds a parameter that is not the model's.
+    """
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), name)
+    made = []
+    for number, optimizer in enumerate(optimizers):
+        found = []
+        for position, group in enumerate(optimizer.param_groups):
+            if any(id(parameter) not in names for parameter in group["params"]):
+                raise CheckpointError(
+                    f"group {position} of optimizer {number} ({type(optimizer).__name__}) holds a tensor that is no "
+                    "parameter of the model, so its state cannot be told."
+                )
+            settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            found.append(NewGroup(tuple(names[id(parameter)] for parameter in group["params"]), settings))
+        made.append(found)
+    return made

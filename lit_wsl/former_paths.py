@@ -1,0 +1,59 @@
+"""Modules under the paths they had before they moved, so that pickled plans, reports and specs can still be read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+FORMER_PATHS = {
+    "lit_wsl.callbacks.resume": "lit_wsl.convert.resume",
+    "lit_wsl.checkpoint.convert": "lit_wsl.convert.checkpoint",
+    "lit_wsl.checkpoint.inert": "lit_wsl.checkpoint.records",
+    "lit_wsl.checkpoint.writing": "lit_wsl.files",
+    "lit_wsl.mapper.options": "lit_wsl.matching.options",
+    "lit_wsl.mapper.planner": "lit_wsl.matching.planner",
+    "lit_wsl.mapper.proof": "lit_wsl.matching.proof",
+    "lit_wsl.mapper.scoring": "lit_wsl.matching.scoring",
+    "lit_wsl.rebasin.job_report": "lit_wsl.rebasin.job",
+    "lit_wsl.rebasin.spec_axis": "lit_wsl.rebasin.spec.axis",
+    "lit_wsl.rebasin.verify": "lit_wsl.rebasin.inference.verify",
+    "lit_wsl.structure.describe": "lit_wsl.structure.description",
+    "lit_wsl.structure.info": "lit_wsl.structure.description",
+    "lit_wsl.structure.tracing": "lit_wsl.structure.execution_order",
+    "lit_wsl.transfer.adapt": "lit_wsl.plan.value_changing",
+    "lit_wsl.transfer.coverage": "lit_wsl.plan.coverage",
+    "lit_wsl.transfer.operation": "lit_wsl.plan.operations",
+    "lit_wsl.transfer.operations": "lit_wsl.plan.operations",
+    "lit_wsl.transfer.operations_each": "lit_wsl.plan.operations",
+    "lit_wsl.transfer.operations_join": "lit_wsl.plan.operations",
+    "lit_wsl.transfer.plan": "lit_wsl.plan.plan",
+    "lit_wsl.transfer.plan_file": "lit_wsl.plan.file",
+    "lit_wsl.transfer.report": "lit_wsl.report.report",
+}
+
+
+class _FormerPaths(MetaPathFinder, Loader):
+    """Finds the module that stands under its new path; asked last, so it never shadows a real one."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in FORMER_PATHS else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return import_module(FORMER_PATHS[spec.name])
+
+    def exec_module(self, module: ModuleType) -> None:
+        # import_module ran it under its own name; the machinery wrote the former name's spec on it
+        module.__spec__ = find_spec(module.__name__)
+
+
+def install() -> None:
+    """Let the former paths be imported; does nothing the second time."""
+    if not any(isinstance(finder, _FormerPaths) for finder in sys.meta_path):
+        sys.meta_path.append(_FormerPaths())

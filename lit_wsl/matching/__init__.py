@@ -1,0 +1,1 @@
+"""From the descriptions of two models to a plan: evidence, alignment, fusions, layouts, proofs."""

@@ -1,0 +1,186 @@
+"""Write plan entries: scores for what was matched, reasons for what was not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.scoring import score_pair
+from lit_wsl.matching.tree import shape_key
+from lit_wsl.matching.words import Dictionary, split_numbers
+from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, Unmatched
+from lit_wsl.plan.operations import Cast, FanOut, Operation
+from lit_wsl.structure.description import ModelDescription, ParameterInfo
+
+MAX_CANDIDATES = 8
+
+
+class EntryWriter:
+    """Collects matches and doubts, scores them, applies the threshold and explains the rest.
+
+    Args:
+        source: The source's side.
+        target: The target's side.
+        options: How to match.
+        dictionary: What was learned about names.
+    """
+
+    def __init__(
+        self, source: ModelDescription, target: ModelDescription, options: MatchingOptions, dictionary: Dictionary
+    ) -> None:
+        self.source = source
+        self.target = target
+        self.options = options
+        self.dictionary = dictionary
+        self._entries: dict[str, tuple[PlanEntry, tuple[ParameterInfo, ...], tuple[ParameterInfo, ...]]] = {}
+        self._doubts: list[Ambiguity] = []
+        self._reasons: dict[str, str] = {}
+        self._scores: dict[tuple[object, ...], float] = {}
+        self._fanned: dict[str, str] = {}
+
+    def add(
+        self,
+        sources: Sequence[ParameterInfo],
+        targets: Sequence[ParameterInfo],
+        operations: tuple[Operation, ...],
+        margin: float,
+        reason: str,
+    ) -> None:
+        """Take a match as an entry, unless its score is below the threshold."""
+        score = self.score(sources, targets, operations)
+        if score < self.options.floor:
+            for t in targets:
+                self._reasons[t.name] = (
+                    f"the best source, {sources[0].name}, scores {score:.2f}, "
+                    f"below the threshold {self.options.floor:.2f}"
+                )
+            return
+        entry = PlanEntry(
+            sources=tuple(s.name for s in sources),
+            targets=tuple(t.name for t in targets),
+            operations=(*operations, *_cast(sources[0], targets[0])),
+            source_shapes=tuple(s.shape for s in sources),
+            target_shapes=tuple(t.shape for t in targets),
+            kind=targets[0].kind,
+            score=round(score, 4),
+            margin=round(margin, 4),
+            reason=reason,
+        )
+        twin = self._fanned.get(sources[0].name) if len(sources) == len(targets) == 1 else None
+        if twin is not None:  # one tied source fills several targets: one step, so that it can be reversed
+            known, _, filled = self._entries[twin]
+            both = (*filled, *targets)
+            entry = replace(
+                known,
+                targets=tuple(t.name for t in both),
+                target_shapes=tuple(t.shape for t in both),
+                operations=(*(op for op in known.operations if op.name != "fan_out"), FanOut(len(both))),
+            )
+            self._entries[twin] = (entry, tuple(sources), both)
+            return
+        self._entries[targets[0].name] = (entry, tuple(sources), tuple(targets))
+        if len(sources) == len(targets) == 1:
+            self._fanned[sources[0].name] = targets[0].name
+
+    def score(
+        self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo], operations: tuple[Operation, ...]
+    ) -> float:
+        """Score of a match: mean over its pairs; members of one family share a score."""
+        pairs = [(sources[min(i, len(sources) - 1)], t) for i, t in enumerate(targets)]
+        if len(sources) > len(targets):
+            pairs = [(s, targets[min(i, len(targets) - 1)]) for i, s in enumerate(sources)]
+        total = 0.0
+        for s, t in pairs[:MAX_CANDIDATES]:
+            key = (split_numbers(s.name)[0], split_numbers(t.name)[0], s.shape == t.shape, bool(operations))
+            if key not in self._scores:
+                breakdown = score_pair(
+                    s, t, self.options, operation=bool(operations), parents=1.0, dictionary=self.dictionary
+                )
+                self._scores[key] = breakdown.total
+            total += self._scores[key]
+        return total / len(pairs[:MAX_CANDIDATES])
+
+    def doubt(self, targets: Sequence[ParameterInfo], sources: Sequence[ParameterInfo], reason: str) -> None:
+        """List targets as ambiguous, with the sources of the right size as candidates."""
+        by_key: dict[tuple[int, ...], list[ParameterInfo]] = {}
+        for s in sources:
+            by_key.setdefault(shape_key(s.shape), []).append(s)
+        for t in targets:
+            fitting = by_key.get(shape_key(t.shape), list(sources) if len(by_key) > 1 else [])
+            some = (fitting or list(sources))[:MAX_CANDIDATES]
+            scored = [Candidate((s.name,), round(self.score((s,), (t,), ()), 4)) for s in some]
+            scored.sort(key=lambda c: (-c.score, c.sources))
+            self._doubts.append(Ambiguity((t.name,), tuple(scored), t.shape, reason))
+
+    def pairs(self) -> Iterator[tuple[ParameterInfo, ParameterInfo]]:
+        """Pairs of source and target tensors of the entries so far."""
+        for entry, sources, targets in list(self._entries.values()):
+            if len(sources) == len(targets) == 1:
+                yield sources[0], targets[0]
+            else:
+                yield from ((s, t) for s in sources for t in targets if entry.kind == "parameter")
+
+    def filled(self) -> set[str]:
+        """Names of the targets that get something."""
+        return {t.name for _, _, targets in self._entries.values() for t in targets}
+
+    def used(self) -> set[str]:
+        """Names of the sources that go somewhere."""
+        return {s.name for _, sources, _ in self._entries.values() for s in sources}
+
+    def refuse(self, module_path: str, reason: str) -> None:
+        """Drop all entries into a module."""
+        for name, (_, _, targets) in list(self._entries.items()):
+            if any(t.module_path == module_path for t in targets):
+                del self._entries[name]
+                for t in targets:
+                    self._reasons[t.name] = reason
+
+    def finish(
+        self,
+    ) -> tuple[tuple[PlanEntry, ...], tuple[Ambiguity, ...], tuple[Unmatched, ...], tuple[Unmatched, ...]]:
+        """Entries in the target's order, ambiguities, and what is unmatched on either side, with reasons."""
+        place = {info.name: info.index for info in self.target.parameters}
+        entries = sorted((e for e, _, _ in self._entries.values()), key=lambda e: place[e.targets[0]])
+        filled, used = self.filled(), self.used()
+        doubts = sorted((d for d in self._doubts if d.targets[0] not in filled), key=lambda d: place[d.targets[0]])
+        unsure = {d.targets[0] for d in doubts}
+        shapes_s = {shape_key(i.shape) for i in self.source.parameters}
+        free_s = {shape_key(i.shape) for i in self.source.parameters if i.name not in used}
+        shapes_t = {shape_key(i.shape) for i in self.target.parameters}
+        unmatched_t = [
+            Unmatched(i.name, i.shape, i.kind, self._why(i, shapes_s, free_s, "source"))
+            for i in self.target.parameters
+            if i.name not in filled and i.name not in unsure
+        ]
+        candidates = {s for d in doubts for c in d.candidates for s in c.sources}
+        unmatched_s = [
+            Unmatched(
+                i.name,
+                i.shape,
+                i.kind,
+                "candidate of an ambiguous target" if i.name in candidates else self._why(i, shapes_t, set(), "target"),
+            )
+            for i in self.source.parameters
+            if i.name not in used
+        ]
+        return tuple(entries), tuple(doubts), tuple(unmatched_s), tuple(unmatched_t)
+
+    def _why(self, info: ParameterInfo, shapes: set[tuple[int, ...]], free: set[tuple[int, ...]], other: str) -> str:
+        if info.name in self._reasons:
+            return self._reasons[info.name]
+        if info.kind == "buffer" and self.options.buffers == "exclude":
+            return "buffers='exclude' leaves buffers alone"
+        key = shape_key(info.shape)
+        if key not in shapes:
+            return f"no tensor of the {other} has this shape"
+        if other == "source" and key not in free:
+            return "all tensors of the source with this shape belong elsewhere"
+        return f"no tensor of the {other} with this shape stands in a corresponding place or has a corresponding name"
+
+
+def _cast(source: ParameterInfo, target: ParameterInfo) -> tuple[Operation, ...]:
+    if source.dtype == target.dtype:
+        return ()
+    return (Cast(str(source.dtype).removeprefix("torch."), str(target.dtype).removeprefix("torch.")),)

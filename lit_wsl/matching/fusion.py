@@ -1,0 +1,401 @@
+"""Units that are one tensor on one side and several on the other: q, k, v <-> qkv; gate, up <-> gate_up.
+
+Shapes tell that parts can make a whole, but not in which order: names tell that, as far as they do. Of several
+sets of parts the one is taken whose order is known best and that stands where the whole stands. Where nothing tells,
+the parts stay ambiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, permutations
+
+from lit_wsl.matching.classes import Region
+from lit_wsl.matching.evidence import ORDER_WEIGHT, Evidence
+from lit_wsl.matching.shapes import join_axis, transpose_shape
+from lit_wsl.matching.tree import (
+    Family,
+    Item,
+    TreeBuilder,
+    families_of,
+    of_size,
+    owner_path,
+    relative,
+    role_of,
+    uniform,
+)
+from lit_wsl.matching.words import ABBREVIATION, best_pairs_similarity, path_tokens, token_similarity
+from lit_wsl.plan.operations import Concat, Operation, Permute, Split, Stack, Transpose
+from lit_wsl.structure.description import Shape
+
+SPELLED, FORMULA, NUMBERED, UNKNOWN = 1.0, 0.9, 0.7, 0.0
+
+
+@dataclass(frozen=True)
+class PartOrder:
+    """An order of parts, and what it rests on.
+
+    Attributes:
+        order: Indices of the parts, in the order in which they stand in the whole.
+        strength: How strong the evidence is: ``SPELLED``, ``FORMULA``, ``NUMBERED`` or ``UNKNOWN``.
+        reason: The evidence in words.
+    """
+
+    order: tuple[int, ...]
+    strength: float
+    reason: str
+
+    @property
+    def known(self) -> bool:
+        """Whether anything tells the order."""
+        return self.strength != UNKNOWN
+
+
+def order_of_parts(whole: str, parts: Sequence[str]) -> PartOrder:
+    """The order of parts by the strongest evidence there is.
+
+    Args:
+        whole: Path of the tensor or unit that the parts make up.
+        parts: Paths of the parts, in any order.
+
+    >>> order_of_parts("attn.qkv.weight", ["attn.v.weight", "attn.q.weight", "attn.k.weight"]).order
+    (1, 2, 0)
+    >>> order_of_parts("mlp.in_proj.weight", ["mlp.left.weight", "mlp.right.weight"]).known
+    False
+    """
+    labels = _labels(parts)
+    unknown = PartOrder(tuple(range(len(parts))), UNKNOWN, "nothing tells in which order the parts stand")
+    return _spelled(whole, labels) or _by_formula(labels) or _by_number(labels) or unknown
+
+
+def _labels(parts: Sequence[str]) -> list[str]:
+    """What tells the parts apart: their paths without common beginning and end, e.g. ``q``, ``k``, ``v``."""
+    paths = [owner_path(part) for part in parts]
+    head, tail = _shared_letters(paths), _shared_letters([p[::-1] for p in paths])
+    labels = [p[head : len(p) - tail] for p in paths]
+    if any(not label for label in labels):  # one label begins like another: keep what they share
+        cut = max((p[:head].rfind(c) for p in paths for c in "._"), default=-1) + 1
+        labels = [p[cut : len(p) - tail] or p[cut:] for p in paths]
+    return [label.strip("._").lower() for label in labels]
+
+
+def _shared_letters(words: Sequence[str]) -> int:
+    """Length of the common beginning."""
+    return next((k for k, letters in enumerate(zip(*words)) if len(set(letters)) > 1), min(map(len, words)))
+
+
+def _spelled(name: str, labels: Sequence[str]) -> PartOrder | None:
+    """The order in which a name spells its parts: by initials in one word, by numbers, or by words."""
+    *_, above, own = ("", "", *owner_path(name).split("."))
+    tokens = (*(t for t in path_tokens(above) if not t.isdigit()), *path_tokens(own))
+    reason = "the name spells the order of the parts"
+    initials = [label[0] for label in labels]
+    for order in permutations(range(len(labels))):
+        if len(set(initials)) == len(initials) and any(
+            tok.endswith("".join(initials[i] for i in order)) and len(tok) <= len(labels) + 1 for tok in tokens
+        ):
+            return PartOrder(order, SPELLED, reason)
+        if all(label.isdigit() for label in labels) and "".join(labels[i] for i in order) in path_tokens(own):
+            return PartOrder(order, SPELLED, reason)
+    if any(label.isdigit() for label in labels):
+        return None  # a number on both sides says nothing
+    places = []
+    for label in labels:
+        words = path_tokens(label)
+        hits = [k for k, tok in enumerate(tokens) if any(token_similarity(w, tok) >= ABBREVIATION for w in words)]
+        places.append(hits[-1] if hits else -1)
+    if min(places) < 0 or len(set(places)) < len(places):
+        return None
+    return PartOrder(_sorted_by(places), SPELLED, reason)
+
+
+def _by_formula(labels: Sequence[str]) -> PartOrder | None:
+    """Attention(Q, K, V): queries before keys before values."""
+    initials = [label[:1] for label in labels]
+    if sorted(initials) not in (["k", "q", "v"], ["k", "v"], ["k", "q"]):
+        return None
+    reason = "queries, keys, values stand in the order of the formula"
+    return PartOrder(_sorted_by(["qkv".index(initial) for initial in initials]), FORMULA, reason)
+
+
+def _by_number(labels: Sequence[str]) -> PartOrder | None:
+    """Parts that are called alike but for a number, where the number is part of a word (``w1``, ``wi_0``)."""
+    if not all(label.isdigit() for label in labels) or len(set(labels)) < len(labels):
+        return None
+    return PartOrder(_sorted_by([int(label) for label in labels]), NUMBERED, "the parts are numbered")
+
+
+def _sorted_by(places: Sequence[int]) -> tuple[int, ...]:
+    """Indices in the order of their places."""
+    return tuple(sorted(range(len(places)), key=lambda i: places[i]))
+
+
+MAX_PARTS = 4
+
+
+MAX_SIBLINGS = 8
+
+
+MARGIN = 0.08
+
+
+@dataclass(frozen=True)
+class Step:
+    """Operations from source ordinals to target ordinals."""
+
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One whole and its parts, with what has to be done; in doubt if the order of the parts is unknown."""
+
+    items: tuple[Item, ...]
+    steps: tuple[Step, ...]
+    source_positions: tuple[int, ...]
+    target_positions: tuple[int, ...]
+    margin: float
+    reason: str
+    doubt: bool = False
+
+    @property
+    def settled(self) -> tuple[set[int], set[int]]:
+        """Source and target ordinals that the fusion matches, or leaves in doubt."""
+        if self.doubt:
+            return set(self.source_positions), set(self.target_positions)
+        return {p for step in self.steps for p in step.sources}, {p for step in self.steps for p in step.targets}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Parts in the order in which they stand in the whole, what that rests on, and a score against other choices."""
+
+    parts: tuple[Family, ...]
+    order: PartOrder
+    score: float
+
+
+def find_fusions(
+    sources: Sequence[Item],
+    targets: Sequence[Item],
+    region: Region,
+    evidence: Evidence,
+    turned: bool,
+) -> list[Fusion]:
+    """Find wholes on one side whose parts are on the other.
+
+    Args:
+        sources: Left-over units of the source, in registration order.
+        targets: Left-over units of the target, in registration order.
+        region: Where they stand. If it is not complete, numbers in the parts' names are no evidence that something else
+            is made of them.
+        evidence: The dictionary of this pair of models.
+        turned: Whether the pair stores its matrices the other way round.
+
+    Returns:
+        Fusions that use no unit twice.
+    """
+    found: list[Fusion] = []
+    gone: set[int] = set()
+    for whole_is_target in (True, False):
+        wholes, parts = (targets, sources) if whole_is_target else (sources, targets)
+        root_w, root_p = (region.target, region.source) if whole_is_target else (region.source, region.target)
+        wholes = [i for i in wholes if id(i) not in gone and i.rank >= 2]
+        other_profiles = {i.profile_key for i in parts}
+        for whole in sorted(uniform(families_of(wholes, root_w)), key=lambda f: (-f.members[0].numel, f.start)):
+            free = [i for i in parts if id(i) not in gone and i.rank >= 2]
+            choice, margin = _choose(whole, free, wholes, root_p, evidence)
+            if choice is None:
+                continue
+            if whole.members[0].profile_key in other_profiles and choice.order.strength != SPELLED:
+                continue  # something else has the size of the whole, so only its name can make it one
+            if not region.complete and choice.order.strength == NUMBERED:
+                continue
+            for k, member in enumerate(whole.members):
+                fusion = _build(member, [p.members[k] for p in choice.parts], whole_is_target, choice, margin, turned)
+                if fusion is not None:
+                    found.append(fusion)
+                    gone.update(id(i) for i in fusion.items)
+    return found
+
+
+def _choose(
+    whole: Family, parts: list[Item], rivals: Sequence[Item], root: Item, evidence: Evidence
+) -> tuple[_Choice | None, float]:
+    """The best parts for a whole, in order, and the margin over the next best."""
+    families = of_size(uniform(families_of(parts, root)), len(whole.members))
+    sets = {frozenset(id(p) for p in subset): subset for subset in _sets_of_parts(whole, families)}
+    choices = [_judge(whole, subset, families, rivals, evidence) for subset in sets.values()]
+    choices.sort(key=lambda c: (-c.score, [p.start for p in c.parts]))
+    if not choices:
+        return None, 0.0
+    margin = choices[0].score - choices[1].score if len(choices) > 1 else choices[0].score
+    return choices[0], min(margin, 1.0)
+
+
+def _sets_of_parts(whole: Family, families: Sequence[Family]) -> Iterator[tuple[Family, ...]]:
+    """Sets of siblings (then of cousins) whose shapes make up the whole's; some come twice."""
+    shape = whole.members[0].main.shape
+    for up in (1, 2):
+        groups: dict[str, list[Family]] = {}
+        for family in families:
+            groups.setdefault(_ancestor(family.members[0].path, up), []).append(family)
+        for siblings in groups.values():
+            if len(siblings) > MAX_SIBLINGS:
+                continue
+            for n in range(2, min(MAX_PARTS, len(siblings)) + 1):
+                for subset in combinations(siblings, n):
+                    if join_axis(shape, [p.members[0].main.shape for p in subset]) is not None:
+                        yield subset
+
+
+def _ancestor(path: str, up: int) -> str:
+    path = owner_path(path)
+    for _ in range(up):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _judge(
+    whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item], evidence: Evidence
+) -> _Choice:
+    """Put parts in the order in which they stand in the whole, and score the evidence for it."""
+    name = whole.members[0].path
+    order = order_of_parts(name, [p.members[0].path for p in parts])
+    around_w = [w for w in path_tokens(_ancestor(name, 1)) if not w.isdigit()]
+    around_p = [w for w in path_tokens(_ancestor(parts[0].members[0].path, 1)) if not w.isdigit()]
+    near = best_pairs_similarity(around_w[-2:], around_p[-2:], evidence.dictionary)
+    balance = _balance(parts, families, rivals)
+    in_place = _in_place(whole, parts, families, rivals)
+    total = (order.strength + 0.2 * near + 0.3 * balance + ORDER_WEIGHT * in_place) if order.known else 0.0
+    return _Choice(tuple(parts[i] for i in order.order), order, total)
+
+
+def _balance(parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> float:
+    """Whether the siblings that are left find as many units of their shape on the whole's side."""
+    size = len(parts[0].members)
+    taken = {id(p) for p in parts}
+    profiles = {p.members[0].profile_key for p in parts}
+    fits = 0
+    for profile in profiles:
+        left = sum(1 for f in families if id(f) not in taken and f.members[0].profile_key == profile)
+        there = sum(1 for i in rivals if i.profile_key == profile)
+        fits += left * size == there
+    return fits / len(profiles)
+
+
+def _in_place(whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> bool:
+    """Whether the parts follow one another, and siblings of their shape stand around them as around the whole."""
+    profiles = {p.members[0].profile_key for p in parts}
+    home = _ancestor(parts[0].members[0].path, 1)
+    row = sorted(
+        f.start for f in families if f.members[0].profile_key in profiles and _ancestor(f.members[0].path, 1) == home
+    )
+    run = sorted(p.start for p in parts)
+    if len(profiles) > 1 or run[0] not in row:
+        return False
+    before = row.index(run[0])
+    first = whole.members[0]
+    around = [
+        i.positions[0] < first.positions[0]
+        for i in rivals
+        if i.profile_key in profiles and _ancestor(i.path, 1) == _ancestor(first.path, 1)
+    ]
+    return row[before : before + len(run)] == run and (sum(around), len(around)) == (before, len(row) - len(run))
+
+
+def _build(
+    whole: Item, parts: list[Item], whole_is_target: bool, choice: _Choice, margin: float, turned: bool
+) -> Fusion | None:
+    """The steps for one whole: its weight, its bias and whatever else both sides have."""
+    all_parts = tuple(pos for p in parts for pos in p.positions)
+    sides = (all_parts, whole.positions) if whole_is_target else (whole.positions, all_parts)
+    items = (whole, *parts)
+    if not choice.order.known or margin < MARGIN:
+        why = "several sets of parts fit as well" if choice.order.known else choice.order.reason
+        return Fusion(items, (), *sides, margin=margin, reason=why, doubt=True)
+    steps = []
+    for tensor in whole.tensors:
+        members = [_same_role(tensor, whole, p) for p in parts]
+        if any(m is None for m in members):
+            continue
+        step = _join(tensor, [m for m in members if m is not None], whole_is_target, turned)
+        if step is not None:
+            steps.append(step)
+    return Fusion(items, tuple(steps), *sides, margin=margin, reason=choice.order.reason) if steps else None
+
+
+def _same_role(tensor: Item, whole: Item, part: Item) -> Item | None:
+    if tensor is whole.main:
+        return part.main
+    return next((t for t in part.tensors if t is not part.main and role_of(t.path) == role_of(tensor.path)), None)
+
+
+def _join(whole: Item, parts: list[Item], whole_is_target: bool, turned: bool) -> Step | None:
+    found = join_axis(whole.shape, [p.shape for p in parts])
+    if found is None:
+        return None
+    axis, turn = found
+    square = len(whole.shape) == 2 and all(p.shape[0] == p.shape[1] for p in parts)
+    if square and turned and not turn:
+        turn = True  # square parts fit both ways; the rest of the model says which
+    elif square and turn and not turned:
+        return None
+    turning: tuple[Operation, ...] = ()
+    if turn:
+        turning = (Transpose(),) if len(whole.shape) == 2 else (Permute((0, 2, 1)),)
+    sizes = tuple(transpose_shape(p.shape)[axis] if turn else p.shape[axis] for p in parts)
+    places = tuple(pos for p in parts for pos in p.positions)
+    part = parts[0]  # what makes it, if it is virtual, is the same for all parts: they are siblings
+    if whole_is_target:
+        return Step(places, whole.positions, (*part.operations, *turning, Concat(axis, sizes), *whole.undoing))
+    return Step(whole.positions, places, (*whole.operations, Split(axis, sizes), *turning, *part.undoing))
+
+
+def fold_run(items: Sequence[Item], waiting: Sequence[Item], builder: TreeBuilder) -> list[Item] | None:
+    """Stack repeated siblings into virtual tensors where the other side holds such stacks.
+
+    Args:
+        items: Items of one size that found no partner.
+        waiting: Items of the other side that are still open.
+        builder: Gives the virtual items their structure numbers.
+
+    Returns:
+        One module of virtual tensors per run of siblings, or ``None`` if the other side holds no stack of them.
+    """
+    stacks = {t.shape for i in waiting for t in i.tensors if len(t.shape) >= 2}
+    if not stacks or len({i.structure for i in items}) != 1:
+        return None
+    shapes = {t.shape for t in items[0].tensors}
+    out: list[Item] = []
+    for family in families_of(items, items[0]):
+        axis = next((a for a in reversed(family.axes()) if _is_stacked(len(family.split(a)), shapes, stacks)), None)
+        if axis is None:
+            return None
+        count = len(family.split(axis))
+        runs: dict[tuple[int, ...], list[Item]] = {}
+        for member, numbers in zip(family.members, family.numbers):
+            runs.setdefault((*numbers[:axis], *numbers[axis + 1 :]), []).append(member)
+        if any(len(run) != count for run in runs.values()):
+            return None
+        out += [_stack(run, builder) for run in runs.values()]
+    return out
+
+
+def _is_stacked(count: int, shapes: set[Shape], stacks: set[Shape]) -> bool:
+    return any(s[0] == count and any(sorted(s[1:]) == sorted(shape) for shape in shapes) for s in stacks)
+
+
+def _stack(run: list[Item], builder: TreeBuilder) -> Item:
+    count = len(run)
+    parent = run[0].path.rpartition(".")[0]
+    prefix = f"{parent}." if parent else ""
+    children = []
+    for k, tensor in enumerate(run[0].tensors):
+        positions = tuple(p for member in run for p in member.tensors[k].positions)
+        path = prefix + relative(tensor, run[0])
+        children.append(builder.tensor(path, (count, *tensor.shape), positions, (*tensor.operations, Stack(0, count))))
+    return children[0] if len(children) == 1 else builder.group(parent, children, 2)

@@ -1,0 +1,334 @@
+"""From two descriptions to a plan: passes of the alignment, buffers, scores, and the reasons of what stays out."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from lit_wsl.matching.alignment import Aligner, Match, Outcome
+from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds
+from lit_wsl.matching.entries import EntryWriter
+from lit_wsl.matching.evidence import ORDER_WEIGHT, Evidence, OrderVotes
+from lit_wsl.matching.layouts import hidden_layouts, leave_open
+from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.shapes import Forbidden
+from lit_wsl.matching.tree import TreeBuilder, shape_key, stem_of
+from lit_wsl.matching.words import Dictionary, split_numbers
+from lit_wsl.plan.entries import SideSummary
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape, tokenize
+
+_PARAMETRIZED = re.compile(
+    r"(?:.*\.)?parametrizations\.[^.]+\.original(\d+)"
+)  # as torch.nn.utils.parametrize stores them
+
+
+_LENGTH, _DIRECTION = "_g", "_v"  # as torch.nn.utils.weight_norm and many ports of it store them
+
+
+def factor_roles(infos: Iterable[ParameterInfo]) -> dict[str, int]:
+    """The tensors that are factors of a weight, and which one.
+
+    Args:
+        infos: One side's tensors.
+
+    Returns:
+        Name -> place among the factors; of weight norm 0 is the length, 1 the direction.
+
+    >>> factor_roles([ParameterInfo("fc.weight_g", (7, 1)), ParameterInfo("fc.weight_v", (7, 6))])
+    {'fc.weight_g': 0, 'fc.weight_v': 1}
+    """
+    by_name = {info.name: info for info in infos}
+    roles: dict[str, int] = {}
+    for name, info in by_name.items():
+        found = _PARAMETRIZED.fullmatch(name)
+        if found:
+            roles[name] = int(found[1])
+        elif name.endswith(_LENGTH):
+            direction = by_name.get(name.removesuffix(_LENGTH) + _DIRECTION)
+            if direction is not None and _is_length(info.shape, direction.shape):
+                roles[name], roles[direction.name] = 0, 1
+    return roles
+
+
+def _is_length(length: Shape, direction: Shape) -> bool:
+    """Whether a shape is that of norms of a tensor along some of its axes."""
+    if length == ():
+        return len(direction) > 0
+    return len(length) == len(direction) > 1 and all(a in (1, b) for a, b in zip(length, direction))
+
+
+def same_roles(
+    sources: Sequence[ParameterInfo],
+    targets: Sequence[ParameterInfo],
+    of_source: dict[str, int],
+    of_target: dict[str, int],
+) -> bool:
+    """Whether tensors may become others: none of them a factor, or all of them the same one."""
+    return len({of_source.get(s.name) for s in sources} | {of_target.get(t.name) for t in targets}) == 1
+
+
+MAX_PASSES = 4
+
+
+LEARN_MARGIN = 0.3  # more than order alone can give
+
+
+Matched = tuple[tuple[ParameterInfo, ...], tuple[ParameterInfo, ...], Match]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The outcome of the passes, in terms of the tensors themselves.
+
+    Attributes:
+        matches: Source tensors, target tensors, the match.
+        doubts: Target tensors, source tensors, the reason.
+        dictionary: What the passes learned about names.
+    """
+
+    matches: tuple[Matched, ...]
+    doubts: tuple[tuple[tuple[ParameterInfo, ...], tuple[ParameterInfo, ...], str], ...]
+    dictionary: Dictionary
+
+
+def build_plan(
+    source: ModelDescription,
+    target: ModelDescription,
+    options: MatchingOptions | None = None,
+    *,
+    assume_layouts: bool = False,
+) -> TransferPlan:
+    """Match two models by structure, order, shape and names, and write down what would be loaded.
+
+    Args:
+        source: The checkpoint's side.
+        target: The model's side.
+        options: How to match.
+        assume_layouts: As the option of this name: for looking at a mapping, and for plans that are going to be
+            proven by function. To be loaded as they are, such tensors are ambiguous.
+
+    Returns:
+        The plan; deterministic, and made without tensor data.
+    """
+    options = options or MatchingOptions()
+    with _no_collections():
+        plan = _build_lossless(source, target, options)
+        if options.adapt:
+            from lit_wsl.matching.adapt import adapt_plan
+
+            plan = adapt_plan(plan, source, target, options, _build_lossless)
+        if assume_layouts or options.assume_layouts:
+            return plan
+        return leave_open(plan, hidden_layouts(plan, source, target))
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without the cyclic garbage collector: planning makes many objects and hardly a cycle, which it would search."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _build_lossless(source: ModelDescription, target: ModelDescription, options: MatchingOptions) -> TransferPlan:
+    """The plan of lossless operations alone."""
+    weights_s, buffers_s, weights_t, buffers_t = split_kinds(source, target)
+    ties = Counter(source.tied.values())
+    alignment = align(weights_s, weights_t, options, {name: count + 1 for name, count in ties.items()})
+    if target.has_execution_order:
+        alignment = _with_execution_order(alignment, weights_s, weights_t, options)
+    writer = EntryWriter(source, target, options, alignment.dictionary)
+    factors_s, factors_t = factor_roles(weights_s), factor_roles(weights_t)
+    notes: list[str] = []
+    for sources, targets, match in alignment.matches:
+        if not same_roles(sources, targets, factors_s, factors_t):
+            notes.append(
+                f"{sources[0].name} does not fill {targets[0].name}: one is a weight, the other a factor of one "
+                "(weight_norm); remove the parametrization on one side first"
+            )
+            continue
+        writer.add(sources, targets, match.operations, match.margin, match.reason)
+    for targets, sources, reason in alignment.doubts:
+        writer.doubt(targets, sources, reason)
+    if options.buffers != "exclude":
+        for s, t, reason in match_buffers(writer.pairs(), source, buffers_s, buffers_t):
+            writer.add((s,), (t,), (), 1.0, reason)
+    if options.buffers == "strict":
+        refuse_modules(writer, source, target)
+    entries, ambiguous, unmatched_source, unmatched_target = writer.finish()
+    return TransferPlan(
+        entries=entries,
+        source=SideSummary.of(source),
+        target=SideSummary.of(target),
+        ambiguous=ambiguous,
+        unmatched_source=unmatched_source,
+        unmatched_target=unmatched_target,
+        options=options.to_dict(),
+        notes=tuple(notes),
+    )
+
+
+def align(
+    source: Sequence[ParameterInfo],
+    target: Sequence[ParameterInfo],
+    options: MatchingOptions,
+    ties: Mapping[str, int] | None = None,
+) -> Alignment:
+    """Run passes until they learn nothing more.
+
+    The first pass doesn't use order at all; what it is certain of tells how far order can be trusted, which way
+    round matrices are stored, and which words stand for which.
+    """
+    if not source or not target:
+        return Alignment((), (), Dictionary())
+    builder = TreeBuilder()
+    root_s, order_s = builder.build(source)
+    root_t, order_t = builder.build(target)
+    forbidden = _forbidden(options)
+    evidence = Evidence(order=OrderVotes(same=0, total=1), first=True)
+    outcome = Outcome()
+    matched = -1
+    for _ in range(MAX_PASSES):
+        aligner = Aligner(options, builder, evidence, forbidden, ties or {})
+        outcome = aligner.align(root_s, root_t)
+        if outcome.size <= matched:
+            break
+        matched = outcome.size
+        evidence = replace(aligner.gathered, dictionary=_learn(outcome, order_s, order_t))
+    flat, unsure = outcome.flat()
+    matches = tuple((tuple(order_s[p] for p in m.sources), tuple(order_t[p] for p in m.targets), m) for m in flat)
+    doubts = tuple(
+        (tuple(order_t[p] for p in d.targets), tuple(order_s[p] for p in d.sources), d.reason) for d in unsure
+    )
+    return Alignment(companions_together(matches, source, target), doubts, evidence.dictionary)
+
+
+def companions_together(
+    matches: Sequence[Matched], source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]
+) -> tuple[Matched, ...]:
+    """Drop what would part a bias from its weight: the smaller tensors of a unit go where its largest goes.
+
+    A bias that comes from another module than the weight beside it, or alone from a module that has a weight of its
+    own, is no match but a coincidence of sizes.
+    """
+    main_s, main_t = _mains(source), _mains(target)
+    single = {ts[0].name: ss[0] for ss, ts, _ in matches if len(ss) == len(ts) == 1}
+    fused = {t.name for ss, ts, _ in matches if len(ss) != 1 or len(ts) != 1 for t in ts}
+    kept = []
+    for sources, targets, match in matches:
+        if len(sources) == len(targets) == 1:
+            s, t = sources[0], targets[0]
+            beside, whose = main_t[_unit(t)], main_s[_unit(s)]
+            if beside.name != t.name and beside.name not in fused:
+                partner = single.get(beside.name)
+                if (partner is not None or whose.name != s.name) and (partner is None or _unit(partner) != _unit(s)):
+                    continue
+        kept.append((sources, targets, match))
+    return tuple(kept)
+
+
+def _unit(info: ParameterInfo) -> tuple[str, str]:
+    return info.module_path, stem_of(info.leaf)
+
+
+def _mains(infos: Sequence[ParameterInfo]) -> dict[tuple[str, str], ParameterInfo]:
+    """The largest tensor of each unit, the first of equals."""
+    mains: dict[tuple[str, str], ParameterInfo] = {}
+    for info in infos:
+        known = mains.get(_unit(info))
+        if known is None or info.numel > known.numel:
+            mains[_unit(info)] = info
+    return mains
+
+
+def _with_execution_order(
+    first: Alignment, source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], options: MatchingOptions
+) -> Alignment:
+    """Let execution order decide what is still open: it only turns missing into right.
+
+    Where both sides were traced and the order of execution says otherwise than the order of registration, what was
+    decided by nothing but order is in doubt.
+    """
+    matched = {t.name for _, targets, _ in first.matches for t in targets}
+    both_traced = any(info.execution_order is not None for info in source)
+    if len(matched) == len(target) and not both_traced:
+        return first
+    second = align(_by_execution(source), _by_execution(target), options)
+    if both_traced:
+        first = _doubt_contradictions(first, second)
+    used = {s.name for sources, _, _ in first.matches for s in sources}
+    agreed = {(tuple(s.name for s in ss), tuple(t.name for t in ts)) for ss, ts, _ in first.matches}
+    if any(
+        (tuple(s.name for s in ss), tuple(t.name for t in ts)) not in agreed
+        for ss, ts, _ in second.matches
+        if any(t.name in matched for t in ts) or any(s.name in used for s in ss)
+    ):
+        return first  # the two orders contradict each other somewhere, so neither may add to the other
+    extra = tuple(m for m in second.matches if not any(t.name in matched for t in m[1]))
+    decided = matched | {t.name for _, targets, _ in extra for t in targets}
+    doubts = tuple(d for d in first.doubts if not all(t.name in decided for t in d[0]))
+    return Alignment((*first.matches, *extra), doubts, second.dictionary)
+
+
+def _doubt_contradictions(first: Alignment, second: Alignment) -> Alignment:
+    """Take back what only order decided, where the other order gives the target another source."""
+    theirs = {t.name: tuple(s.name for s in ss) for ss, ts, _ in second.matches for t in ts}
+    kept = []
+    crossing: dict[tuple[int, ...], tuple[list[ParameterInfo], list[ParameterInfo]]] = {}
+    for sources, targets, match in first.matches:
+        names = tuple(s.name for s in sources)
+        crossed = any(theirs.get(t.name, names) != names for t in targets)
+        if crossed and match.margin <= ORDER_WEIGHT:
+            group = crossing.setdefault(shape_key(targets[0].shape), ([], []))
+            group[0].extend(targets)
+            group[1].extend(sources)
+        else:
+            kept.append((sources, targets, match))
+    reason = "the orders of registration and of execution contradict each other"
+    doubts = [(tuple(targets), tuple(sources), reason) for targets, sources in crossing.values()]
+    return Alignment(tuple(kept), (*first.doubts, *doubts), first.dictionary)
+
+
+def _by_execution(infos: Sequence[ParameterInfo]) -> list[ParameterInfo]:
+    """Sort by execution order; tensors the sample never reached go last."""
+    late = len(infos) + max((i.execution_order or 0 for i in infos), default=0)
+    return sorted(infos, key=lambda i: (late if i.execution_order is None else i.execution_order, i.index))
+
+
+def _learn(outcome: Outcome, source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]) -> Dictionary:
+    """Learn words from matched pairs; every pair of families counts once, however many members it has."""
+    dictionary = Dictionary()
+    seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
+    for match, cap in ((m, cap) for region, cap in outcome.distinct() for m in region.matches):
+        if len(match.sources) != 1 or len(match.targets) != 1 or min(match.margin, cap) < LEARN_MARGIN:
+            continue
+        key = (
+            split_numbers(source[match.sources[0]].name)[0],
+            split_numbers(target[match.targets[0]].name)[0],
+        )
+        if key not in seen:
+            seen.add(key)
+            dictionary.learn([w for w in key[0] if w != "#"], [w for w in key[1] if w != "#"])
+    return dictionary
+
+
+def _forbidden(options: MatchingOptions) -> Forbidden:
+    """Whether two paths stand on different sides of an incompatible pair."""
+    pairs = [({w.lower() for w in a}, {w.lower() for w in b}) for a, b in options.incompatible_pairs]
+
+    def check(source: str, target: str) -> bool:
+        if not pairs:
+            return False
+        s, t = set(tokenize(source)), set(tokenize(target))
+        return any((s & a and t & b) or (s & b and t & a) for a, b in pairs)
+
+    return check

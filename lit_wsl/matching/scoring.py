@@ -1,0 +1,159 @@
+"""Scores that users see: shape, name and hierarchy of one pair of tensors, and how they add up.
+
+``score = 0.5 * shape + 0.3 * name + 0.2 * hierarchy`` with the default weights. The scores say how alike two tensors
+are; whether a pair is loaded is decided by the alignment of the whole models and its margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+
+from rapidfuzz.distance import Levenshtein
+
+from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.words import Dictionary, best_pairs_similarity
+from lit_wsl.structure.description import ParameterInfo, Shape, tokenize
+
+SAME_SHAPE, REARRANGED, TRANSPOSED, NEAR_BUFFER = 1.0, 0.85, 0.7, 0.2
+NAME_PARTS: Mapping[str, float] = {"token": 0.4, "edit": 0.2, "substring": 0.15, "type": 0.25}
+CONTEXT_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class ScoreBreakdown:
+    """The score of one pair and all that went into it; every part is between 0 and 1.
+
+    Attributes:
+        source: Name in the checkpoint.
+        target: Name in the model.
+        shape: 1.0 the same, 0.7 transposed, 0.85 another lossless operation (reshape, split, concat, stack), 0.2 a
+            buffer of other shape in lenient mode, else 0.0.
+        name: Weighted mean of ``name_parts``.
+        hierarchy: Mean of ``hierarchy_parts``.
+        name_parts: ``token`` (Jaccard), ``edit`` (Levenshtein), ``substring`` (longest common), ``type``.
+        hierarchy_parts: ``depth``, ``path``, ``parents`` and ``order``; parts without evidence are absent.
+        weights: Weights of shape, name and hierarchy, summing to 1.
+        parents: The parents' match, ``None`` without context.
+        total: ``sum(weights * parts)``; in context 80 % of it and 20 % ``parents``.
+    """
+
+    source: str
+    target: str
+    shape: float
+    name: float
+    hierarchy: float
+    name_parts: Mapping[str, float] = field(default_factory=dict)
+    hierarchy_parts: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    parents: float | None = None
+    total: float = 0.0
+
+
+def shape_score(source: Shape, target: Shape, *, buffer: bool = False, operation: bool = False) -> float:
+    """Score two shapes.
+
+    >>> shape_score((2, 3), (2, 3)), shape_score((2, 3), (3, 2)), shape_score((2, 3), (4, 3))
+    (1.0, 0.7, 0.0)
+    """
+    if source == target and not operation:
+        return SAME_SHAPE
+    if len(source) == len(target) == 2 and source == target[::-1]:
+        return TRANSPOSED
+    if operation:
+        return REARRANGED
+    return NEAR_BUFFER if buffer else 0.0
+
+
+def name_parts(source: str, target: str, dictionary: Dictionary | None = None) -> dict[str, float]:
+    """Score two names: token overlap, edit distance, longest common substring and the parameter's type.
+
+    >>> name_parts("a.weight", "a.weight")["token"]
+    1.0
+    """
+    ws, wt = ([t for t in tokenize(n) if not t.isdigit()] for n in (source, target))
+    leaf_s, leaf_t = source.rpartition(".")[2].lower(), target.rpartition(".")[2].lower()
+    longest = max(len(source), len(target)) or 1
+    return {
+        "token": best_pairs_similarity(ws, wt, dictionary) if ws or wt else 1.0,
+        "edit": Levenshtein.normalized_similarity(source, target),
+        "substring": SequenceMatcher(None, source, target, autojunk=False).find_longest_match().size / longest,
+        "type": 1.0 if leaf_s == leaf_t else best_pairs_similarity(tokenize(leaf_s), tokenize(leaf_t), dictionary),
+    }
+
+
+def hierarchy_parts(
+    source: ParameterInfo, target: ParameterInfo, *, parents: float | None = None, order: float | None = None
+) -> dict[str, float]:
+    """Score two places in the hierarchy.
+
+    Args:
+        source: The checkpoint's tensor.
+        target: The model's tensor.
+        parents: Share of the ancestors that correspond under the alignment; without it the share of equal path parts.
+        order: Agreement of the places in order, 0 to 1, where both sides have one.
+    """
+    ps, pt = source.module_path.split("."), target.module_path.split(".")
+    deepest = max(source.depth, target.depth)
+    parts = {
+        "depth": 1.0 - abs(source.depth - target.depth) / deepest if deepest else 1.0,
+        "path": best_pairs_similarity(ps, pt) if ps != pt else 1.0,
+    }
+    common = len(set(ps) & set(pt)) / max(1, len(set(ps) | set(pt)))
+    parts["parents"] = common if parents is None else parents
+    if order is not None:
+        parts["order"] = order
+    return parts
+
+
+def score_pair(
+    source: ParameterInfo,
+    target: ParameterInfo,
+    options: MatchingOptions | None = None,
+    *,
+    operation: bool = False,
+    parents: float | None = None,
+    order: float | None = None,
+    dictionary: Dictionary | None = None,
+) -> ScoreBreakdown:
+    """Score one pair of tensors.
+
+    Args:
+        source: The checkpoint's tensor.
+        target: The model's tensor.
+        options: Weights and buffer mode.
+        operation: Whether a lossless operation takes the one into the other.
+        parents: How far the parents correspond under the alignment, 0 to 1.
+        order: Agreement of the places in order, 0 to 1.
+        dictionary: Translations of words learned from this pair of models.
+
+    Returns:
+        The breakdown; ``total`` is the score.
+
+    >>> a = ParameterInfo("fc.weight", (2, 3))
+    >>> score_pair(a, a).total
+    1.0
+    """
+    options = options or MatchingOptions()
+    near = options.buffers == "lenient" and source.kind == target.kind == "buffer"
+    shape = shape_score(source.shape, target.shape, buffer=near, operation=operation)
+    names = name_parts(source.name, target.name, dictionary)
+    places = hierarchy_parts(source, target, parents=parents, order=order)
+    name = sum(NAME_PARTS[k] * v for k, v in names.items())
+    hierarchy = sum(places.values()) / len(places)
+    weights = options.score_weights
+    base = weights["shape"] * shape + weights["name"] * name + weights["hierarchy"] * hierarchy
+    total = base if parents is None else (1 - CONTEXT_SHARE) * base + CONTEXT_SHARE * parents
+    return ScoreBreakdown(
+        source.name,
+        target.name,
+        shape,
+        name,
+        hierarchy,
+        names,
+        places,
+        weights,
+        parents,
+        total,
+    )

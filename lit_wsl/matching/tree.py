@@ -1,0 +1,389 @@
+"""The tree that the alignment works on: modules, units and tensors, with signatures that operations don't change.
+
+The number of elements of a subtree is the same before and after a rename, transpose, reshape, split, concat or stack
+of what is inside, so equal counts find the same subtree on both sides whatever was done to it. A *unit* holds the
+tensors that belong to one linear map or norm: ``weight`` and ``bias`` of a module, or ``in_proj_weight`` and
+``in_proj_bias``. Chains of modules with one child collapse, so wrappers don't count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from lit_wsl.matching.words import split_numbers
+from lit_wsl.plan.operations import Operation
+from lit_wsl.structure.description import ParameterInfo, Shape
+
+_ROLES = ("weight", "bias")
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A module, a unit or a tensor of one side.
+
+    Attributes:
+        path: Dotted path; of a tensor its full name.
+        children: Parts in registration order; none for a tensor.
+        positions: Ordinals of all tensors below, in registration order.
+        numel: Number of elements below.
+        structure: Number that is equal exactly for items of one side with the same relative names and shapes.
+        shape: Shape, for a tensor.
+        operations: What makes a virtual tensor out of the real tensors at ``positions`` (stacked experts).
+        level: 0 for a tensor, 1 for a unit, 2 for a module.
+        virtual: Whether operations make any of the tensors below.
+    """
+
+    path: str
+    children: tuple[Item, ...]
+    positions: tuple[int, ...]
+    numel: int
+    structure: int
+    level: int
+    shape: Shape = ()
+    operations: tuple[Operation, ...] = ()
+    virtual: bool = False
+
+    @property
+    def start(self) -> int:
+        """Ordinal of the first tensor: the place in registration order."""
+        return self.positions[0]
+
+    @property
+    def undoing(self) -> tuple[Operation, ...]:
+        """What makes the real tensors out of a virtual one again."""
+        return tuple(op.reverse() for op in reversed(self.operations))
+
+    @cached_property
+    def tensors(self) -> tuple[Item, ...]:
+        """All tensors below, in registration order."""
+        if self.level == 0:
+            return (self,)
+        return tuple(t for child in self.children for t in child.tensors)
+
+    @cached_property
+    def profile(self) -> Counter[Shape]:
+        """How many tensors of each shape are below; sizes of one and the order of axes don't count."""
+        return Counter(shape_key(t.shape) for t in self.tensors)
+
+    @cached_property
+    def profile_key(self) -> tuple[tuple[Shape, int], ...]:
+        """The profile as something to compare and to look up."""
+        return tuple(sorted(self.profile.items()))
+
+    @cached_property
+    def rank(self) -> int:
+        """Largest number of axes (sizes of one left out) of any tensor below."""
+        return max(len(key) for key in self.profile)
+
+    @cached_property
+    def main(self) -> Item:
+        """The largest tensor below; the first of equals."""
+        return max(self.tensors, key=lambda t: (t.numel, -t.start))
+
+
+@lru_cache(maxsize=4096)  # a model of many tensors has few shapes
+def shape_key(shape: Shape) -> Shape:
+    """A shape up to transposition and axes of size one.
+
+    >>> shape_key((1, 1, 8)), shape_key((3, 8)) == shape_key((8, 3, 1, 1))
+    ((8,), True)
+    """
+    return tuple(sorted(d for d in shape if d != 1))
+
+
+class TreeBuilder:
+    """Builds the items of one side; structure numbers are shared between sides built by one builder."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[object, int] = {}
+
+    def _number(self, key: object) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def build(self, infos: Sequence[ParameterInfo]) -> tuple[Item, list[ParameterInfo]]:
+        """Build the tree of a side.
+
+        Returns:
+            The root, and the tensors in the order of the tree: positions are ordinals in this list. It is the order
+            of registration, except that the tensors of a module (and of a unit) stand together.
+        """
+        nested: dict[str, object] = {}
+        for info in infos:
+            node = nested
+            *modules, leaf = info.name.split(".")
+            for part in modules:
+                below = node.setdefault(part + ".", {})
+                node = below  # type: ignore[assignment]
+            node[leaf] = info
+        order: list[ParameterInfo] = []
+        return self._module("", nested, order), order
+
+    def tensor(
+        self, path: str, shape: Shape, positions: tuple[int, ...], operations: tuple[Operation, ...] = ()
+    ) -> Item:
+        """A tensor, virtual if operations make it."""
+        numel = math.prod(shape)
+        return Item(path, (), positions, numel, self._number(("tensor", shape)), 0, shape, operations, bool(operations))
+
+    def group(self, path: str, children: Sequence[Item], level: int) -> Item:
+        """A unit or module of these children."""
+        offset = len(path) + 1 if path else 0
+        key = (level, tuple((c.path[offset:], c.structure) for c in children))
+        positions = tuple(p for c in children for p in c.positions)
+        numel, virtual = sum(c.numel for c in children), any(c.virtual for c in children)
+        return Item(path, tuple(children), positions, numel, self._number(key), level, virtual=virtual)
+
+    def _module(self, path: str, nested: dict[str, object], order: list[ParameterInfo]) -> Item:
+        own: dict[str, list[ParameterInfo]] = {}
+        for key, value in nested.items():
+            if isinstance(value, ParameterInfo):
+                own.setdefault(stem_of(key), []).append(value)
+        alone = len(own) == 1 and not any(isinstance(value, dict) for value in nested.values())
+        children: list[Item] = []
+        prefix = f"{path}." if path else ""
+        for key, value in nested.items():
+            if isinstance(value, dict):
+                children.append(self._module(prefix + key[:-1], value, order))
+                continue
+            stem = stem_of(key)
+            infos = own.pop(stem, [])  # a unit stands where its first tensor stands
+            tensors = []
+            for info in infos:
+                tensors.append(self.tensor(info.name, info.shape, (len(order),)))
+                order.append(info)
+            if tensors:
+                name = path if alone or not stem else prefix + stem
+                children.append(tensors[0] if len(tensors) == 1 else self.group(name, tensors, 1))
+        return children[0] if len(children) == 1 else self.group(path, children, 2)
+
+
+@lru_cache(maxsize=4096)  # and few names of leaves
+def stem_of(leaf: str) -> str:
+    """The name of a tensor without the word that says weight or bias.
+
+    >>> stem_of("in_proj_weight"), stem_of("weight"), stem_of("gamma_1")
+    ('in_proj', '', 'gamma_1')
+    """
+    return "_".join(part for part in leaf.split("_") if part.lower() not in _ROLES)
+
+
+def role_of(name: str) -> str:
+    """``weight`` or ``bias`` if the name of a tensor says so, else its last part.
+
+    >>> role_of("attn.in_proj_weight"), role_of("norm.bias"), role_of("gamma")
+    ('weight', 'bias', 'gamma')
+    """
+    leaf = name.rpartition(".")[2]
+    return next((part.lower() for part in leaf.split("_") if part.lower() in _ROLES), leaf)
+
+
+def owner_path(name: str) -> str:
+    """Path of the module that owns a weight or bias; the name itself of any other tensor.
+
+    >>> owner_path("attn.q.weight"), owner_path("pos_embed")
+    ('attn.q', 'pos_embed')
+    """
+    return name.rpartition(".")[0] if role_of(name) in _ROLES and "." in name else name
+
+
+def relative(item: Item, root: Item) -> str:
+    """Path of an item below another."""
+    if root.path and item.path.startswith(root.path + "."):
+        return item.path[len(root.path) + 1 :]
+    return item.path
+
+
+def place_in(item: Item, root: Item) -> str:
+    """Path of an item below another, without a last part that only says weight or bias."""
+    return _without_role(relative(item, root))
+
+
+def place_end(item: Item) -> str:
+    """The last two parts of a path, numbers of the upper one left out: what blocks of one make have in common."""
+    upper, _, last = _without_role(item.path).rpartition(".")
+    return ".".join(("".join(c for c in upper.rpartition(".")[2] if not c.isdigit()), last))
+
+
+def _without_role(path: str) -> str:
+    head, _, leaf = path.rpartition(".")
+    return head if head and leaf in _ROLES else path
+
+
+@dataclass(frozen=True)
+class Family:
+    """Items whose paths differ only by numbers, ordered by them.
+
+    Attributes:
+        pattern: The words of the path, numbers replaced by ``#``.
+        members: The items, ordered by their numbers.
+        numbers: The numbers of each member.
+    """
+
+    pattern: tuple[str, ...]
+    members: tuple[Item, ...]
+    numbers: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def start(self) -> int:
+        """Place of the first member in registration order."""
+        return min(m.start for m in self.members)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words of the pattern; of a family of one also its numbers, and numbers all members share."""
+        fixed = [len({n[i] for n in self.numbers}) == 1 for i in range(len(self.numbers[0]))] if self.numbers else []
+        out, axis = [], 0
+        for word in self.pattern:
+            if word == "#":
+                if fixed[axis]:
+                    out.append(str(self.numbers[0][axis]))
+                axis += 1
+            else:
+                out.append(word)
+        return tuple(out)
+
+    def axes(self) -> list[int]:
+        """Number positions along which the members differ."""
+        return [i for i in range(len(self.numbers[0])) if len({n[i] for n in self.numbers}) > 1]
+
+    def split(self, axis: int) -> list[Family]:
+        """Cut the family along one number position."""
+        parts: dict[int, list[int]] = {}
+        for i, n in enumerate(self.numbers):
+            parts.setdefault(n[axis], []).append(i)
+        return [self.pick(indices) for _, indices in sorted(parts.items())]
+
+    def pick(self, indices: Sequence[int]) -> Family:
+        """The family of some of the members."""
+        return Family(self.pattern, tuple(self.members[i] for i in indices), tuple(self.numbers[i] for i in indices))
+
+
+def families_of(items: Sequence[Item], root: Item) -> list[Family]:
+    """Group items by the pattern of their path below a root, in registration order of the first members."""
+    found: dict[tuple[str, ...], list[tuple[tuple[int, ...], int, Item]]] = {}
+    for place, item in enumerate(items):
+        pattern, numbers = split_numbers(relative(item, root))
+        found.setdefault(pattern, []).append((numbers, place, item))
+    families = []
+    for pattern, members in found.items():
+        members.sort(key=lambda m: (m[0], m[1]))
+        families.append(Family(pattern, tuple(m[2] for m in members), tuple(m[0] for m in members)))
+    families.sort(key=lambda f: f.start)
+    return families
+
+
+def telling_words(families: Sequence[Family]) -> list[tuple[str, ...]]:
+    """The words that tell each family from its rivals: what is left when what all have is taken away, once each."""
+    words = [f.words for f in families]
+    if len(words) < 2:
+        return words
+    common = Counter(words[0])
+    for ws in words[1:]:
+        common &= Counter(ws)
+    out = []
+    for ws in words:
+        left = Counter(common)
+        kept = []
+        for w in reversed(ws):  # the last parts of a path are the common ones more often than the first
+            if left[w] > 0:
+                left[w] -= 1
+            else:
+                kept.append(w)
+        out.append(tuple(reversed(kept)))
+    return out
+
+
+def same_numbering(
+    s: list[tuple[str, ...]], t: list[tuple[str, ...]]
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Leave numbers out unless both sides use the same ones: counting from 0 and from 1 would cross."""
+    numbers = [{w for ws in side for w in ws if w.isdigit()} for side in (s, t)]
+    if numbers[0] == numbers[1]:
+        return s, t
+    plain = [[tuple(w for w in ws if not w.isdigit()) for ws in side] for side in (s, t)]
+    return plain[0], plain[1]
+
+
+def aligned_axes(f: Family, g: Family) -> tuple[Item, ...]:
+    """The members of ``g`` in the order of ``f``, where the two number axes stand the other way round."""
+    axes_f, axes_g = f.axes(), g.axes()
+    if len(axes_f) == len(axes_g) == 2:
+        size_f = [len({n[a] for n in f.numbers}) for a in axes_f]
+        size_g = [len({n[a] for n in g.numbers}) for a in axes_g]
+        if size_f != size_g and size_f == size_g[::-1]:
+            order = sorted(range(len(g.members)), key=lambda i: (g.numbers[i][axes_g[1]], g.numbers[i][axes_g[0]]))
+            return tuple(g.members[i] for i in order)
+    return g.members
+
+
+def evened(fs: list[Family], ft: list[Family]) -> tuple[list[Family], list[Family]]:
+    """Cut families along a number that plays a role (``norm1``, ``norm2``) until both sides have as many."""
+    for _ in range(3):
+        if len(fs) == len(ft):
+            break
+        fewer, more = (fs, ft) if len(fs) < len(ft) else (ft, fs)
+        wanted = Counter(len(f.members) for f in more)
+        cut = _cut_one(fewer, wanted)
+        if cut is None:
+            break
+        fs, ft = (cut, ft) if fewer is fs else (fs, cut)
+    return fs, ft
+
+
+def _cut_one(families: list[Family], wanted: Counter[int]) -> list[Family] | None:
+    have = Counter(len(f.members) for f in families)
+    for k, family in enumerate(families):
+        if have[len(family.members)] <= wanted[len(family.members)]:
+            continue
+        for axis in reversed(family.axes()):
+            parts = family.split(axis)
+            if all(wanted[len(p.members)] >= len(parts) for p in parts):
+                out = [*families[:k], *parts, *families[k + 1 :]]
+                return sorted(out, key=lambda f: f.start)
+    return None
+
+
+def uniform(families: Sequence[Family]) -> list[Family]:
+    """Cut families until all members of each have one structure."""
+    out: list[Family] = []
+    for family in families:
+        if len({m.structure for m in family.members}) == 1 or not family.axes():
+            out.append(family)
+            continue
+        by_structure: dict[int, list[int]] = {}
+        for i, m in enumerate(family.members):
+            by_structure.setdefault(m.structure, []).append(i)
+        out += [family.pick(indices) for indices in by_structure.values()]
+    return out
+
+
+def of_size(families: Sequence[Family], size: int) -> list[Family]:
+    """Families of ``size`` members, larger ones cut along a number where that gives the size."""
+    out: list[Family] = []
+    for family in families:
+        if len(family.members) == size:
+            out.append(family)
+            continue
+        for axis in reversed(family.axes()):
+            parts = family.split(axis)
+            if all(len(p.members) == size for p in parts):
+                out += parts
+                break
+    return sorted(out, key=lambda f: f.start)
+
+
+def literal_if_needed(fs: list[Family], ft: list[Family]) -> tuple[list[Family], list[Family]]:
+    """Families of one member each, unless whole families stand against each other."""
+    sizes = {len(f.members) for f in (*fs, *ft)}
+    if len(sizes) == 1 and all(f.numbers == ft[0].numbers or sizes == {1} for f in (*fs, *ft)):
+        return fs, ft
+    return _literal(fs), _literal(ft)
+
+
+def _literal(families: list[Family]) -> list[Family]:
+    singles = [Family(f.pattern, (m,), (n,)) for f in families for m, n in zip(f.members, f.numbers)]
+    return sorted(singles, key=lambda f: f.start)

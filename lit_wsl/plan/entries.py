@@ -1,0 +1,191 @@
+"""The records of a plan: entries, what was left open or unmatched, and what is remembered of each side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from lit_wsl.plan.operations import Operation
+from lit_wsl.structure.description import Kind, ModelDescription, Shape
+
+Side = Literal["source", "target"]
+
+
+Proof = Literal["proven", "refuted", "not tested"]
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One step of a plan: these sources become these targets.
+
+    Attributes:
+        sources: Names in the checkpoint, in the order in which the operations take them.
+        targets: Names in the model, in the order in which the operations give them.
+        operations: Applied in order to the list of source tensors; none means an exact copy.
+        source_shapes: Shape of each source.
+        target_shapes: Shape of each target.
+        kind: Whether the targets are parameters or buffers.
+        score: What users see, 0 to 1: shape, name and hierarchy, weighted.
+        margin: How much worse the best alternative of the whole assignment would be, 0 to 1.
+        reason: Why these belong together, in words.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    operations: tuple[Operation, ...] = ()
+    source_shapes: tuple[Shape, ...] = ()
+    target_shapes: tuple[Shape, ...] = ()
+    kind: Kind = "parameter"
+    score: float = 1.0
+    margin: float = 1.0
+    reason: str = ""
+
+    @property
+    def badge(self) -> str:
+        """The operation in one word: ``exact``, ``transpose``, ``reshape``, ``split``, ``concat``, ``stack``..."""
+        names = [op.name for op in self.operations if op.name != "cast"]
+        return "+".join(names) if names else ("cast" if self.operations else "exact")
+
+    @property
+    def lossless(self) -> bool:
+        """Whether no operation changes values."""
+        return all(op.lossless for op in self.operations)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A source that could have filled an ambiguous target.
+
+    Attributes:
+        sources: Names in the checkpoint.
+        score: Its score, 0 to 1.
+        operations: What would have to be done.
+    """
+
+    sources: tuple[str, ...]
+    score: float
+    operations: tuple[Operation, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ambiguity:
+    """Targets that stay unloaded because nothing decides between their candidates.
+
+    Attributes:
+        targets: Names in the model that were to be decided together.
+        candidates: The possible sources, best first.
+        shape: Shape of the (first) target.
+        reason: What made them equal, in words.
+    """
+
+    targets: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+    shape: Shape = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A tensor of either side that found no partner.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        kind: Parameter or buffer.
+        reason: Why, in words.
+    """
+
+    name: str
+    shape: Shape
+    kind: Kind
+    reason: str
+
+
+@dataclass(frozen=True)
+class SideSummary:
+    """What a plan remembers of one side, to recognise it again.
+
+    Attributes:
+        label: File or class name.
+        parameters: Number of trainable tensors.
+        parameter_elements: Number of their elements.
+        buffers: Number of buffers.
+        buffer_elements: Number of their elements.
+        fingerprint: SHA-256 over names, shapes and kinds.
+    """
+
+    label: str
+    parameters: int
+    parameter_elements: int
+    buffers: int
+    buffer_elements: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, side: ModelDescription) -> SideSummary:
+        """Summarise a description."""
+        import hashlib
+
+        digest = hashlib.sha256()
+        for info in side.parameters:
+            digest.update(f"{info.name}\0{info.shape}\0".encode())
+        kinds: dict[Kind, list[int]] = {"parameter": [], "buffer": []}
+        for info in side.parameters:
+            kinds[info.kind].append(info.numel)
+        return cls(
+            label=side.label,
+            parameters=len(kinds["parameter"]),
+            parameter_elements=sum(kinds["parameter"]),
+            buffers=len(kinds["buffer"]),
+            buffer_elements=sum(kinds["buffer"]),
+            fingerprint=digest.hexdigest(),
+        )
+
+
+@dataclass(frozen=True)
+class PlanData:
+    """What a plan holds; :class:`~lit_wsl.plan.plan.TransferPlan` adds what can be done with it.
+
+    Attributes:
+        entries: The steps, in the target's registration order.
+        source: The checkpoint's side.
+        target: The model's side.
+        ambiguous: Targets left alone because nothing decides between their candidates.
+        unmatched_source: Tensors of the checkpoint that go nowhere, with the reason.
+        unmatched_target: Tensors of the model that get nothing, with the reason.
+        options: The options of the matching, as plain data.
+        proof: Outcome of the function check, see ``lit_wsl.matching.proof``.
+        notes: Remarks for the report, one line each.
+    """
+
+    entries: tuple[PlanEntry, ...]
+    source: SideSummary
+    target: SideSummary
+    ambiguous: tuple[Ambiguity, ...] = ()
+    unmatched_source: tuple[Unmatched, ...] = ()
+    unmatched_target: tuple[Unmatched, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    proof: Proof = "not tested"
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[PlanEntry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def by_target(self) -> dict[str, PlanEntry]:
+        """The entry that fills each target."""
+        return {target: entry for entry in self.entries for target in entry.targets}
+
+    @cached_property
+    def by_source(self) -> dict[str, tuple[PlanEntry, ...]]:
+        """The entries that use each source."""
+        found: dict[str, tuple[PlanEntry, ...]] = {}
+        for entry in self.entries:
+            for source in entry.sources:
+                found[source] = (*found.get(source, ()), entry)
+        return found

@@ -1,0 +1,1073 @@
+"""Plans as files: JSON or YAML that a person reads, edits and commits; loading checks everything.
+
+The format, version 1::
+
+    {
+      "format": "lit_wsl.plan", "version": 1,
+      "source": {"label": "old.ckpt", "parameters": 148, ..., "fingerprint": "sha256 of names and shapes"},
+      "target": {...},
+      "proof": "not tested", "options": {...}, "notes": [...],
+      "order": {"entries": "tree"},
+      "defaults": {"kind": "parameter", "score": 1.0, "margin": 1.0, "reason": "same name and shape"},
+      "entries": [
+        {"map": "layers.{0..11}.attn.q.weight -> blocks.{0..11}.attn.wq.weight", "shape": [768, 768]},
+        {"map": "layers.{0..11}.qkv.weight -> blocks.{0..11}.[q,k,v].weight", "shape": [2304, 768],
+         "ops": [{"split": {"dim": 0, "sizes": [768, 768, 768]}}], "score": 0.93, "margin": 0.4}
+      ],
+      "ambiguous": [...], "unmatched_source": [...], "unmatched_target": [...]
+    }
+
+The notation of names is that of :mod:`lit_wsl.plan.notation`. ``order`` says how the entries of all lines come
+together: by modules (``tree``), by name (``sorted``) or line by line (``listed``). A value that is not the same for all
+entries of a line is a list of ``[count, value]`` pairs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import heapq
+import itertools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from lit_wsl.errors import CheckpointError, PlanError
+from lit_wsl.files import atomic_write_text
+from lit_wsl.plan.entries import Ambiguity, Candidate, PlanData, PlanEntry, Proof, SideSummary, Unmatched
+from lit_wsl.plan.notation import Budget, Pattern, expand, fold_list, is_plain, parse_side
+from lit_wsl.plan.operations import OPERATIONS, Operation, operation_from_dict, run_shapes
+from lit_wsl.structure.description import Kind, Shape
+from lit_wsl.structure.families import Family, Slot, fold, ranges
+
+T = TypeVar("T")
+
+
+_MISSING: Any = object()
+
+
+def shown(value: object) -> str:
+    """A value in a message, cut to a readable length."""
+    if isinstance(value, (list, tuple, dict)) and len(value) > 20:
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def reject(message: str) -> PlanError:
+    """An error whose message ends with one full stop."""
+    return PlanError(message.rstrip(".") + ".")
+
+
+class Fields:
+    """A mapping of the document and where it stands.
+
+    Args:
+        value: What should be a mapping with text as keys.
+        where: What to call it in messages; converted to text only when a message is made.
+    """
+
+    def __init__(self, value: Any, where: object) -> None:
+        self.where = where
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise reject(f"{where} must be a mapping with text as keys, got {shown(value)}")
+        self.value = value
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.value
+
+    def error(self, key: str, message: str) -> PlanError:
+        """An error about one field."""
+        return reject(f"{self.where}: field {key!r} {message}")
+
+    def allow(self, *keys: str) -> None:
+        """Refuse all other keys."""
+        for key in self.value:
+            if key not in keys:
+                near = difflib.get_close_matches(key[:100], keys, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise reject(f"{self.where}: unknown field {shown(key)}{hint} Allowed are {', '.join(keys)}")
+
+    def get(self, key: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
+        """A field of one of the given types."""
+        value = self.value.get(key, default)
+        if value is _MISSING:
+            raise self.error(key, f"is missing; it must be {wanted}")
+        if value is not default and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise self.error(key, f"must be {wanted}, got {shown(value)}")
+        return value
+
+    def string(self, key: str, default: str = _MISSING) -> str:
+        """Text."""
+        return self.get(key, default, (str,), "text")
+
+    def integer(self, key: str, default: int = _MISSING) -> int:
+        """A count."""
+        value = self.get(key, default, (int,), "a whole number")
+        if value < 0:
+            raise self.error(key, f"must not be negative, got {value}")
+        return value
+
+    def share(self, key: str, default: float = _MISSING) -> float:
+        """A number from 0 to 1; the last digits may be off, as scores are sums."""
+        value = self.get(key, default, (int, float), "a number from 0 to 1")
+        if not (math.isfinite(value) and -1e-6 <= value <= 1 + 1e-6):
+            raise self.error(key, f"must be a number from 0 to 1, got {shown(value)}")
+        return float(value)
+
+    def choice(self, key: str, allowed: Sequence[str], default: Any = _MISSING) -> Any:
+        """One of the allowed words."""
+        wanted = f"one of {', '.join(map(repr, allowed))}"
+        value = self.get(key, default, (str,), wanted)
+        if value not in allowed:
+            raise self.error(key, f"must be {wanted}, got {shown(value)}")
+        return value
+
+    def sequence(self, key: str, default: list[Any] | None = None) -> list[Any]:
+        """A list."""
+        return self.get(key, _MISSING if default is None else default, (list,), "a list")
+
+    def strings(self, key: str, default: list[Any] | None = None) -> list[str]:
+        """A list of text."""
+        values = self.sequence(key, default)
+        if not all(isinstance(value, str) for value in values):
+            raise self.error(key, f"must be a list of text, got {shown(values)}")
+        return values
+
+    def names(self, key: str) -> str | tuple[str, ...]:
+        """A pattern, or a list of exact names."""
+        value = self.get(key, _MISSING, (str, list), "a pattern, or a list of exact names")
+        if isinstance(value, str):
+            return value
+        if not value:
+            raise self.error(key, "must give at least one name")
+        return tuple(self.strings(key))
+
+    def mapping(self, key: str, default: dict[str, Any] = _MISSING) -> Fields:
+        """A mapping."""
+        return Fields(self.get(key, default, (dict,), "a mapping"), f"{self.where}, {key}")
+
+    def plain_mapping(self, key: str, default: dict[str, Any] = _MISSING) -> dict[str, Any]:
+        """A mapping of plain data: text, numbers, lists and mappings."""
+        value = self.get(key, default, (dict,), "a mapping")
+        todo: list[Any] = [value]
+        while todo:
+            item = todo.pop()
+            if isinstance(item, dict):
+                if not all(isinstance(k, str) for k in item):
+                    raise self.error(key, "must have text as keys")
+                todo += item.values()
+            elif isinstance(item, list):
+                todo += item
+            elif not (
+                item is None or isinstance(item, (str, int)) or (isinstance(item, float) and math.isfinite(item))
+            ):
+                raise self.error(key, f"must be plain data, got {shown(item)}")
+        return value
+
+    def runs(self, key: str, count: int, read: Callable[[Fields, str], T], default: T) -> list[T]:
+        """One value for all entries of a line, or ``[count, value]`` pairs; read by a method of this class."""
+        value = self.value.get(key, _MISSING)
+        if value is _MISSING:
+            return [default] * count
+        if not isinstance(value, list):
+            return [read(self, key)] * count
+        values: list[T] = []
+        for pair in value:
+            if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int or pair[0] < 1:
+                raise self.error(key, f"takes a value, or [count, value] pairs; got {shown(pair)}")
+            if len(values) + pair[0] > count:
+                raise self.error(key, f"gives more than {count} values, one for each entry of the line")
+            values += [read(Fields({key: pair[1]}, self.where), key)] * pair[0]
+        if len(values) != count:
+            raise self.error(key, f"gives {len(values)} values, but the line stands for {count} entries")
+        return values
+
+    def named(self, work: Callable[[], T]) -> T:
+        """Do some work, and say where it was if it fails."""
+        try:
+            return work()
+        except PlanError as error:
+            text = str(error)
+            raise error if text.startswith(str(self.where)) else reject(f"{self.where}: {text}") from error
+
+
+MAX_YAML_BYTES = 8 * 2**20  # PyYAML needs about a second per MiB
+
+
+MAX_YAML_DEPTH = 64
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON; keys that stand twice and numbers that are none are refused.
+
+    Raises:
+        PlanError: If it is not valid JSON.
+    """
+
+    def constant(name: str) -> Any:
+        raise PlanError(f"{name} is not allowed in a plan.")
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(found)
+        if len(made) != len(found):
+            keys = [key for key, _ in found]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise PlanError(f"the key {shown(twice)} stands twice in one mapping; keep one.")
+        return made
+
+    try:
+        return json.loads(text, parse_constant=constant, object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"it is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno}).") from error
+    except RecursionError as error:
+        raise PlanError("it is nested too deeply for a plan.") from error
+    except ValueError as error:  # integers of thousands of digits
+        raise PlanError(f"it is not valid JSON: {error}.") from error
+
+
+def _line(event: Any) -> int:
+    return event.start_mark.line + 1
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML with the safe loader; aliases and deep nesting are refused before anything is built.
+
+    Raises:
+        PlanError: If it is not valid YAML.
+    """
+    import yaml
+
+    if len(text) > MAX_YAML_BYTES:
+        raise PlanError(f"it is too large for YAML (at most {MAX_YAML_BYTES:,} characters); save it as JSON.")
+    base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    class Loader(base):
+        """The safe loader, without keys that stand twice."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
+            if len(set(keys)) != len(keys):
+                twice = next(key for key in keys if keys.count(key) > 1)
+                raise PlanError(f"the key {shown(twice)} stands twice in one mapping; keep one.")
+            return super().construct_mapping(node, deep=deep)
+
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=base):  # flat, so nesting cannot exhaust the stack here
+            if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+                depth += 1
+            elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+                depth -= 1
+            elif isinstance(event, yaml.AliasEvent):  # a few of them can stand for billions of values
+                raise PlanError(f"line {_line(event)}: aliases (*name) are not allowed in a plan.")
+            if depth > MAX_YAML_DEPTH:
+                raise PlanError("it is nested too deeply for a plan.")
+        return yaml.load(text, Loader=Loader)  # a subclass of the safe loader
+    except yaml.YAMLError as error:
+        raise PlanError(f"it is not valid YAML: {' '.join(str(error).split())[:300]}.") from error
+    except RecursionError as error:
+        raise PlanError("it is nested too deeply for a plan.") from error
+    except ValueError as error:  # dates that don't exist, numbers of thousands of digits
+        raise reject(f"it is not valid YAML: {error}") from error
+
+
+Order = Literal["tree", "sorted", "listed"]
+
+
+ORDERS: tuple[Order, ...] = get_args(Order)
+
+
+_INDEX = re.compile(r"(?<![^_/])\d+(?![^_/])")
+
+
+_BRACKETS = re.compile(r"\[[^\]]*\]")
+
+
+_GUARD = "\0"  # put before digits that must not be folded; no plain name holds it
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one line of a plan file stands for.
+
+    Attributes:
+        sides: For each side of the rows either a pattern, or the exact names where they cannot be one.
+        members: Positions of the rows, in the order in which the patterns expand.
+    """
+
+    sides: tuple[str | tuple[str, ...], ...]
+    members: tuple[int, ...]
+
+
+def fold_rows(
+    rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable], key_side: int = -1
+) -> tuple[list[Line], Order]:
+    """Fold rows into lines.
+
+    Args:
+        rows: For each row its sides, and for each side its names: sources and targets, or a single name.
+        keys: What must be equal within a line (operations, shapes), one per row.
+        key_side: The side whose first name places the row.
+
+    Returns:
+        The lines, and how their rows are ordered: ``tree`` (by modules, see :func:`registration_order`), ``sorted``
+        (by name) or ``listed`` (line by line; less is folded then).
+    """
+    names = [row[key_side][0] for row in rows]
+    described = _Names(names)
+    lines, plain = _fold_plain(rows, keys, described.guarded(), key_side)
+    in_order = list(range(len(rows)))
+    lines.sort(key=lambda line: min(line.members))
+    if unfold_order("tree", lines, names) == in_order:
+        return lines, "tree"
+    ranks = described.ranks()
+    tree = sorted(lines, key=lambda line: (ranks[line.members[0]], min(line.members)))
+    if unfold_order("tree", tree, names) == in_order:
+        return tree, "tree"
+    if unfold_order("sorted", lines, names) == in_order:
+        return lines, "sorted"
+    whole = [line for line in lines if _is_run(line.members)]
+    single = [Line(plain[m], (m,)) for line in lines if not _is_run(line.members) for m in line.members]
+    return sorted(whole + single, key=lambda line: line.members[0]), "listed"
+
+
+def unfold_order(order: Order, lines: Sequence[Line], names: Sequence[str]) -> list[int]:
+    """The rows of lines in their order; ``names`` places them."""
+    members = [member for line in lines for member in line.members]
+    if order == "tree":
+        return [members[i] for i in registration_order([names[m] for m in members])]
+    return sorted(members, key=lambda m: names[m]) if order == "sorted" else members
+
+
+def registration_order(names: Sequence[str]) -> list[int]:
+    """Order names as a model would register them, going only by their order of appearance.
+
+    Modules register their tensors depth first, so the names of a module stand together, children in the order in which
+    they first appear; numbered children ascend, as those of ``ModuleList`` and ``Sequential`` do.
+
+    Returns:
+        Positions in ``names``.
+
+    >>> names = ["b.0.q", "b.1.q", "b.0.k", "b.1.k", "head"]
+    >>> [names[i] for i in registration_order(names)]
+    ['b.0.q', 'b.0.k', 'b.1.q', 'b.1.k', 'head']
+    """
+    root: dict[str | None, Any] = {}
+    for position, name in enumerate(names):
+        node = root
+        for component in name.split("."):
+            node = node.setdefault(component, {})
+        node.setdefault(None, []).append(position)
+    ordered: list[int] = []
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        ordered += node.get(None, ())
+        children = [component for component in node if component is not None]
+        if any(map(_is_number, children)):
+            first = next(i for i, component in enumerate(children) if _is_number(component))
+            numbers = sorted(filter(_is_number, children), key=int)
+            others = [component for component in children if not _is_number(component)]
+            children = others[:first] + numbers + others[first:]
+        stack.extend(node[component] for component in reversed(children))
+    return ordered
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and text.isascii() and len(text) <= 12
+
+
+def _is_run(members: Sequence[int]) -> bool:
+    return all(b == a + 1 for a, b in itertools.pairwise(members))
+
+
+def _fold_plain(
+    rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable], guarded: Sequence[str], key_side: int
+) -> tuple[list[Line], list[tuple[str | tuple[str, ...], ...]]]:
+    """Fold the rows whose names can stand in patterns; give also what each row would look like alone."""
+    lines: list[Line] = []
+    alone: list[tuple[str | tuple[str, ...], ...]] = []
+    positions: list[int] = []
+    flat: list[tuple[str, ...]] = []
+    flat_keys: list[Hashable] = []
+    shapes_of: list[tuple[tuple[int, ...], tuple[str, ...]]] = []  # names per side, and the contents of brackets
+    for position, (row, key) in enumerate(zip(rows, keys)):
+        if not all(names and all(map(is_plain, names)) for names in row):
+            alone.append(row)
+            lines.append(Line(row, (position,)))
+            continue
+        sides = [fold_list(names) for names in row]
+        alone.append(tuple(", ".join(side) for side in sides))
+        if len(row[key_side]) == 1:
+            sides[key_side] = [guarded[position]]
+        texts = [text for side in sides for text in side]
+        brackets: tuple[str, ...] = ()
+        if any("[" in text for text in texts):
+            brackets = tuple(match for text in texts for match in _BRACKETS.findall(text))
+            texts = [_BRACKETS.sub("[]", text) for text in texts]
+        positions.append(position)
+        flat.append(tuple(texts))
+        shapes_of.append((tuple(map(len, sides)), brackets))
+        flat_keys.append((shapes_of[-1], key))
+    for family in fold(flat, flat_keys):
+        counts, brackets = shapes_of[family.members[0]]
+        texts = _written(family, brackets)
+        sides_text, start = [], 0
+        for count in counts:
+            sides_text.append(", ".join(texts[start : start + count]))
+            start += count
+        lines.append(Line(tuple(sides_text), tuple(positions[m] for m in family.members)))
+    return lines, alone
+
+
+def _written(family: Family, brackets: Sequence[str]) -> list[str]:
+    """The patterns of a family, with letters where there are several variables and with the brackets put back."""
+    letters = [f"{letter}:" for letter in _letters(len(family.variables))]
+    contents = iter(brackets)
+
+    def slot(piece: Slot) -> str:
+        letter = letters[piece.variable] if len(letters) > 1 else ""
+        return f"{{{letter}{ranges([piece.at(v) for v in family.variables[piece.variable]])}}}"
+
+    texts = ["".join(p if isinstance(p, str) else slot(p) for p in template) for template in family.templates]
+    return [re.sub(r"\[\]", lambda _: next(contents), text).replace(_GUARD, "") for text in texts]
+
+
+def _letters(count: int) -> list[str]:
+    """As many names in alphabetical order, the usual ``i, j, k`` first."""
+    return (
+        [chr(ord("i") + n) for n in range(count)]
+        if count <= 18
+        else [f"v{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(count)]
+    )
+
+
+@functools.lru_cache(maxsize=65536)  # a model has few different components
+def _skeleton(component: str, kept: frozenset[str] = frozenset()) -> str:
+    skeleton = _INDEX.sub("#", component) if any(map(str.isdigit, component)) else component
+    return component if skeleton in kept else skeleton
+
+
+class _Names:
+    """The names that place the rows, cut into components, and what their order says about the model.
+
+    Attributes:
+        kept: Skeletons such as ``conv_#`` whose numbered siblings don't stand together (``conv_1, norm_1, conv_2``):
+            folded, they would not come back in order.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.rows = [name.split(".") for name in names]
+        self.partings: list[tuple[list[str], list[str], int]] = []  # consecutive names, and the depth where they part
+        for a, b in itertools.pairwise(self.rows):
+            for depth, (x, y) in enumerate(zip(a, b)):
+                if x != y:
+                    self.partings.append((a, b, depth))
+                    break
+        self.kept = self._interleaved()
+
+    def _interleaved(self) -> frozenset[str]:
+        closed: dict[tuple[str, ...], dict[str, None]] = {}
+        interleaved: dict[str, None] = {}
+        for a, b, depth in self.partings:
+            old, new = _skeleton(a[depth]), _skeleton(b[depth])
+            if old != new:
+                seen = closed.setdefault(tuple(a[:depth]), {})
+                seen[old] = None
+                if new in seen and "#" in new and new != "#":
+                    interleaved[new] = None
+        return frozenset(interleaved)
+
+    def guarded(self) -> list[str]:
+        """The names, with a guard before the digits that must stay as they are."""
+        if not self.kept:
+            return [".".join(row) for row in self.rows]
+        return [
+            ".".join(re.sub(r"(?=\d)", _GUARD, part) if _skeleton(part) in self.kept else part for part in row)
+            for row in self.rows
+        ]
+
+    def ranks(self) -> list[tuple[int, ...]]:
+        """For each name its place in the tree of skeletons, whose children are in an order that suits every instance.
+
+        Layers may differ: the first has ``attn, mlp.up, norm``, later ones ``attn, mlp.experts, norm``. The order of a
+        module's children is merged from all modules of its kind (a topological sort; first come, first served).
+        """
+        skeletons = [tuple(_skeleton(part, self.kept) for part in row) for row in self.rows]
+        unique = dict.fromkeys(skeletons)
+        children: dict[tuple[str, ...], dict[str, None]] = {}
+        after: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
+        for skeleton in unique:
+            for depth, part in enumerate(skeleton):
+                children.setdefault(skeleton[:depth], {})[part] = None
+        for a, b, depth in self.partings:
+            old, new = _skeleton(a[depth], self.kept), _skeleton(b[depth], self.kept)
+            if old != new:
+                parent = tuple(_skeleton(part, self.kept) for part in a[:depth])
+                after.setdefault(parent, {}).setdefault(old, {})[new] = None
+        rank = {
+            (*parent, part): place
+            for parent, found in children.items()
+            for place, part in enumerate(_merged(list(found), after.get(parent, {})))
+        }
+        placed = {s: tuple(rank[s[: depth + 1]] for depth in range(len(s))) for s in unique}
+        return [placed[skeleton] for skeleton in skeletons]
+
+
+def _merged(items: list[str], after: dict[str, dict[str, None]]) -> list[str]:
+    """Topological order, earliest item first where there is a choice; items of a cycle stay as they were."""
+    place = {item: number for number, item in enumerate(items)}
+    blockers = dict.fromkeys(items, 0)
+    for followers in after.values():
+        for follower in followers:
+            blockers[follower] += 1
+    free = [place[item] for item, count in blockers.items() if count == 0]
+    heapq.heapify(free)
+    done: dict[str, None] = {}
+    for fallback in items:
+        if not free and fallback not in done:  # only a cycle is left
+            free = [place[fallback]]
+        while free:
+            item = items[heapq.heappop(free)]
+            if item in done:
+                continue
+            done[item] = None
+            for follower in after.get(item, ()):
+                blockers[follower] -= 1
+                if blockers[follower] == 0:
+                    heapq.heappush(free, place[follower])
+    return list(done)
+
+
+FORMAT = "lit_wsl.plan"
+
+
+VERSION = 1
+
+
+SECTIONS = ("entries", "ambiguous", "unmatched_source", "unmatched_target")
+
+
+def plan_to_document(plan: PlanData) -> dict[str, Any]:
+    """A plan as plain data."""
+    defaults: dict[str, Any] = {
+        "kind": _most_common((e.kind for e in plan.entries), "parameter"),
+        "score": _most_common((float(e.score) for e in plan.entries), 1.0),
+        "margin": _most_common((float(e.margin) for e in plan.entries), 1.0),
+        "reason": _most_common((e.reason for e in plan.entries), ""),
+    }
+    sections: dict[str, list[dict[str, Any]]] = {}
+    order: dict[str, Order] = {}
+    sections["entries"], order["entries"] = _entries(plan, defaults)
+    sections["ambiguous"], order["ambiguous"] = _ambiguous(plan)
+    for side in ("source", "target"):
+        name = f"unmatched_{side}"
+        sections[name], order[name] = _unmatched(plan, name)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": _summary(plan.source),
+        "target": _summary(plan.target),
+        "proof": plan.proof,
+        "options": _sorted_keys(plan.options),
+        "notes": list(plan.notes),
+        "order": {key: value for key, value in order.items() if value != "tree"},
+        "defaults": defaults,
+        **sections,
+    }
+
+
+def _most_common(values: Any, otherwise: Any) -> Any:
+    counts = Counter(values)  # keeps the order of appearance, so ties are always decided alike
+    return max(counts, key=counts.__getitem__) if counts else otherwise
+
+
+def _summary(side: SideSummary) -> dict[str, Any]:
+    return {
+        "label": side.label,
+        "parameters": side.parameters,
+        "parameter_elements": side.parameter_elements,
+        "buffers": side.buffers,
+        "buffer_elements": side.buffer_elements,
+        "fingerprint": side.fingerprint,
+    }
+
+
+def _sorted_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _sorted_keys(value[key]) for key in sorted(value)}
+    return [_sorted_keys(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _entries(plan: PlanData, defaults: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Order]:
+    rows = [(entry.sources, entry.targets) for entry in plan.entries]
+    keys: list[Hashable] = [(e.operations, e.source_shapes, e.target_shapes, e.kind) for e in plan.entries]
+    lines, order = fold_rows(rows, keys)
+    documents = []
+    for line in lines:
+        members = [plan.entries[m] for m in line.members]
+        first = members[0]
+        document = _arrow(line)
+        if first.source_shapes:
+            document |= _shapes(first.source_shapes)
+        if first.operations:
+            document["ops"] = [compact_operation(operation) for operation in first.operations]
+        if first.target_shapes != derived_shapes(first.operations, first.source_shapes, len(first.targets)):
+            document["target_shapes"] = [list(shape) for shape in first.target_shapes]
+        document |= {
+            key: value
+            for key, value in (
+                ("kind", first.kind),
+                ("score", _runs([float(member.score) for member in members])),
+                ("margin", _runs([float(member.margin) for member in members])),
+                ("reason", _runs([member.reason for member in members])),
+            )
+            if value != defaults[key]
+        }
+        documents.append(document)
+    return documents, order
+
+
+def _ambiguous(plan: PlanData) -> tuple[list[dict[str, Any]], Order]:
+    rows = [(*(c.sources for c in a.candidates), a.targets) for a in plan.ambiguous]
+    keys: list[Hashable] = [
+        (a.shape, a.reason, tuple((float(c.score), c.operations) for c in a.candidates)) for a in plan.ambiguous
+    ]
+    lines, order = fold_rows(rows, keys)
+    documents = []
+    for line in lines:
+        first = plan.ambiguous[line.members[0]]
+        candidates = []
+        for side, candidate in zip(line.sides, first.candidates):
+            entry: dict[str, Any] = {"sources": _side(side), "score": float(candidate.score)}
+            if candidate.operations:
+                entry["ops"] = [compact_operation(operation) for operation in candidate.operations]
+            candidates.append(entry)
+        documents.append(
+            {
+                "targets": _side(line.sides[-1]),
+                "shape": list(first.shape),
+                "reason": first.reason,
+                "candidates": candidates,
+            }
+        )
+    return documents, order
+
+
+def _unmatched(plan: PlanData, section: str) -> tuple[list[dict[str, Any]], Order]:
+    items = getattr(plan, section)
+    lines, order = fold_rows([((u.name,),) for u in items], [(u.shape, u.kind, u.reason) for u in items])
+    documents = []
+    for line in lines:
+        first = items[line.members[0]]
+        documents.append(
+            {"name": _side(line.sides[0]), "shape": list(first.shape), "kind": first.kind, "reason": first.reason}
+        )
+    return documents, order
+
+
+def _arrow(line: Line) -> dict[str, Any]:
+    source, target = line.sides
+    if isinstance(source, str) and isinstance(target, str):
+        return {"map": f"{source} -> {target}"}
+    return {"sources": _side(source), "targets": _side(target)}
+
+
+def _side(side: str | tuple[str, ...]) -> str | list[str]:
+    """A pattern, or the exact names where they cannot be one."""
+    return side if isinstance(side, str) else list(side)
+
+
+def _shapes(shapes: Sequence[Shape]) -> dict[str, Any]:
+    """One shape for all sources, or one for each."""
+    if len(set(shapes)) == 1:
+        return {"shape": list(shapes[0])}
+    return {"shapes": [list(shape) for shape in shapes]}
+
+
+def _runs(values: Sequence[Any]) -> Any:
+    """The value, or ``[count, value]`` pairs where it changes."""
+    runs: list[list[Any]] = []
+    for value in values:
+        if runs and runs[-1][1] == value:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, value])
+    return runs[0][1] if len(runs) == 1 else runs
+
+
+def compact_operation(operation: Operation) -> str | dict[str, Any]:
+    """An operation as people write it: its name, or its name with the arguments that differ from the defaults.
+
+    >>> from lit_wsl.plan.operations import Split, Transpose
+    >>> compact_operation(Transpose()), compact_operation(Split(0, (2, 2)))
+    ('transpose', {'split': {'dim': 0, 'sizes': [2, 2]}})
+    """
+    arguments = operation.to_dict()
+    name = arguments.pop("op")
+    for key, field in type(operation).__dataclass_fields__.items():
+        if arguments.get(key) == field.default:
+            del arguments[key]
+    return {name: arguments} if arguments else name
+
+
+def derived_shapes(operations: Sequence[Operation], shapes: Sequence[Shape], targets: int) -> tuple[Shape, ...] | None:
+    """The shapes of the targets as they follow from those of the sources; ``None`` if they don't."""
+    if not shapes:
+        return ()
+    try:
+        derived = tuple(run_shapes(operations, shapes))
+    except (PlanError, IndexError, ValueError):
+        return None
+    return derived if len(derived) == targets else None
+
+
+_LINE_BREAKS = re.compile("[\x7f-\xa0\u2028\u2029\ufeff]")
+
+
+def save_plan(plan: PlanData, path: str | Path) -> None:
+    """Write a plan as JSON, or as YAML where the suffix is ``.yaml`` or ``.yml``; atomically.
+
+    The same plan always gives the same bytes.
+
+    Raises:
+        PlanError: If the plan cannot be written as data (NaN scores, foreign objects in its options).
+        CheckpointError: If the file cannot be written.
+    """
+    atomic_write_text(path, plan_to_text(plan, yaml=Path(path).suffix.lower() in (".yaml", ".yml")))
+
+
+def load_plan(path: str | Path) -> dict[str, Any]:
+    """Read the fields of a plan from JSON or YAML, and check everything in it.
+
+    Raises:
+        PlanError: If the file is not a valid plan; the message names the entry, the field and what is allowed.
+        CheckpointError: If the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise PlanError(f"{path}: {size:,} bytes are too many for a plan (at most {MAX_BYTES:,}).")
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise CheckpointError(f"Cannot read the plan {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{path} is not a plan: it is not UTF-8 text (byte {error.start}).") from error
+    try:
+        return plan_from_text(text)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def plan_to_text(plan: PlanData, *, yaml: bool = False) -> str:
+    """A plan as the text of its file.
+
+    Raises:
+        PlanError: If it holds something that is not plain data.
+    """
+    try:
+        document = plan_to_document(plan)
+        if yaml:
+            import yaml as pyyaml
+
+            plain = json.dumps(document, allow_nan=False, ensure_ascii=False)
+            readable = not _LINE_BREAKS.search(plain)  # PyYAML folds these into spaces unless it escapes them
+            return pyyaml.safe_dump(
+                document, sort_keys=False, width=120, allow_unicode=readable, default_flow_style=None
+            )
+        return _json(document)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PlanError(f"the plan cannot be written as plain data: {error}.") from error
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    """JSON with one line per entry, so that changes are easy to read in a diff."""
+
+    def one_line(value: object) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    fields = []
+    for key, value in document.items():
+        if isinstance(value, list) and value:
+            rows = ",\n".join(f"    {one_line(row)}" for row in value)
+            fields.append(f"  {one_line(key)}: [\n{rows}\n  ]")
+        else:
+            fields.append(f"  {one_line(key)}: {one_line(value)}")
+    text = "{\n" + ",\n".join(fields) + "\n}\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair in a name; JSON can escape it
+        return json.dumps(document, allow_nan=False, indent=1) + "\n"
+    return text
+
+
+MAX_BYTES = 256 * 2**20
+
+
+Rows = list[tuple[tuple[str, ...], ...]]
+
+
+def plan_from_text(text: str) -> dict[str, Any]:
+    """Read the fields of a plan from the text of a JSON or YAML file.
+
+    Raises:
+        PlanError: If it is not a valid plan; the message names the line, the entry and the field.
+    """
+    document = parse_json(text) if text.lstrip()[:1] == "{" else parse_yaml(text)
+    if not isinstance(document, Mapping) or document.get("format") != FORMAT:
+        raise PlanError(f'this is not a plan: a plan is a mapping that starts with "format": "{FORMAT}".')
+    return _PlanReader(text, Fields(document, "the plan")).read()
+
+
+class _PlanReader:
+    """Reads the document; keeps what all entries share."""
+
+    def __init__(self, text: str, document: Fields) -> None:
+        self.text = text
+        self.document = document
+        self.budget = Budget()
+
+    def read(self) -> dict[str, Any]:
+        document = self.document
+        document.allow(
+            "format", "version", "source", "target", "proof", "options", "notes", "order", "defaults", *SECTIONS
+        )
+        version = document.integer("version", 1)
+        if version > VERSION:
+            raise PlanError(f"it has version {version}, but this lit_wsl reads version {VERSION}; install a newer one.")
+        order = document.mapping("order", {})
+        order.allow(*SECTIONS)
+        self.order = {section: order.choice(section, ORDERS, "tree") for section in SECTIONS}
+        self.defaults = document.mapping("defaults", {})
+        self.defaults.allow("kind", "score", "margin", "reason")
+        entries = self.entries()
+        filled = {name for entry in entries for name in entry.targets}
+        used = {name for entry in entries for name in entry.sources}
+        # who adds an entry by hand need not find and remove the name from the lists of what was left over
+        ambiguous = (a for a in self.ambiguous() if not all(name in filled for name in a.targets))
+        return dict(  # noqa: C408
+            entries=entries,
+            source=_parse_summary(document.mapping("source")),
+            target=_parse_summary(document.mapping("target")),
+            ambiguous=tuple(ambiguous),
+            unmatched_source=tuple(u for u in self.unmatched("unmatched_source") if u.name not in used),
+            unmatched_target=tuple(u for u in self.unmatched("unmatched_target") if u.name not in filled),
+            options=document.plain_mapping("options", {}),
+            proof=document.choice("proof", get_args(Proof), "not tested"),
+            notes=tuple(document.strings("notes", [])),
+        )
+
+    def entries(self) -> tuple[PlanEntry, ...]:
+        made: list[PlanEntry] = []
+        lines: list[tuple[int, int]] = []  # number of each entry's line, for messages about duplicates
+        sections = self.lines("entries")
+        rows_of: list[Line] = []
+        for number, fields in sections:
+            found = self.line_entries(fields)
+            rows_of.append(Line((), tuple(range(len(made), len(made) + len(found)))))
+            made += found
+            lines += [(number, 0)] * len(found)
+        owner: dict[str, int] = {}
+        for entry, (number, _) in zip(made, lines):
+            for target in entry.targets:
+                if target in owner:
+                    where = sections[number][1].where
+                    other = "the same entry" if owner[target] == number else sections[owner[target]][1].where
+                    raise PlanError(f"{where}: target {target!r} is already filled by {other}; remove one of the two.")
+                owner[target] = number
+        order = unfold_order(self.order["entries"], rows_of, [entry.targets[0] for entry in made])
+        return tuple(made[i] for i in order)
+
+    def line_entries(self, fields: Fields) -> list[PlanEntry]:
+        fields.allow(
+            "map", "sources", "targets", "shape", "shapes", "target_shapes", "ops", "kind", "score", "margin", "reason"
+        )
+        rows = fields.named(lambda: self.expand_arrow(fields))
+        operations = _operations(fields)
+        kind: Kind = fields.choice("kind", get_args(Kind), self.defaults.choice("kind", get_args(Kind), "parameter"))
+        scores = fields.runs("score", len(rows), Fields.share, self.defaults.share("score", 1.0))
+        margins = fields.runs("margin", len(rows), Fields.share, self.defaults.share("margin", 1.0))
+        reasons = fields.runs("reason", len(rows), Fields.string, self.defaults.string("reason", ""))
+        sources, targets = map(len, rows[0])
+        shapes = _source_shapes(fields, sources)
+        target_shapes = _target_shapes(fields, operations, shapes, sources, targets)
+        return [
+            PlanEntry(row[0], row[1], operations, shapes, target_shapes, kind, score, margin, reason)
+            for row, score, margin, reason in zip(rows, scores, margins, reasons)
+        ]
+
+    def expand_arrow(self, fields: Fields) -> Rows:
+        if "map" in fields:
+            if "sources" in fields or "targets" in fields:
+                raise fields.error("map", "stands in place of 'sources' and 'targets'; give one of the two")
+            sides = fields.string("map").split("->")
+            if len(sides) != 2:
+                raise fields.error("map", 'must have one arrow, as in "old.name -> new.name"')
+            return self.expand_sides(list(sides))
+        return self.expand_sides([fields.names("sources"), fields.names("targets")])
+
+    def expand_sides(self, sides: Sequence[str | tuple[str, ...]]) -> Rows:
+        """Expand patterns; exact names (a tuple) stand for themselves."""
+        parsed: list[Sequence[Pattern]] = []
+        for side in sides:
+            if isinstance(side, str):
+                parsed.append(parse_side(side.strip(), self.budget))
+            else:
+                parsed.append([(name,) for name in side])
+        return list(expand(parsed, self.budget))
+
+    def ambiguous(self) -> list[Ambiguity]:
+        made: list[Ambiguity] = []
+        lines: list[Line] = []
+        for _, fields in self.lines("ambiguous"):
+            fields.allow("targets", "shape", "reason", "candidates")
+            candidates = [Fields(c, f"{fields.where}, a candidate") for c in fields.sequence("candidates")]
+            for candidate in candidates:
+                candidate.allow("sources", "score", "ops")
+            sides = [*(candidate.names("sources") for candidate in candidates), fields.names("targets")]
+            rows = fields.named(lambda sides=sides: self.expand_sides(sides))  # type: ignore[misc]
+            shape, reason = _shape(fields, "shape"), fields.string("reason", "")
+            parts = [(candidate.share("score"), _operations(candidate)) for candidate in candidates]
+            lines.append(Line((), tuple(range(len(made), len(made) + len(rows)))))
+            made += [
+                Ambiguity(
+                    row[-1],
+                    tuple(Candidate(names, score, ops) for names, (score, ops) in zip(row, parts)),
+                    shape,
+                    reason,
+                )
+                for row in rows
+            ]
+        order = unfold_order(self.order["ambiguous"], lines, [a.targets[0] for a in made])
+        return [made[i] for i in order]
+
+    def unmatched(self, section: str) -> list[Unmatched]:
+        made: list[Unmatched] = []
+        lines: list[Line] = []
+        for _, fields in self.lines(section):
+            fields.allow("name", "shape", "kind", "reason")
+            rows = fields.named(lambda fields=fields: self.expand_sides([fields.names("name")]))  # type: ignore[misc]
+            shape, reason = _shape(fields, "shape"), fields.string("reason", "")
+            kind: Kind = fields.choice("kind", get_args(Kind), "parameter")
+            count = sum(len(row[0]) for row in rows)
+            lines.append(Line((), tuple(range(len(made), len(made) + count))))
+            made += [Unmatched(name, shape, kind, reason) for row in rows for name in row[0]]
+        order = unfold_order(self.order[section], lines, [u.name for u in made])
+        return [made[i] for i in order]
+
+    def lines(self, section: str) -> list[tuple[int, Fields]]:
+        """The lines of a section, each with a way to say where it is."""
+        rows = self.document.sequence(section, None if section == "entries" else [])
+        return [(number, Fields(row, self.where(section, number, row))) for number, row in enumerate(rows)]
+
+    def where(self, section: str, number: int, row: Any) -> _Where:
+        return _Where(self.text, section, number, row)
+
+
+class _Where:
+    """Says where an entry is; only looked for when a message needs it."""
+
+    def __init__(self, text: str, section: str, number: int, row: Any) -> None:
+        self.text, self.section, self.number, self.row = text, section, number, row
+
+    def __str__(self) -> str:
+        label = {"entries": "entry"}.get(self.section, self.section)
+        named = [self.row.get(key) for key in ("map", "targets", "name")] if isinstance(self.row, Mapping) else []
+        name = next((n for n in named if isinstance(n, str) and n), None)
+        if name is None:
+            return f"{label} {self.number + 1}"
+        at = self.text.find(name)
+        line = f"line {self.text.count(chr(10), 0, at) + 1}, " if at >= 0 else ""
+        return f"{line}{label} {self.number + 1} ({shown(name)})"
+
+
+def _parse_summary(fields: Fields) -> SideSummary:
+    fields.allow("label", "parameters", "parameter_elements", "buffers", "buffer_elements", "fingerprint")
+    return SideSummary(
+        label=fields.string("label", ""),
+        parameters=fields.integer("parameters", 0),
+        parameter_elements=fields.integer("parameter_elements", 0),
+        buffers=fields.integer("buffers", 0),
+        buffer_elements=fields.integer("buffer_elements", 0),
+        fingerprint=fields.string("fingerprint", ""),
+    )
+
+
+def _operations(fields: Fields) -> tuple[Operation, ...]:
+    made: list[Operation] = []
+    for item in fields.sequence("ops", []):
+        if isinstance(item, str):
+            name, arguments = item, dict[str, Any]()
+        elif isinstance(item, Mapping) and len(item) == 1 and isinstance(next(iter(item.values())), Mapping):
+            ((name, arguments),) = item.items()
+        else:
+            raise fields.error(
+                "ops",
+                f'takes names or {{"name": {{arguments}}}}, such as {{"split": {{"dim": 0, "sizes": [2, 2]}}}}; '
+                f"known are {', '.join(sorted(OPERATIONS))}; got {shown(item)}",
+            )
+        try:
+            made.append(operation_from_dict({**arguments, "op": name}))
+        except (PlanError, TypeError) as error:
+            raise fields.error("ops", f"is wrong: {error}") from error
+    return tuple(made)
+
+
+def _shape(fields: Fields, key: str) -> Shape:
+    return _as_shape(fields, key, fields.sequence(key, []))
+
+
+def _as_shape(fields: Fields, key: str, value: Any) -> Shape:
+    sizes = tuple(value) if isinstance(value, list) else None
+    if sizes is None or len(sizes) > 64 or any(type(n) is not int or not 0 <= n < 2**62 for n in sizes):
+        raise fields.error(key, f"takes shapes such as [768, 768], got {shown(value)}")
+    return sizes
+
+
+def _source_shapes(fields: Fields, sources: int) -> tuple[Shape, ...]:
+    if "shape" in fields:
+        if "shapes" in fields:
+            raise fields.error("shape", "is the shape of all sources, 'shapes' gives one for each; give one of the two")
+        return (_shape(fields, "shape"),) * sources
+    shapes = tuple(_as_shape(fields, "shapes", shape) for shape in fields.sequence("shapes", []))
+    if shapes and len(shapes) != sources:
+        raise fields.error("shapes", f"must give one shape for each of the {sources} sources, got {len(shapes)}")
+    return shapes
+
+
+def _target_shapes(
+    fields: Fields, operations: tuple[Operation, ...], shapes: tuple[Shape, ...], sources: int, targets: int
+) -> tuple[Shape, ...]:
+    """The shapes of the targets; they must follow from the operations."""
+    if not operations and sources != targets:
+        raise fields.error(
+            "ops", f"must say how {sources} sources become {targets} targets: concat, split, stack, unstack, fan_out..."
+        )
+    derived = derived_shapes(operations, shapes, targets)
+    if derived is None:
+        try:
+            got: object = [list(s) for s in _run(operations, shapes)]
+        except (PlanError, IndexError, ValueError) as error:
+            raise fields.error("ops", f"does not fit the sources: {error}") from error
+        raise fields.error("ops", f"gives {len(got)} tensors for {targets} targets")  # type: ignore[arg-type]
+    if "target_shapes" not in fields:
+        return derived
+    given = tuple(_as_shape(fields, "target_shapes", shape) for shape in fields.sequence("target_shapes"))
+    if given and len(given) != targets:
+        raise fields.error("target_shapes", f"must give one shape for each of the {targets} targets, got {len(given)}")
+    if given and derived and given != derived:
+        raise fields.error("target_shapes", f"is {list(given)}, but the operations give {list(derived)}")
+    return given
+
+
+def _run(operations: tuple[Operation, ...], shapes: tuple[Shape, ...]) -> list[Shape]:
+    from lit_wsl.plan.operations import run_shapes
+
+    return run_shapes(operations, shapes)

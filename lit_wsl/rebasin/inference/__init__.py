@@ -1,0 +1,1 @@
+"""Permutation symmetries found by running a model: labels of axes, rules for operations, groups, proof."""

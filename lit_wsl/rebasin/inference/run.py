@@ -1,0 +1,348 @@
+"""One pass over a trace, as the rules see it: labels of tensors, units of parameters, notes for later.
+
+A *rule* says what one ATen operation does to labels: it is called with the :class:`Run` and the node, and returns the
+labels of what the node returns. It asks the run for the labels of its arguments, unifies and freezes units through
+``run.algebra``, and may ask for a further pass with finer labels of a parameter (a :class:`Joint`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from lit_wsl.rebasin.inference.labels import Algebra, Label
+from lit_wsl.rebasin.inference.trace import Node, Ref, Trace, flat_refs, tensor_args, written_arguments
+from lit_wsl.rebasin.inference.units import Array
+
+Rule: TypeAlias = Callable[["Run", Node], "Label | Sequence[Label]"]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """An axis whose units are different for each place on another axis: ``(outer axis, number of outer blocks)``."""
+
+    outer_axis: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """A node that only put positions elsewhere, and the labels that entered it."""
+
+    rule: Rule
+    node: Node
+    labels: dict[int, Label]
+
+
+@dataclass
+class Run:
+    """One pass over a trace: the labels that its tensors have so far, and what the rules left as notes on the way.
+
+    Attributes:
+        trace: The recorded forward pass.
+        joints: (parameter, axis) -> how its units are different for each place on another axis; from earlier passes.
+        algebra: The units, and what computing does to them.
+        labels: Labels of tensors by their numbers.
+        axes: (parameter, axis) -> the units that were made for it.
+        requests: Joints that a rule asks for, for a further pass.
+        unknown: Operations without a rule that something moved has entered, and how often.
+        used: Tensors that entered an operation.
+        looked: Tensors whose label was asked for since this was last emptied.
+        moves: What only put positions elsewhere, with the labels before.
+    """
+
+    trace: Trace
+    joints: dict[tuple[int, int], Joint] = field(default_factory=dict)
+    algebra: Algebra = field(default_factory=Algebra)
+    labels: dict[int, Label] = field(default_factory=dict)
+    axes: dict[tuple[int, int], Array] = field(default_factory=dict)
+    requests: dict[tuple[int, int], Joint] = field(default_factory=dict)
+    unknown: dict[str, int] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
+    looked: set[int] = field(default_factory=set)
+    moves: list[Move] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._starts: list[int] = []
+        self._owners: list[tuple[int, int]] = []
+        self._by_storage: dict[int, list[int]] = {}
+        for number in self.trace.parameters:
+            self._label_parameter(number)
+
+    def _label_parameter(self, number: int) -> None:
+        shape = self.trace.tensors[number].shape
+        factors = []
+        for axis, size in enumerate(shape):
+            if size < 2:
+                continue
+            joint = self.joints.get((number, axis))
+            view = [1] * len(shape)
+            view[axis] = size
+            self._starts.append(len(self.algebra.units))
+            self._owners.append((number, axis))
+            if joint is None:
+                units = self.algebra.units.fresh(size)
+                factor = units.reshape(view)
+            else:
+                outer = shape[joint.outer_axis]
+                fresh = self.algebra.units.fresh(joint.blocks * size).reshape(joint.blocks, size)
+                if joint.blocks == outer and (number, joint.outer_axis) in self.axes:
+                    blocks = self.axes[(number, joint.outer_axis)].ravel()
+                else:
+                    blocks = self.algebra.units.fresh(joint.blocks)
+                self.algebra.units.bind(fresh, blocks[:, None])
+                rows = np.repeat(fresh, outer // joint.blocks, axis=0)
+                view[joint.outer_axis] = outer
+                factor = (rows if joint.outer_axis < axis else rows.T).reshape(view)
+            self.axes[(number, axis)] = factor
+            factors.append(factor)
+        self.assign(number, Label(shape, tuple(factors), origin=number))
+
+    def owner(self, factor: Array) -> tuple[int, int] | None:
+        """Parameter and axis that all units of a factor were made for, None if they come from several."""
+        found = self.algebra.units.find(factor)
+        low, high = int(found.min()), int(found.max())
+        place = int(np.searchsorted(self._starts, low, side="right")) - 1
+        same = int(np.searchsorted(self._starts, high, side="right")) - 1
+        if low == 0 or place < 0 or place != same:
+            return None
+        return self._owners[place]
+
+    def label(self, value: Any) -> Label:
+        """Label of a tensor; constants and example inputs are not moved by anything."""
+        if not isinstance(value, Ref):
+            return Label(())
+        self.looked.add(value.number)
+        found = self.labels.get(value.number)
+        if found is None:
+            info, tainted = self.trace.tensors[value.number], value.number in self.trace.inputs
+            found = Label(info.shape, tainted=tainted, varies=() if tainted else info.varies or ())
+            self.assign(value.number, found)
+        return found
+
+    def assign(self, number: int, label: Label) -> None:
+        """Label a tensor."""
+        if number not in self.labels:
+            self._by_storage.setdefault(self.trace.tensors[number].storage, []).append(number)
+        self.labels[number] = label
+
+    def integers(self, node: Node, value: Any) -> torch.Tensor | None:
+        """The values of an integer tensor when the node ran, None if it was too large to keep."""
+        return self.trace.integers.get((node.number, value.number)) if isinstance(value, Ref) else None
+
+    def aliases(self, value: Any) -> list[int]:
+        """Other tensors with the same storage."""
+        if not isinstance(value, Ref):
+            return []
+        same = self._by_storage.get(self.trace.tensors[value.number].storage, [])
+        return [number for number in same if number != value.number]
+
+    def shape(self, value: Any) -> tuple[int, ...]:
+        """Shape of a tensor of the trace."""
+        return self.trace.tensors[value.number].shape if isinstance(value, Ref) else ()
+
+    def shape_of(self, number: int) -> tuple[int, ...]:
+        """Shape of a tensor by its number."""
+        return self.trace.tensors[number].shape
+
+    def request(self, number: int, axis: int, joint: Joint) -> None:
+        """Ask for a further pass in which an axis has other units for each place on another axis."""
+        if (number, axis) not in self.joints:
+            self.requests[(number, axis)] = joint
+
+    def replica(self) -> Run:
+        """The same trace without labels, with units of its own: to apply a rule once more and see what it does."""
+        other = copy(self)
+        other.algebra, other.labels, other.requests, other.unknown = Algebra(), {}, {}, {}
+        return other
+
+
+RULES: dict[str, Rule] = {}
+
+
+SEGMENT_RULES: set[str] = set()
+
+
+"""Operations that take routed rows whose label has one place for each expert, see ``Label.segmented``."""
+
+
+ROUTING_RULES: set[str] = set()
+
+
+"""Operations that know what to do with indices that name units, see ``Label.values``."""
+
+
+READING = {f"aten.{name}" for name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose")}
+
+
+"""Operations that hand values to Python, where they are out of sight."""
+
+
+MOVING_RULES: set[Rule] = set()
+
+
+"""Rules that only put positions elsewhere, see :mod:`~lit_wsl.rebasin.inference.groups`."""
+
+
+PATTERNS: list[tuple[re.Pattern[str], Rule]] = []
+
+
+def rule(*names: str, moves: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operations by name; ``moves``: it only puts positions elsewhere."""
+
+    def register(function: Rule) -> Rule:
+        if moves:
+            MOVING_RULES.add(function)
+        for name in names:
+            RULES[f"aten.{name}" if "." not in name else name] = function
+        return function
+
+    return register
+
+
+def pattern(expression: str) -> Callable[[Rule], Rule]:
+    """Register a rule for all operations whose name matches."""
+
+    def register(function: Rule) -> Rule:
+        PATTERNS.append((re.compile(expression), function))
+        return function
+
+    return register
+
+
+def find_rule(node: Node) -> Rule | None:
+    """The rule for a node: by name, by name without the in-place mark, by pattern, or because it is pointwise."""
+    name = node.name
+    if name in RULES:
+        return RULES[name]
+    if name.endswith("_") and name[:-1] in RULES:
+        return RULES[name[:-1]]
+    for expression, function in PATTERNS:
+        if expression.fullmatch(name):
+            return function
+    if _pointwise(node):
+        SEGMENT_RULES.add(name)
+        return RULES["aten.pointwise"]
+    if not any(True for _ in tensor_args(node)):
+        return RULES["aten.constant"]
+    return None
+
+
+def _pointwise(node: Node) -> bool:
+    """Whether torch tags the operation, or its form that does not write in place, as pointwise."""
+    if torch.Tag.pointwise in node.func.tags:
+        return True
+    packet = getattr(torch.ops.aten, node.name.removeprefix("aten.").removesuffix("_"), None)
+    overloads = packet.overloads() if packet is not None and node.name.startswith("aten.") else []
+    return any(torch.Tag.pointwise in getattr(packet, name).tags for name in overloads)
+
+
+def unknown(run: Run, node: Node) -> list[Label]:
+    """Freeze all that enters an operation without a rule."""
+    moved = [label for ref in tensor_args(node) if _moves(label := run.label(ref))]
+    if moved:
+        run.unknown[node.name] = run.unknown.get(node.name, 0) + 1
+    for label in moved:
+        run.algebra.freeze(label, f"operation {node.name}, which has no rule")
+    return [Label(run.trace.tensors[out.number].shape, tainted=True) for out in flat_refs(node.outs)]
+
+
+def _moves(label: Label) -> bool:
+    return bool(label.factors) or label.values is not None or label.segments is not None
+
+
+def propagate(run: Run) -> None:
+    """Apply the rules to every node that counts, then fix the outputs."""
+    for node in live_nodes(run.trace):
+        run.used.update(ref.number for ref in tensor_args(node))
+        step(run, node)
+    for output in run.trace.outputs:
+        run.algebra.freeze(run.label(output), "output of the model")
+
+
+def live_nodes(trace: Trace) -> list[Node]:
+    """The nodes that the outputs depend on; what else was computed ties nothing together."""
+    tensors = trace.tensors
+    live = {ref.number for ref in trace.outputs}
+    storages = {tensors[number].storage for number in live}
+    kept = []
+    for node in reversed(trace.nodes):
+        written = written_arguments(node)
+        if not (
+            node.name in READING
+            or any(out.number in live for out in flat_refs(node.outs))
+            or any(tensors[number].storage in storages for number in written)
+        ):
+            continue
+        kept.append(node)
+        for ref in tensor_args(node):
+            live.add(ref.number)
+            storages.add(tensors[ref.number].storage)
+    return kept[::-1]
+
+
+def step(run: Run, node: Node) -> None:
+    """Apply the rule of one node."""
+    run.algebra.node = node.number + 1
+    function = find_rule(node)
+    if node.name not in SEGMENT_RULES:
+        _unsegment(run, node)
+    if function in MOVING_RULES:
+        run.moves.append(Move(function, node, {ref.number: run.label(ref) for ref in tensor_args(node)}))
+    run.looked.clear()
+    labels = unknown(run, node) if function is None else function(run, node)
+    for ref in tensor_args(node):
+        if ref.number not in run.looked:  # its rule knows nothing of this argument
+            run.algebra.freeze(run.label(ref), f"operation {node.name} with arguments its rule does not expect")
+    if isinstance(labels, Label):
+        labels = (labels,)
+    _check_routing(run, node, labels)
+    written = written_arguments(node)
+    for out, label in zip(flat_refs(node.outs), labels, strict=False):
+        shape = run.trace.tensors[out.number].shape
+        if label.shape != shape:
+            run.algebra.freeze(label, f"operation {node.name} with a shape its rule does not expect")
+            label = Label(shape, tainted=True)
+        tainted = label.tainted or any(run.label(ref).tainted for ref in tensor_args(node))
+        label = replace(label, tainted=tainted)
+        if out.number in written:
+            _overwrite(run, out, label)
+        run.assign(out.number, label)
+
+
+def _check_routing(run: Run, node: Node, labels: Sequence[Label]) -> None:
+    """Indices that name units must be carried on or be used by an operation that knows them; otherwise freeze."""
+    if node.name in ROUTING_RULES or any(out.values is not None or out.segments is not None for out in labels):
+        return
+    for ref in tensor_args(node):
+        run.algebra.freeze_named(run.label(ref))
+
+
+def _unsegment(run: Run, node: Node) -> None:
+    """Labels by expert end at operations that do not know them."""
+    for ref in tensor_args(node):
+        label = run.labels.get(ref.number)
+        if label is not None:
+            run.labels[ref.number] = run.algebra.unsegmented(label)
+
+
+def _overwrite(run: Run, out: Ref, label: Label) -> None:
+    """Writing into a tensor also changes its views: what they did not carry before must stay where it is."""
+    aliases = run.aliases(out)
+    if not aliases:
+        return
+    units = run.algebra.units
+    before = [units.find(f) for f in run.label(out).factors]
+    for factor in label.factors:
+        found = units.find(factor)
+        if not any(found.shape == f.shape and np.array_equal(found, f) for f in before):
+            units.freeze(factor, "written into a part of another tensor")
+    for number in aliases:
+        old = run.labels[number]
+        run.labels[number] = replace(old, varies=(True,) * old.ndim, tainted=old.tainted or label.tainted)

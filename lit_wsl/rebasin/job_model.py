@@ -1,0 +1,347 @@
+"""What :class:`RebasinCallback` and ``lit-wsl rebasin`` need of a model: its whole state, a spec, a repaired merge."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.inference.infer import infer_permutation_spec
+from lit_wsl.rebasin.job import AlignOptions, Matcher, RebasinReport
+from lit_wsl.rebasin.matching.best import best_matching
+from lit_wsl.rebasin.matching.weights import MatchingResult
+from lit_wsl.rebasin.responses import reestimate_batchnorm
+from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.structure.execution_order import only_child
+from lit_wsl.structure.running import Call, ways_to_call
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+Outputs: TypeAlias = Callable[[Any], Any]
+
+
+INTERNAL = ("hidden_state", "hidden_states", "attentions", "past_key_values")
+
+
+"""Last words of the names under which models return what goes on inside of them beside their answer."""
+
+
+class MainOutputs:
+    """Picks a model's answer from what it returns: all floating tensors, but hidden states only where nothing else is.
+
+    A mapping or dataclass may carry hidden states, attention maps and caches beside the logits. If they had to stay as
+    they are, no unit of the residual stream could be permuted. They are known by name and passed over, unless they are
+    all there is (then they are the answer). Scalars, such as a loss, say nothing of the order of units.
+
+    >>> import torch
+    >>> pick = MainOutputs()
+    >>> picked = pick({"loss": torch.tensor(1.0), "logits": torch.ones(2, 3), "hidden_states": (torch.ones(2, 4),)})
+    >>> [tuple(t.shape) for t in picked], sorted(pick.ignored)
+    ([(2, 3)], ['hidden_states'])
+    >>> [tuple(t.shape) for t in pick((torch.ones(1, 2), {"last_hidden_state": torch.ones(1, 4)}))]
+    [(1, 2)]
+
+    Attributes:
+        ignored: Names of what was passed over in the last call.
+    """
+
+    def __init__(self) -> None:
+        self.ignored: set[str] = set()
+
+    def __call__(self, output: Any) -> list[Tensor]:
+        """The tensors that count."""
+        found = [(names, t) for names, t in _named(output) if t.is_floating_point() and t.ndim]
+        inner = [any(name.endswith(INTERNAL) for name in names) for names, _ in found]
+        if all(inner):
+            self.ignored = set()
+            return [tensor for _, tensor in found]
+        self.ignored = {next(n for n in names if n.endswith(INTERNAL)) for (names, _), i in zip(found, inner) if i}
+        return [tensor for (_, tensor), i in zip(found, inner) if not i]
+
+
+def _named(value: Any, names: tuple[str, ...] = (), depth: int = 6) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield names, value
+    elif not depth:
+        return
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _named(item, (*names, str(key)), depth - 1)
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for key, item in zip(value._fields, value):
+            yield from _named(item, (*names, key), depth - 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _named(item, names, depth - 1)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for item in fields(value):
+            yield from _named(getattr(value, item.name), (*names, item.name), depth - 1)
+
+
+def resolve_outputs(given: Outputs | str | None) -> Outputs | None:
+    """The function that an import path names, ``package.module.name`` or ``package.module:name``.
+
+    >>> resolve_outputs("operator.itemgetter") is __import__("operator").itemgetter
+    True
+
+    Raises:
+        RebasinError: It is not there, or cannot be called.
+    """
+    if not isinstance(given, str):
+        if given is not None and not callable(given):
+            raise RebasinError(f"outputs={given!r} is neither a function nor the import path of one")
+        return given
+    place, _, name = given.rpartition(":" if ":" in given else ".")
+    try:
+        found: Any = importlib.import_module(place)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RebasinError(f"outputs={given!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise RebasinError(f"outputs={given!r} is a {type(found).__name__}, not a function")
+    return found
+
+
+LITTLE = 0.5
+
+
+SHARDED = (
+    "the model is sharded, and its symmetries cannot be inferred on one rank alone. Infer them once on the whole "
+    "model, infer_permutation_spec(model, (batch,)).to_json('spec.json'), and give spec='spec.json'"
+)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parameters are distributed tensors, as under ``ModelParallelStrategy``."""
+    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, distributed tensors gathered (a collective call then), nothing shared with it.
+
+    Raises:
+        RebasinError: Parameters are cut up in a way that is not visible in the state dict.
+    """
+    for name, parameter in module.named_parameters():
+        if (hasattr(parameter, "ds_id") and not parameter.numel()) or name.endswith("_flat_param"):
+            raise RebasinError(
+                f"{name} of shape {tuple(parameter.shape)} is one rank's part of a parameter (FSDPStrategy, DeepSpeed "
+                "stage 3), whose whole is gone after the fit. Use ModelParallelStrategy, or run lit-wsl rebasin on the "
+                "saved checkpoints."
+            )
+    state = {}
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            state[name] = whole.detach().cpu().clone()
+    return state
+
+
+def refuse_gaps(loaded: Mapping[str, Mapping[str, Tensor]], module: nn.Module) -> None:
+    """Every run must have every parameter, in the model's shape.
+
+    Raises:
+        RebasinError: One does not.
+    """
+    for name, state in loaded.items():
+        gaps = [n for n, _ in module.named_parameters() if n not in state]
+        if gaps:
+            shape = tuple(module.get_parameter(gaps[0]).shape)
+            raise RebasinError(
+                f"{name} lacks {len(gaps)} parameters of the model, such as {gaps[0]!r} of shape {shape}: is it a "
+                "fine-tuning of the same architecture? Otherwise convert it first (lit-wsl map, lit-wsl convert)."
+            )
+
+
+def callee(module: nn.Module) -> tuple[nn.Module, str]:
+    """The module that a sample is for, and the prefix of its names: the model, or the network it wraps."""
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    if not isinstance(module, LightningModule) or is_overridden("forward", module):
+        return module, ""
+    path = only_child(module)
+    return (module, "") if path is None else (module.get_submodule(path), f"{path}.")
+
+
+def find_spec(
+    module: nn.Module, calls: Sequence[Call], outputs: Outputs | None, verify: bool
+) -> tuple[Call | None, PermutationSpec | None, str | None, tuple[str, ...]]:
+    """Infer a spec from the first call that works.
+
+    Args:
+        module: The model; names of the spec are those of its state dict.
+        calls: Ways to call it, the likeliest first.
+        outputs: Picks what counts from what it returns; None for :class:`MainOutputs`.
+        verify: Whether to prove the spec.
+
+    Returns:
+        The call, the spec, why there is none, and remarks for the reader. Never raises.
+    """
+    called, prefix = callee(module)
+    pick = outputs or MainOutputs()
+    reasons = []
+    for args, kwargs in calls:
+        try:
+            spec = infer_permutation_spec(called, args, kwargs, outputs=pick, verify=verify)
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}")
+            continue
+        if not spec.groups:
+            reasons.insert(0, _nothing_found(spec, outputs is None))  # says more than a call that does not fit
+            continue
+        return (args, kwargs), prefixed(spec, prefix), None, _remarks(spec, pick)
+    return None, None, reasons[0] if reasons else "there is no sample of what the model takes", ()
+
+
+def _nothing_found(spec: PermutationSpec, default: bool) -> str:
+    why = "no group of units of this model can be permuted"
+    if spec.dropped:
+        why += f" ({len(spec.dropped)} were found, but break the function)"
+    return why + ("; outputs=... says which of its outputs have to stay as they are" if default else "")
+
+
+def _remarks(spec: PermutationSpec, pick: Outputs) -> tuple[str, ...]:
+    remarks = []
+    ignored = sorted(pick.ignored) if isinstance(pick, MainOutputs) else []
+    if ignored:
+        remarks.append(
+            f"of what the model returns, {', '.join(ignored)} may change under a permutation; outputs=... says what "
+            "counts"
+        )
+    if spec.dropped:
+        remarks.append(f"{len(spec.dropped)} groups were found, but break the function; they stay as they are")
+    if spec.coverage < LITTLE:
+        remarks.append(f"only {spec.coverage:.1%} of the parameters' elements can be permuted; spec.summary() says why")
+    return tuple(remarks)
+
+
+def prefixed(spec: PermutationSpec, prefix: str) -> PermutationSpec:
+    """The spec of a submodule under the names of the whole model."""
+    if not prefix:
+        return spec
+    return replace(
+        spec,
+        axes={prefix + name: axes for name, axes in spec.axes.items()},
+        shapes={prefix + name: shape for name, shape in spec.shapes.items()},
+        parameters=tuple(prefix + name for name in spec.parameters),
+        frozen={prefix + name: why for name, why in spec.frozen.items()},
+    )
+
+
+def repaired(
+    module: nn.Module, merged: Mapping[str, Tensor], batches: Iterable[Any], call: Call | None, max_batches: int
+) -> tuple[dict[str, Tensor], str]:
+    """The merged state dict with batch norm statistics estimated anew, and a remark that says so.
+
+    Args:
+        module: The model, not changed.
+        merged: The merged state dict.
+        batches: Training batches.
+        call: How the model was called on a sample.
+        max_batches: Stop after so many.
+
+    Raises:
+        RebasinError: There is no batch, or the model does not take one.
+    """
+    probe = copy.deepcopy(module)
+    probe.load_state_dict(dict(merged), strict=False)
+    called, _ = callee(probe)
+
+    def forward(_: Any, batch: Any) -> None:
+        call_like(called, batch, call)
+
+    count = reestimate_batchnorm(probe, batches, forward=forward, max_batches=max_batches)
+    state = {n: t.detach().clone() for n, t in probe.state_dict().items() if isinstance(t, Tensor)}
+    return state, f"batch norm statistics of the merged model were estimated on {count} training batches"
+
+
+def completed(report: RebasinReport, run: str, own: Mapping[str, Tensor]) -> RebasinReport:
+    """The report, with what only this run has (and no other checkpoint) in its aligned weights and the merged ones."""
+    models, merged = dict(report.models), report.merged
+    state = models[run].state_dict
+    if state is not None:
+        models[run] = replace(models[run], state_dict={n: state.get(n, t) for n, t in own.items()})
+    if merged is not None:
+        merged = {n: merged.get(n, t) for n, t in own.items()}
+    return replace(report, models=models, merged=merged)
+
+
+def best_matcher(
+    module: nn.Module,
+    spec: PermutationSpec,
+    options: AlignOptions,
+    batches: Sequence[Any],
+    call: Call | None,
+    outputs: Outputs | None,
+) -> Matcher:
+    """Whole weights matched in the way that merges best on data, see :func:`best_matching`.
+
+    Args:
+        module: The model, not changed.
+        spec: Its permutation spec.
+        options: How to match.
+        batches: Training batches.
+        call: How the model was called on a sample.
+        outputs: Picks what counts from what it returns; None for :class:`MainOutputs`.
+
+    Raises:
+        RebasinError: There is no batch, or the model does not take one.
+    """
+    if is_sharded(module):
+        raise RebasinError("the model is sharded and cannot run on one rank")
+    if not batches:
+        raise RebasinError("there is no training batch")
+    probe, pick = copy.deepcopy(module).eval(), outputs or MainOutputs()
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        return pick(call_like(callee(model)[0], batch, call))
+
+    def match(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> MatchingResult:
+        first, second = ({**probe.state_dict(), **state} for state in (reference, other))
+        settings: dict[str, Any] = {key: getattr(options, key) for key in ("max_iter", "seed", "restarts", "progress")}
+        return best_matching(spec, probe, first, second, batches, forward=forward, **settings)
+
+    with torch.no_grad():
+        forward(probe, batches[0])  # a model that does not take a batch is known before the long work
+    return match
+
+
+def call_like(called: nn.Module, batch: Any, call: Call | None) -> Any:
+    """Call the model on a batch in the way that worked for the sample.
+
+    Raises:
+        RebasinError: It does not take the batch.
+    """
+    errors = []
+    for args, kwargs in ways_to_call(called, batch):
+        if call is not None and (len(args), sorted(kwargs)) != (len(call[0]), sorted(call[1])):
+            continue
+        try:
+            return called(*args, **kwargs)
+        except Exception as error:
+            errors.append(error)
+    raise RebasinError(f"the model does not take a training batch: {errors[0] if errors else 'no way to call it'}")
+
+
+def train_batches(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Any]:
+    """Training batches on the CPU, after the transfer hooks.
+
+    Raises:
+        RebasinError: The trainer has no loader any more.
+    """
+    loaders = trainer.train_dataloader
+    if loaders is None:
+        raise RebasinError("the trainer has no training batches any more")
+    for batch in loaders:
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield module._apply_batch_transfer_handler(batch, device=torch.device("cpu"), dataloader_idx=0)

@@ -1,0 +1,1 @@
+"""One model out of several that were aligned, and what lies between them."""

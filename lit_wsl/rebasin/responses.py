@@ -1,0 +1,232 @@
+"""Batch norm statistics of a merged model, estimated anew on data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.spec.spec import PermutationSpec
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether the model has batch norms with running statistics."""
+    return bool(_norms(model))
+
+
+def call_on_inputs(model: nn.Module, batch: Any) -> Any:
+    """Call the model on a batch: the first of a pair of inputs and targets, the keywords of a dict, else as it is."""
+    if isinstance(batch, (tuple, list)):
+        return model(batch[0])
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch)
+
+
+@torch.no_grad()
+def reestimate_batchnorm(
+    model: nn.Module, batches: Iterable[Any], *, forward: Forward = call_on_inputs, max_batches: int | None = None
+) -> int:
+    """Estimate the running statistics of all batch norms anew, in place.
+
+    The mean of two networks has activations of smaller variance than either, and the mean of their statistics does
+    not describe it; this restores most of what is lost (REPAIR, Jordan et al. 2023). The statistics are those of all
+    batches together, every sample counted once, also where batches differ in size or in their means. Only batch norms
+    run in training mode: dropout stays off, and the mode of every module is put back. A batch norm that no batch
+    reaches keeps its statistics.
+
+    Args:
+        model: the merged model.
+        batches: a dataloader or list of batches.
+        forward: how to call the model on a batch.
+        max_batches: stop after so many.
+
+    Returns:
+        The number of batches used; 0 if the model has no batch norms with running statistics.
+
+    Raises:
+        RebasinError: there was no batch.
+    """
+    norms = _norms(model)
+    if not norms:
+        return 0
+    with _only_norms_in_training(model, norms):
+        moments = [Moments() for _ in norms]
+        hooks = [norm.register_forward_pre_hook(_adding_to(each)) for norm, each in zip(norms, moments)]
+        count = 0
+        try:
+            for batch in batches:
+                if max_batches is not None and count >= max_batches:
+                    break
+                forward(model, batch)
+                count += 1
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if count == 0:
+            raise RebasinError("no batch to estimate batch norm statistics from")
+    for norm, each in zip(norms, moments):
+        _store(each, norm)
+    return count
+
+
+def _adding_to(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda module, args: moments.add(args[0].movedim(1, 0))
+
+
+def _norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+@contextmanager
+def _only_norms_in_training(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Batch norms normalise by the batch, all else evaluates; modes and statistics are put back at the end."""
+    modes = [(m, m.training) for m in model.modules()]
+    saved = [{k: v.clone() for k, v in m.named_buffers(recurse=False)} for m in norms]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.train()
+        yield
+    finally:
+        for norm, buffers in zip(norms, saved):
+            for key, value in buffers.items():
+                getattr(norm, key).copy_(value)
+        for module, training in modes:
+            module.training = training
+
+
+class Moments:
+    """Mean and variance of channels over pieces of data, in float64 (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.pieces = 0, 0
+        self.mean: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0  # sum of squared distances from the mean
+
+    def add(self, values: Tensor) -> None:
+        """Add a piece ``(channels, ...)``, all axes behind the first being samples."""
+        columns = values.detach().reshape(len(values), -1).double()
+        variance, mean = torch.var_mean(columns, dim=1, correction=0)
+        here, total = columns.shape[1], self.count + columns.shape[1]
+        apart = mean - self.mean
+        self.mean = self.mean + apart * (here / total)
+        self._squares = self._squares + variance * here + apart.square() * (self.count * here / total)
+        self.count, self.pieces = total, self.pieces + 1
+
+    def variance(self, correction: int = 0) -> Tensor:
+        """Variance of each channel; with a correction of one unbiased, as batch norms keep it."""
+        return torch.as_tensor(self._squares) / max(self.count - correction, 1)
+
+
+def _store(moments: Moments, norm: _BatchNorm) -> None:
+    """Write statistics into a batch norm, if any data reached it."""
+    if moments.pieces == 0 or norm.running_mean is None or norm.running_var is None:
+        return
+    norm.running_mean.copy_(torch.as_tensor(moments.mean))
+    norm.running_var.copy_(moments.variance(correction=1))
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.fill_(moments.pieces)
+
+
+def responses(
+    spec: PermutationSpec,
+    model: nn.Module,
+    reference: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    max_batches: int | None,
+    max_samples: int,
+    seed: int,
+    forward: Forward,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Standardised responses ``(channels, samples)`` of both models by the name of the weight that makes them.
+
+    Raises:
+        RebasinError: the two passes saw different data.
+    """
+    a, b = (
+        _responses(spec, model, state, batches, max_batches, max_samples, seed, forward) for state in (reference, other)
+    )
+    if any(a[name].shape != b[name].shape for name in a):
+        raise RebasinError("the two passes over the batches saw different amounts of data: use a list or fixed loader")
+    return a, b
+
+
+def output_axis(model: nn.Module, name: str) -> int:
+    """Axis of a module's weight (given by its full name) that the module's output channels lie on."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return 1 if isinstance(module, _ConvTransposeNd) else 0
+
+
+def channel_axis(module: nn.Module, output: Tensor) -> int:
+    """Axis of a module's output that holds its channels: the second for convolutions and batch norms, else the last."""
+    return 1 if isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm)) and output.ndim > 1 else output.ndim - 1
+
+
+@torch.no_grad()
+def _responses(
+    spec: PermutationSpec,
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    max_batches: int | None,
+    max_samples: int,
+    seed: int,
+    forward: Forward,
+) -> dict[str, Tensor]:
+    """Standardised responses ``(channels, samples)`` by the name of the weight whose first axis they share."""
+    probe = copy.deepcopy(model).eval()
+    probe.load_state_dict(dict(state_dict))
+    kept: dict[str, list[Tensor]] = {}
+    hooks = []
+    number = 0
+
+    def listen(name: str, length: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                return
+            axis = channel_axis(module, output)
+            if output.shape[axis] != length:
+                return
+            columns = output.detach().movedim(axis, 0).reshape(length, -1)
+            generator = torch.Generator().manual_seed(hash((seed, number, columns.shape[1])))
+            draw = torch.randperm(columns.shape[1], generator=generator)[: max(1, max_samples // 4)]
+            kept.setdefault(name, []).append(columns[:, draw.to(columns.device)].float())
+
+        return hook
+
+    for path, module in probe.named_modules():
+        name = f"{path}.weight" if path else "weight"
+        if name not in spec.axes or not isinstance(getattr(module, "weight", None), Tensor):
+            continue
+        axis = output_axis(probe, name)
+        if axis in spec.axes[name] and spec.axes[name][axis].outer_axis is None:
+            hooks.append(module.register_forward_hook(listen(name, spec.axes[name][axis].length)))
+    for batch in batches:
+        if max_batches is not None and number >= max_batches:
+            break
+        forward(probe, batch)
+        number += 1
+    for handle in hooks:
+        handle.remove()
+    return {name: _standardise(torch.cat(parts, dim=1), max_samples) for name, parts in kept.items()}
+
+
+def _standardise(responses: Tensor, max_samples: int) -> Tensor:
+    """Each row with mean 0 and norm 1 (silent units stay 0), from at most so many columns, evenly spaced."""
+    if responses.shape[1] > max_samples:
+        pick = torch.linspace(0, responses.shape[1] - 1, max_samples).round().long()
+        responses = responses[:, pick.to(responses.device)]
+    centred = responses.double() - responses.double().mean(dim=1, keepdim=True)
+    norm = centred.norm(dim=1, keepdim=True)
+    return torch.where(norm > 1e-12, centred / norm.clamp_min(1e-300), 0.0).float()

@@ -1,0 +1,395 @@
+"""Permutation specs as data: which axes of which tensors move together, and how permutations act on them.
+
+A *group* is one independent permutation variable: ``size`` interchangeable units (channels, neurons, heads). A group
+may be *nested* in a parent: inside every head there is a permutation of its own, so the permutation of a nested group
+has one row per unit of the parent, ``(heads, head_dim)``.
+
+An :class:`~lit_wsl.rebasin.spec.axis.AxisSpec` tells where groups stand on one axis of one tensor. The spec holds the
+groups and axes of a whole architecture: it knows which group is nested in which, and how their permutations act.
+
+Convention: a permutation ``p`` *takes*, ``new[i] = old[p[i]]``; with nested groups
+``new[head, unit] = old[outer[head], inner[head, unit]]``, so the rows of ``inner`` belong to the new places.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.spec.axis import FORMAT, VERSION, PermutationGroup, axis_from_segments, axis_to_segments, lexsort
+from lit_wsl.rebasin.spec.axis import AxisSpec as AxisSpec
+from lit_wsl.rebasin.spec.axis import AxisUse as AxisUse
+from lit_wsl.rebasin.spec.axis import Permutations as Permutations
+
+if TYPE_CHECKING:
+    from lit_wsl.rebasin.spec.axis import AxisSpec
+
+
+def describe(spec: PermutationSpec, max_lines: int = 20) -> str:
+    """Groups found, share of the parameters covered, and what stays fixed and why."""
+    nested = sum(group.parent is not None for group in spec.groups.values())
+    lines = [
+        f"{len(spec.groups)} permutation groups ({nested} nested) move {len(spec.axes)} of {len(spec.shapes)} tensors: "
+        f"{spec.coverage:.1%} of the parameters."
+    ]
+    for name, group in list(spec.groups.items())[:max_lines]:
+        inside = f" inside {group.parent}" if group.parent else ""
+        lines.append(f"  {name}: {group.size} units{inside}, {len(spec.uses(name))} axes")
+    if len(spec.groups) > max_lines:
+        lines.append(f"  ... and {len(spec.groups) - max_lines} more")
+    reasons = Counter(reason for by_axis in spec.frozen.values() for reason in by_axis.values())
+    if reasons:
+        lines.append(f"Fixed: {sum(reasons.values())} axes.")
+        lines += [f"  {count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda i: (-i[1], i[0]))]
+    if spec.dropped:
+        lines.append(f"Dropped: {len(spec.dropped)} groups.")
+        lines += [f"  {name}: {reason}" for name, reason in spec.dropped.items()]
+    return "\n".join(lines)
+
+
+def validate(spec: PermutationSpec) -> None:
+    """Check that a spec is consistent in itself.
+
+    Raises:
+        RebasinError: A group is unknown or misses its parent, a coordinate is out of range, the units of a group have
+            different numbers of positions, or an axis does not have the length that ``shapes`` says.
+    """
+    seen: set[str] = set()
+    for name, group in spec.groups.items():
+        if group.name != name or group.size < 1:
+            raise RebasinError(f"Group {name!r} is listed with name {group.name!r} and size {group.size}.")
+        if group.parent is not None and group.parent not in seen:
+            raise RebasinError(f"Group {name!r} is nested in {group.parent!r}, which must be listed before it.")
+        seen.add(name)
+    for tensor, by_axis in spec.axes.items():
+        for axis, axis_spec in by_axis.items():
+            _validate_axis(spec, tensor, axis, axis_spec)
+
+
+def _validate_axis(spec: PermutationSpec, tensor: str, axis: int, axis_spec: AxisSpec) -> None:
+    place = f"axis {axis} of {tensor!r}"
+    shape = spec.shapes.get(tensor)
+    if shape is not None and (axis >= len(shape) or shape[axis] != axis_spec.length):
+        raise RebasinError(f"{place} has length {axis_spec.length} in the spec, but the tensor's shape is {shape}.")
+    if axis_spec.coords.shape[0] != len(axis_spec.groups) or len(set(axis_spec.groups)) != len(axis_spec.groups):
+        raise RebasinError(f"{place}: one row of coordinates for each group, each group once.")
+    outer = spec.axes[tensor].get(axis_spec.outer_axis) if axis_spec.outer_axis is not None else None
+    for row, group in enumerate(axis_spec.groups):
+        if group not in spec.groups:
+            raise RebasinError(f"{place} is moved by {group!r}, which is not among the groups.")
+        coordinate = axis_spec.coords[row]
+        touched = coordinate >= 0
+        for ancestor in spec.ancestors(group):
+            if ancestor in axis_spec.groups[:row]:
+                if bool((axis_spec.coordinate(ancestor)[touched] < 0).any()):
+                    raise RebasinError(f"{place}: {group!r} acts where its parent {ancestor!r} does not.")
+            elif outer is None or ancestor not in outer.groups or bool((outer.coordinate(ancestor) < 0).any()):
+                raise RebasinError(f"{place}: {group!r} is nested in {ancestor!r}, which must come before it there.")
+        family = [g for g in (*spec.ancestors(group), group) if g in axis_spec.groups]
+        code = torch.zeros(int(touched.sum()), dtype=torch.long)
+        cells = 1
+        for member in family:
+            values, size = axis_spec.coordinate(member)[touched], spec.groups[member].size
+            if values.numel() and int(values.max()) >= size:
+                raise RebasinError(f"{place}: unit {int(values.max())} of group {member!r}, which has {size}.")
+            code, cells = code * size + values, cells * size
+        counts = torch.bincount(code, minlength=cells)
+        if bool((counts != counts[0]).any()) or int(counts[0]) == 0:
+            raise RebasinError(f"{place}: the units of group {group!r} do not have the same number of positions.")
+
+
+@dataclass(frozen=True, eq=False)
+class PermutationSpec:
+    """The permutation symmetries of one architecture, as data.
+
+    Attributes:
+        groups: Name -> group, parents before children.
+        axes: Tensor name -> axis -> how it is moved. Axes that nothing moves are absent. Parameters and buffers.
+        shapes: Tensor name -> shape of every tensor the spec knows (moved or not).
+        parameters: Names of the tensors that are parameters (the others are buffers); the base of :attr:`coverage`.
+        frozen: Tensor name -> axis -> why nothing moves (all of) it.
+        dropped: Group name -> why verification removed it.
+    """
+
+    groups: Mapping[str, PermutationGroup]
+    axes: Mapping[str, Mapping[int, AxisSpec]]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+    frozen: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what is not consistent; see :func:`~lit_wsl.rebasin.spec.spec.validate`."""
+        validate(self)
+
+    # ---- groups ------------------------------------------------------------------------------------------------------
+
+    def ancestors(self, group: str) -> tuple[str, ...]:
+        """Names of the groups ``group`` is nested in, the outermost first."""
+        chain: list[str] = []
+        parent = self.groups[group].parent
+        while parent is not None:
+            chain.append(parent)
+            parent = self.groups[parent].parent
+        return tuple(reversed(chain))
+
+    def children(self, group: str) -> tuple[str, ...]:
+        """Names of the groups nested directly in ``group``."""
+        return tuple(name for name, other in self.groups.items() if other.parent == group)
+
+    def permutation_shape(self, group: str) -> tuple[int, ...]:
+        """Shape of the permutation tensor of ``group``: sizes of its ancestors, then its own."""
+        return (*(self.groups[name].size for name in self.ancestors(group)), self.groups[group].size)
+
+    @cached_property
+    def _uses(self) -> dict[str, tuple[AxisUse, ...]]:
+        found: dict[str, list[AxisUse]] = {name: [] for name in self.groups}
+        for name, axes in self.axes.items():
+            for axis, axis_spec in axes.items():
+                for group in axis_spec.groups:
+                    found[group].append(self._use(name, axis, group))
+        return {name: tuple(uses) for name, uses in found.items()}
+
+    def uses(self, group: str) -> tuple[AxisUse, ...]:
+        """Every (tensor, axis) that ``group`` moves, with the positions of its units."""
+        return self._uses[group]
+
+    def _use(self, name: str, axis: int, group: str) -> AxisUse:
+        axis_spec = self.axes[name][axis]
+        family = (*self.ancestors(group), group)
+        on_axis = [g for g in family if g in axis_spec.groups]
+        keys = [axis_spec.coordinate(g) for g in on_axis]
+        touched = torch.stack(keys).amin(dim=0) >= 0
+        rest = [axis_spec.coordinate(g) for g in axis_spec.groups if g not in family]
+        where = torch.nonzero(touched).flatten()
+        order = lexsort([k[where] for k in (*keys, *rest, axis_spec.rank)])
+        shape = [self.groups[g].size for g in on_axis]
+        positions = where[order].reshape(*shape, -1)
+        if axis_spec.outer_axis is None:
+            return AxisUse(name, axis, positions)
+        above = [g for g in family if g not in on_axis]
+        outer = self.axes[name][axis_spec.outer_axis]
+        outer_order = lexsort([*(outer.coordinate(g) for g in above), torch.arange(outer.length)])
+        sizes = [self.groups[g].size for g in above]
+        outer_positions = outer_order.reshape(*sizes, -1)
+        positions = positions.expand(*sizes, *positions.shape)
+        return AxisUse(name, axis, positions, axis_spec.outer_axis, outer_positions)
+
+    # ---- permutations ------------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Tensor]:
+        """The permutations that move nothing."""
+        shapes = {name: self.permutation_shape(name) for name in self.groups}
+        return {name: torch.arange(shape[-1]).expand(shape).clone() for name, shape in shapes.items()}
+
+    def random_permutations(self, seed: int = 0) -> dict[str, Tensor]:
+        """A uniformly drawn element of the whole group, the same for the same seed; torch's RNG is not touched."""
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {name: self.permutation_shape(name) for name in self.groups}
+        return {
+            name: torch.rand(shape, generator=generator, dtype=torch.float64).argsort(dim=-1)
+            for name, shape in shapes.items()
+        }
+
+    def index(self, permutations: Permutations, name: str, axis: int) -> Tensor:
+        """Positions that axis ``axis`` of tensor ``name`` takes from.
+
+        Args:
+            permutations: Group name -> permutation; groups that are absent stay as they are.
+            name: Name of a tensor in :attr:`axes`.
+            axis: One of its moved axes.
+
+        Returns:
+            LongTensor ``(length,)``; ``(length of the outer axis, length)`` if the axis has an ``outer_axis``: the
+            index then belongs to the *new* position on that axis.
+
+        Raises:
+            RebasinError: A permutation has the wrong shape.
+        """
+        axis_spec = self.axes[name][axis]
+        if axis_spec.outer_axis is None:
+            return self._take(permutations, axis_spec, {})
+        outer = self.axes[name][axis_spec.outer_axis]
+        rows, inverse = torch.unique(outer.coords, dim=1, return_inverse=True)
+        table = [
+            self._take(permutations, axis_spec, dict(zip(outer.groups, column.tolist(), strict=True)))
+            for column in rows.T
+        ]
+        return torch.stack(table)[inverse]
+
+    def _take(self, permutations: Permutations, axis_spec: AxisSpec, given: Mapping[str, int]) -> Tensor:
+        source = axis_spec.coords.clone()
+        for row, group in enumerate(axis_spec.groups):
+            permutation = permutations.get(group)
+            if permutation is None:
+                continue
+            if tuple(permutation.shape) != self.permutation_shape(group):
+                raise RebasinError(
+                    f"The permutation of group {group!r} has shape {tuple(permutation.shape)}, "
+                    f"the spec asks for {self.permutation_shape(group)}."
+                )
+            where = axis_spec.coords[row] >= 0
+            path = []
+            for ancestor in (*self.ancestors(group), group):
+                if ancestor in axis_spec.groups:
+                    path.append(axis_spec.coordinate(ancestor)[where])
+                else:
+                    path.append(torch.full((int(where.sum()),), given[ancestor], dtype=torch.long))
+            source[row, where] = permutation.to("cpu", torch.long)[tuple(path)]
+        return axis_spec.index_from(source)
+
+    # ---- what the user sees ------------------------------------------------------------------------------------------
+
+    def touched_share(self, name: str) -> float:
+        """Share of the elements of tensor ``name`` that some group moves, 0 to 1."""
+        untouched = 1.0
+        for axis_spec in self.axes.get(name, {}).values():
+            untouched *= 1.0 - float(axis_spec.touched.double().mean())
+        return 1.0 - untouched
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters' elements that some group permutes, 0 to 1 (tied parameters count once per name)."""
+        total = moved = 0.0
+        for name in self.parameters:
+            size = float(torch.Size(self.shapes[name]).numel())
+            total += size
+            moved += size * self.touched_share(name)
+        return moved / total if total else 0.0
+
+    def without(self, names: Iterable[str], reason: str = "") -> PermutationSpec:
+        """The spec without some groups and all that is nested in them; they are listed in :attr:`dropped`."""
+        removed = set(names)
+        for name in self.groups:
+            if removed.intersection(self.ancestors(name)):
+                removed.add(name)
+        axes = {
+            tensor: {axis: kept for axis, spec in by_axis.items() if (kept := spec.without(removed)).groups}
+            for tensor, by_axis in self.axes.items()
+        }
+        return PermutationSpec(
+            groups={name: group for name, group in self.groups.items() if name not in removed},
+            axes={tensor: by_axis for tensor, by_axis in axes.items() if by_axis},
+            shapes=self.shapes,
+            parameters=self.parameters,
+            frozen=self.frozen,
+            dropped={**self.dropped, **{name: reason for name in self.groups if name in removed}},
+        )
+
+    def summary(self) -> str:
+        """Groups found, share of the parameters covered, and what stays fixed and why, as text."""
+        return describe(self)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PermutationSpec):
+            return NotImplemented
+        return all(
+            getattr(self, key) == getattr(other, key) for key in ("groups", "axes", "shapes", "frozen", "dropped")
+        ) and tuple(self.parameters) == tuple(other.parameters)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return (
+            f"PermutationSpec({len(self.groups)} groups on {len(self.axes)} tensors, "
+            f"{self.coverage:.1%} of the parameters)"
+        )
+
+    # ---- JSON --------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON-able data; see :mod:`lit_wsl.rebasin.spec.axis`."""
+        return spec_to_dict(self)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The spec as JSON text, also written to ``path`` where one is given."""
+        text = json.dumps(self.to_dict(), indent=1)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PermutationSpec:
+        """Inverse of :meth:`to_dict`."""
+        return spec_from_dict(data)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> PermutationSpec:
+        """Read a spec from JSON text or from a file that holds it.
+
+        Raises:
+            RebasinError: The text is not a permutation spec.
+        """
+        text = str(source)
+        if isinstance(source, Path) or not text.lstrip().startswith("{"):
+            text = Path(source).read_text(encoding="utf-8")
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise RebasinError(f"{str(source)[:80]!r} is not JSON: {error}") from error
+        return cls.from_dict(data)
+
+
+def spec_to_dict(spec: PermutationSpec) -> dict[str, Any]:
+    """The spec as JSON-able data."""
+    axes: dict[str, Any] = {}
+    for tensor, by_axis in spec.axes.items():
+        axes[tensor] = {}
+        for axis, axis_spec in by_axis.items():
+            entry: dict[str, Any] = {"segments": axis_to_segments(axis_spec)}
+            if axis_spec.outer_axis is not None:
+                entry["outer_axis"] = axis_spec.outer_axis
+            axes[tensor][str(axis)] = entry
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "groups": {
+            name: {"size": g.size, **({"parent": g.parent} if g.parent else {})} for name, g in spec.groups.items()
+        },
+        "axes": axes,
+        "shapes": {name: list(shape) for name, shape in spec.shapes.items()},
+        "parameters": list(spec.parameters),
+        "frozen": {name: {str(axis): why for axis, why in by.items()} for name, by in spec.frozen.items()},
+        "dropped": dict(spec.dropped),
+    }
+
+
+def spec_from_dict(data: Mapping[str, Any]) -> PermutationSpec:
+    """Inverse of :func:`spec_to_dict`.
+
+    Raises:
+        RebasinError: The data is not a permutation spec, or of a newer version.
+    """
+    if data.get("format") != FORMAT or int(data.get("version", 0)) > VERSION:
+        raise RebasinError(
+            f"Not a permutation spec this version reads: format {data.get('format')!r}, "
+            f"version {data.get('version')!r}; expected {FORMAT!r}, at most {VERSION}."
+        )
+    try:
+        groups = {n: PermutationGroup(n, int(g["size"]), g.get("parent")) for n, g in data["groups"].items()}
+        axes = {
+            tensor: {
+                int(axis): axis_from_segments(entry["segments"], list(groups), entry.get("outer_axis"))
+                for axis, entry in by_axis.items()
+            }
+            for tensor, by_axis in data["axes"].items()
+        }
+        return PermutationSpec(
+            groups,
+            axes,
+            shapes={name: tuple(shape) for name, shape in data.get("shapes", {}).items()},
+            parameters=tuple(data.get("parameters", ())),
+            frozen={n: {int(a): why for a, why in by.items()} for n, by in data.get("frozen", {}).items()},
+            dropped=dict(data.get("dropped", {})),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RebasinError(f"The permutation spec is damaged: {type(error).__name__}: {error}") from error

@@ -1,0 +1,194 @@
+"""Execution order: in which order does one sample call use the tensors of a model?"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from lit_wsl.structure.preserving import undisturbed
+
+
+class _FirstUse(TorchFunctionMode):
+    """Note the first use of each tensor in a torch call, for parameters that no module call announces.
+
+    A use is a call that gives a tensor: asking for a weight's shape, dtype or device is none.
+    """
+
+    def __init__(self, names: Mapping[int, str], seen: dict[str, None]) -> None:
+        super().__init__()
+        self._names = names
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = [name for v in _tensors((args, kwargs or {})) if (name := self._names.get(id(v))) is not None]
+        result = func(*args, **(kwargs or {}))
+        if found and any(True for _ in _tensors(result)):
+            for name in found:
+                self._seen.setdefault(name)
+        return result
+
+
+def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item, depth - 1)
+    elif depth and isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, depth - 1)
+
+
+def trace_execution_order(
+    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """Run one sample call and note the order in which it first uses the module's tensors.
+
+    A leaf module's tensors come at its first call, in registration order; a tensor used without a call of its
+    module (``F.linear(x, self.weight)``, a class token) comes where a torch function first takes it. Modules
+    called several times count once; modules never called are absent from the result.
+
+    The call runs without gradients, in eval mode, and leaves the model as it was, see :func:`undisturbed`. A model
+    with lazy modules is run as a copy, so that it stays lazy.
+
+    Args:
+        module: The model to run.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        State-dict name -> place in execution order, from 0.
+
+    Raises:
+        Exception: Whatever the model's own forward raises.
+
+    >>> class Swapped(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.second, self.first = nn.Linear(3, 2), nn.Linear(4, 3)
+    ...     def forward(self, x):
+    ...         return self.second(self.first(x))
+    >>> sorted(trace_execution_order(Swapped(), (torch.ones(1, 4),)).items(), key=lambda kv: kv[1])[0]
+    ('first.weight', 0)
+    """
+    if is_lazy(module):
+        module = lazy_copy(module)
+    state = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    names: dict[int, str] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), name)
+    seen: dict[str, None] = {}
+
+    def announce(sub: nn.Module, *_: Any) -> None:
+        own = [*sub.named_parameters(recurse=False), *sub.named_buffers(recurse=False)]
+        for _name, tensor in own:
+            name = names.get(id(tensor))
+            if name is not None:
+                seen.setdefault(name)
+
+    hookable = (sub for sub in module.modules() if not isinstance(sub, torch.jit.ScriptModule))
+    leaves = [sub for sub in hookable if not any(True for _ in sub.children())]
+    handles: list[RemovableHandle] = [leaf.register_forward_pre_hook(announce) for leaf in leaves]
+    try:
+        with undisturbed(module), torch.no_grad(), _FirstUse(names, seen):
+            module(*args, **(kwargs or {}))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: place for place, name in enumerate(seen)}
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether some tensors have no shape before the first call (``nn.LazyLinear``)."""
+    tensors = (*module.parameters(), *module.buffers())
+    return any(nn.parameter.is_lazy(tensor) for tensor in tensors)
+
+
+def lazy_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of a module with lazy parts; PyTorch can copy lazy parameters, but not lazy buffers."""
+    memo: dict[int, Any] = {}
+    lazy_buffer: Any = nn.parameter.UninitializedBuffer  # its stub lacks the arguments
+    for buffer in module.buffers():
+        if nn.parameter.is_lazy(buffer):
+            memo[id(buffer)] = lazy_buffer(device=buffer.device, dtype=buffer.dtype)
+    return copy.deepcopy(module, memo)
+
+
+def only_child(module: nn.Module) -> str | None:
+    """Name of the child that holds all parameters of a wrapper; ``None`` if the module is no wrapper.
+
+    >>> only_child(nn.ModuleDict({"model": nn.Linear(2, 2), "loss": nn.MSELoss()}))
+    'model'
+    """
+    if any(True for _ in module.parameters(recurse=False)):
+        return None
+    holding = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+    return holding[0] if len(holding) == 1 else None
+
+
+_HOOKS = (  # what gathers, scatters and reshards around each call; state-dict hooks stay, for the names
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module with the same tree and code, all tensors whole and on the meta device, and no forward hooks.
+
+    Engines that shard in place (``fully_shard``, ``parallelize_module``) do so through the tensors and forward hooks;
+    the modules' code still is that of the whole model. What is neither module nor tensor is shared with the original.
+
+    Args:
+        module: The module, sharded or not.
+
+    >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    >>> copy = meta_copy(net)
+    >>> copy(torch.empty(5, 3, device="meta")).shape, copy[0].weight.is_meta, net[0].weight.is_meta
+    (torch.Size([5, 2]), True, False)
+    """
+    modules: dict[int, nn.Module] = {}
+    tensors: dict[int, Tensor] = {}  # tied ones stay tied
+
+    def tensor_of(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in tensors:
+            made = torch.empty(value.shape, dtype=value.dtype, device="meta")
+            is_parameter = isinstance(value, nn.Parameter)
+            tensors[id(value)] = nn.Parameter(made, requires_grad=value.requires_grad) if is_parameter else made
+        return tensors[id(value)]
+
+    def copy_of(original: nn.Module | None) -> nn.Module | None:
+        if original is None or id(original) in modules:
+            return None if original is None else modules[id(original)]
+        made: nn.Module = object.__new__(type(original))
+        modules[id(original)] = made
+        own = {name: tensor_of(value) for name, value in vars(original).items()}
+        own |= {name: OrderedDict() for name in _HOOKS if name in own}
+        for name in ("_parameters", "_buffers"):
+            own[name] = {key: tensor_of(value) for key, value in own[name].items()}
+        own["_modules"] = {key: copy_of(child) for key, child in own["_modules"].items()}
+        if isinstance(own.get("_device"), torch.device):  # what ``LightningModule.device`` tells
+            own["_device"] = torch.device("meta")
+        vars(made).update(own)
+        return made
+
+    copied = copy_of(module)
+    assert copied is not None
+    return copied
+
+
+def on_meta(value: Any) -> Any:
+    """Nested lists, tuples and dicts with their tensors on the meta device."""
+    return tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, value)

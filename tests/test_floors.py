@@ -1,0 +1,127 @@
+"""The floors of the house: which folder may import which, and no circle of modules."""
+
+import ast
+from pathlib import Path
+
+import lit_wsl
+
+ROOT = Path(lit_wsl.__file__).parent
+
+# Each floor may import the floors named beside it, and its own. Everything may import errors and files.
+FLOORS = {
+    "errors": set(),
+    "files": set(),
+    "former_paths": set(),
+    "structure": set(),
+    "checkpoint": {"structure"},
+    "plan": {"structure", "checkpoint"},
+    "matching": {"structure", "plan"},
+    "report": {"structure", "plan", "matching"},
+    "transfer": {"structure", "checkpoint", "plan", "matching", "report"},
+    "convert": {"structure", "checkpoint", "plan", "matching", "transfer"},
+    "mapper": {"structure", "checkpoint", "plan", "matching", "report", "transfer"},
+    "rebasin": {"structure", "checkpoint"},
+    "renamer": {"checkpoint"},
+    "models": {"checkpoint", "mapper", "renamer"},
+    "callbacks": {"structure", "checkpoint", "plan", "matching", "report", "transfer", "convert", "rebasin"},
+    "cli": {"structure", "checkpoint", "plan", "matching", "report", "transfer", "convert", "rebasin", "renamer"},
+    "__main__": {"cli"},
+}
+GROUND = {"errors", "files"}
+UPWARD = {("lit_wsl.plan.plan", "convert")}
+"""The one arrow up: ``TransferPlan.convert_checkpoint``, looked up when it is called."""
+
+
+def modules():
+    paths = sorted(ROOT.rglob("*.py"))
+    return {".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+
+
+def imports(path, names):
+    """Modules of the package that a module imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lit_wsl":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in names else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "lit_wsl")
+
+
+def floor(name):
+    return name.split(".")[1] if "." in name else ""
+
+
+def test_arrows_point_down():
+    names = modules()
+    found = []
+    for name, path in names.items():
+        if name == "lit_wsl":
+            continue
+        assert floor(name) in FLOORS, f"{name}: a floor that nobody listed"
+        for other in imports(path, names):
+            if other == "lit_wsl" or (name, floor(other)) in UPWARD:
+                continue
+            if floor(other) not in FLOORS[floor(name)] | GROUND | {floor(name)}:
+                found.append(f"{name} imports {other}")
+    assert found == []
+
+
+def test_there_is_no_circle_of_modules():
+    names = modules()
+    arrows = {
+        name: sorted(o for o in imports(path, names) if (name, floor(o)) not in UPWARD)
+        for name, path in names.items()
+        if name != "lit_wsl"
+    }
+    done = set()
+
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done or name not in arrows:
+            return
+        for other in arrows[name]:
+            if other != name and other != "lit_wsl":
+                visit(other, [*path, name])
+        done.add(name)
+
+    for name in arrows:
+        visit(name, [])
+
+
+FACES = {  # what a user calls has an option for each thing that a user may want
+    "lit_wsl.callbacks.rebasin.__init__",
+    "lit_wsl.callbacks.weight_transfer.__init__",
+    "lit_wsl.convert.checkpoint.convert_checkpoint",
+    "lit_wsl.mapper.weight_mapper.from_state_dict",
+    "lit_wsl.rebasin.matching.activations.activation_matching",
+    "lit_wsl.rebasin.matching.activations.joint_matching",
+    "lit_wsl.rebasin.matching.best.best_matching",
+    "lit_wsl.rebasin.matching.weights.weight_matching",
+    "lit_wsl.rebasin.merging.barrier.interpolation_curve",
+    "lit_wsl.report.html.save_html",
+    "lit_wsl.report.json_report.report_dict",
+    "lit_wsl.transfer.api.transfer_weights",
+    "lit_wsl.checkpoint.allowlist._rebuild_tensor_v3",  # the arguments that torch writes into a file
+}
+TODAY = {  # only shrinks
+    "lit_wsl.convert.checkpoint.convert_document",
+    "lit_wsl.convert.optimizers.convert_optimizers",
+    "lit_wsl.matching.options.make",
+    "lit_wsl.rebasin.responses._responses",
+    "lit_wsl.rebasin.responses.responses",
+    "lit_wsl.report.scores.candidates",
+    "lit_wsl.transfer.api._plan_transfer",
+    "lit_wsl.transfer.api.prepare_transfer",
+}
+
+
+def test_no_function_takes_more_than_seven_parameters():
+    found = set()
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if len([a for a in arguments if a.arg not in ("self", "cls")]) > 7:
+                    found.add(f"{name}.{node.name}")
+    assert found - FACES <= TODAY
