@@ -131,6 +131,22 @@ class Placed:
     leaf: Leaf
     form: Form
 
+    @property
+    def family(self) -> tuple[str, str, tuple[int, ...]]:
+        """Where it belongs by meaning: what stands beside it and could be taken for it."""
+        return re.sub(r"\d+", "#", self.leaf.pieces[0].rpartition("/")[0]), self.leaf.kind, self.leaf.sizes[0]
+
+    @property
+    def meaning(self) -> str:
+        """What it is, whatever its number."""
+        return re.sub(r"\d+", "#", self.leaf.pieces[0].rpartition("/")[2])
+
+    @property
+    def word(self) -> str:
+        """The last word of its name; ``""`` for a number."""
+        last = self.name.rpartition(".")[2]
+        return "" if last.isdigit() else last
+
 
 class Net(nn.Module):
     """A side as a module. Its forward runs every leaf once, in the order of execution."""
@@ -187,6 +203,18 @@ def _check(names: list[str]) -> None:
         parts = name.split(".")
         if any(".".join(parts[:n]) in places for n in range(1, len(parts))):
             raise ClashError(name)
+
+
+def names_lie(old: Net, new: Net) -> bool:
+    """Whether a word stands for one thing here and for its sibling there: nobody could see that, so it is no test."""
+    meant: dict[tuple[object, str], set[str]] = {}
+    for placed in old.placed:
+        meant.setdefault((placed.family, placed.word), set()).add(placed.meaning)
+    for placed in new.placed:
+        known = meant.get((placed.family, placed.word)) if placed.word else None
+        if known and placed.meaning not in known and len(placed.leaf.pieces) == 1:
+            return True
+    return False
 
 
 def true_tensors(net: Net, known: frozenset[str] | None = None) -> dict[str, Tensor | None]:

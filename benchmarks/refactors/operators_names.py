@@ -71,21 +71,6 @@ def nonsense_words(side: Side, rng: random.Random) -> bool:
     return bool(roles)
 
 
-@operator("validate", "names", LAST)
-def exchanged_words(side: Side, rng: random.Random) -> bool:
-    """Two siblings' words of the same kind change places in one code base: ``in`` and ``out`` are a matter of view."""
-    pairs = [
-        p
-        for p in (("q", "k"), ("fc1", "fc2"), ("norm1", "norm2"), ("up", "gate"), ("first", "second"))
-        if set(p) <= side.used()
-    ]
-    if not pairs:
-        return False
-    a, b = rng.choice(pairs)
-    side.words[a], side.words[b] = side.words.get(b, b), side.words.get(a, a)
-    return True
-
-
 def _positional(side: Side, parents: Callable[[Path], bool]) -> bool:
     """The members of some modules are called by their place, as in ``nn.Sequential``."""
     members: dict[Path, list[Step]] = {}

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.refactors.config import Config, draw
-from benchmarks.refactors.network import ClashError, Net, Side, pieces_of, randomise, true_tensors
+from benchmarks.refactors.network import ClashError, Net, Side, names_lie, pieces_of, randomise, true_tensors
 from benchmarks.refactors.operators import Regime
 from benchmarks.refactors.structures import Split
 from lit_wsl import LitWslError, TransferReport, transfer_weights
@@ -27,7 +28,8 @@ class Judged:
     Attributes:
         name: Its name.
         verdict: ``right``; ``wrong`` (something that is not its own, or its own in a wrong layout); ``unseen`` (its
-            own, but turned: a square whose make nothing shows); ``missing``, ``open`` (left alone, a choice is
+            own, in a layout that neither names nor shapes show: a square that is stored transposed under a Linear's
+            own names, parts that are interleaved by head); ``missing``, ``open`` (left alone, a choice is
             listed); ``nothing`` (left alone, and rightly so).
         layout: Whether what is wrong holds the right values in the wrong places.
         buffer: Whether it is a buffer.
@@ -90,6 +92,8 @@ class Pair:
         self.config = config
         source, target = config.sides()
         self.old, self.new = Net(source), Net(target)
+        if names_lie(self.old, self.new):
+            raise ClashError("a word means another thing on the other side")
         self.state = {name: t for name, t in true_tensors(self.old).items() if t is not None} | source.extra
         self.truth = true_tensors(self.new, pieces_of(self.old))
         self.before = randomise(self.new)
@@ -136,7 +140,7 @@ class Pair:
         else:
             verdict = "wrong"
         layout = verdict == "wrong" and truth is not None and _same_values(held, truth)
-        if layout and name in self._turned and truth is not None and torch.equal(held, truth.T):
+        if layout and name in self._unseen:
             verdict = "unseen"
         entry = report.plan.by_target.get(name)
         judged = Judged(name, verdict, layout, buffer)
@@ -156,10 +160,16 @@ class Pair:
             wanted=wanted,
         )
 
-    @property
-    def _turned(self) -> set[str]:
-        """Squares of the new model whose make changed without a trace."""
-        return {f"{p.name}.weight" for p in self.new.placed if set(p.leaf.pieces) & self.hidden}
+    @cached_property
+    def _unseen(self) -> set[str]:
+        """Tensors of the new model whose layout nothing shows."""
+        hidden = self.hidden
+        return {
+            name
+            for placed in self.new.placed
+            if set(placed.leaf.pieces) & hidden
+            for name in (placed.name + slot.suffix for slot in placed.form.slots)
+        }
 
 
 def _same_values(held: Tensor, truth: Tensor) -> bool:
@@ -167,12 +177,11 @@ def _same_values(held: Tensor, truth: Tensor) -> bool:
 
 
 def _unseen(side: Side) -> set[str]:
-    """Pieces that a side stores turned under a Linear's own names, where no other one shows it by its shape."""
+    """Pieces whose layout nothing shows: turned squares, unless another turned one is no square; interleaved parts."""
     turned = [leaf for leaf in side.leaves if leaf.layout == "transposed"]
-    shapes = {leaf: (sum(size[0] for size in leaf.sizes), leaf.sizes[0][1]) for leaf in turned}
-    if any(rows != columns for rows, columns in shapes.values()):
-        return set()
-    return {piece for leaf in turned for piece in leaf.pieces}
+    shown = any(sum(size[0] for size in leaf.sizes) != leaf.sizes[0][1] for leaf in turned)
+    hidden = [leaf for leaf in side.leaves if leaf.layout == "interleaved"] + ([] if shown else turned)
+    return {piece for leaf in hidden for piece in leaf.pieces}
 
 
 def drawn_pair(split: Split, regime: Regime, seed: int, *, sample: bool = False) -> Pair:
