@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -343,7 +344,7 @@ def _modalities(trace: Trace) -> Iterator[Found]:
     if len(first) == 2:
         yield "modalities", {"image": first["image"], "text": first["text"]}
     blocks = {c: len({re.sub(r"\d+", "#", a) for a in found}) for c, found in per.items()}
-    for one, two in zip(children, children[1:]):
+    for one, two in pairwise(children):
         if blocks[one] == 1 and blocks[two] == 2:
             yield "coder", {"coder": one, "decoder": two}
 
