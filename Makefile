@@ -18,7 +18,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format gauntlet rebasin-bench scale sharded-memory docs clean
+.PHONY: help demo test lint format gauntlet refactors calibrate harvest rebasin-bench scale sharded-memory docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -40,6 +40,15 @@ format: .venv/.ready  ## format the code
 
 gauntlet: .venv-bench/.ready  ## map pairs of public implementations with known truth, beside the peers
 	.venv-bench/bin/python -m benchmarks.gauntlet $(ARGS)
+
+refactors: .venv/.ready  ## map random refactors with known truth (ARGS="--split validate --pairs 750")
+	$(ONE_THREAD) .venv/bin/python -m benchmarks.refactors $(ARGS)
+
+calibrate: .venv/.ready  ## count what each kind of evidence is worth, into lit_wsl/matching/risks.json
+	$(ONE_THREAD) .venv/bin/python -m benchmarks.refactors.calibrate $(ARGS)
+
+harvest: .venv-bench/.ready  ## the words of public libraries for the random refactors
+	.venv-bench/bin/python -m benchmarks.refactors.harvest $(ARGS)
 
 rebasin-bench: .venv-bench/.ready  ## align models of torchvision, timm and transformers
 	.venv-bench/bin/python -m benchmarks.rebasin --save $(ARGS)

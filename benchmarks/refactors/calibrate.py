@@ -1,0 +1,91 @@
+"""What each kind of evidence is worth: decisions counted right and wrong on the part of the corpus to fit on.
+
+    python -m benchmarks.refactors.calibrate            writes lit_wsl/matching/risks.json
+
+Every entry of a plan names the kind of its evidence. Entries of one family (names without their numbers) are one
+decision. So that kinds which the package does not trust are counted too, the limit of risk is lifted while counting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import logging
+import pkgutil
+import re
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import lit_wsl.matching
+from benchmarks.refactors.operators import REGIMES
+from benchmarks.refactors.pair import Result, drawn_pair, run
+from benchmarks.refactors.report import upper_bound
+
+TABLE = Path(lit_wsl.matching.__file__).with_name("risks.json")
+LIMIT = "RISK_LIMIT"
+Cells = dict[str, Counter[str]]
+
+
+def decisions(result: Result) -> Iterable[tuple[str, str]]:
+    """The kind of evidence and the verdict of every decision of a pair: ``wrong`` if any of its tensors is."""
+    families: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for tensor in result.tensors:
+        if tensor.evidence and tensor.verdict in ("right", "wrong"):
+            families[tensor.evidence, re.sub(r"\d+", "#", tensor.name)].add(tensor.verdict)
+    return [(evidence, "wrong" if "wrong" in verdicts else "right") for (evidence, _), verdicts in families.items()]
+
+
+@contextlib.contextmanager
+def without_limit() -> Iterator[None]:
+    """Let every kind of evidence decide."""
+    with contextlib.ExitStack() as stack:
+        for found in pkgutil.iter_modules(lit_wsl.matching.__path__):
+            module = importlib.import_module(f"lit_wsl.matching.{found.name}")
+            if hasattr(module, LIMIT):
+                stack.enter_context(mock.patch.object(module, LIMIT, 1.0))
+        yield
+
+
+def count(pairs: int, seed: int = 0) -> Cells:
+    """Decisions over all regimes, with and without a sample."""
+    cells: Cells = defaultdict(Counter)
+    for regime in REGIMES:
+        for sample in (False, True):
+            for number in range(seed, seed + pairs):
+                for evidence, verdict in decisions(run(drawn_pair("fit", regime, number, sample=sample))):
+                    cells[evidence][verdict] += 1
+    return cells
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.refactors.calibrate", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=200, help="pairs per regime, each with and without a sample")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry", action="store_true", help="print, write nothing")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    with without_limit():
+        cells = count(options.pairs, options.seed)
+    print(f"{'evidence':48} {'right':>7} {'wrong':>6} {'bound 95 %':>11}")
+    for evidence, counts in sorted(cells.items(), key=lambda item: -item[1].total()):
+        bound = upper_bound(counts["wrong"], counts.total())
+        print(f"{evidence:48} {counts['right']:7} {counts['wrong']:6} {bound:11.2%}")
+    if not options.dry:
+        table = {name: {"right": counts["right"], "wrong": counts["wrong"]} for name, counts in sorted(cells.items())}
+        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
+        TABLE.write_text("{\n" + rows + "\n}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
