@@ -27,7 +27,13 @@ class CoverageError(LitWslError):
 
 
 class TransferError(LitWslError):
-    """Applying a plan failed; the model is as it was before."""
+    """Applying a plan failed; the model is as it was before, but for what ``not_restored`` names.
+
+    Attributes:
+        not_restored: The names of the tensors, and of whatever else was changed, that could not be put back.
+    """
+
+    not_restored: tuple[str, ...] = ()
 
 
 class RebasinError(LitWslError):

@@ -30,6 +30,7 @@ from lit_wsl.transfer.sides import (
     module_of_source,
     open_source,
 )
+from lit_wsl.transfer.undo import UndoLog, only_filler
 
 
 @dataclass(frozen=True)
@@ -136,21 +137,22 @@ def transfer_weights(
         assume_layouts=assume_layouts,
     )
     floor = valid_floor(min_coverage)
-    ranks = Ranks.of_model(model)
-    tensors = ranks.together(lambda: open_source(source, checkpoint_weights))
-    sample = [(example_args, dict(example_kwargs or {}))] if example_args or example_kwargs else []
-    prepared = prepare_transfer(
-        model,
-        tensors,
-        source,
-        options,
-        samples=sample,
-        plan=plan,
-        min_coverage=floor,
-        old=source_module,
-        ranks=ranks,
-    )
-    return finish_transfer(prepared, tensors, model, ranks=ranks)
+    with only_filler(model):
+        ranks = Ranks.of_model(model)
+        tensors = ranks.together(lambda: open_source(source, checkpoint_weights))
+        sample = [(example_args, dict(example_kwargs or {}))] if example_args or example_kwargs else []
+        prepared = prepare_transfer(
+            model,
+            tensors,
+            source,
+            options,
+            samples=sample,
+            plan=plan,
+            min_coverage=floor,
+            old=source_module,
+            ranks=ranks,
+        )
+        return finish_transfer(prepared, tensors, model, ranks=ranks)
 
 
 def prepare_transfer(
@@ -247,12 +249,13 @@ def finish_transfer(
     *,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    undo: UndoLog | None = None,
 ) -> TransferReport:
-    """Apply a prepared transfer, all or nothing, and report."""
+    """Apply a prepared transfer, all or nothing, and report; ``undo`` remembers what was there for the caller."""
     if prepared.materialise is not None and prepared.plan.entries:
         args, kwargs = prepared.materialise
         materialise(model, args, kwargs)
-    applied = apply_plan(prepared.plan, tensors, model, progress=progress, ranks=ranks)
+    applied = apply_plan(prepared.plan, tensors, model, progress=progress, ranks=ranks, undo=undo)
     warnings = applied.warnings
     if prepared.plan.proof == "refuted":
         warnings = (f"the function check refuted this plan: {prepared.plan.notes[-1]}", *warnings)

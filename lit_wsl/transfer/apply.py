@@ -11,19 +11,13 @@ copying, another may have failed for reasons of its own, and then all of them ha
 from __future__ import annotations
 
 import math
-import os
 import platform
-import shutil
-import signal
-import tempfile
-import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +28,8 @@ from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import run_operations
 from lit_wsl.plan.plan import TransferPlan, describe_entry
 from lit_wsl.structure.description import HasMeta
-from lit_wsl.transfer.ranks import ALONE, Ranks, copy_into_shard, has_sharded_tensors, held_part, is_sharded
+from lit_wsl.transfer.ranks import ALONE, Ranks, copy_into_shard, has_sharded_tensors, held_part, is_sharded, local_part
+from lit_wsl.transfer.undo import UndoLog, admit_loss, interrupt_later, only_filler, room_on_disk, same_bits
 
 _PIECE = 1 << 18  # bytes; one of the target and one of the source fit every second-level cache
 
@@ -201,114 +196,6 @@ _CHECKS: dict[torch.dtype, Callable[[_Array], bool]] = {
 }
 
 
-class UndoLog:
-    """Remembers what is overwritten: in memory up to a budget, then in a temporary file.
-
-    Copies are of two kinds. Those that may fail, because they allocate, have to be remembered. Others are not expected
-    to fail, but where several processes fill a model together, one that fails all the same leaves the others with all
-    of theirs done; then these are remembered too, as far as there is room.
-
-    Args:
-        memory: Bytes of memory the log may take in all.
-        spare: Bytes of these for copies that are not expected to fail.
-        spill: Whether these go to the file too, once there is no memory to spare.
-
-    Attributes:
-        lost: Bytes that were overwritten and not remembered.
-    """
-
-    def __init__(self, memory: int, spare: int, *, spill: bool = False) -> None:
-        self._left, self._spare, self._spill = memory, spare, spill
-        self._memory: list[tuple[Tensor, Tensor]] = []
-        self._spilled: list[tuple[Tensor, int]] = []
-        self._file: Any = None
-        self.lost = 0
-
-    def __enter__(self) -> UndoLog:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def remember(self, target: Tensor, *, must: bool) -> None:
-        """Keep a target's value.
-
-        Args:
-            target: What is overwritten next.
-            must: Whether its copy may fail.
-
-        Raises:
-            TransferError: If it must be remembered, and there is no room for it on the disk either.
-        """
-        if target.nbytes <= (self._left if must else min(self._left, self._spare)):
-            self._left -= target.nbytes
-            self._spare -= 0 if must else target.nbytes
-            self._memory.append((target, target.detach().clone()))
-            return
-        if must or self._spill:
-            try:
-                self._write(target)
-                return
-            except OSError as error:
-                if must:
-                    raise TransferError(
-                        f"{tempfile.gettempdir()} has no room for the {target.nbytes} bytes that are overwritten, kept "
-                        f"to take a failed transfer back ({error}). Set TMPDIR to a folder with more room."
-                    ) from error
-                self._spill = False
-        self.lost += target.nbytes
-
-    def _write(self, target: Tensor) -> None:
-        self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115  closed with the log
-        start = self._file.seek(0, os.SEEK_END)
-        self._file.write(target.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        self._file.flush()  # a full disk shows itself here, not when it is too late
-        self._spilled.append((target, start))
-
-    def restore(self) -> None:
-        """Put everything back, the last first."""
-        for target, offset in reversed(self._spilled):
-            self._file.seek(offset)
-            content = torch.frombuffer(bytearray(self._file.read(target.nbytes)), dtype=torch.uint8)
-            _put_back(target, content.view(target.dtype).reshape(target.shape))
-        for target, value in reversed(self._memory):
-            _put_back(target, value)
-
-
-def room_on_disk(size: int) -> bool:
-    """Whether the folder of temporary files has room for twice as many bytes: others need some too."""
-    try:
-        return shutil.disk_usage(tempfile.gettempdir()).free >= 2 * size
-    except OSError:
-        return False
-
-
-def _put_back(target: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        target.copy_(value)
-
-
-@contextmanager
-def interrupt_later() -> Iterator[None]:
-    """Hold back Ctrl-C until the model is whole again."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[tuple[int, Any]] = []
-    before = signal.getsignal(signal.SIGINT)
-    if before is None:  # installed from C; not ours to replace
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed and callable(before):
-        before(*pressed[0])
-
-
 _UNDO_MEMORY = 32 << 20  # bytes the undo log may take
 
 
@@ -347,6 +234,23 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is copied where; the same for all steps of one application."""
+
+    entries: Sequence[PlanEntry]
+    tensors: Mapping[str, Tensor]
+    targets: Mapping[str, Tensor]
+    progress: Progress
+    ranks: Ranks
+    look: Look | None
+    only: Container[str] | None
+
+    def written(self, entry: PlanEntry) -> list[str]:
+        """The targets of an entry that are written."""
+        return [name for name in entry.targets if self.only is None or name in self.only]
+
+
 def apply_plan(
     plan: TransferPlan,
     tensors: Mapping[str, Tensor],
@@ -354,11 +258,13 @@ def apply_plan(
     *,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    only: Container[str] | None = None,
+    undo: UndoLog | None = None,
 ) -> Applied:
     """Fill a model in place by a plan that fits (:func:`lit_wsl.plan.plan.check_plan`), all or nothing.
 
-    First every source is read and looked at and every target is checked; then everything is copied. Ctrl-C during
-    the copying is answered when the model is whole.
+    First every source is read and looked at and every target is checked; then everything is copied. Signals during
+    the copying are answered between two tensors as long as all can be taken back, Ctrl-C when the model is whole.
 
     Args:
         plan: The plan.
@@ -366,12 +272,16 @@ def apply_plan(
         model: The model to fill.
         progress: Called with ``("verify" | "copy", bytes)`` after each entry.
         ranks: The processes that fill the model together; what fails on one of them is undone on all.
+        only: Names of the targets that may be written, where others of the plan have been trained since.
+        undo: A log of the caller's that is to remember all that is overwritten, so that the caller can take it back.
 
     Returns:
         What was noticed on the way.
 
     Raises:
-        TransferError: If something fails; the model is as it was before, bit for bit.
+        TransferError: If something fails; the model is as it was before, bit for bit, or the message and the error's
+            ``not_restored`` name the tensors that are not. Errors that are no ``Exception``, and what the handlers of
+            signals raise, come as they are where the model is as it was.
     """
     targets = live_tensors(model)
     note_progress = progress or _silent
@@ -389,14 +299,33 @@ def apply_plan(
         share = ranks.share(plan.entries) if divided else plan.entries
         return _verify(share, tensors, targets, note_progress, look if divided else None)
 
-    counted = ranks.gather(ranks.together(verify))
-    with interrupt_later():
-        _copy(plan.entries, tensors, targets, note_progress, ranks, None if divided else look)
+    with only_filler(model):
+        counted = ranks.gather(ranks.together(verify))
+        _copy(_Job(plan.entries, tensors, targets, note_progress, ranks, None if divided else look, only), undo)
     warnings = dict.fromkeys(text for texts in ranks.gather(looks) for text in texts)
     casts: Counter[tuple[str, str]] = Counter()
     for counts in counted if divided else counted[:1]:
         casts.update(counts)
     return Applied(tuple(warnings), tuple(f"cast {n} tensors from {a} to {b}" for (a, b), n in sorted(casts.items())))
+
+
+def holds(plan: TransferPlan, tensors: Mapping[str, Tensor], model: nn.Module) -> bool:
+    """Whether a model has every value that a plan would give it, in the parts of them that this process holds."""
+    targets = live_tensors(model)
+    for entry in plan.entries:
+        if not entry.lossless:
+            return False
+        outputs = [targets[name] for name in entry.targets]
+        values = run_operations(entry.operations, [tensors[name] for name in entry.sources], outputs)
+        for name, value in zip(entry.targets, values, strict=True):
+            part = local_part(value, targets[name]) if is_sharded(targets[name]) else value
+            if not _holds(held_part(targets[name]), part):
+                return False
+    return True
+
+
+def _holds(target: Tensor, value: Tensor) -> bool:
+    return same_bits(target, value.to(target.device, target.dtype))
 
 
 def _silent(stage: str, size: int) -> None:
@@ -482,69 +411,126 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _copy(
-    entries: Sequence[PlanEntry],
-    tensors: Mapping[str, Tensor],
-    targets: Mapping[str, Tensor],
-    progress: Progress,
-    ranks: Ranks,
-    look: Look | None,
-) -> None:
+def _copy(job: _Job, given: UndoLog | None) -> None:
     """Copy everything; on any failure, on any rank, put back what was there."""
-    own = {_storage(t) for t in targets.values()} - {0}
-    # Copies that allocate can fail for want of memory, so they go first, while little has to be taken back.
-    stages = [entry for entry in entries if _allocates(entry)], [entry for entry in entries if not _allocates(entry)]
+    # What can fail comes first, while little has to be taken back: for want of memory, or of the file.
+    stages = [e for e in job.entries if _allocates(e)], [e for e in job.entries if not _allocates(e)]
     # Sources that are the model's own tensors (a model filled from itself) must all be read before any is written.
-    held = ranks.together(partial(_own_values, entries, tensors, own))
-    with UndoLog(_UNDO_MEMORY, spare=_UNDO_MEMORY, spill=_spills(entries, targets, ranks)) as undo:
+    own = {_storage(t) for t in job.targets.values()} - {0}
+    held = job.ranks.together(partial(_own_values, job.entries, job.tensors, own))
+    shared = _sharing({name: job.targets[name] for entry in job.entries for name in job.written(entry)})
+    spill = _spills(job) or _reads(job.tensors)
+    with interrupt_later() as answer, ExitStack() as stack:
+        undo = given or stack.enter_context(UndoLog(_UNDO_MEMORY, spare=_UNDO_MEMORY, spill=spill))
 
         def copy_all(stage: Sequence[PlanEntry]) -> None:
             for entry in stage:
+                if not undo.lost:
+                    answer()
                 with _named(entry):
-                    values = [held[n] if n in held else tensors[n] for n in entry.sources]
-                    outputs = [targets[name] for name in entry.targets]
+                    values = [held[n] if n in held else job.tensors[n] for n in entry.sources]
+                    outputs = [job.targets[name] for name in entry.targets]
                     results = run_operations(entry.operations, values, outputs)
-                    for target, result in zip(outputs, results, strict=True):
-                        undo.remember(held_part(target), must=_allocates(entry))
-                        if look is None:
+                    for name, target, result in zip(entry.targets, outputs, results, strict=True):
+                        if job.only is not None and name not in job.only:
+                            continue
+                        must = given is not None or name in shared or _allocates(entry) or _is_foreign(target)
+                        undo.remember(held_part(target), must=must, name=name)
+                        if job.look is None:
                             copy_into(target, result)
                         elif not _copy_watching(target, result):
-                            look(entry, values)
+                            job.look(entry, values)
                     del values, results, result  # before the next is read
-                progress("copy", sum(target.nbytes for target in outputs))
+                job.progress("copy", sum(target.nbytes for target in outputs))
+
+        def end() -> None:
+            _check_shared(job, held, shared)
+            if not undo.lost:
+                answer()
 
         try:
             for stage in stages:
-                ranks.together(partial(copy_all, stage))
+                job.ranks.together(partial(copy_all, stage))
+            job.ranks.together(end)
         except BaseException as error:
-            undo.restore()
-            _admit_loss(error, undo, ranks)
-            raise
+            told = _take_back(error, undo, job.ranks)
+            if told is error:
+                raise
+            raise told from error
+        try:
+            answer()
+        except BaseException as error:  # too late to take back, and the model is whole
+            names = tuple(name for entry in job.entries for name in job.written(entry))
+            raise admit_loss(error, names, whole=True) from error
 
 
-def _spills(entries: Sequence[PlanEntry], targets: Mapping[str, Tensor], ranks: Ranks) -> bool:
-    """Whether all that is overwritten is remembered: several processes do, where the disk has room for all on it."""
-    if ranks.size == 1:
-        return False
-    size = sum(held_part(targets[name]).nbytes for entry in entries for name in entry.targets)
-    return room_on_disk(sum(other for node, other in ranks.gather((platform.node(), size)) if node == platform.node()))
+def _take_back(error: BaseException, undo: UndoLog, ranks: Ranks) -> BaseException:
+    """Put back what was there; the error to raise names what is not as it was, on any rank."""
+    names = (*undo.restore(), *undo.lost_names)
+    with suppress(RuntimeError):  # a rank that is gone tells nothing
+        names = tuple(name for told in ranks.gather(names) for name in told)
+    return admit_loss(error, names)
 
 
-def _admit_loss(error: BaseException, undo: UndoLog, ranks: Ranks) -> None:
-    """Say so if the model could not be put back as a whole; what failed failed where nothing was expected to.
+def _sharing(targets: Mapping[str, Tensor]) -> frozenset[str]:
+    """The names of targets that may share memory with another: their spans in it overlap."""
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for name, target in targets.items():
+        place = 0 if is_sharded(target) else _storage(target)
+        if place and target.numel():
+            start = int(target.storage_offset()) * target.element_size()
+            length = int(1 + sum((size - 1) * stride for size, stride in zip(target.shape, target.stride())))
+            spans.setdefault(place, []).append((start, start + length * target.element_size(), name))
+    found: set[str] = set()
+    for those in spans.values():
+        end, last = -1, ""
+        for start, stop, name in sorted(those):
+            if start < end:
+                found |= {last, name}
+            if stop > end:
+                end, last = stop, name
+    return frozenset(found)
+
+
+def _check_shared(job: _Job, held: Mapping[str, Tensor], shared: frozenset[str]) -> None:
+    """Refuse tensors that share memory and want different values in it.
 
     Raises:
-        TransferError: If bytes were overwritten that nobody remembered.
+        TransferError: If one of them no longer has what it was given.
     """
-    lost = [undo.lost]
-    with suppress(RuntimeError):  # a rank that is gone tells nothing
-        lost = ranks.gather(undo.lost)
-    if any(lost) and isinstance(error, TransferError):
-        message = str(error).replace("The model is unchanged.", "").strip()
-        raise TransferError(
-            f"{message} This came when {sum(lost)} bytes had been overwritten for which the log that takes a failed "
-            "transfer back had no room: the model is NOT as it was. Build it again."
-        ) from error
+    for entry in job.entries if shared else ():
+        if shared.isdisjoint(entry.targets) or any(op.needs_target for op in entry.operations):
+            continue
+        values = [held[n] if n in held else job.tensors[n] for n in entry.sources]
+        outputs = [job.targets[name] for name in entry.targets]
+        for name, target, result in zip(entry.targets, outputs, run_operations(entry.operations, values, outputs)):
+            if name in shared and name in job.written(entry) and not _holds(target, result):
+                others = ", ".join(sorted(n for n in shared - {name} if _storage(job.targets[n]) == _storage(target)))
+                raise TransferError(
+                    f"{name} {tuple(target.shape)} and {others} share memory in the model, and the checkpoint has "
+                    "different values for it, so they cannot all be filled. Give one memory of its own (clone() where "
+                    "it is made), or take it out of the plan. The model is unchanged."
+                )
+
+
+def _spills(job: _Job) -> bool:
+    """Whether all that is overwritten is remembered: several processes do, where the disk has room for all on it."""
+    if job.ranks.size == 1:
+        return False
+    size = sum(held_part(job.targets[name]).nbytes for entry in job.entries for name in job.written(entry))
+    told = job.ranks.gather((platform.node(), size))
+    return room_on_disk(sum(other for node, other in told if node == platform.node()))
+
+
+def _reads(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a source may have to be read anew when its tensors are asked for again, which may fail."""
+    in_memory = isinstance(tensors, dict) and type(tensors).__getitem__ is dict.__getitem__
+    return not in_memory and getattr(tensors, "lazy", True)
+
+
+def _is_foreign(target: Tensor) -> bool:
+    """Whether writing to a tensor is its own class's business."""
+    return not is_sharded(target) and type(target) not in (Tensor, nn.Parameter, nn.Buffer)
 
 
 def _own_values(entries: Sequence[PlanEntry], tensors: Mapping[str, Tensor], own: set[int]) -> dict[str, Tensor]:

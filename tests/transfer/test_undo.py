@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_wsl.errors import TransferError
-from lit_wsl.transfer import apply as module
-from lit_wsl.transfer.apply import UndoLog, room_on_disk
+from lit_wsl.transfer import undo as module
+from lit_wsl.transfer.undo import UndoLog, room_on_disk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
 

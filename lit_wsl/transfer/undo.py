@@ -1,0 +1,282 @@
+"""What stands behind "all or nothing": a log of what was overwritten, signals held back, and one filler at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_wsl.errors import TransferError
+
+UNDO_MEMORY = 32 << 20  # bytes a log takes before it goes to a file
+_SHOWN = 20  # names in a message; the error has them all
+
+_plainly = torch._C.DisableTorchFunctionSubclass  # without what a tensor's own class makes of an operation
+
+
+class UndoLog:
+    """Remembers what is overwritten: in memory up to a budget, then in a temporary file.
+
+    Writes are of two kinds. Those that may fail (they allocate, read, or are a foreign class's own) have to be
+    remembered. Others are not expected to fail, but where several processes fill a model together, one that fails all
+    the same leaves the others with all of theirs done; then these are remembered too, as far as there is room.
+
+    Args:
+        memory: Bytes of memory the log may take in all.
+        spare: Bytes of these for writes that are not expected to fail; all of them by default.
+        spill: Whether these go to the file too, once there is no memory to spare.
+
+    Attributes:
+        lost: Bytes that were overwritten and not remembered.
+        lost_names: The names of the tensors that held them.
+    """
+
+    def __init__(self, memory: int = UNDO_MEMORY, spare: int | None = None, *, spill: bool = False) -> None:
+        self._left, self._spare, self._spill = memory, memory if spare is None else spare, spill
+        self._steps: list[tuple[str, Callable[[], None]]] = []
+        self._file: Any = None
+        self.lost = 0
+        self.lost_names: list[str] = []
+
+    def __enter__(self) -> UndoLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget everything: there is no way back any more."""
+        self._steps.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remember(self, target: Tensor, *, must: bool, name: str = "") -> None:
+        """Keep a target's value.
+
+        Args:
+            target: What is overwritten next.
+            must: Whether the write may fail.
+            name: What the target is called, for the error.
+
+        Raises:
+            TransferError: If it must be remembered, and there is no room for it on the disk either.
+        """
+        if target.nbytes <= (self._left if must else min(self._left, self._spare)):
+            self._left -= target.nbytes
+            self._spare -= 0 if must else target.nbytes
+            with _plainly():
+                value = target.detach().clone()
+            self.later(name, lambda: _put_back(target, value))
+            return
+        if must or self._spill:
+            try:
+                self._write(target, name)
+                return
+            except OSError as error:
+                if must:
+                    raise TransferError(
+                        f"{tempfile.gettempdir()} has no room for the {target.nbytes} bytes that are overwritten, kept "
+                        f"to take a failed transfer back ({error}). Set TMPDIR to a folder with more room."
+                    ) from error
+                self._spill = False
+        self.lost += target.nbytes
+        self.lost_names.append(name)
+
+    def later(self, name: str, put_back: Callable[[], None]) -> None:
+        """Keep a way back of any kind: of an optimizer, a scheduler, a loop.
+
+        Args:
+            name: What it puts back, for the error if that fails.
+            put_back: Makes it what it is now; called once at most.
+        """
+        self._steps.append((name, put_back))
+
+    def _write(self, target: Tensor, name: str) -> None:
+        self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115  closed with the log
+        file, start = self._file, self._file.seek(0, os.SEEK_END)
+        with _plainly():
+            file.write(target.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.flush()  # a full disk shows itself here, not when it is too late
+        size, dtype, shape = target.nbytes, target.dtype, target.shape
+
+        def put_back() -> None:
+            file.seek(start)
+            content = torch.frombuffer(bytearray(file.read(size)), dtype=torch.uint8)
+            _put_back(target, content.view(dtype).reshape(shape))
+
+        self.later(name, put_back)
+
+    def restore(self) -> tuple[str, ...]:
+        """Put everything back, the last first; what fails stops nothing else.
+
+        Returns:
+            The names of what could not be put back.
+        """
+        failed = []
+        with interrupt_later():
+            while self._steps:
+                name, put_back = self._steps.pop()
+                try:
+                    put_back()
+                except BaseException:  # whatever it is, the others come first
+                    failed.append(name)
+        return tuple(failed)
+
+    def take_back(self, error: BaseException) -> BaseException:
+        """Put everything back after an error; what to raise then.
+
+        Returns:
+            The error, or where something is not as it was a :class:`TransferError` that names it.
+        """
+        return admit_loss(error, (*self.restore(), *self.lost_names))
+
+
+def admit_loss(error: BaseException, names: tuple[str, ...], *, whole: bool = False) -> BaseException:
+    """The error itself, or a :class:`TransferError` saying what is not as it was before it.
+
+    Args:
+        error: What went wrong.
+        names: What could not be put back.
+        whole: Whether everything had been written when it came, and is left so.
+    """
+    if not names:
+        return error
+    names = tuple(dict.fromkeys(names))
+    known = isinstance(error, TransferError)
+    message = (
+        str(error).replace("The model is unchanged.", "").strip() if known else f"{type(error).__name__}: {error}."
+    )
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    end = (
+        "It came when all had been written, so the model holds the new weights, all of them."
+        if whole
+        else "So the model is NOT as it was; build it again."
+    )
+    told = TransferError(
+        f"{message} What these held before could not be put back: {', '.join(names[:_SHOWN])}{more}. {end}"
+    )
+    told.not_restored = names
+    told.__cause__ = error
+    return told
+
+
+def room_on_disk(size: int) -> bool:
+    """Whether the folder of temporary files has room for twice as many bytes: others need some too."""
+    try:
+        return shutil.disk_usage(tempfile.gettempdir()).free >= 2 * size
+    except OSError:
+        return False
+
+
+def _put_back(target: Tensor, value: Tensor) -> None:
+    """Give a tensor its value again, also one whose class refuses ``copy_``, unless it has it still.
+
+    Raises:
+        TransferError: If it has another value afterwards.
+    """
+    with torch.no_grad():
+        try:
+            target.copy_(value)
+        except Exception:
+            if not same_bits(target, value):
+                with _plainly():
+                    target.copy_(value)
+    if not same_bits(target, value):
+        raise TransferError("the value was not taken")
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same, bit for bit, not-a-numbers included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    with torch.no_grad(), _plainly():
+        try:
+            return torch.equal(_bits(a), _bits(b))
+        except (RuntimeError, NotImplementedError, TypeError):  # kinds of tensors that have no plain memory
+            return bool(torch.equal(a, b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+@contextmanager
+def interrupt_later() -> Iterator[Callable[[], None]]:
+    """Hold back what signals would run, Ctrl-C first of all, while a model is half written.
+
+    Yields:
+        What answers the signals that came meanwhile, Ctrl-C apart: call it where an exception can still be undone.
+        Ctrl-C, and what is left, is answered at the end.
+    """
+    held: list[tuple[Callable[[int, Any], Any], int, Any]] = []
+    before: dict[int, Any] = {}
+
+    def answer(*, with_interrupt: bool = False) -> None:
+        for waiting in [w for w in held if with_interrupt or w[1] != signal.SIGINT]:
+            held.remove(waiting)
+            handler, number, frame = waiting
+            handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield answer
+        return
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        if callable(handler):  # not what was installed from C, nor what is ignored
+
+            def hold(number: int, frame: Any, handler: Any = handler) -> None:
+                held.append((handler, number, frame))
+
+            before[number] = handler
+            signal.signal(number, hold)
+    try:
+        yield answer
+    except BaseException:
+        _install(before)
+        with suppress(BaseException):  # one error is on its way already
+            answer(with_interrupt=True)
+        raise
+    _install(before)
+    answer(with_interrupt=True)
+
+
+def _install(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+_fillers: dict[int, int] = {}  # module -> the thread that fills it
+_fillers_lock = threading.Lock()
+
+
+@contextmanager
+def only_filler(model: nn.Module) -> Iterator[None]:
+    """Refuse that two threads fill one model, or two models that share modules, at the same time.
+
+    Raises:
+        TransferError: If another thread is at it.
+    """
+    me, mine = threading.get_ident(), {id(sub) for sub in model.modules()}
+    with _fillers_lock:
+        if any(_fillers.get(key, me) != me for key in mine):
+            raise TransferError(
+                f"another thread is filling {type(model).__name__}, or a model that shares modules with it. Wait for "
+                "it, or give each thread a model of its own. Nothing was changed."
+            )
+        taken = [key for key in mine if key not in _fillers]
+        _fillers.update(dict.fromkeys(taken, me))
+    try:
+        yield
+    finally:
+        with _fillers_lock:
+            for key in taken:
+                del _fillers[key]
