@@ -76,10 +76,14 @@ class Config:
         """Both networks, refactored."""
         return self._side(SOURCE), self._side(TARGET)
 
-    def _side(self, which: int) -> Side:
+    def plain_side(self, which: int) -> Side:
+        """A side to which nothing was done but naming."""
         draft = Draft(self.sizes)
         STRUCTURES[self.structure].write(draft)
-        side = Side(draft.leaves, dict(self.words[which]))
+        return Side(draft.leaves, dict(self.words[which]))
+
+    def _side(self, which: int) -> Side:
+        side = self.plain_side(which)
         mine = [change for change in self.changes if change.side == which]
         for change in sorted(mine, key=lambda change: STAGES.index(OPERATORS[change.operator].stage)):
             OPERATORS[change.operator].apply(side, random.Random(change.seed))
@@ -97,15 +101,8 @@ def draw(split: Split, regime: Regime, seed: int, *, sample: bool = False, attem
         second = draw_words(group, split, rng) if rng.random() < 0.65 else first
         words[SOURCE].update(first)
         words[TARGET].update(second)
-    return Config(
-        structure=structure.name,
-        sizes=_draw_sizes(rng),
-        words=words,
-        changes=tuple(_draw_changes(split, regime, rng)),
-        file=_draw_file(regime, rng),
-        sample=sample,
-        seed=name,
-    )
+    plain = Config(structure.name, _draw_sizes(rng), words, file=_draw_file(regime, rng), sample=sample, seed=name)
+    return replace(plain, changes=tuple(_draw_changes(plain, split, regime, rng)))
 
 
 def _draw_sizes(rng: random.Random) -> Sizes:
@@ -131,25 +128,26 @@ def _draw_file(regime: Regime, rng: random.Random) -> FileKind:
     return "state_dict"
 
 
-def _draw_changes(split: Split, regime: Regime, rng: random.Random) -> Iterator[Change]:
-    """Some operators, each on a side that it may happen on."""
+def _draw_changes(plain: Config, split: Split, regime: Regime, rng: random.Random) -> Iterator[Change]:
+    """Some operators that have something to do, each on a side that it may happen on."""
     known = sorted(OPERATORS.values(), key=lambda op: op.name)
     possible = [op for op in known if op.split in (split, "both") and regime in op.regimes]
     orders = [op for op in possible if op.stage == "order"]
     others = [op for op in possible if op.stage != "order"]
-    chosen = _sample(others, rng.choice([0, 1, 2, 2, 3, 4]), rng)
+    count = rng.choice([0, 1, 2, 2, 3, 4])
+    yield from _sample(plain, others, count, rng)
     if orders and (regime == "shuffled" or rng.random() < 0.4):
-        chosen += _sample(orders, rng.choice([1, 1, 2]), rng)
-    for op in chosen:
-        side = {"source": SOURCE, "target": TARGET}.get(op.where, rng.choice([SOURCE, TARGET]))
-        yield Change(op.name, side, rng.randrange(10**6))
+        yield from _sample(plain, orders, rng.choice([1, 1, 2]), rng)
 
 
-def _sample(operators: list[Operator], count: int, rng: random.Random) -> list[Operator]:
+def _sample(plain: Config, operators: list[Operator], count: int, rng: random.Random) -> Iterator[Change]:
     """Draw without replacement, by weight."""
-    pool, chosen = list(operators), []
-    while pool and len(chosen) < count:
-        (pick,) = rng.choices(pool, [op.weight for op in pool])
-        pool.remove(pick)
-        chosen.append(pick)
-    return chosen
+    pool = list(operators)
+    while pool and count:
+        (op,) = rng.choices(pool, [op.weight for op in pool])
+        pool.remove(op)
+        side = {"source": SOURCE, "target": TARGET}.get(op.where, rng.choice([SOURCE, TARGET]))
+        change = Change(op.name, side, rng.randrange(10**6))
+        if op.apply(plain.plain_side(side), random.Random(change.seed)):
+            count -= 1
+            yield change

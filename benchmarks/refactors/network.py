@@ -94,6 +94,7 @@ class Side:
     words: dict[str, str]
     numbering: dict[str, Numbering] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)  # what only a file holds
+    shadow: str = ""  # where a file holds averages, with underscores in their names
 
     def names(self) -> list[str]:
         """The name of each leaf."""

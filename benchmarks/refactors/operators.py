@@ -240,3 +240,66 @@ def part_only(side: Side, rng: random.Random) -> bool:
     dropped = rng.choice(parts)
     side.leaves = [leaf for leaf in side.leaves if leaf.path[0].role != dropped]
     return True
+
+
+@operator("fit", "content", LAST, "source")
+def averages_underscored(side: Side, rng: random.Random) -> bool:
+    """Averages as one flat module holds them: every dot of a name is an underscore."""
+    side.shadow = rng.choice(["ema", "model_ema", "averaged_params"])
+    return True
+
+
+def _resized(chosen: Callable[[Leaf], bool], dimension: int) -> Apply:
+    """Another size: nothing of the old one can be taken without changing values."""
+
+    def apply(side: Side, rng: random.Random) -> bool:
+        before = list(side.leaves)
+        extra = rng.choice([1, 3, 8])
+        side.leaves = [
+            replace(
+                _copy(leaf, f"{extra} more ", leaf.path),
+                sizes=tuple((*s[:dimension], s[dimension] + extra, *s[dimension + 1 :]) for s in leaf.sizes),
+            )
+            if chosen(leaf) and len(leaf.pieces) == 1
+            else leaf
+            for leaf in side.leaves
+        ]
+        return side.leaves != before
+
+    return apply
+
+
+operator("fit", "content", LAST, name="larger_vocabulary")(
+    _resized(lambda leaf: leaf.kind == "embedding" and leaf.role == "tokens", 0)
+)
+operator("validate", "content", LAST, name="longer_positions")(
+    _resized(lambda leaf: leaf.role == "pos" and leaf.kind == "table", 1)
+)
+
+
+def _added(kind: str, words: Iterable[str], beside: tuple[str, ...]) -> Apply:
+    """Something new of the model's own width in every block."""
+    options = list(words)
+
+    def apply(side: Side, rng: random.Random) -> bool:
+        word = rng.choice(options)
+        out: list[Leaf] = []
+        for leaf in side.leaves:
+            out.append(leaf)
+            if leaf.role in beside and leaf.kind in ("norm", "batch_norm", "linear"):
+                width = leaf.sizes[0][0]
+                fresh = replace(leaf, kind=kind, bias=True, sizes=((width,),), path=(*leaf.parent, Step(f"={word}")))
+                out.append(replace(fresh, pieces=(f"new {word} {leaf.pieces[0]}",)))
+        done = len(out) > len(side.leaves)
+        side.leaves = out
+        return done
+
+    return apply
+
+
+operator("fit", "content", LAST, name="scales_added")(
+    _added("table", ["gamma", "layer_scale", "ls", "gate"], ("o", "bn2", "neighbour"))
+)
+operator("validate", "content", LAST, name="norms_added")(
+    _added("norm", ["post_norm", "sandwich", "inner_norm", "ln_extra"], ("o", "fc2", "rows", "norm_mix"))
+)

@@ -129,7 +129,7 @@ operator("fit", "layout", weight=0.5, name="pointwise_convolutions")(_restore("p
 operator("validate", "layout", LAST, weight=0.5, name="channels_last_kernels")(
     _restore("channels_last", "conv2d", _anything)
 )
-operator("fit", "layout", weight=1.0, name="spectral_norm_parametrized")(
+operator("validate", "layout", weight=1.0, name="spectral_norm_parametrized")(
     _restore("style:parametrized", "spectral", _anything)
 )
 operator("validate", "layout", weight=1.0, name="weight_norm_parametrized")(
@@ -144,9 +144,6 @@ operator("validate", "layout", name="position_as_embedding")(
 )
 operator("validate", "layout", LAST, "source", weight=0.5, name="low_rank_adapters")(
     _restore("lora", "linear", lambda leaf: leaf.role in ("q", "v"))
-)
-operator("validate", "layout", LAST, weight=0.7, name="own_cells")(
-    _restore("own_cell", "gru", lambda leaf: len(leaf.pieces) == 1)
 )
 
 
@@ -195,7 +192,16 @@ def _stack(side: Side, turned: str) -> bool:
 @operator("both", "layout", weight=1.5)
 def unroll_layers(side: Side, rng: random.Random) -> bool:
     """A recurrent module of several layers becomes a list of cells, or of modules with one layer each."""
-    layout = rng.choice(["cell", ""])
+    return _unroll(side, rng.choice(["cell", ""]))
+
+
+@operator("validate", "layout", LAST)
+def own_cells(side: Side, rng: random.Random) -> bool:
+    """A recurrent module becomes a list of hand-written cells with another order of gates."""
+    return _unroll(side, "own_cell")
+
+
+def _unroll(side: Side, layout: str) -> bool:
     out: list[Leaf] = []
     for leaf in side.leaves:
         if leaf.kind not in ("lstm", "gru") or leaf.layout:

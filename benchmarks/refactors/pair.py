@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.refactors.config import Config, draw
+from benchmarks.refactors.forms import drawn
 from benchmarks.refactors.network import ClashError, Net, Side, names_lie, pieces_of, randomise, true_tensors
 from benchmarks.refactors.operators import Regime
 from benchmarks.refactors.structures import Split
@@ -95,6 +96,8 @@ class Pair:
         if names_lie(self.old, self.new):
             raise ClashError("a word means another thing on the other side")
         self.state = {name: t for name, t in true_tensors(self.old).items() if t is not None} | source.extra
+        if source.shadow:
+            self.state |= _averages(self.state, source.shadow)
         self.truth = true_tensors(self.new, pieces_of(self.old))
         self.before = randomise(self.new)
         self.hidden = _unseen(source) | _unseen(target)
@@ -170,6 +173,12 @@ class Pair:
             if set(placed.leaf.pieces) & hidden
             for name in (placed.name + slot.suffix for slot in placed.form.slots)
         }
+
+
+def _averages(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Another value for every tensor, under names without dots."""
+    names = {name: f"{prefix}.{name.replace('.', '_')}" for name, t in state.items() if t.is_floating_point()}
+    return {flat: drawn(flat, tuple(state[name].shape)) for name, flat in names.items()}
 
 
 def _same_values(held: Tensor, truth: Tensor) -> bool:

@@ -165,7 +165,7 @@ def expert_model(d: Draft) -> None:
     d.linear("head", s.vocabulary, s.width, bias=False)
 
 
-@structure("validate", "tokens", "list", "block", "attention", "mlp", "adapter", "neck", "head")
+@structure("validate", "tokens", "list", "block", "attention", "gated", "adapter", "neck", "head")
 def adapted_transformer(d: Draft) -> None:
     """Bottleneck adapters after attention and after the feed-forward."""
     s = d.sizes
@@ -177,7 +177,7 @@ def adapted_transformer(d: Draft) -> None:
         d.linear(f"{at}/adapter1/squeeze", 2, s.width)
         d.linear(f"{at}/adapter1/widen", s.width, 2)
         d.norm(f"{at}/norm2")
-        d.mlp(f"{at}/mlp")
+        d.gated(f"{at}/mlp")
         d.linear(f"{at}/adapter2/squeeze", 2, s.width)
         d.linear(f"{at}/adapter2/widen", s.width, 2)
     d.norm("neck")
