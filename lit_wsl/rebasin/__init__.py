@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lit_wsl.rebasin.inference import trace as tracing  # noqa: F401  (the module's older name)
 from lit_wsl.rebasin.inference.infer import infer_permutation_spec
 from lit_wsl.rebasin.inference.verify import Verification, verify_permutation_spec
 from lit_wsl.rebasin.matching.activations import activation_matching, joint_matching
@@ -21,7 +22,7 @@ from lit_wsl.rebasin.spec.apply import apply_permutation, compose_permutations, 
 from lit_wsl.rebasin.spec.axis import AxisSpec, AxisUse, PermutationGroup, Permutations
 from lit_wsl.rebasin.spec.builder import PermutationSpecBuilder
 from lit_wsl.rebasin.spec.registry import permutation_spec, register_permutation_spec, registered_permutation_specs
-from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof
 
 __all__ = [
     "AxisSpec",
@@ -33,6 +34,7 @@ __all__ = [
     "PermutationSpec",
     "PermutationSpecBuilder",
     "Permutations",
+    "Proof",
     "Verification",
     "activation_matching",
     "apply_permutation",

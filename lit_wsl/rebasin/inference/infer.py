@@ -10,7 +10,8 @@ from torch import nn
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference.groups import build_spec
-from lit_wsl.rebasin.inference.run import Joint, Run, propagate
+from lit_wsl.rebasin.inference.propagate import propagate
+from lit_wsl.rebasin.inference.run import Joint, Run
 from lit_wsl.rebasin.inference.trace import Trace, trace_forward, undisturbed
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 

@@ -110,6 +110,7 @@ class Algebra:
     node: int = 0
     joins: list[tuple[Array, Array]] = field(default_factory=list)
     """Factors on different axes of one tensor that have axes in common."""
+    _told_apart: int = 0
 
     # ---- factors -----------------------------------------------------------------------------------------------------
 
@@ -117,7 +118,8 @@ class Algebra:
         """Factors by the representatives of their units, without those that say nothing.
 
         A tensor that belongs to one unit as a whole (one channel cut out) is not followed further, unless ``single``;
-        that this computation used the unit is noted, so that it cannot be exchanged for one that is used otherwise.
+        from here on the unit is told apart from every other, since nothing says in which order and under which view
+        its tensor meets those of the others (``a - b``, ``q @ k.T``, ``a + b.T``).
         """
         known = label.settled
         if not label.factors or (known and known[0] == self.units.version and known[1] is label.factors):
@@ -130,7 +132,8 @@ class Algebra:
             if depends(found) or single:
                 kept.append(found)
             else:
-                self.units.sign(found, mix(self.node, 991))
+                self._told_apart += 1
+                self.units.sign(found, mix(self.node, 991, self._told_apart))
         factors = tuple(self.prune(kept))
         return replace(label, factors=factors, settled=None if single else (self.units.version, factors))
 

@@ -24,7 +24,7 @@ def cat(run: Run, node: Node) -> Label:
     labels = [label for label in labels if 0 not in label.shape]
     if not labels:
         return Label(run.shape(node.outs[0]))
-    return cat_labels(run.algebra, labels, axes_of(node.args.get("dim", 0), labels[0].ndim)[0])
+    return cat_labels(run.algebra, labels, axes_of(node.args.get("dim", 0), labels[0].ndim)[0], loose=True)
 
 
 @rule("stack", moves=True)
@@ -42,10 +42,12 @@ def stack(run: Run, node: Node) -> Label:
     return replace(result, varies=tuple(v or a == dim for a, v in enumerate(result.varies)))
 
 
-def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int, apart: bool = False) -> Label:
+def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int, apart: bool = False, loose: bool = False) -> Label:
     """Concatenate along ``dim``: units side by side there, and the same units on all other axes.
 
-    With ``apart``, other axes may have other units for each place along ``dim``; labels become larger by that.
+    With ``apart``, other axes may have other units for each place along ``dim``; labels become larger by that. With
+    ``loose``, what is constant along ``dim`` (a state that starts as zeros) goes with any order there, even if nothing
+    else moves along it.
     """
     labels = [algebra.settle(label, single=True) for label in labels]
     shape = list(labels[0].shape)
@@ -59,9 +61,11 @@ def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int, apart: bool 
         if algebra.units.losses == before:
             break
         labels = [algebra.settle(label, single=True) for label in labels]
-    slots = sorted({depends(f) - {dim} for label in labels for f in label.factors}, key=lambda s: (len(s), sorted(s)))
+    slots = {depends(f) - {dim} for label in labels for f in label.factors}
+    if loose and not all(label.varies[dim] for label in labels):
+        slots.add(frozenset())
     factors = []
-    for slot in slots:
+    for slot in sorted(slots, key=lambda s: (len(s), sorted(s))):
         parts = [_slot(label, slot, dim) for label in labels]
         flat = all(part is None or part.shape[dim] == 1 for part in parts) and bool(slot)
         if flat and not (apart and all(part is not None for part in parts)):
@@ -288,6 +292,26 @@ def group_norm(run: Run, node: Node) -> list[Label]:
     return [result, *(Label(run.shape(out)) for out in list(flat_refs(node.outs))[1:])]
 
 
+@rule("_weight_norm_interface")
+def weight_norm(run: Run, node: Node) -> list[Label]:
+    """A gain for each place on one axis, times the direction of what stands there."""
+    v, gain = run.label(node.args["v"]), run.label(node.args["g"])
+    others = [axis for axis in range(v.ndim) if axis != int(node.args["dim"]) % v.ndim]
+    result = run.algebra.join([run.algebra.normalise(v, others), gain], v.shape)
+    return [result, run.algebra.reduce(result, others, keepdim=True)]
+
+
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def fourier(run: Run, node: Node) -> Label:
+    """Frequencies of some axes: their order counts, all others are carried along."""
+    label = run.label(node.args["self"])
+    dims = axes_of(node.args["dim"], label.ndim)
+    label = run.algebra.pinned(label, dims, ORDER)
+    run.algebra.sign(label, 0)
+    varies = tuple(v or axis in dims for axis, v in enumerate(label.varies))
+    return replace(label, shape=run.shape(node.outs[0]), varies=varies, values=None)
+
+
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 @pattern(r"aten\.\w*(pool|upsample|reflection_pad|replication_pad)\w*?([123])d\w*")
 def pixels(run: Run, node: Node) -> list[Label]:
@@ -311,6 +335,44 @@ def im2col(run: Run, node: Node) -> Label:
         kernel *= int(size)
     shape = run.shape(node.outs[0])
     factors = tuple(f.reshape(f.shape[:-1]).repeat(kernel, axis=f.ndim - 3) for f in label.factors)
+    return replace(label, shape=shape, factors=factors, varies=(True,) * len(shape))
+
+
+@rule("col2im")
+def col2im(run: Run, node: Node) -> Label:
+    """Patches added up where they overlap: the inverse of :func:`im2col`."""
+    label, shape = run.label(node.args["self"]), run.shape(node.outs[0])
+    label = run.algebra.pinned(label, [label.ndim - 1], ORDER)
+    label = replace(label, shape=label.shape[:-1], factors=tuple(f[..., 0] for f in label.factors), varies=())
+    channels = shape[-3]
+    patches = reshape_label(run.algebra, label, (*label.shape[:-1], channels, label.shape[-1] // channels))
+    kept = run.algebra.pinned(patches, [patches.ndim - 1], ORDER)
+    run.algebra.sign(kept, 0)
+    factors = tuple(f[..., None] for f in kept.factors)
+    return replace(kept, shape=shape, factors=factors, varies=(True,) * len(shape))
+
+
+@pattern(r"aten\.(cudnn_)?grid_sampler(_[23]d)?(_cpu_fallback)?")
+def grid_sample(run: Run, node: Node) -> Label:
+    """Pixels read between pixels, at places that may be computed: channels are carried along."""
+    image = run.label(node.args["input" if "input" in node.args else "self"])
+    image = run.algebra.pinned(image, range(2, image.ndim), ORDER)
+    grid = run.algebra.pinned(run.label(node.args["grid"]), range(1, image.ndim), ORDER)
+    shape = run.shape(node.outs[0])
+    flat, one = (*shape[:2], *(1,) * (len(shape) - 2)), (shape[0], *(1,) * (len(shape) - 1))
+    still = (False,) * (len(shape) - 2)
+    operands = [
+        replace(image, shape=flat, varies=(True, True, *still)),
+        replace(grid, shape=one, varies=(True, False, *still)),
+    ]
+    return replace(run.algebra.join(operands, flat), shape=shape, varies=(True,) * len(shape))
+
+
+@rule("affine_grid_generator")
+def affine_grid(run: Run, node: Node) -> Label:
+    """Places made of the coefficients of a map."""
+    label, shape = run.algebra.pinned(run.label(node.args["theta"]), [1, 2], ORDER), run.shape(node.outs[0])
+    factors = tuple(f.reshape(f.shape[0], *(1,) * (len(shape) - 1)) for f in label.factors)
     return replace(label, shape=shape, factors=factors, varies=(True,) * len(shape))
 
 
@@ -338,7 +400,7 @@ def product(run: Run, refs: Sequence[Any], words: Sequence[str], out: str) -> La
     return run.algebra.contract(labels, words, out, sizes)
 
 
-@rule("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv", "linear", "matmul")
+@rule("mm", "bmm", "mv", "dot", "vdot", "addmm", "baddbmm", "addmv", "linear", "matmul", "_sparse_mm", "_sparse_addmm")
 def matrix_product(run: Run, node: Node) -> Label:
     """Matrix products with an optional summand."""
     args, name = node.args, node.name.removeprefix("aten.")
@@ -352,6 +414,9 @@ def matrix_product(run: Run, node: Node) -> Label:
         "bmm": ("self", "mat2"),
         "mv": ("self", "vec"),
         "dot": ("self", "tensor"),
+        "vdot": ("self", "other"),
+        "_sparse_mm": ("sparse", "dense"),
+        "_sparse_addmm": ("mat1", "mat2"),
         "addmm": ("mat1", "mat2"),
         "baddbmm": ("batch1", "batch2"),
         "addmv": ("mat", "vec"),
@@ -369,7 +434,7 @@ def matrix_product(run: Run, node: Node) -> Label:
     }
     word_one, word_two, out = words[len(run.shape(one)), len(run.shape(two))]
     result = product(run, [one, two], [word_one, word_two], out)
-    if name.startswith(("add", "badd")):
+    if name.startswith(("add", "badd", "_sparse_add")):
         return run.algebra.join([result, run.label(args["self"])], result.shape)
     return result
 
@@ -418,3 +483,28 @@ def _channels_only(label: Label) -> Label:
     """The first two axes of a label whose other axes nothing moves."""
     factors = tuple(f.reshape(f.shape[:2]) for f in label.factors)
     return replace(label, shape=label.shape[:2], factors=factors, varies=label.varies[:2])
+
+
+@rule("_cdist_forward", "_euclidean_dist")
+def distances(run: Run, node: Node) -> Label:
+    """Distances between the rows of two tensors: symmetric in what the rows hold."""
+    one, two = run.algebra.settle(run.label(node.args["x1"])), run.algebra.settle(run.label(node.args["x2"]))
+    shape = run.shape(node.outs[0])
+    lead = "abcdefgh"[: len(shape) - 2]
+    words = [lead[len(lead) - (label.ndim - 2) :] + row + "k" for label, row in ((one, "n"), (two, "m"))]
+    sizes = dict(zip(lead + "nm", shape, strict=True)) | {"k": one.shape[-1]}
+    return run.algebra.contract([one, two], words, lead + "nm", sizes)
+
+
+@rule("_trilinear")
+def trilinear(run: Run, node: Node) -> Label:
+    """Product of three tensors with new axes, summed over some: bilinear layers."""
+    labels = []
+    for number in "123":
+        label = run.label(node.args[f"i{number}"])
+        for dim in sorted(node.args[f"expand{number}"]):
+            label = reshape_label(run.algebra, label, (*label.shape[:dim], 1, *label.shape[dim:]))
+        labels.append(label)
+    shape = tuple(max(label.shape[axis] for label in labels) for axis in range(labels[0].ndim))
+    joined = run.algebra.join(labels, shape, "multiplied with something that stays")
+    return run.algebra.reduce(joined, node.args["sumdim"], keepdim=False)

@@ -242,7 +242,7 @@ def gather(run: Run, node: Node) -> Sequence[Label]:
     return [run.algebra.join([result, replace(picked, varies=(False,) * picked.ndim)], shape)]
 
 
-@rule("index_add", "index_copy")
+@rule("index_add", "index_copy", "index_reduce")
 def index_add(run: Run, node: Node) -> Label:
     """Rows added at positions of one axis."""
     dim = int(node.args["dim"])
@@ -250,6 +250,61 @@ def index_add(run: Run, node: Node) -> Label:
     _freeze_index(run, node.args["index"])
     dim %= max(target.ndim, 1)
     return _put(run, target, source, [dim], [dim])
+
+
+@rule("segment_reduce")
+def segment_reduce(run: Run, node: Node) -> Label:
+    """Rows reduced segment by segment."""
+    label = run.label(node.args["data"])
+    dim = int(node.args["axis"]) % max(label.ndim, 1)
+    for name in ("lengths", "indices", "offsets"):
+        _freeze_index(run, node.args.get(name))
+    label = run.algebra.pinned(label, [dim], PICKED)
+    run.algebra.sign(label, 0)
+    return replace(label, shape=run.shape(node.outs[0]), varies=(True,) * label.ndim)
+
+
+@rule("_pack_padded_sequence")
+def pack(run: Run, node: Node) -> list[Label]:
+    """Steps of sequences of several lengths one behind the other, without their padding."""
+    label = run.algebra.pinned(run.label(node.args["input"]), [0, 1], PICKED)
+    _freeze_index(run, node.args["lengths"])
+    run.algebra.sign(label, 0)
+    shape = run.shape(node.outs[0])
+    factors = tuple(f.reshape(1, *f.shape[2:]) for f in label.factors)
+    packed = replace(label, shape=shape, factors=factors, varies=(True, *label.varies[2:]))
+    return [packed, Label(run.shape(node.outs[1]), tainted=True)]
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(run: Run, node: Node) -> list[Label]:
+    """Rows of a table, summed up bag by bag."""
+    for name in ("indices", "offsets"):
+        _freeze_index(run, node.args[name])
+    weights = run.label(node.args.get("per_sample_weights"))
+    run.algebra.pinned(weights, range(weights.ndim), PICKED)
+    label = run.algebra.pinned(run.label(node.args["weight"]), [0], PICKED)
+    run.algebra.sign(label, 0)
+    shapes = [run.shape(out) for out in flat_refs(node.outs)]
+    like = replace(label, shape=shapes[0], varies=(True, True), tainted=True)
+    return [like if shape == like.shape else Label(shape, tainted=True) for shape in shapes]
+
+
+@rule(
+    "_sparse_coo_tensor_with_dims_and_tensors",
+    "_sparse_coo_tensor_unsafe",
+    "sparse_coo_tensor",
+    "_sparse_compressed_tensor_unsafe",
+)
+def sparse_tensor(run: Run, node: Node) -> Label:
+    """Values at positions; axes behind the positions are carried along."""
+    for name in ("indices", "compressed_indices", "plain_indices", "crow_indices", "col_indices"):
+        _freeze_index(run, node.args.get(name))
+    values, shape = run.algebra.pinned(run.label(node.args["values"]), [0], PICKED), run.shape(node.outs[0])
+    run.algebra.sign(values, 0)
+    sparse = len(shape) - (values.ndim - 1)
+    factors = tuple(f.reshape((1,) * sparse + f.shape[1:]) for f in values.factors)
+    return Label(shape, factors, tainted=True)
 
 
 @rule("index_put", "_unsafe_index_put", "_index_put_impl")

@@ -44,11 +44,9 @@ def identity(run: Run, node: Node) -> Label:
 
 @rule("copy")
 def copy(run: Run, node: Node) -> Label:
-    """Values of another tensor, broadcast. A view keeps what moves it: the rest of its base is moved alike."""
+    """Values of another tensor, broadcast."""
     target, source = run.label(node.args["self"]), run.label(node.args["src"])
-    if target.factors and run.aliases(node.args["self"]):
-        return run.algebra.join([target, source], target.shape)
-    return expand_label(source, target.shape)
+    return replace(expand_label(source, target.shape), values=None if target.shape != source.shape else source.values)
 
 
 def expand_label(label: Label, shape: Sequence[int]) -> Label:
@@ -193,15 +191,19 @@ def squeeze(run: Run, node: Node) -> Label:
 def permute(run: Run, node: Node) -> Label:
     """Axes in another order."""
     label = run.label(node.args["self"])
-    order = list(range(label.ndim))
+    return permute_label(label, permutation_of(node, label.ndim))
+
+
+def permutation_of(node: Node, ndim: int) -> list[int]:
+    """The order that a node brings axes into: for each axis of the result, that of its argument."""
+    order = list(range(ndim))
     if "dims" in node.args:
-        order = axes_of(node.args["dims"], label.ndim)
-    elif "dim0" in node.args:
-        i, j = axes_of((node.args["dim0"], node.args["dim1"]), label.ndim)
+        return axes_of(node.args["dims"], ndim)
+    if "dim0" in node.args:
+        i, j = axes_of((node.args["dim0"], node.args["dim1"]), ndim)
         order[i], order[j] = order[j], order[i]
-    else:
-        order.reverse()
-    return permute_label(label, order)
+        return order
+    return order[::-1]
 
 
 def permute_label(label: Label, order: Sequence[int]) -> Label:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from lit_wsl.rebasin.inference.labels import Algebra, Label
-from lit_wsl.rebasin.inference.trace import Node, Ref, Trace, flat_refs, tensor_args, written_arguments
+from lit_wsl.rebasin.inference.trace import Node, Ref, Trace, flat_refs, tensor_args
 from lit_wsl.rebasin.inference.units import Array
 
 Rule: TypeAlias = Callable[["Run", Node], "Label | Sequence[Label]"]
@@ -55,6 +55,8 @@ class Run:
         used: Tensors that entered an operation.
         looked: Tensors whose label was asked for since this was last emptied.
         moves: What only put positions elsewhere, with the labels before.
+        views: Tensor -> the node that made it a view of another one, and that one.
+        stale: Views of a tensor that was written into since they were labelled.
     """
 
     trace: Trace
@@ -67,6 +69,8 @@ class Run:
     used: set[int] = field(default_factory=set)
     looked: set[int] = field(default_factory=set)
     moves: list[Move] = field(default_factory=list)
+    views: dict[int, tuple[Node, int]] = field(default_factory=dict)
+    stale: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._starts: list[int] = []
@@ -119,6 +123,8 @@ class Run:
         if not isinstance(value, Ref):
             return Label(())
         self.looked.add(value.number)
+        if value.number in self.stale:
+            self._refresh(value.number)
         found = self.labels.get(value.number)
         if found is None:
             info, tainted = self.trace.tensors[value.number], value.number in self.trace.inputs
@@ -126,8 +132,20 @@ class Run:
             self.assign(value.number, found)
         return found
 
+    def _refresh(self, number: int) -> None:
+        """Label a view anew, from what it is a view of."""
+        node, _ = self.views[number]
+        looked, function = set(self.looked), find_rule(node)
+        assert function is not None, node.name  # it was labelled by this rule before
+        labels = function(self, node)
+        for out, label in zip(flat_refs(node.outs), [labels] if isinstance(labels, Label) else labels, strict=True):
+            if out.number in self.stale:
+                self.assign(out.number, label)
+        self.looked = looked
+
     def assign(self, number: int, label: Label) -> None:
         """Label a tensor."""
+        self.stale.discard(number)
         if number not in self.labels:
             self._by_storage.setdefault(self.trace.tensors[number].storage, []).append(number)
         self.labels[number] = label
@@ -142,6 +160,10 @@ class Run:
             return []
         same = self._by_storage.get(self.trace.tensors[value.number].storage, [])
         return [number for number in same if number != value.number]
+
+    def storage(self, value: Ref) -> int:
+        """Number of the storage of a tensor of the trace."""
+        return self.trace.tensors[value.number].storage
 
     def shape(self, value: Any) -> tuple[int, ...]:
         """Shape of a tensor of the trace."""
@@ -160,36 +182,19 @@ class Run:
         """The same trace without labels, with units of its own: to apply a rule once more and see what it does."""
         other = copy(self)
         other.algebra, other.labels, other.requests, other.unknown = Algebra(), {}, {}, {}
+        other.views, other.stale, other.moves = {}, set(), []
         return other
 
 
 RULES: dict[str, Rule] = {}
-
-
 SEGMENT_RULES: set[str] = set()
-
-
 """Operations that take routed rows whose label has one place for each expert, see ``Label.segmented``."""
-
-
 ROUTING_RULES: set[str] = set()
-
-
 """Operations that know what to do with indices that name units, see ``Label.values``."""
-
-
 READING = {f"aten.{name}" for name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose")}
-
-
 """Operations that hand values to Python, where they are out of sight."""
-
-
 MOVING_RULES: set[Rule] = set()
-
-
 """Rules that only put positions elsewhere, see :mod:`~lit_wsl.rebasin.inference.groups`."""
-
-
 PATTERNS: list[tuple[re.Pattern[str], Rule]] = []
 
 
@@ -255,94 +260,3 @@ def unknown(run: Run, node: Node) -> list[Label]:
 
 def _moves(label: Label) -> bool:
     return bool(label.factors) or label.values is not None or label.segments is not None
-
-
-def propagate(run: Run) -> None:
-    """Apply the rules to every node that counts, then fix the outputs."""
-    for node in live_nodes(run.trace):
-        run.used.update(ref.number for ref in tensor_args(node))
-        step(run, node)
-    for output in run.trace.outputs:
-        run.algebra.freeze(run.label(output), "output of the model")
-
-
-def live_nodes(trace: Trace) -> list[Node]:
-    """The nodes that the outputs depend on; what else was computed ties nothing together."""
-    tensors = trace.tensors
-    live = {ref.number for ref in trace.outputs}
-    storages = {tensors[number].storage for number in live}
-    kept = []
-    for node in reversed(trace.nodes):
-        written = written_arguments(node)
-        if not (
-            node.name in READING
-            or any(out.number in live for out in flat_refs(node.outs))
-            or any(tensors[number].storage in storages for number in written)
-        ):
-            continue
-        kept.append(node)
-        for ref in tensor_args(node):
-            live.add(ref.number)
-            storages.add(tensors[ref.number].storage)
-    return kept[::-1]
-
-
-def step(run: Run, node: Node) -> None:
-    """Apply the rule of one node."""
-    run.algebra.node = node.number + 1
-    function = find_rule(node)
-    if node.name not in SEGMENT_RULES:
-        _unsegment(run, node)
-    if function in MOVING_RULES:
-        run.moves.append(Move(function, node, {ref.number: run.label(ref) for ref in tensor_args(node)}))
-    run.looked.clear()
-    labels = unknown(run, node) if function is None else function(run, node)
-    for ref in tensor_args(node):
-        if ref.number not in run.looked:  # its rule knows nothing of this argument
-            run.algebra.freeze(run.label(ref), f"operation {node.name} with arguments its rule does not expect")
-    if isinstance(labels, Label):
-        labels = (labels,)
-    _check_routing(run, node, labels)
-    written = written_arguments(node)
-    for out, label in zip(flat_refs(node.outs), labels, strict=False):
-        shape = run.trace.tensors[out.number].shape
-        if label.shape != shape:
-            run.algebra.freeze(label, f"operation {node.name} with a shape its rule does not expect")
-            label = Label(shape, tainted=True)
-        tainted = label.tainted or any(run.label(ref).tainted for ref in tensor_args(node))
-        label = replace(label, tainted=tainted)
-        if out.number in written:
-            _overwrite(run, out, label)
-        run.assign(out.number, label)
-
-
-def _check_routing(run: Run, node: Node, labels: Sequence[Label]) -> None:
-    """Indices that name units must be carried on or be used by an operation that knows them; otherwise freeze."""
-    if node.name in ROUTING_RULES or any(out.values is not None or out.segments is not None for out in labels):
-        return
-    for ref in tensor_args(node):
-        run.algebra.freeze_named(run.label(ref))
-
-
-def _unsegment(run: Run, node: Node) -> None:
-    """Labels by expert end at operations that do not know them."""
-    for ref in tensor_args(node):
-        label = run.labels.get(ref.number)
-        if label is not None:
-            run.labels[ref.number] = run.algebra.unsegmented(label)
-
-
-def _overwrite(run: Run, out: Ref, label: Label) -> None:
-    """Writing into a tensor also changes its views: what they did not carry before must stay where it is."""
-    aliases = run.aliases(out)
-    if not aliases:
-        return
-    units = run.algebra.units
-    before = [units.find(f) for f in run.label(out).factors]
-    for factor in label.factors:
-        found = units.find(factor)
-        if not any(found.shape == f.shape and np.array_equal(found, f) for f in before):
-            units.freeze(factor, "written into a part of another tensor")
-    for number in aliases:
-        old = run.labels[number]
-        run.labels[number] = replace(old, varies=(True,) * old.ndim, tainted=old.tainted or label.tainted)

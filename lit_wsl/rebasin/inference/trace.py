@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,7 +121,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.trace = Trace()
         self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._opaque = 0
+        self._storages: dict[int, tuple[int, StorageWeakRef]] = {}
 
     def number(self, tensor: Tensor) -> int:
         """Number of a tensor in the trace; a new one if it was not seen before."""
@@ -138,13 +139,21 @@ class Recorder(TorchDispatchMode):
         return TensorInfo(tuple(tensor.shape), integral, self._storage(tensor), stride)
 
     def _storage(self, tensor: Tensor) -> int:
-        # The address may be taken again by a later tensor; then two tensors only look like views of one another,
-        # which costs freedom but never correctness.
+        """Number of a storage, in order of appearance.
+
+        A weak reference keeps the storage's address from being taken by a later one, but not its memory.
+        """
         try:
-            return int(tensor.untyped_storage()._cdata)
+            storage = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):
-            self._opaque -= 1
-            return self._opaque
+            return -1 - len(self.trace.tensors)  # nothing shares it
+        if storage._cdata not in self._storages:
+            self._storages[storage._cdata] = (len(self._storages), StorageWeakRef(storage))
+        return self._storages[storage._cdata][0]
+
+    def _layout_changed(self, tensor: Tensor) -> bool:
+        known, now = self.trace.tensors[self._numbers[tensor]], self._info(tensor)
+        return (known.shape, known.stride, known.storage) != (now.shape, now.stride, now.storage)
 
     def refer(self, value: Any) -> Any:
         """A value with tensors replaced by references."""
@@ -167,6 +176,9 @@ class Recorder(TorchDispatchMode):
             if not value.is_floating_point() and not value.is_complex() and 0 < value.numel() <= MAX_INDEX:
                 self.trace.integers[(number, self.number(value))] = value.detach().clone()
         result = func(*args, **kwargs)
+        for value in _tensors(result):
+            if value in self._numbers and self._layout_changed(value):  # transpose_: the same object, another view
+                del self._numbers[value]
         outs = tuple(self.refer(v) for v in (result if isinstance(result, (list, tuple)) else (result,)))
         self.trace.nodes.append(Node(number, func, recorded, outs))
         return result
@@ -205,16 +217,16 @@ def _tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """The tensors that a model returned, floating ones only."""
-    return [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
+    """The tensors that a model returned, floating and complex ones only."""
+    return [tensor for tensor in _tensors(output) if tensor.is_floating_point() or tensor.is_complex()]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and persistent floating buffers, under every name that the state dict has for them."""
+    """All parameters and persistent floating or complex buffers, under every name that the state dict has for them."""
     known = set(model.state_dict(keep_vars=True))
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        if name in known and buffer.is_floating_point():
+        if name in known and buffer.layout == torch.strided and (buffer.is_floating_point() or buffer.is_complex()):
             found[name] = buffer
     return found
 

@@ -1,10 +1,18 @@
-"""Prove a permutation spec on a model: a random element of the whole group must leave the outputs as they are."""
+"""Prove a permutation spec on a model: random elements of the whole group must leave the outputs as they are.
+
+What keeps the outputs is a subgroup. If it is not the whole group, a uniformly drawn element lies in it with a
+probability of one over its index, so a few draws bring the risk that a wrong spec passes below any bound. Groups of two
+and three units (and couplings of such groups) have subgroups of index two; among ``n >= 5`` units the index is at least
+``n``, but for the even permutations. So the first draw is no uniform one: it moves every group and every nested row,
+each by an odd permutation, and what is wrong with one group alone is seen at once.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference.trace import named_tensors, output_tensors, undisturbed
 from lit_wsl.rebasin.spec.apply import apply_permutation
-from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof
 
 NOISE = float(torch.finfo(torch.float64).eps)
 MARGIN = 1e3
 FLOOR = 1e-9
 CEILING = 1e-4
+RISK = 1e-6
+"""Highest probability with which a wrong spec may pass."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,8 @@ class Verification:
         tolerance: What was allowed, from the model's own noise.
         dropped: Names of the groups that were removed.
         passes: Number of forward passes that were needed.
+        draws: Number of elements of the whole remaining group that were tried.
+        risk: Probability that a group that breaks the function on this sample passed nevertheless.
     """
 
     spec: PermutationSpec
@@ -40,6 +52,8 @@ class Verification:
     tolerance: float
     dropped: tuple[str, ...]
     passes: int
+    draws: int = 0
+    risk: float = 1.0
 
     @property
     def ok(self) -> bool:
@@ -48,9 +62,9 @@ class Verification:
 
 
 def to_double(value: Any) -> Any:
-    """Floating tensors of nested containers as float64."""
+    """Floating and complex tensors of nested containers in double precision."""
     if isinstance(value, Tensor):
-        return value.detach().double() if value.is_floating_point() else value
+        return _double(value.detach())
     if isinstance(value, Mapping):
         return {key: to_double(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
@@ -58,27 +72,51 @@ def to_double(value: Any) -> Any:
     return value
 
 
+def _double(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 def perturbed_state(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """A float64 copy of all parameters and statistics in which nothing is zero, one or equal to its neighbour.
+    """A double-precision copy of all parameters and statistics in which nothing is zero, one or equal to its neighbour.
 
     A norm gain of one or a bias of zero hides a wrong permutation; so every tensor gets noise of its own scale, and
     variances stay positive.
     """
     generator = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {}
     drawn: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in named_tensors(model).items():
         if id(tensor) not in drawn:
-            value = tensor.detach().double().cpu()
-            noise = torch.rand(value.shape, generator=generator, dtype=torch.float64)
-            spread = float(value.std()) if value.numel() > 1 else 0.0
-            if bool((value > 0).all()):
-                value = value * (0.75 + 0.5 * noise)
-            else:
-                value = value + (noise - 0.5) * (spread if spread > 0 else 0.2)
-            drawn[id(tensor)] = value.to(tensor.device)
+            drawn[id(tensor)] = _perturbed(_double(tensor.detach()).cpu(), generator).to(tensor.device)
         state[name] = drawn[id(tensor)]
     return state
+
+
+def _perturbed(value: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.rand(value.shape, generator=generator, dtype=value.dtype)
+    if value.is_complex():
+        noise = torch.view_as_complex(torch.rand((*value.shape, 2), generator=generator, dtype=torch.float64))
+        noise = noise - (0.5 + 0.5j)
+    elif bool((value > 0).all()):
+        return value * (0.75 + 0.5 * noise)
+    else:
+        noise = noise - 0.5
+    spread = float(value.std()) if value.numel() > 1 else 0.0
+    return value + noise * (spread if spread > 0 else 0.2)
+
+
+def _other_inputs(value: Any, generator: torch.Generator) -> Any:
+    """Inputs of the same kind without equal values: an image of ones or zeros would hide a wrong permutation."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided:
+        noise = torch.rand(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+        return value * (0.75 + 0.5 * noise) if bool(value.any()) else noise - 0.5
+    if isinstance(value, Mapping):
+        return {key: _other_inputs(item, generator) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_other_inputs(item, generator) for item in value)
+    return value
 
 
 class _Function:
@@ -94,10 +132,22 @@ class _Function:
         self.outputs = outputs
         self.model, self.args, self.kwargs = model, to_double(tuple(args)), to_double(dict(kwargs or {}))
         self.rest = {
-            name: buffer.detach().double() if buffer.is_floating_point() else buffer.detach().clone()
-            for name, buffer in model.named_buffers(remove_duplicate=False)
+            name: _double(buffer.detach()).clone() for name, buffer in model.named_buffers(remove_duplicate=False)
         }
         self.calls = 0
+
+    def vary_inputs(self, state: Mapping[str, Tensor], seed: int) -> list[Tensor]:
+        """Go over to inputs without equal values, if the model takes them; the outputs for the inputs from now on."""
+        plain = self.args, self.kwargs
+        self.args, self.kwargs = _other_inputs(plain, torch.Generator().manual_seed(seed))
+        try:
+            outputs = self(state)
+            if all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
+                return outputs
+        except Exception:
+            pass
+        self.args, self.kwargs = plain
+        return self(state)
 
     def __call__(self, state: Mapping[str, Tensor], scale: float = 1.0) -> list[Tensor]:
         self.calls += 1
@@ -111,7 +161,7 @@ class _Function:
         torch.manual_seed(0)
         with double_default(), _DoubleKernels():
             output = functional_call(self.model, full, args, kwargs, tie_weights=False)
-        return [tensor.detach().double() for tensor in output_tensors(self.outputs(output) if self.outputs else output)]
+        return [_double(tensor.detach()) for tensor in output_tensors(self.outputs(output) if self.outputs else output)]
 
 
 @contextmanager
@@ -136,8 +186,8 @@ class _DoubleKernels(TorchDispatchMode):
         """Run an operation, or what it stands for."""
         kwargs = kwargs or {}
         dtype = kwargs.get("dtype")
-        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-            kwargs = {**kwargs, "dtype": torch.float64}
+        if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex):
+            kwargs = {**kwargs, "dtype": torch.complex128 if dtype.is_complex else torch.float64}
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float64:
             return _grouped_product(*args, **kwargs)
         return func(*args, **kwargs)
@@ -189,24 +239,27 @@ def verify_permutation_spec(
     *,
     outputs: Callable[[Any], Any] | None = None,
     seed: int = 0,
+    risk: float = RISK,
 ) -> Verification:
-    """Check that a random element of the whole group keeps the outputs; drop the groups that do not.
+    """Check that random elements of the whole group keep the outputs; drop the groups that do not.
 
-    The check runs in float64 on a copy of the weights in which gains, biases and statistics are perturbed first, so
-    that errors cannot hide behind ones and zeros. What counts as equal comes from the model's own noise: how far its
-    outputs move when input and weights are perturbed by about 1e-16 of themselves. A right spec takes
-    two forward passes and one for the noise; a wrong one is bisected.
+    The check runs in float64 on a copy of the weights in which gains, biases and statistics are perturbed first, and on
+    inputs like the example without equal values, so that errors cannot hide behind ones and zeros. What counts as equal
+    comes from the model's own noise: how far its outputs move when input and weights are perturbed by about 1e-16 of
+    themselves. A right spec takes two forward passes and one for each draw: 7 in all where the smallest group has 32
+    units, 23 where it has two. A wrong one is bisected.
 
     Args:
-        spec: The permutation spec.
+        spec: The permutation spec, inferred, registered or written by hand.
         model: The model it was made for; not changed.
         example_args: Positional arguments of one call.
         example_kwargs: Keyword arguments of the call.
         outputs: Picks what counts from what the model returns; see :func:`infer_permutation_spec`.
         seed: Seed of the permutations and the perturbation.
+        risk: Highest probability with which a wrong group may pass; the fewer draws, the higher.
 
     Returns:
-        The verification; its ``spec`` is safe to use.
+        The verification; its ``spec`` is safe to use, and carries the proof.
 
     Raises:
         RebasinError: The model fails in float64, or its outputs are not finite or not repeatable.
@@ -214,7 +267,7 @@ def verify_permutation_spec(
     with undisturbed(model):
         try:
             function = _Function(model, example_args, example_kwargs, outputs)
-            return _verify(spec, function, perturbed_state(model, seed), seed)
+            return _Proving(function, perturbed_state(model, seed), seed, risk).prove(spec)
         except RebasinError:
             raise
         except Exception as error:
@@ -224,32 +277,104 @@ def verify_permutation_spec(
             ) from error
 
 
-def _verify(spec: PermutationSpec, function: _Function, state: dict[str, Tensor], seed: int) -> Verification:
-    before = function(state)
-    if not before:
-        raise RebasinError("The model returned no floating tensor, so there is nothing to compare.")
-    noise = relative_difference(before, function(_nudged(state, seed), 1.0 + 2 * NOISE))
-    tolerance = min(max(FLOOR, MARGIN * noise), CEILING)
-    permutations = spec.random_permutations(seed + 1)
+def least_index(spec: PermutationSpec) -> int:
+    """Least index of a proper subgroup of a spec's group, but for those that differ in the parity of large groups.
 
-    def difference(names: Sequence[str]) -> float:
-        chosen = {name: permutations[name] for name in names}
-        after = function({**state, **apply_permutation(spec, chosen, state)})
-        return relative_difference(before, after)
+    >>> from lit_wsl.rebasin import PermutationSpecBuilder
+    >>> shapes = {"a": (8, 3), "b": (2, 8)}
+    >>> least_index(PermutationSpecBuilder(shapes).tensor("a", "P", None).tensor("b", None, "P").build())
+    8
+    """
+    sizes = [group.size for group in spec.groups.values() if group.size > 1]
+    return min((2 if size < 4 else 3 if size == 4 else size for size in sizes), default=2)
 
-    names = list(spec.groups)
-    worst = difference(names)
-    bad: list[str] = []
-    while worst > tolerance:
-        bad.append(_first_bad(difference, [n for n in names if n not in bad], tolerance))
-        keep = spec.without(bad).groups
-        bad = [name for name in names if name not in keep]
-        worst = difference(list(keep)) if keep else 0.0
-        if function.calls > 400:
-            raise RebasinError("Too many groups of the permutation spec break the function; the model is not handled.")
-    return Verification(
-        spec.without(bad, "breaks the function") if bad else spec, worst, tolerance, tuple(bad), function.calls
-    )
+
+def draws_for(spec: PermutationSpec, risk: float) -> int:
+    """Number of uniform draws that a wrong spec passes with at most this probability."""
+    return max(1, math.ceil(-math.log(risk) / math.log(least_index(spec)))) if spec.groups else 0
+
+
+class _Proving:
+    """Draws elements of a group until the risk is small enough, and takes out what breaks the function."""
+
+    def __init__(self, function: _Function, state: dict[str, Tensor], seed: int, risk: float) -> None:
+        self.function, self.state, self.seed, self.risk = function, state, seed, risk
+        self.before = function.vary_inputs(state, seed)
+        if not self.before:
+            raise RebasinError("The model returned no floating tensor, so there is nothing to compare.")
+        noise = relative_difference(self.before, function(_nudged(state, seed), 1.0 + 2 * NOISE))
+        self.tolerance = min(max(FLOOR, MARGIN * noise), CEILING)
+
+    def prove(self, spec: PermutationSpec) -> Verification:
+        bad: tuple[str, ...] = ()
+        remaining, drawn = spec, 0
+        while True:
+            count = draws_for(remaining, self.risk)
+            found: tuple[str, ...] = ()
+            worst = 0.0
+            for number in range(count + 1 if count else 0):
+                drawn += 1  # a new draw each time: what was seen to pass says nothing of what remains after a loss
+                draw = odd_permutations if number == 0 else PermutationSpec.random_permutations
+                change, found = self._try(remaining, draw(remaining, self.seed + drawn))
+                if found:
+                    break
+                worst = max(worst, change)
+            if not found:
+                break
+            bad = tuple(name for name in spec.groups if name in {*bad, *found})
+            remaining = spec.without(bad, "breaks the function")
+        risk = least_index(remaining) ** -float(count) if count else 0.0
+        proof = Proof(draws=count + 1 if count else 0, risk=risk)
+        remaining = replace(remaining, proof=proof)
+        return Verification(remaining, worst, self.tolerance, bad, self.function.calls, proof.draws, proof.risk)
+
+    def _try(self, spec: PermutationSpec, permutations: dict[str, Tensor]) -> tuple[float, tuple[str, ...]]:
+        """How much a draw changes the outputs, and the groups that go if it is too much."""
+
+        def difference(names: Sequence[str]) -> float:
+            chosen = {name: permutations[name] for name in names}
+            after = self.function({**self.state, **apply_permutation(spec, chosen, self.state)})
+            return relative_difference(self.before, after)
+
+        bad: list[str] = []
+        names = list(spec.groups)
+        change = worst = difference(names)
+        while worst > self.tolerance:
+            bad.append(_first_bad(difference, [n for n in names if n not in bad], self.tolerance))
+            keep = spec.without(bad).groups
+            bad = [name for name in names if name not in keep]
+            worst = difference(list(keep)) if keep else 0.0
+            if self.function.calls > 400:
+                raise RebasinError(
+                    "Too many groups of the permutation spec break the function; the model is not handled."
+                )
+        return change, tuple(bad)
+
+
+def odd_permutations(spec: PermutationSpec, seed: int) -> dict[str, Tensor]:
+    """An element of the group that moves every group and every nested row, each by an odd permutation.
+
+    Nothing that is wrong with one group alone can pass it but by chance; the identity is even.
+    """
+    drawn = spec.random_permutations(seed)
+    for permutation in drawn.values():
+        for row in permutation.reshape(-1, permutation.shape[-1]):
+            if len(row) > 1 and not _is_odd(row):
+                row[:2] = row[:2].flip(0)
+    return drawn
+
+
+def _is_odd(permutation: Tensor) -> bool:
+    """Whether the permutation is made of an odd number of exchanges: units less cycles."""
+    where = permutation.tolist()
+    cycles, seen = 0, [False] * len(where)
+    for start in range(len(where)):
+        if not seen[start]:
+            cycles += 1
+            place = start
+            while not seen[place]:
+                seen[place], place = True, where[place]
+    return (len(where) - cycles) % 2 == 1
 
 
 def _nudged(state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,8 @@ def describe(spec: PermutationSpec, max_lines: int = 20) -> str:
     nested = sum(group.parent is not None for group in spec.groups.values())
     lines = [
         f"{len(spec.groups)} permutation groups ({nested} nested) move {len(spec.axes)} of {len(spec.shapes)} tensors: "
-        f"{spec.coverage:.1%} of the parameters."
+        f"{spec.coverage:.1%} of the parameters' elements, {spec.axis_coverage:.1%} of their axes.",
+        _proof(spec),
     ]
     for name, group in list(spec.groups.items())[:max_lines]:
         inside = f" inside {group.parent}" if group.parent else ""
@@ -54,6 +55,15 @@ def describe(spec: PermutationSpec, max_lines: int = 20) -> str:
         lines.append(f"Dropped: {len(spec.dropped)} groups.")
         lines += [f"  {name}: {reason}" for name, reason in spec.dropped.items()]
     return "\n".join(lines)
+
+
+def _proof(spec: PermutationSpec) -> str:
+    if spec.proof is None:
+        return "Not proven: verify_permutation_spec(spec, model, example_args) proves it on a model and a sample."
+    return (
+        f"Proven on a model and a sample by {spec.proof.draws} draws: a group that breaks the function passes with a "
+        f"probability of at most {spec.proof.risk:.0e}."
+    )
 
 
 def validate(spec: PermutationSpec) -> None:
@@ -107,6 +117,19 @@ def _validate_axis(spec: PermutationSpec, tensor: str, axis: int, axis_spec: Axi
             raise RebasinError(f"{place}: the units of group {group!r} do not have the same number of positions.")
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What :func:`~lit_wsl.rebasin.verify_permutation_spec` has shown of a spec on a model and a sample.
+
+    Attributes:
+        draws: Elements of the group that were seen to keep the outputs.
+        risk: Probability that a group that breaks the function on that sample passed nevertheless.
+    """
+
+    draws: int
+    risk: float
+
+
 @dataclass(frozen=True, eq=False)
 class PermutationSpec:
     """The permutation symmetries of one architecture, as data.
@@ -118,6 +141,7 @@ class PermutationSpec:
         parameters: Names of the tensors that are parameters (the others are buffers); the base of :attr:`coverage`.
         frozen: Tensor name -> axis -> why nothing moves (all of) it.
         dropped: Group name -> why verification removed it.
+        proof: What was shown of it on a model; None for a spec that nothing has proven yet.
     """
 
     groups: Mapping[str, PermutationGroup]
@@ -126,6 +150,7 @@ class PermutationSpec:
     parameters: tuple[str, ...] = ()
     frozen: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
+    proof: Proof | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is not consistent; see :func:`~lit_wsl.rebasin.spec.spec.validate`."""
@@ -266,6 +291,20 @@ class PermutationSpec:
             moved += size * self.touched_share(name)
         return moved / total if total else 0.0
 
+    @property
+    def axis_coverage(self) -> float:
+        """Share of the parameters' axes (those with several positions) that groups permute, 0 to 1.
+
+        Elements alone say little of a weight ``(heads, dim, width)``: moving its width touches all of them. An axis of
+        which some positions move counts by their share.
+        """
+        total = moved = 0.0
+        for name in self.parameters:
+            by_axis = self.axes.get(name, {})
+            total += sum(size > 1 for size in self.shapes[name])
+            moved += sum(float(axis_spec.touched.double().mean()) for axis_spec in by_axis.values())
+        return moved / total if total else 0.0
+
     def without(self, names: Iterable[str], reason: str = "") -> PermutationSpec:
         """The spec without some groups and all that is nested in them; they are listed in :attr:`dropped`."""
         removed = set(names)
@@ -283,6 +322,7 @@ class PermutationSpec:
             parameters=self.parameters,
             frozen=self.frozen,
             dropped={**self.dropped, **{name: reason for name in self.groups if name in removed}},
+            proof=self.proof,
         )
 
     def summary(self) -> str:
@@ -299,9 +339,10 @@ class PermutationSpec:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
+        state = "proven" if self.proof is not None else "unproven"
         return (
-            f"PermutationSpec({len(self.groups)} groups on {len(self.axes)} tensors, "
-            f"{self.coverage:.1%} of the parameters)"
+            f"PermutationSpec({len(self.groups)} groups on {len(self.axes)} tensors, {self.coverage:.1%} of the "
+            f"parameters, {self.axis_coverage:.1%} of their axes, {state})"
         )
 
     # ---- JSON --------------------------------------------------------------------------------------------------------
@@ -360,6 +401,7 @@ def spec_to_dict(spec: PermutationSpec) -> dict[str, Any]:
         "parameters": list(spec.parameters),
         "frozen": {name: {str(axis): why for axis, why in by.items()} for name, by in spec.frozen.items()},
         "dropped": dict(spec.dropped),
+        **({"proof": asdict(spec.proof)} if spec.proof is not None else {}),
     }
 
 
@@ -390,6 +432,7 @@ def spec_from_dict(data: Mapping[str, Any]) -> PermutationSpec:
             parameters=tuple(data.get("parameters", ())),
             frozen={n: {int(a): why for a, why in by.items()} for n, by in data.get("frozen", {}).items()},
             dropped=dict(data.get("dropped", {})),
+            proof=Proof(int(data["proof"]["draws"]), float(data["proof"]["risk"])) if data.get("proof") else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RebasinError(f"The permutation spec is damaged: {type(error).__name__}: {error}") from error

@@ -70,7 +70,7 @@ CASES = {
     "cached bias": (nets.CachedBias, (torch.randn(2, 4),), [6], [], ["out.bias"]),
     "halves": (nets.Halves, (torch.randn(2, 3),), [4, 4], [], ["out.bias"]),
     "cumulative": (nets.Cumulative, (torch.randn(2, 3),), [6], [], ["inp.weight", "inp.bias"]),
-    "no rule": (nets.Fourier, (torch.randn(2, 3),), [6], [], ["inp.weight", "inp.bias"]),
+    "no rule": (nets.Unruled, (torch.randn(2, 3),), [6], [], ["inp.weight", "inp.bias"]),
     "standardised": (nets.Standardised, (torch.randn(2, 3, 8, 8),), [2, 2], [(2, 3), (2, 4)], ["head.bias"]),
 }  # fmt: skip
 
@@ -261,7 +261,7 @@ def test_the_same_as_by_hand():
 
 
 def test_what_is_fixed_says_why():
-    spec = infer_permutation_spec(nets.Fourier(), (torch.randn(2, 3),))
+    spec = infer_permutation_spec(nets.Unruled(), (torch.randn(2, 3),))
     assert "no rule" in spec.frozen["inp.weight"][0]
     assert "output" in spec.frozen["out.weight"][0]
     assert "no rule" in spec.summary()
