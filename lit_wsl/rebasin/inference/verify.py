@@ -302,8 +302,16 @@ class _Proving:
         self.before = function.vary_inputs(state, seed)
         if not self.before:
             raise RebasinError("The model returned no floating tensor, so there is nothing to compare.")
-        noise = relative_difference(self.before, function(_nudged(state, seed), 1.0 + 2 * NOISE))
+        noise = relative_difference(self.before, self._nudged())
         self.tolerance = min(max(FLOOR, MARGIN * noise), CEILING)
+
+    def _nudged(self) -> list[Tensor]:
+        """The outputs for weights and inputs that are moved by about their last bit."""
+        weights = _nudged(self.state, self.seed)
+        try:
+            return self.function(weights, 1.0 + 2 * NOISE)
+        except Exception:  # whole numbers that may not be moved
+            return self.function(weights)
 
     def prove(self, spec: PermutationSpec) -> Verification:
         bad: tuple[str, ...] = ()
