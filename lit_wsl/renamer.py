@@ -43,8 +43,8 @@ class WeightRenamer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.checkpoint: Checkpoint = open_checkpoint(self.path)
+        self.checkpoint: Checkpoint = open_checkpoint(path)
+        self.path = self.checkpoint.path
         self._names: dict[str, str] = {name: name for name in self.checkpoint}  # as loaded -> now
 
     def list_keys(self) -> list[str]:

@@ -41,6 +41,7 @@ class Document:
         metadata: the ``__metadata__`` of a safetensors file.
         lossy: whether writing the tree again would lose something of the file.
         lazy: whether the tree holds lazy tensors.
+        keep: what holds the files, where they are a temporary copy.
     """
 
     format: str
@@ -50,6 +51,7 @@ class Document:
     metadata: Mapping[str, str] | None = None
     lossy: bool = False
     lazy: bool = False
+    keep: Any = None
 
     def read(self, part: Any) -> Any:
         """Read the lazy tensors of a part of the tree, if the reader makes any."""

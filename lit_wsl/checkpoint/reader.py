@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lit_wsl.checkpoint.dcp import read_distributed
 from lit_wsl.checkpoint.deepspeed import is_deepspeed, read_deepspeed
 from lit_wsl.checkpoint.document import Document, LazyTensor
 from lit_wsl.checkpoint.records import ForeignObject, as_mapping
+from lit_wsl.checkpoint.remote import Local, bring
 from lit_wsl.checkpoint.safetensors_file import is_safetensors, read_safetensors
 from lit_wsl.checkpoint.torch_file import read_torch_file, verify_checksums
 from lit_wsl.checkpoint.weights import Selection, Weights, select_weights
@@ -191,7 +193,8 @@ class Checkpoint(Mapping[str, Tensor]):
     their pages are read when touched, and writing to them never reaches the file.
 
     Attributes:
-        path: the file or folder.
+        path: the file or folder, or its address, as it was given.
+        file: where it lies on this machine.
         format: what it is: ``"lightning"``, ``"torch"``, ``"safetensors"``, ``"safetensors-sharded"``,
             ``"torch-sharded"``, ``"dcp"``, ``"deepspeed"``, ``"pickled-module"``, ``"pickle"``.
         stubbed: dotted names of foreign classes and functions that became inert records.
@@ -202,9 +205,10 @@ class Checkpoint(Mapping[str, Tensor]):
         extra: the state dict's entries that are no tensors, such as ``_extra_state``.
     """
 
-    def __init__(self, path: Path, document: Document, selection: Selection) -> None:
+    def __init__(self, local: Local, document: Document, selection: Selection) -> None:
         nest = selection.nest
-        self.path = path
+        self.path = local.shown
+        self.file = local.path
         self.format = "pickled-module" if nest.module else document.format
         self.stubbed = document.stubbed
         self.weights = selection.label
@@ -287,7 +291,7 @@ class Checkpoint(Mapping[str, Tensor]):
         Raises:
             CheckpointError: naming the part that is damaged.
         """
-        files = [self.path] if self.path.is_file() else sorted(file for file in self.path.iterdir() if file.is_file())
+        files = [self.file] if self.file.is_file() else sorted(file for file in self.file.iterdir() if file.is_file())
         with _errors_of(self.path):
             return sum(verify_checksums(file) for file in files if read_head(file, 4)[:4] == b"PK\x03\x04")
 
@@ -303,7 +307,7 @@ class Checkpoint(Mapping[str, Tensor]):
 class _LazyContent(Mapping[str, Any]):
     """The rest of a checkpoint whose tensors are put together when asked for: one entry is read, not all of them."""
 
-    def __init__(self, entries: Mapping[str, Any], path: Path, document: Document) -> None:
+    def __init__(self, entries: Mapping[str, Any], path: Path | str, document: Document) -> None:
         self._entries = entries
         self._path = path
         self._document = document
@@ -325,7 +329,7 @@ class _LazyContent(Mapping[str, Any]):
 class _errors_of:  # noqa: N801 - reads as a statement
     """Turn what readers raise into a CheckpointError that names the file and the remedy."""
 
-    def __init__(self, path: Path, what: str = "") -> None:
+    def __init__(self, path: Path | str, what: str = "") -> None:
         self.path = path
         self.what = f" ({what})" if what else ""
 
@@ -375,8 +379,6 @@ def read_document(path: Path) -> Document:
     with _errors_of(path):
         if path.is_dir():
             return read_folder(path, read_document)
-        if "://" in str(path) or str(path).startswith(("http:/", "https:/", "s3:/", "gs:/", "hf:/")):
-            raise CheckpointError(f"{path} is a web address. Download the file, and give its path.")
         if not path.exists():
             near = sorted(path.parent.glob(f"{path.stem}*"))[:3] if path.parent.is_dir() else []
             hint = f" Did you mean {', '.join(map(str, near))}?" if near else " Check the path."
@@ -404,7 +406,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights: Weights = "auto") 
 
     Args:
         path: a file (Lightning ``.ckpt``, ``torch.save`` in both forms, safetensors, a pickled module) or a folder
-            (sharded Hugging Face, ``torch.distributed.checkpoint`` with Lightning's ``meta.pt``, DeepSpeed).
+            (sharded Hugging Face, ``torch.distributed.checkpoint`` with Lightning's ``meta.pt``, DeepSpeed); or the
+            address of one that fsspec can fetch, ``s3://...``, ``memory://...``.
         weights: ``"auto"`` takes the weights that the file's own framework would load, ``"model"`` never an average of
             them, ``"ema"`` their running average.
 
@@ -422,16 +425,16 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights: Weights = "auto") 
         >>> checkpoint["layer.weight"], checkpoint.content
         (tensor([1., 1.]), {'epoch': 3})
     """
-    path = Path(path).expanduser()
-    document = read_document(path)
-    with _errors_of(path):
-        checkpoint = Checkpoint(path, document, select_weights(document.tree, weights))
+    local = bring(path)
+    with local.called_as_given(), _errors_of(local.path):
+        document = replace(read_document(local.path), keep=local.keep)
+        checkpoint = Checkpoint(local, document, select_weights(document.tree, weights))
         for name, value in checkpoint.extra.items():
             if isinstance(value, ForeignObject) and "DTensor" in _class_of(value):
                 raise CheckpointError(
-                    f"{path}: tensor {name!r} is a DTensor, of which a plain file holds one rank's part only. Save a "
-                    "full state dict instead (Lightning: ModelParallelStrategy(save_distributed_checkpoint=False)), or "
-                    "a distributed checkpoint folder."
+                    f"{local.path}: tensor {name!r} is a DTensor, of which a plain file holds one rank's part only. "
+                    "Save a full state dict instead (Lightning: ModelParallelStrategy(save_distributed_checkpoint="
+                    "False)), or a distributed checkpoint folder."
                 )
         return checkpoint
 
@@ -449,9 +452,9 @@ def load_checkpoint_as_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file, what it looks like, and the remedy.
     """
-    path = Path(path).expanduser()
-    document = read_document(path)
-    with _errors_of(path):
+    local = bring(path)
+    with local.called_as_given(), _errors_of(local.path):
+        document = read_document(local.path)
         mapping = as_mapping(document.tree)
         if mapping is None:
             mapping = select_weights(document.tree).nest.tensors

@@ -143,7 +143,8 @@ def read_archive(data: memoryview) -> Archive:
 def _checked_name(entry: zipfile.ZipInfo) -> str:
     name = entry.filename
     parts = name.split("/")
-    if name.startswith("/") or "\\" in name or ":" in parts[0] or ".." in parts or entry.orig_filename != name:
+    is_drive = len(parts[0]) == 2 and parts[0][1] == ":"  # other colons are part of a name
+    if name.startswith("/") or "\\" in name or is_drive or ".." in parts or entry.orig_filename != name:
         raise RefusedError(f"a zip archive with a member outside its folder ({entry.orig_filename!r:.200})")
     if entry.flag_bits & 0x1:
         raise RefusedError(f"a zip archive with an encrypted member ({name!r:.200})")
