@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +87,32 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
+
+
+class NamedAffine(nn.Module):
+    """A scale and a shift (or a matrix and a shift) under names of their own."""
+
+    def __init__(self, shapes: dict[str, Shape]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *shift = self.parameters()
+        return (F.linear(x, first) if first.dim() == 2 else x * first) + sum(shift)
+
+
+class MovingNorm(nn.Module):
+    """Batch norm in the words of another framework."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("moving_mean", torch.zeros(width))
+        self.register_buffer("moving_variance", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.moving_mean, self.moving_variance, self.gamma, self.beta)
 
 
 class ChannelsLastConv(nn.Module):
@@ -337,6 +363,21 @@ def _norm(leaf: Leaf, _: str) -> Form:
     return _module(RMSNorm(width), _weight_and_bias(leaf, lambda s: s), torch.zeros(1, width))
 
 
+def _named(leaf: Leaf, names: str) -> Form:
+    """The same tensors under names such as ``gamma`` and ``beta``."""
+    own = dict(zip(("weight", "bias"), names.split(",")))
+    plain = _weight_and_bias(leaf, lambda s: s)
+    slots = [replace(slot, suffix=f".{own[slot.suffix[1:]]}") for slot in plain]
+    module = NamedAffine({slot.suffix[1:]: tuple(slot.value().shape) for slot in slots})
+    return _module(module, slots, torch.zeros(1, leaf.sizes[0][-1]))
+
+
+def _moving(leaf: Leaf, _: str) -> Form:
+    names = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+    slots = [Slot(f".{own}", _of(leaf, name, lambda s: s)) for own, name in names.items()]
+    return _module(MovingNorm(leaf.sizes[0][0]), slots, torch.zeros(1, leaf.sizes[0][0], 4, 4))
+
+
 def _group_norm(leaf: Leaf, _: str) -> Form:
     width = leaf.sizes[0][0]
     slots = [Slot(f".{name}", _of(leaf, name, lambda s: s)) for name in ("weight", "bias")]
@@ -453,6 +494,9 @@ FORMS: dict[tuple[str, str], Callable[[Leaf, str], Form]] = {
     ("group_norm", ""): _group_norm,
     ("batch_norm", ""): _batch_norm,
     ("batch_norm", "frozen"): _frozen,
+    ("batch_norm", "moving"): _moving,
+    ("norm", "named"): _named,
+    ("linear", "named"): _named,
     ("plain_batch_norm", ""): lambda leaf, _: _batch_norm(leaf, "plain"),
     ("embedding", ""): _embedding,
     ("table", ""): _table,

@@ -207,7 +207,11 @@ def _check(names: list[str]) -> None:
 
 
 def names_lie(old: Net, new: Net) -> bool:
-    """Whether a word stands for one thing here and for its sibling there: nobody could see that, so it is no test."""
+    """Whether names say one thing and mean another, so that nobody could see it: then it is no test.
+
+    Either a word stands for one thing here and for its sibling there, or two modules have the same path in lists that
+    are numbered alike, and yet they are not the same.
+    """
     meant: dict[tuple[object, str], set[str]] = {}
     for placed in old.placed:
         meant.setdefault((placed.family, placed.word), set()).add(placed.meaning)
@@ -215,7 +219,29 @@ def names_lie(old: Net, new: Net) -> bool:
         known = meant.get((placed.family, placed.word)) if placed.word else None
         if known and placed.meaning not in known and len(placed.leaf.pieces) == 1:
             return True
+    theirs, ours = _by_pattern(old), _by_pattern(new)
+    for pattern in theirs.keys() & ours.keys():
+        one, other = theirs[pattern], ours[pattern]
+        if one.keys() == other.keys() and any(_differ(one[numbers], other[numbers]) for numbers in one):
+            return True
     return False
+
+
+def _by_pattern(net: Net) -> dict[str, dict[tuple[str, ...], Leaf]]:
+    """Leaves by their path without numbers and without the wrappers around all of them, then by the numbers."""
+    paths = [placed.name.split(".") for placed in net.placed]
+    wrapped = 0
+    while all(len(path) > wrapped + 1 for path in paths) and len({path[wrapped] for path in paths}) == 1:
+        wrapped += 1
+    found: dict[str, dict[tuple[str, ...], Leaf]] = {}
+    for placed, path in zip(net.placed, paths):
+        name = ".".join(path[wrapped:])
+        found.setdefault(re.sub(r"\d+", "#", name), {})[tuple(re.findall(r"\d+", name))] = placed.leaf
+    return found
+
+
+def _differ(one: Leaf, other: Leaf) -> bool:
+    return one.kind == other.kind and one.sizes == other.sizes and not set(one.pieces) & set(other.pieces)
 
 
 def true_tensors(net: Net, known: frozenset[str] | None = None) -> dict[str, Tensor | None]:

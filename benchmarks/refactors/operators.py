@@ -231,14 +231,34 @@ def metric_states_beside(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("both", "content", LAST, "source", weight=0.5)
+@operator("both", "content", LAST, "any", weight=0.7)
 def part_only(side: Side, rng: random.Random) -> bool:
-    """The checkpoint holds one of several top-level parts."""
+    """One of several top-level parts is missing: of the checkpoint, or of the new model."""
     parts = sorted({leaf.path[0].role for leaf in side.leaves})
     if len(parts) < 3:
         return False
     dropped = rng.choice(parts)
     side.leaves = [leaf for leaf in side.leaves if leaf.path[0].role != dropped]
+    return True
+
+
+@operator("both", "content", LAST, "target")
+def sizes_exchanged(side: Side, rng: random.Random) -> bool:
+    """Two outputs get new sizes, each the one that the other had: neither can be taken, whatever fits."""
+    outputs = [
+        leaf for leaf in side.leaves if leaf.kind == "linear" and not any(s.index is not None for s in leaf.path)
+    ]
+    pairs = [
+        (a, b) for a in outputs for b in outputs if a.sizes[0][0] < b.sizes[0][0] and a.sizes[0][1] == b.sizes[0][1]
+    ]
+    if not pairs:
+        return False
+    one, other = rng.choice(pairs)
+    sizes = {one: other.sizes, other: one.sizes}
+    side.leaves = [
+        replace(_copy(leaf, "resized ", leaf.path), sizes=sizes[leaf]) if leaf in sizes else leaf
+        for leaf in side.leaves
+    ]
     return True
 
 

@@ -135,6 +135,11 @@ operator("validate", "layout", weight=1.0, name="spectral_norm_parametrized")(
 operator("validate", "layout", weight=1.0, name="weight_norm_parametrized")(
     _restore("style:parametrized", "weight_norm", _anything)
 )
+operator("fit", "layout", name="gamma_and_beta")(_restore("named:gamma,beta", "norm", _anything))
+operator("validate", "layout", name="g_and_b")(_restore("named:g,b", "norm", _anything))
+operator("validate", "layout", weight=0.6, name="w_and_b")(_restore("named:w,b", "linear", _anything))
+operator("fit", "layout", weight=0.6, name="matrix_and_shift")(_restore("named:matrix,shift", "linear", _anything))
+operator("validate", "layout", name="moving_statistics")(_restore("moving", "batch_norm", _anything))
 operator("fit", "layout", name="freeze_batch_norm")(_restore("frozen", "batch_norm", _anything))
 operator("validate", "layout", name="position_as_buffer")(
     _restore("kind:buffer", "table", lambda leaf: leaf.role == "pos")
