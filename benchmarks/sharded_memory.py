@@ -339,7 +339,7 @@ def plan(path: Path, name: str) -> dict[str, Any]:
     from benchmarks.scale import CASES, module_of, target_of
     from lit_wsl.matching.options import MatchingOptions
     from lit_wsl.transfer.api import prepare_transfer
-    from lit_wsl.transfer.sides import open_source
+    from lit_wsl.transfer.sides import Source, Target
 
     case = next(c for c in CASES if c.name == name)
     tensors, truth = target_of(list(case.rows()), case.stacked)
@@ -348,7 +348,7 @@ def plan(path: Path, name: str) -> dict[str, Any]:
 
     def work() -> None:
         index = path / "model.safetensors.index.json"
-        found.append(prepare_transfer(model, open_source(index), index, MatchingOptions.make()))
+        found.append(prepare_transfer(Source.open(index), Target.of(model), MatchingOptions.make()))
 
     size = sum(2 * info.numel() for info in model.parameters())
     measured = measure("plan", size / 1e9, work, 0)

@@ -111,8 +111,6 @@ TODAY = {  # only shrinks
     "lit_wsl.rebasin.responses._responses",
     "lit_wsl.rebasin.responses.responses",
     "lit_wsl.report.scores.candidates",
-    "lit_wsl.transfer.api._plan_transfer",
-    "lit_wsl.transfer.api.prepare_transfer",
 }
 
 

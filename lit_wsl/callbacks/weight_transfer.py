@@ -33,10 +33,10 @@ from lit_wsl.report.progress import transfer_progress
 from lit_wsl.report.report import TransferReport
 from lit_wsl.structure.execution_order import is_lazy
 from lit_wsl.structure.running import Call
-from lit_wsl.transfer.api import Prepared, finish_transfer, prepare_transfer
+from lit_wsl.transfer.api import finish_transfer, prepare_transfer
 from lit_wsl.transfer.floor import valid_floor
 from lit_wsl.transfer.ranks import ALONE, Ranks, has_sharded_tensors, refuse_wrapped
-from lit_wsl.transfer.sides import open_source
+from lit_wsl.transfer.sides import Source, Target, open_source
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -235,39 +235,34 @@ class WeightTransferCallback(Callback):
         self._take_back = None
         ranks = _ranks_of(trainer)
         ranks.together(lambda: refuse_wrapped(model, trainer.strategy))
-        tensors = ranks.together(lambda: open_source(self.checkpoint, self.checkpoint_weights))
-        prepared = self._prepare(trainer, model, stage, tensors, ranks)
+        source, target, remark = self._sides(trainer, model, stage, ranks)
+        with quiet(trainer, model):
+            prepared = prepare_transfer(
+                source, target, self.options, plan=self.plan, min_coverage=self.min_coverage, ranks=ranks
+            )
         size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not nn.parameter.is_lazy(t))
         with transfer_progress(size, enabled=self.verbose and trainer.is_global_zero) as progress:
-            report = finish_transfer(prepared, tensors, model, progress=progress, ranks=ranks)
+            report = finish_transfer(prepared, source.tensors, target, progress=progress, ranks=ranks)
+        if remark:
+            report = report.with_remarks(notes=(remark,))
         warnings, notes = mind_copies(trainer, model, self, report.loaded, late=late)
         report = report.with_remarks(warnings=warnings, notes=notes)
         self._served, self._fresh = weakref.ref(model), True
         self.report = report
         announce(trainer, report, verbose=self.verbose)
 
-    def _prepare(
-        self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, tensors: Mapping[str, Any], ranks: Ranks
-    ) -> Prepared:
-        """Make the plan: pure, touches neither the model nor tensor data."""
-        samples: list[Call]
+    def _sides(
+        self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, ranks: Ranks
+    ) -> tuple[Source, Target, str]:
+        """Open the checkpoint and describe the model, with a sample where there is one, or a remark why not."""
+        opened = ranks.together(lambda: open_source(self.checkpoint, self.checkpoint_weights))
         if self.plan is not None and not is_lazy(model):
-            samples, remark = [], ""  # a plan is replayed as it is: no need to run anything
+            samples: list[Call] = []  # a plan is replayed as it is: no need to run anything
+            remark = ""
         else:
             samples, remark = find_samples(trainer, model, stage)
         with quiet(trainer, model):
-            prepared = prepare_transfer(
-                model,
-                tensors,
-                self.checkpoint,
-                self.options,
-                samples=samples,
-                plan=self.plan,
-                min_coverage=self.min_coverage,
-                old=self.source_module,
-                ranks=ranks,
-            )
-        return replace(prepared, notes=(*prepared.notes, remark)) if remark else prepared
+            return Source(self.checkpoint, opened, self.source_module, samples), Target.of(model, samples), remark
 
     def _yield_to(self, trainer: pl.Trainer, model: pl.LightningModule, why: str) -> None:
         """Report that other weights win, such as those of a resumed checkpoint."""

@@ -18,7 +18,7 @@ from lit_wsl.report.report import TransferReport
 from lit_wsl.report.rows import open_questions, percent
 from lit_wsl.transfer.api import prepare_transfer
 from lit_wsl.transfer.floor import likely_cause
-from lit_wsl.transfer.sides import open_source
+from lit_wsl.transfer.sides import Source, Target
 
 
 def run(options: Any) -> int:
@@ -32,18 +32,12 @@ def run(options: Any) -> int:
         adapt=options.adapt,
         assume_layouts=options.assume_layouts,
     )
-    tensors = open_source(options.checkpoint, options.checkpoint_weights)
+    old = build_from(options.source_model, options.source_model_args) if options.source_model else None
     model = build_model(options, meta=options.sample is None)
     call = sample_call(options.sample, model)
-    prepared = prepare_transfer(
-        model,
-        tensors,
-        options.checkpoint,
-        matching,
-        samples=[_where_the_model_is(call, model)] if call else [],
-        min_coverage=0.0,
-        old=build_from(options.source_model, options.source_model_args) if options.source_model else None,
-    )
+    samples = [_where_the_model_is(call, model)] if call else []
+    source = Source.open(options.checkpoint, options.checkpoint_weights, old=old, samples=samples)
+    prepared = prepare_transfer(source, Target.of(model, samples), matching, min_coverage=0.0)
     report = replace(prepared.report(), applied=False)
     _show(report)
     if options.plan:

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import Checkpoint
+from lit_wsl.matching.layouts import hidden_layouts
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
+from lit_wsl.matching.planner import build_plan
+from lit_wsl.matching.proof import prove
 from lit_wsl.plan.coverage import Coverage, measure_coverage
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.plan import TransferPlan, check_plan, describe_entry, left_alone, loses_values
 from lit_wsl.report.report import TransferReport
-from lit_wsl.structure import ModelDescription, describe
-from lit_wsl.structure.execution_order import is_lazy
+from lit_wsl.structure import ModelDescription
 from lit_wsl.transfer.apply import Progress, apply_plan
 from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.ranks import ALONE, Ranks, check_same_source, has_sharded_tensors
-from lit_wsl.transfer.sides import (
-    Call,
-    Source,
-    describe_sharded,
-    describe_source,
-    describe_target,
-    materialise,
-    module_of_source,
-    open_source,
-)
+from lit_wsl.transfer.sides import Source, Target
 from lit_wsl.transfer.undo import UndoLog, only_filler
 
 
@@ -43,7 +36,6 @@ class Prepared:
         source: The checkpoint's side.
         target: The model's side.
         notes: Remarks for the report.
-        materialise: The sample call, ``(args, kwargs)``, that gives lazy modules their shapes; ``None`` without any.
     """
 
     plan: TransferPlan
@@ -51,7 +43,6 @@ class Prepared:
     source: ModelDescription
     target: ModelDescription
     notes: tuple[str, ...] = ()
-    materialise: Call | None = field(default=None, repr=False)
 
     def report(self, *, warnings: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> TransferReport:
         """The report of this transfer."""
@@ -139,123 +130,93 @@ def transfer_weights(
     floor = valid_floor(min_coverage)
     with only_filler(model):
         ranks = Ranks.of_model(model)
-        tensors = ranks.together(lambda: open_source(source, checkpoint_weights))
-        sample = [(example_args, dict(example_kwargs or {}))] if example_args or example_kwargs else []
-        prepared = prepare_transfer(
-            model,
-            tensors,
-            source,
-            options,
-            samples=sample,
-            plan=plan,
-            min_coverage=floor,
-            old=source_module,
-            ranks=ranks,
-        )
-        return finish_transfer(prepared, tensors, model, ranks=ranks)
+        samples = [(example_args, dict(example_kwargs or {}))] if example_args or example_kwargs else []
+        opened = ranks.together(lambda: Source.open(source, checkpoint_weights, old=source_module, samples=samples))
+        target = Target.of(model, samples)
+        prepared = prepare_transfer(opened, target, options, plan=plan, min_coverage=floor, ranks=ranks)
+        return finish_transfer(prepared, opened.tensors, target, ranks=ranks)
 
 
 def prepare_transfer(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
     source: Source,
+    target: Target,
     options: MatchingOptions,
     *,
-    samples: Sequence[Call] = (),
     plan: TransferPlan | str | Path | None = None,
     min_coverage: float = 0.5,
-    old: nn.Module | None = None,
     ranks: Ranks = ALONE,
 ) -> Prepared:
-    """Describe both sides, match them or take the given plan, and check it. Changes nothing, reads no tensor data.
+    """Match both sides or take the given plan, and check it. Changes nothing, reads no tensor data.
 
-    Of several processes all make the sample call, since it may communicate (a sharded model is run as a copy without
-    memory, which does not); rank zero makes the plan, and the others check that it fits what they see.
+    Of several processes all have made the sample call, since it may communicate (a sharded model is run as a copy
+    without memory, which does not); rank zero makes the plan, and the others check that it fits what they see.
 
     Args:
-        model: The model to fill.
-        tensors: The checkpoint's tensors, from :func:`open_source`.
-        source: What they were opened from; a module tells more of its structure than its tensors do.
+        source: Where the weights come from.
+        target: The model to fill.
         options: How to match.
-        samples: Ways to call ``model``, ``(args, kwargs)`` each; the first that works gives the execution order.
         plan: A plan to replay instead of matching.
         min_coverage: The floor.
-        old: The module the checkpoint was saved from.
         ranks: The processes that fill the model together.
 
     Returns:
         The checked transfer.
     """
-    if samples and has_sharded_tensors(model):
-        target, remark, call = *describe_sharded(model, samples), None
-    else:
-        target, remark, call = describe_target(model, samples)
-    prepared = ranks.once(
-        lambda: _plan_transfer(
-            model, target, tensors, source, options, samples=samples, plan=plan, min_coverage=min_coverage, old=old
-        )
-    )
-    label = str(source) if isinstance(source, (str, Path)) else None
-    ranks.together(lambda: None if ranks.is_zero else check_plan(prepared.plan, describe(tensors, label=label), target))
-    check_same_source(ranks, tensors, [name for entry in prepared.plan for name in entry.sources])
-    notes = (*prepared.notes, remark) if remark else prepared.notes
-    return replace(prepared, notes=notes, materialise=call if is_lazy(model) else None)
+    prepared = ranks.once(lambda: _plan_transfer(source, target, options, plan, min_coverage))
+    ranks.together(lambda: None if ranks.is_zero else check_plan(prepared.plan, source.file, target.description))
+    check_same_source(ranks, source.tensors, [name for entry in prepared.plan for name in entry.sources])
+    return replace(prepared, notes=(*prepared.notes, target.remark)) if target.remark else prepared
 
 
 def _plan_transfer(
-    model: nn.Module,
-    target: ModelDescription,
-    tensors: Mapping[str, Tensor],
     source: Source,
+    target: Target,
     options: MatchingOptions,
-    *,
-    samples: Sequence[Call],
     plan: TransferPlan | str | Path | None,
     min_coverage: float,
-    old: nn.Module | None,
 ) -> Prepared:
     """The part of :func:`prepare_transfer` that one process does for all."""
-    notes: list[str] = list(tensors.notes) if isinstance(tensors, Checkpoint) else []
-    module = module_of_source(tensors, source, old)
-    theirs = describe_source(tensors, source, module, samples)
+    notes: list[str] = list(source.tensors.notes) if isinstance(source.tensors, Checkpoint) else []
+    theirs, ours = source.description, target.description
     if plan is not None:
         chosen = plan if isinstance(plan, TransferPlan) else TransferPlan.load(plan)
     else:
-        from lit_wsl.matching.planner import build_plan
-
-        runs = bool(samples) and not has_sharded_tensors(model)  # this is rank zero alone
-        old_one = module if runs and module is not model else None
-        chosen = build_plan(theirs, target, options, assume_layouts=old_one is not None)
-        if old_one is not None:
-            from lit_wsl.matching.layouts import hidden_layouts
-            from lit_wsl.matching.proof import prove
-
-            unseen = {} if options.assume_layouts else hidden_layouts(chosen, theirs, target)
-            chosen = prove(chosen, old_one, model, samples, unseen=unseen)
-        chosen, dropped = _without_losses(chosen, theirs, target)
+        chosen = _match(source, target, options)
+        chosen, dropped = _without_losses(chosen, theirs, ours)
         notes += dropped
-    chosen, dropped = _leave_alone(chosen, target)
+    chosen, dropped = _leave_alone(chosen, ours)
     notes += dropped
-    check_plan(chosen, theirs, target)
-    coverage = measure_coverage(chosen, theirs, target)
-    check_floor(chosen, coverage, theirs, target, min_coverage)
-    return Prepared(chosen, coverage, theirs, target, tuple(notes))
+    check_plan(chosen, theirs, ours)
+    coverage = measure_coverage(chosen, theirs, ours)
+    check_floor(chosen, coverage, theirs, ours, min_coverage)
+    return Prepared(chosen, coverage, theirs, ours, tuple(notes))
+
+
+def _match(source: Source, target: Target, options: MatchingOptions) -> TransferPlan:
+    """The plan by structure and names, proven by function where the old code is at hand."""
+    theirs, ours = source.description, target.description
+    runs = bool(target.samples) and not has_sharded_tensors(target.model)  # this is rank zero alone
+    old = source.module if runs and source.module is not target.model else None
+    if old is None:
+        return build_plan(theirs, ours, options)
+    plan = build_plan(theirs, ours, options, assume_layouts=True)
+    unseen = {} if options.assume_layouts else hidden_layouts(plan, theirs, ours)
+    return prove(plan, old, target.model, target.samples, unseen=unseen)
 
 
 def finish_transfer(
     prepared: Prepared,
     tensors: Mapping[str, Tensor],
-    model: nn.Module,
+    target: Target,
     *,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     undo: UndoLog | None = None,
 ) -> TransferReport:
     """Apply a prepared transfer, all or nothing, and report; ``undo`` remembers what was there for the caller."""
-    if prepared.materialise is not None and prepared.plan.entries:
-        args, kwargs = prepared.materialise
-        materialise(model, args, kwargs)
-    applied = apply_plan(prepared.plan, tensors, model, progress=progress, ranks=ranks, undo=undo)
+    if prepared.plan.entries:
+        target.materialise()
+    applied = apply_plan(prepared.plan, tensors, target.model, progress=progress, ranks=ranks, undo=undo)
     warnings = applied.warnings
     if prepared.plan.proof == "refuted":
         warnings = (f"the function check refuted this plan: {prepared.plan.notes[-1]}", *warnings)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +14,145 @@ from torch import Tensor, nn
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.errors import MappingError
 from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
+from lit_wsl.structure.description import Kind
 from lit_wsl.structure.execution_order import is_lazy, lazy_copy, meta_copy, on_meta, only_child
 from lit_wsl.structure.preserving import preserved_rng
+from lit_wsl.transfer.ranks import has_sharded_tensors
 
 IN_ONE = (
     "A sharded model is run as a copy on the meta device; where the order is needed, make the plan in one process and "
     "give it as plan="
 )
 
-Source = str | Path | Mapping[str, Tensor] | nn.Module
+Given = str | Path | Mapping[str, Tensor] | nn.Module
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+Which = Literal["auto", "model", "ema"]
 
 
-def open_source(source: Source, checkpoint_weights: Literal["auto", "model", "ema"] = "auto") -> Mapping[str, Tensor]:
+@dataclass(frozen=True)
+class Source:
+    """Where the weights come from: opened once, described once.
+
+    Attributes:
+        given: What it was opened from; a module tells more of its structure than its tensors do.
+        tensors: The tensors by name; those of a file are read when they are asked for.
+        old: The module they were saved from, where the user still has it.
+        samples: Ways to call the model to fill; where the source's module takes one too, its order is read.
+    """
+
+    given: Given
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    old: nn.Module | None = field(default=None, repr=False)
+    samples: Sequence[Call] = field(default=(), repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        given: Given,
+        checkpoint_weights: Which = "auto",
+        *,
+        old: nn.Module | None = None,
+        samples: Sequence[Call] = (),
+    ) -> Source:
+        """Open a source; files are opened lazily and without running code.
+
+        Raises:
+            CheckpointError: If the file cannot be read.
+            MappingError: If it is nothing of the kind.
+        """
+        return cls(given, open_source(given, checkpoint_weights), old, samples)
+
+    @property
+    def label(self) -> str | None:
+        """What to call it in messages."""
+        return str(self.given) if isinstance(self.given, (str, Path)) else None
+
+    @cached_property
+    def module(self) -> nn.Module | None:
+        """The module that the weights belong to, under their names: the source itself, or what the user has of it.
+
+        A checkpoint may have been saved of the module, of a wrapper around it, or of a part of it; so the module is
+        wrapped, or its part taken, until the names agree.
+
+        Raises:
+            MappingError: If ``old`` is not the module the checkpoint was saved from.
+        """
+        if self.old is None:
+            return self.given if isinstance(self.given, nn.Module) else None
+        found = _named_as(self.file, self.old)
+        for name, tensor in found.state_dict(keep_vars=True).items():
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor) else None
+            if shape is not None and name in self.file and self.file[name].shape != shape:
+                raise MappingError(
+                    f"source_module is not the module that {self.file.label} was saved from: {name} is {shape} in the "
+                    f"module and {self.file[name].shape} in the file."
+                )
+        return found
+
+    @cached_property
+    def description(self) -> ModelDescription:
+        """Its tensors, with what the module knows of them where there is one."""
+        if self.module is None:
+            return self.file
+        if self.module is self.given:
+            return Target.of(self.module, self.samples).description
+        _, order, _, _ = _run_samples(self.module, self.samples)
+        facts = _facts(self.module)
+
+        def with_facts(info: ParameterInfo) -> ParameterInfo:
+            if info.name not in facts:
+                return info
+            kind, module_type = facts[info.name]
+            return replace(info, kind=kind, execution_order=order.get(info.name), module_type=module_type)
+
+        file = self.file
+        return replace(file, parameters=tuple(with_facts(info) for info in file.parameters), is_module=True)
+
+    @cached_property
+    def file(self) -> ModelDescription:
+        """Its tensors alone."""
+        return describe(self.tensors, label=self.label)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model to fill, described once.
+
+    Attributes:
+        model: The model.
+        description: Its tensors, with the execution order if a sample call works.
+        samples: Ways to call it, the likeliest first.
+        remark: Why there is no execution order although there are samples; empty otherwise.
+        call: The sample call that worked.
+    """
+
+    model: nn.Module = field(repr=False)
+    description: ModelDescription = field(repr=False)
+    samples: Sequence[Call] = field(default=(), repr=False)
+    remark: str = ""
+    call: Call | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, model: nn.Module, samples: Sequence[Call] = ()) -> Target:
+        """Describe a model; a sharded one with the execution order of a whole copy of it on the meta device.
+
+        Raises:
+            MappingError: If the model has lazy modules, whose shapes only a sample call tells, and none works.
+        """
+        if samples and has_sharded_tensors(model):
+            order, remark = _order_of_sharded(model, samples)
+            return cls(model, describe(model, execution_order=order), samples, f"{remark}. {IN_ONE}" if remark else "")
+        whole, order, remark, call = _run_samples(model, samples)
+        label = type(model).__name__ if call is not None else None
+        return cls(model, describe(whole, execution_order=order, label=label), samples, remark, call)
+
+    def materialise(self) -> None:
+        """Give lazy modules their shapes, by the call that worked."""
+        if self.call is not None and is_lazy(self.model):
+            materialise(self.model, *self.call)
+
+
+def open_source(source: Given, checkpoint_weights: Which = "auto") -> Mapping[str, Tensor]:
     """The tensors of a source by name; files are opened lazily and without running code.
 
     Raises:
@@ -41,22 +168,19 @@ def open_source(source: Source, checkpoint_weights: Literal["auto", "model", "em
     raise MappingError(f"source must be a path, a state dict or a module, not {type(source).__name__}.")
 
 
-def describe_target(model: nn.Module, samples: Sequence[Call] = ()) -> tuple[ModelDescription, str, Call | None]:
-    """Describe the model, with execution order if a sample call works.
+def _run_samples(model: nn.Module, samples: Sequence[Call]) -> tuple[nn.Module, dict[str, int], str, Call | None]:
+    """Run a model on the first sample that it takes.
 
     Returns:
-        The description; a remark for the report if no sample call worked, empty otherwise; the call that worked.
-
-    Raises:
-        MappingError: If the model has lazy modules, whose shapes only a sample call tells, and none works.
+        The model, of lazy modules a copy that has its shapes; the execution order; a remark for the report if no
+        sample call worked, empty otherwise; the call that worked.
     """
     lazy = is_lazy(model)
     failures: list[str] = []
     for args, kwargs in samples:
         try:
             whole = materialise(lazy_copy(model), args, kwargs) if lazy else model
-            order = _trace(whole, args, kwargs)
-            return describe(whole, execution_order=order, label=type(model).__name__), "", (args, kwargs)
+            return whole, _trace(whole, args, kwargs), "", (args, kwargs)
         except Exception as error:
             failures.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
     if lazy:
@@ -67,21 +191,28 @@ def describe_target(model: nn.Module, samples: Sequence[Call] = ()) -> tuple[Mod
             "works (example_args, example_input_array, or a datamodule), or call the model once before the transfer."
         )
     remark = f"no execution order, matched without it: the sample call failed ({failures[0]})" if failures else ""
-    return describe(model), remark, None
+    return model, {}, remark, None
 
 
-def describe_sharded(model: nn.Module, samples: Sequence[Call]) -> tuple[ModelDescription, str]:
-    """Describe a sharded model, with the execution order of a whole copy of it on the meta device.
-
-    Returns:
-        The description; a remark for the report if no sample call worked, empty otherwise.
-    """
+def _order_of_sharded(model: nn.Module, samples: Sequence[Call]) -> tuple[dict[str, int], str]:
+    """The execution order of a whole copy on the meta device, and a remark if no sample call worked."""
     try:
-        traced, remark, _ = describe_target(meta_copy(model), on_meta(samples))
+        _, order, remark, _ = _run_samples(meta_copy(model), on_meta(samples))
     except Exception as error:  # modules that cannot be copied so
-        return describe(model), f"no execution order, matched without it: {type(error).__name__}: {error}. {IN_ONE}"
-    order = {info.name: info.execution_order for info in traced.parameters if info.execution_order is not None}
-    return describe(model, execution_order=order), f"{remark}. {IN_ONE}" if remark else ""
+        return {}, f"no execution order, matched without it: {type(error).__name__}: {error}"
+    return order, remark
+
+
+def _facts(module: nn.Module) -> dict[str, tuple[Kind, str]]:
+    """Kind and class of the module of each tensor, by every name it has."""
+    facts: dict[str, tuple[Kind, str]] = {}
+    for path, sub in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for name, _ in sub.named_parameters(recurse=False, remove_duplicate=False):
+            facts[prefix + name] = "parameter", type(sub).__name__
+        for name, _ in sub.named_buffers(recurse=False, remove_duplicate=False):
+            facts[prefix + name] = "buffer", type(sub).__name__
+    return facts
 
 
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
@@ -108,61 +239,8 @@ def materialise(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     return model
 
 
-def describe_source(
-    tensors: Mapping[str, Tensor],
-    source: Source,
-    module: nn.Module | None = None,
-    samples: Sequence[Call] = (),
-) -> ModelDescription:
-    """Describe the checkpoint's side, with what its module knows where there is one.
-
-    Args:
-        tensors: The checkpoint's tensors.
-        source: What they were opened from.
-        module: The module they belong to, under the same names (:func:`module_of_source`).
-        samples: Ways to call the model; where the module takes one of them too, its execution order is read.
-    """
-    label = str(source) if isinstance(source, (str, Path)) else None
-    if module is None:
-        return describe(tensors, label=label)
-    described, _, _ = describe_target(module, samples)
-    if module is source:
-        return described
-    file, known = describe(tensors, label=label), described.by_name
-
-    def with_facts(info: ParameterInfo) -> ParameterInfo:
-        fact = known.get(info.name)
-        if fact is None:
-            return info
-        return replace(info, kind=fact.kind, execution_order=fact.execution_order, module_type=fact.module_type)
-
-    return replace(file, parameters=tuple(with_facts(info) for info in file.parameters), is_module=True)
-
-
-def module_of_source(tensors: Mapping[str, Tensor], source: Source, old: nn.Module | None) -> nn.Module | None:
-    """The module the weights belong to, under their names: the source itself, or what the user still has of it.
-
-    A checkpoint may have been saved of the module, of a wrapper around it, or of a part of it; so the module is
-    wrapped, or its part taken, until the names agree.
-
-    Raises:
-        MappingError: If ``old`` is not the module the checkpoint was saved from.
-    """
-    if old is None:
-        return source if isinstance(source, nn.Module) else None
-    file = describe(tensors, label=str(source) if isinstance(source, (str, Path)) else None)
-    found = _named_as(file, old)
-    for info in describe(found).parameters:
-        if info.name in file and file[info.name].shape != info.shape:
-            raise MappingError(
-                f"source_module is not the module that {file.label} was saved from: {info.name} is {info.shape} in the "
-                f"module and {file[info.name].shape} in the file."
-            )
-    return found
-
-
 def _named_as(file: ModelDescription, old: nn.Module) -> nn.Module:
-    names = [info.name for info in describe(old).parameters if info.kind == "parameter"] or list(old.state_dict())
+    names = [name for name, _ in old.named_parameters()] or list(old.state_dict())
     if all(name in file for name in names):
         return old
     for longer in (info.name for info in file.parameters):

@@ -106,9 +106,11 @@ def test_planning_reads_no_data(tmp_path):
 
     checkpoint.__class__ = Watched
     from lit_wsl.mapper import MatchingOptions
+    from lit_wsl.transfer import sides
     from lit_wsl.transfer.api import prepare_transfer
 
-    prepared = prepare_transfer(model, checkpoint, path, MatchingOptions.make(), plan=plan)
+    opened = sides.Source(path, checkpoint)
+    prepared = prepare_transfer(opened, sides.Target.of(model), MatchingOptions.make(), plan=plan)
     assert len(prepared.plan) == len(plan)
     assert reads == []
 
