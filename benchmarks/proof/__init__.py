@@ -1,0 +1,1 @@
+"""Pairs with trained sources: what names leave open and data decide."""

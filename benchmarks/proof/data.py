@@ -1,4 +1,4 @@
-"""The data of the proof benchmark, which every machine has: scikit-learn's digits, the standard library's docstrings."""
+"""The data of the proof benchmark: scikit-learn's digits and the standard library's docstrings."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from benchmarks.gauntlet.truth import Rule, Tensors, invert

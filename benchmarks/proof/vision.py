@@ -6,8 +6,8 @@ Each hostile class holds its truth: ``truth(state)`` takes the usual spelling's 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.gauntlet.truth import Tensors
 
@@ -207,7 +207,7 @@ class HostileMixer(nn.Module):
         return out
 
 
-# ---- a U-Net that finds the strokes under noise -----------------------------------------------------------------------
+# ---- a U-Net that finds the strokes under noise ----
 
 
 class UNet(nn.Module):
@@ -304,7 +304,7 @@ class Recurrent(nn.Module):
 
 
 class HostileLSTM(nn.Module):
-    """Gates in the order output, input, cell, forget; the upper layer first; one bias with the state, one with the input."""
+    """Gates in the order output, input, cell, forget; the upper layer first."""
 
     order = (3, 0, 2, 1)
 
