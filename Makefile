@@ -5,38 +5,54 @@
 #   make test    the tests                  (make test ARGS="-k plan -x" passes options on to pytest)
 #   make lint    ruff and mypy
 #   make help    all commands
+#
+#   make test PYTHON=python3.12     another Python, in an environment of its own (.venv-python3.12)
+#   make test MINIMUM=1             the oldest versions that pyproject.toml allows (requirements/minimum.txt)
+#   make matrix                     both, for every Python from 3.10 to 3.13 that is installed
 
 PYTHON ?= python3
+MINIMUM ?=
 WORKERS ?= 2
 ARGS ?=
 
-CONSTRAINTS := requirements/constraints.txt
+# Another Python or other versions never touch the default environment.
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))$(if $(MINIMUM),-minimum)
+CONSTRAINTS := requirements/$(if $(MINIMUM),minimum,constraints).txt
 PIP := -m pip --disable-pip-version-check install --quiet --quiet --constraint $(CONSTRAINTS)
-TORCH := torch==2.13.0
+TORCH := torch==$(if $(MINIMUM),2.10.0,2.13.0)
 # A worker per core, each with one thread: threads of several workers would fight for the same cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format gauntlet refactors calibrate harvest rebasin-bench scale sharded-memory docs clean
+.PHONY: help demo test matrix lint format gauntlet refactors calibrate harvest rebasin-bench scale sharded-memory docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
-demo: .venv/.ready  ## train, refactor, transfer, compare: the main job on real images
-	@.venv/bin/python examples/demo_digits.py $(ARGS)
+demo: $(VENV)/.ready  ## train, refactor, transfer, compare: the main job on real images
+	@$(VENV)/bin/python examples/demo_digits.py $(ARGS)
 
-test: .venv/.ready  ## the tests
-	$(ONE_THREAD) .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+test: $(VENV)/.ready  ## the tests
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-lint: .venv/.ready  ## ruff and mypy
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+matrix:  ## the tests with every installed Python from 3.10 to 3.13, and with the oldest allowed dependencies
+	@for python in python3.10 python3.11 python3.12 python3.13; do \
+	  if $$python -c '' 2>/dev/null; then \
+	    echo "== $$python"; $(MAKE) --no-print-directory test PYTHON=$$python || exit 1; \
+	  else echo "== $$python is not installed: not tested"; fi; \
+	done
+	@echo "== oldest dependencies, python3.10"
+	@$(MAKE) --no-print-directory test PYTHON=python3.10 MINIMUM=1
 
-format: .venv/.ready  ## format the code
-	.venv/bin/ruff check --fix .
-	.venv/bin/ruff format .
+lint: $(VENV)/.ready  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.ready  ## format the code
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 gauntlet: .venv-bench/.ready  ## map pairs of public implementations with known truth, beside the peers
 	.venv-bench/bin/python -m benchmarks.gauntlet $(ARGS)
@@ -53,11 +69,11 @@ harvest: .venv-bench/.ready  ## the words of public libraries for the random ref
 rebasin-bench: .venv-bench/.ready  ## align models of torchvision, timm and transformers
 	.venv-bench/bin/python -m benchmarks.rebasin --save $(ARGS)
 
-scale: .venv/.ready  ## map up to 120,000 tensors on the meta device
-	.venv/bin/python -m benchmarks.scale $(ARGS)
+scale: $(VENV)/.ready  ## map up to 120,000 tensors on the meta device
+	$(VENV)/bin/python -m benchmarks.scale $(ARGS)
 
-sharded-memory: .venv/.ready  ## peak memory of a sharded transfer, against plain load_state_dict
-	.venv/bin/python -m benchmarks.sharded_memory $(ARGS)
+sharded-memory: $(VENV)/.ready  ## peak memory of a sharded transfer, against plain load_state_dict
+	$(VENV)/bin/python -m benchmarks.sharded_memory $(ARGS)
 
 docs: .venv-docs/.ready  ## build the documentation into site/
 	.venv-docs/bin/python docs/measured.py
@@ -65,7 +81,7 @@ docs: .venv-docs/.ready  ## build the documentation into site/
 	@echo "site/index.html"
 
 clean:  ## remove the virtual environments and everything built
-	rm -rf .venv .venv-bench .venv-docs build dist site demo-output lightning_logs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-* build dist site demo-output lightning_logs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # ---- virtual environments: a stamp, newer than the files that decide what is in them ------------------------------
 
@@ -83,8 +99,8 @@ endef
 
 # torchvision from the package index is a CUDA build, which breaks imports beside a CPU build of torch: it stays out of
 # .venv and lives in .venv-bench, behind benchmarks/torchvision_guard.py.
-.venv/.ready: pyproject.toml $(CONSTRAINTS)
-	$(call venv,.venv,dev)
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	$(call venv,$(VENV),$(if $(filter .venv,$(VENV)),dev,test))
 
 .venv-bench/.ready: pyproject.toml $(CONSTRAINTS)
 	$(call venv,.venv-bench,rebasin-bench)

@@ -232,7 +232,7 @@ def report_nothing(model: pl.LightningModule, label: str, options: MatchingOptio
 def announce(trainer: pl.Trainer, report: TransferReport, *, verbose: bool) -> None:
     """Print the coverage, if ``verbose``, write the report, and tell the loggers."""
     if trainer.is_global_zero and verbose:
-        from lit_wsl.report.report import print_report
+        from lit_wsl.report.terminal import print_report
 
         print_report(report)
     page = write_report(trainer, report)

@@ -22,7 +22,8 @@ from lit_wsl.checkpoint.remote import Local, bring
 from lit_wsl.checkpoint.safetensors_file import is_safetensors, read_safetensors
 from lit_wsl.checkpoint.torch_file import read_torch_file, verify_checksums
 from lit_wsl.checkpoint.weights import Selection, Weights, select_weights
-from lit_wsl.errors import CheckpointError
+from lit_wsl.errors import CheckpointError, CheckpointNotFoundError
+from lit_wsl.structure.arguments import require_path
 from lit_wsl.structure.description import memory_of
 
 ReadFile = Callable[[Path], Document]
@@ -346,7 +347,7 @@ class _errors_of:  # noqa: N801 - reads as a statement
             raise CheckpointError(f"{self.path}{self.what} {error}.") from error
         if isinstance(error, PermissionError):
             raise CheckpointError(f"{self.path}{self.what} cannot be read: no permission.") from error
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
             raise CheckpointError(f"{self.path}{self.what} cannot be read: {error.strerror or error}.") from error
         if isinstance(error, (MemoryError, RecursionError)):
             raise CheckpointError(f"{self.path}{self.what} needs more memory than there is to be read.") from error
@@ -382,7 +383,8 @@ def read_document(path: Path) -> Document:
         if not path.exists():
             near = sorted(path.parent.glob(f"{path.stem}*"))[:3] if path.parent.is_dir() else []
             hint = f" Did you mean {', '.join(map(str, near))}?" if near else " Check the path."
-            raise CheckpointError(f"{path} does not exist.{hint}")
+            folder = "" if path.is_absolute() else f" in {Path.cwd()}"  # what a relative path is relative to
+            raise CheckpointNotFoundError(f"{path} does not exist{folder}.{hint}")
         if not path.is_file():
             raise CheckpointError(f"{path} is neither a file nor a folder (a device or pipe?).")
         head = read_head(path)
@@ -425,6 +427,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights: Weights = "auto") 
         >>> checkpoint["layer.weight"], checkpoint.content
         (tensor([1., 1.]), {'epoch': 3})
     """
+    require_path(path, "path")
     local = bring(path)
     with local.called_as_given(), _errors_of(local.path):
         document = replace(read_document(local.path), keep=local.keep)

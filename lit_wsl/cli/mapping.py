@@ -62,9 +62,10 @@ def _show(report: TransferReport) -> None:
     if on_terminal():
         from rich.console import Console
 
-        from lit_wsl.report.tables import ResultView
+        from lit_wsl.report.terminal import MappingView, ReportView
 
-        Console().print(ResultView(report.plan, report.coverage, report.warnings, report.notes))
+        view = ReportView(report, "Mapping", modules=False, mapping=MappingView(report.plan, max_rows=30))
+        Console().print(view)
         return
     coverage = report.coverage
     for label, count in (("checkpoint", coverage.source), ("model", coverage.target)):

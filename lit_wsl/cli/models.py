@@ -179,6 +179,8 @@ def _instantiate(path: str, arguments: Mapping[str, Any], file: str) -> nn.Modul
     try:
         chosen = parser.parse_object({"model": dict(arguments)})
         model = parser.instantiate_classes(chosen).model
+    except LitWslError:
+        raise
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())
         raise UsageError(

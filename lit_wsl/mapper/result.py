@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 
-from lit_wsl.plan.coverage import Coverage
+from rich.console import Console, ConsoleOptions, RenderResult
+
+from lit_wsl.errors import printable
+from lit_wsl.plan.coverage import Coverage, is_excluded
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.report import TransferReport
+from lit_wsl.report.rows import describe_from_plan, percent
+from lit_wsl.report.terminal import MappingView, ReportView, as_html
 
 
 class MappingResult(Mapping[str, str]):
@@ -64,12 +71,41 @@ class MappingResult(Mapping[str, str]):
         """Source name -> (target name, score from 0 to 1)."""
         return dict(self._scored)
 
+    def get_mapping_dict(self) -> dict[str, str]:
+        """The mapping as a plain dict, which is yours to change."""
+        return dict(self)
+
+    copy = get_mapping_dict
+
+    def __or__(self, other: Mapping[str, str]) -> dict[str, str]:
+        return {**self, **other} if isinstance(other, Mapping) else NotImplemented
+
+    def __ror__(self, other: Mapping[str, str]) -> dict[str, str]:
+        return {**other, **self} if isinstance(other, Mapping) else NotImplemented
+
     def get_unmatched(self) -> dict[str, list[str]]:
-        """Names without a partner: ``{"source": [...], "target": [...]}``; ambiguous targets are among them."""
-        target = dict.fromkeys(left.name for left in self.plan.unmatched_target)
+        """Names without a partner: ``{"source": [...], "target": [...]}``.
+
+        Ambiguous targets are among them; excluded buffers, which nobody asked for, are not.
+        """
+        source = [left.name for left in self.plan.unmatched_source if not is_excluded(left, self.plan)]
+        target = dict.fromkeys(left.name for left in self.plan.unmatched_target if not is_excluded(left, self.plan))
         target.update(dict.fromkeys(name for case in self.plan.ambiguous for name in case.targets))
-        return {"source": [left.name for left in self.plan.unmatched_source], "target": list(target)}
+        return {"source": source, "target": list(target)}
 
     def __repr__(self) -> str:
-        share = 100 * self.coverage.target.share
-        return f"MappingResult({len(self.plan)} mappings, {share:.1f} % of the target's parameter elements)"
+        sides = f"{self.plan.source.label} -> {self.plan.target.label}"
+        steps = f"{len(self)} one-to-one, {len(self.composite)} composite"
+        return printable(f"<MappingResult {sides}: {percent(self.coverage.target.share)} of the model, {steps}>")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._view()
+
+    def _repr_html_(self) -> str:
+        return as_html(self._view())
+
+    def _view(self) -> ReportView:
+        source, target = describe_from_plan(self.plan, "source"), describe_from_plan(self.plan, "target")
+        report = TransferReport.of(self.plan, self.coverage, source, target, notes=self.plan.notes)
+        shown = MappingView(self.plan, max_rows=10)
+        return ReportView(replace(report, applied=False), "Mapping", modules=False, mapping=shown)

@@ -10,18 +10,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.errors import MappingError
+from lit_wsl.errors import MappingError, did_you_mean, printable
+from lit_wsl.mapper.former_names import (
+    Group,
+    HierarchyNode,
+    groups_by_types,
+    groups_of,
+    hierarchy_of,
+    parameters_of,
+)
 from lit_wsl.mapper.result import MappingResult
 from lit_wsl.matching.layouts import hidden_layouts
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.plan.coverage import measure_coverage
+from lit_wsl.report.report import TransferReport
 from lit_wsl.report.rows import By
-from lit_wsl.structure.description import ModelDescription, describe
+from lit_wsl.structure.arguments import require_module, require_path, require_state_dict
+from lit_wsl.structure.description import ModelDescription, ParameterInfo, describe
 from lit_wsl.structure.execution_order import trace_execution_order
 
 
@@ -123,18 +133,12 @@ class MappingViews(ABC):
             folded: Fold lines that differ only by indices into ``blocks.{0..11}``.
             console: Where to print.
         """
-        from lit_wsl.report.tables import ResultView
+        from lit_wsl.report.terminal import MappingView, ReportView
 
-        shown = result if result is not None else self.result
-        view = ResultView(
-            shown.plan,
-            shown.coverage,
-            notes=tuple(self._notes),
-            by=by,
-            folded=folded,
-            show_unmatched=show_unmatched,
-            max_rows=max_matches,
-            max_unmatched=max_unmatched,
+        report = self._report(result)
+        table = MappingView(report.plan, by=by, folded=folded, max_rows=max_matches)
+        view = ReportView(
+            report, "Mapping", modules=False, mapping=table, limit=max_unmatched, show_gaps=show_unmatched
         )
         (console or Console()).print(view)
 
@@ -179,23 +183,23 @@ class MappingViews(ABC):
             show_unmatched: Also show what found no partner.
             console: Where to print.
         """
-        from lit_wsl.report.tables import AnalysisView
+        from lit_wsl.report.terminal import AnalysisView
 
-        view = AnalysisView(self.result.plan, self.result.coverage, top_n=top_n, show_unmatched=show_unmatched)
+        view = AnalysisView(self._report(), top_n=top_n, show_unmatched=show_unmatched)
         (console or Console()).print(view)
 
-    def export_mapping_report(self, path: str | os.PathLike[str]) -> Path:
+    def export_mapping_report(self, output_path: str | os.PathLike[str]) -> Path:
         """Write the mapping as JSON: models, counts, coverage, every step with scores, shapes and operation, leftovers.
 
         Args:
-            path: The file to write, atomically. The schema is ``lit_wsl/report/assets/schema.json``.
+            output_path: The file to write, atomically. The schema is ``lit_wsl/report/assets/schema.json``.
 
         Raises:
             CheckpointError: If the file cannot be written.
         """
         from lit_wsl.report.json_report import save_json
 
-        return save_json(self.result, path, **self._context())
+        return save_json(self.result, output_path, **self._context())
 
     def save_html(self, path: str | os.PathLike[str]) -> Path:
         """Write the interactive report: one file that needs no network.
@@ -207,6 +211,24 @@ class MappingViews(ABC):
 
         return save_html(self.result, path, **self._context())
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from lit_wsl.report.terminal import MappingView, ReportView
+
+        report = self._report()
+        yield ReportView(report, "Mapping", modules=False, mapping=MappingView(report.plan, max_rows=10))
+
+    def _repr_html_(self) -> str:
+        from lit_wsl.report.terminal import as_html
+
+        return as_html(self)
+
+    def _report(self, result: MappingResult | None = None) -> TransferReport:
+        """A mapping as the report of a transfer that was not done."""
+        shown = result if result is not None else self.result  # making it adds notes
+        notes = tuple(dict.fromkeys((*shown.plan.notes, *self._notes)))
+        report = TransferReport.of(shown.plan, shown.coverage, self.source, self.target, notes=notes)
+        return replace(report, applied=False)
+
     def _context(self) -> dict[str, Any]:
         """What a saved report shows besides the result, once that is there: making it adds notes."""
         return {"source": self.source, "target": self.target, "notes": self._notes, "options": self.options}
@@ -214,11 +236,8 @@ class MappingViews(ABC):
     def _check_name(self, name: str) -> None:
         if name in self.source or name in self.target:
             return
-        from rapidfuzz import process
-
-        known = [info.name for side in (self.source, self.target) for info in side.parameters]
-        near = [match[0] for match in process.extract(name, list(dict.fromkeys(known)), limit=3)]
-        raise MappingError(f"neither model has a tensor named {name!r}; the nearest names are {', '.join(near)}.")
+        known = dict.fromkeys(info.name for side in (self.source, self.target) for info in side.parameters)
+        raise MappingError(f"neither model has a tensor named {name!r}.{did_you_mean(name, known)}")
 
 
 Pairs = Sequence[tuple[Any, Any]]
@@ -269,6 +288,7 @@ class WeightMapper(MappingViews):
                 f"WeightMapper needs both models, and {side} is missing. If the source is a file or a state dict, use "
                 "WeightMapper.from_checkpoint(path, target_module) or WeightMapper.from_state_dict(sd, target_module)."
             )
+        require_module(source_module, "source_module")
         self._notes: list[str] = []
         source = describe(source_module, execution_order=self._order(source_module, dummy_input, "source"))
         self._set_up(source, target_module, shape_tolerance, dummy_input, incompatible_pairs, buffer_matching_mode)
@@ -276,36 +296,38 @@ class WeightMapper(MappingViews):
     @classmethod
     def from_state_dict(
         cls,
-        state_dict: Mapping[str, Tensor],
+        source_state_dict: Mapping[str, Tensor],
         target_module: nn.Module,
-        *,
-        source_module: nn.Module | None = None,
         shape_tolerance: float = 0.0,
         dummy_input: Any = None,
         incompatible_pairs: Pairs | None = None,
         buffer_matching_mode: BufferMode = "exclude",
+        *,
+        source_module: nn.Module | None = None,
         label: str | None = None,
     ) -> WeightMapper:
         """Match a bare state dict to a model; options as in the constructor.
 
         Args:
-            state_dict: Name -> tensor. Only names, shapes and types are looked at.
+            source_state_dict: Name -> tensor. Only names, shapes and types are looked at.
             target_module: The new model.
-            source_module: The old model, if its code is still there: it tells parameters from buffers, and with
-                ``dummy_input`` the execution order.
             shape_tolerance: See the constructor.
             dummy_input: See the constructor.
             incompatible_pairs: See the constructor.
             buffer_matching_mode: See the constructor.
+            source_module: The old model, if its code is still there: it tells parameters from buffers, and with
+                ``dummy_input`` the execution order.
             label: What to call the source in tables.
 
         Raises:
             MappingError: If the state dict holds no tensors, or ``source_module`` is another model.
         """
+        require_state_dict(source_state_dict, "source_state_dict")
         mapper = cls.__new__(cls)
         mapper._notes = []
-        source = describe(state_dict, label=label)
+        source = describe(source_state_dict, label=label)
         if source_module is not None:
+            require_module(source_module, "source_module")
             order = mapper._order(source_module, dummy_input, "source")
             source = as_module(source, describe(source_module, execution_order=order, label=label))
         mapper._set_up(source, target_module, shape_tolerance, dummy_input, incompatible_pairs, buffer_matching_mode)
@@ -314,14 +336,14 @@ class WeightMapper(MappingViews):
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | os.PathLike[str],
+        checkpoint_path: str | os.PathLike[str],
         target_module: nn.Module,
-        *,
-        source_module: nn.Module | None = None,
         shape_tolerance: float = 0.0,
         dummy_input: Any = None,
         incompatible_pairs: Pairs | None = None,
         buffer_matching_mode: BufferMode = "exclude",
+        *,
+        source_module: nn.Module | None = None,
     ) -> WeightMapper:
         """Match a checkpoint of any readable format to a model; options as in :meth:`from_state_dict`.
 
@@ -331,16 +353,17 @@ class WeightMapper(MappingViews):
             CheckpointError: If the file is missing or unreadable, or holds no tensors.
             MappingError: As :meth:`from_state_dict`.
         """
-        checkpoint = open_checkpoint(path)
+        require_path(checkpoint_path, "checkpoint_path")
+        checkpoint = open_checkpoint(checkpoint_path)
         mapper = cls.from_state_dict(
             checkpoint,
             target_module,
+            shape_tolerance,
+            dummy_input,
+            incompatible_pairs,
+            buffer_matching_mode,
             source_module=source_module,
-            shape_tolerance=shape_tolerance,
-            dummy_input=dummy_input,
-            incompatible_pairs=incompatible_pairs,
-            buffer_matching_mode=buffer_matching_mode,
-            label=Path(path).name,
+            label=Path(checkpoint_path).name,
         )
         mapper._notes.extend(checkpoint.notes)
         return mapper
@@ -354,8 +377,7 @@ class WeightMapper(MappingViews):
         incompatible_pairs: Pairs | None,
         buffer_matching_mode: BufferMode,
     ) -> None:
-        if not isinstance(target_module, nn.Module):
-            raise MappingError(f"target_module must be an nn.Module, got {type(target_module).__name__}.")
+        require_module(target_module, "target_module")
         self.source = source
         self.target = describe(target_module, execution_order=self._order(target_module, dummy_input, "target"))
         self._options: dict[str, Any] = {
@@ -380,7 +402,7 @@ class WeightMapper(MappingViews):
         """Match group by group, one to one.
 
         Args:
-            threshold: Least score of a match, 0 to 1.
+            threshold: Minimum score of a match, 0 to 1.
             strategy: ``"best_match"``, ``"conservative"`` (a score of at least 0.75) or ``"shape_only"`` (names are
                 ignored).
             weights: Weights of ``"shape"``, ``"name"`` and ``"hierarchy"``, scaled to a sum of 1; default 0.5, 0.3
@@ -419,3 +441,46 @@ class WeightMapper(MappingViews):
     def get_unmatched(self) -> dict[str, list[str]]:
         """Names without a partner: ``{"source": [...], "target": [...]}``."""
         return self.result.get_unmatched()
+
+    def __repr__(self) -> str:
+        state = "not matched yet" if self._result is None else f"{len(self._result.plan)} steps"
+        return printable(f"<WeightMapper {self.source.label} -> {self.target.label}: {state}>")
+
+    @property
+    def source_params(self) -> Mapping[str, ParameterInfo]:
+        """Name -> tensor of the source, read-only; without buffers where these are excluded."""
+        return parameters_of(self.source, buffers=self._with_buffers)
+
+    @property
+    def target_params(self) -> Mapping[str, ParameterInfo]:
+        """The same of the target."""
+        return parameters_of(self.target, buffers=self._with_buffers)
+
+    @property
+    def source_groups(self) -> Mapping[str, Group]:
+        """Path of a module of the source -> its tensors, read-only."""
+        return groups_of(self.source, buffers=self._with_buffers)
+
+    @property
+    def target_groups(self) -> Mapping[str, Group]:
+        """The same of the target."""
+        return groups_of(self.target, buffers=self._with_buffers)
+
+    @property
+    def target_groups_by_types(self) -> Mapping[frozenset[str], list[str]]:
+        """Kinds of tensors (``{"weight", "bias"}``) -> paths of the target's modules with exactly these."""
+        return groups_by_types(self.target_groups)
+
+    @property
+    def source_hierarchy(self) -> HierarchyNode:
+        """Root of the source's tree of modules."""
+        return hierarchy_of(self.source_groups)
+
+    @property
+    def target_hierarchy(self) -> HierarchyNode:
+        """Root of the target's tree of modules."""
+        return hierarchy_of(self.target_groups)
+
+    @property
+    def _with_buffers(self) -> bool:
+        return self._options["buffers"] != "exclude"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lit_wsl.matching.words import token_similarity
@@ -77,7 +77,25 @@ def match_buffers(
         taken = {t.name for _, t, _ in found[-len(members) :]} if members else set()
         open_t += [t for t in members if t.name not in taken]
     found += _by_ancestors(votes, [b for b in buffers_s if b.name not in used], open_t)
-    return found
+    return _counters_with_their_statistics(found, groups)
+
+
+def _counters_with_their_statistics(
+    found: list[tuple[ParameterInfo, ParameterInfo, str]], groups: Mapping[str, Sequence[ParameterInfo]]
+) -> list[tuple[ParameterInfo, ParameterInfo, str]]:
+    """A counter (``num_batches_tracked``) without all that it counts for would vouch for what it did not see."""
+    filled = {t.name for _, t, _ in found}
+
+    def alone(info: ParameterInfo) -> bool:
+        return _is_counter(info) and any(
+            not _is_counter(other) and other.name not in filled for other in groups[info.module_path]
+        )
+
+    return [(s, t, reason) for s, t, reason in found if not alone(t)]
+
+
+def _is_counter(info: ParameterInfo) -> bool:
+    return not info.shape and not info.dtype.is_floating_point and not info.dtype.is_complex
 
 
 def _winner(votes: Counter[str] | None) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lit_wsl.errors import MappingError
+from lit_wsl.errors import MappingError, did_you_mean
 
 BufferMode = Literal["exclude", "lenient", "strict"]
 Strategy = Literal["best_match", "conservative", "shape_only"]
@@ -82,18 +82,16 @@ class MatchingOptions:
             weights=dict(DEFAULT_WEIGHTS) if weights is None else {k: float(v) for k, v in sorted(weights.items())},
             incompatible_pairs=pairs,
             shape_tolerance=float(shape_tolerance),
-            adapt=tuple(adapt),  # type: ignore[arg-type]
+            adapt=_names("adapt", adapt),  # type: ignore[arg-type]
             assume_layouts=bool(assume_layouts),
         )
 
     @property
     def score_weights(self) -> dict[str, float]:
-        """The weights of shape, name and hierarchy, scaled to a sum of 1; ``shape_only`` drops the names."""
+        """The weights of shape, name and hierarchy, scaled to a sum of 1; ``shape_only`` counts the shape alone."""
         raw = {key: self.weights.get(key, 0.0) for key in DEFAULT_WEIGHTS}
-        if self.strategy == "shape_only":
-            raw["name"] = 0.0
-            if not any(raw.values()):
-                raw["shape"] = 1.0
+        if self.strategy == "shape_only":  # the hierarchy is made of names, too
+            raw = {"shape": 1.0, "name": 0.0, "hierarchy": 0.0}
         total = sum(raw.values())
         return {key: value / total for key, value in raw.items()}
 
@@ -117,7 +115,17 @@ class MatchingOptions:
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise MappingError(f"{option} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+        known = ", ".join(map(repr, allowed))
+        raise MappingError(f"{option} must be one of {known}; got {value!r}.{did_you_mean(str(value), allowed)}")
+
+
+def _names(option: str, value: Sequence[str] | str) -> tuple[str, ...]:
+    """One name stands for a list of one."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, (Sequence, set, frozenset)):
+        raise MappingError(f"{option} takes a list of names, got {value!r}.")
+    return tuple(value)
 
 
 def _pair(pair: Any) -> tuple[frozenset[str], frozenset[str]]:

@@ -13,14 +13,14 @@ from lit_wsl.matching.alignment import Aligner, Match, Outcome
 from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds
 from lit_wsl.matching.entries import EntryWriter
 from lit_wsl.matching.evidence import ORDER_WEIGHT, Evidence, OrderVotes
+from lit_wsl.matching.incompatible import IncompatiblePairs
 from lit_wsl.matching.layouts import hidden_layouts, leave_open
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.shapes import Forbidden
 from lit_wsl.matching.tree import TreeBuilder, shape_key, stem_of
 from lit_wsl.matching.words import Dictionary, split_numbers
 from lit_wsl.plan.entries import SideSummary
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape, tokenize
+from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 
 _PARAMETRIZED = re.compile(
     r"(?:.*\.)?parametrizations\.[^.]+\.original(\d+)"
@@ -122,6 +122,7 @@ def build_plan(
             from lit_wsl.matching.adapt import adapt_plan
 
             plan = adapt_plan(plan, source, target, options, _build_lossless)
+        plan = IncompatiblePairs(options.incompatible_pairs).explain(plan)
         if assume_layouts or options.assume_layouts:
             return plan
         return leave_open(plan, hidden_layouts(plan, source, target))
@@ -193,7 +194,7 @@ def align(
     builder = TreeBuilder()
     root_s, order_s = builder.build(source)
     root_t, order_t = builder.build(target)
-    forbidden = _forbidden(options)
+    forbidden = IncompatiblePairs(options.incompatible_pairs)
     evidence = Evidence(order=OrderVotes(same=0, total=1), first=True)
     outcome = Outcome()
     matched = -1
@@ -319,16 +320,3 @@ def _learn(outcome: Outcome, source: Sequence[ParameterInfo], target: Sequence[P
             seen.add(key)
             dictionary.learn([w for w in key[0] if w != "#"], [w for w in key[1] if w != "#"])
     return dictionary
-
-
-def _forbidden(options: MatchingOptions) -> Forbidden:
-    """Whether two paths stand on different sides of an incompatible pair."""
-    pairs = [({w.lower() for w in a}, {w.lower() for w in b}) for a, b in options.incompatible_pairs]
-
-    def check(source: str, target: str) -> bool:
-        if not pairs:
-            return False
-        s, t = set(tokenize(source)), set(tokenize(target))
-        return any((s & a and t & b) or (s & b and t & a) for a, b in pairs)
-
-    return check

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lit_wsl.plan.entries import Unmatched
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
@@ -41,13 +42,15 @@ class ModuleCoverage:
     """One row of the coverage table: a top-level module of the target.
 
     Attributes:
-        module: Path of the module; ``(root)`` for the root's own tensors. Wrappers that hold everything in one child
-            (a ``LightningModule`` with its ``model``) are passed through, so that the rows tell something.
-        loaded: Tensors and elements loaded, of how many.
-        missing: Number of tensors without a source.
+        module: Path of the module; ``(root)`` for the root's own tensors. A module with only one module in it (a
+            ``LightningModule`` with its ``model``) is opened, so that the rows tell something.
+        loaded: Tensors and elements loaded, of how many, buffers included whatever the mode: a module without its
+            buffers is not loaded in full.
+        missing: Number of tensors without a source, of those that were asked for.
         missing_elements: Number of their elements.
         ambiguous: Number of tensors left alone because nothing decides.
         ambiguous_elements: Number of their elements.
+        excluded: Number of tensors that were not asked for and keep the model's values.
     """
 
     module: str
@@ -56,6 +59,7 @@ class ModuleCoverage:
     missing_elements: int
     ambiguous: int
     ambiguous_elements: int
+    excluded: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Coverage:
         target: Trainable parameters of the model that were filled.
         source_buffers: The same for the checkpoint's buffers.
         target_buffers: The same for the model's buffers.
-        modules: The target's coverage per top-level module, parameters and considered buffers.
+        modules: The target's coverage per top-level module, parameters and buffers.
     """
 
     source: Count
@@ -90,25 +94,34 @@ def _count(infos: Iterable[ParameterInfo], moved: frozenset[str]) -> Count:
     return Count(len(hit), len(listed), sum(i.numel for i in hit), sum(i.numel for i in listed))
 
 
-def _trunk(infos: Iterable[ParameterInfo]) -> str:
-    """The dotted prefix, ``""`` or ending in a dot, below which the hierarchy first branches.
+def _trunk(infos: Iterable[ParameterInfo]) -> tuple[str, ...]:
+    """The path of the module in which the hierarchy first branches into several modules, or ends.
 
-    >>> _trunk([ParameterInfo("model.encoder.weight", (1,)), ParameterInfo("model.head.weight", (1,))])
-    'model.'
+    >>> names = ("model.encoder.weight", "model.head.weight", "model.scale", "temperature")
+    >>> _trunk(ParameterInfo(name, (1,)) for name in names)
+    ('model',)
     """
     paths = [info.name.split(".")[:-1] for info in infos]
-    trunk: list[str] = []
-    while paths and all(len(path) > len(trunk) for path in paths):
-        heads = sorted({path[len(trunk)] for path in paths})
-        if len(heads) > 1:
-            break
-        trunk += heads
-    return "".join(f"{part}." for part in trunk)
+    trunk: tuple[str, ...] = ()
+    while True:
+        inside = [path for path in paths if len(path) > len(trunk)]
+        heads = {path[len(trunk)] for path in inside}
+        # what lies beside the only module (tensors of its owner) has a row of its own; a leaf is not opened
+        if len(heads) != 1 or not any(len(path) > len(trunk) + 1 for path in inside):
+            return trunk
+        trunk += tuple(heads)
+        paths = inside
 
 
-def _row_of(info: ParameterInfo, trunk: str) -> str:
-    head, _, rest = info.name[len(trunk) :].partition(".")
-    return trunk + head if rest else trunk.rstrip(".") or "(root)"
+def _row_of(info: ParameterInfo, trunk: tuple[str, ...]) -> str:
+    path = info.name.split(".")[:-1]
+    inside = path[: len(trunk) + 1] if tuple(path[: len(trunk)]) == trunk else path
+    return ".".join(inside) or "(root)"
+
+
+def is_excluded(info: ParameterInfo | Unmatched, plan: TransferPlan) -> bool:
+    """Whether the plan's options leave a tensor out: it keeps what it has, and is neither missing nor unused."""
+    return info.kind == "buffer" and plan.options.get("buffers") == "exclude"
 
 
 def measure_coverage(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> Coverage:
@@ -122,16 +135,15 @@ def measure_coverage(plan: TransferPlan, source: ModelDescription, target: Model
     used = frozenset(source.tied.get(name, name) for entry in plan.entries for name in entry.sources)
     filled = frozenset(target.tied.get(name, name) for entry in plan.entries for name in entry.targets)
     unsure = frozenset(name for a in plan.ambiguous for name in a.targets)
-    with_buffers = plan.options.get("buffers") != "exclude"
+    excluded = frozenset(info.name for info in target.parameters if is_excluded(info, plan)) - filled
     rows: dict[str, list[ParameterInfo]] = {}
     trunk = _trunk(target.parameters)
     for info in target.parameters:
-        if info.kind == "parameter" or with_buffers:
-            rows.setdefault(_row_of(info, trunk), []).append(info)
+        rows.setdefault(_row_of(info, trunk), []).append(info)
 
     def row(module: str, infos: list[ParameterInfo]) -> ModuleCoverage:
         doubtful = [i for i in infos if i.name in unsure and i.name not in filled]
-        missing = [i for i in infos if i.name not in filled and i.name not in unsure]
+        missing = [i for i in infos if i.name not in filled | unsure | excluded]
         return ModuleCoverage(
             module,
             _count(infos, filled),
@@ -139,6 +151,7 @@ def measure_coverage(plan: TransferPlan, source: ModelDescription, target: Model
             sum(i.numel for i in missing),
             len(doubtful),
             sum(i.numel for i in doubtful),
+            sum(i.name in excluded for i in infos),
         )
 
     return Coverage(

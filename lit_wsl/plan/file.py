@@ -227,6 +227,8 @@ def parse_json(text: str) -> Any:
         raise PlanError(f"it is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno}).") from error
     except RecursionError as error:
         raise PlanError("it is nested too deeply for a plan.") from error
+    except PlanError:
+        raise
     except ValueError as error:  # integers of thousands of digits
         raise PlanError(f"it is not valid JSON: {error}.") from error
 
@@ -273,6 +275,8 @@ def parse_yaml(text: str) -> Any:
         raise PlanError(f"it is not valid YAML: {' '.join(str(error).split())[:300]}.") from error
     except RecursionError as error:
         raise PlanError("it is nested too deeply for a plan.") from error
+    except PlanError:
+        raise
     except ValueError as error:  # dates that don't exist, numbers of thousands of digits
         raise reject(f"it is not valid YAML: {error}") from error
 
@@ -783,6 +787,8 @@ def plan_to_text(plan: PlanData, *, yaml: bool = False) -> str:
                 document, sort_keys=False, width=120, allow_unicode=readable, default_flow_style=None
             )
         return _json(document)
+    except PlanError:
+        raise
     except (TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"the plan cannot be written as plain data: {error}.") from error
 

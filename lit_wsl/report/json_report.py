@@ -12,11 +12,12 @@ from lit_wsl.files import atomic_write_text
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.scoring import ScoreBreakdown
 from lit_wsl.plan.coverage import Count, Coverage
-from lit_wsl.plan.entries import PlanEntry, Unmatched
+from lit_wsl.plan.entries import PlanEntry, Side
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.gaps import gaps
 from lit_wsl.report.rows import operation_counts
 from lit_wsl.report.scores import Material, breakdown, pairs, runner_up
-from lit_wsl.structure.description import ModelDescription, ParameterInfo
+from lit_wsl.structure.description import ModelDescription
 
 VERSION = 1
 MOST_PAIRS = 2_000  # steps of a report that explains each pair's score unless asked not to: a few megabytes
@@ -57,8 +58,8 @@ def report_dict(
     )
     plan = material.plan
     unmatched = {
-        "source": _unmatched(material.source, plan.unmatched_source, getattr(result, "unused", None), plan),
-        "target": _unmatched(material.target, plan.unmatched_target, getattr(result, "missing", None), plan),
+        "source": _unmatched(plan, "source", material.source, material.target),
+        "target": _unmatched(plan, "target", material.source, material.target),
     }
     explained = len(plan.entries) <= MOST_PAIRS if breakdowns is None else breakdowns
     return {
@@ -66,7 +67,7 @@ def report_dict(
         "version": VERSION,
         "lit_wsl": __version__,
         "models": {"source": asdict(plan.source), "target": asdict(plan.target)},
-        "applied": bool(getattr(result, "unused", None) is not None and result.applied),
+        "applied": bool(getattr(result, "applied", False)),
         "options": dict(plan.options),
         "proof": plan.proof,
         "counts": _counts(plan, unmatched),
@@ -180,18 +181,23 @@ def _parts(parts: ScoreBreakdown) -> dict[str, Any]:
 
 
 def _unmatched(
-    side: ModelDescription, left: tuple[Unmatched, ...], names: tuple[str, ...] | None, plan: TransferPlan
+    plan: TransferPlan, side: Side, source: ModelDescription, target: ModelDescription
 ) -> list[dict[str, Any]]:
-    """What was asked for and found no partner: of the models where ``names`` tells it, else as the plan has it."""
-    known = {item.name: item for item in left}
-    if names is None:
-        unsure = {name for case in plan.ambiguous for name in case.targets}
-        excluded = plan.options.get("buffers") == "exclude"
-        found = [item for item in left if item.name not in unsure and not (excluded and item.kind == "buffer")]
-    else:  # a plan that was edited or is replayed may not know what it leaves out
-        every = [side[name] if name in side else ParameterInfo(name, ()) for name in names]
-        found = [known.get(i.name) or Unmatched(i.name, i.shape, i.kind, "not in the plan") for i in every]
-    return [{"name": i.name, "shape": list(i.shape), "kind": i.kind, "reason": i.reason} for i in found]
+    """What was asked for and found no partner, with the nearest tensor of the other side."""
+    described = source if side == "source" else target
+    rows = [
+        {
+            "name": item.name,
+            "shape": list(item.shape),
+            "kind": item.kind,
+            "reason": item.reason,
+            "nearest": None if gap.nearest is None else {"name": gap.nearest.name, "shape": list(gap.nearest.shape)},
+            "advice": gap.advice,
+        }
+        for gap in gaps(plan, side, source, target)
+        for item in gap.members
+    ]
+    return sorted(rows, key=lambda row: described[row["name"]].index)
 
 
 def _round(value: float) -> float:

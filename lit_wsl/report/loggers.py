@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_wsl.report.report import HEADER, as_html, markdown, plain_text, rows, shown_modules
+from lit_wsl.report.terminal import ReportView, as_html, markdown, module_rows, plain
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -36,8 +36,8 @@ def scalars(report: TransferReport) -> dict[str, float]:
         "ambiguous": float(len(report.ambiguous)),
         "unused": float(len(report.unused)),
     }
-    for row in shown_modules(coverage)[0]:  # a dashboard of thousands of charts helps nobody
-        values[f"module_coverage/{row.module.strip('()')}"] = row.loaded.share
+    for row in module_rows(coverage)[1]:  # a dashboard of thousands of charts helps nobody
+        values[f"module_coverage/{row.module.strip('()')}"] = row.share
     return {f"{PREFIX}/{name}": value for name, value in values.items()}
 
 
@@ -66,17 +66,18 @@ def _log_scalars(logger: Logger, report: TransferReport, step: int, page: Path |
 def _log_text(logger: Logger, report: TransferReport, step: int, page: Path | None) -> None:
     """Log the report as text, table or HTML, whichever the logger's experiment offers."""
     if hasattr(logger, "log_table"):  # Weights & Biases
-        cells = [list(row) for row in rows(report.coverage)]
-        logger.log_table(key=f"{PREFIX}/coverage", columns=list(HEADER), data=cells, step=step)
+        titles, rows, _ = module_rows(report.coverage)
+        data = [list(row.cells) for row in rows]
+        logger.log_table(key=f"{PREFIX}/coverage", columns=titles, data=data, step=step)
         return
     experiment: Any = getattr(logger, "experiment", None)
     run_id = getattr(logger, "run_id", None)
     if hasattr(experiment, "add_text"):  # TensorBoard
         experiment.add_text(PREFIX, markdown(report), step)
     elif hasattr(experiment, "log_html"):  # Comet
-        experiment.log_html(as_html(report))
+        experiment.log_html(f"<html><body>{as_html(ReportView(report))}</body></html>")
     elif hasattr(experiment, "log_text") and run_id is not None:  # MLflow
-        experiment.log_text(run_id, plain_text(report), f"{PREFIX}.txt")
+        experiment.log_text(run_id, plain(ReportView(report)), f"{PREFIX}.txt")
 
 
 def _log_page(logger: Logger, report: TransferReport, step: int, page: Path | None) -> None:

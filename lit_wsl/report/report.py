@@ -2,211 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_wsl.plan.coverage import Count, Coverage, ModuleCoverage
-from lit_wsl.plan.entries import Unmatched
+from torch import nn
+
+from lit_wsl.errors import MappingError, printable
+from lit_wsl.plan.coverage import Coverage
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.rows import open_questions, percent
+from lit_wsl.report.gaps import left_over
+from lit_wsl.report.rows import describe_from_plan, percent
 from lit_wsl.structure.description import ModelDescription
-from lit_wsl.structure.families import fold_names
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-    from rich.table import Table
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
-HEADER = ("module", "loaded", "missing", "ambiguous", "elements loaded", "share")
-
-
-MOST_ROWS = 40  # of the table; beyond that, modules that are loaded in full are folded into one line
-
-
-_REASONS = 3  # told per kind of gap
-
-
-_SHOWN = 8  # names listed per kind of gap; the report and the JSON file have them all
-
-
-def shown_modules(coverage: Coverage) -> tuple[tuple[ModuleCoverage, ...], str]:
-    """The modules worth a row, in order, and a line about the others; empty if there are none.
-
-    Where there are more than :data:`MOST_ROWS`, those with gaps come first in claim and keep their place in order.
-    """
-    modules = coverage.modules
-    if len(modules) <= MOST_ROWS:
-        return modules, ""
-    by_claim = sorted(range(len(modules)), key=lambda i: (_is_full(modules[i]), i))
-    kept = sorted(by_claim[:MOST_ROWS])
-    hidden = [modules[i] for i in by_claim[MOST_ROWS:]]
-    gaps = sum(not _is_full(row) for row in hidden)
-    state = f"{gaps} of them with gaps" if gaps else "all loaded in full"
-    return tuple(modules[i] for i in kept), f"and {len(hidden)} more modules, {state}"
-
-
-def _is_full(row: ModuleCoverage) -> bool:
-    return row.loaded.tensors == row.loaded.of_tensors
-
-
-def rows(coverage: Coverage) -> list[tuple[str, ...]]:
-    """The coverage table as text cells, one row per module under :data:`HEADER`."""
-    return [
-        (
-            row.module,
-            f"{row.loaded.tensors} of {row.loaded.of_tensors}",
-            str(row.missing),
-            str(row.ambiguous),
-            f"{row.loaded.elements:,} of {row.loaded.of_elements:,}",
-            percent(row.loaded.share),
-        )
-        for row in shown_modules(coverage)[0]
-    ]
-
-
-def coverage_table(coverage: Coverage) -> Table:
-    """The coverage per top-level module as a rich table."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, title in enumerate(HEADER):
-        table.add_column(title, justify="left" if index == 0 else "right", overflow="fold")
-    for row, cells in zip(shown_modules(coverage)[0], rows(coverage)):
-        style = "green" if _is_full(row) else "red" if not row.loaded.tensors else "yellow"
-        table.add_row(*(Text(cell) for cell in cells[:-1]), Text(cells[-1], style=style))
-    return table
-
-
-def summary_lines(report: TransferReport) -> list[str]:
-    """The report in a few lines, without the table."""
-    plan, coverage = report.plan, report.coverage
-    verb = "Loaded" if report.applied else "Not loaded"
-    lines = [
-        f"{verb} {plan.source.label} -> {plan.target.label}",
-        f"model:      {_share(coverage.target)}",
-        f"checkpoint: {_share(coverage.source)}",
-    ]
-    if plan.options.get("buffers") != "exclude" and coverage.target_buffers.of_tensors:
-        lines.append(f"buffers:    {_share(coverage.target_buffers)}")
-    if plan.proof != "not tested":
-        lines.append(f"function check: {plan.proof}")
-    return lines
-
-
-def gap_lines(report: TransferReport) -> list[str]:
-    """Warnings, notes, and the first names of what was not loaded."""
-    _, hidden = shown_modules(report.coverage)
-    lines = [hidden] if hidden else []
-    lines += [f"warning: {text}" for text in report.warnings]
-    lines += _some("missing", report.missing, report.plan.unmatched_target)
-    lines += _some("ambiguous, left alone", report.ambiguous)
-    lines += _candidates(report)
-    lines += _some("unused in the checkpoint", report.unused, report.plan.unmatched_source)
-    lines += [f"note: {text}" for text in report.notes]
-    return lines
-
-
-def _share(count: Count) -> str:
-    return f"{percent(count.share)} of {count.of_elements:,} elements, {count.tensors} of {count.of_tensors} tensors"
-
-
-def _some(title: str, names: Sequence[str], unmatched: Sequence[Unmatched] = ()) -> list[str]:
-    """The names, those that differ by indices folded, and why, the most frequent reasons first."""
-    if not names:
-        return []
-    folded = fold_names(names)
-    more = f" and {len(folded) - _SHOWN} more" if len(folded) > _SHOWN else ""
-    known = {item.name: item.reason for item in unmatched}
-    reasons = Counter(known[name] for name in names if known.get(name))
-    why = [
-        f"  why: {reason}" if count == len(names) else f"  why ({count} of {len(names)}): {reason}"
-        for reason, count in reasons.most_common(_REASONS)
-    ]
-    return [f"{title} ({len(names)}): {', '.join(folded[:_SHOWN])}{more}", *why]
-
-
-def _candidates(report: TransferReport) -> list[str]:
-    """What each ambiguous target could have been given, the best first; every reason once."""
-    unsure = set(report.ambiguous)
-    questions = [q for q in open_questions(report.plan) if unsure & {name for case in q.cases for name in case.targets}]
-    lines: list[str] = []
-    for number, question in enumerate(questions[:_SHOWN]):
-        names = [name for _, name in question.candidates]
-        shown = ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")
-        targets = ", ".join(question.targets[:4])
-        targets += f", ... ({len(question.targets)})" if len(question.targets) > 4 else ""
-        lines.append(f"  {targets} <- one of {shown or 'none'}")
-        following = questions[number + 1].reason if number + 1 < min(_SHOWN, len(questions)) else None
-        if question.reason and question.reason != following:
-            lines.append(f"    why: {question.reason}")
-    if len(questions) > _SHOWN:
-        lines.append(f"  and {len(questions) - _SHOWN} more open questions")
-    return lines
-
-
-def renderables(report: TransferReport) -> Iterator[RenderableType]:
-    """The report as rich renderables: summary, table, gaps."""
-    from rich.text import Text
-
-    first, *rest = summary_lines(report)
-    yield Text(first, style="bold")
-    yield Text("\n".join(rest))
-    yield coverage_table(report.coverage)
-    for line in gap_lines(report):
-        style = "yellow" if line.startswith(("warning", "missing", "ambiguous")) else "dim"
-        yield Text(line, style=style)
-
-
-def plain_text(report: TransferReport) -> str:
-    """The report as plain text: summary, aligned table, gaps."""
-    table = [HEADER, *rows(report.coverage)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
-    lines = [*summary_lines(report), ""]
-    for row in table:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([*lines, "", *gap_lines(report)]).rstrip()
-
-
-def markdown(report: TransferReport) -> str:
-    """The report as Markdown, for loggers that show text."""
-    head = [f"| {' | '.join(HEADER)} |", "|" + " --- |" * len(HEADER)]
-    body = [f"| {' | '.join(cells)} |" for cells in rows(report.coverage)]
-    lines = [line + "  " for line in summary_lines(report)]
-    return "\n".join([*lines, "", *head, *body, "", *_bullets(gap_lines(report))])
-
-
-def _bullets(lines: Iterable[str]) -> list[str]:
-    return [f"- {line}" for line in lines]
-
-
-def print_report(report: TransferReport) -> None:
-    """Print through rich on a terminal and as plain text elsewhere."""
-    if sys.stdout is not None and sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(report)
-    else:
-        print(report, flush=True)
-
-
-def as_html(report: TransferReport) -> str:
-    """The terminal's rendering as HTML, for loggers that show HTML."""
-    from rich.console import Console
-
-    console = Console(record=True, width=120, file=io.StringIO())
-    console.print(report)
-    return console.export_html(inline_styles=True)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TransferReport:
     """What was loaded, what was not, and why.
 
@@ -260,22 +73,15 @@ class TransferReport:
             warnings: What the user should look at.
             notes: What is worth a line.
         """
-        buffers = plan.options.get("buffers") != "exclude"
         filled = {target.tied.get(name, name) for entry in plan.entries for name in entry.targets}
         unsure = {target.tied.get(name, name) for item in plan.ambiguous for name in item.targets} - filled
-        used = {source.tied.get(name, name) for entry in plan.entries for name in entry.sources}
-        asked = [info.name for info in target.parameters if buffers or info.kind == "parameter"]
         return cls(
             plan=plan,
             coverage=coverage,
             loaded=tuple(info.name for info in target.parameters if info.name in filled),
-            missing=tuple(name for name in asked if name not in filled and name not in unsure),
+            missing=tuple(item.name for item in left_over(plan, "target", target)),
             ambiguous=tuple(info.name for info in target.parameters if info.name in unsure),
-            unused=tuple(
-                info.name
-                for info in source.parameters
-                if info.name not in used and (buffers or info.kind == "parameter")
-            ),
+            unused=tuple(item.name for item in left_over(plan, "source", source)),
             warnings=warnings,
             notes=notes,
             source=source,
@@ -323,10 +129,73 @@ class TransferReport:
 
         save_html(self, path)
 
-    def __str__(self) -> str:
+    @property
+    def sides(self) -> tuple[ModelDescription, ModelDescription]:
+        """Both sides, rebuilt from the plan where the report holds none."""
+        return (
+            self.source or describe_from_plan(self.plan, "source"),
+            self.target or describe_from_plan(self.plan, "target"),
+        )
 
-        return plain_text(self)
+    def parameters(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """The model's parameters by whether this transfer filled them, for parameter groups and for freezing.
+
+        Args:
+            model: The model that was filled, or a copy of it; wrappers around it are looked through.
+
+        Returns:
+            ``{"loaded": [...], "fresh": [...]}``, each parameter once, in the model's order. A parameter that was
+            filled in part (a copied head with new rows) counts as fresh.
+
+        Raises:
+            MappingError: If the model has none of the names that were filled.
+
+        >>> from lit_wsl import transfer_weights
+        >>> old, new = nn.Linear(3, 2), nn.Linear(3, 2)
+        >>> groups = transfer_weights(new, old).parameters(new)
+        >>> len(groups["loaded"]), len(groups["fresh"])
+        (2, 0)
+        """
+        whole = {
+            name
+            for entry in self.plan.entries
+            if entry.kind == "parameter" and not any(op.needs_target for op in entry.operations)
+            for name in entry.targets
+        }
+        known = dict(model.named_parameters(remove_duplicate=False))
+        while whole and not whole & set(known) and len(inner := list(model.children())) == 1:  # DDP, compiled modules
+            model = inner[0]
+            known = dict(model.named_parameters(remove_duplicate=False))
+        if whole and not whole & set(known):
+            raise MappingError(
+                f"this is another model than the one that was filled: it has no parameter {min(whole)!r}. Pass the "
+                "model that the report is about."
+            )
+        filled = {id(known[name]) for name in whole if name in known}
+        groups: dict[str, list[nn.Parameter]] = {"loaded": [], "fresh": []}
+        for parameter in model.parameters():
+            groups["loaded" if id(parameter) in filled else "fresh"].append(parameter)
+        return groups
+
+    def __repr__(self) -> str:
+        names = ("loaded", "missing", "ambiguous", "unused")
+        counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in names)
+        state = "" if self.applied else "not applied, "
+        share = percent(self.coverage.target.share)
+        sides = f"{self.plan.source.label} -> {self.plan.target.label}"
+        return printable(f"<TransferReport {sides}: {state}{share} of the model, {counts}>")
+
+    def __str__(self) -> str:
+        from lit_wsl.report.terminal import ReportView, plain
+
+        return plain(ReportView(self))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from lit_wsl.report.terminal import ReportView
 
-        yield from renderables(self)
+        yield ReportView(self)
+
+    def _repr_html_(self) -> str:
+        from lit_wsl.report.terminal import ReportView, as_html
+
+        return as_html(ReportView(self))

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.rows import count_text, shape_text
-from lit_wsl.report.tables import View, pieces
+from lit_wsl.report.terminal import View, pieces
 from lit_wsl.structure.description import ModelDescription, ModuleNode, ParameterGroup
 from lit_wsl.structure.families import fold_names, ranges
 
@@ -66,7 +66,8 @@ def tree_lines(
     """The lines of one tree, parents first.
 
     Neighbours whose names differ by a number fold when everything below them is alike: names, shapes, and whether it
-    is matched; and a module without tensors of its own whose only child is one line joins that line:
+    is matched; but not the parts of one block (``fc1`` and ``fc2``), which have a role each. A module without tensors
+    of its own whose only child is one line joins that line:
     ``encoder.layer.{0..11}``. Linear in the number of tensors.
 
     Args:
@@ -121,7 +122,9 @@ class _Run:
 def _children(nodes: Sequence[ModuleNode], facts: Mapping[str, _Facts], folded: bool) -> list[_Run]:
     """The lines below modules that are alike; what is said of a child is said of this child of each of them."""
     found, start = [], 0
-    for run in _runs(nodes[0].children, facts) if folded else [[child] for child in nodes[0].children]:
+    for run in (
+        _runs(nodes[0].children, facts, in_block=len(nodes) > 1) if folded else [[child] for child in nodes[0].children]
+    ):
         end = start + len(run)
         found.append(_Run(run, [child for node in nodes for child in node.children[start:end]]))
         start = end
@@ -172,12 +175,18 @@ def _measure(root: ModuleNode, matched: frozenset[str] | None, with_buffers: boo
     return facts
 
 
-def _runs(children: Sequence[ModuleNode], facts: Mapping[str, _Facts]) -> list[list[ModuleNode]]:
+def _is_layer(node: ModuleNode, in_block: bool) -> bool:
+    """Whether a module may be one of many: it has modules of its own, or is in a list that is no part of a block."""
+    return bool(node.children) or (not in_block and node.name.isdigit())
+
+
+def _runs(children: Sequence[ModuleNode], facts: Mapping[str, _Facts], *, in_block: bool) -> list[list[ModuleNode]]:
     runs: list[list[ModuleNode]] = []
     for child in children:
         before = runs[-1][-1] if runs else None
         if (
             before is not None
+            and _is_layer(child, in_block)
             and _next_of_kind(before.name, child.name)
             and facts[before.path].signature == facts[child.path].signature
         ):

@@ -322,8 +322,7 @@ def _describe_module(module: nn.Module, order: Mapping[str, int], label: str) ->
                 name=name,
                 shape=_shape_of(tensor),
                 dtype=tensor.dtype,
-                # neither: the state of a metric, or a tensor that a hook gives another name
-                kind=kinds.get(name, "parameter" if isinstance(tensor, nn.Parameter) else "buffer"),
+                kind=kinds.get(name, "parameter"),
                 index=len(infos),
                 execution_order=order.get(name),
                 module_type=types.get(name, ""),

@@ -19,6 +19,7 @@ from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.plan import TransferPlan, check_plan, describe_entry, left_alone, loses_values
 from lit_wsl.report.report import TransferReport
 from lit_wsl.structure import ModelDescription
+from lit_wsl.structure.arguments import require_module, require_sample
 from lit_wsl.transfer.apply import Progress, apply_plan
 from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.ranks import ALONE, Ranks, check_same_source, has_sharded_tensors
@@ -127,6 +128,8 @@ def transfer_weights(
         adapt=adapt,
         assume_layouts=assume_layouts,
     )
+    require_module(model, "model")
+    require_sample(example_args, example_kwargs)
     floor = valid_floor(min_coverage)
     with only_filler(model):
         ranks = Ranks.of_model(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.errors import MappingError
+from lit_wsl.errors import ArgumentTypeError, MappingError
 from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
+from lit_wsl.structure.arguments import require_path
 from lit_wsl.structure.description import Kind
 from lit_wsl.structure.execution_order import is_lazy, lazy_copy, meta_copy, on_meta, only_child
 from lit_wsl.structure.preserving import preserved_rng
@@ -161,11 +163,12 @@ def open_source(source: Given, checkpoint_weights: Which = "auto") -> Mapping[st
     """
     if isinstance(source, nn.Module):
         return {n: t.detach() for n, t in source.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, os.PathLike)):
+        require_path(source, "source")
         return open_checkpoint(source, weights=checkpoint_weights)
     if isinstance(source, Mapping):
         return source
-    raise MappingError(f"source must be a path, a state dict or a module, not {type(source).__name__}.")
+    raise ArgumentTypeError(f"source must be a path, a state dict or a module, not {type(source).__name__}.")
 
 
 def _run_samples(model: nn.Module, samples: Sequence[Call]) -> tuple[nn.Module, dict[str, int], str, Call | None]:

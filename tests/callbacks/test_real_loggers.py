@@ -65,7 +65,7 @@ def test_every_logger_keeps_the_interactive_page(kept):
 
 def test_wandb_shows_the_table(found):
     kept = the(found, "wandb")
-    assert kept["table"]["columns"] == ["module", "loaded", "missing", "ambiguous", "elements loaded", "share"]
+    assert kept["table"]["columns"] == ["module", "loaded", "missing", "ambiguous", "elements", "share"]
     assert ["net.4", "0 of 2", "2", "0", "0 of 27", "0.0%"] in kept["table"]["data"]
     assert kept["table_step"] == 0
 
@@ -73,7 +73,7 @@ def test_wandb_shows_the_table(found):
 def test_mlflow_keeps_the_text_beside_a_finished_run(found):
     kept = the(found, "mlflow")
     assert kept["status"] == "FINISHED"
-    assert "missing (2): net.4.weight, net.4.bias" in kept["text"]
+    assert "missing (2): net.4.weight 3x8, net.4.bias 3" in kept["text"]
     assert re.search(r"net\.4 +0 of 2 +2 +0 +0 of 27 +0\.0%", kept["text"])
 
 

@@ -197,8 +197,8 @@ def test_the_terminal_gets_a_table_and_a_pipe_gets_plain_text(partial, trainer_k
     assert str(report) in out
     lines = [line.split() for line in out.splitlines()]
     assert ["net.4", "0", "of", "2", "2", "0", "0", "of", "27", "0.0%"] in lines
-    assert "missing (2): net.4.weight, net.4.bias" in out
-    assert "unused in the checkpoint (1): unknown.weight" in out
+    assert "missing (2): net.4.weight 3x8, net.4.bias 3" in out
+    assert "unused in the source (1): unknown.weight 11x13" in out
     console = Console(force_terminal=True, width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(report)
     text = console.export_text(styles=True)

@@ -38,7 +38,7 @@ def test_ambiguous_targets_count_as_unmatched():
 
 def test_coverage_counts_all_steps():
     assert result().coverage.target.elements == 8 + 6
-    assert "2 mappings" in repr(result())
+    assert "1 one-to-one, 1 composite" in repr(result())
 
 
 def test_it_is_a_mapping():

@@ -95,9 +95,8 @@ def test_a_replayed_plan_that_forgets_a_tensor_still_reports_it(tmp_path):
     data = json.loads(transfer_weights(new, old.state_dict(), plan=shorter).to_json())
     jsonschema.validate(data, SCHEMA_DATA)
     for side in ("source", "target"):
-        assert data["unmatched"][side] == [
-            {"name": "0.bias", "shape": [3], "kind": "parameter", "reason": "not in the plan"}
-        ]
+        row = {"name": "0.bias", "shape": [3], "kind": "parameter", "reason": "not in the plan"}
+        assert data["unmatched"][side] == [{**row, "nearest": {"name": "0.bias", "shape": [3]}, "advice": ""}]
 
 
 def test_pairs_name_the_runner_up_and_very_many_steps_are_not_explained(example, large):

@@ -9,11 +9,25 @@ from rich.console import Console
 from torch import nn
 
 from lit_wsl.mapper import WeightMapper
+from lit_wsl.plan.coverage import measure_coverage
 from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, SideSummary
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.rows import mapping_rows, open_questions
-from lit_wsl.report.scores import BreakdownView, Material, options_of
-from lit_wsl.report.tables import AmbiguousView, AnalysisView, MappingView, SummaryPanel, UnmatchedView
+from lit_wsl.report.report import TransferReport
+from lit_wsl.report.rows import describe_from_plan, mapping_rows, open_questions
+from lit_wsl.report.scores import BreakdownView, options_of
+from lit_wsl.report.terminal import (
+    AnalysisView,
+    MappingView,
+    ReportView,
+    as_html,
+    gap_lines,
+    markdown,
+    module_rows,
+    plain,
+    print_report,
+    remark_lines,
+    summary_lines,
+)
 from lit_wsl.report.trees import HierarchyView, tree_lines
 from lit_wsl.structure import describe
 
@@ -33,17 +47,21 @@ def squeeze(text):
     return re.sub(r"[│|╭╮╰╯─+\s]+", "", text)
 
 
+def report_of(example, **details):
+    source, target, plan = example
+    return TransferReport.of(plan, measure_coverage(plan, source, target), source, target, **details)
+
+
 def all_views(example):
     source, target, plan = example
-    coverage = Material.gather(plan, source=source, target=target).coverage
-    yield SummaryPanel(plan, coverage)
+    report = report_of(example, warnings=("look at this, which is longer than a line " * 3,), notes=("a note",))
+    yield ReportView(report)
+    yield ReportView(report, "Mapping", modules=False, mapping=MappingView(plan))
     yield MappingView(plan)
     yield MappingView(plan, by="tensor", folded=False)
-    yield UnmatchedView(plan)
-    yield AmbiguousView(plan)
     yield HierarchyView(source, target)
     yield HierarchyView(source, target, plan)
-    yield AnalysisView(plan, coverage)
+    yield AnalysisView(report)
     for name in ("embed.weight", "blocks.3.attn.qkv.weight", "new_head.weight", "pair.x"):
         yield BreakdownView(name, plan, source, target, options_of(plan))
 
@@ -70,15 +88,28 @@ def test_every_view_shows_itself_in_a_notebook(example):
 
 
 def test_summary_tells_coverage_counts_and_options(example):
-    source, target, plan = example
-    text = show(SummaryPanel(plan, Material.gather(plan, source=source, target=target).coverage))
-    assert "old.ckpt → NewModel" in text
+    text = show(ReportView(report_of(example), "Mapping", mapping=MappingView(example[2])))
+    assert "Mapping old.ckpt -> NewModel" in text
     moved, of = 20 * 8 + 12 * (3 * 64 + 256 + 8), 20 * 8 + 12 * (3 * 64 + 256 + 8) + 10 + 24
-    assert re.search(rf"target\s+█+░+\s+{100 * moved / of:.1f}%", text)
-    assert "37 of 40 tensors" in text
-    assert "13 exact, 12 concat, 12 transpose" in text
-    assert "threshold 0.6, best_match" in text
-    assert re.search(r"unmatched: 4 source, 1 target; ambiguous: 2", text)
+    assert f"model:   {100 * moved / of:.1f}% of {of:,} elements, 37 of 40 tensors" in text
+    assert "steps:   37 (13 exact, 12 concat, 12 transpose), lowest score 0.55" in text
+    assert "options: threshold 0.6, best_match, buffers lenient" in text
+    assert "missing (1): new_head.weight 3x8" in text
+    assert "ambiguous, not loaded (2):" in text
+
+
+def test_one_report_says_the_same_in_every_form(example):
+    """The terminal, a log file, a notebook and Markdown: the same lines, the same table."""
+    report = report_of(example, warnings=("look",), notes=("a note",))
+    terminal = plain(ReportView(report))
+    lines = [*summary_lines(report), *gap_lines(report), *remark_lines(report)]
+    for text in (terminal, str(report), markdown(report)):
+        for line in lines:
+            assert line in text
+    for row in module_rows(report.coverage)[1]:
+        assert re.search(r"\s+".join(map(re.escape, row.cells)), terminal)
+        assert f"| {' | '.join(row.cells)} |" in markdown(report)
+    assert re.sub(r"<[^>]+>", "", as_html(ReportView(report))).split()[0] == "Loaded"
 
 
 @pytest.mark.parametrize("width", [80, 160])
@@ -128,13 +159,14 @@ def test_colour_follows_confidence(example):
         assert f"\x1b[{code}m{score}" in text
 
 
-def test_leftovers_show_shape_reason_and_candidates(example):
-    plan = example[2]
-    text = squeeze(show(UnmatchedView(plan), AmbiguousView(plan), width=160))
-    for word in ("old_head.weight", "10x8", "notargetofshape(10,8)isfree", "steps(buffer)", "new_head.weight", "3x8"):
+def test_gaps_show_shape_reason_nearest_partner_and_candidates(example):
+    text = squeeze(plain(ReportView(report_of(example))))
+    for word in ("old_head.weight10x8", "notargetofshape(10,8)isfree", "stepsscalar(buffer)", "new_head.weight3x8"):
         assert word in text
-    for word in ("pair.x", "pair.y", "0.61twin.a", "0.61twin.b", "bothordersfitequallywell"):
-        assert word in text
+    assert "nearest:old_head.weight10x8" in text
+    assert "pair.x5,pair.y5<-oneoftwin.a0.61,twin.b0.61" in text
+    assert "bothordersfitequallywell" in text
+    assert "todecide:" in text
 
 
 def test_ambiguous_families_are_one_line_and_every_reason_is_said_once():
@@ -152,15 +184,66 @@ def test_ambiguous_families_are_one_line_and_every_reason_is_said_once():
     other = Ambiguity(("a.x", "a.y"), (Candidate(("b.x",), 0.61), Candidate(("b.y",), 0.6)), (5,), "both fit")
     side = SideSummary.of(describe(nn.Linear(1, 1)))
     plan = TransferPlan((), side, side, ambiguous=(*fused, other))
-    text = show(AmbiguousView(plan))
-    assert "ambiguous, left as they were: 74" in text
+    text = plain(ReportView(report_of((describe_from_plan(plan, "source"), describe_from_plan(plan, "target"), plan))))
+    assert "ambiguous, not loaded (74):" in text
     assert text.count("why: q, k, v?") == text.count("why: both fit") == 1
-    assert len(re.findall(r"^ *x36 ", text, re.M)) == 2
     assert len(re.findall(r"layers\.\{0\.\.11\}\.attn\.[qkv]\.weight 8x8", text)) == 3
-    assert text.count("0.79 h.{0..11}.c_attn.weight") == text.count("0.79 h.{0..11}.c_attn.bias") == 1
-    assert squeeze(text).index("0.61b.x") < squeeze(text).index("0.60b.y")
+    assert text.count("one of h.{0..11}.c_attn.weight 0.79") == text.count("one of h.{0..11}.c_attn.bias 0.79") == 1
+    assert "b.x 0.61, b.y 0.60" in text
     questions = open_questions(plan)
     assert sorted(str(case) for q in questions for case in q.cases) == sorted(map(str, plan.ambiguous))
+
+
+def test_excluded_buffers_are_counted_said_and_not_called_unmatched():
+    old = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    mapper = WeightMapper(old, nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)))  # excludes buffers
+    console = Console(file=io.StringIO(), width=80)
+    mapper.print_analysis(console=console)
+    text = console.file.getvalue()
+    assert "buffers: 3 of 3 excluded: the model keeps its own" in text
+    assert "1 module lacks its running statistics" in text
+    assert "predicts like an untrained one until it has trained" in text
+    row = re.search(r"^1 +2 of 5 +0 +0 +3 +8 of 17 +(\S+)$", text, re.M)
+    assert row, text
+    assert row[1] != "100.0%"
+    assert "missing (" not in text
+    assert mapper.get_unmatched() == {"source": [], "target": []}
+
+
+def test_alike_layers_share_a_row_and_a_single_container_is_opened():
+    net = nn.Module()
+    net.model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(30)))
+    net.scale = nn.Parameter(torch.ones(1))
+    side = describe(net)
+    plan = TransferPlan(
+        tuple(PlanEntry((i.name,), (i.name,)) for i in side.parameters if i.name != "model.7.bias"),
+        SideSummary.of(side),
+        SideSummary.of(side),
+    )
+    titles, rows, hidden = module_rows(measure_coverage(plan, side, side))
+    assert sorted((row.module, row.cells[titles.index("loaded")], row.state) for row in rows) == [
+        ("(root)", "1 of 1", "all"),
+        ("model.7", "1 of 2", "part"),
+        ("model.{0..6,8..29}", "58 of 58", "all"),
+    ]
+    assert hidden == ""
+
+
+@pytest.mark.parametrize("evil", ["a\x1b[2J\x1b]0;owned\x07", "b\x9b31m", "c\u202egnp.exe", "d\rloaded"])
+def test_names_cannot_control_the_terminal(evil, capsys):
+    source = describe({f"{evil}.weight": torch.ones(3), "x": torch.ones(2, 5)}, label=f"{evil}.ckpt")
+    target = describe({"p.weight": torch.ones(3), f"{evil}.y": torch.ones(4, 7)}, label="new")
+    entry = PlanEntry((f"{evil}.weight",), ("p.weight",), (), ((3,),), ((3,),), reason=evil)
+    plan = TransferPlan((entry,), SideSummary.of(source), SideSummary.of(target))
+    report = report_of((source, target, plan), warnings=(evil,), notes=(evil,))
+    views = [ReportView(report, mapping=MappingView(plan)), AnalysisView(report), HierarchyView(source, target, plan)]
+    views.append(BreakdownView("p.weight", plan, source, target, options_of(plan)))
+    print_report(report)
+    texts = [show(view) for view in views] + [str(report), markdown(report), repr(report), capsys.readouterr().out]
+    for text in texts:
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+    if evil.isprintable() or "\r" not in evil:  # rich drops carriage returns, the rest is escaped
+        assert repr(evil[1])[1:-1] in texts[0]
 
 
 def test_trees_fold_repeated_blocks_and_mark_what_is_matched(example):
@@ -264,16 +347,14 @@ def test_breakdown_names_the_runner_up():
 
 
 def test_analysis_lists_modules_lowest_scores_and_reasons(example):
-    source, target, plan = example
-    coverage = Material.gather(plan, source=source, target=target).coverage
-    text = show(AnalysisView(plan, coverage))
-    assert re.search(r"blocks +100\.0% +█+ +36 of 36 +0 +0", text)
-    assert re.search(r"new_head +0\.0% +░+ +0 of 1 +1 +0", text)
-    assert re.search(r"12 above 0\.8|24 above 0\.8", text)
+    text = show(AnalysisView(report_of(example)))
+    assert re.search(r"blocks +36 of 36 +0 +0 +5,472 of 5,472 +100\.0%", text)
+    assert re.search(r"new_head +0 of 1 +1 +0 +0 of 24 +0\.0%", text)
+    assert "scores: 24 above 0.8, 1 from 0.6 to 0.8, 12 below 0.6" in text
     scores = [float(x) for x in re.findall(r"^ *([01]\.\d\d)(?: [?!])? +[01]\.\d\d", text, re.M)]
     assert scores == sorted(scores)
     assert scores[0] == 0.55
-    assert "1 tensors, 80 elements: no target of shape (10, 8) is free" in text
+    assert "why: no target of shape (10, 8) is free" in text
 
 
 def test_mapper_prints_through_the_views():

@@ -434,5 +434,7 @@ def spec_from_dict(data: Mapping[str, Any]) -> PermutationSpec:
             dropped=dict(data.get("dropped", {})),
             proof=Proof(int(data["proof"]["draws"]), float(data["proof"]["risk"])) if data.get("proof") else None,
         )
+    except RebasinError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise RebasinError(f"The permutation spec is damaged: {type(error).__name__}: {error}") from error

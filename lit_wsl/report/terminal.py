@@ -1,0 +1,605 @@
+"""What people read of a transfer or a mapping: the same lines and tables in a terminal, a log file and a notebook.
+
+Each view is a rich renderable: ``console.print(ReportView(report))``; :func:`plain`, :func:`markdown` and
+:func:`as_html` give it other forms. Nothing is said by colour alone, and all of it can be read at 80 columns, where
+names that don't fit beside each other stand below each other. Control characters of names are escaped.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.jupyter import JupyterMixin
+from rich.measure import Measurement
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from lit_wsl.errors import printable
+from lit_wsl.plan.coverage import Count, Coverage, is_excluded
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.gaps import Gap, gaps, remedy
+from lit_wsl.report.rows import (
+    By,
+    Confidence,
+    MappingRow,
+    confidence,
+    mapping_rows,
+    open_questions,
+    operation_counts,
+    percent,
+    shape_text,
+)
+from lit_wsl.structure.description import ModelDescription, ParameterGroup
+from lit_wsl.structure.families import fold
+
+COLOURS: dict[Confidence, str] = {"high": "green", "medium": "yellow", "low": "red"}
+
+
+MARKS: dict[Confidence, str] = {"high": "", "medium": "?", "low": "!"}
+
+
+MOST_ROWS = 20  # of the coverage by module; what is loaded in full is left out first
+
+
+_SHOWN = 8  # families of tensors listed per kind of gap; the JSON report has them all
+
+
+_NEAREST = 3  # nearest partners named per reason
+
+
+_CANDIDATES = 4  # names of targets and candidates listed per open question
+
+
+LEGEND = "score: no mark above 0.8, ? from 0.6 to 0.8, ! below 0.6"
+
+
+# what stands in, column for column, where the encoding of a log file lacks the character
+_STAND_INS = str.maketrans("→█░├└│─×●○", ">#.|`|-x*o")
+
+
+class View(JupyterMixin, ABC):
+    """A rich renderable for a terminal, a log file of any encoding, or a notebook."""
+
+    @abstractmethod
+    def _draw(self, width: int) -> Iterator[RenderableType]:
+        """Yield what is shown in so many columns, in any characters."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        encoding = console.encoding
+        for segment in console.render(Group(*self._draw(options.max_width)), options):
+            text = segment.text if segment.control else _encodable(printable(segment.text), encoding)
+            yield Segment(text, segment.style, segment.control)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+def _encodable(text: str, encoding: str) -> str:
+    """The text itself, or with stand-ins for what the encoding lacks: ``?`` where nothing is alike."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_STAND_INS).encode(encoding, "replace").decode(encoding)
+    except LookupError:
+        pass
+    return text
+
+
+def score_text(score: float) -> Text:
+    """A score, coloured by confidence, with a mark that says the same without colour."""
+    level = confidence(score)
+    return Text(f"{score:.2f} {MARKS[level]}".rstrip(), style=COLOURS[level])
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """Names that are broken behind dots and blanks only, what follows indented, so that words stay whole.
+
+    Attributes:
+        lines: The lines, each with names.
+        style: Their style.
+    """
+
+    lines: tuple[str, ...]
+    style: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = [piece for line in self.lines for piece in broken(line, options.max_width)]
+        yield Text("\n".join(lines), style=self.style, overflow="fold")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest = max(map(len, self.lines), default=0)
+        word = max((len(piece) for line in self.lines for piece in broken(line, 1)), default=0)
+        return Measurement(min(word, options.max_width), min(longest, options.max_width))
+
+
+def pieces(line: str) -> list[str]:
+    """What a line of names may be broken into: behind blanks, and behind dots that are not those of ``{0..11}``.
+
+    >>> pieces("layers.{0..11}.0.attn + b")
+    ['layers.', '{0..11}.', '0.', 'attn ', '+ ', 'b']
+    """
+    return re.split(r"(?<=[. ])(?!\.)(?!\d+[},])", line)
+
+
+def broken(line: str, width: int) -> list[str]:
+    """A line of names as lines of at most ``width`` columns, as far as its words allow.
+
+    >>> broken("encoder.layers.0.self_attention → blocks.0.attn", 22)
+    ['encoder.layers.0.', '  self_attention →', '  blocks.0.attn']
+    """
+    lines = [""]
+    for piece in pieces(line):
+        if lines[-1].strip() and len((lines[-1] + piece).rstrip()) > width:
+            lines.append("  ")
+        lines[-1] += piece
+    return [text.rstrip() for text in lines]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A horizontal bar of shares, as wide as its cell.
+
+    Attributes:
+        share: Filled share, 0 to 1.
+        style: Colour of the filled part.
+        width: Width in characters.
+    """
+
+    share: float
+    style: str = "green"
+    width: int = 20
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(1, min(self.width, options.max_width))
+        filled = round(max(0.0, min(1.0, self.share)) * width)
+        if filled == width and self.share < 1.0:
+            filled -= 1  # a full bar means all
+        if filled == 0 and self.share > 0.0:
+            filled = 1
+        yield Text("█" * filled, style=self.style, no_wrap=True).append("░" * (width - filled), style="dim")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        width = max(1, min(self.width, options.max_width))
+        return Measurement(width, width)
+
+
+NARROW_HEAD = 30  # columns that score, operation and count take
+
+
+SIDE_BY_SIDE = 120  # columns from which source and target stand beside each other
+
+
+@dataclass(frozen=True)
+class MappingView(View):
+    """The mapping as a table, folded by families.
+
+    Attributes:
+        plan: The plan.
+        by: One line per pair of modules (``"group"``) or per step (``"tensor"``).
+        folded: Fold lines that differ only by indices.
+        max_rows: At most so many lines; the lowest scores always stay. ``None`` for all.
+    """
+
+    plan: TransferPlan
+    by: By = "group"
+    folded: bool = True
+    max_rows: int | None = None
+
+    def _draw(self, width: int) -> Iterator[RenderableType]:
+        rows = mapping_rows(self.plan, by=self.by, folded=self.folded)
+        if not rows:
+            yield Text("no mappings", style="red")
+            return
+        shown = _worth_showing(rows, self.max_rows)
+        wide = width >= SIDE_BY_SIDE
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
+        table.add_column("score", no_wrap=True, overflow="crop")
+        table.add_column("operation", overflow="fold")
+        table.add_column("n", justify="right", no_wrap=True, overflow="crop")
+        if wide:
+            table.add_column("source", overflow="fold", ratio=1)
+            table.add_column("target", overflow="fold", ratio=1)
+            table.add_column("tensors", overflow="fold", ratio=1)
+        else:
+            table.add_column("source → target", overflow="fold", ratio=1)
+        for row in shown:
+            head = (score_text(row.score), _badge(row), f"x{row.groups}")
+            moved = Wrapped((row.tensors,), "dim")
+            if wide:
+                table.add_row(*head, Wrapped(row.sources), Wrapped(row.targets), moved)
+            else:
+                table.add_row(*head, Group(stacked(row, width - NARROW_HEAD), moved))
+        yield table
+        hidden = len(rows) - len(shown)
+        if hidden:
+            least = min(row.score for row in _hidden(rows, shown))
+            yield Text(f"... and {hidden} more lines, with scores of {least:.2f} and above")
+        yield Text(LEGEND, style="dim")
+        if not all(entry.lossless for row in shown for entry in row.entries):
+            yield Text("* changes values, as asked for", style="bold red")
+
+
+def stacked(row: MappingRow, width: int) -> Wrapped:
+    """Source and target on one line where they fit, else below each other."""
+    line = f"{' + '.join(row.sources)} → {' + '.join(row.targets)}"
+    if len(line) <= width:
+        return Wrapped((line,))
+    return Wrapped((*row.sources, *(f"→ {target}" for target in row.targets)))
+
+
+def _worth_showing(rows: Sequence[MappingRow], limit: int | None) -> list[MappingRow]:
+    """At most ``limit`` rows in their order, the lowest scores first in line."""
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    keep = sorted(sorted(range(len(rows)), key=lambda i: rows[i].score)[: max(0, limit)])
+    return [rows[i] for i in keep]
+
+
+def _hidden(rows: Iterable[MappingRow], shown: Iterable[MappingRow]) -> list[MappingRow]:
+    visible = {id(row) for row in shown}
+    return [row for row in rows if id(row) not in visible]
+
+
+def _badge(row: MappingRow) -> Text:
+    if not all(entry.lossless for entry in row.entries):
+        return Text(f"{row.badge} *", style="bold red")
+    return Text(row.badge, style="" if row.badge == "exact" else "cyan")
+
+
+class Reported(Protocol):
+    """What is shown of a :class:`~lit_wsl.TransferReport`."""
+
+    @property
+    def plan(self) -> TransferPlan: ...  # noqa: D102
+
+    @property
+    def coverage(self) -> Coverage: ...  # noqa: D102
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def applied(self) -> bool: ...  # noqa: D102
+
+    @property
+    def sides(self) -> tuple[ModelDescription, ModelDescription]: ...  # noqa: D102
+
+
+# ---- lines: what every rendering says, in a terminal, in a log file and in Markdown --------------------------------
+
+
+def summary_lines(report: Reported, verb: str | None = None) -> list[str]:
+    """The report in a few lines: both sides, buffers, proof.
+
+    Args:
+        report: The report.
+        verb: The first word; by default whether the weights were loaded.
+    """
+    plan, coverage = report.plan, report.coverage
+    verb = verb or ("Loaded" if report.applied else "Not loaded")
+    lines = [
+        f"{verb} {plan.source.label} -> {plan.target.label}",
+        f"model:   {_amount(coverage.target)}",
+        f"source:  {_amount(coverage.source)}",
+    ]
+    lines += _buffer_lines(report)
+    if plan.proof != "not tested":
+        lines.append(f"function check: {plan.proof}")
+    return lines
+
+
+def _buffer_lines(report: Reported) -> list[str]:
+    """How many buffers were loaded; and where they are excluded, what that means."""
+    of = report.coverage.target_buffers
+    if not of.of_tensors:
+        return []
+    left = [info for info in report.sides[1].parameters if is_excluded(info, report.plan)]
+    if not left:
+        return [f"buffers: {_amount(of)}"]
+    lines = [f"buffers: {len(left)} of {of.of_tensors} excluded: the model keeps its own"]
+    norms = [group for group in report.sides[1].groups if _keeps_statistics(group, {info.name for info in left})]
+    if norms:
+        modules = "1 module lacks its" if len(norms) == 1 else f"{len(norms)} modules lack their"
+        lines.append(f"         {modules} running statistics: in eval mode the model")
+        lines.append("         predicts like an untrained one until it has trained")
+    return lines
+
+
+def _keeps_statistics(group: ParameterGroup, excluded: set[str]) -> bool:
+    """Whether a module's running statistics, vectors beside a counter, are excluded."""
+    own = [info for info in group.buffers if info.name in excluded]
+    return any(not info.shape and not info.dtype.is_floating_point for info in own) and any(i.shape for i in own)
+
+
+def plan_lines(plan: TransferPlan) -> list[str]:
+    """Steps by operation, scores and options of a plan, one line each."""
+    operations = ", ".join(f"{n} {badge}" for badge, n in operation_counts(plan).items())
+    lines = [f"steps:   {len(plan.entries)} ({operations})" if operations else "steps:   none"]
+    if plan.entries:
+        lines[0] += f", lowest score {min(entry.score for entry in plan.entries):.2f}"
+    if plan.options:
+        said = (f"threshold {plan.options.get('threshold')}", str(plan.options.get("strategy")))
+        lines.append(f"options: {', '.join(said)}, buffers {plan.options.get('buffers')}")
+    return lines
+
+
+def gap_lines(report: Reported, limit: int | None = _SHOWN) -> list[str]:
+    """What has no partner and what is ambiguous, with reasons, nearest partners and remedies.
+
+    Args:
+        report: The report.
+        limit: At most so many families of tensors per list; ``None`` for all.
+    """
+    source, target = report.sides
+    lines = _listed("missing", gaps(report.plan, "target", source, target), limit)
+    lines += _ambiguous(report.plan, limit)
+    return lines + _listed("unused in the source", gaps(report.plan, "source", source, target), limit)
+
+
+def remark_lines(report: Reported) -> list[str]:
+    """Warnings and notes."""
+    return [*(f"warning: {text}" for text in report.warnings), *(f"note: {text}" for text in report.notes)]
+
+
+def _amount(count: Count) -> str:
+    return f"{percent(count.share)} of {count.of_elements:,} elements, {count.tensors} of {count.of_tensors} tensors"
+
+
+def _listed(title: str, found: Sequence[Gap], limit: int | None) -> list[str]:
+    """One list of gaps: names by reason, the most frequent reason first."""
+    if not found:
+        return []
+    by_reason: dict[str, list[Gap]] = {}
+    for gap in found:
+        by_reason.setdefault(gap.reason, []).append(gap)
+    ordered = sorted(by_reason.items(), key=lambda item: -sum(len(gap.members) for gap in item[1]))
+    count, hidden = sum(len(gap.members) for gap in found), 0
+    lines = [f"{title} ({count}):"]
+    for reason, alike in ordered if limit is None else ordered[:limit]:
+        shown = alike if limit is None else alike[:limit]
+        hidden += len(alike) - len(shown)
+        names = ", ".join(gap.text for gap in shown) + (f" and {len(alike) - len(shown)} more" if shown < alike else "")
+        if len(ordered) == 1:
+            lines[0] += f" {names}"
+        else:
+            lines.append(f"  {names}")
+        lines += [f"    why: {reason}"] if reason else []
+        near = [gap.nearest for gap in shown if gap.nearest is not None]
+        if near:
+            lines.append(f"    nearest: {', '.join(f'{i.name} {shape_text(i.shape)}' for i in near[:_NEAREST])}")
+        lines += [f"    try: {advice}" for advice in dict.fromkeys(gap.advice for gap in shown) if advice]
+    more = len(ordered) - limit if limit is not None else 0
+    return lines + ([f"  and for {more} more reasons"] if more > 0 else [])
+
+
+def _ambiguous(plan: TransferPlan, limit: int | None) -> list[str]:
+    """The ambiguous targets with their candidates, by reason; what decides them, once."""
+    questions = open_questions(plan)
+    if not questions:
+        return []
+    lines = [f"ambiguous, not loaded ({sum(question.tensors for question in questions)}):"]
+    shown = questions if limit is None else questions[:limit]
+    for number, question in enumerate(shown):
+        lines.append(f"  {_some(question.targets)} <- one of {_some([f'{n} {s:.2f}' for s, n in question.candidates])}")
+        following = shown[number + 1].reason if number + 1 < len(shown) else None
+        if question.reason and question.reason != following:
+            lines.append(f"    why: {question.reason}")
+    if len(questions) > len(shown):
+        lines.append(f"  and {len(questions) - len(shown)} more open questions")
+    return [*lines, f"  {remedy(plan)}"]
+
+
+def _some(words: Sequence[str]) -> str:
+    return ", ".join(words[:_CANDIDATES]) + (f", ... ({len(words)})" if len(words) > _CANDIDATES else "")
+
+
+# ---- coverage by module ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """A line of the coverage table: a module, or layers that are loaded alike.
+
+    Attributes:
+        module: Path of the module, numbers folded.
+        cells: The line as text.
+        share: Share of its elements that is loaded.
+        state: ``"all"``, ``"part"`` or ``"none"`` of its tensors are loaded.
+    """
+
+    module: str
+    cells: tuple[str, ...]
+    share: float
+    state: str
+
+
+def module_rows(coverage: Coverage) -> tuple[list[str], list[ModuleRow], str]:
+    """The coverage by module: titles of the columns, rows, and a line about what is not shown.
+
+    Layers that are loaded alike share a row. Where there are still more than :data:`MOST_ROWS`, those with gaps come
+    first in claim.
+    """
+    titles = ["module", "loaded", "missing", "ambiguous", "excluded", "elements", "share"]
+    if not any(row.excluded for row in coverage.modules):
+        titles.remove("excluded")
+    rows = []
+    families = fold([(row.module,) for row in coverage.modules], [replace(row, module="") for row in coverage.modules])
+    for family in families:
+        row, times = coverage.modules[family.members[0]], len(family)
+        loaded = row.loaded
+        cells = {
+            "module": family.patterns[0],
+            "loaded": f"{times * loaded.tensors} of {times * loaded.of_tensors}",
+            "missing": str(times * row.missing),
+            "ambiguous": str(times * row.ambiguous),
+            "excluded": str(times * row.excluded),
+            "elements": f"{times * loaded.elements:,} of {times * loaded.of_elements:,}",
+            "share": percent(loaded.share),
+        }
+        state = "all" if loaded.tensors == loaded.of_tensors else "part" if loaded.tensors else "none"
+        rows.append(ModuleRow(cells["module"], tuple(cells[title] for title in titles), loaded.share, state))
+    if len(rows) <= MOST_ROWS:
+        return titles, rows, ""
+    claim = sorted(range(len(rows)), key=lambda i: (rows[i].state == "all", i))
+    hidden = [rows[i] for i in claim[MOST_ROWS:]]
+    gapped = sum(row.state != "all" for row in hidden)
+    line = f"and {len(hidden)} more modules, {f'{gapped} of them with gaps' if gapped else 'all loaded in full'}"
+    return titles, [rows[i] for i in sorted(claim[:MOST_ROWS])], line
+
+
+_STATES = {"all": "green", "part": "yellow", "none": "red"}
+
+
+def modules_table(coverage: Coverage) -> Table:
+    """The coverage by module as a rich table."""
+    titles, rows, hidden = module_rows(coverage)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row.cells[:-1]), Text(row.cells[-1], style=_STATES[row.state]))
+    if hidden:
+        table.add_row(Text(hidden, style="dim"))
+    return table
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReportView(View):
+    """A transfer or a mapping on one screen.
+
+    Attributes:
+        report: What is shown.
+        verb: The first word of the summary; by default whether the weights were loaded.
+        modules: Show the coverage by module.
+        mapping: Show the mapping, as this view.
+        limit: At most so many families of tensors in each list of gaps; ``None`` for all.
+        show_gaps: Show what has no partner.
+    """
+
+    report: Reported
+    verb: str | None = None
+    modules: bool = True
+    mapping: MappingView | None = None
+    limit: int | None = _SHOWN
+    show_gaps: bool = True
+
+    def _draw(self, width: int) -> Iterator[RenderableType]:
+        yield from _summary(self.report, self.verb, detailed=self.mapping is not None)
+        if self.modules and self.report.coverage.modules:
+            yield Text("")
+            yield modules_table(self.report.coverage)
+        if self.mapping is not None:
+            yield Text("")
+            yield self.mapping
+        lines = gap_lines(self.report, self.limit) if self.show_gaps else _ambiguous(self.report.plan, self.limit)
+        yield from _lines([*lines, *remark_lines(self.report)])
+
+
+def _summary(report: Reported, verb: str | None, *, detailed: bool) -> Iterator[RenderableType]:
+    first, *rest = summary_lines(report, verb)
+    yield Text(first, style="bold")
+    yield Text("\n".join([*rest, *(plan_lines(report.plan) if detailed else ())]))
+
+
+def _lines(lines: Sequence[str]) -> Iterator[RenderableType]:
+    if lines:
+        yield Text("")
+    for line in lines:
+        doubtful = line.startswith(("warning", "missing", "ambiguous"))
+        yield Text(line, style="yellow" if doubtful else "dim" if line.startswith((" ", "note")) else "")
+
+
+@dataclass(frozen=True)
+class AnalysisView(View):
+    """Summary, coverage by module, scores, the steps to look at first, and the gaps.
+
+    Attributes:
+        report: What is shown.
+        top_n: Number of lines in each list.
+        show_unmatched: Also show what found no partner.
+    """
+
+    report: Reported
+    top_n: int = 10
+    show_unmatched: bool = True
+
+    def _draw(self, width: int) -> Iterator[RenderableType]:
+        yield from _summary(self.report, "Mapping", detailed=True)
+        yield Text("")
+        yield modules_table(self.report.coverage)
+        yield Text("")
+        counts = Counter(confidence(entry.score) for entry in self.report.plan.entries)
+        text = Text("scores: ").append(f"{counts['high']} above 0.8", style=COLOURS["high"]).append(", ")
+        text.append(f"{counts['medium']} from 0.6 to 0.8", style=COLOURS["medium"]).append(", ")
+        yield text.append(f"{counts['low']} below 0.6", style=COLOURS["low"])
+        yield from self._doubtful(width)
+        yield from _lines(gap_lines(self.report, self.top_n) if self.show_unmatched else [])
+
+    def _doubtful(self, width: int) -> Iterator[RenderableType]:
+        rows = sorted(mapping_rows(self.report.plan), key=lambda row: (row.score, row.margin))[: self.top_n]
+        if not rows:
+            return
+        table = Table(title="lowest scores", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.add_column("score", no_wrap=True, overflow="crop")
+        table.add_column("margin", no_wrap=True, overflow="crop")
+        table.add_column("operation", overflow="fold")
+        table.add_column("source → target", overflow="fold", ratio=1)
+        for row in rows:
+            table.add_row(score_text(row.score), f"{row.margin:.2f}", row.badge, stacked(row, width - DOUBTFUL_HEAD))
+        yield table
+        yield Text(LEGEND, style="dim")
+
+
+# ---- other forms of the same -----------------------------------------------------------------------------------------
+
+
+def plain(view: RenderableType, width: int = 100) -> str:
+    """A view as plain text: no colour, no trailing blanks, long lines of text whole."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    console.print(view, soft_wrap=True)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]
+
+
+def markdown(report: Reported) -> str:
+    """A report as Markdown, for loggers that show text."""
+    titles, rows, hidden = module_rows(report.coverage)
+    head = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+    body = [f"| {' | '.join(row.cells)} |" for row in rows]
+    lines = [*([hidden] if hidden else []), *gap_lines(report), *remark_lines(report)]
+    summary = [f"{line}  " for line in summary_lines(report)]
+    return printable("\n".join([*summary, "", *head, *body, "", *(f"- {line}" for line in lines)]))
+
+
+def as_html(view: RenderableType, width: int = 120) -> str:
+    """A view as a piece of HTML, in the terminal's colours."""
+    console = Console(record=True, width=width, file=io.StringIO(), legacy_windows=False)
+    console.print(view)
+    return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
+
+
+def print_report(report: Reported) -> None:
+    """Print through rich on a terminal and as plain text elsewhere."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        Console().print(ReportView(report))
+    else:
+        print(plain(ReportView(report)), flush=True)
+
+
+DOUBTFUL_HEAD = 36  # columns that score, margin and operation take
