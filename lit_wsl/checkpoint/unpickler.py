@@ -1,8 +1,7 @@
-# ruff: noqa: D102
 """A pickle machine that runs no code: it imports nothing, calls only the allowlist, and is bounded.
 
-A pickle is a program for a stack machine (see the standard library's ``pickletools``). This is such a machine for all
-protocols (0 to 5), written for untrusted input:
+The operations are those of the standard library's ``pickle._Unpickler`` for all protocols (0 to 5), but for the ones
+that could act:
 
 * a global is a :class:`~lit_wsl.checkpoint.records.ForeignName`, never an import;
 * REDUCE, NEWOBJ, NEWOBJ_EX, OBJ and INST call a function of the exact allowlist, or else write down a record;
@@ -15,7 +14,6 @@ protocols (0 to 5), written for untrusted input:
 from __future__ import annotations
 
 import _compat_pickle
-import codecs
 import pickle
 import struct
 from collections import OrderedDict
@@ -31,41 +29,25 @@ from lit_wsl.checkpoint.allowlist import RefusedError, check_key
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, children_of
 
 MAX_STEPS = 60_000_000  # a checkpoint of a million tensors with Adam's states takes about 50 million
-
-
 MAX_MEMORY = 6 << 30  # bytes of Python objects, roughly; honest files take about 25 bytes for one byte of pickle
-
-
 MEMORY_PER_BYTE = 64
-
-
 MAX_DEPTH = 1000  # nested containers; Python's own pickler stops near here too
-
-
-MAX_INTEGER = 1024  # bytes of one integer
-
-
+MAX_INTEGER = 1024  # bytes of one integer, or of a number written as text
+MAX_EXPANSION = 100_000_000  # values if shared containers were written out: "billion laughs"
 CONTAINERS = (Mapping, list, tuple, set, frozenset)
-
-
 LoadStorage = Callable[[torch.dtype, str, int], allowlist.Storage]
+_PythonUnpickler: Any = pickle._Unpickler  # the C unpickler's operations cannot be replaced
 
 
-class Core:
-    """One run of a pickle; :meth:`run` gives its value.
+class _RecordUnpickler(_PythonUnpickler):
+    """One run of a pickle; :meth:`load` gives its value."""
 
-    Attributes:
-        table: The operations by their codes.
-    """
-
-    table: Mapping[int, Callable[[Any], Any]] = {}
+    dispatch = _PythonUnpickler.dispatch.copy()
 
     def __init__(self, data: memoryview, start: int, load_storage: LoadStorage | None) -> None:
         self.data = data
         self.at = start
         self.load_storage = load_storage
-        self.stack: list[Any] = []
-        self.metastack: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.names: dict[tuple[str, str], ForeignName] = {}
         self.foreign_uses: set[str] = set()
@@ -73,60 +55,53 @@ class Core:
         self.memory_limit = min(MAX_MEMORY, (256 << 20) + MEMORY_PER_BYTE * len(data))
         self.lossy = False
 
-    def run(self) -> Any:
-        table, stop = self.table, self.table[pickle.STOP[0]]
-        data = self.data
-        end = len(data)
-        for _ in range(MAX_STEPS):
-            at = self.at
-            if at >= end:
-                raise RefusedError("a pickle that ends before its STOP (the file is truncated or damaged)")
-            self.at = at + 1
-            operation = table.get(data[at])
-            if operation is None:
-                raise RefusedError(f"a damaged pickle (no operation has the code {data[at]:#04x})")
-            if operation is stop:
-                return stop(self)
-            operation(self)
+    def load(self) -> Any:
+        """Run the operations up to STOP."""
+        self.metastack: list[list[Any]] = []
+        self.stack: list[Any] = []
+        self.append = self.stack.append
+        table, data, end = self.dispatch, self.data, len(self.data)
+        try:
+            for _ in range(MAX_STEPS):
+                at = self.at
+                if at >= end:
+                    raise RefusedError("a pickle that ends before its STOP (the file is truncated or damaged)")
+                self.at = at + 1
+                operation = table.get(data[at])
+                if operation is None:
+                    raise RefusedError(f"a damaged pickle (no operation has the code {data[at]:#04x})")
+                operation(self)
+        except pickle._Stop as stop:  # type: ignore[attr-defined]
+            return stop.value
         raise RefusedError(f"a pickle of more than {MAX_STEPS} operations")
 
-    # reading
+    # ---- reading and counting ----------------------------------------------------------------------------------------
 
-    def take(self, length: int) -> memoryview:
+    def read(self, length: int) -> bytes:
+        """The next bytes, which must be there."""
         end = self.at + length
         if length < 0 or end > len(self.data):
             raise RefusedError("a pickle with a length beyond its end (the file is truncated or damaged)")
-        part = self.data[self.at : end]
+        part = bytes(self.data[self.at : end])
         self.at = end
         return part
 
-    def byte(self) -> int:
-        return self.take(1)[0]
+    def readinto(self, buffer: bytearray) -> None:
+        """Not used: BYTEARRAY8 reads its bytes before it allocates."""
+        raise NotImplementedError
 
-    def number(self, form: str, size: int) -> Any:
-        return struct.unpack(form, self.take(size))[0]
-
-    def line(self) -> bytes:
-        # bounded look-ahead: text operands are names and numbers; a long one is looked for in growing steps
+    def readline(self) -> bytes:
+        """The next line; a long one is looked for in growing steps, since text operands are names and numbers."""
         span = 256
         while True:
             chunk = bytes(self.data[self.at : self.at + span])
             found = chunk.find(b"\n")
             if found >= 0:
                 self.at += found + 1
-                return chunk[:found]
+                return chunk[: found + 1]
             if len(chunk) < span:
                 raise RefusedError("a pickle with an unfinished text line (the file is truncated or damaged)")
             span *= 4
-
-    # the stack
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def made(self, value: Any, size: int = 100) -> None:
-        self.charge(size)
-        self.stack.append(value)
 
     def charge(self, size: int) -> None:
         """Count the approximate bytes of what is built; most operations cannot exceed the limit, copies could."""
@@ -134,15 +109,16 @@ class Core:
         if self.memory > self.memory_limit:
             raise RefusedError("a pickle that builds far more objects than its size explains")
 
-    def pop_mark(self) -> list[Any]:
-        items = self.stack
-        self.stack = self.metastack.pop()
-        return items
+    def _decode_string(self, value: bytes) -> str | bytes:
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
 
-    def name(self, module: Any, name: Any) -> Any:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise RefusedError("a global whose name is not text")
-        # Python 2 names, as the standard library maps them
+    # ---- what names and calls become -------------------------------------------------------------------------------
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A record of a global; names of Python 2 as the standard library maps them."""
         if (module, name) in _compat_pickle.NAME_MAPPING:
             module, name = _compat_pickle.NAME_MAPPING[module, name]
         elif module in _compat_pickle.IMPORT_MAPPING:
@@ -152,164 +128,27 @@ class Core:
             found = self.names[module, name] = ForeignName(module, name)
         return allowlist.CONSTANTS.get((module, name), found)
 
-    def call(self, func: Any, args: Any, how: str, kwargs: dict[str, Any] | None = None) -> Any:
+    def call(self, func: Any, args: Any, how: str, kwargs: dict[str, Any] | None = None) -> None:
+        """Push what an allowed function builds, or a record of the call."""
         if type(args) is not tuple:
             raise RefusedError("a call whose arguments are not a tuple")
-        self.charge(700 + 8 * sum(len(arg) for arg in args if isinstance(arg, (*CONTAINERS, str, bytes, bytearray))))
+        self.charge(800 + 8 * sum(len(arg) for arg in args if isinstance(arg, (*CONTAINERS, str, bytes, bytearray))))
         if not isinstance(func, (ForeignName, ForeignObject)):
             raise RefusedError(f"a call of a {type(func).__name__}, which is not a class or function")
         if isinstance(func, ForeignName) and not kwargs:
             try:
                 if func.name in ("_rebuild_from_type_v2", "_rebuild_parameter_with_state"):
                     self.lossy = self.lossy or any(args[-1:])  # attributes set on a tensor are dropped
-                return allowlist.build(func, args)
+                self.append(allowlist.build(func, args))
+                return
             except allowlist.ForeignUseError:
                 self.foreign_uses.update({str(func)} if allowlist.is_known(func) else ())
-        return ForeignObject(func, args, kwargs or {}, how)
+        self.append(ForeignObject(func, args, kwargs or {}, how))
 
+    def _instantiate(self, klass: Any, args: list[Any]) -> None:  # OBJ and INST
+        self.call(klass, tuple(args), "reduce")
 
-class Machine(Core):
-    """The operations, each a method; the standard library's ``pickletools`` describes them."""
-
-    # operations: constants and text
-
-    def stop(self) -> Any:
-        return self.stack.pop()
-
-    def proto(self) -> None:
-        if self.byte() > pickle.HIGHEST_PROTOCOL:
-            raise RefusedError("a pickle of an unknown protocol")
-
-    def frame(self) -> None:
-        self.take(8)  # frames are hints for buffering only
-
-    def int_line(self) -> None:
-        text = self.line()
-        if text in (b"00", b"01"):
-            self.push(text == b"01")
-        else:
-            self.push(_decimal(text))
-
-    def long_line(self) -> None:
-        self.push(_decimal(self.line().removesuffix(b"L")))
-
-    def long(self, length: int) -> None:
-        if not 0 <= length <= MAX_INTEGER:
-            raise RefusedError("an integer of excessive size")
-        self.push(int.from_bytes(self.take(length), "little", signed=True))
-
-    def float_line(self) -> None:
-        text = self.line()
-        if len(text) > 400:
-            raise RefusedError("a number of excessive size")
-        self.push(float(text))
-
-    def string_line(self) -> None:
-        text = self.line()
-        if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b'"', b"'"):
-            raise RefusedError("a damaged pickle (a text without quotes)")
-        self.push(_python2_text(codecs.escape_decode(text[1:-1])[0]))
-
-    def text(self, length: int) -> None:
-        self.push(str(self.take(length), "utf-8", "surrogatepass"))
-
-    # operations: containers
-
-    def tuple_of(self, count: int) -> None:
-        if len(self.stack) < count:
-            raise IndexError
-        self.stack[-count:] = [tuple(self.stack[-count:])]
-        self.charge(70)
-
-    def fill_list(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if type(target) is list:
-            target.extend(items)
-        elif isinstance(target, ForeignObject):
-            self.charge(60 * len(items))
-            target.orders.extend(("append", item) for item in items)
-        else:
-            raise RefusedError(f"an append to a {type(target).__name__}")
-
-    def fill_dict(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if len(items) % 2:
-            raise RefusedError("a damaged pickle (a key without a value)")
-        if isinstance(target, dict):
-            for key, value in zip(items[::2], items[1::2]):
-                if type(key) is not str:
-                    check_key(key)
-                target[key] = value
-        elif isinstance(target, ForeignObject):
-            self.charge(40 * len(items))
-            target.orders.extend(("setitem", check_key(k), v) for k, v in zip(items[::2], items[1::2]))
-        else:
-            raise RefusedError(f"an item set on a {type(target).__name__}")
-
-    def fill_set(self) -> None:
-        items = self.pop_mark()
-        target = self.stack[-1]
-        if type(target) is not set:
-            raise RefusedError(f"a member added to a {type(target).__name__}")
-        target.update(check_key(item) for item in items)
-
-    def dict_of_mark(self) -> None:
-        items = self.pop_mark()
-        self.made({})
-        self.fill_dict(items)
-
-    # operations: objects
-
-    def reduce(self) -> None:
-        args = self.stack.pop()
-        self.made(self.call(self.stack.pop(), args, "reduce"))
-
-    def new(self) -> None:
-        args = self.stack.pop()
-        self.made(self.call(self.stack.pop(), args, "newobj"))
-
-    def new_ex(self) -> None:
-        kwargs = self.stack.pop()
-        args = self.stack.pop()
-        if type(kwargs) is not dict or not all(isinstance(key, str) for key in kwargs):
-            raise RefusedError("a call whose keyword arguments are not a dict of names")
-        self.made(self.call(self.stack.pop(), args, "newobj", kwargs))
-
-    def inst(self) -> None:
-        module, name = self.line().decode("ascii"), self.line().decode("utf-8")
-        args = tuple(self.pop_mark())
-        self.made(self.call(self.name(module, name), args, "reduce"))
-
-    def obj(self) -> None:
-        items = self.pop_mark()
-        self.made(self.call(items[0], tuple(items[1:]), "reduce"))
-
-    def build(self) -> None:
-        state = self.stack.pop()
-        target = self.stack[-1]
-        if isinstance(target, ForeignObject):
-            target.orders.append(("build", state))
-        elif isinstance(target, OrderedDict) and isinstance(state, dict) and set(map(str, state)) <= {"_metadata"}:
-            # the one attribute that nn.Module.state_dict sets; any other could hide a method of the dict
-            if isinstance(state.get("_metadata"), dict):
-                target._metadata = state["_metadata"]  # type: ignore[attr-defined]
-        elif isinstance(target, (dict, Tensor, set, list)):
-            self.lossy = True  # attributes on plain containers and tensors are dropped
-        else:
-            raise RefusedError(f"a state for a {type(target).__name__}")
-
-    def stack_global(self) -> None:
-        name = self.stack.pop()
-        self.push(self.name(self.stack.pop(), name))
-
-    def global_lines(self) -> None:
-        module = self.line().decode("utf-8")
-        self.push(self.name(module, self.line().decode("utf-8")))
-
-    def persistent(self) -> None:
-        self.push(self.storage(self.stack.pop()))
-
-    def storage(self, saved: Any) -> allowlist.Storage:
+    def persistent_load(self, saved: Any) -> allowlist.Storage:
         """Resolve ``("storage", class, key, location, number of elements[, view])`` and nothing else."""
         if self.load_storage is None:
             raise RefusedError("a persistent id outside a torch file")
@@ -332,130 +171,158 @@ class Machine(Core):
             raise RefusedError("a storage view beyond its storage")
         return allowlist.Storage(f"{key}/{view[0]!r:.50}", dtype, found.data[first:last])
 
-    # operations: stack and memo
+    # ---- operations that differ --------------------------------------------------------------------------------------
 
-    def pop(self) -> None:
-        if self.stack:
-            self.stack.pop()
+    def extend(self, items: list[Any]) -> None:
+        """APPEND and APPENDS."""
+        target = self.stack[-1]
+        if type(target) is list:
+            target.extend(items)
+        elif isinstance(target, ForeignObject):
+            self.charge(60 * len(items))
+            target.orders.extend(("append", item) for item in items)
         else:
-            self.pop_mark()
+            raise RefusedError(f"an append to a {type(target).__name__}")
+
+    def set_items(self, items: list[Any]) -> None:
+        """SETITEM, SETITEMS and DICT."""
+        target = self.stack[-1]
+        if len(items) % 2:
+            raise RefusedError("a damaged pickle (a key without a value)")
+        if isinstance(target, dict):
+            for key, value in zip(items[::2], items[1::2]):
+                if type(key) is not str:
+                    check_key(key)
+                target[key] = value
+        elif isinstance(target, ForeignObject):
+            self.charge(40 * len(items))
+            target.orders.extend(("setitem", check_key(k), v) for k, v in zip(items[::2], items[1::2]))
+        else:
+            raise RefusedError(f"an item set on a {type(target).__name__}")
+
+    def add_items(self, items: list[Any]) -> None:
+        """ADDITEMS."""
+        target = self.stack[-1]
+        if type(target) is not set:
+            raise RefusedError(f"a member added to a {type(target).__name__}")
+        target.update(check_key(item) for item in items)
+
+    def make_dict(self, items: list[Any]) -> None:
+        """DICT."""
+        self.append({})
+        self.set_items(items)
+
+    def make_frozenset(self, items: list[Any]) -> None:
+        """FROZENSET."""
+        self.append(frozenset(check_key(item) for item in items))
+
+    def build(self, state: Any) -> None:
+        """BUILD."""
+        target = self.stack[-1]
+        if isinstance(target, ForeignObject):
+            target.orders.append(("build", state))
+        elif isinstance(target, OrderedDict) and isinstance(state, dict) and set(map(str, state)) <= {"_metadata"}:
+            # the one attribute that nn.Module.state_dict sets; any other could hide a method of the dict
+            if isinstance(state.get("_metadata"), dict):
+                target._metadata = state["_metadata"]  # type: ignore[attr-defined]
+        elif isinstance(target, (dict, Tensor, set, list)):
+            self.lossy = True  # attributes on plain containers and tensors are dropped
+        else:
+            raise RefusedError(f"a state for a {type(target).__name__}")
+
+    def new_with_keywords(self, kwargs: Any) -> None:
+        """NEWOBJ_EX."""
+        func, args = _last_two(self)
+        if type(kwargs) is not dict or not all(isinstance(key, str) for key in kwargs):
+            raise RefusedError("a call whose keyword arguments are not a dict of names")
+        self.call(func, args, "newobj", kwargs)
 
     def mark(self) -> None:
-        self.metastack.append(self.stack)
-        self.stack = []
-        self.charge(60)
+        """MARK, not too deep."""
+        _PythonUnpickler.load_mark(self)
         if len(self.metastack) > MAX_DEPTH * 4:
             raise RefusedError("marks nested too deep")
 
-    def put(self, index: int) -> None:
-        if index < 0:
-            raise RefusedError("a damaged pickle (a negative memo index)")
-        self.memo[index] = self.stack[-1]
+    def long4(self) -> None:
+        """LONG4, of a size that takes no quadratic time to print."""
+        (length,) = struct.unpack("<i", self.read(4))
+        if not 0 <= length <= MAX_INTEGER:
+            raise RefusedError("an integer of excessive size")
+        self.append(pickle.decode_long(self.read(length)))
 
-    def get(self, index: int) -> None:
-        if index not in self.memo:
-            raise RefusedError("a damaged pickle (a memo that was never set)")
-        self.push(self.memo[index])
+    def bytearray8(self) -> None:
+        """BYTEARRAY8, allocated after its length was checked."""
+        self.append(bytearray(self.read(*struct.unpack("<Q", self.read(8)))))
 
-    def forbidden(self) -> None:
+    def refuse(self) -> None:
+        """What only an attacker writes."""
         raise RefusedError("an operation that no checkpoint needs (extension registry, persistent text id or buffer)")
 
 
-def _decimal(text: bytes) -> int:
-    if len(text) > MAX_INTEGER:
-        raise RefusedError("an integer of excessive size")
-    return int(text)
+_U = _RecordUnpickler
+_CHARGES = {  # bytes of what an operation of one byte builds
+    **dict.fromkeys((pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.TUPLE, pickle.LIST, pickle.DICT), 100),
+    **dict.fromkeys((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 70),
+    pickle.FROZENSET: 220,
+    pickle.EMPTY_SET: 220,
+    pickle.MARK: 60,
+}
+_NUMBERS_AS_TEXT = (pickle.INT, pickle.LONG, pickle.FLOAT, pickle.PUT, pickle.GET)
 
 
-def _python2_text(raw: bytes) -> str | bytes:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return raw
+def _charged(operation: Callable[[Any], None], size: int) -> Callable[[Any], None]:
+    def run(unpickler: _RecordUnpickler) -> None:
+        unpickler.charge(size)
+        operation(unpickler)
+
+    return run
 
 
-_M = Machine
+def _short(operation: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Refuses a long line: turning digits into an integer takes quadratic time."""
+
+    def run(unpickler: _RecordUnpickler) -> None:
+        at = unpickler.at
+        if len(unpickler.readline()) > MAX_INTEGER:
+            raise RefusedError("a number of excessive size")
+        unpickler.at = at
+        operation(unpickler)
+
+    return run
 
 
-DISPATCH: dict[int, Callable[[Machine], Any]] = {
-    operation[0]: action
-    for operation, action in {
-        pickle.STOP: _M.stop,
-        pickle.PROTO: _M.proto,
-        pickle.FRAME: _M.frame,
-        pickle.NONE: lambda m: m.push(None),
-        pickle.NEWTRUE: lambda m: m.push(True),
-        pickle.NEWFALSE: lambda m: m.push(False),
-        pickle.INT: _M.int_line,
-        pickle.LONG: _M.long_line,
-        pickle.BININT: lambda m: m.push(m.number("<i", 4)),
-        pickle.BININT1: lambda m: m.push(m.byte()),
-        pickle.BININT2: lambda m: m.push(m.number("<H", 2)),
-        pickle.LONG1: lambda m: m.long(m.byte()),
-        pickle.LONG4: lambda m: m.long(m.number("<i", 4)),
-        pickle.FLOAT: _M.float_line,
-        pickle.BINFLOAT: lambda m: m.push(m.number(">d", 8)),
-        pickle.STRING: _M.string_line,
-        pickle.BINSTRING: lambda m: m.push(_python2_text(bytes(m.take(m.number("<i", 4))))),
-        pickle.SHORT_BINSTRING: lambda m: m.push(_python2_text(bytes(m.take(m.byte())))),
-        pickle.UNICODE: lambda m: m.push(codecs.raw_unicode_escape_decode(m.line())[0]),
-        pickle.BINUNICODE: lambda m: m.text(m.number("<I", 4)),
-        pickle.SHORT_BINUNICODE: lambda m: m.text(m.byte()),
-        pickle.BINUNICODE8: lambda m: m.text(m.number("<Q", 8)),
-        pickle.BINBYTES: lambda m: m.push(bytes(m.take(m.number("<I", 4)))),
-        pickle.SHORT_BINBYTES: lambda m: m.push(bytes(m.take(m.byte()))),
-        pickle.BINBYTES8: lambda m: m.push(bytes(m.take(m.number("<Q", 8)))),
-        pickle.BYTEARRAY8: lambda m: m.push(bytearray(m.take(m.number("<Q", 8)))),
-        pickle.EMPTY_TUPLE: lambda m: m.push(()),
-        pickle.EMPTY_LIST: lambda m: m.made([]),
-        pickle.EMPTY_DICT: lambda m: m.made({}),
-        pickle.EMPTY_SET: lambda m: m.made(set(), 220),
-        pickle.TUPLE: lambda m: m.made(tuple(m.pop_mark())),
-        pickle.TUPLE1: lambda m: m.tuple_of(1),
-        pickle.TUPLE2: lambda m: m.tuple_of(2),
-        pickle.TUPLE3: lambda m: m.tuple_of(3),
-        pickle.LIST: lambda m: m.made(m.pop_mark()),
-        pickle.DICT: _M.dict_of_mark,
-        pickle.FROZENSET: lambda m: m.made(frozenset(check_key(item) for item in m.pop_mark())),
-        pickle.APPEND: lambda m: m.fill_list([m.stack.pop()]),
-        pickle.APPENDS: lambda m: m.fill_list(m.pop_mark()),
-        pickle.SETITEM: lambda m: m.fill_dict([m.stack.pop(), m.stack.pop()][::-1]),
-        pickle.SETITEMS: lambda m: m.fill_dict(m.pop_mark()),
-        pickle.ADDITEMS: _M.fill_set,
-        pickle.GLOBAL: _M.global_lines,
-        pickle.STACK_GLOBAL: _M.stack_global,
-        pickle.REDUCE: _M.reduce,
-        pickle.NEWOBJ: _M.new,
-        pickle.NEWOBJ_EX: _M.new_ex,
-        pickle.INST: _M.inst,
-        pickle.OBJ: _M.obj,
-        pickle.BUILD: _M.build,
-        pickle.BINPERSID: _M.persistent,
-        pickle.POP: _M.pop,
-        pickle.POP_MARK: _M.pop_mark,
-        pickle.MARK: _M.mark,
-        pickle.DUP: lambda m: m.push(m.stack[-1]),
-        pickle.PUT: lambda m: m.put(_decimal(m.line())),
-        pickle.BINPUT: lambda m: m.put(m.byte()),
-        pickle.LONG_BINPUT: lambda m: m.put(m.number("<I", 4)),
-        pickle.MEMOIZE: lambda m: m.put(len(m.memo)),
-        pickle.GET: lambda m: m.get(_decimal(m.line())),
-        pickle.BINGET: lambda m: m.get(m.byte()),
-        pickle.LONG_BINGET: lambda m: m.get(m.number("<I", 4)),
-        pickle.PERSID: _M.forbidden,
-        pickle.EXT1: _M.forbidden,
-        pickle.EXT2: _M.forbidden,
-        pickle.EXT4: _M.forbidden,
-        pickle.NEXT_BUFFER: _M.forbidden,
-        pickle.READONLY_BUFFER: _M.forbidden,
-    }.items()
+_OPERATIONS: dict[bytes, Callable[[Any], Any]] = {
+    pickle.FRAME: lambda u: u.read(8),  # frames are hints for buffering only
+    pickle.REDUCE: lambda u: u.call(*_last_two(u), "reduce"),
+    pickle.NEWOBJ: lambda u: u.call(*_last_two(u), "newobj"),
+    pickle.NEWOBJ_EX: lambda u: u.new_with_keywords(u.stack.pop()),
+    pickle.BUILD: lambda u: u.build(u.stack.pop()),
+    pickle.APPEND: lambda u: u.extend([u.stack.pop()]),
+    pickle.APPENDS: lambda u: u.extend(u.pop_mark()),
+    pickle.SETITEM: lambda u: u.set_items(list(_last_two(u))),
+    pickle.SETITEMS: lambda u: u.set_items(u.pop_mark()),
+    pickle.ADDITEMS: lambda u: u.add_items(u.pop_mark()),
+    pickle.DICT: lambda u: u.make_dict(u.pop_mark()),
+    pickle.FROZENSET: lambda u: u.make_frozenset(u.pop_mark()),
+    pickle.MARK: _U.mark,
+    pickle.LONG4: _U.long4,
+    pickle.BYTEARRAY8: _U.bytearray8,
+    **dict.fromkeys((pickle.PERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4), _U.refuse),
+    **dict.fromkeys((pickle.NEXT_BUFFER, pickle.READONLY_BUFFER), _U.refuse),
 }
 
 
-Machine.table = DISPATCH
+def _last_two(unpickler: _RecordUnpickler) -> tuple[Any, Any]:
+    last = unpickler.stack.pop()
+    return unpickler.stack.pop(), last
 
 
-MAX_EXPANSION = 100_000_000  # values if shared containers were written out: "billion laughs"
+_U.dispatch.update({code[0]: operation for code, operation in _OPERATIONS.items()})
+_U.dispatch.update({code[0]: _charged(_U.dispatch[code[0]], size) for code, size in _CHARGES.items()})
+_U.dispatch.update({code[0]: _short(_U.dispatch[code[0]]) for code in _NUMBERS_AS_TEXT})
+
+OPERATIONS: Mapping[int, Callable[[Any], None]] = _U.dispatch
+"""What each code of a pickle does here."""
 
 
 @dataclass(frozen=True)
@@ -489,14 +356,23 @@ def unpickle(data: memoryview | bytes, start: int = 0, load_storage: LoadStorage
     Raises:
         RefusedError: if the pickle is damaged, or does something that no honest checkpoint does.
     """
-    machine = Machine(memoryview(data), start, load_storage)
+    machine = _RecordUnpickler(memoryview(data), start, load_storage)
     try:
-        value = machine.run()
+        value = machine.load()
     except RefusedError:
         raise
     except IndexError as error:
         raise RefusedError("a damaged pickle (an operation without operands)") from error
-    except (struct.error, UnicodeError, ValueError, TypeError, OverflowError, KeyError, AttributeError) as error:
+    except (
+        pickle.UnpicklingError,
+        struct.error,
+        UnicodeError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        KeyError,
+        AttributeError,
+    ) as error:
         raise RefusedError(f"a damaged pickle ({type(error).__name__}: {str(error)[:200]})") from error
     except (RecursionError, MemoryError) as error:
         raise RefusedError("a pickle that needs excessive memory") from error

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lit_wsl.checkpoint.allowlist import BUILDERS, RefusedError, Storage
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject
 from lit_wsl.checkpoint.torch_file import MappedFile, read_zip
-from lit_wsl.checkpoint.unpickler import DISPATCH, unpickle
+from lit_wsl.checkpoint.unpickler import OPERATIONS, unpickle
 
 SCALARS = st.one_of(
     st.none(),
@@ -184,7 +184,7 @@ def random_program(random_: random.Random) -> bytes:
         for module, attribute in [*sorted(BUILDERS), ("os", "system"), ("torch", "FloatStorage")]
     ]
     with_operands = b"IFLVSgpPT\x8d\x8e\x96X\x8bUB\x95"
-    operations = [bytes([code]) for code in sorted(DISPATCH) if code not in with_operands]
+    operations = [bytes([code]) for code in sorted(OPERATIONS) if code not in with_operands]
     choices = [
         values,
         names,

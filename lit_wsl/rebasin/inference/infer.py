@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.inference import rules_compute, rules_index, rules_shape  # noqa: F401  (registers the rules)
 from lit_wsl.rebasin.inference.groups import build_spec
 from lit_wsl.rebasin.inference.propagate import propagate
 from lit_wsl.rebasin.inference.run import Joint, Run
