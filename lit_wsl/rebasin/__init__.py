@@ -15,7 +15,7 @@ from lit_wsl.rebasin.matching.weights import (
     weight_matching_for_task_vectors,
 )
 from lit_wsl.rebasin.merging.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
-from lit_wsl.rebasin.merging.merge import average, interpolate, task_arithmetic
+from lit_wsl.rebasin.merging.merge import average, interpolate, slerp, task_arithmetic, ties
 from lit_wsl.rebasin.merging.repair import repair
 from lit_wsl.rebasin.responses import reestimate_batchnorm
 from lit_wsl.rebasin.spec.apply import apply_permutation, compose_permutations, invert_permutations
@@ -53,8 +53,10 @@ __all__ = [
     "register_permutation_spec",
     "registered_permutation_specs",
     "repair",
+    "slerp",
     "task_arithmetic",
     "task_vector",
+    "ties",
     "verify_permutation_spec",
     "weight_matching",
     "weight_matching_for_task_vectors",

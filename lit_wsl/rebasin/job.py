@@ -25,7 +25,7 @@ from lit_wsl.rebasin.matching.weights import (
     weight_matching,
     weight_matching_for_task_vectors,
 )
-from lit_wsl.rebasin.merging.merge import average, task_arithmetic
+from lit_wsl.rebasin.merging.merge import average, is_statistic, task_arithmetic
 from lit_wsl.rebasin.metrics import VectorComparison, compare_vectors
 from lit_wsl.rebasin.spec.apply import apply_permutation
 from lit_wsl.rebasin.spec.spec import PermutationSpec
@@ -436,5 +436,6 @@ def _merge(
     vectors = [task_vector(state, pretrained, strict=False) for state in states]
     scale = 1.0 / len(vectors) if options.merge_scale is None else options.merge_scale
     merged = task_arithmetic({n: t for n, t in pretrained.items() if n in states[0]}, vectors, scale)
-    mean = average(states)  # for what the pretrained model does not have, such as a new head
-    return {name: merged[name] if name in vectors[0] else tensor for name, tensor in mean.items()}
+    mean = average(states)  # for statistics, and for what the pretrained model does not have, such as a new head
+    summed = {name for name in vectors[0] if not is_statistic(name)}
+    return {name: merged[name] if name in summed else tensor for name, tensor in mean.items()}

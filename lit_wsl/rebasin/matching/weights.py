@@ -15,15 +15,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.matching.descent import Descent, Progress, progress_bar
+from lit_wsl.rebasin.merging.merge import is_continuous
 from lit_wsl.rebasin.spec.apply import permute_tensor
 from lit_wsl.rebasin.spec.axis import Permutations
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+
+TaskVectors: TypeAlias = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +207,8 @@ def task_vector(
         strict: raise where names or shapes differ; otherwise such tensors (a new head) are left out.
 
     Returns:
-        The differences by name, in float32 at least. Tensors that are not floating point (counters) are left out.
+        The differences by name, in single precision at least. Counters (neither floating point nor complex) are left
+        out.
 
     Raises:
         RebasinError: names or shapes differ (with ``strict``), or nothing is left.
@@ -213,7 +218,7 @@ def task_vector(
     """
     vector = {}
     for name, tensor in finetuned.items():
-        if not tensor.is_floating_point():
+        if not is_continuous(tensor):
             continue
         before = pretrained.get(name)
         if before is None or before.shape != tensor.shape:
@@ -226,7 +231,7 @@ def task_vector(
             continue
         dtype = torch.promote_types(torch.promote_types(tensor.dtype, before.dtype), torch.float32)
         vector[name] = tensor.detach().to(dtype) - before.detach().to(device=tensor.device, dtype=dtype)
-    missing = [n for n, t in pretrained.items() if t.is_floating_point() and n not in finetuned]
+    missing = [n for n, t in pretrained.items() if is_continuous(t) and n not in finetuned]
     if strict and missing:
         raise RebasinError(f"{missing[0]!r} of the pretrained state dict is missing in the fine-tuned one")
     if not vector:
@@ -281,22 +286,56 @@ def _identity(spec: PermutationSpec, reference: Mapping[str, Tensor]) -> Matchin
     return MatchingResult(permutations, square, square, identity_share(permutations), 0, True, True, "identity")
 
 
+@overload
 def apply_permutation_to_task_vectors(
-    spec: PermutationSpec, permutations: Sequence[Permutations], task_vectors: Sequence[Mapping[str, Tensor]]
+    spec: PermutationSpec, permutations: Sequence[Permutations], task_vectors: TaskVectors, /
+) -> list[dict[str, Tensor]]: ...
+
+
+@overload
+def apply_permutation_to_task_vectors(
+    task_vectors: TaskVectors, /, *, spec: PermutationSpec, max_iter: int = 100, seed: int = 0
+) -> list[dict[str, Tensor]]: ...
+
+
+def apply_permutation_to_task_vectors(
+    *arguments: Any,
+    spec: PermutationSpec | None = None,
+    permutations: Sequence[Permutations] | None = None,
+    task_vectors: TaskVectors | None = None,
+    max_iter: int = 100,
+    seed: int = 0,
 ) -> list[dict[str, Tensor]]:
-    """Permute every task vector by its own permutations.
+    """Permute every task vector: by its own permutations, or into the order of the first one.
+
+    ``apply_permutation_to_task_vectors(spec, permutations, task_vectors)`` applies what was found before,
+    ``apply_permutation_to_task_vectors(task_vectors, spec=spec)`` matches and applies in one call.
 
     Args:
+        arguments: ``spec, permutations, task_vectors``, or ``task_vectors`` alone.
         spec: permutation spec of the architecture.
         permutations: one for each task vector, as :func:`weight_matching_for_task_vectors` returns them.
         task_vectors: the task vectors; unlike state dicts they may lack tensors, such as buffers.
+        max_iter: most sweeps for each start of the matching.
+        seed: of the matching's random orders.
 
     Raises:
         RebasinError: the numbers differ, or a tensor has another shape than the spec.
     """
-    if len(permutations) != len(task_vectors):
-        raise RebasinError(f"{len(task_vectors)} task vectors but {len(permutations)} permutations")
+    names = ("spec", "permutations", "task_vectors")
+    if len(arguments) == 1 and not isinstance(arguments[0], PermutationSpec):
+        names = ("task_vectors",)
+    given = {"spec": spec, "permutations": permutations, "task_vectors": task_vectors}
+    given.update(zip(names, arguments))
+    if len(arguments) > len(names) or given["spec"] is None or given["task_vectors"] is None:
+        raise TypeError("give spec, permutations and task_vectors; or task_vectors and spec=spec to match them first")
+    vectors = list(given["task_vectors"])
+    found = given["permutations"]
+    if found is None:
+        found = weight_matching_for_task_vectors(given["spec"], vectors, max_iter, seed)
+    if len(found) != len(vectors):
+        raise RebasinError(f"{len(vectors)} task vectors but {len(found)} permutations")
     return [
-        {name: permute_tensor(spec, p, name, tensor) for name, tensor in vector.items()}
-        for p, vector in zip(permutations, task_vectors)
+        {name: permute_tensor(given["spec"], p, name, tensor) for name, tensor in vector.items()}
+        for p, vector in zip(found, vectors)
     ]

@@ -1,10 +1,13 @@
-"""Merge aligned models: average, interpolation, task arithmetic.
+"""Merge aligned models: average, interpolation on a line or an arc, task arithmetic, TIES.
 
-Nothing here aligns: give it state dicts whose units already stand in the same order.
+Nothing here aligns: give it state dicts whose units already stand in the same order. Running statistics of norms are
+not weights: means of them are taken where models are averaged, but no sum of differences describes any data, so task
+vectors leave those of the pretrained model alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,12 +16,24 @@ from torch import Tensor
 from lit_wsl.errors import RebasinError
 
 
+def is_continuous(tensor: Tensor) -> bool:
+    """Whether a tensor can be averaged: floating point or complex."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor holds a running statistic of a norm, by the name that torch gives it."""
+    return name.rpartition(".")[2].startswith("running_")
+
+
 def linear_combination(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``sum(w * t)`` accumulated in float64 and rounded once, to the dtype of the first tensor."""
-    result = torch.zeros(tensors[0].shape, dtype=torch.float64, device=tensors[0].device)
+    """``sum(w * t)`` accumulated in double precision and rounded once, to the dtype of the first tensor."""
+    first = tensors[0]
+    wide = torch.complex128 if any(tensor.is_complex() for tensor in tensors) else torch.float64
+    result = torch.zeros(first.shape, dtype=wide, device=first.device)
     for tensor, weight in zip(tensors, weights):
-        result.add_(tensor.detach().to(device=result.device, dtype=torch.float64), alpha=weight)
-    return result.to(tensors[0].dtype)
+        result.add_(tensor.detach().to(device=first.device, dtype=wide), alpha=weight)
+    return result.to(first.dtype)
 
 
 def average(state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
@@ -32,7 +47,7 @@ def average(state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float
         A new state dict. Entries that are not floating point (counters) come from the first one.
 
     Raises:
-        RebasinError: names, shapes or the number of weights don't fit.
+        RebasinError: names, shapes or the number of weights don't fit, or weights below zero make a variance negative.
     """
     if not state_dicts:
         raise RebasinError("nothing to average: give at least one state dict")
@@ -42,12 +57,13 @@ def average(state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float
     first = state_dicts[0]
     for number, other in enumerate(state_dicts[1:], start=1):
         _check_same_layout(first, other, f"state dict {number}")
-    return {
+    merged = {
         name: linear_combination([sd[name] for sd in state_dicts], weights)
-        if tensor.is_floating_point()
+        if is_continuous(tensor)
         else tensor.detach().clone()
         for name, tensor in first.items()
     }
+    return _with_valid_variances(merged)
 
 
 def interpolate(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -69,12 +85,137 @@ def task_arithmetic(
         task_vectors: differences by name; a name without an entry is left as pretrained.
         scale: one for all, or one per task vector.
 
+    Returns:
+        A new state dict. Running statistics are the pretrained model's: estimate them anew on data
+        (:func:`~lit_wsl.rebasin.reestimate_batchnorm`).
+
     Raises:
         RebasinError: a task vector has a name or shape that the pretrained model lacks, or the scales don't fit.
     """
     scales = [float(scale)] * len(task_vectors) if isinstance(scale, (int, float)) else [float(s) for s in scale]
     if len(scales) != len(task_vectors):
         raise RebasinError(f"{len(task_vectors)} task vectors but {len(scales)} scales")
+    _check_task_vectors(pretrained, task_vectors)
+    merged = {}
+    for name, tensor in pretrained.items():
+        parts = [(vector[name], s) for vector, s in zip(task_vectors, scales) if name in vector]
+        if parts and is_continuous(tensor) and not is_statistic(name):
+            merged[name] = linear_combination([tensor, *(p[0] for p in parts)], [1.0, *(p[1] for p in parts)])
+        else:
+            merged[name] = tensor.detach().clone()
+    return _with_valid_variances(merged)
+
+
+def ties(
+    pretrained: Mapping[str, Tensor],
+    task_vectors: Sequence[Mapping[str, Tensor]],
+    *,
+    density: float = 0.2,
+    scale: float = 1.0,
+    weights: Sequence[float] | None = None,
+) -> dict[str, Tensor]:
+    """Trim, elect sign, merge (Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models").
+
+    Of each task vector the largest elements are kept. At each place the sign with the larger sum of magnitudes is
+    elected, and the mean of the values of that sign, zeros not counted, is added to the pretrained model.
+
+    Args:
+        pretrained: the state dict that the task vectors were taken from.
+        task_vectors: differences by name; a name without an entry counts as zero.
+        density: share of the elements of each task vector that is kept, by magnitude over all its tensors, in (0, 1].
+        scale: factor of the merged task vector.
+        weights: how much each task vector counts in the election and in the mean; equally by default.
+
+    Returns:
+        A new state dict; running statistics are the pretrained model's.
+
+    Raises:
+        RebasinError: a task vector has a name or shape that the pretrained model lacks, or an option is out of range.
+    """
+    if not 0 < density <= 1:
+        raise RebasinError(f"density={density} is not a share: choose it above 0 and at most 1")
+    weights = [1.0] * len(task_vectors) if weights is None else [float(w) for w in weights]
+    if len(weights) != len(task_vectors):
+        raise RebasinError(f"{len(task_vectors)} task vectors but {len(weights)} weights")
+    if not task_vectors or min(weights) < 0 or sum(weights) <= 0:
+        raise RebasinError("ties needs one task vector at least, and weights that are not negative and not all zero")
+    _check_task_vectors(pretrained, task_vectors)
+    trimmed = [_trimmed(vector, density) for vector in task_vectors]
+    merged = {}
+    for name, tensor in pretrained.items():
+        parts = [(vector[name], w) for vector, w in zip(trimmed, weights) if name in vector]
+        if not parts:
+            merged[name] = tensor.detach().clone()
+            continue
+        values = torch.stack([part.detach().double().to(tensor.device) for part, _ in parts])
+        counts = torch.tensor([w for _, w in parts], dtype=torch.float64, device=tensor.device)
+        counts = counts.reshape(-1, *[1] * tensor.ndim)
+        agrees = (values.sign() == (values * counts).sum(dim=0).sign()) & (values != 0)
+        mean = (values * counts * agrees).sum(dim=0) / (counts * agrees).sum(dim=0).clamp_min(1e-300)
+        merged[name] = (tensor.detach().double() + scale * mean).to(tensor.dtype)
+    return merged
+
+
+def _trimmed(vector: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """The real weights of a task vector with all but the largest elements set to zero."""
+    kept = {n: t.detach() for n, t in vector.items() if t.is_floating_point() and not is_statistic(n)}
+    if density == 1 or not kept:
+        return kept
+    sizes = torch.cat([t.abs().flatten().float() for t in kept.values()])
+    keep = max(1, round(density * sizes.numel()))
+    least = sizes.kthvalue(sizes.numel() - keep + 1).values
+    return {n: torch.where(t.abs() >= least.to(t.device), t, torch.zeros_like(t)) for n, t in kept.items()}
+
+
+def slerp(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Tensor by tensor along the arc between two models (Shoemake 1985, "Animating rotation with quaternion curves").
+
+    Where a straight line passes through the inside of the sphere and weights shrink, the arc turns the direction of
+    each tensor at an even rate, and its length goes evenly from that in ``a`` to that in ``b``. Tensors of the same or
+    of opposite direction, zeros and running statistics are interpolated on the line.
+
+    Args:
+        a: a state dict, the result at 0.
+        b: another one of the same names and shapes, the result at 1.
+        alpha: position, in [0, 1].
+
+    Returns:
+        A new state dict. Entries that are neither floating point nor complex come from ``a``.
+
+    Raises:
+        RebasinError: names or shapes differ, or ``alpha`` is outside of [0, 1].
+
+    >>> half = slerp({"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}, 0.5)["w"]
+    >>> round(float(half.norm()), 6)
+    1.0
+    """
+    if not 0 <= alpha <= 1:
+        raise RebasinError(f"alpha={alpha} is not on the arc: choose it from 0 to 1")
+    line = interpolate(a, b, alpha)
+    return {
+        name: _on_arc(a[name], b[name], alpha, tensor)
+        if is_continuous(tensor) and not is_statistic(name) and 0 < alpha < 1
+        else tensor
+        for name, tensor in line.items()
+    }
+
+
+def _on_arc(a: Tensor, b: Tensor, alpha: float, line: Tensor) -> Tensor:
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    x, y = a.detach().to(wide), b.detach().to(device=a.device, dtype=wide)
+    sizes = float(torch.linalg.vector_norm(x)), float(torch.linalg.vector_norm(y))
+    if not min(sizes) > 0:
+        return line
+    cosine = float(torch.vdot(x.flatten(), y.flatten()).real) / (sizes[0] * sizes[1])
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    if not 1e-6 < angle < math.pi - 1e-6:
+        return line
+    first, second = (math.sin(share * angle) / math.sin(angle) for share in (1 - alpha, alpha))
+    size = (1 - alpha) * sizes[0] + alpha * sizes[1]
+    return ((x * (first / sizes[0]) + y * (second / sizes[1])) * size).to(a.dtype)
+
+
+def _check_task_vectors(pretrained: Mapping[str, Tensor], task_vectors: Sequence[Mapping[str, Tensor]]) -> None:
     for number, vector in enumerate(task_vectors):
         for name, delta in vector.items():
             if name not in pretrained:
@@ -82,13 +223,17 @@ def task_arithmetic(
             if delta.shape != pretrained[name].shape:
                 shapes = f"{tuple(delta.shape)}, pretrained {tuple(pretrained[name].shape)}"
                 raise RebasinError(f"task vector {number}: {name!r} has shape {shapes}")
-    merged = {}
-    for name, tensor in pretrained.items():
-        parts = [(vector[name], s) for vector, s in zip(task_vectors, scales) if name in vector]
-        if parts and tensor.is_floating_point():
-            merged[name] = linear_combination([tensor, *(p[0] for p in parts)], [1.0, *(p[1] for p in parts)])
-        else:
-            merged[name] = tensor.detach().clone()
+
+
+def _with_valid_variances(merged: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The merged state dict, unless a variance in it is negative: its square root would make every output NaN."""
+    for name, tensor in merged.items():
+        if name.rpartition(".")[2] == "running_var" and tensor.numel() and float(tensor.min()) < 0:
+            raise RebasinError(
+                f"{name!r} of shape {tuple(tensor.shape)} would become negative ({float(tensor.min()):.3g}), and a "
+                "variance cannot be: take weights that are not negative, or leave the statistics out and estimate "
+                "them anew with lit_wsl.rebasin.reestimate_batchnorm"
+            )
     return merged
 
 

@@ -230,6 +230,10 @@ def test_task_vectors_are_aligned_to_the_first(name):
         assert all(torch.equal(vector[k], first[k]) for k in first)
     with pytest.raises(RebasinError, match="2 task vectors but 3"):
         apply_permutation_to_task_vectors(spec, found, moved)
+    for vector in apply_permutation_to_task_vectors([first, *moved], spec=spec):  # matched and applied in one call
+        assert all(torch.equal(vector[k], first[k]) for k in first)
+    with pytest.raises(TypeError, match="spec=spec"):
+        apply_permutation_to_task_vectors([first, *moved])
 
 
 def test_a_tensor_that_all_task_vectors_lack_has_no_say():
