@@ -15,6 +15,8 @@ from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.spec.axis import AxisSpec, PermutationGroup, axis_from_segments
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
+DECLARED = "declared fixed"
+
 Part: TypeAlias = "str | int | tuple[str | int, ...]"
 """One segment of an axis: a group, a number of fixed positions, or a row-major product of these."""
 
@@ -49,6 +51,7 @@ class PermutationSpecBuilder:
         self.parameters = tuple(self.shapes if parameters is None else parameters)
         self._groups: dict[str, PermutationGroup] = {}
         self._layouts: dict[str, dict[int, tuple[Layout, int | None]]] = {}
+        self._known: dict[str, None] = {}
 
     def group(self, name: str, size: int, parent: str | None = None) -> PermutationSpecBuilder:
         """Declare a group; needed for nested groups and where the size cannot be read from an axis."""
@@ -80,6 +83,7 @@ class PermutationSpecBuilder:
             )
         if not 0 <= axis < len(shape):
             raise RebasinError(f"{tensor!r} has shape {shape} and no axis {axis}.")
+        self._known[tensor] = None
         if isinstance(layout, str) and layout not in self._groups:
             self.group(layout, shape[axis])
         if layout is not None:
@@ -101,30 +105,47 @@ class PermutationSpecBuilder:
 
     def norm(self, name: str, layout: Layout) -> PermutationSpecBuilder:
         """Gain, bias and statistics of a norm layer, whichever exist."""
+        if f"{name}.num_batches_tracked" in self.shapes:
+            self.fixed(f"{name}.num_batches_tracked")
         for part in ("weight", "bias", "running_mean", "running_var"):
             if f"{name}.{part}" in self.shapes:
                 self.tensor(f"{name}.{part}", layout)
         return self
 
-    def attention(self, name: str, heads: int, qkv: str, out: str, residual: Layout) -> PermutationSpecBuilder:
-        """Self-attention with one fused projection, ``(3 * heads * head_dim, width)``, and an output projection.
+    def fixed(self, *tensors: str) -> PermutationSpecBuilder:
+        """Say that nothing moves some tensors: a class bias, a counter, a scale."""
+        for tensor in tensors:
+            if tensor not in self.shapes:
+                raise RebasinError(f"There is no tensor {tensor!r}.")
+            self._known[tensor] = None
+        return self
+
+    def attention(
+        self, name: str, heads: int, qkv: str | tuple[str, str, str], out: str, residual: Layout
+    ) -> PermutationSpecBuilder:
+        """Self-attention with an output projection.
 
         Args:
             name: Prefix of the new groups: ``{name}.heads``, ``{name}.qk`` and ``{name}.vo`` inside the heads.
             heads: Number of heads.
-            qkv: Name of the fused weight; its bias is found by the name (``_weight`` -> ``_bias``).
+            qkv: Name of the fused weight, ``(3 * heads * head_dim, width)``, whose bias is found by the name
+                (``_weight`` -> ``_bias``); or the names of three projections, without ``.weight``.
             out: Name of the output projection, without ``.weight``.
             residual: What moves the width.
         """
-        inner = self.shapes[qkv][0] // (3 * heads)
+        rows = self.shapes[qkv][0] // 3 if isinstance(qkv, str) else self.shapes[f"{qkv[0]}.weight"][0]
         self.group(f"{name}.heads", heads)
-        self.group(f"{name}.qk", inner, f"{name}.heads").group(f"{name}.vo", inner, f"{name}.heads")
+        self.group(f"{name}.qk", rows // heads, f"{name}.heads").group(f"{name}.vo", rows // heads, f"{name}.heads")
         qk, vo = (f"{name}.heads", f"{name}.qk"), (f"{name}.heads", f"{name}.vo")
-        fused: Layout = [qk, qk, vo]
-        self.tensor(qkv, fused, residual)
-        bias = qkv[: -len("weight")] + "bias"
-        if bias in self.shapes:
-            self.tensor(bias, fused)
+        if isinstance(qkv, str):
+            fused: Layout = [qk, qk, vo]
+            self.tensor(qkv, fused, residual)
+            bias = qkv[: -len("weight")] + "bias"
+            if bias in self.shapes:
+                self.tensor(bias, fused)
+        else:
+            for projection, layout in zip(qkv, (qk, qk, vo), strict=True):
+                self.linear(projection, layout, residual)
         return self.linear(out, residual, vo)
 
     def build(self) -> PermutationSpec:
@@ -150,6 +171,14 @@ class PermutationSpecBuilder:
             axes,
             shapes=self.shapes,
             parameters=self.parameters,
+            frozen={
+                tensor: {
+                    axis: DECLARED
+                    for axis, size in enumerate(self.shapes[tensor])
+                    if size > 1 and axis not in axes.get(tensor, {})
+                }
+                for tensor in self._known
+            },
         )
 
     def _axis(self, tensor: str, axis: int, layout: Layout, outer_axis: int | None) -> AxisSpec:

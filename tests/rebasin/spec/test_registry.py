@@ -18,7 +18,6 @@ from lit_wsl.rebasin import (
     registered_permutation_specs,
     verify_permutation_spec,
 )
-from lit_wsl.rebasin.spec.registry import open_clip_text, open_clip_visual, timm_vit, torchvision_vit
 
 
 class Block(nn.Module):
@@ -241,11 +240,11 @@ KNOWN = {
     "ResNet50": (resnet50, IMAGE, lambda sd: permutation_spec("resnet50", sd)),
     "VGG16": (lambda: VGG(norm=False), IMAGE, lambda sd: permutation_spec("vgg16", sd)),
     "VGG16-BN": (lambda: VGG(norm=True), IMAGE, lambda sd: permutation_spec("vgg16_bn", sd)),
-    "timm ViT": (TimmViT, SMALL, lambda sd: timm_vit(sd, 3)),
-    "timm ViT without a head": (headless_vit, SMALL, lambda sd: timm_vit(sd, 3)),
-    "torchvision ViT": (TorchvisionViT, SMALL, lambda sd: torchvision_vit(sd, 3)),
-    "OpenCLIP visual": (Visual, SMALL, lambda sd: open_clip_visual(sd, 3)),
-    "OpenCLIP text": (Text, TEXT, lambda sd: open_clip_text(sd, 3)),
+    "timm ViT": (TimmViT, SMALL, lambda sd: permutation_spec("ViT", sd, heads=3)),
+    "timm ViT without a head": (headless_vit, SMALL, lambda sd: permutation_spec("ViT", sd, heads=3)),
+    "torchvision ViT": (TorchvisionViT, SMALL, lambda sd: permutation_spec("ViT", sd, heads=3)),
+    "OpenCLIP visual": (Visual, SMALL, lambda sd: permutation_spec("ViT", sd, heads=3)),
+    "OpenCLIP text": (Text, TEXT, lambda sd: permutation_spec("ViT", sd, heads=3)),
 }
 
 
@@ -296,10 +295,142 @@ def test_own_architectures_can_be_registered():
 def test_unknown_names_and_wrong_state_dicts_are_refused():
     with pytest.raises(RebasinError, match="No permutation spec is registered for 'nobody'"):
         permutation_spec("nobody", {})
-    with pytest.raises(RebasinError):
+    with pytest.raises(RebasinError, match="blocks or the classifier"):
         permutation_spec("resnet50", {"something": (3, 3)})
+    with pytest.raises(RebasinError, match="no vision transformer"):
+        permutation_spec("ViT-B-32", {"something": (3, 3)})
     headless = VGG(norm=True)
     headless.classifier = nn.Identity()
     for source in (headless, headless.state_dict()):
         with pytest.raises(RebasinError, match="classifier"):
             permutation_spec("vgg16_bn", source)
+
+
+class PublishedBlock(nn.Module):
+    """A basic block as it is published under other names, norms behind or in front of the convolutions."""
+
+    def __init__(self, inp: int, out: int, names: tuple[str, str], norm: type[nn.Module], first: bool) -> None:
+        super().__init__()
+        self.names, self.first = names, first
+        self.conv1, self.conv2 = (nn.Conv2d(a, out, 3, padding=1, bias=False) for a in (inp, out))
+        for k, width in ((1, inp if first else out), (2, out)):
+            setattr(self, f"{names[0]}{k}", norm(width))
+        if inp != out:
+            layers = [nn.Conv2d(inp, out, 1, bias=False), *([] if first else [norm(out)])]
+            setattr(self, names[1], nn.Sequential(*layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms, shortcut = [getattr(self, f"{self.names[0]}{k}") for k in (1, 2)], getattr(self, self.names[1], None)
+        if self.first:
+            y = self.conv2(norms[1](self.conv1(norms[0](x).relu())).relu())
+            return y + (x if shortcut is None else shortcut(norms[0](x).relu()))
+        y = norms[1](self.conv2(norms[0](self.conv1(x)).relu()))
+        return (y + (x if shortcut is None else shortcut(x))).relu()
+
+
+class Published(nn.Module):
+    def __init__(self, blocks: str, norm: str, shortcut: str, head: str, first: bool, wrapped: bool = False) -> None:
+        super().__init__()
+        kind = WrappedNorm if wrapped else nn.BatchNorm2d
+        self.conv, self.head, self.first = nn.Conv2d(3, 4, 3, padding=1, bias=False), head, first
+        widths, made = [4, 4, 6, 8], []
+        for inp, out in zip([4, *widths], widths, strict=False):
+            made.append(PublishedBlock(inp, out, (norm, shortcut), kind, first))
+        self.bn = kind(8 if first else 4)
+        setattr(self, blocks, nn.ModuleList(made))
+        setattr(self, head, nn.Linear(8, 5))
+        self.made = made
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = x if self.first else self.bn(x).relu()
+        for block in self.made:
+            x = block(x)
+        x = self.bn(x).relu() if self.first else x
+        return getattr(self, self.head)(x.mean((2, 3)))
+
+
+class WrappedNorm(nn.Module):
+    """A layer norm over channels, inside a module of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer_norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
+PUBLISHED = {
+    "downsample and fc": ("layer", "bn", "downsample", "fc", False),
+    "shortcut and linear": ("blocks", "bn", "shortcut", "linear", False),
+    "norms first": ("layers", "bn", "shortcut", "linear", True),
+    "wrapped norms": ("blockgroup", "norm", "shortcut", "linear", False, True),
+}
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+@pytest.mark.parametrize("name", ["ResNet20", "resnet-20", "ResNet20_CIFAR10"])
+def test_residual_networks_in_every_layout(layout, name):
+    model = Published(*PUBLISHED[layout])
+    spec = permutation_spec(name, model)
+    assert verify_permutation_spec(spec, model, (SMALL,)).ok
+    inferred = infer_permutation_spec(model, (SMALL,), verify=False)
+    assert {n: sorted(by) for n, by in spec.axes.items()} == {n: sorted(by) for n, by in inferred.axes.items()}
+
+
+class WholeClip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, text = Visual(), Text()
+        for name, value in [*text.named_children(), *text.named_parameters(recurse=False)]:
+            setattr(self, name, value)
+        self.register_buffer("attn_mask", text.attn_mask, persistent=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.visual(image) * self.logit_scale, Text.forward(self, text)
+
+    through = Text.through
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B/16", "ViT-L-14", "CLIP ViT-B-32", "CLIP ViT-L-14", "clip", "ViT"])
+def test_what_the_tensors_are_decides(name):
+    """One name, six layouts: timm, torchvision, both towers of CLIP and the whole, and with a prefix."""
+    clip = WholeClip()
+    for model, args, count in (
+        (TimmViT(), (SMALL,), 9), (TorchvisionViT(), (SMALL,), 9), (Visual(), (SMALL,), 9), (Text(), (TEXT,), 9),
+        (clip, (SMALL, TEXT), 18),
+    ):  # fmt: skip
+        spec = permutation_spec(name, model)
+        assert len(spec.groups) == count
+        assert "unproven" in repr(spec)
+        assert verify_permutation_spec(spec, model, args).ok
+    state = {f"model.{key}": tensor for key, tensor in TimmViT().state_dict().items()}
+    assert len(permutation_spec(name, state, heads=3).groups) == 9
+
+
+def test_heads_come_from_the_model_or_the_published_width():
+    with pytest.raises(RebasinError, match="heads="):
+        permutation_spec("ViT", TimmViT().state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in TimmViT(width=192).state_dict().items()}
+    assert permutation_spec("vit_tiny_patch16_224", shapes).groups["blocks.0.heads"].size == 3
+
+
+def test_every_tensor_is_accounted_for():
+    state = dict(TimmViT().state_dict())
+    state["blocks.0.attn.q_norm.weight"] = torch.ones(4)
+    with pytest.raises(RebasinError, match=r"q_norm.weight' of shape \(4,\)"):
+        permutation_spec("ViT", state, heads=3)
+    spec = permutation_spec("ViT", TimmViT().state_dict(), heads=3)
+    assert set(TimmViT().state_dict()) == set(spec.axes) | set(spec.frozen)
+    assert spec.frozen["head.bias"] == {0: "declared fixed"}
+
+
+def test_a_spec_without_groups_is_refused():
+    register_permutation_spec("test_only_empty")(lambda sd: PermutationSpecBuilder(sd).fixed(*sd).build())
+    with pytest.raises(RebasinError, match="nothing in this state dict"):
+        permutation_spec("test-only-empty", {"a": (3, 3)})
+    register_permutation_spec("test_only_silent")(lambda sd: PermutationSpecBuilder(sd).linear("a", "P", None).build())
+    with pytest.raises(RebasinError, match=r"'b' of shape \(2,\)"):
+        permutation_spec("test-only-silent", {"a.weight": (3, 3), "b": (2,)})
