@@ -17,10 +17,13 @@ from lit_wsl.files import atomic_write_text
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.scoring import ScoreBreakdown
 from lit_wsl.plan.coverage import Coverage
-from lit_wsl.plan.entries import PlanEntry, Unmatched
+from lit_wsl.plan.entries import PlanEntry, Side
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.gaps import gaps, remedy
 from lit_wsl.report.json_report import coverage_dict
 from lit_wsl.report.rows import operation_counts, shape_text
 from lit_wsl.report.scores import Material, breakdown, pairs, runner_up
+from lit_wsl.report.terminal import excluded_lines
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -110,8 +113,8 @@ def page_data(material: Material) -> dict[str, Any]:
     plan = material.plan
     shapes, texts, badges = _Table(), _Table(), _Table()
     sides = {
-        "source": _side(material.source, plan.unmatched_source, shapes, texts),
-        "target": _side(material.target, plan.unmatched_target, shapes, texts),
+        "source": _side(material, "source", shapes, texts),
+        "target": _side(material, "target", shapes, texts),
     }
     numbers = {side: {name: i for i, name in enumerate(sides[side]["names"])} for side in ("source", "target")}
     where = {
@@ -130,6 +133,7 @@ def page_data(material: Material) -> dict[str, Any]:
         "labels": {"source": plan.source.label, "target": plan.target.label},
         "options": dict(plan.options),
         "proof": plan.proof,
+        "remedy": remedy(plan),
         "counts": {
             "operations": operation_counts(plan),
             "ambiguous_targets": sum(len(case.targets) for case in plan.ambiguous),
@@ -151,9 +155,14 @@ def page_data(material: Material) -> dict[str, Any]:
         "shapes": shapes.values(),
         "texts": texts.values(),
         "badges": badges.values(),
-        "warnings": list(material.warnings),
+        "warnings": [*_excluded(plan, material.target), *material.warnings],
         "notes": notes,
     }
+
+
+def _excluded(plan: TransferPlan, target: ModelDescription) -> list[str]:
+    lines = excluded_lines(plan, target)
+    return [f"buffers: {'; '.join([lines[0], *([' '.join(lines[1:])] if lines[1:] else [])])}"] if lines else []
 
 
 class _Finder:
@@ -169,15 +178,28 @@ class _Finder:
         return [number for number in found if number is not None]
 
 
-def _side(side: ModelDescription, left: tuple[Unmatched, ...], shapes: _Table, texts: _Table) -> dict[str, Any]:
+def _side(material: Material, which: Side, shapes: _Table, texts: _Table) -> dict[str, Any]:
+    """One side; what has no partner with its reason, its nearest tensor on the other side, and what would fill it."""
+    side, other = (material.source, material.target)[:: 1 if which == "source" else -1]
     infos: tuple[ParameterInfo, ...] = side.parameters
     numbers = {info.name: i for i, info in enumerate(infos)}
+    places = {info.name: i for i, info in enumerate(other.parameters)}
+    left = [
+        [
+            numbers[item.name],
+            texts.number(gap.reason),
+            None if gap.nearest is None else places[gap.nearest.name],
+            texts.number(gap.advice) if gap.advice else None,
+        ]
+        for gap in gaps(material.plan, which, material.source, material.target)
+        for item in gap.members
+    ]
     return {
         "names": [info.name for info in infos],
         "shapes": [shapes.number((shape_text(info.shape), info.numel)) for info in infos],
         "buffers": [i for i, info in enumerate(infos) if info.kind == "buffer"],
         "types": [info.module_type for info in infos] if side.is_module else None,
-        "unmatched": [[numbers[item.name], texts.number(item.reason)] for item in left if item.name in numbers],
+        "unmatched": sorted(left),
     }
 
 

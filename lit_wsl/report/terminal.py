@@ -305,17 +305,24 @@ def summary_lines(report: Reported, verb: str | None = None) -> list[str]:
 def _buffer_lines(report: Reported) -> list[str]:
     """How many buffers were loaded; and where they are excluded, what that means."""
     of = report.coverage.target_buffers
-    if not of.of_tensors:
-        return []
-    left = [info for info in report.sides[1].parameters if is_excluded(info, report.plan)]
+    excluded = excluded_lines(report.plan, report.sides[1])
+    if excluded or not of.of_tensors:
+        return [f"{'buffers:' if number == 0 else '':8} {line}" for number, line in enumerate(excluded)]
+    return [f"buffers: {_amount(of)}"]
+
+
+def excluded_lines(plan: TransferPlan, target: ModelDescription) -> list[str]:
+    """What it means that a model's buffers are excluded; empty where they are not."""
+    every = [info for info in target.parameters if info.kind == "buffer"]
+    left = {info.name for info in every if is_excluded(info, plan)}
     if not left:
-        return [f"buffers: {_amount(of)}"]
-    lines = [f"buffers: {len(left)} of {of.of_tensors} excluded: the model keeps its own"]
-    norms = [group for group in report.sides[1].groups if _keeps_statistics(group, {info.name for info in left})]
+        return []
+    lines = [f"{len(left)} of {len(every)} excluded: the model keeps its own"]
+    norms = [group for group in target.groups if _keeps_statistics(group, left)]
     if norms:
         modules = "1 module lacks its" if len(norms) == 1 else f"{len(norms)} modules lack their"
-        lines.append(f"         {modules} running statistics: in eval mode the model")
-        lines.append("         predicts like an untrained one until it has trained")
+        lines.append(f"{modules} running statistics: in eval mode the model")
+        lines.append("predicts like an untrained one until it has trained")
     return lines
 
 

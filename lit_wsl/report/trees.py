@@ -61,7 +61,6 @@ def tree_lines(
     max_depth: int = 5,
     folded: bool = True,
     matched: frozenset[str] | None = None,
-    with_buffers: bool = True,
 ) -> list[TreeLine]:
     """The lines of one tree, parents first.
 
@@ -75,9 +74,8 @@ def tree_lines(
         max_depth: Number of levels below the root.
         folded: Fold repeated modules and chains.
         matched: Names of the matched tensors; ``None`` leaves the status out.
-        with_buffers: Whether the status counts buffers.
     """
-    facts = _measure(side.root, matched, with_buffers)
+    facts = _measure(side.root, matched)
     lines: list[TreeLine] = []
 
     def visit(nodes: Sequence[ModuleNode], depth: int, guide: str, label: str, hang: str) -> None:
@@ -152,15 +150,14 @@ def _next_of_kind(before: str, name: str) -> bool:
     return one is not None and other is not None and (one[0], one[2]) == (other[0], other[2])
 
 
-def _measure(root: ModuleNode, matched: frozenset[str] | None, with_buffers: bool) -> dict[str, _Facts]:
+def _measure(root: ModuleNode, matched: frozenset[str] | None) -> dict[str, _Facts]:
     """Facts of every subtree, children before parents; equal subtrees get equal signatures."""
     known: dict[tuple[object, ...], int] = {}
     facts: dict[str, _Facts] = {}
     for node in reversed(list(root.walk())):
         below = [facts[child.path] for child in node.children]
         own = node.group.members
-        asked = [with_buffers or info.kind == "parameter" for info in own]
-        hits = [matched is not None and ask and info.name in matched for info, ask in zip(own, asked)]
+        hits = [matched is not None and info.name in matched for info in own]
         key: tuple[object, ...] = (
             tuple((info.leaf, info.shape, info.kind, hit) for info, hit in zip(own, hits)),
             tuple((child.name, f.signature) for child, f in zip(node.children, below)),
@@ -168,7 +165,7 @@ def _measure(root: ModuleNode, matched: frozenset[str] | None, with_buffers: boo
         facts[node.path] = _Facts(
             signature=known.setdefault(key, len(known)),
             numel=node.group.numel + sum(f.numel for f in below),
-            tensors=sum(asked) + sum(f.tensors for f in below),
+            tensors=len(own) + sum(f.tensors for f in below),
             matched=sum(hits) + sum(f.matched for f in below),
             modules=1 + sum(f.modules for f in below),
         )
@@ -249,10 +246,7 @@ class HierarchyView(View):
             matched = frozenset(side.tied.get(name, name) for names in moved for name in names)
             partners = _partners(self.plan) if which == "source" else {}
         text = Text()
-        with_buffers = self.plan is None or self.plan.options.get("buffers") != "exclude"
-        for line in tree_lines(
-            side, max_depth=self.max_depth, folded=self.folded, matched=matched, with_buffers=with_buffers
-        ):
+        for line in tree_lines(side, max_depth=self.max_depth, folded=self.folded, matched=matched):
             text.append_text(_line(line, partners, width)).append("\n")
         text.right_crop(1)
         return text

@@ -203,11 +203,85 @@ def test_search_and_chips_filter_both_trees(page):
 
 def test_ambiguous_tensors_show_candidates_and_reason(page):
     page.chip("ambiguous")
-    page.wait("return document.getElementById('found').textContent.startsWith('4')")
+    page.wait("return document.getElementById('found').textContent === '2 matches'")
     page.row("target", "x").click()
     page.wait("return document.querySelectorAll('#lines path.candidate').length === 2")
     for word in ("both orders fit equally well", "twin.a", "twin.b", "0.61"):
         assert word in page.details
+
+
+def test_chips_count_what_they_list(page):
+    for search in ("", "layer.3"):
+        page.search(search or " ")
+        for name in ("doubtful", "transformed", "ambiguous", "unmatched"):
+            page.chip(name)
+            label = page.driver.find_element("css selector", f"[data-chip={name}]").text
+            count = int(label.rpartition(" ")[2])
+            page.wait("return parseInt(document.getElementById('found').textContent) === arguments[0]", count)
+
+
+def test_search_takes_whole_parts_of_a_path(page):
+    page.search("layer.1")
+    page.wait("return document.getElementById('found').textContent === '3 matches'")  # qkv, mlp and norm of layer 1
+    page.search("layer.1 qkv")
+    page.wait("return document.getElementById('found').textContent === '1 match'")
+    page.search("laye")  # no whole part of any name: any part of one
+    page.wait("return document.getElementById('found').textContent === '36 matches'")
+
+
+def test_both_partners_open_together(page):
+    page.driver.find_element("id", "collapse").click()
+    page.wait("return document.querySelectorAll('#target .row').length === 5")
+    page.row("source", "encoder.layer.{0..11}").find_element("css selector", ".twist").click()
+    page.wait("return document.querySelectorAll('#target .row').length > 5")
+    assert "attn.qkv.weight" in page.rows("target")
+    page.row("target", "blocks.{0..11}").find_element("css selector", ".twist").click()
+    page.wait("return ![...document.querySelectorAll('#source .label')].some(l => l.textContent.startsWith('norm'))")
+
+
+def test_parts_of_a_block_are_not_folded_as_layers(browser, tmp_path):
+    rows = [(f"blocks.{i}.{leaf}.weight", (4, 4)) for i in range(3) for leaf in ("fc1", "fc2", "mlp.0", "mlp.2")]
+    side = ModelDescription(tuple(ParameterInfo(n, s, index=i) for i, (n, s) in enumerate(rows)), label="net")
+    plan = TransferPlan(
+        tuple(PlanEntry((n,), (n,), (), (s,), (s,)) for n, s in rows), SideSummary.of(side), SideSummary.of(side)
+    )
+    page = Page(browser, save_html(plan, tmp_path / "net.html", source=side, target=side))
+    assert page.rows("target") == ["net", "blocks.{0..2}", "fc1.weight", "fc2.weight", "mlp", "0.weight", "2.weight"]
+
+
+def test_gaps_of_both_sides_are_listed_with_nearest_partners_and_remedies(browser, tmp_path):
+    from torch import nn
+
+    from lit_wsl import transfer_weights
+
+    old, new = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)), nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 7))
+    transfer_weights(new, old).save_html(tmp_path / "head.html")
+    shown = Page(browser, tmp_path / "head.html").details
+    for line in ("2 target tensors found no source", "nearest: 1.weight 3x6", "2 source tensors found no target"):
+        assert line in shown
+    assert 'adapt=["partial_head"]' in shown
+
+
+@pytest.mark.parametrize("width", [420, 500, 900, 1400])
+def test_nothing_is_cut_off_at_any_width(browser, tmp_path, example, width):
+    source, target, plan = example
+    save_html(plan, tmp_path / "r.html", source=source, target=target)
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    try:
+        page = Page(browser, tmp_path / "r.html")
+        assert page.js("return document.documentElement.scrollWidth <= window.innerWidth")
+        heads = page.js("return [...document.querySelectorAll('.head')].map(h => h.scrollHeight <= h.clientHeight + 1)")
+        assert all(heads)
+        cut = page.js(
+            "return [...document.querySelectorAll('#source .row .label')].filter(l => l.scrollWidth > l.clientWidth)"
+            ".map(l => l.textContent)"
+        )
+        assert cut == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_the_page_opens_with_what_is_doubtful(page):

@@ -3,7 +3,7 @@
 (function () {
   const data = JSON.parse(document.getElementById("data").textContent);
   const ROW = 24, MARGIN = 12, $ = (id) => document.getElementById(id);
-  const MARKS = { matched: "✓", part: "◐", ambiguous: "?", unmatched: "✕", ignored: "–" };
+  const MARKS = { matched: "✓", part: "◐", ambiguous: "?", unmatched: "✕", excluded: "–" };
   const entries = data.entries.map((e, i) => ({ i, s: e[0], t: e[1], badge: data.badges[e[2]], score: e[3], margin: e[4], reason: data.texts[e[5]], pairs: e[6], lossy: e[7] === 1 }));
   const level = (score) => (score > 0.8 ? "high" : score >= 0.6 ? "medium" : "low");
   const plain = (entry) => entry.badge === "exact" || entry.badge === "cast";
@@ -23,11 +23,11 @@
   function makeSide(key) {
     const raw = data[key], n = raw.names.length;
     const side = { key, names: raw.names, shape: raw.shapes.map((s) => data.shapes[s][0]), size: raw.shapes.map((s) => data.shapes[s][1]), buffer: raw.buffers,
-      type: raw.types || [], partners: Array.from({ length: n }, () => []), status: new Array(n).fill("unmatched"), why: {}, cases: {}, pass: new Uint8Array(n).fill(1) };
+      type: raw.types || [], partners: Array.from({ length: n }, () => []), status: new Array(n).fill("unmatched"), why: {}, nearest: {}, advice: {}, cases: {}, pass: new Uint8Array(n).fill(1) };
     side.isBuffer = new Uint8Array(n);
     for (const b of side.buffer) side.isBuffer[b] = 1;
-    for (const [i, text] of raw.unmatched) side.why[i] = data.texts[text];
-    if (data.options.buffers === "exclude") for (const b of side.buffer) side.status[b] = "ignored";
+    for (const [i, text, nearest, advice] of raw.unmatched) { side.why[i] = data.texts[text]; if (nearest !== null) side.nearest[i] = nearest; if (advice !== null) side.advice[i] = data.texts[advice]; }
+    if (data.options.buffers === "exclude") for (const b of side.buffer) side.status[b] = "excluded";
     return side;
   }
   const source = makeSide("source"), target = makeSide("target"), sides = { source, target };
@@ -69,7 +69,10 @@
     node.sign = known.get(inner);
     return node.sign;
   }
-  function display(group, side, depth, parent, folded) {
+  // A layer has modules of its own. Alike siblings without any (fc1 and fc2, the 0 and 2 of a Sequential) are parts of
+  // a block, each with its own role; a list of them at the top still folds.
+  const isLayer = (node, inBlock) => node.tensor < 0 && (node.children.some((c) => c.tensor < 0) || (!inBlock && /^\d+$/.test(node.label)));
+  function display(group, side, depth, parent, folded, inBlock) {
     // one shown node for a group of alike nodes (a group of one where nothing is folded)
     const first = group[0], labels = group.map((g) => g.label);
     const node = { label: first.label, times: group.length, depth, parent, children: [], leaf: first.tensor >= 0, tensors: [], key: first.key, open: false, side };
@@ -78,10 +81,10 @@
     for (let k = 0; k < first.children.length;) {
       let end = k + 1;
       const head = first.children[k];
-      if (folded && stem(head.label) !== null) while (end < first.children.length && stem(first.children[end].label) === stem(head.label) && first.children[end].sign === head.sign && (head.tensor >= 0) === (first.children[end].tensor >= 0)) end++;
+      if (folded && stem(head.label) !== null && isLayer(head, inBlock)) while (end < first.children.length && stem(first.children[end].label) === stem(head.label) && first.children[end].sign === head.sign && (head.tensor >= 0) === (first.children[end].tensor >= 0)) end++;
       const below = [];
       for (const g of group) for (let j = k; j < end; j++) below.push(g.children[j]);
-      const child = display(below, side, depth + 1, node, folded);
+      const child = display(below, side, depth + 1, node, folded, inBlock || end - k > 1);
       if (end - k > 1) child.label = stem(head.label).replace("#", ranges(first.children.slice(k, end).map((c) => numberOf(c.label))));
       else child.label = head.label;
       node.children.push(child);
@@ -103,8 +106,10 @@
   function buildTree(side, folded) {
     const root = plainTree(side);
     sign(root, side, new Map());
-    side.root = compact(display([root], side, 0, null, folded), 0);
+    side.root = compact(display([root], side, 0, null, folded, false), 0);
     side.root.open = true;
+    const index = (node) => { node.has = new Set(node.tensors); node.children.forEach(index); };
+    index(side.root);
     // open level by level while it fits a screen
     let level = [side.root], rows = 1 + side.root.children.length;
     while (level.length) {
@@ -118,17 +123,19 @@
     // elements and status of what the filter lets through; children first
     if (node.leaf) node.shown = node.tensors.filter((t) => node.side.pass[t]);
     else { node.shown = []; for (const c of node.children) { measure(c); for (const t of c.shown) node.shown.push(t); } }
-    let all = 0, hit = 0, asked = 0, unsure = 0, matched = 0, worst = 2;
+    let all = 0, hit = 0, asked = 0, left = 0, unsure = 0, matched = 0, worst = 2;
     for (const t of node.shown) {
       const status = node.side.status[t];
-      if (status === "ignored") continue;
-      asked++; all += node.side.size[t];
+      all += node.side.size[t];
+      if (status === "excluded") { left++; continue; }
+      asked++;
       if (status === "matched") { matched++; hit += node.side.size[t]; for (const e of node.side.partners[t]) worst = Math.min(worst, entries[e].score); }
       if (status === "ambiguous") unsure++;
     }
     node.share = all ? hit / all : asked ? matched / asked : 1;
     node.worst = worst;
-    node.status = !asked ? "ignored" : matched === asked ? "matched" : matched ? "part" : unsure ? "ambiguous" : "unmatched";
+    // without its buffers a module is not loaded in full
+    node.status = !asked ? "excluded" : matched === asked && !left ? "matched" : matched ? "part" : unsure ? "ambiguous" : "unmatched";
   }
 
   // ---- filter ----------------------------------------------------------------------------------------------------
@@ -137,37 +144,42 @@
     ["ambiguous", "Ambiguous", null], ["unmatched", "Unmatched", null]];
   const state = { query: "", chip: "all", operation: "", buffers: true, fold: true, selected: null, entry: -1 };
   const filtering = () => state.query !== "" || state.chip !== "all" || state.operation !== "";
-  function entryPasses(e, words) {
-    if (state.operation && e.badge !== state.operation) return false;
-    const chip = CHIPS.find((c) => c[0] === state.chip)[2];
-    if (!chip || !chip(e)) return false;
-    if (!words.length) return true;
-    const text = (e.s.map((s) => source.names[s] + " " + source.shape[s]).join(" ") + " " + e.t.map((t) => target.names[t] + " " + target.shape[t]).join(" ") + " " + e.badge).toLowerCase();
-    return words.every((w) => text.includes(w));
+  // A term is whole path parts ("layer.1", "fc.weight") where some name has them, else any part of a name: "layer.1"
+  // does not list layer.10, and "conv" still finds conv1.
+  const whole = new Map();
+  function matcher(term) {
+    if (!whole.has(term)) {
+      const dotted = "." + term + ".", has = (n) => ("." + n.toLowerCase() + ".").includes(dotted);
+      whole.set(term, source.names.some(has) || target.names.some(has));
+    }
+    const dotted = "." + term + ".";
+    return whole.get(term) ? (name, more) => ("." + name.toLowerCase() + ".").includes(dotted) || more.includes(term) : (name, more) => name.toLowerCase().includes(term) || more.includes(term);
+  }
+  const asked = (side, t) => state.buffers || !side.isBuffer[t];
+  function listed(chip, tests, mark) {
+    // how many mappings and tensors a chip lists, for the terms of the search; mark is called for every tensor of them
+    const [, , wanted] = CHIPS.find((c) => c[0] === chip);
+    let found = 0;
+    for (const side of [source, target]) for (let t = 0; t < side.names.length; t++) {
+      const status = side.status[t];
+      if (status === "matched" || state.operation || !asked(side, t) || (chip !== "all" && chip !== status) || (chip === "ambiguous" && side === source)) continue;
+      if (tests.every((test) => test(side.names[t], side.shape[t]))) { found++; mark(side, t); }
+    }
+    if (wanted) for (const e of entries) {
+      if (!wanted(e) || (state.operation && e.badge !== state.operation)) continue;
+      const all = [...e.s.map((t) => [source, t]), ...e.t.map((t) => [target, t])];
+      if (!all.some(([side, t]) => asked(side, t)) || !tests.every((test) => all.some(([side, t]) => test(side.names[t], side.shape[t] + " " + e.badge)))) continue;
+      found++; all.forEach(([side, t]) => { if (asked(side, t)) mark(side, t); });
+    }
+    return found;
   }
   function applyFilter() {
-    const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
-    let found = 0;
-    for (const side of [source, target]) {
-      side.pass.fill(0);
-      for (let i = 0; i < side.names.length; i++) {
-        const status = side.status[i];
-        if (status === "matched" || state.operation) continue;
-        if (state.chip !== "all" && state.chip !== (status === "ignored" ? "unmatched" : status)) continue;
-        if (status === "ignored" && state.chip === "unmatched") continue;
-        const text = (side.names[i] + " " + side.shape[i]).toLowerCase();
-        if (words.every((w) => text.includes(w))) { side.pass[i] = 1; found++; }
-      }
-    }
-    for (const e of entries) {
-      if (!entryPasses(e, words)) continue;
-      found++;
-      for (const s of e.s) source.pass[s] = 1;
-      for (const t of e.t) target.pass[t] = 1;
-    }
-    if (state.chip === "ambiguous") for (const c of data.ambiguous) if (c.t.some((t) => target.pass[t])) for (const [names] of c.c) for (const s of names) source.pass[s] = 1;
-    if (!state.buffers) for (const side of [source, target]) for (const b of side.buffer) side.pass[b] = 0;
+    const tests = state.query.toLowerCase().split(/\s+/).filter(Boolean).map(matcher);
+    for (const side of [source, target]) side.pass.fill(0);
+    const found = listed(state.chip, tests, (side, t) => { side.pass[t] = 1; });
+    if (state.chip === "ambiguous") for (const c of data.ambiguous) if (c.t.some((t) => target.pass[t])) for (const [names] of c.c) for (const s of names) if (asked(source, s)) source.pass[s] = 1;
     $("found").textContent = filtering() ? found + (found === 1 ? " match" : " matches") : "";
+    document.querySelectorAll("#chips button").forEach((b) => { if (b.dataset.chip !== "all") b.textContent = b.dataset.label + " " + listed(b.dataset.chip, tests, () => {}); });
     for (const side of [source, target]) { measure(side.root); side.auto = filtering() && side.root.shown.length <= 600; }
     layout();
   }
@@ -228,7 +240,7 @@
       const linked = node.shown.flatMap((t) => side.partners[t]), entry = linked.length ? entries[linked[0]] : null;
       if (side.key === "target" && entry && entry.badge !== "exact") row.append(el("span", { class: "badge" + (entry.lossy ? " lossy" : ""), text: entry.badge + (entry.lossy ? " ⚠" : "") }));
       row.append(el("span", { class: "shape", text: side.shape[node.tensors[0]] }));
-    } else if (node.status !== "ignored") {
+    } else if (node.status !== "excluded") {
       const share = el("span", { class: "share", title: percent(node.share) + " of its elements" }, el("i"));
       share.firstChild.style.width = 100 * node.share + "%";
       row.append(share);
@@ -239,7 +251,26 @@
     return row;
   }
   const title = (side, node) => (node.leaf ? node.shown.slice(0, 3).map((t) => side.names[t]).join("\n") + (node.shown.length > 3 ? "\n… " + node.shown.length : "") : node.key.replace(/\.$/, "") || node.label);
-  function toggle(node) { if (node.leaf) return; if (node.side.auto) { node.side.auto = false; openShown(node.side.root); } node.open = !node.isOpen; layout(); }
+  function toggle(node) {
+    if (node.leaf) return;
+    for (const side of [source, target]) if (side.auto) { side.auto = false; openShown(side.root); }
+    node.open = !node.isOpen;
+    const partner = counterpart(node);
+    if (partner) { partner.open = node.open; if (node.open) for (let up = partner.parent; up; up = up.parent) up.open = true; }
+    layout();
+  }
+  function counterpart(node) {
+    // the smallest module of the other side that holds all partners, if these are most of what it holds
+    const other = node.side.other, tensors = new Set(node.shown.flatMap((t) => node.side.partners[t]).flatMap((e) => (node.side === source ? entries[e].t : entries[e].s)));
+    if (!tensors.size || !node.parent) return null;
+    let at = other.root;
+    for (;;) {
+      const inner = at.children.find((c) => !c.leaf && tensors.size <= c.tensors.length && [...tensors].every((t) => c.has.has(t)));
+      if (!inner) break;
+      at = inner;
+    }
+    return at.parent && !at.leaf && 2 * tensors.size > at.tensors.length ? at : null;
+  }
   function openShown(node) { node.open = !node.leaf && node.shown.length > 0; node.children.forEach(openShown); }
 
   // ---- lines -----------------------------------------------------------------------------------------------------
@@ -284,14 +315,14 @@
   function select(node, entry) {
     state.selected = node; state.entry = entry === undefined ? -1 : entry;
     const linked = node.shown.flatMap((t) => node.side.partners[t]);
-    if (node.leaf && linked.length) reveal(node.side.other, (node.side === source ? entries[linked[0]].t : entries[linked[0]].s)[0]);
+    if (node.leaf || state.entry >= 0) for (const e of state.entry >= 0 ? [entry] : linked.slice(0, 1)) { entries[e].s.forEach((t) => reveal(source, t)); entries[e].t.forEach((t) => reveal(target, t)); }
     layout();
     requestAnimationFrame(() => { follow(node); draw(); });
     details(node);
   }
   function reveal(side, tensor) {
     const open = (node) => {
-      if (!node.tensors.includes(tensor)) return false;
+      if (!node.has.has(tensor)) return false;
       if (!node.leaf) { node.open = true; node.children.some(open); }
       return true;
     };
@@ -323,18 +354,22 @@
       parts.push(list);
       if (linked.length > 200) parts.push(el("p", { class: "muted", text: `and ${linked.length - 200} more: open the module, or search` }));
     }
-    for (const t of rest.slice(0, 60)) parts.push(...leftover(side, t));
-    if (rest.length > 60) parts.push(el("p", { class: "muted", text: `and ${rest.length - 60} more without a partner` }));
+    const kinds = new Map(); // those whose names differ by numbers are told once
+    for (const t of rest) { const key = side.names[t].replace(/\d+/g, "#") + side.status[t] + side.why[t], found = kinds.get(key); if (found) found.push(t); else kinds.set(key, [t]); }
+    for (const alike of [...kinds.values()].slice(0, 30)) parts.push(...leftover(side, alike[0], alike.length));
+    if (kinds.size > 30) parts.push(el("p", { class: "muted", text: `and ${kinds.size - 30} more kinds without a partner` }));
     panel.replaceChildren(...parts);
   }
   const names = (side, list) => list.map((t) => side.names[t]).join(" + ");
-  function leftover(side, t) {
-    const parts = [el("h3", { class: side.status[t], text: MARKS[side.status[t]] + " " + (side.status[t] === "ignored" ? "not asked for" : side.status[t]) }), el("p", {}, el("code", { text: side.names[t] + "  " + side.shape[t] }))];
+  function leftover(side, t, alike) {
+    const parts = [el("h3", { class: side.status[t], text: MARKS[side.status[t]] + " " + side.status[t] + (alike > 1 ? " ×" + alike : "") }), el("p", {}, el("code", { text: side.names[t] + "  " + side.shape[t] }))];
     if (side.why[t]) parts.push(el("p", { text: side.why[t] }));
-    for (const c of side.cases[t] || []) {
-      parts.push(el("p", { text: c.reason }));
-      for (const [list, score] of c.c) parts.push(el("p", {}, el("span", { class: level(score), text: score.toFixed(2) + " " }), el("code", { text: names(source, list) })));
-    }
+    const closest = side.status[t] === "unmatched" ? near(side, t) : null;
+    if (closest) parts.push(closest);
+    if (side !== target || !target.cases[t]) return parts;
+    for (const reason of new Set(target.cases[t].map((c) => c.reason))) parts.push(el("p", { text: reason }));
+    for (const [list, score] of candidates(t).slice(0, 8)) parts.push(el("p", {}, el("span", { class: level(score), text: score.toFixed(2) + " " }), el("code", { text: names(source, list) })));
+    if (data.remedy) parts.push(el("p", { class: "advice", text: data.remedy }));
     return parts;
   }
   function entryDetails(e, back) {
@@ -399,9 +434,7 @@
     if (data.notes.length) $("remarks").append(el("details", { class: "remark" }, el("summary", { text: `${data.notes.length} note${data.notes.length > 1 ? "s" : ""}` }), ...data.notes.map((text) => el("p", { text }))));
     for (const side of [source, target]) $("size-" + side.key).textContent = `${side.names.length} tensors, ${number(side.size.reduce((a, b) => a + b, 0))} elements`;
     $("version").textContent = "lit_wsl " + data.version;
-    const counts = { all: "", doubtful: entries.filter((e) => e.score <= 0.8).length, transformed: entries.filter((e) => !plain(e)).length, ambiguous: data.counts.ambiguous_targets,
-      unmatched: [source, target].reduce((sum, side) => sum + side.status.filter((s) => s === "unmatched").length, 0) };
-    CHIPS.forEach(([key, label]) => $("chips").append(el("button", { type: "button", "data-chip": key, "aria-pressed": String(key === "all"), text: label + (key === "all" ? "" : " " + counts[key]), onclick: () => {
+    CHIPS.forEach(([key, label]) => $("chips").append(el("button", { type: "button", "data-chip": key, "data-label": label, "aria-pressed": String(key === "all"), text: label, onclick: () => {
       state.chip = key; document.querySelectorAll("#chips button").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.chip === key))); refresh(); } })));
     Object.keys(data.counts.operations).forEach((badge) => $("operation").append(el("option", { value: badge, text: badge })));
   }
@@ -414,24 +447,47 @@
       if (family) family.n++; else families.set(key, { e, n: 1 });
     }
     const worst = [...families.values()].slice(0, 12);
-    const listed = (title, tensors, cls) => {
-      // target tensors as links, those whose names differ by numbers once
-      const alike = new Map();
-      for (const t of tensors) { const key = target.names[t].replace(/\d+/g, "#"), found = alike.get(key); if (found) found.n++; else alike.set(key, { t, n: 1 }); }
-      if (!alike.size) return;
-      const list = el("ul", { class: "pairlist" });
-      for (const { t, n } of [...alike.values()].slice(0, 5)) list.append(el("li", {}, el("button", { type: "button", onclick: () => openTensor(target, t) }, el("span", { class: cls, text: MARKS[cls] + " " }), document.createTextNode(target.names[t] + " "), n > 1 ? el("span", { class: "badge", text: "×" + n }) : null)));
-      parts.push(el("p", { text: title }), list);
-      if (alike.size > 5) parts.push(el("p", { class: "muted", text: `and ${alike.size - 5} more kinds: press “${cls === "ambiguous" ? "Ambiguous" : "Unmatched"}” above` }));
+    const list = (side, tensors, cls, more) => {
+      // tensors as links, those whose names differ by numbers once
+      const alike = new Map(), items = el("ul", { class: "pairlist" });
+      for (const t of tensors) { const key = side.names[t].replace(/\d+/g, "#"), found = alike.get(key); if (found) found.n++; else alike.set(key, { t, n: 1 }); }
+      for (const { t, n } of [...alike.values()].slice(0, 6)) items.append(el("li", {}, el("button", { type: "button", onclick: () => openTensor(side, t) }, el("span", { class: cls, text: MARKS[cls] + " " }), document.createTextNode(side.names[t] + "  " + side.shape[t] + " "), n > 1 ? el("span", { class: "badge", text: "×" + n }) : null, more(side, t))));
+      if (alike.size > 6) items.append(el("li", { class: "muted", text: `and ${alike.size - 6} more kinds: press “${cls === "ambiguous" ? "Ambiguous" : "Unmatched"}” above` }));
+      return items;
     };
-    const withStatus = (status) => target.names.map((_, t) => t).filter((t) => target.status[t] === status && target.pass[t]);
-    const unsure = withStatus("ambiguous"), missing = withStatus("unmatched");
-    listed(`${unsure.length} target tensor${unsure.length === 1 ? " is" : "s are"} ambiguous and left alone:`, unsure, "ambiguous");
-    listed(`${missing.length} target tensor${missing.length === 1 ? "" : "s"} found no source:`, missing, "unmatched");
+    const withStatus = (side, status) => side.names.map((_, t) => t).filter((t) => side.status[t] === status && side.pass[t]);
+    const unsure = withStatus(target, "ambiguous"), counted = (n, one, many) => `${n} ${n === 1 ? one : many}`;
+    if (unsure.length) {
+      parts.push(el("p", { text: counted(unsure.length, "target tensor is", "target tensors are") + " ambiguous and not loaded:" }));
+      parts.push(list(target, unsure, "ambiguous", (side, t) => el("span", { class: "near", text: candidates(t).slice(0, 2).map(([names_, score]) => score.toFixed(2) + " " + names(source, names_)).join("\n") })));
+      for (const reason of new Set(unsure.flatMap((t) => (target.cases[t] || []).map((c) => c.reason)))) if (reason) parts.push(el("p", { class: "muted", text: "Why: " + reason }));
+      if (data.remedy) parts.push(el("p", { class: "advice", text: data.remedy }));
+    }
+    for (const [side, title] of [[target, "found no source:"], [source, "found no target:"]]) {
+      const left = withStatus(side, "unmatched");
+      if (!left.length) continue;
+      parts.push(el("p", { text: counted(left.length, side.key + " tensor", side.key + " tensors") + " " + title }), list(side, left, "unmatched", near));
+    }
     parts.push(el("p", { class: "muted", text: worst.length ? "The mappings with the lowest scores, alike ones counted. Click one, or a row, for its score breakdown." : "No mapping passes the filter." }));
-    const list = el("ul", { class: "pairlist" });
-    for (const { e, n } of worst) list.append(el("li", {}, el("button", { type: "button", onclick: () => openEntry(e) }, el("span", { class: level(e.score), text: e.score.toFixed(2) + " " }), document.createTextNode(names(source, e.s) + " → " + names(target, e.t) + " "), n > 1 ? el("span", { class: "badge", text: "×" + n }) : null)));
-    panel.replaceChildren(...parts, list);
+    const lowest = el("ul", { class: "pairlist" });
+    for (const { e, n } of worst) lowest.append(el("li", {}, el("button", { type: "button", onclick: () => openEntry(e) }, el("span", { class: level(e.score), text: e.score.toFixed(2) + " " }), document.createTextNode(names(source, e.s) + " → " + names(target, e.t) + " "), n > 1 ? el("span", { class: "badge", text: "×" + n }) : null)));
+    panel.replaceChildren(...parts, lowest);
+  }
+  function near(side, t) {
+    // the most alike tensor of the other side, and what to do about it
+    const other = side.nearest[t], parts = [];
+    if (other !== undefined) {
+      const taken = side.other.partners[other].length ? ", matched elsewhere" : "";
+      parts.push(el("span", { class: "near", text: `nearest: ${side.other.names[other]}  ${side.other.shape[other]}${taken}` }));
+    }
+    if (side.advice[t]) parts.push(el("span", { class: "near advice", text: side.advice[t] }));
+    return parts.length ? el("span", {}, ...parts) : null;
+  }
+  function candidates(t) {
+    // of all cases of a target, those with its own numbers first: layer 3 of layer 3
+    const numbers = (name) => (name.match(/\d+/g) || []).join("."), own = numbers(target.names[t]);
+    return (target.cases[t] || []).flatMap((c) => c.c).map(([list, score], i) => [list, score, i, numbers(source.names[list[0]] || "") === own ? 0 : 1])
+      .sort((a, b) => a[3] - b[3] || b[1] - a[1] || a[2] - b[2]);
   }
   function showAll() {
     Object.assign(state, { query: "", chip: "all", operation: "", buffers: true });
@@ -449,7 +505,7 @@
     select(node);
   }
   function openEntry(e) {
-    reveal(source, e.s[0]); reveal(target, e.t[0]); layout();
+    e.s.forEach((t) => reveal(source, t)); e.t.forEach((t) => reveal(target, t)); layout();
     const node = source.rows[source.rowOf[e.s[0]]];
     if (!node) return;
     const top = node.row * ROW - source.box.scrollTop;
@@ -486,7 +542,15 @@
   $("collapse").addEventListener("click", () => { const close = (n) => { n.open = n.depth === 0; n.children.forEach(close); }; for (const s of [source, target]) { s.auto = false; close(s.root); } layout(); });
   document.addEventListener("keydown", (event) => { if (event.key === "/" && !/INPUT|SELECT/.test(document.activeElement.tagName)) { event.preventDefault(); $("search").focus(); } });
   window.addEventListener("resize", draw);
-  function start() { for (const side of [source, target]) buildTree(side, state.fold); refresh(); }
+  function start() { for (const side of [source, target]) buildTree(side, state.fold); for (const side of [source, target]) measure(side.root); together(); refresh(); }
+  function together() {
+    // what stands open on one side stands open on the other
+    for (const side of [source, target]) {
+      const visit = (node) => { const other = node.open && counterpart(node); if (other && visible(other)) other.open = true; node.children.forEach(visit); };
+      visit(side.root);
+    }
+  }
+  const visible = (node) => { for (let up = node.parent; up; up = up.parent) if (!up.open) return false; return true; };
   page(); start();
   document.documentElement.dataset.ready = "true";
 })();
