@@ -6,11 +6,12 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lit_wsl.callbacks.lifecycle import (
@@ -25,7 +26,10 @@ from lit_wsl.callbacks.lifecycle import (
     write_report,
 )
 from lit_wsl.callbacks.sample import find_samples, quiet
-from lit_wsl.convert.resume import resume_training
+from lit_wsl.convert.optimizers import CarryOptions, OnLost
+from lit_wsl.convert.resume import Resume as Resuming
+from lit_wsl.convert.resume import ResumeOptions
+from lit_wsl.convert.saved_optimizer import Wins
 from lit_wsl.errors import MappingError
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.plan.plan import TransferPlan
@@ -37,6 +41,7 @@ from lit_wsl.transfer.api import finish_transfer, prepare_transfer
 from lit_wsl.transfer.floor import valid_floor
 from lit_wsl.transfer.ranks import ALONE, Ranks, has_sharded_tensors, refuse_wrapped
 from lit_wsl.transfer.sides import Source, Target, open_source
+from lit_wsl.transfer.undo import UndoLog
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -76,6 +81,16 @@ class WeightTransferCallback(Callback):
         resume: ``"weights"`` starts training afresh; ``"optimizer"`` carries the states of optimizers, schedulers and
             the gradient scaler along; ``"all"`` also epoch, step, loops, callbacks and the datamodule, as if the
             checkpoint had been converted and given to ``trainer.fit(ckpt_path=...)``.
+        optimizer_settings: With ``resume``, whose weight decays, betas, step sizes of schedulers, ... count where they
+            differ: the ``"checkpoint"``'s, or those of this ``"run"``. What differs is named in the report.
+        schedule: With ``resume``, whose learning rates and schedulers count. ``"run"`` carries the old moments into a
+            schedule that starts anew.
+        parameter_names: With ``resume``, for each optimizer of the checkpoint the old names in index order, where they
+            can't be inferred.
+        on_lost: With ``resume``, what to do where an optimizer's state can't go through the operation of its parameter:
+            ``"refuse"``, or ``"initialize"`` it.
+        drop: With ``resume``, entries of the checkpoint to leave out, by their keys joined with ``/``
+            (``"callbacks/EMA"``; ``*`` stands for any text).
         verbose: Whether to print the coverage.
 
     Attributes:
@@ -106,6 +121,11 @@ class WeightTransferCallback(Callback):
         assume_layouts: bool = False,
         checkpoint_weights: Literal["auto", "model", "ema"] = "auto",
         resume: Resume = "weights",
+        optimizer_settings: Wins = "checkpoint",
+        schedule: Wins = "checkpoint",
+        parameter_names: Sequence[Sequence[str]] | None = None,
+        on_lost: OnLost = "refuse",
+        drop: Sequence[str] = (),
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -121,6 +141,9 @@ class WeightTransferCallback(Callback):
         for option, value, allowed in (
             ("resume", resume, get_args(Resume)),
             ("checkpoint_weights", checkpoint_weights, ("auto", "model", "ema")),
+            ("optimizer_settings", optimizer_settings, get_args(Wins)),
+            ("schedule", schedule, get_args(Wins)),
+            ("on_lost", on_lost, get_args(OnLost)),
         ):
             if value not in allowed:
                 raise MappingError(f"{option} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
@@ -130,6 +153,11 @@ class WeightTransferCallback(Callback):
         self.source_module = source_module
         self.checkpoint_weights = checkpoint_weights
         self.resume = resume
+        self._resume_options: ResumeOptions | None = None
+        if resume != "weights":
+            carry = CarryOptions(parameter_names, on_lost, optimizer_settings, schedule)
+            self._resume_options = ResumeOptions(resume, carry, tuple(drop) if not isinstance(drop, str) else (drop,))
+        self._resuming: Resuming | None = None
         self.verbose = verbose
         self.report: TransferReport | None = None
         self._served: weakref.ref[nn.Module] | None = None
@@ -168,15 +196,6 @@ class WeightTransferCallback(Callback):
             note = f"the checkpoint restored from {trainer.ckpt_path} wins over the transferred weights"
             self.report = replace(self.report, applied=False).with_remarks(notes=(note,))
             rank_zero_info(f"Weight transfer: {note}.")
-        elif self._fresh and self.resume != "weights" and self.report is not None and trainer.state.fn == "fit":
-            ranks = _ranks_of(trainer)
-            checkpoint = ranks.together(lambda: open_source(self.checkpoint, self.checkpoint_weights))
-            plan, target = self.report.plan, self.report.target
-            assert target is not None
-            remarks = resume_training(trainer, pl_module, checkpoint, plan, target, self.resume, ranks)
-            self.report = self.report.with_remarks(notes=remarks)
-            rank_zero_info(f"Weight transfer: {remarks[-1]}.")
-            write_report(trainer, self.report)
         self._fresh = False
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
@@ -229,6 +248,9 @@ class WeightTransferCallback(Callback):
         if self._take_back is not None:
             self._take_back()
             self._take_back = None
+        if self._resuming is not None:
+            self._resuming.abandon()
+            self._resuming = None
 
     def _transfer(self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, *, late: bool = False) -> None:
         """Plan, apply, report."""
@@ -241,8 +263,14 @@ class WeightTransferCallback(Callback):
                 source, target, self.options, plan=self.plan, min_coverage=self.min_coverage, ranks=ranks
             )
         size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not nn.parameter.is_lazy(t))
+        resuming, undo = None, None
+        if self._resume_options is not None and trainer.state.fn == "fit":
+            options = self._resume_options
+            resuming = Resuming(trainer, model, source.tensors, prepared.plan, prepared.target, options, ranks)
+            resuming.check()
+            undo = UndoLog(spill=True)
         with transfer_progress(size, enabled=self.verbose and trainer.is_global_zero) as progress:
-            report = finish_transfer(prepared, source.tensors, target, progress=progress, ranks=ranks)
+            report = finish_transfer(prepared, source.tensors, target, progress=progress, ranks=ranks, undo=undo)
         if remark:
             report = report.with_remarks(notes=(remark,))
         warnings, notes = mind_copies(trainer, model, self, report.loaded, late=late)
@@ -250,6 +278,30 @@ class WeightTransferCallback(Callback):
         self._served, self._fresh = weakref.ref(model), True
         self.report = report
         announce(trainer, report, verbose=self.verbose)
+        if resuming is not None and undo is not None:
+            self._resuming = resuming
+            resuming.begin(undo, partial(self._resumed, trainer, undo), partial(self._failed, undo), late=late)
+
+    def _resumed(self, trainer: pl.Trainer, undo: UndoLog, remarks: tuple[str, ...]) -> None:
+        """Report what training goes on with."""
+        self._resuming = None
+        undo.close()
+        assert self.report is not None
+        self.report = self.report.with_remarks(notes=remarks)
+        for remark in remarks:
+            if "_settings=" in remark or "schedule=" in remark:  # one side's wish was not followed
+                rank_zero_warn(f"Weight transfer: {remark}.")
+        rank_zero_info(f"Weight transfer: {remarks[-1]}.")
+        write_report(trainer, self.report)
+
+    def _failed(self, undo: UndoLog, error: BaseException) -> BaseException:
+        """Put back what was there before a resume that cannot be."""
+        self._resuming, self._served, self._fresh = None, None, False
+        if self.report is not None:
+            self.report = replace(self.report, applied=False)
+        told = undo.take_back(error)
+        undo.close()
+        return told
 
     def _sides(
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, ranks: Ranks

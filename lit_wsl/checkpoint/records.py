@@ -207,3 +207,42 @@ def foreign_calls(root: Any) -> list[str]:
             found.add(value.type_name)
         stack.extend(children_of(value))
     return sorted(found)
+
+
+def names_of_classes(root: Any) -> set[str]:
+    """The dotted names of all classes and functions that a tree names."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, ForeignName):
+            found.add(str(value))
+        elif isinstance(value, (Mapping, list, tuple, set, frozenset, ForeignObject)) and id(value) not in seen:
+            seen.add(id(value))
+            stack.extend(children_of(value))
+    return found
+
+
+def first_foreign(root: Any) -> tuple[tuple[Any, ...], str] | None:
+    """The keys that lead to the first record inside a value, and the name of its class; ``None`` without any.
+
+    >>> first_foreign({"a": [1, ForeignName("my.code", "Config")]})
+    (('a', 1), 'my.code.Config')
+    """
+    seen: set[int] = set()
+    stack: list[tuple[tuple[Any, ...], Any]] = [((), root)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, ForeignObject):
+            return path, value.type_name
+        if isinstance(value, ForeignName):
+            return path, str(value)
+        if id(value) in seen or not isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            continue
+        seen.add(id(value))
+        inside = list(value.items()) if isinstance(value, Mapping) else list(enumerate(value))
+        stack.extend(((*path, key), item) for key, item in reversed(inside))
+        if isinstance(value, Mapping):
+            stack.extend(((*path, str(key)), key) for key in value if isinstance(key, (ForeignName, ForeignObject)))
+    return None

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lit_wsl.cli import NO
 from lit_wsl.cli.console import progress, remark, say
 from lit_wsl.cli.models import UsageError, build_model, wanted
 from lit_wsl.convert.checkpoint import convert_checkpoint
+from lit_wsl.errors import CoverageError
 from lit_wsl.plan.plan import TransferPlan
 
 
@@ -19,20 +21,29 @@ def run(options: Any) -> int:
         plan = plan.reverse()
     refuse_same(options.checkpoint, options.output)
     needs_values = any(op.needs_target for entry in plan.entries for op in entry.operations)
+    needs_values = needs_values or bool(
+        plan.unmatched_target or plan.ambiguous
+    )  # what has no source is the model's own
     model = build_model(options, meta=not needs_values) if wanted(options) else None
-    with progress("converting") as step:
-        done = convert_checkpoint(
-            options.checkpoint,
-            options.output,
-            plan,
-            target=model,
-            parameter_names=_names(options.parameter_names),
-            on_lost=options.on_lost,
-            weights_only=options.weights_only,
-            keep_foreign=options.keep_foreign,
-            checkpoint_weights=options.checkpoint_weights,
-            progress=step,
-        )
+    try:
+        with progress("converting") as step:
+            done = convert_checkpoint(
+                options.checkpoint,
+                options.output,
+                plan,
+                target=model,
+                parameter_names=_names(options.parameter_names),
+                on_lost=options.on_lost,
+                drop=options.drop,
+                weights_only=options.weights_only,
+                keep_foreign=options.keep_foreign,
+                checkpoint_weights=options.checkpoint_weights,
+                min_coverage=options.min_coverage,
+                progress=step,
+            )
+    except CoverageError as error:
+        remark(f"lit-wsl convert: {error}")
+        return NO
     for note in done.notes:
         remark(f"note: {note}")
     carried = f"{done.optimizers} optimizer{'s' if done.optimizers != 1 else ''}"
@@ -40,6 +51,13 @@ def run(options: Any) -> int:
         f"{options.output}: {done.tensors} tensors"
         + (f", {carried} with the states of {done.states} parameters" if done.optimizers else "")
     )
+    if done.coverage is not None:
+        for what, count in (("parameters", done.coverage.target), ("buffers", done.coverage.target_buffers)):
+            if count.of_tensors:
+                say(
+                    f"  {what} of the new model with a source: {count.tensors} of {count.of_tensors} tensors, "
+                    f"{count.share:.1%} of {count.of_elements:,} elements"
+                )
     return 0
 
 

@@ -138,10 +138,10 @@ are written all the same, so that the plan can be completed by hand.
 
 def _convert() -> ArgumentParser:
     parser = _parser("""
-Write a checkpoint for the new model. Optimizer states go through the same
-operations as their weights; schedulers, loops, callbacks and hyper-parameters
-stay as they are: trainer.fit(model, ckpt_path="new.ckpt") goes on as if
-nothing had happened.
+Write a checkpoint for the new model. Optimizer states, and whatever else is a
+copy of the weights or a list of parameter names, go through the same
+operations as the weights; the rest stays as it is:
+trainer.fit(model, ckpt_path="new.ckpt") goes on as if nothing had happened.
 
   lit-wsl convert old.ckpt --plan plan.json -o new.ckpt
   # where the plan alone does not tell the order of the new parameters
@@ -151,6 +151,9 @@ nothing had happened.
   # the way back
   lit-wsl convert new.ckpt --plan plan.json --reverse -o back.ckpt \\
       --model my.models:OldNet
+
+Exit code 1 means: less found a place than --min-coverage asks for, and
+nothing was written.
 """)
     parser.add_argument("checkpoint", type=str, help="the old checkpoint")
     parser.add_argument("--plan", type=str, required=True, metavar="FILE", help="the plan, from lit-wsl map")
@@ -170,6 +173,17 @@ nothing had happened.
         type=str,
         metavar="FILE",
         help="JSON: for each optimizer the old names in index order, where they cannot be inferred",
+    )
+    parser.add_argument(
+        "--drop",
+        type=str,
+        action="append",
+        default=[],
+        metavar="ENTRY",
+        help="leave an entry out, such as callbacks/EMA; * stands for any text; may be repeated",
+    )
+    parser.add_argument(
+        "--min-coverage", type=float, default=0.5, help="least share of parameter elements that find a place"
     )
     _add_weights(parser)
     return parser

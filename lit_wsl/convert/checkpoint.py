@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,27 @@ from torch.optim import Optimizer
 
 from lit_wsl.checkpoint.edit import replace_at, with_entries
 from lit_wsl.checkpoint.reader import Checkpoint, open_checkpoint
-from lit_wsl.checkpoint.records import as_mapping, contains_foreign, foreign_calls
+from lit_wsl.checkpoint.records import as_mapping, contains_foreign, foreign_calls, names_of_classes
 from lit_wsl.checkpoint.saving import atomic_save, save_safetensors
 from lit_wsl.checkpoint.weights import Weights
-from lit_wsl.convert.optimizers import OnLost, convert_optimizers
-from lit_wsl.convert.saved_optimizer import groups_of
-from lit_wsl.convert.weights import Progress, convert_twin, convert_weights, new_order, old_parameters
+from lit_wsl.convert.copies import CopyConverter, drop_entries
+from lit_wsl.convert.optimizers import CarryOptions, OnLost, convert_optimizers, some
+from lit_wsl.convert.saved_optimizer import NewGroup, Wins, groups_of
+from lit_wsl.convert.schedulers import schedulers_for_file
+from lit_wsl.convert.weights import (
+    Progress,
+    convert_tensors,
+    convert_weights,
+    doubtful_parameters,
+    new_order,
+    old_parameters,
+)
 from lit_wsl.errors import CheckpointError, PlanError
+from lit_wsl.plan.coverage import Coverage, measure_coverage
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.structure import ModelDescription, describe
+from lit_wsl.structure.description import ParameterInfo
+from lit_wsl.transfer.floor import check_floor, valid_floor
 
 
 def remembered_files(callbacks: Any) -> list[str]:
@@ -63,6 +76,11 @@ def at(tree: Any, place: Sequence[Any]) -> Any:
     return tree
 
 
+def is_lightning_key(key: Any) -> bool:
+    """Whether an entry of a sharded folder is one of Lightning's optimizers."""
+    return isinstance(key, str) and re.fullmatch(r"optimizer_\d+", key) is not None
+
+
 def lightning_optimizers(content: Mapping[Any, Any]) -> tuple[tuple[str, ...], list[Any]] | None:
     """The optimizers of a Lightning checkpoint: a list in a file, entries of their own in a sharded folder.
 
@@ -74,7 +92,7 @@ def lightning_optimizers(content: Mapping[Any, Any]) -> tuple[tuple[str, ...], l
     """
     if "optimizer_states" in content:
         return ("optimizer_states",), list(content["optimizer_states"])
-    single = [key for key in content if isinstance(key, str) and re.fullmatch(r"optimizer_\d+", key)]
+    single = [key for key in content if is_lightning_key(key)]
     single.sort(key=lambda key: int(key.rpartition("_")[2]))
     return (tuple(single), [content[key] for key in single]) if single else None
 
@@ -88,23 +106,7 @@ def gather_optimizers(entries: dict[Hashable, Any]) -> None:
         entries["optimizer_states"] = states
 
 
-def check_schedulers(schedulers: Sequence[Any], saved: Sequence[Any], made: Sequence[Any]) -> None:
-    """Refuse schedulers that hold a learning rate per group where the number of groups has changed.
-
-    Raises:
-        CheckpointError: If there is one.
-    """
-    before = {len(optimizer["param_groups"]) for optimizer in saved}
-    after = {len(optimizer["param_groups"]) for optimizer in made}
-    if before == after:
-        return
-    for scheduler in schedulers:
-        rates = scheduler.get("base_lrs") if isinstance(scheduler, Mapping) else None
-        if isinstance(rates, (list, tuple)) and len(rates) not in after:
-            raise CheckpointError(
-                f"a scheduler holds learning rates for {len(rates)} parameter groups, but the new run's optimizers "
-                f"have {sorted(after)}. Keep the number of groups, or transfer the weights only."
-            )
+ARGUMENTS = frozenset({"hyper_parameters", "datamodule_hyper_parameters"})  # what nothing restores
 
 
 TRAINING = frozenset({"optimizer_states", "lr_schedulers", "callbacks"})  # what ``save_weights_only`` leaves out
@@ -119,12 +121,14 @@ class Conversion:
         optimizers: Number of optimizers whose states were carried.
         states: Number of parameters that have an optimizer state in the new checkpoint.
         notes: Remarks, one line each.
+        coverage: What of both models the plan moves; ``None`` where a plan without shapes doesn't tell.
     """
 
     tensors: int
     optimizers: int
     states: int
     notes: tuple[str, ...] = ()
+    coverage: Coverage | None = None
 
 
 def convert_checkpoint(
@@ -136,16 +140,20 @@ def convert_checkpoint(
     optimizers: Sequence[Optimizer] | None = None,
     parameter_names: Sequence[Sequence[str]] | None = None,
     on_lost: OnLost = "refuse",
+    optimizer_settings: Wins = "checkpoint",
+    schedule: Wins = "checkpoint",
+    drop: Sequence[str] = (),
     weights_only: bool = False,
     keep_foreign: bool = False,
     checkpoint_weights: Weights = "auto",
+    min_coverage: float = 0.0,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write a checkpoint for the new model that training resumes from.
 
-    The weights go through the plan's operations, and so do the states that optimizers keep for each of them. A
-    parameter without a source has no state in the new checkpoint: the optimizer starts it at its first step, which
-    torch allows.
+    The weights go through the plan's operations, and so do the states that optimizers keep for each of them, and
+    whatever else in the file is a copy of the weights or a list of parameter names. A parameter without a source has no
+    state in the new checkpoint: the optimizer starts it at its first step, which torch allows.
 
     Args:
         source: The old checkpoint.
@@ -153,13 +161,18 @@ def convert_checkpoint(
             safetensors source kept.
         plan: From the old model to the new.
         target: The new model. Needed where the plan alone does not tell the order in which the model registers its
-            parameters (entries added by hand, parameters without a source), and to fill in tied names; it may be on the
-            meta device.
-        optimizers: The optimizers of the new run, where their groups are not those of the old run.
+            parameters (entries added by hand, parameters without a source), and to fill in tied names and the tensors
+            without a source; it may be on the meta device, and then these are left out.
+        optimizers: The optimizers of the new run, from ``target``, where their order or groups are not those of the
+            old run.
         parameter_names: For each optimizer of the checkpoint the old names in index order, where they can't be
             inferred.
         on_lost: What to do where an optimizer's state can't go through the operation of its parameter: ``"refuse"`` or
             ``"initialize"`` it.
+        optimizer_settings: Whose weight decays, betas, ... the new file holds: the ``"checkpoint"``'s, or those of the
+            new ``"run"``'s ``optimizers``.
+        schedule: Whose learning rates and schedulers; the new ``"run"``'s start anew.
+        drop: Entries to leave out, by their keys joined with ``/`` (``"callbacks/EMA"``; ``*`` stands for any text).
         weights_only: Whether to leave optimizers, schedulers and callbacks out, as ``ModelCheckpoint`` does with
             ``save_weights_only``, and entries that hold calls of foreign functions.
         keep_foreign: Whether to write calls of foreign functions and classes again, as they are in the old file: they
@@ -167,22 +180,27 @@ def convert_checkpoint(
             (:mod:`lit_wsl.checkpoint.records`), are always kept.
         checkpoint_weights: Which weights of the file the plan speaks of: the ``"model"``'s or its ``"ema"``; others of
             the same names and shapes are converted likewise.
+        min_coverage: Least share, 0 to 1, of the checkpoint's parameter elements that find a place or of the new
+            model's that have a source, whichever is larger.
         progress: Called after each entry.
 
     Returns:
         What was done.
 
     Raises:
-        CheckpointError: If a file cannot be read or written, an optimizer's state cannot be carried, or the new file
-            would call foreign functions that the old one names.
+        CheckpointError: If a file cannot be read or written, an optimizer's state or a list of names cannot be carried,
+            or the new file would call foreign functions that the old one names.
+        CoverageError: If less is covered than asked for; nothing is written.
         PlanError: If the plan does not fit the checkpoint or the model.
     """
     checkpoint = open_checkpoint(source, weights=checkpoint_weights)
+    coverage = _measure(checkpoint, plan, target, min_coverage)
     safetensors = Path(destination).suffix == ".safetensors"
     if safetensors or not checkpoint.prefix:
-        return _convert_weights_alone(
+        done = _convert_weights_alone(
             checkpoint, destination, plan, target, progress, safetensors=safetensors, keep_foreign=keep_foreign
         )
+        return replace(done, coverage=coverage)
     if checkpoint.lossy and not weights_only:
         raise CheckpointError(
             f"{source} holds objects that cannot be written again unchanged. Convert the weights only "
@@ -193,14 +211,35 @@ def convert_checkpoint(
         plan,
         target=target,
         optimizers=optimizers,
-        parameter_names=parameter_names,
-        on_lost=on_lost,
+        options=CarryOptions(parameter_names, on_lost, optimizer_settings, schedule),
+        drop=drop,
         weights_only=weights_only,
         keep_foreign=keep_foreign,
         progress=progress,
     )
     atomic_save(document, destination, keep_foreign=keep_foreign)
-    return done
+    return replace(done, coverage=coverage)
+
+
+def _measure(
+    checkpoint: Checkpoint, plan: TransferPlan, target: nn.Module | None, min_coverage: float
+) -> Coverage | None:
+    """What the plan moves of both sides, checked against the floor; the new model may be known from the plan alone."""
+    source = describe(checkpoint, label=str(checkpoint.path))
+    if target is not None:
+        described = describe(target)
+    else:
+        known = [(n, s, e.kind) for e in plan.entries for n, s in zip(e.targets, e.target_shapes)]
+        if len(known) < sum(len(entry.targets) for entry in plan.entries):
+            return None
+        known += [(u.name, u.shape, u.kind) for u in plan.unmatched_target]
+        known += [(name, a.shape, "parameter") for a in plan.ambiguous for name in a.targets]
+        infos = tuple(ParameterInfo(name, tuple(shape), kind=kind) for name, shape, kind in known)
+        described = ModelDescription(infos, label="the new model")
+    coverage = measure_coverage(plan, source, described)
+    if min_coverage:
+        check_floor(plan, coverage, source, described, valid_floor(min_coverage))
+    return coverage
 
 
 def _convert_weights_alone(
@@ -234,8 +273,8 @@ def convert_document(
     *,
     target: nn.Module | None = None,
     optimizers: Sequence[Optimizer] | None = None,
-    parameter_names: Sequence[Sequence[str]] | None = None,
-    on_lost: OnLost = "refuse",
+    options: CarryOptions | None = None,
+    drop: Sequence[str] = (),
     weights_only: bool = False,
     keep_foreign: bool = False,
     progress: Progress | None = None,
@@ -245,36 +284,88 @@ def convert_document(
     Returns:
         The new content, and what was done.
     """
-    tree = as_mapping(checkpoint.document())
+    document = without_dropped(checkpoint.document(), drop, str(checkpoint.path))
+    tree = as_mapping(document)
     if tree is None or not checkpoint.prefix:
         raise CheckpointError(f"{checkpoint.path} holds weights only; there is nothing else to convert.")
+    if optimizers is not None and target is None:
+        raise CheckpointError("optimizers= needs the model whose parameters they hold: give target= too.")
     state, notes = convert_weights(checkpoint, plan, target=target, progress=progress)
     entries: dict[Hashable, Any] = {}
     calls = (lambda _: []) if keep_foreign else foreign_calls
     training = TRAINING | {place[0] for place in find_optimizers(tree)}
+    copies = CopyConverter(checkpoint, plan, target, lambda: new_order(plan, target))
     for key, value in tree.items():
         if weights_only and (key in training or (checkpoint.lossy and contains_foreign(value)) or calls(value)):
             notes.append(f"left out: {key!r}")
         elif key == checkpoint.prefix[0]:
             entries[key] = replace_at(value, checkpoint.prefix[1:], state)
-        elif (copied := convert_twin(value, checkpoint, plan, target)) is not None:
-            entries[key] = copied
-            notes.append(f"{key!r}, a copy of the weights, was converted likewise")
-        else:
+        elif key in training and key != "callbacks":
             entries[key] = value
+        else:
+            entries[key] = copies.convert((key,), value)
+    problem = next((p for p in copies.problems if p.grave and p.path[0] not in ARGUMENTS), None)
+    if problem is not None:
+        raise CheckpointError(f"{checkpoint.path}: {problem} {problem.remedy}")
+    notes += [*copies.notes, *(f"{p} It was left as it is." for p in copies.problems)]
     states = carried = 0
     if not weights_only:
         notes += remembered_files(tree.get("callbacks"))
-        made, saved, remarks = _convert_training(
-            checkpoint, tree, plan, target, optimizers, parameter_names=parameter_names, on_lost=on_lost
-        )
+        made, saved, remarks = _convert_training(checkpoint, tree, plan, target, optimizers, options, copies)
         entries.update(made)
         if checkpoint.format == "dcp":  # sharded files hold them one by one; in one file Lightning looks for a list
             gather_optimizers(entries)
         notes += remarks
         carried, states = len(saved), sum(len(optimizer["state"]) for optimizer in saved)
-    document = with_entries(checkpoint.document(), entries)
-    return document, Conversion(len(state), carried, states, (*checkpoint.notes, *notes))
+    classes = sorted(names_of_classes(entries))
+    if classes:
+        notes.append(
+            f"the new file names classes and functions that reading it with weights_only=False needs: {some(classes)}"
+        )
+    return with_entries(document, entries), Conversion(len(state), carried, states, (*checkpoint.notes, *notes))
+
+
+def without_dropped(document: Any, drop: Sequence[str], label: str) -> Any:
+    """Leave entries out of a checkpoint's content.
+
+    Raises:
+        CheckpointError: If there is no such entry: a slip of the pen must not go unnoticed.
+    """
+    if isinstance(drop, str):
+        raise CheckpointError(f"drop must be a list of entries, such as [{drop!r}].")
+    rest, found = drop_entries(document, drop)
+    strange = next((wish for wish in drop if wish not in found), None)
+    if strange is not None:
+        listed = [str(key) for key in as_mapping(document) or {}]
+        callbacks = [f"callbacks/{key}" for key in as_mapping((as_mapping(document) or {}).get("callbacks")) or {}]
+        raise CheckpointError(f"{label} has no entry {strange!r} to drop. It has: {', '.join(listed + callbacks)}.")
+    return rest
+
+
+def recorded_names(
+    optimizers: Sequence[Any], copies: CopyConverter
+) -> tuple[list[list[str] | None], list[list[NewGroup]] | None]:
+    """What callbacks wrote down about the optimizers' groups, as ``BaseFinetuning`` does.
+
+    Returns:
+        For each optimizer its old names in index order, where they are told; the groups of the new run, where they are
+        told for all.
+    """
+    told: list[list[str] | None] = []
+    groups: list[list[NewGroup]] = []
+    for number, data in enumerate(optimizers):
+        listed = data.get("param_groups") if isinstance(data, Mapping) else None
+        lengths = [len(group.get("params", ())) for group in listed or ()]
+        fitting = [
+            (old, new)
+            for path, old, new in copies.groups
+            if [len(names) for names in old] == lengths and (path[-1] == number or len(optimizers) == 1)
+        ]
+        same = bool(fitting) and all(found == fitting[0] for found in fitting)
+        told.append([name for names in fitting[0][0] for name in names] if same else None)
+        if same:
+            groups.append([NewGroup(tuple(names)) for names in fitting[0][1]])
+    return told, groups if groups and len(groups) == len(optimizers) else None
 
 
 def _convert_training(
@@ -283,30 +374,72 @@ def _convert_training(
     plan: TransferPlan,
     target: nn.Module | None,
     optimizers: Sequence[Optimizer] | None,
-    *,
-    parameter_names: Sequence[Sequence[str]] | None,
-    on_lost: OnLost,
+    options: CarryOptions | None,
+    copies: CopyConverter,
 ) -> tuple[dict[Any, Any], list[dict[str, Any]], list[str]]:
     """Convert every optimizer's state in the file: the entries that hold them, the states, and remarks."""
+    options = options or CarryOptions()
+    if optimizers is None and "run" in (options.settings, options.schedule):
+        raise CheckpointError("settings of the new run are known from its optimizers only: give optimizers= too.")
     places = find_optimizers(tree)
-    if not places:
-        return {}, [], []
-    made, notes = convert_optimizers(
-        [at(tree, place) for place in places],
-        plan,
-        old_parameters(checkpoint, plan),
-        new_order(plan, target),
-        groups=groups_of(optimizers, target) if optimizers is not None and target is not None else None,
-        parameter_names=parameter_names,
-        on_lost=on_lost,
-    )
-    check_schedulers(tree.get("lr_schedulers") or [], [at(tree, place) for place in places], made)
+    main = [place for place in places if place[0] == "optimizer_states" or is_lightning_key(place[0])] or places
     entries: dict[Any, Any] = {}
-    for place, data in zip(places, made):
+    made: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for chosen in (main, [place for place in places if place not in main]):
+        if not chosen:
+            continue
+        data = [at(tree, place) for place in chosen]
+        names, groups = recorded_names(data, copies)
+        if optimizers is not None and target is not None and chosen is main:
+            groups = groups_of(optimizers, target)
+        carried = convert_optimizers(
+            data,
+            plan,
+            old_parameters(checkpoint, plan),
+            new_order(plan, target),
+            groups=groups,
+            options=options if options.parameter_names is not None else replace(options, parameter_names=names),
+            doubtful=doubtful_parameters(checkpoint, plan),
+        )
+        if chosen is main:
+            schedulers, remarks = schedulers_for_file(tree.get("lr_schedulers") or (), carried, options.schedule)
+            notes += remarks
+            if "lr_schedulers" in tree:
+                entries["lr_schedulers"] = schedulers
+        _put_states(entries, tree, chosen, carried.states)
+        made += carried.states
+        notes += carried.notes
+    return entries, made, notes
+
+
+def _put_states(
+    entries: dict[Any, Any], tree: Mapping[Any, Any], places: Sequence[tuple[Any, ...]], states: Sequence[Any]
+) -> None:
+    """Put converted optimizers where the old ones were."""
+    if len({place[0] for place in places}) == 1 and isinstance(tree[places[0][0]], (list, tuple)):
+        entries[places[0][0]] = list(states)  # a list may have become shorter or longer
+        return
+    if len(states) != len(places):
+        raise CheckpointError(
+            f"the checkpoint has {len(places)} optimizers in entries of their own and the new run {len(states)}; "
+            "configure as many."
+        )
+    for place, data in zip(places, states):
         if len(place) == 1:
             entries[place[0]] = data
         elif isinstance(tree[place[0]], Mapping):
             entries.setdefault(place[0], dict(tree[place[0]]))[place[1]] = data
         else:
             entries.setdefault(place[0], list(tree[place[0]]))[place[1]] = data
-    return entries, made, notes
+
+
+__all__ = [
+    "Conversion",
+    "convert_checkpoint",
+    "convert_document",
+    "convert_tensors",
+    "convert_weights",
+    "lightning_optimizers",
+    "remembered_files",
+]

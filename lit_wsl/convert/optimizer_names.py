@@ -7,12 +7,12 @@ accepted only if it is the one and only that keeps the order within every group 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 from torch import Tensor
 
 from lit_wsl.checkpoint.document import LazyTensor
-from lit_wsl.convert.saved_optimizer import SavedGroup, SavedOptimizer, fits
+from lit_wsl.convert.saved_optimizer import SavedGroup, SavedOptimizer
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.description import Shape
 
@@ -30,14 +30,16 @@ Names = tuple[tuple[str, ...], ...]
 def assign_names(
     optimizers: Sequence[SavedOptimizer],
     parameters: Mapping[str, Shape],
-    given: Sequence[Sequence[str]] | None = None,
+    given: Sequence[Sequence[str] | None] | None = None,
+    doubtful: Collection[str] = (),
 ) -> tuple[list[Names], list[str]]:
     """Find the name of every index of every optimizer.
 
     Args:
         optimizers: The saved optimizers.
         parameters: Names and shapes of the old model's parameters, in registration order, tied ones once.
-        given: What the user says: for each optimizer the names in index order.
+        given: What the user or another part of the file says: for each optimizer the names in index order, or ``None``.
+        doubtful: Those of the parameters that may be buffers, such as the class weights of a loss.
 
     Returns:
         For each optimizer and group the names in order, and remarks for the report.
@@ -51,7 +53,8 @@ def assign_names(
         )
     known: dict[int, Names] = {}
     for number, optimizer in enumerate(optimizers):
-        names = _cut(optimizer, list(given[number])) if given is not None else _written_names(optimizer, parameters)
+        told = given[number] if given is not None else None
+        names = _cut(optimizer, list(told)) if told is not None else _written_names(optimizer, parameters)
         if names is not None:
             _check_shapes(optimizer, names, parameters)
             known[number] = names
@@ -61,12 +64,20 @@ def assign_names(
     taken = {name for names in known.values() for group in names for name in group}
     free = {name: shape for name, shape in parameters.items() if name not in taken}
     chosen = [optimizers[number] for number in open_ones]
-    if sum(len(o.indices) for o in chosen) <= len(free):
-        found = _infer(chosen, free)
-    else:  # optimizers that share parameters
-        found = [_infer([optimizer], parameters)[0] for optimizer in chosen]
-    known.update(zip(open_ones, found))
     remark = "which parameter has which index in the optimizer was inferred from the order and the shapes"
+    total = sum(len(o.indices) for o in chosen)
+    try:
+        if total <= len(free):
+            found = _infer(chosen, free)
+        else:  # optimizers that share parameters
+            found = [_infer([optimizer], parameters)[0] for optimizer in chosen]
+    except CheckpointError:
+        sure = {name: shape for name, shape in free.items() if name not in doubtful}
+        if len(sure) == len(free) or total != len(sure):
+            raise
+        found = _infer(chosen, sure)
+        remark += f", taking {', '.join(name for name in free if name in doubtful)} for buffers"
+    known.update(zip(open_ones, found))
     return [known[number] for number in range(len(optimizers))], [remark]
 
 
@@ -111,7 +122,7 @@ def _check_shapes(optimizer: SavedOptimizer, names: Names, parameters: Mapping[s
         for index, name in zip(group.indices, found):
             if name not in parameters:
                 raise CheckpointError(f"{optimizer.label}: {name!r} is no parameter of the weights in the file.")
-            if not fits(optimizer.state.get(index), parameters[name]):
+            if not optimizer.fits(index, parameters[name]):
                 raise CheckpointError(_misfit(optimizer, index, name, parameters[name]))
 
 
@@ -138,7 +149,7 @@ def _infer(optimizers: Sequence[SavedOptimizer], parameters: Mapping[str, Shape]
     if len(groups) == 1 and total == len(names):  # nothing to search, and a better message
         optimizer, group = groups[0]
         for index, name, shape in zip(group.indices, names, shapes):
-            if not fits(optimizer.state.get(index), shape):
+            if not optimizer.fits(index, shape):
                 raise CheckpointError(_misfit(optimizer, index, name, shape))
         return [(tuple(names),)]
     owners = _search(groups, shapes, total, label, names)
@@ -175,7 +186,7 @@ def _search(
         key = (group, index, shape)
         if key not in cache:
             optimizer, saved = groups[group]
-            cache[key] = fits(optimizer.state.get(saved.indices[index]), shape)
+            cache[key] = optimizer.fits(saved.indices[index], shape)
         return cache[key]
 
     def moves(place: Place, at: int) -> list[tuple[int, Place]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint.document import LazyTensor, materialize
-from lit_wsl.convert.saved_optimizer import kind_of
+from lit_wsl.convert.saved_optimizer import NOTHING, kind_of
 from lit_wsl.errors import CheckpointError
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import (
@@ -38,7 +38,11 @@ class NotCarriedError(CheckpointError):
 
 
 def carry_state(
-    entry: PlanEntry, states: Sequence[State], shapes: Sequence[Shape], keep: Keep | None = None
+    entry: PlanEntry,
+    states: Sequence[State],
+    shapes: Sequence[Shape],
+    keep: Keep | None = None,
+    wide: Mapping[str, bool] = NOTHING,
 ) -> list[dict[str, Any]]:
     """Take the states of an entry's sources to the states of its targets.
 
@@ -52,6 +56,7 @@ def carry_state(
         shapes: The shape of each source.
         keep: What to hold of each value that is carried, such as one rank's part; the rest is let go before the next
             value is read. Everything by default.
+        wide: Which keys have more than one element for some parameter, see :class:`SavedOptimizer`.
 
     Returns:
         One state for each target.
@@ -81,7 +86,8 @@ def carry_state(
 
     def carry(key: str) -> None:  # a function, so that its values are gone before the next are made
         of_sources = [state[key] for state in states]
-        values = _carry_values(entry, key, of_sources, states, shapes, views=keep is not None)
+        kinds = {kind_of(key, value, shape, wide.get(key)) for value, shape in zip(of_sources, shapes)}
+        values = _carry_values(entry, key, of_sources, kinds, states, shapes, views=keep is not None)
         for name, target, value in zip(entry.targets, made, values):
             target[key] = hold(name, key, value)
 
@@ -116,13 +122,13 @@ def _carry_values(
     entry: PlanEntry,
     key: str,
     values: list[Any],
+    kinds: set[str | None],
     states: Sequence[State],
     shapes: Sequence[Shape],
     *,
     views: bool = False,
 ) -> list[Any]:
     """Carry the values of one key, one per source, to one per target; as views of the sources where those will do."""
-    kinds = {kind_of(key, value, shape) for value, shape in zip(values, shapes)}
     shown = [tuple(v.shape) if isinstance(v, (Tensor, LazyTensor)) else type(v).__name__ for v in values[:3]]
     if len(kinds) != 1 or None in kinds:
         raise NotCarriedError(f"{key!r} ({shown}) is neither one value per weight, nor a factor, nor a scalar")

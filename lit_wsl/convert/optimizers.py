@@ -1,8 +1,13 @@
-"""Optimizer states for the new model: the states of the old parameters through the operations of the plan."""
+"""Optimizer states for the new model: the states of the old parameters through the operations of the plan.
+
+An optimizer is told by the parameters that it holds, and a parameter group by those that it holds: the new run may list
+its optimizers in another order, move parameters between them, split groups and join them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lit_wsl.convert.optimizer_names import REMEDY, Names, assign_names
@@ -11,8 +16,12 @@ from lit_wsl.convert.saved_optimizer import (
     NewGroup,
     NewOrder,
     SavedOptimizer,
-    refuse_other_optimizer,
-    same_settings,
+    Wins,
+    base_rate,
+    differing,
+    is_other_kind,
+    merge_settings,
+    rate_keys,
 )
 from lit_wsl.errors import CheckpointError
 from lit_wsl.plan.entries import PlanEntry
@@ -20,6 +29,46 @@ from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import Shape
 
 OnLost = Literal["refuse", "initialize"]
+
+Place = tuple[int, int]
+"""Number of the optimizer, number of the group."""
+
+
+@dataclass(frozen=True)
+class CarryOptions:
+    """What the user decides about optimizers that go on.
+
+    Attributes:
+        parameter_names: For each optimizer of the checkpoint the old names in index order, where they can't be
+            inferred.
+        on_lost: What to do where a state can't go through the operation of its parameter: ``"refuse"``, or
+            ``"initialize"`` it as that of a new parameter (it is left out, and the optimizer starts it at its first
+            step).
+        settings: Whose weight decays, betas, ... hold where both sides differ.
+        schedule: Whose learning rates and schedulers hold.
+    """
+
+    parameter_names: Sequence[Sequence[str] | None] | None = None
+    on_lost: OnLost = "refuse"
+    settings: Wins = "checkpoint"
+    schedule: Wins = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Optimizers of the new run, with the states of the old one.
+
+    Attributes:
+        states: Their state dicts, in the new run's order.
+        notes: Remarks for the report.
+        origins: For each of them and each of its groups the old group that its settings come from, if any.
+        optimizers: The saved optimizers.
+    """
+
+    states: list[dict[str, Any]]
+    notes: list[str]
+    origins: list[list[Place | None]]
+    optimizers: list[SavedOptimizer]
 
 
 def convert_optimizers(
@@ -29,10 +78,10 @@ def convert_optimizers(
     new: NewOrder,
     *,
     groups: Sequence[Sequence[NewGroup]] | None = None,
-    parameter_names: Sequence[Sequence[str]] | None = None,
-    on_lost: OnLost = "refuse",
+    options: CarryOptions | None = None,
+    doubtful: Collection[str] = (),
     keep: Keep | None = None,
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> Carried:
     """Convert ``optimizer_states`` of a checkpoint.
 
     Args:
@@ -42,46 +91,33 @@ def convert_optimizers(
         new: The new model's parameters.
         groups: The groups of the new run's optimizers; without them each new parameter goes to the group of its source,
             in registration order.
-        parameter_names: For each saved optimizer the old names in index order, where they can't be inferred.
-        on_lost: What to do where a state can't go through the operation of its parameter: ``"refuse"``, or
-            ``"initialize"`` it as that of a new parameter (it is left out, and the optimizer starts it at its first
-            step).
+        options: What the user decides.
+        doubtful: Old parameters that may be buffers.
         keep: What to hold of each value of a state, see :func:`~lit_wsl.convert.optimizer_state.carry_state`.
-
-    Returns:
-        The new state dicts, and remarks for the report.
 
     Raises:
         CheckpointError: If the states cannot be carried; the message says which, why, and what to do.
     """
+    options = options or CarryOptions()
     optimizers = [SavedOptimizer.read(data, f"optimizer {number}") for number, data in enumerate(saved)]
-    names, notes = assign_names(optimizers, old_parameters, parameter_names)
+    names, notes = assign_names(optimizers, old_parameters, options.parameter_names, doubtful)
     if groups is not None and notes:
         _refuse_another_order(groups, new)
     owners = _owners(names)
-    layout = groups if groups is not None else _layout(optimizers, names, owners, plan, new, old_parameters)
-    if len(layout) != len(optimizers):
-        raise CheckpointError(
-            f"the checkpoint has {len(optimizers)} optimizers and the new run {len(layout)}; their states belong to "
-            "each other by position, so both must have as many."
-        )
-    lost: dict[str, str] = {}
-    made = []
-    for number, (optimizer, group_list) in enumerate(zip(optimizers, layout)):
-        states = _states(optimizer, names[number], plan, old_parameters, lost, keep)
-        made.append(_assemble(optimizer, number, names[number], owners, group_list, states, plan))
-    if lost and on_lost == "refuse":
-        name, why = next(iter(lost.items()))
-        raise CheckpointError(
-            f"the optimizer's state of {name!r} cannot be carried: {why}"
-            f"{f' ({len(lost) - 1} more parameters likewise)' if len(lost) > 1 else ''}. Start these states anew "
-            "(on_lost='initialize', --on-lost initialize), or convert the weights only."
-        )
-    notes += [f"optimizer state starts anew for {name}: {why}" for name, why in lost.items()]
-    fresh = [n for g in layout for group in g for n in group.names if n not in plan.by_target]
-    if fresh:
-        notes.append(f"optimizer state starts anew for {len(fresh)} parameters without a source: {_some(fresh)}")
-    return made, notes
+    if groups is None:
+        if len(optimizers) > 1:
+            notes.append(
+                "the new run's optimizers were taken to stand in the order of the old ones; give them to be sure"
+            )
+        groups = _layout(optimizers, names, owners, plan, new, old_parameters)
+    carrier = _Carrier(optimizers, names, owners, groups, plan, old_parameters, options, notes)
+    states = carrier.carry_states(keep)
+    carrier.account_for(states)
+    made, origins = [], []
+    for number in range(len(groups)):
+        origins.append([carrier.origin(number, position) for position in range(len(groups[number]))])
+        made.append(carrier.assemble(number, origins[-1], states[number]))
+    return Carried(made, notes, origins, optimizers)
 
 
 def _refuse_another_order(groups: Sequence[Sequence[NewGroup]], new: NewOrder) -> None:
@@ -98,16 +134,14 @@ def _refuse_another_order(groups: Sequence[Sequence[NewGroup]], new: NewOrder) -
                 )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of some names."""
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-Owner = tuple[int, int]  # number of the optimizer, number of the group
-
-
-def _owners(names: Sequence[Names]) -> dict[str, list[Owner]]:
+def _owners(names: Sequence[Names]) -> dict[str, list[Place]]:
     """The optimizers and groups that hold each old parameter."""
-    owners: dict[str, list[Owner]] = {}
+    owners: dict[str, list[Place]] = {}
     for number, groups in enumerate(names):
         for group, members in enumerate(groups):
             for name in members:
@@ -118,7 +152,7 @@ def _owners(names: Sequence[Names]) -> dict[str, list[Owner]]:
 def _layout(
     optimizers: Sequence[SavedOptimizer],
     names: Sequence[Names],
-    owners: Mapping[str, list[Owner]],
+    owners: Mapping[str, list[Place]],
     plan: TransferPlan,
     new: NewOrder,
     old_parameters: Mapping[str, Shape],
@@ -135,7 +169,7 @@ def _layout(
                 )
     complete = all(name in owners for name in old_parameters)
     single = len(optimizers) == 1 and len(optimizers[0].groups) == 1
-    found: dict[Owner, list[str]] = {}
+    found: dict[Place, list[str]] = {}
     for name in new.names:
         entry = plan.by_target.get(name)
         if entry is None:
@@ -157,7 +191,7 @@ def _layout(
     ]
 
 
-def _entry_owners(entry: PlanEntry, owners: Mapping[str, list[Owner]]) -> list[Owner]:
+def _entry_owners(entry: PlanEntry, owners: Mapping[str, list[Place]]) -> list[Place]:
     """The groups that all sources of an entry are in."""
     of_each = [owners.get(source, []) for source in entry.sources]
     for source, found in zip(entry.sources, of_each):
@@ -170,92 +204,297 @@ def _entry_owners(entry: PlanEntry, owners: Mapping[str, list[Owner]]) -> list[O
     return of_each[0]
 
 
-def _groups(owners: Sequence[Owner]) -> str:
+def _groups(owners: Sequence[Place]) -> str:
     return ", ".join(f"group {group} of optimizer {number}" for number, group in owners) or "in no optimizer"
 
 
-def _states(
-    optimizer: SavedOptimizer,
-    names: Names,
-    plan: TransferPlan,
-    shapes: Mapping[str, Shape],
-    lost: dict[str, str],
-    keep: Keep | None,
-) -> dict[str, dict[str, Any]]:
-    """The states of the new parameters by name; what cannot be carried is noted in ``lost``."""
-    index = {n: i for group, found in zip(optimizer.groups, names) for i, n in zip(group.indices, found)}
-    made: dict[str, dict[str, Any]] = {}
-    for entry in plan.entries:
-        held = [optimizer.state.get(index[source]) if source in index else None for source in entry.sources]
+States = list[dict[str, dict[str, Any]]]
+"""For each optimizer of the new run: name -> the state of the parameter."""
+
+
+@dataclass
+class _Carrier:
+    """Everything that is known about optimizers on both sides, while the states go over."""
+
+    optimizers: Sequence[SavedOptimizer]
+    names: Sequence[Names]
+    owners: Mapping[str, list[Place]]
+    groups: Sequence[Sequence[NewGroup]]
+    plan: TransferPlan
+    shapes: Mapping[str, Shape]
+    options: CarryOptions
+    notes: list[str]
+    lost: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.index = [
+            {name: i for group, found in zip(optimizer.groups, names) for i, name in zip(group.indices, found)}
+            for optimizer, names in zip(self.optimizers, self.names)
+        ]
+        self.holders: dict[str, list[int]] = {}
+        for number, group_list in enumerate(self.groups):
+            for name in _members(group_list):
+                self.holders.setdefault(name, []).append(number)
+        self._partners: dict[tuple[int, frozenset[int]], int] = {}
+
+    # -- which old optimizer a new one goes on with ------------------------------------------------------------------
+
+    def partner(self, number: int, source: str) -> int | None:
+        """The old optimizer whose state of a parameter the new optimizer takes."""
+        candidates = frozenset(owner for owner, _ in self.owners.get(source, ()))
+        if len(candidates) < 2:
+            return next(iter(candidates), None)
+        if (number, candidates) not in self._partners:
+            self._partners[number, candidates] = self._choose(number, candidates)
+        return self._partners[number, candidates]
+
+    def _choose(self, number: int, candidates: frozenset[int]) -> int:
+        """Of old optimizers that share a parameter: that of the same kind which holds the same parameters."""
+        mine = set(_members(self.groups[number]))
+        ranked: dict[int, tuple[bool, float]] = {}
+        for old in sorted(candidates):
+            theirs = {t for e in self.plan.entries if any(s in self.index[old] for s in e.sources) for t in e.targets}
+            same = not any(
+                is_other_kind(a.settings, b.settings)
+                for a in self.optimizers[old].groups[:1]
+                for b in self.groups[number][:1]
+                if b.settings is not None
+            )
+            ranked[old] = (same, len(mine & theirs) / max(len(mine | theirs), 1))
+        best = [old for old in ranked if ranked[old] == max(ranked.values())]
+        if len(best) == 1 or number in best:
+            return best[0] if len(best) == 1 else number
+        raise CheckpointError(
+            f"optimizers {', '.join(map(str, best))} of the checkpoint share parameters, and which of them the run's "
+            f"optimizer {number} goes on with is not known. List them in the order of the old run."
+        )
+
+    # -- states ------------------------------------------------------------------------------------------------------
+
+    def carry_states(self, keep: Keep | None) -> States:
+        """The states of the new parameters; what cannot be carried is noted in ``lost``."""
+        made: States = [{} for _ in self.groups]
+        for entry in self.plan.entries:
+            takers: dict[tuple[int | None, ...], list[int]] = {}
+            for number in sorted({n for target in entry.targets for n in self.holders.get(target, ())}):
+                takers.setdefault(tuple(self.partner(number, source) for source in entry.sources), []).append(number)
+            for partners, numbers in takers.items():
+                carried = self._carry(entry, partners, keep)
+                for number in numbers:
+                    mine = {t: s for t, s in zip(entry.targets, carried) if number in self.holders.get(t, ())}
+                    made[number].update(mine)
+        return made
+
+    def _carry(self, entry: PlanEntry, partners: Sequence[int | None], keep: Keep | None) -> list[dict[str, Any]]:
+        held = [
+            self.optimizers[partner].state.get(self.index[partner][source]) if partner is not None else None
+            for partner, source in zip(partners, entry.sources)
+        ]
         if not any(held):
-            continue
+            return []
+        wide = {key: value for p in partners if p is not None for key, value in self.optimizers[p].wide.items()}
         try:
             lacking = next((s for s, state in zip(entry.sources, held) if not state), None)
             if lacking is not None:
                 raise NotCarriedError(f"{lacking!r}, which becomes a part of it, has no state (frozen?)")
-            states = carry_state(entry, [state or {} for state in held], [shapes[s] for s in entry.sources], keep)
+            shapes = [self.shapes[source] for source in entry.sources]
+            return carry_state(entry, [state or {} for state in held], shapes, keep, wide)
         except NotCarriedError as error:
-            lost.update(dict.fromkeys(entry.targets, str(error)))
-            continue
-        made.update(zip(entry.targets, states))
-    return made
+            self.lost.update(dict.fromkeys(entry.targets, str(error)))
+            return []
+
+    def account_for(self, states: States) -> None:
+        """Refuse where a state is lost; note what nothing in the new run trains, and what starts anew."""
+        entries: dict[str, list[PlanEntry]] = {}
+        for entry in self.plan.entries:
+            for source in entry.sources:
+                entries.setdefault(source, []).append(entry)
+        removed, untrained = [], []
+        for old, index in enumerate(self.index):
+            for source, position in index.items():
+                if not self.optimizers[old].state.get(position):
+                    continue
+                targets = [target for entry in entries.get(source, ()) for target in entry.targets]
+                holders = {number for target in targets for number in self.holders.get(target, ())}
+                if not targets:
+                    removed.append(source)
+                elif not holders:
+                    untrained.append(source)
+                elif all(self.partner(number, source) != old for number in holders):
+                    self.lost.setdefault(
+                        targets[0],
+                        f"optimizer {old} of the checkpoint has a state of {source!r} that no optimizer of the new run "
+                        "takes",
+                    )
+        if self.lost and self.options.on_lost == "refuse":
+            name, why = next(iter(self.lost.items()))
+            raise CheckpointError(
+                f"the optimizer's state of {name!r} cannot be carried: {why}"
+                f"{f' ({len(self.lost) - 1} more parameters likewise)' if len(self.lost) > 1 else ''}. Start these "
+                "states anew (on_lost='initialize', --on-lost initialize), or convert the weights only."
+            )
+        self.notes += [f"optimizer state starts anew for {name}: {why}" for name, why in self.lost.items()]
+        if removed:
+            self.notes.append(
+                f"optimizer states of {len(removed)} parameters that the new model does not have are left out: "
+                f"{some(removed)}"
+            )
+        if untrained:
+            self.notes.append(
+                f"optimizer states of {len(untrained)} parameters that no optimizer of the new run holds (frozen?) are "
+                f"left out: {some(untrained)}"
+            )
+        trained = list(dict.fromkeys(name for group_list in self.groups for name in _members(group_list)))
+        fresh = [name for name in trained if name not in self.plan.by_target]
+        if fresh:
+            self.notes.append(
+                f"optimizer state starts anew for {len(fresh)} parameters without a source: {some(fresh)}"
+            )
+        waited = [
+            name
+            for name in trained
+            if name in self.plan.by_target
+            and name not in self.lost
+            and not any(s in self.owners for s in self.plan.by_target[name].sources)
+        ]
+        if waited:
+            self.notes.append(
+                f"optimizer state starts anew for {len(waited)} parameters that no optimizer of the checkpoint holds "
+                f"(frozen?): {some(waited)}"
+            )
+
+    # -- groups ------------------------------------------------------------------------------------------------------
+
+    def _sources(self, number: int, position: int) -> dict[Place, str]:
+        """The old groups that the parameters of a new one come from, and the first of these parameters."""
+        found: dict[Place, str] = {}
+        for name in self.groups[number][position].names:
+            entry = self.plan.by_target.get(name)
+            for source in entry.sources if entry else ():
+                partner = self.partner(number, source)
+                for place in self.owners.get(source, ()):
+                    if place[0] == partner:
+                        found.setdefault(place, name)
+        return found
+
+    def origin(self, number: int, position: int) -> Place | None:
+        """The old group whose settings hold for a new one.
+
+        Raises:
+            CheckpointError: If several do that contradict each other, or its optimizer is of another kind.
+        """
+        group = self.groups[number][position]
+        places = self._sources(number, position)
+        if not places:  # nothing in it comes from the checkpoint
+            standing = number < len(self.optimizers) and len(self.groups[number]) == len(self.optimizers[number].groups)
+            if group.settings is None or (not group.names and standing):
+                return (min(number, len(self.optimizers) - 1), position) if self.optimizers else None
+            return None
+        first = next(iter(places))
+        chosen = self._settings(first)
+        for other in places:
+            if group.settings is not None:
+                told_apart = is_other_kind(self._settings(other), group.settings)
+                if told_apart is not None:
+                    raise CheckpointError(
+                        f"optimizer {other[0]} of the checkpoint, which has the state of {places[other]!r}, is of "
+                        f"another kind than the new run's optimizer {number}: its groups have {told_apart[0]}, the "
+                        f"new ones {told_apart[1]}. Use the same optimizer, or transfer the weights only "
+                        "(resume='weights')."
+                    )
+            self._refuse_contradictions(number, position, chosen, first, other, places)
+        return first
+
+    def _refuse_contradictions(
+        self,
+        number: int,
+        position: int,
+        chosen: Mapping[str, Any],
+        first: Place,
+        other: Place,
+        places: Mapping[Place, str],
+    ) -> None:
+        theirs = self._settings(other)
+        rates = rate_keys(chosen, theirs)
+        told = self.groups[number][position].settings is not None
+        for side, option, keys in (
+            (self.options.settings, "optimizer_settings", (set(chosen) | set(theirs)) - rates),
+            (self.options.schedule, "schedule", (set(chosen) | set(theirs)) & rates),
+        ):
+            odd = differing(chosen, theirs, keys)
+            if odd and (side == "checkpoint" or not told):
+                key = odd[0]
+                raise CheckpointError(
+                    f"group {position} of the new run's optimizer {number} joins parameters of the old groups "
+                    f"{first[1]} ({places[first]!r}, ...) and {other[1]} ({places[other]!r}, ...), whose settings "
+                    f"differ: {key} is {chosen.get(key)} and {theirs.get(key)}. Keep the groups as they were, or take "
+                    f"the new run's own ({option}='run')."
+                )
+
+    def _settings(self, place: Place) -> Mapping[str, Any]:
+        return self.optimizers[place[0]].groups[place[1]].settings
+
+    def assemble(
+        self, number: int, origins: Sequence[Place | None], states: Mapping[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Put states and settings together under the new indices, as ``Optimizer.state_dict`` would."""
+        partners = list(dict.fromkeys(place[0] for place in origins if place is not None))
+        olds = [self.optimizers[partner] for partner in partners]
+        by_name = any(isinstance(index, str) for old in olds for index in old.indices)
+        named = any(saved.names for old in olds for saved in old.groups)
+        state: dict[Hashable, Any] = {}
+        made = []
+        start = 0
+        for position, group in enumerate(self.groups[number]):
+            settings = dict(self._merged(number, position, origins[position]))
+            keys: list[Hashable] = list(group.names) if by_name else list(range(start, start + len(group.names)))
+            start += len(group.names)
+            state.update({key: states[name] for key, name in zip(keys, group.names) if name in states})
+            settings["params"] = keys
+            if named:
+                settings["param_names"] = list(group.names)
+            made.append(settings)
+        rest = olds[0].rest if len(olds) == 1 else {}
+        left = sorted({str(key) for old in olds for key in old.rest}) if len(olds) > 1 else []
+        if left:
+            self.notes.append(f"{', '.join(left)} of the optimizers that optimizer {number} joins are left out")
+        return {"state": state, "param_groups": made, **rest}
+
+    def _merged(self, number: int, position: int, origin: Place | None) -> Mapping[str, Any]:
+        new = self.groups[number][position].settings
+        if origin is None:
+            return new or {}
+        saved = self._settings(origin)
+        self._name_differences(number, position, saved, new)
+        return merge_settings(saved, new, self.options.settings, self.options.schedule)
+
+    def _name_differences(
+        self, number: int, position: int, saved: Mapping[str, Any], new: Mapping[str, Any] | None
+    ) -> None:
+        """A setting that the new run asks for and the old one had differently is named."""
+        names = self.groups[number][position].names
+        if new is None or not names:
+            return
+        where = f"optimizer {number}, group {position} ({names[0]}, ...)"
+        common = (set(saved) & set(new)) - rate_keys(saved, new)
+        for key in differing(saved, new, common):
+            self.notes.append(told(where, key, saved[key], new[key], self.options.settings, "optimizer_settings"))
+        if differing({"lr": base_rate(saved)}, {"lr": base_rate(new)}, ("lr",)):
+            self.notes.append(told(where, "lr", base_rate(saved), base_rate(new), self.options.schedule, "schedule"))
 
 
-def _assemble(
-    optimizer: SavedOptimizer,
-    number: int,
-    names: Names,
-    owners: Mapping[str, list[Owner]],
-    groups: Sequence[NewGroup],
-    states: Mapping[str, dict[str, Any]],
-    plan: TransferPlan,
-) -> dict[str, Any]:
-    """Put states and settings together under the new indices, as ``Optimizer.state_dict`` would."""
-    by_name = any(isinstance(index, str) for index in optimizer.indices)
-    state: dict[Hashable, Any] = {}
-    made = []
-    start = 0
-    for position, group in enumerate(groups):
-        settings = dict(_settings(optimizer, number, position, group, owners, plan, len(groups)))
-        keys: list[Hashable] = list(group.names) if by_name else list(range(start, start + len(group.names)))
-        start += len(group.names)
-        state.update({key: states[name] for key, name in zip(keys, group.names) if name in states})
-        settings["params"] = keys
-        if any(saved.names for saved in optimizer.groups):
-            settings["param_names"] = list(group.names)
-        made.append(settings)
-    return {"state": state, "param_groups": made, **optimizer.rest}
+def told(where: str, key: str, old: Any, new: Any, side: Wins, option: str) -> str:
+    """The sentence for a setting that differs: both values, which one counts, and how to have the other."""
+    other: Wins = "run" if side == "checkpoint" else "checkpoint"
+    whose = {"checkpoint": "the checkpoint's", "run": "the run's"}
+    return (
+        f"{where}: {key} is {old} in the checkpoint and {new} in the run; {whose[side]} counts ({option}={other!r} "
+        f"takes {whose[other]})"
+    )
 
 
-def _settings(
-    optimizer: SavedOptimizer,
-    number: int,
-    position: int,
-    group: NewGroup,
-    owners: Mapping[str, list[Owner]],
-    plan: TransferPlan,
-    count: int,
-) -> Mapping[str, Any]:
-    """The settings of a new group: those of the old group that its parameters come from."""
-    origins: dict[int, str] = {}
-    for name in group.names:
-        entry = plan.by_target.get(name)
-        for source in entry.sources if entry else ():
-            for owner, found in owners.get(source, []):
-                if owner == number:
-                    origins.setdefault(found, name)
-    if not origins:  # nothing in it comes from the checkpoint
-        if group.settings is not None and (group.names or count != len(optimizer.groups)):
-            return group.settings
-        return optimizer.groups[min(position, len(optimizer.groups) - 1)].settings
-    first = next(iter(origins))
-    chosen = optimizer.groups[first]
-    other = next((o for o in origins if not same_settings(optimizer.groups[o], chosen)), None)
-    if other is not None:
-        raise CheckpointError(
-            f"group {position} of the new run's optimizer {number} joins parameters of the old groups {first} "
-            f"({origins[first]!r}, ...) and {other} ({origins[other]!r}, ...), whose settings differ. Keep the groups "
-            "as they were, or convert the weights only."
-        )
-    refuse_other_optimizer(optimizer, chosen, group)
-    return chosen.settings
+def _members(groups: Iterable[NewGroup]) -> list[str]:
+    return [name for group in groups for name in group.names]
+
+
+__all__ = ["Carried", "CarryOptions", "NewGroup", "NewOrder", "OnLost", "convert_optimizers", "some", "told"]

@@ -6,32 +6,44 @@ precision plugin (the gradient scaler). Epochs and steps count from zero, callba
 ``"all"`` carries everything, as if the old checkpoint had been converted and given to ``trainer.fit(ckpt_path=...)``:
 also epoch and step, loops, callbacks and the datamodule.
 
-Where each process holds the whole model, the checkpoint is converted as a whole. Where the model is sharded
-(:mod:`lit_wsl.convert.resume`), a rank goes through the states one by one and keeps its part of each. Where
-it is flattened, torch's own engine cuts them.
+:class:`Resume` checks what the file alone tells before a weight moves, and then works at the places where Lightning
+restores a checkpoint: module, datamodule and callbacks once the model is built; loops, optimizers and schedulers after
+every ``on_fit_start``, since callbacks regroup parameters there. What of it depends on where the parameters lie is in
+three engines: each process holds the whole model; its part of each tensor; or a part of tensors that have been
+flattened into one.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_wsl.checkpoint.edit import with_entries
+from lit_wsl.checkpoint.plain import build_plain
 from lit_wsl.checkpoint.reader import Checkpoint
-from lit_wsl.checkpoint.records import as_mapping, contains_foreign
-from lit_wsl.convert.checkpoint import convert_document, lightning_optimizers, remembered_files
+from lit_wsl.checkpoint.records import ForeignName, as_mapping, first_foreign
+from lit_wsl.convert.checkpoint import (
+    ARGUMENTS,
+    lightning_optimizers,
+    recorded_names,
+    remembered_files,
+    without_dropped,
+)
+from lit_wsl.convert.copies import CopyConverter, spell
+from lit_wsl.convert.optimizer_names import assign_names
 from lit_wsl.convert.optimizer_state import Keep, NotCarriedError
-from lit_wsl.convert.optimizers import convert_optimizers
-from lit_wsl.convert.saved_optimizer import NewGroup, NewOrder, groups_of, kind_of
-from lit_wsl.convert.weights import find_twin, new_order, old_parameters
+from lit_wsl.convert.optimizers import Carried, CarryOptions, convert_optimizers
+from lit_wsl.convert.saved_optimizer import NewGroup, NewOrder, SavedOptimizer, groups_of, kind_of
+from lit_wsl.convert.schedulers import carry_schedulers
+from lit_wsl.convert.weights import doubtful_parameters, new_order, old_parameters
 from lit_wsl.errors import CheckpointError
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import ModelDescription
@@ -45,7 +57,531 @@ if TYPE_CHECKING:
 Layout = list[list[NewGroup]]
 
 
-def is_flattened(engine: object) -> TypeGuard[nn.Module]:
+@dataclass(frozen=True)
+class ResumeOptions:
+    """What of a checkpoint a run goes on with.
+
+    Attributes:
+        mode: ``"optimizer"`` or ``"all"``.
+        carry: What the user decides about optimizers.
+        drop: Entries of the checkpoint that are left out.
+    """
+
+    mode: Literal["optimizer", "all"]
+    carry: CarryOptions = field(default_factory=CarryOptions)
+    drop: tuple[str, ...] = ()
+
+
+class WayBack(Protocol):
+    """Remembers how to undo what is done next."""
+
+    def later(self, name: str, put_back: Callable[[], None]) -> None:
+        """Remember one thing."""
+
+
+class Resume:
+    """One run that goes on with the training of an old checkpoint.
+
+    Args:
+        trainer: The run.
+        model: The model, which the plan fills.
+        checkpoint: The opened checkpoint.
+        plan: What fills the model.
+        target: The model as it is now: an engine may flatten it later.
+        options: What to go on with.
+        ranks: The processes of the run, all of which make every call.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        model: pl.LightningModule,
+        checkpoint: object,
+        plan: TransferPlan,
+        target: ModelDescription,
+        options: ResumeOptions,
+        ranks: Ranks,
+    ) -> None:
+        self.trainer, self.model, self.checkpoint = trainer, model, checkpoint
+        self.plan, self.target, self.options, self.ranks = plan, target, options, ranks
+        self.notes: list[str] = []
+        self._content: dict[Any, Any] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._recorded: list[list[str] | None] = []
+        self._configured: int | None = None  # schedulers that configure_optimizers gave
+        self._uninstall: Callable[[], None] | None = None
+
+    # -- before a weight moves -----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse what the file alone tells to be impossible. Changes nothing.
+
+        Raises:
+            CheckpointError: If the checkpoint has no training state, or it cannot be carried; the message says why.
+        """
+        self.ranks.together(self._check)
+        # moving a model to a device makes new buffers, so the way back of these is by name
+        self._buffers = {n: b.detach().clone() for n, b in self.model.named_buffers() if not nn.parameter.is_lazy(b)}
+
+    def _check(self) -> None:
+        checkpoint, mode = self.checkpoint, self.options.mode
+        if not isinstance(checkpoint, Checkpoint):
+            raise CheckpointError(
+                f"resume={mode!r} needs the file of a checkpoint, since only it has optimizer states."
+            )
+        connector = getattr(self.trainer, "_checkpoint_connector", None)
+        if not hasattr(connector, "_loaded_checkpoint") or not hasattr(connector, "restore_training_state"):
+            raise CheckpointError(
+                f"this version of Lightning restores checkpoints in another way than resume={mode!r} knows. Convert "
+                "the file (plan.convert_checkpoint) and resume from it with trainer.fit(..., ckpt_path=...)."
+            )
+        content = dict(
+            as_mapping(without_dropped(dict(checkpoint.unread), self.options.drop, str(checkpoint.path))) or {}
+        )
+        found = lightning_optimizers(content)
+        schedulers_needed = self.options.carry.schedule == "checkpoint"
+        lacking = "lr_schedulers" if schedulers_needed and "lr_schedulers" not in content else ""
+        lacking = "optimizer_states" if found is None else lacking
+        if lacking or found is None:
+            raise CheckpointError(
+                f"{checkpoint.path} has no {lacking!r}, so resume={mode!r} finds nothing to go on with (was it saved "
+                "with save_weights_only=True?). Use resume='weights'."
+            )
+        keys, states = found
+        content = {key: value for key, value in content.items() if key not in keys}
+        content["optimizer_states"] = states
+        self._content = self._needed(checkpoint, content)
+        copies = self._convert_copies(checkpoint)
+        saved = self._content["optimizer_states"]
+        self._recorded = recorded_names(saved, copies)[0]
+        assign_names(
+            [SavedOptimizer.read(data, f"optimizer {number}") for number, data in enumerate(saved)],
+            old_parameters(checkpoint, self.plan),
+            self._carry_options.parameter_names,
+            doubtful_parameters(checkpoint, self.plan),
+        )
+        if mode == "all":
+            self.notes += remembered_files(self._content.get("callbacks"))
+
+    @property
+    def _carry_options(self) -> CarryOptions:
+        own = self.options.carry
+        told = own.parameter_names is not None or not any(self._recorded)
+        return own if told else replace(own, parameter_names=self._recorded)
+
+    def _needed(self, checkpoint: Checkpoint, content: dict[Any, Any]) -> dict[Any, Any]:
+        """Build what Lightning restores; objects of foreign classes elsewhere are in no one's way."""
+        trainer = self.trainer
+        plugin = type(trainer.precision_plugin).__qualname__
+        needed: set[Any] = {"optimizer_states", "lr_schedulers", plugin}
+        if self.options.mode == "all":
+            needed |= {"loops", "native_amp_scaling_state", "epoch", "global_step"}
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            if data is not None:
+                needed.add(type(data).__qualname__)
+        made = {key: build_plain(value) for key, value in content.items()}
+        for key in sorted(needed & set(made), key=str):
+            self._refuse_foreign(checkpoint, (key,), made[key])
+        callbacks = made.get("callbacks")
+        if self.options.mode == "all" and isinstance(callbacks, Mapping):
+            made["callbacks"] = self._callbacks(checkpoint, callbacks)
+        return made
+
+    def _callbacks(self, checkpoint: Checkpoint, callbacks: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The states of callbacks; those of this run have to be whole. Very old files name their classes."""
+        made: dict[Any, Any] = {}
+        for key, state in callbacks.items():
+            mine = [c for c in self.trainer.callbacks if _is_state_of(c, key)]  # type: ignore[attr-defined]
+            made[mine[0].state_key if mine and isinstance(key, ForeignName) else _plain_key(key)] = state
+            if mine:
+                self._refuse_foreign(checkpoint, ("callbacks", key), state)
+        return made
+
+    def _refuse_foreign(self, checkpoint: Checkpoint, path: tuple[Any, ...], value: Any) -> None:
+        found = first_foreign(value)
+        if found is not None:
+            inside, name = found
+            raise CheckpointError(
+                f"{checkpoint.path}: {spell((*path, *inside))!r} holds an object of the foreign class {name}, which is "
+                f"never built here, and resume={self.options.mode!r} needs the entry. Leave it out with "
+                f"drop=[{spell(path)!r}]; or, if you trust the file, convert it (plan.convert_checkpoint) and resume "
+                "with trainer.fit(..., ckpt_path=..., weights_only=False)."
+            )
+
+    def _convert_copies(self, checkpoint: Checkpoint) -> CopyConverter:
+        """Give what speaks of the old model's tensors the new names, in entries that this run restores."""
+        sharded = has_sharded_tensors(self.model) or not self.trainer.strategy.lightning_restore_optimizer
+        order = partial(new_order, self.plan, self.model)
+        copies = CopyConverter(checkpoint, self.plan, self.model, order, sharded=sharded)
+        for key in self._content:
+            if key in ("optimizer_states", "lr_schedulers", "loops"):
+                continue
+            self._content[key] = copies.convert((key,), self._content[key])
+        if self.options.mode != "all":
+            return copies
+        problem = next((p for p in copies.problems if p.grave and self._is_restored(p.path)), None)
+        if problem is not None:
+            raise CheckpointError(f"{checkpoint.path}: {problem} {problem.remedy}")
+        self.notes += copies.notes
+        self.notes += [f"{p} It was left as it is." for p in copies.problems]
+        return copies
+
+    def _is_restored(self, path: tuple[Any, ...]) -> bool:
+        if path[0] == "callbacks" and len(path) > 1:
+            return any(_is_state_of(c, path[1]) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return path[0] not in ARGUMENTS
+
+    # -- at Lightning's own places -------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        undo: WayBack,
+        done: Callable[[tuple[str, ...]], None],
+        failed: Callable[[BaseException], BaseException],
+        *,
+        late: bool,
+    ) -> None:
+        """Let Lightning restore the rest, now that the model is filled.
+
+        Args:
+            undo: Where ways back are registered.
+            done: Called with remarks once everything is restored.
+            failed: Called with what was raised; gives what to raise.
+            late: Whether Lightning's restoring of module and callbacks has gone by.
+        """
+        undo.later("buffers", self._put_buffers_back)
+        connector = self.trainer._checkpoint_connector
+        restore = connector.restore_training_state
+
+        def restore_training_state() -> None:
+            self.abandon(keep_content=True)
+            try:
+                remarks = self._restore_training(undo, restore)
+            except BaseException as error:
+                connector._loaded_checkpoint = {}
+                raise failed(error) from error.__cause__
+            done(remarks)
+
+        connector.restore_training_state = restore_training_state  # type: ignore[method-assign]
+        take_back = self._count_schedulers()
+
+        def uninstall() -> None:
+            take_back()
+            if vars(connector).get("restore_training_state") is restore_training_state:
+                del connector.restore_training_state
+
+        self._uninstall = uninstall
+        if self.options.mode == "all":
+            try:
+                connector._loaded_checkpoint = self._for_lightning()
+                if late and not self.trainer.strategy.restore_checkpoint_after_setup:
+                    connector.restore_model()
+                    connector.restore_datamodule()
+                    connector.restore_callbacks()
+            except BaseException as error:
+                self.abandon()
+                raise failed(error) from error.__cause__
+
+    def _put_buffers_back(self) -> None:
+        for name, buffer in self.model.named_buffers():
+            if name in self._buffers:
+                copy_into(buffer, self._buffers[name])
+
+    def abandon(self, *, keep_content: bool = False) -> None:
+        """Leave nothing behind in the trainer."""
+        if self._uninstall is None:
+            return
+        self._uninstall()
+        self._uninstall = None
+        if not keep_content:
+            self.trainer._checkpoint_connector._loaded_checkpoint = {}
+
+    def _count_schedulers(self) -> Callable[[], None]:
+        """Note how many schedulers were configured: SWA takes them out of a resumed run before they are restored."""
+        strategy = self.trainer.strategy
+        before, setup_optimizers = vars(strategy).get("setup_optimizers"), strategy.setup_optimizers
+        if self.trainer.lr_scheduler_configs or self.trainer.optimizers:  # made already
+            self._configured = len(self.trainer.lr_scheduler_configs)
+            return lambda: None
+
+        def counted(trainer: pl.Trainer) -> None:
+            take_back()
+            setup_optimizers(trainer)
+            self._configured = len(trainer.lr_scheduler_configs)
+
+        def take_back() -> None:
+            if vars(strategy).get("setup_optimizers") is counted:
+                if before is None:
+                    del strategy.setup_optimizers
+                else:
+                    strategy.setup_optimizers = before  # type: ignore[method-assign]
+
+        strategy.setup_optimizers = counted  # type: ignore[method-assign]
+        return take_back
+
+    def _for_lightning(self) -> dict[str, Any]:
+        """The checkpoint as Lightning would have read it from ``ckpt_path``, with the new model's weights."""
+        from lightning.pytorch import __version__
+
+        content = dict(self._content)
+        content.setdefault("pytorch-lightning_version", __version__)
+        if not has_sharded_tensors(self.model) and self.trainer.strategy.lightning_restore_optimizer:
+            weights = {
+                name: value.detach().clone() if isinstance(value, Tensor) else value
+                for name, value in self.model.state_dict().items()
+            }
+            content["state_dict"] = weights
+        content.setdefault("lr_schedulers", [])
+        if self.options.carry.schedule == "run":
+            content["lr_schedulers"] = []
+        try:
+            from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
+        except ImportError:  # checkpoints of this very version need no migration
+            return content
+        assert isinstance(self.checkpoint, Checkpoint)
+        return _pl_migrate_checkpoint(content, str(self.checkpoint.path))
+
+    def _restore_training(self, undo: WayBack, restore: Callable[[], None]) -> tuple[str, ...]:
+        """Optimizers, schedulers and what comes with them, after every callback's ``on_fit_start``."""
+        trainer, mode = self.trainer, self.options.mode
+        engine = self._engine()
+        content = trainer._checkpoint_connector._loaded_checkpoint if mode == "all" else self._content
+        if not content.get("optimizer_states"):
+            restore()
+            return (*self.notes, "a hook took the optimizers' states out of the checkpoint; none were restored")
+        carried, schedulers = self.ranks.together(lambda: self._carry(engine, content))
+        _remember(trainer, undo)
+        states = sum(len(state["state"]) for state in carried.states)
+        self.ranks.together(lambda: engine.load(carried.states))
+        content["lr_schedulers"] = schedulers
+        if mode == "all":
+            # they are in the optimizers already; Lightning would load those of other engines from the file itself
+            content["optimizer_states"] = []
+            restore()
+        else:
+            for config, state in zip(trainer.lr_scheduler_configs, schedulers):
+                config.scheduler.load_state_dict(state)
+            plugin = trainer.precision_plugin
+            plugin_state = content.get(type(plugin).__qualname__)
+            if plugin_state is not None:
+                plugin.load_state_dict(plugin_state)
+            restore()
+        what = ["optimizers", *(["schedulers"] if self.options.carry.schedule == "checkpoint" else [])]
+        what += ["loops", "callbacks", "data"] if mode == "all" else []
+        return (
+            *self.notes,
+            *carried.notes,
+            f"training goes on: {', '.join(what)} were restored ({states} parameters have an optimizer state)",
+        )
+
+    def _carry(self, engine: Engine, content: Mapping[str, Any]) -> tuple[Carried, list[Any]]:
+        """States for the run's optimizers and schedulers. Changes nothing and communicates nothing."""
+        assert isinstance(self.checkpoint, Checkpoint)
+        carried = convert_optimizers(
+            content["optimizer_states"],
+            self.plan,
+            old_parameters(self.checkpoint, self.plan),
+            engine.order(),
+            groups=engine.groups,
+            options=self._carry_options,
+            doubtful=doubtful_parameters(self.checkpoint, self.plan),
+            keep=engine.keep,
+        )
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if self.options.carry.schedule == "run":
+            return carried, []
+        saved = content.get("lr_schedulers") or []
+        if self._configured and not schedulers:
+            self.notes.append("a callback took the schedulers out, and restores its own")
+            return carried, saved
+        states, remarks = carry_schedulers(
+            saved,
+            schedulers,
+            self.trainer.optimizers,
+            carried,
+            self.options.carry.settings,
+            str(self.checkpoint.path),
+        )
+        self.notes += remarks
+        return carried, states
+
+    def _engine(self) -> Engine:
+        model, trainer = self.trainer.strategy.model, self.trainer
+        if model is not None and is_flattened(model):
+            return Flattened(model, trainer.optimizers, self.target)
+        if has_sharded_tensors(self.model):
+            return Sharded(trainer, self.model, self.plan)
+        if not trainer.strategy.lightning_restore_optimizer:
+            raise CheckpointError(
+                f"resume={self.options.mode!r} cannot carry optimizer states into a model that "
+                f"{type(trainer.strategy).__name__} has partitioned. Convert the file first (plan.convert_checkpoint, "
+                "or the convert command), and resume from that."
+            )
+        return Whole(trainer, self.model, self.plan)
+
+
+def _plain_key(key: Any) -> Any:
+    return str(key) if isinstance(key, ForeignName) else key
+
+
+def _is_state_of(callback: Any, key: Any) -> bool:
+    """Whether a callback's state is under a key: its own, or in very old files the class itself."""
+    if isinstance(key, ForeignName):
+        cls = type(callback)
+        return key.name == cls.__qualname__ and key.module.split(".")[-1] == cls.__module__.split(".")[-1]
+    return key in (callback.state_key, callback._legacy_state_key)
+
+
+def _remember(trainer: pl.Trainer, undo: WayBack) -> None:
+    """Register the ways back of what is restored now."""
+
+    def back(thing: Any) -> Callable[[], None]:
+        before = dict(vars(thing))
+
+        def put_back() -> None:
+            vars(thing).clear()
+            vars(thing).update(before)
+
+        return put_back
+
+    for number, optimizer in enumerate(trainer.optimizers):
+        before = optimizer.state, optimizer.param_groups
+
+        def put_back(optimizer: Optimizer = optimizer, before: tuple[Any, Any] = before) -> None:
+            optimizer.state, optimizer.param_groups = before
+
+        undo.later(f"optimizer {number}", put_back)
+    for number, config in enumerate(trainer.lr_scheduler_configs):
+        for scheduler in (config.scheduler, *(getattr(config.scheduler, "_schedulers", ()) or ())):
+            undo.later(f"scheduler {number}", back(scheduler))
+    plugin = trainer.precision_plugin
+    state = plugin.state_dict()
+    if state:
+        undo.later("precision plugin", partial(plugin.load_state_dict, state))
+
+
+# -- where the parameters lie ------------------------------------------------------------------------------------------
+
+
+class Engine(Protocol):
+    """What depends on how a strategy holds the model."""
+
+    groups: Layout
+    keep: Keep | None
+
+    def order(self) -> NewOrder:
+        """The order of the new model's parameters."""
+
+    def load(self, states: Sequence[dict[str, Any]]) -> None:
+        """Give the optimizers their states."""
+
+
+class Whole:
+    """Each process holds the whole model."""
+
+    keep: Keep | None = None
+
+    def __init__(self, trainer: pl.Trainer, model: pl.LightningModule, plan: TransferPlan) -> None:
+        self.trainer = trainer
+        self.groups = groups_of(trainer.optimizers, model)
+        self.order = partial(new_order, plan, model)
+
+    def load(self, states: Sequence[dict[str, Any]]) -> None:
+        """As Lightning does, devices included."""
+        self.trainer.strategy.load_optimizer_state_dict({"optimizer_states": states})
+
+
+class Sharded(Whole):
+    """FSDP2, tensor parallelism: each rank keeps its part of each tensor.
+
+    The states of the old optimizer are read one value of one parameter after the other, go through the operations of
+    the plan, and are cut to the part that this rank holds of the parameter; the rest is let go before the next is read.
+    So no rank ever holds the whole optimizer, and nothing is sent between ranks.
+    """
+
+    def __init__(self, trainer: pl.Trainer, model: pl.LightningModule, plan: TransferPlan) -> None:
+        super().__init__(trainer, model, plan)
+        self.keep = partial(part_of, dict(model.named_parameters(remove_duplicate=False)))
+
+    def load(self, states: Sequence[dict[str, Any]]) -> None:
+        """Lightning does this while it reads a file of its own."""
+        for optimizer, state in zip(self.trainer.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def part_of(parameters: Mapping[str, nn.Parameter], name: str, key: str, value: Tensor) -> Tensor:
+    """What this rank holds of a value of a parameter's state: one value per weight lies as the weights lie."""
+    parameter = parameters[name]
+    kind = kind_of(key, value, tuple(parameter.shape))
+    if kind == "same":
+        dtype = parameter.dtype if parameter.is_floating_point() else value.dtype
+        held = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        copy_into(held, value)
+        return held
+    if kind != "scalar" and is_sharded(parameter):
+        raise NotCarriedError(
+            f"{key!r} {tuple(value.shape)} is a mean over rows or columns, of which it is not known how the optimizer "
+            "keeps it for a sharded parameter"
+        )
+    return value.clone()
+
+
+class Flattened:
+    """``FSDPStrategy``, which has flattened the parameters: through torch's own whole form.
+
+    ``FullyShardedDataParallel`` takes optimizer states whole, by name, and cuts them itself. It asks for all of them on
+    every rank, so unlike in :class:`Sharded` each rank goes through whole states; those that are only renamed lie over
+    the mapped file. Making one, and loading, are collective calls.
+    """
+
+    keep: Keep | None = None
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], target: ModelDescription) -> None:
+        self.model, self.optimizers, self.target = model, optimizers, target
+        with _whole_states(model) as fsdp:
+            told = [fsdp.optim_state_dict(model, optimizer)["param_groups"] for optimizer in optimizers]
+        self.groups: Layout = [
+            [NewGroup(tuple(group["params"]), {k: v for k, v in group.items() if k != "params"}) for group in groups]
+            for groups in told
+        ]
+
+    def order(self) -> NewOrder:
+        """The order in which the parameters were registered; where they have been joined, that of the joined ones."""
+        from torch.distributed.fsdp import FlatParameter
+
+        if any(
+            isinstance(p, FlatParameter) for o in self.optimizers for group in o.param_groups for p in group["params"]
+        ):
+            return NewOrder(
+                tuple(name for groups in self.groups for group in groups for name in group.names), known=True
+            )
+        return NewOrder(tuple(info.name for info in self.target.parameters if info.kind == "parameter"), known=True)
+
+    def load(self, states: Sequence[dict[str, Any]]) -> None:
+        """Give the optimizers their parts of whole states.
+
+        Raises:
+            CheckpointError: If torch cannot cut them, as where only some of the parameters that it has joined have a
+                state.
+        """
+        for optimizer, state, groups in zip(self.optimizers, states, self.groups, strict=True):
+            keys = [key for group in state["param_groups"] for key in group["params"]]
+            name = dict(zip(keys, (name for group in groups for name in group.names), strict=True))
+            named = {
+                "state": {name[key]: value for key, value in state["state"].items()},
+                "param_groups": [{**g, "params": [name[key] for key in g["params"]]} for g in state["param_groups"]],
+            }
+            try:
+                with _whole_states(self.model) as fsdp:
+                    optimizer.load_state_dict(fsdp.optim_state_dict_to_load(self.model, optimizer, named))
+            except (ValueError, KeyError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"FullyShardedDataParallel does not take the optimizer's states: {error}. With "
+                    "FSDPStrategy(use_orig_params=True) parameters that it joins may have states of their own."
+                ) from error
+
+
+def is_flattened(engine: object) -> bool:
     """Whether a strategy's model is a ``FullyShardedDataParallel``."""
     if not dist.is_available():
         return False
@@ -70,264 +606,4 @@ def _whole_states(engine: Any) -> Iterator[Any]:
             yield FullyShardedDataParallel
 
 
-def groups_of_flattened(engine: nn.Module, optimizers: Sequence[Optimizer]) -> Layout:
-    """The parameter groups of optimizers, by the names that parameters had before flattening; a collective call."""
-    with _whole_states(engine) as fsdp:
-        told = [fsdp.optim_state_dict(engine, optimizer)["param_groups"] for optimizer in optimizers]
-    return [
-        [NewGroup(tuple(group["params"]), {k: v for k, v in group.items() if k != "params"}) for group in groups]
-        for groups in told
-    ]
-
-
-def order_in_flattened(optimizers: Sequence[Optimizer], layout: Layout, target: ModelDescription) -> NewOrder:
-    """The order in which the parameters were registered; where they have been joined, that of the joined ones.
-
-    Args:
-        optimizers: The optimizers.
-        layout: Their groups.
-        target: The model before it was flattened.
-    """
-    from torch.distributed.fsdp import FlatParameter
-
-    if any(isinstance(p, FlatParameter) for o in optimizers for group in o.param_groups for p in group["params"]):
-        return NewOrder(tuple(name for groups in layout for group in groups for name in group.names), known=True)
-    return NewOrder(tuple(info.name for info in target.parameters if info.kind == "parameter"), known=True)
-
-
-def load_into_flattened(
-    engine: nn.Module, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]], layout: Layout
-) -> None:
-    """Give the optimizers their parts of whole states; a collective call.
-
-    Raises:
-        CheckpointError: If torch cannot cut them, as where only some of the parameters that it has joined have a state.
-    """
-    for optimizer, state, groups in zip(optimizers, states, layout, strict=True):
-        keys = [key for group in state["param_groups"] for key in group["params"]]
-        name = dict(zip(keys, (name for group in groups for name in group.names), strict=True))
-        named = {
-            "state": {name[key]: value for key, value in state["state"].items()},
-            "param_groups": [{**g, "params": [name[key] for key in g["params"]]} for g in state["param_groups"]],
-        }
-        try:
-            with _whole_states(engine) as fsdp:
-                optimizer.load_state_dict(fsdp.optim_state_dict_to_load(engine, optimizer, named))
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                f"FullyShardedDataParallel does not take the optimizer's states: {error}. With "
-                "FSDPStrategy(use_orig_params=True) parameters that it joins may have states of their own."
-            ) from error
-
-
-def convert_for_shards(
-    trainer: pl.Trainer, model: pl.LightningModule, checkpoint: Checkpoint, plan: TransferPlan, mode: str
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What a sharded run goes on with: everything in the checkpoint but the weights, which the model has already.
-
-    Args:
-        trainer: The run, whose optimizers exist.
-        model: The sharded model.
-        checkpoint: The old checkpoint, a file or a folder.
-        plan: What filled the model.
-        mode: ``"optimizer"`` or ``"all"``.
-
-    Returns:
-        The content, with this rank's part of ``optimizer_states``, and remarks.
-
-    Raises:
-        CheckpointError: If something cannot be carried.
-    """
-    keep = partial(_part, dict(model.named_parameters(remove_duplicate=False)))
-    groups = groups_of(trainer.optimizers, model)
-    return convert_without_weights(checkpoint, plan, mode, groups, new_order(plan, model), keep)
-
-
-def convert_without_weights(
-    checkpoint: Checkpoint,
-    plan: TransferPlan,
-    mode: str,
-    groups: Sequence[Sequence[NewGroup]],
-    order: NewOrder,
-    keep: Keep | None = None,
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """:func:`convert_for_shards`, for parameter groups and an order that are known, keeping what ``keep`` says."""
-    places, saved = lightning_optimizers(checkpoint.unread) or ((), ())
-    if mode == "all":
-        twin = next((k for k, v in checkpoint.unread.items() if find_twin(v, checkpoint, plan) is not None), None)
-        if twin is not None:
-            raise CheckpointError(
-                f"{checkpoint.path}: {twin!r} is a copy of the weights (of WeightAveraging?), which cannot be restored "
-                "into a sharded run. Use resume='optimizer', or resume in one process."
-            )
-    states, notes = convert_optimizers(saved, plan, old_parameters(checkpoint, plan), order, groups=groups, keep=keep)
-    rest = {key: checkpoint.content[key] for key in checkpoint.unread if key not in places}
-    if mode == "all":
-        notes += remembered_files(rest.get("callbacks"))
-    return {**rest, "optimizer_states": states}, (*checkpoint.notes, *notes)
-
-
-def _part(parameters: Mapping[str, nn.Parameter], name: str, key: str, value: Tensor) -> Tensor:
-    """What this rank holds of a value of a parameter's state: one value per weight lies as the weights lie."""
-    parameter = parameters[name]
-    kind = kind_of(key, value, tuple(parameter.shape))
-    if kind == "same":
-        dtype = parameter.dtype if parameter.is_floating_point() else value.dtype
-        held = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        copy_into(held, value)
-        return held
-    if kind != "scalar" and is_sharded(parameter):
-        raise NotCarriedError(
-            f"{key!r} {tuple(value.shape)} is a mean over rows or columns, of which it is not known how the optimizer "
-            "keeps it for a sharded parameter"
-        )
-    return value.clone()
-
-
-def load_into_optimizers(optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]]) -> None:
-    """Give the optimizers their states; sharded strategies of Lightning do this while they read a file of their own."""
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
-
-
-def resume_training(
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
-    checkpoint: object,
-    plan: TransferPlan,
-    target: ModelDescription,
-    mode: str,
-    ranks: Ranks,
-) -> tuple[str, ...]:
-    """Carry the training state of a checkpoint into a run whose optimizers exist, at ``on_fit_start``.
-
-    Args:
-        trainer: The run.
-        model: The model, filled by the plan.
-        checkpoint: The opened checkpoint.
-        plan: What filled the model.
-        target: The model as it was then: an engine may have flattened it since.
-        mode: ``"optimizer"`` or ``"all"``.
-        ranks: The processes of the run, all of which make this call.
-
-    Returns:
-        Remarks for the report.
-
-    Raises:
-        CheckpointError: If the checkpoint has no training state, or it cannot be carried; the message says why.
-    """
-    engine = trainer.strategy.model
-    layout = groups_of_flattened(engine, trainer.optimizers) if is_flattened(engine) else None  # a collective call
-    content, container, notes = ranks.together(lambda: _convert(trainer, model, checkpoint, plan, target, mode, layout))
-    assert isinstance(checkpoint, Checkpoint)
-    states = sum(len(state["state"]) for state in content["optimizer_states"])
-    if layout is not None and engine is not None:
-        load_into_flattened(engine, trainer.optimizers, content.pop("optimizer_states"), layout)
-    elif container is None:
-        ranks.together(lambda: load_into_optimizers(trainer.optimizers, content.pop("optimizer_states")))
-    if mode == "all":
-        _restore_all(trainer, model, checkpoint, with_entries(container, content) if container is not None else content)
-    else:
-        _restore_optimizers(trainer, content)
-    what = "optimizers and schedulers" if mode == "optimizer" else "optimizers, schedulers, loops, callbacks and data"
-    return (*notes, f"training goes on: {what} were restored ({states} parameters have an optimizer state)")
-
-
-def _convert(
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
-    checkpoint: object,
-    plan: TransferPlan,
-    target: ModelDescription,
-    mode: str,
-    layout: Layout | None,
-) -> tuple[dict[str, Any], Any, tuple[str, ...]]:
-    """The checkpoint's content for this run, remarks, and what contained it where nothing has been taken out.
-
-    Changes nothing and communicates nothing.
-    """
-    if not isinstance(checkpoint, Checkpoint):
-        raise CheckpointError(f"resume={mode!r} needs the file of a checkpoint, since only it has optimizer states.")
-    sharded = has_sharded_tensors(model)
-    if not sharded and layout is None and not trainer.strategy.lightning_restore_optimizer:
-        raise CheckpointError(
-            f"resume={mode!r} cannot carry optimizer states into a model that {type(trainer.strategy).__name__} "
-            "has partitioned. Convert the file first (plan.convert_checkpoint, or the convert command), and resume "
-            "from that."
-        )
-    lacking = "lr_schedulers" if "lr_schedulers" not in checkpoint.unread else ""
-    lacking = "optimizer_states" if lightning_optimizers(checkpoint.unread) is None else lacking
-    if lacking:
-        raise CheckpointError(
-            f"{checkpoint.path} has no {lacking!r}, so resume={mode!r} finds nothing to go on with (was it saved "
-            "with save_weights_only=True?). Use resume='weights'."
-        )
-    container: Any = None
-    if layout is not None:
-        order = order_in_flattened(trainer.optimizers, layout, target)
-        content, notes = convert_without_weights(checkpoint, plan, mode, layout, order)
-    elif sharded:
-        content, notes = convert_for_shards(trainer, model, checkpoint, plan, mode)
-    else:
-        container, done = convert_document(checkpoint, plan, target=model, optimizers=trainer.optimizers)
-        content, notes = dict(as_mapping(container) or {}), done.notes
-        for key in ("state_dict", checkpoint.prefix[0]):  # what has no source stays as it is
-            content[key] = {**model.state_dict(), **(as_mapping(content.get(key)) or {})}
-    _check(trainer, checkpoint, content, mode)
-    return content, container, notes
-
-
-def _check(trainer: pl.Trainer, checkpoint: Checkpoint, content: Mapping[str, Any], mode: str) -> None:
-    """Refuse what cannot be restored, before anything is."""
-    theirs, ours = len(content["lr_schedulers"]), len(trainer.lr_scheduler_configs)
-    if theirs != ours:
-        raise CheckpointError(
-            f"{checkpoint.path} has {theirs} learning rate schedulers, the run {ours}; configure as many, or use "
-            "resume='weights'."
-        )
-    if mode != "all":
-        return
-    foreign = [str(key) for key, value in content.items() if key != "hyper_parameters" and contains_foreign(value)]
-    if foreign:
-        raise CheckpointError(
-            f"{checkpoint.path}: {', '.join(foreign)} hold objects of foreign classes "
-            f"({', '.join(checkpoint.stubbed[:3])}), which are never built here. Convert the file "
-            "(plan.convert_checkpoint) and resume from the converted one with trainer.fit(..., ckpt_path=..., "
-            "weights_only=False) if you trust it."
-        )
-    connector = getattr(trainer, "_checkpoint_connector", None)
-    if connector is None or not hasattr(connector, "_loaded_checkpoint"):
-        raise CheckpointError(
-            "this version of Lightning restores checkpoints in another way than resume='all' knows. Convert the file "
-            "(plan.convert_checkpoint) and resume from it with trainer.fit(..., ckpt_path=...)."
-        )
-
-
-def _restore_optimizers(trainer: pl.Trainer, content: dict[str, Any]) -> None:
-    if trainer.strategy.lightning_restore_optimizer:
-        trainer.strategy.load_optimizer_state_dict(content)
-    for config, state in zip(trainer.lr_scheduler_configs, content["lr_schedulers"]):
-        config.scheduler.load_state_dict(state)
-    plugin = trainer.precision_plugin
-    plugin_state = content.get(type(plugin).__qualname__)
-    if plugin_state is not None:
-        plugin.load_state_dict(plugin_state)
-
-
-def _restore_all(trainer: pl.Trainer, model: pl.LightningModule, checkpoint: Checkpoint, loaded: Any) -> None:
-    """Give Lightning the converted checkpoint as if it had read it from ``ckpt_path``.
-
-    The hook ``on_fit_start`` is followed by Lightning's own restoring of precision, loops, optimizers and schedulers,
-    which does nothing unless a checkpoint is loaded; what comes before in ``Trainer._run`` is done here.
-    """
-    try:
-        from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
-
-        loaded = _pl_migrate_checkpoint(loaded, str(checkpoint.path))
-    except ImportError:  # checkpoints of this very version need no migration
-        pass
-    connector = trainer._checkpoint_connector
-    connector._loaded_checkpoint = loaded
-    connector.restore_model()
-    connector.restore_datamodule()
-    connector.restore_callbacks()
+__all__ = ["Resume", "ResumeOptions"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,6 +13,11 @@ from torch.optim import Optimizer
 from lit_wsl.checkpoint.document import LazyTensor, materialize
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.description import Shape
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+Wins = Literal["checkpoint", "run"]
+"""Whose word counts where a checkpoint and the run that goes on with it say different things."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,14 @@ class SavedOptimizer:
         state: Index -> the state of one parameter.
         groups: Its parameter groups.
         rest: What else is in the state dict.
+        wide: Key of a state -> whether it has more than one element for some parameter; empty where none has.
     """
 
     label: str
     state: Mapping[Hashable, Mapping[str, Any]]
     groups: tuple[SavedGroup, ...]
     rest: Mapping[str, Any]
+    wide: Mapping[str, bool]
 
     @classmethod
     def read(cls, data: Any, label: str) -> SavedOptimizer:
@@ -72,6 +80,7 @@ class SavedOptimizer:
                 for group in groups
             ),
             {k: v for k, v in data.items() if k not in ("state", "param_groups")},
+            _wide_keys(state.values()),
         )
 
     @property
@@ -79,9 +88,29 @@ class SavedOptimizer:
         """All indices in order."""
         return tuple(index for group in self.groups for index in group.indices)
 
+    def fits(self, index: Hashable, shape: Shape) -> bool:
+        """Whether a parameter of this shape can have the state under an index."""
+        return fits(self.state.get(index), shape, self.wide)
 
-def kind_of(key: str, value: Any, shape: Shape) -> str | None:
+
+def _wide_keys(states: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+    """Which keys hold one value per weight: of a parameter of one element alone nobody can tell."""
+    largest: dict[str, int] = {}
+    for state in states:
+        for key, value in state.items():
+            if isinstance(value, (Tensor, LazyTensor)):
+                largest[key] = max(largest.get(key, 0), value.numel())
+    return {key: size > 1 for key, size in largest.items()} if max(largest.values(), default=0) > 1 else {}
+
+
+def kind_of(key: str, value: Any, shape: Shape, wide: bool | None = None) -> str | None:
     """What a value of a parameter's state is, told by its shape against the parameter's.
+
+    Args:
+        key: Its key in the state.
+        value: The value.
+        shape: The parameter's shape.
+        wide: Whether this key has more than one element for some parameter of the optimizer, where that is known.
 
     Returns:
         ``"same"`` (one value per weight, as Adam's moments), ``"row"`` or ``"column"`` (means over the last axis or the
@@ -91,11 +120,13 @@ def kind_of(key: str, value: Any, shape: Shape) -> str | None:
     >>> import torch
     >>> kind_of("exp_avg", torch.zeros(4, 2), (4, 2)), kind_of("row_var", torch.zeros(4, 1), (4, 2))
     ('same', 'row*')
+    >>> kind_of("exp_avg", torch.zeros(1), (), wide=True) is None  # the moment of another parameter
+    True
     """
     if not isinstance(value, (Tensor, LazyTensor)):
         return "plain" if value is None or isinstance(value, (bool, int, float, str)) else None
     own = tuple(value.shape)
-    if key == "step":
+    if key == "step" or wide is False:
         return "scalar" if value.numel() == 1 else None
     if own == tuple(shape):
         return "same"
@@ -112,23 +143,25 @@ def kind_of(key: str, value: Any, shape: Shape) -> str | None:
             fitting = [f for f in fitting if ("row" in key) == f.startswith("row") and ("row" in key) != ("col" in key)]
         if len(fitting) == 1:
             return fitting[0]
-    return "scalar" if value.numel() == 1 else None
+    return "scalar" if value.numel() == 1 and not wide else None
 
 
-def fits(state: Mapping[str, Any] | None, shape: Shape) -> bool:
+def fits(state: Mapping[str, Any] | None, shape: Shape, wide: Mapping[str, bool] = NOTHING) -> bool:
     """Whether a parameter of this shape can have this state; a parameter without state fits anything."""
     if not state:
         return True
-    kinds = {kind_of(key, value, shape) for key, value in state.items() if isinstance(value, (Tensor, LazyTensor))}
+    tensors = {key: value for key, value in state.items() if isinstance(value, (Tensor, LazyTensor))}
+    kinds = {kind_of(key, value, shape, wide.get(key)) for key, value in tensors.items()}
     if "same" in kinds or None in kinds:
         return "same" in kinds
     factors = kinds - {"scalar"}  # they come in pairs; a vector's moment is no row factor of a matrix
     return factors in (set(), {"row", "column"}, {"row*", "column*"})
 
 
-SCHEDULED = frozenset(  # written into groups by schedulers and averaging, not by the optimizer
-    {"initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "param_names", "params", "foreach"}
+_RATES = frozenset(  # what schedulers and averaging write into groups
+    {"lr", "initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 )
+_NO_SETTINGS = frozenset({"params", "param_names"})
 
 
 @dataclass(frozen=True)
@@ -159,27 +192,51 @@ class NewOrder:
     known: bool = False
 
 
-def same_settings(first: SavedGroup, second: SavedGroup) -> bool:
-    """Whether two saved groups have the same settings, those included that are tensors."""
-    a, b = first.settings, second.settings
-    return first is second or (set(a) == set(b) and all(_plain(a[key]) == _plain(b[key]) for key in a))
+def rate_keys(*groups: Mapping[str, Any]) -> frozenset[str]:
+    """The settings that a schedule writes: learning rates, and momenta where it cycles them."""
+    cycled = {"momentum", "betas"} if any("max_momentum" in group for group in groups) else set()
+    return _RATES | cycled
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
+def base_rate(settings: Mapping[str, Any]) -> Any:
+    """The learning rate that was asked for, before a schedule changed it."""
+    return settings.get("initial_lr", settings.get("lr"))
 
 
-def refuse_other_optimizer(optimizer: SavedOptimizer, saved: SavedGroup, group: NewGroup) -> None:
-    """Adam's state means nothing to SGD: tell them apart by the settings that they know."""
-    if group.settings is None:
-        return
-    old, new = set(saved.settings) - SCHEDULED, set(group.settings) - SCHEDULED
-    if old - new and new - old:
-        raise CheckpointError(
-            f"{optimizer.label} of the checkpoint is of another kind than the new run's: its groups have "
-            f"{sorted(old - new)}, the new ones {sorted(new - old)}. "
-            "Use the same optimizer, or transfer the weights only."
-        )
+def differing(first: Mapping[str, Any], second: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Those of some settings, sorted, whose values differ; tensors are compared by value."""
+    missing = object()
+
+    def plain(value: Any) -> Any:
+        value = value.tolist() if isinstance(value, Tensor) else value
+        return list(value) if isinstance(value, (list, tuple)) else value
+
+    return sorted(key for key in keys if plain(first.get(key, missing)) != plain(second.get(key, missing)))
+
+
+def merge_settings(
+    saved: Mapping[str, Any], new: Mapping[str, Any] | None, settings: Wins, schedule: Wins
+) -> Mapping[str, Any]:
+    """The settings of a group that goes on: rates as the schedule, all else as the settings are chosen."""
+    if new is None or settings == schedule == "checkpoint":
+        return saved
+    rates = rate_keys(saved, new)
+    rest, rate = (new if settings == "run" else saved), (new if schedule == "run" else saved)
+    return {
+        **{key: value for key, value in rest.items() if key not in rates},
+        **{key: value for key, value in rate.items() if key in rates},
+    }
+
+
+def is_other_kind(saved: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
+    """What tells two optimizers apart, Adam's state meaning nothing to SGD: the settings that only one of them knows.
+
+    Returns:
+        What only the saved one has, and what only the new one; ``None`` if they are of one kind.
+    """
+    internal = rate_keys(saved, new) | _NO_SETTINGS
+    old_only, new_only = set(saved) - set(new) - internal, set(new) - set(saved) - internal
+    return (sorted(old_only), sorted(new_only)) if old_only and new_only else None
 
 
 def groups_of(optimizers: Sequence[Optimizer], model: nn.Module) -> list[list[NewGroup]]:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from lit_wsl.checkpoint.document import LazyTensor
-from lit_wsl.checkpoint.edit import with_entries
 from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.checkpoint.records import as_mapping
 from lit_wsl.convert.optimizer_state import own_memory
 from lit_wsl.convert.saved_optimizer import NewOrder
 from lit_wsl.errors import CheckpointError, PlanError
-from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.file import registration_order
 from lit_wsl.plan.operations import run_operations
 from lit_wsl.plan.plan import TransferPlan
@@ -34,6 +30,17 @@ def old_parameters(checkpoint: Mapping[str, Tensor], plan: TransferPlan) -> dict
     kinds.update((source, entry.kind) for entry in plan.entries for source in entry.sources)
     inferred = describe(checkpoint).parameters
     return {info.name: info.shape for info in inferred if kinds.get(info.name, info.kind) != "buffer"}
+
+
+def doubtful_parameters(checkpoint: Mapping[str, Tensor], plan: TransferPlan) -> frozenset[str]:
+    """Those of the old parameters that may be buffers: the tensors of modules of which the new model has nothing.
+
+    Class weights of a loss look like a bias; that it is no parameter only the old code could tell.
+    """
+    used = {source for entry in plan.entries for source in entry.sources}
+    used.update(source for a in plan.ambiguous for candidate in a.candidates for source in candidate.sources)
+    alive = {name.rpartition(".")[0] for name in used}
+    return frozenset(name for name in old_parameters(checkpoint, plan) if name.rpartition(".")[0] not in alive)
 
 
 def new_order(plan: TransferPlan, target: nn.Module | None = None) -> NewOrder:
@@ -92,20 +99,9 @@ def convert_weights(
         PlanError: If the plan does not fit.
     """
     notes: list[str] = []
-    filled = convert_tensors(checkpoint, plan, target, progress)
-    if target is not None:
-        described = describe(target)
-        names = [name for name in target.state_dict(keep_vars=True) if described.tied.get(name, name) in filled]
-        strange = next((name for name in filled if name not in described), None)
-        if strange is not None:
-            raise PlanError(f"the plan fills {strange!r}, which {described.label} does not have; make a new plan.")
-        ordered = {name: filled[described.tied.get(name, name)] for name in names}
-        missing = [name for name in target.state_dict(keep_vars=True) if name not in ordered]
-    else:
-        proven = proven_order(plan)
-        names = [name for name, _ in proven] if proven is not None else list(filled)
-        ordered = {name: filled[name] for name in names if name in filled}
-        missing = [u.name for u in plan.unmatched_target] + [n for a in plan.ambiguous for n in a.targets]
+    ordered, fresh, missing = whole_state(convert_tensors(checkpoint, plan, target, progress), plan, target)
+    if fresh:
+        notes.append(f"{len(fresh)} tensors of the new model have no source and its own fresh values: {_some(fresh)}")
     if missing:
         notes.append(
             f"{len(missing)} tensors of the new model are not in the new checkpoint, so it loads with strict=False "
@@ -119,6 +115,46 @@ def convert_weights(
         state[f"{moved[module]}{dot}{leaf}" if dot and module in moved else name] = value
     state._metadata = _metadata(checkpoint, moved, target)  # type: ignore[attr-defined]
     return state, notes
+
+
+def whole_state(
+    filled: Mapping[str, Tensor], plan: TransferPlan, target: nn.Module | None
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Put converted tensors in the new model's order, under tied names too, and what has no source beside them.
+
+    Args:
+        filled: What the plan made, from the weights or from a copy of some of them.
+        plan: The plan.
+        target: The new model, where it is known.
+
+    Returns:
+        The tensors; the names of those whose values are the target's own; those that have no value, since there is no
+        target or it is on the meta device.
+
+    Raises:
+        PlanError: If the target lacks a name.
+    """
+    if target is None:
+        proven = proven_order(plan)
+        names = [name for name, _ in proven] if proven is not None else list(filled)
+        missing = [u.name for u in plan.unmatched_target] + [n for a in plan.ambiguous for n in a.targets]
+        return {name: filled[name] for name in names if name in filled}, [], missing
+    described = describe(target)
+    strange = next((name for name in filled if name not in described), None)
+    if strange is not None:
+        raise PlanError(f"the plan fills {strange!r}, which {described.label} does not have; make a new plan.")
+    state: dict[str, Tensor] = {}
+    fresh, lacking = [], []
+    for name, tensor in target.state_dict(keep_vars=True).items():
+        first = described.tied.get(name, name)
+        if first in filled:
+            state[name] = filled[first]
+        elif not isinstance(tensor, Tensor) or nn.parameter.is_lazy(tensor) or tensor.is_meta:
+            lacking.append(name)
+        else:
+            state[name] = state[first] if first in state else tensor.detach().clone()
+            fresh.append(name)
+    return state, fresh, lacking
 
 
 def _left_over(checkpoint: Checkpoint, plan: TransferPlan) -> list[str]:
@@ -195,42 +231,3 @@ def convert_tensors(
         if progress is not None:
             progress(number, len(plan.entries))
     return made
-
-
-def convert_twin(value: Any, checkpoint: Checkpoint, plan: TransferPlan, target: nn.Module | None) -> Any:
-    """Convert another copy of the weights, such as that of ``WeightAveraging``, or an average of the parameters alone.
-
-    Returns:
-        The converted copy; ``None`` if the value is no copy.
-    """
-    found = find_twin(value, checkpoint, plan)
-    if found is None:
-        return None
-    prefix, inside = found
-    entries = as_mapping(value) or {}
-    used = dict.fromkeys(source for entry in inside for source in entry.sources)
-    made = convert_tensors({s: entries[prefix + s] for s in used}, replace(plan, entries=tuple(inside)), target)
-    # what the plan leaves out of the model is left out of its copy; what is not the model's stays
-    rest = {key: item for key, item in entries.items() if str(key).removeprefix(prefix) not in checkpoint}
-    return with_entries(value, {**{prefix + name: tensor for name, tensor in made.items()}, **rest})
-
-
-def find_twin(value: Any, checkpoint: Checkpoint, plan: TransferPlan) -> tuple[str, list[PlanEntry]] | None:
-    """Whether a value is a copy of the weights: it holds most of the plan's sources, in the same shapes.
-
-    Returns:
-        The prefix of the names in the copy and the entries of the plan that it holds; ``None`` if it is no copy.
-    """
-    entries = as_mapping(value)
-    if entries is None or not plan.entries:
-        return None
-    for prefix in ("", "module."):
-
-        def fits(source: str, prefix: str = prefix) -> bool:
-            tensor = entries.get(prefix + source)
-            return isinstance(tensor, (Tensor, LazyTensor)) and tensor.shape == checkpoint.meta(source).shape
-
-        inside = [entry for entry in plan.entries if all(map(fits, entry.sources))]
-        if len(inside) * 2 > len(plan.entries):
-            return prefix, inside
-    return None

@@ -322,7 +322,8 @@ def _describe_module(module: nn.Module, order: Mapping[str, int], label: str) ->
                 name=name,
                 shape=_shape_of(tensor),
                 dtype=tensor.dtype,
-                kind=kinds.get(name, "parameter"),
+                # neither: the state of a metric, or a tensor that a hook gives another name
+                kind=kinds.get(name, "parameter" if isinstance(tensor, nn.Parameter) else "buffer"),
                 index=len(infos),
                 execution_order=order.get(name),
                 module_type=types.get(name, ""),

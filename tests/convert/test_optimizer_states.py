@@ -11,7 +11,7 @@ from torch import nn
 from lit_wsl.convert.checkpoint import convert_checkpoint
 from lit_wsl.convert.optimizer_names import assign_names
 from lit_wsl.convert.optimizer_state import NotCarriedError, carry_state
-from lit_wsl.convert.optimizers import convert_optimizers
+from lit_wsl.convert.optimizers import CarryOptions, convert_optimizers
 from lit_wsl.convert.saved_optimizer import NewOrder, SavedOptimizer
 from lit_wsl.errors import CheckpointError, PlanError
 from lit_wsl.plan.operations import Operation, run_operations, run_shapes
@@ -351,7 +351,9 @@ PAIRS = [(name, f"new.{name}") for name in SHAPES]
 
 def test_groups_and_settings_go_with_their_parameters():
     order = [f"new.{n}" for n in ("c.w", "a.b", "a.w", "b.b", "b.w", "c.b")]
-    ((made,), _) = convert_optimizers([saved([[0, 2, 4], [1, 3, 5]], LISTED)], renamed(*PAIRS), SHAPES, NewOrder(order))
+    (made,) = convert_optimizers(
+        [saved([[0, 2, 4], [1, 3, 5]], LISTED)], renamed(*PAIRS), SHAPES, NewOrder(order)
+    ).states
     assert [g["params"] for g in made["param_groups"]] == [[0, 1, 2], [3, 4, 5]]
     assert [g["lr"] for g in made["param_groups"]] == [0.1, 0.2]
     found = [int(made["state"][n]["exp_avg"].flatten()[0]) for n in range(6)]
@@ -361,7 +363,8 @@ def test_groups_and_settings_go_with_their_parameters():
 def test_names_are_written_where_the_file_had_them():
     order = [f"new.{n}" for n in reversed(SHAPES)]
     data = saved([[0, 1, 2, 3, 4, 5]], LISTED, list(SHAPES))
-    ((made,), notes) = convert_optimizers([data], renamed(*PAIRS), SHAPES, NewOrder(order))
+    carried = convert_optimizers([data], renamed(*PAIRS), SHAPES, NewOrder(order))
+    (made,), notes = carried.states, carried.notes
     assert made["param_groups"][0]["param_names"] == order
     assert notes == []
 
@@ -378,7 +381,8 @@ def test_parameters_from_different_groups_cannot_be_joined():
 def test_a_parameter_without_source_starts_fresh_in_the_only_group():
     plan = renamed(*PAIRS[:-1], unmatched=["head"])
     order = ("head", *(new for _, new in PAIRS[:-1]))
-    ((made,), notes) = convert_optimizers([saved([[0, 1, 2, 3, 4, 5]], LISTED)], plan, SHAPES, NewOrder(order))
+    carried = convert_optimizers([saved([[0, 1, 2, 3, 4, 5]], LISTED)], plan, SHAPES, NewOrder(order))
+    (made,), notes = carried.states, carried.notes
     assert made["param_groups"][0]["params"] == list(range(6))
     assert sorted(made["state"]) == [1, 2, 3, 4, 5]
     assert any("head" in note for note in notes)
@@ -392,7 +396,8 @@ def test_what_cannot_be_carried_is_refused_or_starts_fresh():
     data, shapes, new = saved([[0]], [(2, 2)]), {"a": (2, 2)}, NewOrder(("x", "y"))
     with pytest.raises(CheckpointError, match=r"state of 'x' cannot be carried: fan_out .*on_lost='initialize'"):
         convert_optimizers([data], plan, shapes, new)
-    ((made,), notes) = convert_optimizers([data], plan, shapes, new, on_lost="initialize")
+    carried = convert_optimizers([data], plan, shapes, new, options=CarryOptions(on_lost="initialize"))
+    (made,), notes = carried.states, carried.notes
     assert made["state"] == {}
     assert made["param_groups"][0]["params"] == [0, 1]
     assert sum("starts anew" in note for note in notes) == 2
