@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.refactors.config import Config
-from benchmarks.refactors.operators import REGIMES
+from benchmarks.refactors.operators import REGIMES, Regime
 from benchmarks.refactors.pair import Pair, Result, drawn_pair, run
-from benchmarks.refactors.report import Summary, table_text
+from benchmarks.refactors.report import Summary, markdown, table_text
 from benchmarks.refactors.shrink import differences, shrink
+from benchmarks.refactors.structures import Split
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -27,6 +31,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("fit", "validate"), default="fit")
     parser.add_argument("--regime", choices=(*REGIMES, "all"), default="all")
     parser.add_argument("--sample", action="store_true", help="give a sample call of the new model")
+    parser.add_argument("--both", action="store_true", help="every regime without and with a sample")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--pairs", type=int, default=100, help="pairs per regime")
     parser.add_argument("--seed", type=int, default=0, help="the first seed; the next pairs take the next ones")
     parser.add_argument("--structure", default="", help="only pairs of this structure")
@@ -39,12 +45,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def results(options: argparse.Namespace, regime: str) -> Iterator[Result]:
-    for seed in range(options.seed, options.seed + options.pairs):
-        pair = drawn_pair(options.split, regime, seed, sample=options.sample)  # type: ignore[arg-type]
-        named = {change.operator for change in pair.config.changes}
-        if options.structure in ("", pair.config.structure) and (not options.operator or options.operator in named):
-            yield run(pair)
+def results(options: argparse.Namespace, regime: str, sample: bool) -> Iterator[Result]:
+    """The pairs of one regime, in the order of their seeds."""
+    score = partial(_score, options.split, regime, sample, options.structure, options.operator)
+    seeds = range(options.seed, options.seed + options.pairs)
+    if options.workers < 2:
+        found: Iterable[Result | None] = map(score, seeds)
+        yield from (result for result in found if result is not None)
+        return
+    with multiprocessing.get_context("fork").Pool(options.workers, initializer=quiet) as pool:
+        yield from (result for result in pool.imap(score, seeds, chunksize=5) if result is not None)
+
+
+def _score(split: Split, regime: Regime, sample: bool, structure: str, operator: str, seed: int) -> Result | None:
+    pair = drawn_pair(split, regime, seed, sample=sample)
+    named = {change.operator for change in pair.config.changes}
+    wanted = structure in ("", pair.config.structure) and (not operator or operator in named)
+    return run(pair) if wanted else None
+
+
+def quiet() -> None:
+    """One thread, no warnings."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
 
 
 def replayed(path: Path) -> Iterator[Result]:
@@ -67,29 +91,31 @@ def show(result: Result, small: bool) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Score; 1 if anything was silently wrong."""
     options = parse(argv)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    written: dict[str, object] = {"command": " ".join(["python -m benchmarks.refactors", *(argv or sys.argv[1:])])}
+    quiet()
+    written: dict[str, Any] = {"command": " ".join(["python -m benchmarks.refactors", *(argv or sys.argv[1:])])}
+    written["regimes"] = {}
     bad: list[Result] = []
     regimes = REGIMES if options.regime == "all" else (options.regime,)
+    samples = (False, True) if options.both else (options.sample,)
     for regime in ("replay",) if options.replay else regimes:
-        start, summary = time.perf_counter(), Summary()
-        for result in replayed(options.replay) if options.replay else results(options, regime):
-            summary.add(result)
-        seconds = time.perf_counter() - start
-        print(f"{'' if options.replay else options.split} {regime}{' with a sample' * options.sample}, {seconds:.0f} s")
-        print(f"  {summary.line()}", flush=True)
-        if options.tables:
-            print("\n".join(["", *table_text(summary.by_structure, "structure"), ""]))
-            print("\n".join([*table_text(summary.by_operator, "operator"), ""]), flush=True)
-        for result in summary.bad if options.show < 0 else summary.bad[: options.show]:
-            show(result, options.shrink)
-        written[regime] = summary.to_dict()
-        bad += summary.bad
+        for sample in samples:
+            start, summary = time.perf_counter(), Summary()
+            title = f"{regime}{', with a sample' * sample}"
+            for result in replayed(options.replay) if options.replay else results(options, regime, sample):
+                summary.add(result)
+            seconds = time.perf_counter() - start
+            print(f"{'' if options.replay else options.split} {title}: {seconds:.0f} s\n  {summary.line()}", flush=True)
+            if options.tables:
+                print("\n".join(["", *table_text(summary.by_structure, "structure"), ""]))
+                print("\n".join([*table_text(summary.by_operator, "operator"), ""]), flush=True)
+            for result in summary.bad if options.show < 0 else summary.bad[: options.show]:
+                show(result, options.shrink)
+            written["regimes"][title] = summary.to_dict()
+            bad += summary.bad
     if options.json:
         written["wrong"] = [result.to_dict() for result in bad]
         options.json.write_text(json.dumps(written, indent=1) + "\n")
+        options.json.with_suffix(".md").write_text(markdown(written))
     return 1 if bad else 0
 
 

@@ -207,6 +207,33 @@ operator("validate", "content", LAST, "target", name="head_of_another_task")(
 )
 
 
+def _exchanged_part(words: Iterable[str]) -> Apply:
+    """A part of every block gives way to something else of the same size, called after what it is."""
+    options = list(words)
+
+    def apply(side: Side, rng: random.Random) -> bool:
+        inside = [leaf for leaf in side.leaves if leaf.plain and any(step.index is not None for step in leaf.path)]
+        roles = sorted({leaf.role for leaf in inside if leaf.path[-1].index is None})
+        if not roles:
+            return False
+        role, word = rng.choice(roles), rng.choice(options)
+        side.leaves = [
+            _copy(leaf, f"{word} ", (*leaf.parent, Step(f"={word}"))) if leaf in inside and leaf.role == role else leaf
+            for leaf in side.leaves
+        ]
+        return True
+
+    return apply
+
+
+operator("fit", "content", LAST, "target", name="part_exchanged")(
+    _exchanged_part(["fourier", "memory_bank", "relative_bias", "router_map", "dropout_gate"])
+)
+operator("validate", "content", LAST, "target", name="part_reinvented")(
+    _exchanged_part(["wavelet", "hyper_net", "timestep_scale", "retrieval", "sparsity_mask"])
+)
+
+
 @operator("fit", "content", LAST, "source")
 def loss_network_beside(side: Side, rng: random.Random) -> bool:
     """A part of the old module that the new one has not: a few more maps of the model's own sizes."""

@@ -120,7 +120,7 @@ operator("validate", "layout", weight=0.4, name="transpose_feed_forward")(
 )
 operator("fit", "layout", LAST, weight=0.5, name="dense_kernels")(_restore("transposed:kernel", "linear", _anything))
 operator("fit", "layout", LAST, weight=0.5, name="bare_matrices")(
-    _restore("bare_matrix", "linear", lambda leaf: leaf.role in ATTENTION and not leaf.bias)
+    _restore("bare_matrix", "linear", lambda leaf: not leaf.bias and leaf.path[-1].index is None)
 )
 operator("validate", "layout", LAST, weight=0.5, name="projections_by_heads")(
     _restore("bare_heads", "linear", lambda leaf: leaf.role in ("q", "k", "v") and not leaf.bias)

@@ -84,6 +84,41 @@ def table_text(table: Mapping[str, Counter[str]], title: str) -> Iterable[str]:
         yield f"{name:28} {row['pairs']:6} {row['bad']:5} " + " ".join(f"{row[key]:8}" for key in ROWS)
 
 
+def markdown(written: Mapping[str, Any]) -> str:
+    """The result as tables: by regime, by structure, by operator."""
+    regimes: Mapping[str, Any] = written["regimes"]
+    out = [
+        "# Random refactors with known truth",
+        "",
+        f"`{written['command']}`",
+        "",
+        "Tensors of the new model: right, silently wrong (a wrong layout included), unseen (its own in a layout that",
+        "neither names nor shapes show: squares stored transposed under a Linear's own names, parts interleaved by",
+        "head), open (left alone, the choice is listed), missing, and nothing (left alone, and rightly so). `right` is",
+        "the share of tensors that have a source; the bound is one-sided, 95 % (Clopper and Pearson).",
+        "",
+        "| regime | pairs | " + " | ".join(ROWS) + " | right | wrong, at most | pairs with a wrong one |",
+        "|---|" + "---:|" * (len(ROWS) + 4),
+    ]
+    for name, row in regimes.items():
+        counts = " | ".join(f"{row['tensors'][key]:,}" for key in ROWS)
+        bound = f"{row['wrong_upper_bound_95']:.3%}"
+        out.append(
+            f"| {name} | {row['pairs']} | {counts} | {row['right_share']:.1%} | {bound} | {row['wrong_pairs']} |"
+        )
+    for kind in ("structure", "operator"):
+        total: Table = defaultdict(Counter)
+        for row in regimes.values():
+            for name, counts in row[f"by_{kind}"].items():
+                total[name].update(counts)
+        out += ["", f"## By {kind}, all regimes together", ""]
+        out += [f"| {kind} | pairs | " + " | ".join(ROWS) + " |", "|---|" + "---:|" * (len(ROWS) + 1)]
+        for name in sorted(total, key=lambda name: (-total[name]["wrong"], name)):
+            cells = " | ".join(f"{total[name][key]:,}" for key in ROWS)
+            out.append(f"| {name} | {total[name]['pairs']} | {cells} |")
+    return "\n".join(out) + "\n"
+
+
 def upper_bound(wrong: int, of: int, confidence: float = 0.95) -> float:
     """One-sided upper bound of a rate (Clopper & Pearson, 1934).
 
