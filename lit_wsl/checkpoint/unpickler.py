@@ -14,6 +14,7 @@ that could act:
 from __future__ import annotations
 
 import _compat_pickle
+import codecs
 import pickle
 import struct
 from collections import OrderedDict
@@ -293,6 +294,8 @@ def _short(operation: Callable[[Any], None]) -> Callable[[Any], None]:
 
 _OPERATIONS: dict[bytes, Callable[[Any], Any]] = {
     pickle.FRAME: lambda u: u.read(8),  # frames are hints for buffering only
+    # the standard library looks its codec up, which imports it
+    pickle.UNICODE: lambda u: u.append(codecs.raw_unicode_escape_decode(u.readline()[:-1])[0]),
     pickle.REDUCE: lambda u: u.call(*_last_two(u), "reduce"),
     pickle.NEWOBJ: lambda u: u.call(*_last_two(u), "newobj"),
     pickle.NEWOBJ_EX: lambda u: u.new_with_keywords(u.stack.pop()),
