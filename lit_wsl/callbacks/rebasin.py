@@ -27,17 +27,18 @@ from lit_wsl.rebasin.job import (
     On,
     RebasinReport,
     align,
-    fit_names,
     names_of,
     write_results,
 )
 from lit_wsl.rebasin.job_model import (
     SHARDED,
+    UNPROVEN,
     best_matcher,
     completed,
     find_spec,
     is_sharded,
-    refuse_gaps,
+    prove_spec,
+    read_run,
     repaired,
     resolve_outputs,
     train_batches,
@@ -187,19 +188,17 @@ class RebasinCallback(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, own: dict[str, Tensor], folder: str | None
     ) -> RebasinReport:
         paths = [self.reference, *self.others]
-        shapes = {name: tensor.shape for name, tensor in own.items()}
         loaded = {
-            name: fit_names(open_checkpoint(path), shapes, str(path)) for name, path in zip(names_of(paths), paths)
+            name: read_run(module, open_checkpoint(path), str(path)) for name, path in zip(names_of(paths), paths)
         }
         loaded = {f"{name}_checkpoint" if name == RUN else name: state for name, state in loaded.items()}
         reference, *rest = loaded
-        refuse_gaps(loaded, module)
         models = {reference: loaded[reference], RUN: own, **{name: loaded[name] for name in rest}}
         shared = [n for n in own if all(n in state for state in models.values())]
         models = {name: {n: state[n] for n in shared} for name, state in models.items()}
         base = None
         if self.pretrained is not None:
-            base = fit_names(open_checkpoint(self.pretrained), shapes, str(self.pretrained))
+            base = read_run(module, open_checkpoint(self.pretrained), str(self.pretrained), complete=False)
         call, spec, reason, remarks = self._spec(trainer, module)
         if reason:
             rank_zero_warn(f"Rebasin: the models are compared as they are, not aligned: {reason}")
@@ -228,11 +227,15 @@ class RebasinCallback(Callback):
         """The call that worked, the spec, why there is none, and remarks."""
         from lit_wsl.callbacks.sample import quiet
 
-        if self.spec_file is not None:
-            return None, PermutationSpec.from_json(Path(self.spec_file)), None, ()
+        given = PermutationSpec.from_json(Path(self.spec_file)) if self.spec_file is not None else None
+        if given is not None and not self.verify:
+            return None, given, None, ()
         if is_sharded(module):
-            return None, None, SHARDED, ()
+            return (None, None, SHARDED, ()) if given is None else (None, given, None, (UNPROVEN,))
         calls, why = find_samples(trainer, module, "fit")
+        if given is not None:
+            with quiet(trainer, module):
+                return prove_spec(module, given, calls, self.outputs)
         if not calls:
             return None, None, f"{why}; a sample is needed to infer the permutation symmetries", ()
         with quiet(trainer, module):

@@ -19,11 +19,10 @@ from lit_wsl.rebasin.job import (
     On,
     RebasinReport,
     align,
-    fit_names,
     names_of,
     write_results,
 )
-from lit_wsl.rebasin.job_model import Outputs, best_matcher, find_spec, repaired
+from lit_wsl.rebasin.job_model import UNPROVEN, Outputs, best_matcher, find_spec, prove_spec, read_run, repaired
 from lit_wsl.rebasin.responses import has_batch_statistics
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
@@ -48,14 +47,13 @@ def run(options: Any) -> int:
     if options.matching == "best" and options.data is None:
         raise UsageError("--matching best is judged by data: name it, --data my.models:loader.")
     spec, reason, remarks = _spec(options, model, call)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if hasattr(tensor, "shape")}
 
-    def read(path: str) -> dict[str, Any]:
-        return fit_names(open_checkpoint(path, weights=options.checkpoint_weights), wanted, path)
+    def read(path: str, complete: bool = True) -> dict[str, Any]:
+        return read_run(model, open_checkpoint(path, weights=options.checkpoint_weights), path, complete)
 
     models = dict(zip(names_of(options.checkpoints), map(read, options.checkpoints)))
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    base = read(options.base) if options.base else None
+    base = read(options.base, complete=False) if options.base else None
     matcher = None
     if options.matching == "best" and spec is not None:
         batches = list(islice(_batches(options.data), options.repair_batches))
@@ -98,7 +96,11 @@ def _spec(
 ) -> tuple[PermutationSpec | None, str | None, tuple[str, ...]]:
     """The spec of ``--spec``, or an inferred one; or why there is none; and remarks."""
     if options.spec is not None:
-        return PermutationSpec.from_json(Path(options.spec)), None, ()
+        given = PermutationSpec.from_json(Path(options.spec))
+        if call is None:
+            return given, None, (UNPROVEN,)
+        _, spec, reason, remarks = prove_spec(model, given, [call], _outputs(options))
+        return spec, reason, remarks
     if call is None:
         raise UsageError(
             "which units may be permuted is read from one call of the model: name a function that gives a sample input "

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint import atomic_save, atomic_write_text
@@ -284,33 +283,29 @@ def names_of(paths: Sequence[str | Path]) -> list[str]:
     return names
 
 
-def fit_names(state: StateDict, wanted: Mapping[str, torch.Size], what: str) -> dict[str, Tensor]:
-    """The tensors of a state dict under the model's names: as they are, or less or plus one prefix.
+def under_names_of(own: Mapping[str, Any], state: StateDict, what: str) -> dict[str, Tensor]:
+    """The tensors of a state dict under the model's names: as they are, or less or plus one prefix, in any shape.
 
     Args:
+        own: the model's tensors by name.
         state: a state dict or an opened checkpoint.
-        wanted: the model's names and shapes.
         what: for messages: which file it is.
 
-    Returns:
-        The tensors that fit in name and shape, in the model's order. Others are left out.
-
     Raises:
-        RebasinError: nothing fits.
+        RebasinError: no name and shape is one of the model's.
     """
     renamings = {"": list(state)}
     ends = sorted({name.split(".", 1)[0] + "." for name in state if "." in name})
     renamings.update({f"less {end}": [n[len(end) :] if n.startswith(end) else "" for n in state] for end in ends})
-    starts = sorted({name.split(".", 1)[0] + "." for name in wanted if "." in name})
+    starts = sorted({name.split(".", 1)[0] + "." for name in own if "." in name})
     renamings.update({f"plus {start}": [start + n for n in state] for start in starts})
     best: dict[str, str] = {}
     for renamed in renamings.values():
-        found = {new: old for old, new in zip(state, renamed) if new in wanted}
+        found = {new: old for old, new in zip(state, renamed) if new in own}
         if len(found) > len(best):
             best = found
-    fitting = {new: state[best[new]] for new in wanted if new in best}
-    fitting = {new: tensor for new, tensor in fitting.items() if tensor.shape == wanted[new]}
-    if not fitting:
+    fitting = {new: state[best[new]] for new in own if new in best}
+    if not any(tensor.shape == own[name].shape for name, tensor in fitting.items()):
         raise RebasinError(
             f"{what}: none of its {len(state)} tensors has the name and shape of one of the model's. "
             "Bring it to this model first: lit-wsl map and lit-wsl convert do that."

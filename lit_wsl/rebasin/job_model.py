@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference.infer import infer_permutation_spec
-from lit_wsl.rebasin.job import AlignOptions, Matcher, RebasinReport
+from lit_wsl.rebasin.inference.trace import ForwardError
+from lit_wsl.rebasin.inference.verify import verify_permutation_spec
+from lit_wsl.rebasin.job import AlignOptions, Matcher, RebasinReport, under_names_of
 from lit_wsl.rebasin.matching.best import best_matching
 from lit_wsl.rebasin.matching.weights import MatchingResult
+from lit_wsl.rebasin.merging.merge import is_continuous
 from lit_wsl.rebasin.responses import reestimate_batchnorm
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.execution_order import only_child
@@ -58,7 +62,7 @@ class MainOutputs:
 
     def __call__(self, output: Any) -> list[Tensor]:
         """The tensors that count."""
-        found = [(names, t) for names, t in _named(output) if t.is_floating_point() and t.ndim]
+        found = [(names, t) for names, t in _named(output) if is_continuous(t) and t.ndim]
         inner = [any(name.endswith(INTERNAL) for name in names) for names, _ in found]
         if all(inner):
             self.ignored = set()
@@ -114,6 +118,7 @@ def resolve_outputs(given: Outputs | str | None) -> Outputs | None:
 LITTLE = 0.5
 
 
+UNPROVEN = "the permutation spec is not proven on this model"
 SHARDED = (
     "the model is sharded, and its symmetries cannot be inferred on one rank alone. Infer them once on the whole "
     "model, infer_permutation_spec(model, (batch,)).to_json('spec.json'), and give spec='spec.json'"
@@ -146,20 +151,46 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def refuse_gaps(loaded: Mapping[str, Mapping[str, Tensor]], module: nn.Module) -> None:
-    """Every run must have every parameter, in the model's shape.
+def read_run(module: nn.Module, state: Mapping[str, Tensor], what: str, complete: bool = True) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the model's names and in its shapes.
+
+    A file may hold one name of tensors that the model ties; the others are completed from it. Buffers may be absent.
+
+    Args:
+        module: The model.
+        state: A state dict or an opened checkpoint.
+        what: For messages: which file it is.
+        complete: Whether every parameter must be there in the model's shape (a run), or what differs is left out (a
+            pretrained model with another head).
 
     Raises:
-        RebasinError: One does not.
+        RebasinError: Nothing fits, or a parameter is absent or has another shape.
     """
-    for name, state in loaded.items():
-        gaps = [n for n, _ in module.named_parameters() if n not in state]
-        if gaps:
-            shape = tuple(module.get_parameter(gaps[0]).shape)
-            raise RebasinError(
-                f"{name} lacks {len(gaps)} parameters of the model, such as {gaps[0]!r} of shape {shape}: is it a "
-                "fine-tuning of the same architecture? Otherwise convert it first (lit-wsl map, lit-wsl convert)."
-            )
+    own = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    found = under_names_of(own, state, what)
+    tied: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        tied.setdefault(id(tensor), []).append(name)
+    for names in tied.values():
+        known = next((found[name] for name in names if name in found), None)
+        if known is not None:
+            found.update({name: known for name in names if name not in found})
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    absent = [name for name in own if name in parameters and name not in found]
+    other = [name for name in own if name in found and found[name].shape != own[name].shape]
+    if complete and absent:
+        raise RebasinError(
+            f"{what} lacks {len(absent)} parameters of the model, such as {absent[0]!r} of shape "
+            f"{tuple(own[absent[0]].shape)}: is it a fine-tuning of the same architecture? Otherwise convert it first "
+            "(lit-wsl map, lit-wsl convert)."
+        )
+    if complete and (wrong := [name for name in other if name in parameters]):
+        raise RebasinError(
+            f"{what}: {wrong[0]!r} has shape {tuple(found[wrong[0]].shape)}, in the model {tuple(own[wrong[0]].shape)} "
+            f"({len(wrong)} parameters differ in shape). Only models of the same sizes can be aligned: resize it first "
+            "(lit-wsl map --adapt), or build the model in its sizes."
+        )
+    return {name: found[name] for name in own if name in found and name not in other}
 
 
 def callee(module: nn.Module) -> tuple[nn.Module, str]:
@@ -189,18 +220,50 @@ def find_spec(
     """
     called, prefix = callee(module)
     pick = outputs or MainOutputs()
-    reasons = []
+    reasons: list[tuple[float, str]] = []
     for args, kwargs in calls:
         try:
             spec = infer_permutation_spec(called, args, kwargs, outputs=pick, verify=verify)
         except Exception as error:
-            reasons.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}")
+            reasons.append(_reason(error))
             continue
         if not spec.groups:
-            reasons.insert(0, _nothing_found(spec, outputs is None))  # says more than a call that does not fit
+            reasons.append((math.inf, _nothing_found(spec, outputs is None)))
             continue
         return (args, kwargs), prefixed(spec, prefix), None, _remarks(spec, pick)
-    return None, None, reasons[0] if reasons else "there is no sample of what the model takes", ()
+    return None, None, _furthest(reasons), ()
+
+
+def prove_spec(
+    module: nn.Module, spec: PermutationSpec, calls: Sequence[Call], outputs: Outputs | None
+) -> tuple[Call | None, PermutationSpec | None, str | None, tuple[str, ...]]:
+    """Prove a spec that was given on the first call that works; returns and arguments as for :func:`find_spec`."""
+    called, prefix = callee(module)
+    pick = outputs or MainOutputs()
+    bare = _without_prefix(spec, prefix)
+    reasons: list[tuple[float, str]] = []
+    for args, kwargs in calls:
+        try:
+            proven = verify_permutation_spec(bare, called, args, kwargs, outputs=pick).spec
+        except Exception as error:
+            reasons.append(_reason(error))
+            continue
+        if not proven.groups:
+            return None, None, "all groups of the given spec break the function of this model", ()
+        return (args, kwargs), prefixed(proven, prefix), None, _remarks(proven, pick)
+    return None, spec, None, (f"the given spec is not proven on this model: {_furthest(reasons)}",)
+
+
+def _reason(error: Exception) -> tuple[float, str]:
+    """How far a call got (operations of the model; what fails later got further), and why it failed."""
+    far = error.operations if isinstance(error, ForwardError) else math.inf
+    return far, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+
+
+def _furthest(reasons: Sequence[tuple[float, str]]) -> str:
+    if not reasons:
+        return "there is no sample of what the model takes"
+    return max(reasons, key=lambda reason: reason[0])[1]  # the first of equals: the likeliest call
 
 
 def _nothing_found(spec: PermutationSpec, default: bool) -> str:
@@ -212,6 +275,13 @@ def _nothing_found(spec: PermutationSpec, default: bool) -> str:
 
 def _remarks(spec: PermutationSpec, pick: Outputs) -> tuple[str, ...]:
     remarks = []
+    if spec.proof is not None:
+        remarks.append(
+            f"the permutation spec is proven on a sample by {spec.proof.draws} draws; a wrong group passes with a "
+            f"probability of at most {spec.proof.risk:.0e}"
+        )
+    else:
+        remarks.append(UNPROVEN)
     ignored = sorted(pick.ignored) if isinstance(pick, MainOutputs) else []
     if ignored:
         remarks.append(
@@ -227,14 +297,23 @@ def _remarks(spec: PermutationSpec, pick: Outputs) -> tuple[str, ...]:
 
 def prefixed(spec: PermutationSpec, prefix: str) -> PermutationSpec:
     """The spec of a submodule under the names of the whole model."""
-    if not prefix:
+    return _renamed(spec, lambda name: prefix + name) if prefix else spec
+
+
+def _without_prefix(spec: PermutationSpec, prefix: str) -> PermutationSpec:
+    """The spec of the whole model under the names of a submodule, which has all tensors that it speaks of."""
+    if not prefix or not all(name.startswith(prefix) for name in spec.axes):
         return spec
+    return _renamed(spec, lambda name: name.removeprefix(prefix))
+
+
+def _renamed(spec: PermutationSpec, rename: Callable[[str], str]) -> PermutationSpec:
     return replace(
         spec,
-        axes={prefix + name: axes for name, axes in spec.axes.items()},
-        shapes={prefix + name: shape for name, shape in spec.shapes.items()},
-        parameters=tuple(prefix + name for name in spec.parameters),
-        frozen={prefix + name: why for name, why in spec.frozen.items()},
+        axes={rename(name): axes for name, axes in spec.axes.items()},
+        shapes={rename(name): shape for name, shape in spec.shapes.items()},
+        parameters=tuple(rename(name) for name in spec.parameters),
+        frozen={rename(name): why for name, why in spec.frozen.items()},
     )
 
 

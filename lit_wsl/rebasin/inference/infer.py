@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference import rules_compute, rules_index, rules_shape  # noqa: F401  (registers the rules)
 from lit_wsl.rebasin.inference.groups import build_spec
 from lit_wsl.rebasin.inference.propagate import propagate
@@ -56,15 +55,7 @@ def infer_permutation_spec(
     [('0.weight:0', 8)]
     """
     with undisturbed(model):
-        try:
-            trace = trace_forward(model, example_args, example_kwargs, outputs)
-        except RebasinError:
-            raise
-        except Exception as error:
-            raise RebasinError(
-                f"The forward pass of {type(model).__name__} with the example arguments failed "
-                f"({type(error).__name__}: {error}); pass example_args and example_kwargs that fit its forward()."
-            ) from error
+        trace = trace_forward(model, example_args, example_kwargs, outputs)
     spec = spec_from_trace(trace)
     spec = replace(spec, parameters=tuple(dict(model.named_parameters())))
     if verify and spec.groups:

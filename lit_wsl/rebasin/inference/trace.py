@@ -19,8 +19,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lit_wsl.errors import RebasinError
+
 MAX_INDEX = 4_000_000
 _READERS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
+
+
+class ForwardError(RebasinError):
+    """The model fails on the example.
+
+    Attributes:
+        operations: Number of operations that had run by then.
+    """
+
+    def __init__(self, message: str, operations: int) -> None:
+        super().__init__(message)
+        self.operations = operations
 
 
 @dataclass(frozen=True)
@@ -273,6 +287,9 @@ def trace_forward(
     """Run ``model(*example_args, **example_kwargs)`` once and record it.
 
     The caller keeps the model undisturbed, see :func:`undisturbed`.
+
+    Raises:
+        ForwardError: The model or ``outputs`` fails.
     """
     recorder = Recorder()
     trace = recorder.trace
@@ -282,7 +299,17 @@ def trace_forward(
     trace.parameters = {number: tuple(of) for number, of in names.items()}
     for tensor in _tensors([list(example_args), dict(example_kwargs or {})]):
         trace.inputs.add(recorder.number(tensor))
-    with Escapes(recorder), recorder:
-        output = model(*example_args, **(example_kwargs or {}))
-    trace.outputs = [Ref(recorder.number(tensor)) for tensor in output_tensors(outputs(output) if outputs else output)]
+    try:
+        with Escapes(recorder), recorder:
+            output = model(*example_args, **(example_kwargs or {}))
+        found = output_tensors(outputs(output) if outputs else output)
+    except RebasinError:
+        raise
+    except Exception as error:
+        raise ForwardError(
+            f"The forward pass of {type(model).__name__} with the example arguments failed "
+            f"({type(error).__name__}: {error}); pass example_args and example_kwargs that fit its forward().",
+            len(trace.nodes),
+        ) from error
+    trace.outputs = [Ref(recorder.number(tensor)) for tensor in found]
     return trace

@@ -8,7 +8,8 @@ vectors leave those of the pretrained model alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -223,6 +224,31 @@ def _check_task_vectors(pretrained: Mapping[str, Tensor], task_vectors: Sequence
             if delta.shape != pretrained[name].shape:
                 shapes = f"{tuple(delta.shape)}, pretrained {tuple(pretrained[name].shape)}"
                 raise RebasinError(f"task vector {number}: {name!r} has shape {shapes}")
+    names = [{n for n, delta in vector.items() if bool(delta.any())} for vector in task_vectors]
+    if len(task_vectors) > 1:
+        _refuse_adapters(set().union(*names))
+
+
+_FACTOR = re.compile(r"(.*(?:^|[._])lora_?(?:embedding_)?)(a|b|down|up)((?:[._].*)?)", re.IGNORECASE)
+
+
+def _refuse_adapters(changed: Collection[str]) -> None:
+    """Refuse low-rank adapters of which both factors differ: a mean of factors is no mean of their products.
+
+    Raises:
+        RebasinError: there is one.
+    """
+    found = {name: match for name in sorted(changed) if (match := _FACTOR.fullmatch(name))}
+    pairs: dict[tuple[str, str], dict[str, str]] = {}
+    for name, match in found.items():
+        pairs.setdefault((match[1], match[3]), {})[match[2].lower()] = name
+    both = [tuple(pair.values()) for pair in pairs.values() if len(pair) > 1]
+    if both:
+        raise RebasinError(
+            f"{both[0][0]!r} and {both[0][1]!r} are factors of a low-rank adapter, and {len(both)} adapters differ in "
+            "both: the mean of factors is not the mean of their products. Fold the adapters into the base weights "
+            "first (peft: model.merge_and_unload(); by hand: W + scale * B @ A), and merge those."
+        )
 
 
 def _with_valid_variances(merged: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -245,3 +271,4 @@ def _check_same_layout(first: Mapping[str, Tensor], other: Mapping[str, Tensor],
         if tensor.shape != other[name].shape:
             shapes = f"{tuple(other[name].shape)}, in the first {tuple(tensor.shape)}"
             raise RebasinError(f"{name!r} has shape {shapes} in {which}")
+    _refuse_adapters({n for n, t in first.items() if is_continuous(t) and not torch.equal(t, other[n].to(t))})

@@ -24,7 +24,7 @@ from lit_wsl.rebasin import (
     weight_matching,
     weight_matching_for_task_vectors,
 )
-from lit_wsl.rebasin.job import AlignOptions, align, fit_names, names_of, write_results
+from lit_wsl.rebasin.job import AlignOptions, align, names_of, under_names_of, write_results
 from lit_wsl.rebasin.merging.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
 
 
@@ -327,12 +327,27 @@ def test_jobs_that_cannot_be_done_say_so():
 
 
 def test_names_are_fitted_by_one_prefix():
-    wanted = {"net.0.weight": torch.Size([2]), "net.0.bias": torch.Size([1])}
+    own = {"net.0.weight": torch.zeros(2), "net.0.bias": torch.zeros(1)}
     state = {"0.weight": torch.zeros(2), "0.bias": torch.zeros(3)}
-    assert list(fit_names(state, wanted, "x.pt")) == ["net.0.weight"]
-    assert list(fit_names({"module.net.0.bias": torch.zeros(1)}, wanted, "x.pt")) == ["net.0.bias"]
+    assert list(under_names_of(own, state, "x.pt")) == ["net.0.weight", "net.0.bias"]
+    assert list(under_names_of(own, {"module.net.0.bias": torch.zeros(1)}, "x.pt")) == ["net.0.bias"]
     with pytest.raises(RebasinError, match=r"x\.pt"):
-        fit_names({"other": torch.zeros(1)}, wanted, "x.pt")
+        under_names_of(own, {"other": torch.zeros(1)}, "x.pt")
+
+
+@pytest.mark.parametrize("names", [("lora_A.default.weight", "lora_B.default.weight"), ("lora_down", "lora_up")])
+def test_factors_of_adapters_are_not_averaged(names):
+    one, two = ({f"q.{name}": torch.randn(2, 2) for name in names} for _ in range(2))
+    base = {name: torch.zeros(2, 2) for name in one}
+    with pytest.raises(RebasinError, match="merge_and_unload"):
+        average([one, two])
+    with pytest.raises(RebasinError, match="low-rank"):
+        task_arithmetic(base, [task_vector(one, base), task_vector(two, base)])
+    shared = {**two, f"q.{names[0]}": one[f"q.{names[0]}"]}  # one factor in common: the mean is exact
+    merged = average([one, shared])
+    first, second = (f"q.{name}" for name in names)
+    expected = (one[second] @ one[first] + shared[second] @ shared[first]) / 2
+    torch.testing.assert_close(merged[second] @ merged[first], expected)
 
 
 def test_checkpoints_get_different_names():
