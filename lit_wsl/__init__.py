@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from lit_wsl.report.report import TransferReport as TransferReport
     from lit_wsl.transfer.api import transfer_weights as transfer_weights
 
-__version__ = "0.1.0"
-
 former_paths.install()
 
 _HOMES = {
@@ -39,14 +37,27 @@ _HOMES = {
 }
 
 __all__ = ["LitWslError", "__version__", *_HOMES]
+__version__: str
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__version__":
+        value: Any = _version()
+    elif name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    else:
+        value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lit_wsl")
+    except PackageNotFoundError:  # a checkout on the path, not installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:
