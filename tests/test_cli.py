@@ -1,6 +1,7 @@
 """The ``lit-wsl`` command: what it prints, what it writes, and its exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -344,3 +345,113 @@ def test_rebasin_finds_a_planted_order(tmp_path, capsys):
     assert run("rebasin", tmp_path / "a.pt", *model) == 2
     assert run("rebasin", tmp_path / "a.pt", tmp_path / "b.pt", "--model", f"{file}:net") == 2
     assert "--sample" in capsys.readouterr().err
+
+
+def test_version_is_said_once(capsys):
+    assert run("--version") == 0
+    assert re.fullmatch(r"lit-wsl \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", ["inspect", "map", "convert", "rename", "diff", "rebasin"])
+def test_help_names_no_python_types(command, capsys):
+    assert run(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert "type:" not in text
+    assert "Literal" not in text
+    assert "null" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_json_goes_to_a_file_or_to_the_standard_output(trained, tmp_path, capsys):
+    for words in (("inspect", trained / "old.ckpt"), ("diff", trained / "old.ckpt", trained / "old.ckpt")):
+        assert run(*words, "--json", "-") == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert run(*words, "--json", tmp_path / "out.json") == 0
+        assert capsys.readouterr().out == ""
+        assert json.loads((tmp_path / "out.json").read_text()) == printed
+    model = ("--model", f"{MODELS}:NewTransformer")
+    assert run("map", trained / "old.ckpt", *model, "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "lit_wsl.report"
+
+
+def test_list_options_are_plain_names(tmp_path, capsys):
+    (tmp_path / "heads.py").write_text(
+        "from torch import nn\n"
+        "def net(classes=3):\n"
+        "    return nn.Sequential(nn.Linear(50, 40), nn.Linear(40, classes))\n"
+        "def parts(name='encoder'):\n"
+        "    return nn.ModuleDict({name: nn.Linear(4, 4)})\n"
+    )
+    torch.save(torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.Linear(40, 5)).state_dict(), tmp_path / "a.pt")
+    model = ("--model", f"{tmp_path}/heads.py:net")
+    for words in (("partial_head",), ("partial_head", "new_input_channels"), ('["partial_head"]',)):
+        assert run("map", tmp_path / "a.pt", *model, "--json", "-", "--adapt", *words) == 0
+        assert json.loads(capsys.readouterr().out)["coverage"]["target"]["share"] == 1.0
+    assert run("map", tmp_path / "a.pt", *model, "--adapt", "partial_hed") == 2
+    assert "Did you mean 'partial_head'?" in capsys.readouterr().err
+    torch.save({"decoder.weight": torch.ones(4, 4), "decoder.bias": torch.ones(4)}, tmp_path / "b.pt")
+    model = ("--model", f"{tmp_path}/heads.py:parts")
+    assert run("map", tmp_path / "b.pt", *model) == 0
+    assert run("map", tmp_path / "b.pt", *model, "--incompatible-pairs", "encoder,stem:decoder") == 1
+    assert "incompatible_pairs keeps" in capsys.readouterr().out
+    assert run("map", tmp_path / "b.pt", *model, "--incompatible-pairs", "encoder") == 2
+
+
+def test_a_plan_is_written_as_json_or_yaml_only(trained, tmp_path, capsys):
+    for name in ("plan.txt", "plan", "old.ckpt"):
+        assert run("map", trained / "old.ckpt", "--model", f"{MODELS}:NewTransformer", "--plan", tmp_path / name) == 2
+        assert ".json or a .yaml" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
+
+
+def test_convert_matches_and_converts_in_one_step(trained, tmp_path, capsys):
+    model = ("--model", f"{MODELS}:NewTransformer")
+    assert run("map", trained / "old.ckpt", *model, "--plan", tmp_path / "plan.json") == 0
+    assert (
+        run("convert", trained / "old.ckpt", *model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "a.ckpt") == 0
+    )
+    assert run("convert", trained / "old.ckpt", *model, "-o", tmp_path / "b.ckpt") == 0
+    assert run("diff", tmp_path / "a.ckpt", tmp_path / "b.ckpt") == 0
+    assert run("convert", trained / "old.ckpt", "-o", tmp_path / "c.ckpt") == 2
+    assert "--plan plan.json" in capsys.readouterr().err
+    lstm = ("--model", "torch.nn:LSTM", "--model-args.input_size", "5", "--model-args.hidden_size", "7")
+    assert run("convert", trained / "old.ckpt", *lstm, "-o", tmp_path / "c.ckpt") == 1
+    assert not (tmp_path / "c.ckpt").exists()
+
+
+def test_names_in_a_file_cannot_control_the_terminal(tmp_path, capsys):
+    evil = "a\x1b[2J\x1b]0;owned\x07\n\tb"
+    torch.save({f"{evil}.weight": torch.ones(3), "c": torch.ones(2)}, tmp_path / "evil.pt")
+    torch.save({f"{evil}.weight": torch.zeros(3), "d": torch.ones(2)}, tmp_path / "other.pt")
+    run("inspect", tmp_path / "evil.pt")
+    run("diff", tmp_path / "evil.pt", tmp_path / "other.pt")
+    run("rename", tmp_path / "evil.pt", "--add-prefix", "x", "--dry-run")
+    run(
+        "map",
+        tmp_path / "evil.pt",
+        "--model",
+        "torch.nn:LSTM",
+        "--model-args.input_size",
+        "5",
+        "--model-args.hidden_size",
+        "7",
+    )
+    run("inspect", tmp_path / f"{evil}.pt")
+    shown = capsys.readouterr()
+    assert r"a\x1b[2J" in shown.out
+    for text in shown:
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+
+
+def test_diff_is_readable_at_80_columns(trained, tmp_path, capsys, monkeypatch):
+    from lit_wsl.cli import diffing
+
+    monkeypatch.setattr(diffing, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"model.decoder.layers.{i}.self_attention.query_projection.weight" for i in range(3)]
+    torch.save({n: torch.ones(64, 64) for n in names}, tmp_path / "a.pt")
+    torch.save({n: torch.ones(64, 64) + (i == 2) for i, n in enumerate(names)}, tmp_path / "b.pt")
+    assert run("diff", tmp_path / "a.pt", tmp_path / "b.pt") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[:2] == [names[2], "    values: 4,096 of 4,096 elements, largest 1, relative 1"]

@@ -1,7 +1,7 @@
 """The ``lit-wsl`` command: inspect, map, convert, rename, diff and rebasin from a terminal or a script.
 
-Exit codes: 0 done, 1 the answer is no (coverage below the floor, checkpoints differ), 2 wrong usage or unreadable
-input. Results go to the standard output, remarks, progress and errors to the standard error.
+Exit codes: 0 success, 1 a negative result (coverage below ``--min-coverage``, checkpoints that differ), 2 wrong usage
+or unreadable input. Results go to the standard output; notes, progress and errors to the standard error.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _run(options: object) -> int:
     """Run the chosen command; every error on purpose becomes a message."""
     from importlib import import_module
 
-    from lit_wsl.errors import LitWslError
+    from lit_wsl.errors import LitWslError, printable
 
     chosen: str = options.subcommand  # type: ignore[attr-defined]
     settings = getattr(options, chosen)
@@ -64,7 +64,7 @@ def _run(options: object) -> int:
     except LitWslError as error:
         if settings.debug:
             raise
-        print(f"lit-wsl {chosen}: {error}", file=sys.stderr)
+        print(printable(f"lit-wsl {chosen}: {error}"), file=sys.stderr)
         return WRONG
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,7 +78,7 @@ def _run(options: object) -> int:
         if settings.debug:
             raise
         print(
-            f"lit-wsl {chosen}: unexpected {type(error).__name__}: {error} (--debug shows where)",
+            printable(f"lit-wsl {chosen}: unexpected {type(error).__name__}: {error} (--debug shows where)"),
             file=sys.stderr,
         )
         return WRONG

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lit_wsl.errors import printable
+from lit_wsl.files import atomic_write_text
+
 
 def on_terminal() -> bool:
     """Whether a person reads the standard output."""
@@ -15,25 +18,30 @@ def on_terminal() -> bool:
 
 
 def say(text: str = "") -> None:
-    """Print a line of the result."""
-    print(text)
+    """Print a line of the result; control characters of names are escaped."""
+    print(_cell(text) if "\t" not in text else "\t".join(map(_cell, text.split("\t"))))
 
 
 def remark(text: str) -> None:
     """Print a remark beside the result."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
-def print_json(data: Any) -> None:
-    """Print JSON."""
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+def put_json(data: Any, file: str) -> None:
+    """Write JSON to a file, atomically, or to the standard output for ``-``."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
+    if file == "-":
+        print(text)
+    else:
+        atomic_write_text(file, text + "\n")
+        remark(f"report: {file}")
 
 
 def fields(pairs: Sequence[tuple[str, str]]) -> None:
     """Print names and values, aligned."""
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {_cell(value)}")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
@@ -46,19 +54,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
     """
     if not on_terminal():
         for row in (header, *rows):
-            print("\t".join(row))
+            print("\t".join(map(_cell, row)))
         return
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from lit_wsl.report.terminal import Wrapped
+
     laid_out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, title in enumerate(header):
         laid_out.add_column(title, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
-        laid_out.add_row(*map(Text, row))
+        cells = [_cell(cell) for cell in row]
+        laid_out.add_row(*(Text(c) if n in right else Wrapped((c,)) for n, c in enumerate(cells)))
     Console().print(laid_out)
+
+
+def _cell(text: str) -> str:
+    """A cell of a table: one line, control characters escaped."""
+    return printable(text.replace("\t", "\\t").replace("\n", "\\n"))
 
 
 Step = Callable[[int, int], None]

@@ -8,18 +8,21 @@ from typing import Any
 
 from lit_wsl.cli import NO
 from lit_wsl.cli.console import progress, remark, say
-from lit_wsl.cli.models import UsageError, build_model, wanted
+from lit_wsl.cli.models import UsageError, build_model, list_of_names, wanted
 from lit_wsl.convert.checkpoint import convert_checkpoint
 from lit_wsl.errors import CoverageError
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.terminal import gap_lines
 
 
 def run(options: Any) -> int:
     """Run the command."""
-    plan = TransferPlan.load(options.plan)
-    if options.reverse:
-        plan = plan.reverse()
     refuse_same(options.checkpoint, options.output)
+    try:
+        plan = _plan(options)
+    except CoverageError as error:
+        remark(f"lit-wsl convert: {error}")
+        return NO
     needs_values = any(op.needs_target for entry in plan.entries for op in entry.operations)
     needs_values = needs_values or bool(
         plan.unmatched_target or plan.ambiguous
@@ -59,6 +62,29 @@ def run(options: Any) -> int:
                     f"{count.share:.1%} of {count.of_elements:,} elements"
                 )
     return 0
+
+
+def _plan(options: Any) -> TransferPlan:
+    """The plan of ``--plan``; without one, the checkpoint is matched to the model here.
+
+    Raises:
+        CoverageError: If less matches than ``--min-coverage`` asks for.
+    """
+    if options.plan is not None:
+        plan = TransferPlan.load(options.plan)
+        return plan.reverse() if options.reverse else plan
+    if options.reverse or not wanted(options):
+        raise UsageError("name the plan, --plan plan.json, or the new model to match it here: --model my.models:Net.")
+    from lit_wsl.matching.options import MatchingOptions
+    from lit_wsl.transfer.api import prepare_transfer
+    from lit_wsl.transfer.sides import Source, Target
+
+    matching = MatchingOptions.make(adapt=list_of_names(options.adapt), assume_layouts=options.assume_layouts)
+    source, target = Source.open(options.checkpoint, options.checkpoint_weights), Target.of(build_model(options))
+    prepared = prepare_transfer(source, target, matching, min_coverage=options.min_coverage)
+    for line in gap_lines(prepared.report()):
+        remark(line)
+    return prepared.plan
 
 
 def refuse_same(source: str, destination: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.cli.console import print_json, progress, remark, say, shape_text, table
+from lit_wsl.cli.console import on_terminal, progress, put_json, remark, say, shape_text, table
 from lit_wsl.structure.families import fold
 
 CHUNK = 1 << 22  # elements compared at a time; bounds the memory
@@ -53,7 +53,7 @@ def run(options: Any) -> int:
         found = compare(first, second, tolerance=options.tolerance, step=step)
     differing = [d for d in found if d.kind != "equal"]
     if options.json:
-        print_json({"equal": len(found) - len(differing), "different": [_plain(d) for d in differing]})
+        put_json({"equal": len(found) - len(differing), "different": [_plain(d) for d in differing]}, options.json)
     else:
         _show(found, differing, options.limit)
     return 1 if differing else 0
@@ -140,7 +140,12 @@ def _show(found: list[Difference], differing: list[Difference], limit: int) -> N
         )
     rows.sort(key=lambda row: row[0])
     shown = [cells for _, cells in (rows if limit <= 0 else rows[:limit])]
-    if shown:
+    if shown and on_terminal():  # a line for the names, which may be long, and one for the numbers
+        for name, kind, tensors, elements, largest, relative in shown:
+            numbers = f": {elements} elements, largest {largest}, relative {relative}" if elements else ""
+            say(f"{name}{f' (x{tensors})' if tensors != '1' else ''}")
+            say(f"    {kind}{numbers}")
+    elif shown:
         table(("tensor", "differs in", "tensors", "elements", "largest", "relative"), shown, right=(2, 3, 4, 5))
     if len(shown) < len(rows):
         remark(f"{len(rows) - len(shown)} more lines; --limit 0 shows all")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_wsl.checkpoint import Checkpoint, open_checkpoint
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
-from lit_wsl.cli.console import fields, print_json, remark, say, shape_text, size_text, table
+from lit_wsl.cli.console import fields, put_json, remark, say, shape_text, size_text, table
 from lit_wsl.structure.families import fold
 
 
@@ -19,7 +19,7 @@ def run(options: Any) -> int:
     checkpoint = open_checkpoint(options.checkpoint, weights=options.checkpoint_weights)
     found = [(name, tensor) for name, tensor in checkpoint.meta_items() if not options.match or options.match in name]
     if options.json:
-        print_json(_as_data(checkpoint, found))
+        put_json(_as_data(checkpoint, found), options.json)
         return 0
     _head(checkpoint)
     say()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lit_wsl.cli.console import on_terminal, remark, say
-from lit_wsl.cli.models import Call, build_from, build_model, sample_call
+from lit_wsl.cli.console import on_terminal, put_json, remark, say, shape_text
+from lit_wsl.cli.models import Call, UsageError, build_from, build_model, list_of_names, sample_call
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.plan.coverage import Count
+from lit_wsl.plan.entries import Side
 from lit_wsl.plan.file import plan_to_document
+from lit_wsl.report.gaps import gaps
 from lit_wsl.report.report import TransferReport
 from lit_wsl.report.rows import open_questions, percent
+from lit_wsl.report.terminal import MappingView, ReportView, excluded_lines
 from lit_wsl.transfer.api import prepare_transfer
 from lit_wsl.transfer.floor import likely_cause
 from lit_wsl.transfer.sides import Source, Target
@@ -23,13 +29,15 @@ from lit_wsl.transfer.sides import Source, Target
 
 def run(options: Any) -> int:
     """Run the command."""
+    if options.plan and Path(options.plan).suffix.lower() not in (".json", ".yaml", ".yml"):
+        raise UsageError(f"--plan {options.plan}: write a plan to a .json or a .yaml file.")
     matching = MatchingOptions.make(
         buffers=options.buffers,
         strategy=options.strategy,
         threshold=options.threshold,
         weights=options.weights,
-        incompatible_pairs=[tuple(map(set, pair)) for pair in options.incompatible_pairs or ()],  # type: ignore[misc]
-        adapt=options.adapt,
+        incompatible_pairs=_pairs(options.incompatible_pairs),
+        adapt=list_of_names(options.adapt),
         assume_layouts=options.assume_layouts,
     )
     old = build_from(options.source_model, options.source_model_args) if options.source_model else None
@@ -39,7 +47,8 @@ def run(options: Any) -> int:
     source = Source.open(options.checkpoint, options.checkpoint_weights, old=old, samples=samples)
     prepared = prepare_transfer(source, Target.of(model, samples), matching, min_coverage=0.0)
     report = replace(prepared.report(), applied=False)
-    _show(report)
+    if options.json != "-":
+        _show(report)
     if options.plan:
         report.plan.save(options.plan)
         remark(f"plan: {options.plan} ({len(report.plan)} entries)")
@@ -47,8 +56,7 @@ def run(options: Any) -> int:
         report.save_html(options.html)
         remark(f"report: {options.html}")
     if options.json:
-        report.to_json(options.json)
-        remark(f"report: {options.json}")
+        put_json(report.to_dict(), options.json)
     share = prepared.coverage.floor_share
     if share < options.min_coverage:
         cause = likely_cause(prepared.plan, prepared.source, prepared.target)
@@ -62,13 +70,13 @@ def _show(report: TransferReport) -> None:
     if on_terminal():
         from rich.console import Console
 
-        from lit_wsl.report.terminal import MappingView, ReportView
-
         view = ReportView(report, "Mapping", modules=False, mapping=MappingView(report.plan, max_rows=30))
         Console().print(view)
         return
     coverage = report.coverage
-    for label, count in (("checkpoint", coverage.source), ("model", coverage.target)):
+    counts = [("checkpoint", coverage.source), ("model", coverage.target)]
+    counts += [("buffers", coverage.target_buffers)] if coverage.target_buffers.of_tensors else []
+    for label, count in counts:
         say(f"{label}\t{_amount(count)}")
     document = plan_to_document(report.plan)
     for line in document["entries"]:
@@ -78,11 +86,32 @@ def _show(report: TransferReport) -> None:
     for question in open_questions(report.plan):
         candidates = " | ".join(name for _, name in question.candidates)
         say(f"ambiguous\t{', '.join(question.targets)}\t{candidates}\t{question.reason}")
-    for side in ("source", "target"):
-        for line in document[f"unmatched_{side}"]:
-            say(f"unmatched {side}\t{line['name']}\t{line['reason']}")
-    for text in (*(f"warning: {text}" for text in report.warnings), *report.notes):
+    sides: tuple[Side, ...] = ("source", "target")
+    for side in sides:
+        for gap in gaps(report.plan, side, *report.sides):
+            near = f"{gap.nearest.name} {shape_text(gap.nearest.shape)}" if gap.nearest else ""
+            say(f"unmatched {side}\t{gap.text}\t{gap.reason}\t{near}\t{gap.advice}")
+    for line in excluded_lines(report.plan, report.sides[1])[:1]:
+        remark(f"note: buffers: {line}")
+    for text in (*(f"warning: {text}" for text in report.warnings), *(f"note: {text}" for text in report.notes)):
         remark(text)
+
+
+def _pairs(words: Sequence[str]) -> list[tuple[set[str], set[str]]]:
+    """Pairs of words: ``encoder,stem:decoder``, or a JSON list of pairs of lists."""
+    pairs: list[tuple[set[str], set[str]]] = []
+    for word in words:
+        if word.startswith("["):
+            try:
+                pairs += [(set(one), set(other)) for one, other in json.loads(word)]
+            except (ValueError, TypeError) as error:
+                raise UsageError(f"{word} is no list of pairs of lists of words: {error}.") from error
+            continue
+        one, mark, other = word.partition(":")
+        if not (one and mark and other):
+            raise UsageError(f"--incompatible-pairs takes WORDS:WORDS, such as backbone:head, got {word!r}.")
+        pairs.append((set(list_of_names([one])), set(list_of_names([other]))))
+    return pairs
 
 
 def _amount(count: Count) -> str:

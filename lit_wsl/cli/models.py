@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,24 @@ from lit_wsl.structure.running import Call
 
 class UsageError(LitWslError):
     """The command was given something that it cannot use."""
+
+
+def list_of_names(words: Sequence[str]) -> list[str]:
+    """A list option: plain names, with blanks or commas between, or a JSON list.
+
+    >>> list_of_names(["a", "b,c"]), list_of_names(['["a", "b"]'])
+    (['a', 'b', 'c'], ['a', 'b'])
+    """
+    found: list[str] = []
+    for word in words:
+        if word.startswith("["):
+            try:
+                found += json.loads(word)
+            except ValueError as error:
+                raise UsageError(f"{word} is no list of names: {error}.") from error
+        else:
+            found += [name for name in word.split(",") if name]
+    return found
 
 
 def wanted(options: Any) -> bool:

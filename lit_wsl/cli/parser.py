@@ -11,7 +11,12 @@ from lit_wsl import __version__
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the line breaks of descriptions, since they hold examples."""
+    """Keeps the line breaks of descriptions, since they hold examples; tells defaults, but no types."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        tell = action.option_strings and action.default not in (None, False, argparse.SUPPRESS, [], {})
+        return f"{text} (default: {action.default})" if tell and "default" not in text else text
 
 
 def _parser(description: str) -> ArgumentParser:
@@ -22,7 +27,7 @@ def build_parser() -> ArgumentParser:
     """The parser of ``lit-wsl`` with all its commands."""
     parser = ArgumentParser(
         prog="lit-wsl",
-        version=f"lit-wsl {__version__}",
+        version=__version__,
         formatter_class=_HelpFormatter,
         description=TOP,
     )
@@ -53,8 +58,8 @@ The usual way, after a refactor:
   # trainer.fit(model, ckpt_path="new.ckpt") goes on training
   lit-wsl convert old.ckpt --plan plan.json -o new.ckpt
 
-Exit codes: 0 done, 1 the answer is no (coverage below the floor, checkpoints
-differ), 2 wrong usage or unreadable input.
+Exit codes: 0 success, 1 a negative result (coverage below --min-coverage,
+checkpoints that differ), 2 wrong usage or unreadable input.
 """.strip()
 
 
@@ -67,14 +72,14 @@ everything else. Nothing in it is run.
   # every tensor whose name holds 'attn', unfolded
   lit-wsl inspect old.ckpt --all --match attn
   # for scripts
-  lit-wsl inspect old.ckpt --json | jq .other
+  lit-wsl inspect old.ckpt --json - | jq .other
   # sharded models, too
   lit-wsl inspect model.safetensors.index.json
 """)
     parser.add_argument("checkpoint", type=str, help="a checkpoint of any format: a file or a folder")
     parser.add_argument("--match", type=str, help="only tensors whose names hold this text")
     parser.add_argument("--all", action="store_true", help="one line per tensor, not per family")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_json(parser)
     _add_weights(parser)
     return parser
 
@@ -97,9 +102,9 @@ are written all the same, so that the plan can be completed by hand.
 """)
     parser.add_argument("checkpoint", type=str, help="the old checkpoint, of any format")
     _add_model(parser)
-    parser.add_argument("--plan", type=str, metavar="FILE", help="write the plan: .json, or .yaml")
+    parser.add_argument("--plan", type=str, metavar="FILE", help="write the plan, as .json or .yaml")
     parser.add_argument("--html", type=str, metavar="FILE", help="write the report as one HTML page")
-    parser.add_argument("--json", type=str, metavar="FILE", help="write the report as JSON")
+    _add_json(parser)
     parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
     parser.add_argument("--source-model", type=str, metavar="MODULE:NAME", help="the old model's class, if still there")
     parser.add_argument("--source-model-args", type=dict[str, Any], default={}, metavar="ARGS", help="its arguments")
@@ -110,28 +115,27 @@ are written all the same, so that the plan can be completed by hand.
         "--strategy",
         type=Literal["best_match", "conservative", "shape_only"],
         default="best_match",
-        help="how careful to be",
+        metavar="NAME",
+        help="best_match, conservative (scores of at least 0.75) or shape_only",
     )
-    parser.add_argument("--threshold", type=float, default=0.6, help="least score of a match, 0 to 1")
+    parser.add_argument("--threshold", type=float, default=0.6, help="minimum score of a match, 0 to 1")
     parser.add_argument(
-        "--weights", type=dict[str, float] | None, default=None, help='of the score: {"shape": 0.5, "name": 0.3, ...}'
+        "--weights",
+        type=dict[str, float] | None,
+        default=None,
+        metavar="WEIGHTS",
+        help="of the score: --weights.shape 0.5 --weights.name 0.3 --weights.hierarchy 0.2",
     )
     parser.add_argument(
         "--incompatible-pairs",
-        type=list[list[list[str]]] | None,
-        default=None,
-        metavar="PAIRS",
-        help="name chunks that must not match: [[[backbone], [head]]]",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="A:B",
+        help="words of names that must not match: encoder,stem:decoder backbone:head",
     )
-    parser.add_argument(
-        "--adapt", type=list[str], default=[], metavar="NAMES", help="value-changing operations that are allowed"
-    )
-    parser.add_argument(
-        "--assume-layouts",
-        action="store_true",
-        help="both models order the rows of q and k alike, and cut patches alike, where nothing shows it",
-    )
-    parser.add_argument("--min-coverage", type=float, default=0.5, help="least share of elements that find a place")
+    _add_adapt(parser)
+    _add_min_coverage(parser)
     _add_weights(parser)
     return parser
 
@@ -143,6 +147,9 @@ copy of the weights or a list of parameter names, go through the same
 operations as the weights; the rest stays as it is:
 trainer.fit(model, ckpt_path="new.ckpt") goes on as if nothing had happened.
 
+  # match and convert in one step
+  lit-wsl convert old.ckpt --model my.models:NewNet -o new.ckpt
+  # with a plan from lit-wsl map, reviewed before
   lit-wsl convert old.ckpt --plan plan.json -o new.ckpt
   # where the plan alone does not tell the order of the new parameters
   lit-wsl convert old.ckpt --plan plan.json -o new.ckpt --model my.models:NewNet
@@ -156,7 +163,9 @@ Exit code 1 means: less found a place than --min-coverage asks for, and
 nothing was written.
 """)
     parser.add_argument("checkpoint", type=str, help="the old checkpoint")
-    parser.add_argument("--plan", type=str, required=True, metavar="FILE", help="the plan, from lit-wsl map")
+    parser.add_argument(
+        "--plan", type=str, metavar="FILE", help="the plan, from lit-wsl map; without one, --model is matched"
+    )
     parser.add_argument("-o", "--output", type=str, required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--reverse", action="store_true", help="go the other way: from the new model to the old")
     _add_model(parser)
@@ -182,9 +191,8 @@ nothing was written.
         metavar="ENTRY",
         help="leave an entry out, such as callbacks/EMA; * stands for any text; may be repeated",
     )
-    parser.add_argument(
-        "--min-coverage", type=float, default=0.5, help="least share of parameter elements that find a place"
-    )
+    _add_adapt(parser)
+    _add_min_coverage(parser)
     _add_weights(parser)
     return parser
 
@@ -197,8 +205,10 @@ Several changes are made in this order: --map, --prefix, --remove-prefix,
 
   lit-wsl rename old.ckpt --remove-prefix model -o new.ckpt
   lit-wsl rename old.ckpt --add-prefix net -o new.ckpt
-  lit-wsl rename old.ckpt --prefix encoder=backbone.encoder --prefix fc=head -o new.ckpt
-  lit-wsl rename old.ckpt --map fc.weight=head.weight --map fc.bias=head.bias -o new.ckpt
+  lit-wsl rename old.ckpt --prefix encoder=backbone.encoder --prefix fc=head \\
+      -o new.ckpt
+  lit-wsl rename old.ckpt --map fc.weight=head.weight --map fc.bias=head.bias \\
+      -o new.ckpt
   # a file of old and new names
   lit-wsl rename old.ckpt --map names.json -o new.ckpt
   # only show what would change
@@ -232,7 +242,7 @@ Exit code 0: all are equal, 1: some differ.
     parser.add_argument("--plan", type=str, metavar="FILE", help="a plan that takes the first to the second")
     parser.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference taken for equal")
     parser.add_argument("--limit", type=int, default=30, help="lines to show at most; 0 for all")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_json(parser)
     _add_weights(parser)
     return parser
 
@@ -280,7 +290,7 @@ Exit code 1 means: the models could not be aligned, only compared.
     parser.add_argument("--device", type=str, metavar="DEVICE", help="where to match, e.g. cuda; default: the CPU")
     parser.add_argument("--max-iter", type=int, default=100, help="most sweeps of the matching")
     parser.add_argument("--seed", type=int, default=0, help="of the matching's random orders")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    _add_json(parser)
     _add_weights(parser)
     return parser
 
@@ -294,6 +304,30 @@ def _add_model(parser: ArgumentParser) -> None:
         "--model-args", type=dict[str, Any], default={}, metavar="ARGS", help="its arguments: --model-args.depth 12"
     )
     parser.add_argument("--config", type=str, metavar="FILE", help="a LightningCLI config that has the model")
+
+
+def _add_min_coverage(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--min-coverage", type=float, default=0.5, metavar="SHARE", help="minimum share of elements that is matched"
+    )
+
+
+def _add_adapt(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapt", type=str, nargs="+", default=[], metavar="NAME", help="value-changing operations that are allowed"
+    )
+    parser.add_argument(
+        "--assume-layouts",
+        action="store_true",
+        help="both models lay out the rows of q and k, and image patches, alike, where nothing shows it",
+    )
+
+
+def _add_json(parser: ArgumentParser) -> None:
+    """The result as JSON, the same way everywhere."""
+    parser.add_argument(
+        "--json", type=str, nargs="?", const="-", metavar="FILE", help="write the result as JSON; - is standard output"
+    )
 
 
 def _add_foreign(parser: ArgumentParser) -> None:

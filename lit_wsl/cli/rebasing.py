@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.cli.console import print_json, remark, say, table
+from lit_wsl.cli.console import put_json, remark, say, table
 from lit_wsl.cli.models import Call, UsageError, build_model, look_up, sample_call
 from lit_wsl.rebasin.job import (
     MEAN_STATISTICS,
@@ -67,7 +67,7 @@ def run(options: Any) -> int:
     if options.output:
         report = write_results(report, options.output)
     if options.json:
-        print_json(report.to_dict())
+        put_json(report.to_dict(), options.json)
     else:
         _show(report)
     if not report.perm_matching:
