@@ -30,8 +30,9 @@ class Judged:
         name: Its name.
         verdict: ``right``; ``wrong`` (something that is not its own, or its own in a wrong layout); ``unseen`` (its
             own, in a layout that neither names nor shapes show: a square that is stored transposed under a Linear's
-            own names, parts that are interleaved by head); ``missing``, ``open`` (left alone, a choice is
-            listed); ``nothing`` (left alone, and rightly so).
+            own names, parts that are interleaved by head); ``assumed`` (from the member of its own name and number,
+            but of a list that has more or fewer members, of which another than the last was dropped or added);
+            ``missing``, ``open`` (left alone, a choice is listed); ``nothing`` (left alone, and rightly so).
         layout: Whether what is wrong holds the right values in the wrong places.
         buffer: Whether it is a buffer.
         sources: What it was filled from.
@@ -143,9 +144,11 @@ class Pair:
         else:
             verdict = "wrong"
         layout = verdict == "wrong" and truth is not None and _same_values(held, truth)
+        entry = report.plan.by_target.get(name)
         if layout and name in self._unseen:
             verdict = "unseen"
-        entry = report.plan.by_target.get(name)
+        elif verdict == "wrong" and entry and self._other_length and _same_member(entry.sources, name):
+            verdict = "assumed"
         judged = Judged(name, verdict, layout, buffer)
         if entry is None:
             return judged
@@ -163,6 +166,10 @@ class Pair:
             wanted=wanted,
         )
 
+    @property
+    def _other_length(self) -> bool:
+        return any(change.operator.startswith(("prune_", "insert_")) for change in self.config.changes)
+
     @cached_property
     def _unseen(self) -> set[str]:
         """Tensors of the new model whose layout nothing shows."""
@@ -173,6 +180,20 @@ class Pair:
             if set(placed.leaf.pieces) & hidden
             for name in (placed.name + slot.suffix for slot in placed.form.slots)
         }
+
+
+def _same_member(sources: tuple[str, ...], target: str) -> bool:
+    """Whether the sources stand in the member of the list, by name and number, that the target stands in."""
+    there, here = {_member(source) for source in sources}, _member(target)
+    return all(one.endswith(here) or here.endswith(one) for one in there)
+
+
+def _member(name: str) -> str:
+    """The path down to the last numbered member: ``.blocks.3`` of ``blocks.3.attn.q.weight``."""
+    parts = name.split(".")
+    last = max((at for at, part in enumerate(parts) if part.isdigit()), default=-1)
+    first = next((at for at, part in enumerate(parts) if part[-1:].isdigit()), 0)
+    return "." + ".".join(parts[: max(last, first) + 1])
 
 
 def _averages(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.refactors.pair import Result
 
-ROWS = ("right", "wrong", "unseen", "open", "missing", "nothing")
+ROWS = ("right", "wrong", "unseen", "assumed", "open", "missing", "nothing")
 Table = dict[str, Counter[str]]
 
 
@@ -42,7 +42,7 @@ class Summary:
     @property
     def known(self) -> int:
         """Tensors that have a source."""
-        return sum(self.total[row] for row in ("right", "wrong", "unseen", "open", "missing"))
+        return sum(self.total[row] for row in ROWS[:-1])
 
     @property
     def share(self) -> float:
@@ -94,8 +94,10 @@ def markdown(written: Mapping[str, Any]) -> str:
         "",
         "Tensors of the new model: right, silently wrong (a wrong layout included), unseen (its own in a layout that",
         "neither names nor shapes show: squares stored transposed under a Linear's own names, parts interleaved by",
-        "head), open (left alone, the choice is listed), missing, and nothing (left alone, and rightly so). `right` is",
-        "the share of tensors that have a source; the bound is one-sided, 95 % (Clopper and Pearson).",
+        "head), assumed (from the member of the same name and number, but of a list of another length, of which not",
+        "the last one was dropped or added), open (left alone, the choice is listed), missing, and nothing (left",
+        "alone, and rightly so). `right` is the share of tensors that have a source; the bound is",
+        "one-sided, 95 % (Clopper and Pearson).",
         "",
         "| regime | pairs | " + " | ".join(ROWS) + " | right | wrong, at most | pairs with a wrong one |",
         "|---|" + "---:|" * (len(ROWS) + 4),
