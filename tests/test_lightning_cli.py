@@ -25,6 +25,12 @@ OPTIONS = {
     "assume_layouts": True,
     "checkpoint_weights": "model",
     "resume": "weights",
+    "optimizer_settings": "run",
+    "schedule": "run",
+    "parameter_names": None,
+    "on_lost": "initialize",
+    "drop": ["callbacks/EMA"],
+    "again": True,
     "verbose": False,
 }
 

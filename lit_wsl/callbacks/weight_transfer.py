@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -30,22 +29,35 @@ from lit_wsl.convert.optimizers import CarryOptions, OnLost
 from lit_wsl.convert.resume import Resume as Resuming
 from lit_wsl.convert.resume import ResumeOptions
 from lit_wsl.convert.saved_optimizer import Wins
-from lit_wsl.errors import MappingError
+from lit_wsl.errors import MappingError, TransferError
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.progress import transfer_progress
 from lit_wsl.report.report import TransferReport
 from lit_wsl.structure.execution_order import is_lazy
 from lit_wsl.structure.running import Call
-from lit_wsl.transfer.api import finish_transfer, prepare_transfer
+from lit_wsl.transfer.api import Prepared, finish_transfer, prepare_transfer
+from lit_wsl.transfer.apply import holds
 from lit_wsl.transfer.floor import valid_floor
+from lit_wsl.transfer.memory import (
+    Held,
+    Memory,
+    glance,
+    marks_of,
+    put_marks,
+    recall,
+    remember,
+    shown,
+    transfer_key,
+)
 from lit_wsl.transfer.ranks import ALONE, Ranks, has_sharded_tensors, refuse_wrapped
 from lit_wsl.transfer.sides import Source, Target, open_source
-from lit_wsl.transfer.undo import UndoLog
+from lit_wsl.transfer.undo import UndoLog, only_filler
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+CHECKPOINT_KEY = "lit_wsl"  # what a checkpoint tells of the transfers that its weights started from
 Resume = Literal["weights", "optimizer", "all"]
 
 
@@ -54,9 +66,10 @@ class WeightTransferCallback(Callback):
 
     The transfer happens as soon as the model is whole: at ``setup`` for models built in ``__init__``, after
     ``LightningModule.setup`` and ``configure_model`` for models that override these, and in any case before the
-    optimizers are made. It is done once per model: a ``test`` after a ``fit``, or a second ``fit``, goes on with the
-    weights that training left. Where the run itself restores a checkpoint (``ckpt_path``), that one wins and nothing
-    is transferred.
+    optimizers are made. It is done once per model, and the model itself remembers it, for whichever trainer, callback
+    or copy comes next: a ``test`` after a ``fit``, or a second ``fit``, goes on with the weights that training left;
+    only layers that were built anew since are filled again. Another checkpoint may follow as long as nothing was
+    trained. Where the run itself restores a checkpoint (``ckpt_path``), that one wins and nothing is transferred.
 
     Nothing else changes: random generators, the order and augmentation of the data, modes, buffers, metrics and
     gradients are as they would be without the callback.
@@ -91,6 +104,8 @@ class WeightTransferCallback(Callback):
             ``"refuse"``, or ``"initialize"`` it.
         drop: With ``resume``, entries of the checkpoint to leave out, by their keys joined with ``/``
             (``"callbacks/EMA"``; ``*`` stands for any text).
+        again: Whether to fill a model once more that was filled before, by another callback or ``transfer_weights``,
+            though training may be undone. Each callback does so once per model.
         verbose: Whether to print the coverage.
 
     Attributes:
@@ -126,6 +141,7 @@ class WeightTransferCallback(Callback):
         parameter_names: Sequence[Sequence[str]] | None = None,
         on_lost: OnLost = "refuse",
         drop: Sequence[str] = (),
+        again: bool = False,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -160,9 +176,12 @@ class WeightTransferCallback(Callback):
         self._resuming: Resuming | None = None
         self.verbose = verbose
         self.report: TransferReport | None = None
-        self._served: weakref.ref[nn.Module] | None = None
+        self.again = again
+        self._filled: weakref.ref[nn.Module] | None = None  # what the report is about
         self._take_back: Callable[[], None] | None = None
-        self._remembered: dict[str, Any] | None = None  # from a resumed checkpoint
+        self._before: Held = {}  # the model's parameters before its own hooks
+        self._passed_on: list[dict[str, Any]] = []  # what a resumed checkpoint tells of transfers
+        self._wins = ""  # what this run restores
         self._fresh = False  # transferred in this very run
         self._foreseen = True  # whether setup could tell what this run restores
 
@@ -171,21 +190,20 @@ class WeightTransferCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Transfer now if the model is whole, else as soon as it is."""
         self._forget_request()
-        if self._served is not None and self._served() is pl_module:
-            return
+        self._before, self._wins, self._fresh = glance(pl_module), "", False
         self._foreseen, resumed = resumed_path(trainer)
         if resumed is not None:
-            self._served = weakref.ref(pl_module)
-            self._yield_to(trainer, pl_module, f"this run restores {resumed}, which wins")
+            self._wins = shown(resumed)
+            self._yield_to(pl_module, f"this run restores {self._wins}, which wins")
             write_report(trainer, self.report)
         elif has_trained_elsewhere(trainer):
-            self._yield_to(trainer, pl_module, "an earlier fit of this trainer, in processes of its own, has trained")
+            self._yield_to(pl_module, "an earlier fit of this trainer, in processes of its own, has trained")
         elif is_whole(pl_module):
-            self._transfer(trainer, pl_module, stage)
+            self._serve(trainer, pl_module, stage)
         else:
             self._take_back = when_whole(
                 trainer.strategy,
-                lambda: self._transfer(trainer, pl_module, stage, late=True),
+                lambda: self._serve(trainer, pl_module, stage, late=True),
                 lambda: needs_memory(pl_module) or has_sharded_tensors(pl_module),
             )
 
@@ -193,56 +211,74 @@ class WeightTransferCallback(Callback):
         """Say so where a checkpoint was restored over the transfer, which :meth:`setup` could not foresee."""
         unforeseen = self._fresh and not self._foreseen and trainer.ckpt_path
         if unforeseen and self.report is not None and self.report.applied:
-            note = f"the checkpoint restored from {trainer.ckpt_path} wins over the transferred weights"
+            self._wins = shown(trainer.ckpt_path)
+            note = f"the checkpoint restored from {self._wins} wins over the transferred weights"
             self.report = replace(self.report, applied=False).with_remarks(notes=(note,))
             rank_zero_info(f"Weight transfer: {note}.")
         self._fresh = False
 
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the model remember what it was given in this run, now that everything is restored."""
+        if self._wins:
+            remember(pl_module, self._wins, self._wins)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same for runs that train nothing."""
+        self.on_fit_start(trainer, pl_module)
+        self.on_train_start(trainer, pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let a checkpoint tell what its weights once started from; a run resumed without this callback needs nothing.
+
+        An entry of ``callbacks`` would be asked for when the run is resumed, so it is one of its own.
+        """
+        told = checkpoint.setdefault(CHECKPOINT_KEY, [])
+        own = [self._told()] if self.report is not None and self.report.applied else []
+        told.extend(entry for entry in (*self._passed_on, *own) if entry not in told)
+        if not told:
+            del checkpoint[CHECKPOINT_KEY]
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Pass on what a resumed checkpoint tells."""
+        self._passed_on = list(checkpoint.get(CHECKPOINT_KEY, ()))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind but the model's memory of what it holds now."""
         self._forget_request()
+        if recall(pl_module) is not None:
+            remember(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind."""
-        self._forget_request()
+        """The same where a run was broken off."""
+        self.teardown(trainer, pl_module, "")
 
     @property
     def state_key(self) -> str:
-        """Two transfers, from two checkpoints, may stand in one trainer."""
-        return self._generate_state_key(checkpoint=self._label)
+        """Tells this callback from others of its kind by the checkpoint's name; the same on every machine."""
+        return self._generate_state_key(checkpoint=shown(self.checkpoint))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the transfer: primitives only; resumed runs pass it on."""
-        if self._remembered is not None and (self.report is None or not self.report.applied):
-            return dict(self._remembered)
-        if self.report is None:
-            return {"checkpoint": self._label, "transferred": False}
+    def __getstate__(self) -> dict[str, Any]:
+        """Weak references and requests stay in their process."""
+        return {**self.__dict__, "_filled": None, "_take_back": None, "_before": {}, "_resuming": None}
+
+    # -- the transfer ------------------------------------------------------------------------------------------------
+
+    def _told(self) -> dict[str, Any]:
+        """What a checkpoint tells of the transfer: primitives only."""
+        assert self.report is not None
         coverage = self.report.coverage
         return {
-            "checkpoint": self._label,
-            "transferred": self.report.applied,
+            "checkpoint": shown(self.checkpoint),
             "target_coverage": float(coverage.target.share),
             "source_coverage": float(coverage.source.share),
             "tensors": len(self.report.loaded),
         }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the transfer that a resumed run once started from."""
-        self._remembered = dict(state_dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Weak references and requests stay in their process."""
-        return {**self.__dict__, "_served": None, "_take_back": None}
-
-    # -- the transfer ------------------------------------------------------------------------------------------------
-
-    @property
-    def _label(self) -> str:
-        if isinstance(self.checkpoint, (str, os.PathLike)):
-            return os.fspath(self.checkpoint)
-        return type(self.checkpoint).__name__
 
     def _forget_request(self) -> None:
         if self._take_back is not None:
@@ -252,33 +288,94 @@ class WeightTransferCallback(Callback):
             self._resuming.abandon()
             self._resuming = None
 
-    def _transfer(self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, *, late: bool = False) -> None:
-        """Plan, apply, report."""
+    @property
+    def _key(self) -> str:
+        return transfer_key(self.checkpoint, self.options.to_dict(), self.plan, self.checkpoint_weights)
+
+    def _serve(self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, *, late: bool = False) -> None:
+        """Fill what was never filled, and nothing that was trained: the model remembers which is which."""
         self._take_back = None
         ranks = _ranks_of(trainer)
-        ranks.together(lambda: refuse_wrapped(model, trainer.strategy))
+        memory = recall(model, self._before)
+        only = self._to_fill(trainer, model, memory)
+        if any(told != only for told in ranks.gather(only)):
+            raise TransferError(
+                "the processes of this run do not hold the same model: parts of it were filled, or built anew, on some "
+                "of them only. Make the model in the same way on all. Nothing was changed."
+            )
+        if memory is not None and memory.replaced and only is not None:
+            names = f"{', '.join(memory.replaced[:5])}{', ...' if len(memory.replaced) > 5 else ''}"
+            rank_zero_info(f"Weight transfer: {names} were exchanged since the transfer and are left as they are.")
+        resumes = self._resume_options is not None and trainer.state.fn == "fit"
+        if only is None or only or resumes:
+            ranks.together(lambda: refuse_wrapped(model, trainer.strategy))
+            with only_filler(model):
+                made = self._prepare(trainer, model, stage, ranks)
+                new = only or frozenset()
+                if only is not None and resumes and ranks.together(lambda: made.holds(new)):
+                    only = None  # nothing was trained yet: to go on from there is to fill all of it
+                if only is None or only:
+                    self._transfer(trainer, made, only, late=late)
+                    return
+        assert memory is not None
+        known = memory.transfers.keys() == {self._key}
+        verb, trained = ("was filled from", "before") if known else ("holds weights of", "which may be trained by now")
+        why = f"{type(model).__name__} {verb} {memory.words()}{' ' if known else ', '}{trained}"
+        self._yield_to(model, f"{why}; give again=True, or call transfer_weights, to fill it once more on purpose")
+
+    def _to_fill(self, trainer: pl.Trainer, model: pl.LightningModule, memory: Memory | None) -> frozenset[str] | None:
+        """The names of the tensors to fill; ``None`` for all that the plan fills."""
+        if memory is None or (self.again and not self._has_filled(model)):
+            return None
+        if self._key not in memory.transfers and memory.untouched:
+            return None  # another checkpoint, over weights that nothing was done to
+        try:
+            refuse_wrapped(model, trainer.strategy)
+        except TransferError:  # an engine has taken the filled model over
+            return frozenset()
+        return memory.fresh
+
+    def _has_filled(self, model: nn.Module) -> bool:
+        return self._filled is not None and self._filled() is model
+
+    def _prepare(self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, ranks: Ranks) -> _Made:
         source, target, remark = self._sides(trainer, model, stage, ranks)
         with quiet(trainer, model):
             prepared = prepare_transfer(
                 source, target, self.options, plan=self.plan, min_coverage=self.min_coverage, ranks=ranks
             )
-        size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not nn.parameter.is_lazy(t))
+        return _Made(model, source, target, prepared, remark, ranks)
+
+    def _transfer(self, trainer: pl.Trainer, made: _Made, only: frozenset[str] | None, *, late: bool) -> None:
+        """Apply, report, and go on with the old training if asked to."""
+        model, prepared = made.model, made.prepared
         resuming, undo = None, None
-        if self._resume_options is not None and trainer.state.fn == "fit":
+        if self._resume_options is not None and trainer.state.fn == "fit" and only is None:
             options = self._resume_options
-            resuming = Resuming(trainer, model, source.tensors, prepared.plan, prepared.target, options, ranks)
+            tensors, target = made.source.tensors, prepared.target
+            resuming = Resuming(trainer, model, tensors, prepared.plan, target, options, made.ranks)
             resuming.check()
             undo = UndoLog(spill=True)
+            undo.later("the report", partial(setattr, self, "report", self.report))
+            undo.later("what the model remembers", partial(put_marks, model, marks_of(model)))
+        size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not nn.parameter.is_lazy(t))
         with transfer_progress(size, enabled=self.verbose and trainer.is_global_zero) as progress:
-            report = finish_transfer(prepared, source.tensors, target, progress=progress, ranks=ranks, undo=undo)
-        if remark:
-            report = report.with_remarks(notes=(remark,))
+            report = finish_transfer(
+                prepared, made.source.tensors, made.target, progress=progress, ranks=made.ranks, only=only, undo=undo
+            )
+        remember(model, self._key, shown(self.checkpoint), filled=only is None)
+        if made.remark:
+            report = report.with_remarks(notes=(made.remark,))
         warnings, notes = mind_copies(trainer, model, self, report.loaded, late=late)
+        if only is not None:
+            notes += (_of_a_part(report, only),)
+            rank_zero_info(f"Weight transfer: {notes[-1]}.")
         report = report.with_remarks(warnings=warnings, notes=notes)
-        self._served, self._fresh = weakref.ref(model), True
+        self._filled, self._fresh = weakref.ref(model), True
         self.report = report
-        announce(trainer, report, verbose=self.verbose)
-        if resuming is not None and undo is not None:
+        if resuming is None or undo is None:
+            announce(trainer, report, verbose=self.verbose)
+        else:
             self._resuming = resuming
             resuming.begin(undo, partial(self._resumed, trainer, undo), partial(self._failed, undo), late=late)
 
@@ -292,13 +389,11 @@ class WeightTransferCallback(Callback):
             if "_settings=" in remark or "schedule=" in remark:  # one side's wish was not followed
                 rank_zero_warn(f"Weight transfer: {remark}.")
         rank_zero_info(f"Weight transfer: {remarks[-1]}.")
-        write_report(trainer, self.report)
+        announce(trainer, self.report, verbose=self.verbose)
 
     def _failed(self, undo: UndoLog, error: BaseException) -> BaseException:
         """Put back what was there before a resume that cannot be."""
-        self._resuming, self._served, self._fresh = None, None, False
-        if self.report is not None:
-            self.report = replace(self.report, applied=False)
+        self._resuming, self._filled, self._fresh = None, None, False
         told = undo.take_back(error)
         undo.close()
         return told
@@ -316,11 +411,36 @@ class WeightTransferCallback(Callback):
         with quiet(trainer, model):
             return Source(self.checkpoint, opened, self.source_module, samples), Target.of(model, samples), remark
 
-    def _yield_to(self, trainer: pl.Trainer, model: pl.LightningModule, why: str) -> None:
-        """Report that other weights win, such as those of a resumed checkpoint."""
-        note = f"{why}; nothing was transferred from {self._label}"
-        self.report = report_nothing(model, self._label, self.options, note)
+    def _yield_to(self, model: pl.LightningModule, why: str) -> None:
+        """Report that other weights win, such as those of a resumed checkpoint, or those that training made."""
+        note = f"{why}; nothing was transferred from {shown(self.checkpoint)}"
+        if not self._has_filled(model) or self._wins:
+            self.report = report_nothing(model, shown(self.checkpoint), self.options, note)
         rank_zero_info(f"Weight transfer: {note}.")
+
+
+class _Made(NamedTuple):
+    """A transfer that is planned and checked."""
+
+    model: pl.LightningModule
+    source: Source
+    target: Target
+    prepared: Prepared
+    remark: str
+    ranks: Ranks
+
+    def holds(self, apart_from: frozenset[str]) -> bool:
+        """Whether the model has all the checkpoint's values already, but for some tensors."""
+        return holds(self.prepared.plan, self.source.tensors, self.model, apart_from)
+
+
+def _of_a_part(report: TransferReport, only: frozenset[str]) -> str:
+    """What to say of a transfer into those layers only that were built anew."""
+    filled = [name for name in report.loaded if name in only]
+    empty = sorted(only - set(filled))
+    note = f"the model was filled before; {len(filled)} tensors that are new in it since were filled, and no others"
+    left = f" ({', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''} found no source)" if empty else ""
+    return note + left
 
 
 def _ranks_of(trainer: pl.Trainer) -> Ranks:

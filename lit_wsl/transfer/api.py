@@ -22,6 +22,7 @@ from lit_wsl.structure import ModelDescription
 from lit_wsl.structure.arguments import require_module, require_sample
 from lit_wsl.transfer.apply import Progress, apply_plan
 from lit_wsl.transfer.floor import check_floor, valid_floor
+from lit_wsl.transfer.memory import remember, shown, transfer_key
 from lit_wsl.transfer.ranks import ALONE, Ranks, check_same_source, has_sharded_tensors
 from lit_wsl.transfer.sides import Source, Target
 from lit_wsl.transfer.undo import UndoLog, only_filler
@@ -44,6 +45,11 @@ class Prepared:
     source: ModelDescription
     target: ModelDescription
     notes: tuple[str, ...] = ()
+
+    def restricted(self, targets: frozenset[str]) -> Prepared:
+        """The part of this transfer that fills some of these targets."""
+        plan = replace(self.plan, entries=tuple(e for e in self.plan.entries if not targets.isdisjoint(e.targets)))
+        return replace(self, plan=plan, coverage=measure_coverage(plan, self.source, self.target))
 
     def report(self, *, warnings: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> TransferReport:
         """The report of this transfer."""
@@ -76,6 +82,9 @@ def transfer_weights(
     checkpoint_weights: Literal["auto", "model", "ema"] = "auto",
 ) -> TransferReport:
     """Put the weights of one model into another, in place, all or nothing.
+
+    The model remembers it: a callback that comes later fills what is new in it only, and nothing that was trained. This
+    function itself always does what it is asked for.
 
     Args:
         model: The model to fill.
@@ -137,7 +146,9 @@ def transfer_weights(
         opened = ranks.together(lambda: Source.open(source, checkpoint_weights, old=source_module, samples=samples))
         target = Target.of(model, samples)
         prepared = prepare_transfer(opened, target, options, plan=plan, min_coverage=floor, ranks=ranks)
-        return finish_transfer(prepared, opened.tensors, target, ranks=ranks)
+        report = finish_transfer(prepared, opened.tensors, target, ranks=ranks)
+        remember(model, transfer_key(source, options.to_dict(), plan, checkpoint_weights), shown(source), filled=True)
+        return report
 
 
 def prepare_transfer(
@@ -214,12 +225,25 @@ def finish_transfer(
     *,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    only: frozenset[str] | None = None,
     undo: UndoLog | None = None,
 ) -> TransferReport:
-    """Apply a prepared transfer, all or nothing, and report; ``undo`` remembers what was there for the caller."""
+    """Apply a prepared transfer, all or nothing, and report.
+
+    Args:
+        prepared: The transfer.
+        tensors: The source's tensors.
+        target: The model.
+        progress: See :func:`~lit_wsl.transfer.apply.apply_plan`, as for what follows.
+        ranks: The processes that fill the model together.
+        only: Names of the targets that may be written; entries without any are left out of the report too.
+        undo: A log of the caller's.
+    """
+    if only is not None:
+        prepared = prepared.restricted(only)
     if prepared.plan.entries:
         target.materialise()
-    applied = apply_plan(prepared.plan, tensors, target.model, progress=progress, ranks=ranks, undo=undo)
+    applied = apply_plan(prepared.plan, tensors, target.model, progress=progress, ranks=ranks, only=only, undo=undo)
     warnings = applied.warnings
     if prepared.plan.proof == "refuted":
         warnings = (f"the function check refuted this plan: {prepared.plan.notes[-1]}", *warnings)

@@ -1,0 +1,237 @@
+"""What a module remembers of the transfers it has had, so that training is never undone.
+
+The memory lies in the modules themselves: each that holds tensors of its own carries a mark saying which parameters
+these are. So it goes where the module goes: to another trainer, another callback, into another LightningModule, into
+deep copies and pickled files. A layer that is built anew has no mark. Marks hold parameters weakly, and are pickled as
+plain dicts, so that a module saved as a whole can be loaded where this package is not installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_wsl.checkpoint.remote import is_address
+from lit_wsl.transfer.ranks import is_sharded
+
+_MARK = "_weight_transfer"  # the attribute of a module that holds its mark
+
+Held = Mapping[str, "weakref.ref[nn.Parameter]"]
+
+
+def transfer_key(source: object, *how: object) -> str:
+    """What tells one transfer from another: the source, and everything that decides what is taken from it how.
+
+    Args:
+        source: A path, an address, a state dict or a module.
+        *how: Options; a plan, or the path of one.
+    """
+    parts = [_place(source), *(_place(part) if isinstance(part, (str, os.PathLike)) else repr(part) for part in how)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def shown(source: object) -> str:
+    """What to call a source where it is kept or shown: no absolute path of this machine."""
+    if not isinstance(source, (str, os.PathLike)):
+        return f"a {type(source).__name__}"
+    given = os.fspath(source)
+    if is_address(given) or not os.path.isabs(given):
+        return given
+    inside = os.path.relpath(given)
+    return os.path.join(*Path(given).parts[-2:]) if inside.startswith("..") else inside
+
+
+def _place(source: object) -> str:
+    if not isinstance(source, (str, os.PathLike)):
+        return f"{type(source).__name__} {id(source)}"
+    return os.fspath(source) if is_address(source) else os.path.realpath(os.path.expanduser(source))
+
+
+class _Mark:
+    """The parameters that a module, with all below it, held when somebody last looked.
+
+    Attributes:
+        transfers: What was filled in, by key, with words for a person.
+        held: For each name the parameter, and its version when it was filled; ``None`` where it may have changed.
+    """
+
+    def __init__(self, transfers: Mapping[str, str], held: Mapping[str, tuple[nn.Parameter, int | None]]) -> None:
+        self.transfers = dict(transfers)
+        self.held = {name: (weakref.ref(parameter), version) for name, (parameter, version) in held.items()}
+
+    def alive(self) -> Iterator[tuple[nn.Parameter, int | None]]:
+        """Yield the parameters that still exist."""
+        for ref, version in self.held.values():
+            parameter = ref()
+            if parameter is not None:
+                yield parameter, version
+
+    def own(self) -> Iterator[str]:
+        """Yield the names of the module's own parameters."""
+        return (name for name in self.held if "." not in name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mark:
+        copies = {}
+        for name, (ref, version) in self.held.items():
+            parameter = ref()
+            copied = None if parameter is None else memo.get(id(parameter))  # a module's parameters are copied first
+            if copied is not None:
+                copies[name] = copied, _version(copied) if version == _version(parameter) else None
+        return _Mark(self.transfers, copies)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ({"transfers": self.transfers, "held": list(self.held)},)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a model remembers.
+
+    Attributes:
+        transfers: What it was filled with, by key, with words for a person.
+        fresh: State-dict names of the tensors of layers that were built anew, or added, since then.
+        replaced: Parameters that were exchanged in a module that stayed, as ``load_state_dict(assign=True)`` does:
+            whether they are trained or fresh cannot be told.
+        untouched: Whether nothing has been written to any parameter since it was filled.
+    """
+
+    transfers: Mapping[str, str]
+    fresh: frozenset[str]
+    replaced: tuple[str, ...]
+    untouched: bool
+
+    def words(self) -> str:
+        """What the model was filled with."""
+        return ", ".join(dict.fromkeys(self.transfers.values()))
+
+
+def remember(model: nn.Module, key: str = "", words: str = "", *, filled: bool = False) -> None:
+    """Mark all tensors of a model as being what they should be: filled, trained, or left as they are on purpose.
+
+    Args:
+        model: The model.
+        key: What it was filled with; empty to keep what is remembered and only look again, as at the end of a run.
+        words: The same for a person.
+        filled: Whether it has just been filled, so that whatever is written from now on is training.
+    """
+    marks = _marks(model)
+    versions = {id(p): version for mark in marks.values() for p, version in mark.alive()}
+    transfers = {k: w for mark in marks.values() for k, w in mark.transfers.items()} | ({key: words} if key else {})
+    for sub in model.modules():
+        if sub is model or _holds_tensors(sub):
+            inside = dict(sub.named_parameters(remove_duplicate=False))
+            held = {n: (p, _version(p) if filled else versions.get(id(p))) for n, p in inside.items()}
+            sub.__dict__[_MARK] = _Mark(transfers, held)
+
+
+def recall(model: nn.Module, before: Held | None = None) -> Memory | None:
+    """What a model remembers; ``None`` if no part of it was ever filled.
+
+    Args:
+        model: The model.
+        before: Its parameters before its own hooks ran (:func:`glance`): what these exchanged is built anew.
+    """
+    marks = _marks(model)
+    if not marks:
+        return None
+    held = [(parameter, version) for mark in marks.values() for parameter, version in mark.alive()]
+    known = {id(parameter) for parameter, _ in held}
+    fresh: set[int] = set()
+    replaced: list[str] = []
+    for path, sub in model.named_modules():
+        new = {n: p for n, p in sub.named_parameters(path, recurse=False) if id(p) not in known}
+        mark = marks.get(sub)
+        for name, parameter in new.items():
+            if parameter.grad is None and _is_built_anew(model, path, name, parameter, marks, known, before or {}):
+                fresh.add(id(parameter))
+            else:
+                replaced.append(name)
+        if mark is None and all(id(p) in fresh for p in sub.parameters(recurse=False)):
+            fresh.update(id(buffer) for buffer in sub.buffers(recurse=False))
+    state = model.state_dict(keep_vars=True)
+    return Memory(
+        transfers={k: w for mark in marks.values() for k, w in mark.transfers.items()},
+        fresh=frozenset(name for name, tensor in state.items() if id(tensor) in fresh),
+        replaced=tuple(replaced),
+        untouched=not replaced and all(version is not None and version == _version(p) for p, version in held),
+    )
+
+
+def _is_built_anew(
+    model: nn.Module,
+    path: str,
+    name: str,
+    parameter: nn.Parameter,
+    marks: Mapping[nn.Module, _Mark],
+    known: set[int],
+    before: Held,
+) -> bool:
+    """Whether a parameter that nobody has seen belongs to a layer built anew, and was not made of a trained one."""
+    parts = path.split(".") if path else []
+    for depth in range(len(parts) + 1):  # from the root: a module that lost a parameter was converted, with all in it
+        outer = model.get_submodule(".".join(parts[:depth]))
+        mark = marks.get(outer)
+        if mark is not None and any(n not in outer._parameters for n in mark.own()):
+            return False
+    owner = model.get_submodule(path)
+    mark = marks.get(owner)
+    if mark is None:
+        return True
+    if name.rpartition(".")[2] not in mark.held:  # added, or made of what has gone (a parametrization)
+        return set(mark.held) <= {n for n, _ in owner.named_parameters(remove_duplicate=False)}
+    was = before.get(name)
+    if was is not None and was() is not parameter and not is_sharded(parameter):
+        return True
+    # load_state_dict(assign=True) exchanges every parameter inside a module, and no module
+    rest = [p for sub in owner.modules() if sub in marks for p in sub.parameters(recurse=False)]
+    return any(id(p) in known for p in rest) or any(
+        sub not in marks for sub in owner.modules() if any(True for _ in sub.parameters(recurse=False))
+    )
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    return any(t is not None for own in (module._parameters, module._buffers) for t in own.values())
+
+
+def glance(model: nn.Module) -> Held:
+    """The parameters of a model as they are now, held weakly."""
+    return {name: weakref.ref(p) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def marks_of(model: nn.Module) -> dict[nn.Module, Any]:
+    """All marks of a model, for :func:`put_marks`."""
+    return {sub: sub.__dict__[_MARK] for sub in model.modules() if _MARK in sub.__dict__}
+
+
+def put_marks(model: nn.Module, marks: Mapping[nn.Module, Any]) -> None:
+    """Let a model remember what it did when :func:`marks_of` looked, and nothing else."""
+    for sub in model.modules():
+        sub.__dict__.pop(_MARK, None)
+        if sub in marks:
+            sub.__dict__[_MARK] = marks[sub]
+
+
+def _marks(model: nn.Module) -> dict[nn.Module, _Mark]:
+    """The marks of a model; those that come from a pickle become marks again, of the parameters that are there."""
+    found: dict[nn.Module, _Mark] = {}
+    for sub in model.modules():
+        mark = sub.__dict__.get(_MARK)
+        if isinstance(mark, dict):
+            inside = dict(sub.named_parameters(remove_duplicate=False))
+            mark = _Mark(mark["transfers"], {n: (inside[n], None) for n in mark["held"] if n in inside})
+            sub.__dict__[_MARK] = mark
+        if isinstance(mark, _Mark):
+            found[sub] = mark
+    return found
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """How often a tensor was written to; ``None`` where that is not counted."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
