@@ -255,7 +255,9 @@ class WeightTransferCallback(Callback):
             remember(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """The same where a run was broken off."""
+        """The same where a run was broken off; a resume that was not finished leaves neither weights nor a report."""
+        if self._resuming is not None:
+            self._resuming.give_up(exception)
         self.teardown(trainer, pl_module, "")
 
     @property
@@ -386,7 +388,7 @@ class WeightTransferCallback(Callback):
         assert self.report is not None
         self.report = self.report.with_remarks(notes=remarks)
         for remark in remarks:
-            if "_settings=" in remark or "schedule=" in remark:  # one side's wish was not followed
+            if "the checkpoint's counts" in remark:  # and not what this run asks for
                 rank_zero_warn(f"Weight transfer: {remark}.")
         rank_zero_info(f"Weight transfer: {remarks[-1]}.")
         announce(trainer, self.report, verbose=self.verbose)

@@ -198,7 +198,8 @@ def _refuse_calls(obj: Any, path: str | os.PathLike[str]) -> None:
     raise CheckpointError(
         f"Cannot write {path}: the old file calls {shown}{inside}. Nothing of it was run, but whoever loads the new "
         "file with weights_only=False would run it. If you trust the file, keep the calls (keep_foreign=True, "
-        "--keep-foreign); if not, take the weights alone: write to .safetensors."
+        f"--keep-foreign); if not, leave the entry out where you convert (drop=[{where[0] if where else '...'}], "
+        "--drop), or take the weights alone: write to .safetensors."
     )
 
 

@@ -10,6 +10,9 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
+from lit_wsl.checkpoint.document import LazyTensor
 from lit_wsl.convert.optimizer_names import REMEDY, Names, assign_names
 from lit_wsl.convert.optimizer_state import Keep, NotCarriedError, carry_state
 from lit_wsl.convert.saved_optimizer import (
@@ -20,6 +23,7 @@ from lit_wsl.convert.saved_optimizer import (
     base_rate,
     differing,
     is_other_kind,
+    keys_of_state,
     merge_settings,
     rate_keys,
 )
@@ -447,6 +451,7 @@ class _Carrier:
         start = 0
         for position, group in enumerate(self.groups[number]):
             settings = dict(self._merged(number, position, origins[position]))
+            self._refuse_other_states(number, group, settings, states)
             keys: list[Hashable] = list(group.names) if by_name else list(range(start, start + len(group.names)))
             start += len(group.names)
             state.update({key: states[name] for key, name in zip(keys, group.names) if name in states})
@@ -466,7 +471,38 @@ class _Carrier:
             return new or {}
         saved = self._settings(origin)
         self._name_differences(number, position, saved, new)
-        return merge_settings(saved, new, self.options.settings, self.options.schedule)
+        merged = merge_settings(saved, new, self.options.settings, self.options.schedule)
+        fixed = self.groups[number][position].constants & set(new or {})
+        return {**merged, **{key: (new or {})[key] for key in fixed}} if fixed else merged
+
+    def _refuse_other_states(
+        self, number: int, group: NewGroup, settings: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Refuse states that lack what the new optimizer keeps, or belong to one that keeps something else."""
+        known: dict[int, frozenset[str] | None] = {}
+        for name in group.names:
+            state = states.get(name)
+            if group.optimizer is None or group.settings is None or not state:
+                continue
+            dimensions = max((len(v.shape) for v in state.values() if isinstance(v, (Tensor, LazyTensor))), default=0)
+            if dimensions not in known:
+                whole = {**group.settings, **settings}
+                known[dimensions] = keys_of_state(group.optimizer, whole, dimensions)
+            wanted = known[dimensions]
+            if wanted is None:
+                continue
+            lacking, foreign = wanted - set(state), set(map(str, state)) - wanted
+            partner = self.partner(number, self.plan.by_target[name].sources[0])
+            old = self.optimizers[partner].groups[0].settings if partner is not None else {}
+            other = set(old) ^ set(group.settings) - rate_keys(old, group.settings) - {"params", "param_names"}
+            if lacking or (foreign and other):
+                raise CheckpointError(
+                    f"{type(group.optimizer).__name__} keeps {sorted(wanted) or 'nothing'} for a parameter such as "
+                    f"{name!r}, with the settings of the {self.options.settings}, and the checkpoint has "
+                    f"{sorted(state)}: its optimizer is of another kind, or a setting makes it one. Use the same "
+                    "optimizer and settings (optimizer_settings='checkpoint'), or transfer the weights only "
+                    "(resume='weights')."
+                )
 
     def _name_differences(
         self, number: int, position: int, saved: Mapping[str, Any], new: Mapping[str, Any] | None
@@ -476,7 +512,13 @@ class _Carrier:
         if new is None or not names:
             return
         where = f"optimizer {number}, group {position} ({names[0]}, ...)"
-        common = (set(saved) & set(new)) - rate_keys(saved, new)
+        fixed = self.groups[number][position].constants
+        for key in differing(saved, new, set(saved) & fixed):
+            self.notes.append(
+                f"{where}: {key} is {saved[key]} in the checkpoint and {new[key]} in the run, whose optimizer knows no "
+                "other"
+            )
+        common = (set(saved) & set(new)) - rate_keys(saved, new) - fixed
         for key in differing(saved, new, common):
             self.notes.append(told(where, key, saved[key], new[key], self.options.settings, "optimizer_settings"))
         if differing({"lr": base_rate(saved)}, {"lr": base_rate(new)}, ("lr",)):

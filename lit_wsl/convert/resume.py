@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 Layout = list[list[NewGroup]]
 
+_OLDEST = "0.9.0"  # a version of Lightning before all its migrations
+
 
 @dataclass(frozen=True)
 class ResumeOptions:
@@ -110,6 +112,7 @@ class Resume:
         self._recorded: list[list[str] | None] = []
         self._configured: int | None = None  # schedulers that configure_optimizers gave
         self._uninstall: Callable[[], None] | None = None
+        self._failed: Callable[[BaseException], BaseException] | None = None
 
     # -- before a weight moves -----------------------------------------------------------------------------------------
 
@@ -270,7 +273,7 @@ class Resume:
             if vars(connector).get("restore_training_state") is restore_training_state:
                 del connector.restore_training_state
 
-        self._uninstall = uninstall
+        self._uninstall, self._failed = uninstall, failed
         if self.options.mode == "all":
             try:
                 connector._loaded_checkpoint = self._for_lightning()
@@ -286,6 +289,12 @@ class Resume:
         for name, buffer in self.model.named_buffers():
             if name in self._buffers:
                 copy_into(buffer, self._buffers[name])
+
+    def give_up(self, error: BaseException) -> None:
+        """Something else failed before training state was restored: everything is as it was before the transfer."""
+        if self._uninstall is not None and self._failed is not None:
+            self.abandon()
+            self._failed(error)
 
     def abandon(self, *, keep_content: bool = False) -> None:
         """Leave nothing behind in the trainer."""
@@ -324,7 +333,9 @@ class Resume:
         from lightning.pytorch import __version__
 
         content = dict(self._content)
-        content.setdefault("pytorch-lightning_version", __version__)
+        # a file without a version is brought up to date, unless it has loops or nothing to make them from
+        old = "loops" not in content and {"epoch", "global_step"} <= set(content)
+        content.setdefault("pytorch-lightning_version", _OLDEST if old else __version__)
         if not has_sharded_tensors(self.model) and self.trainer.strategy.lightning_restore_optimizer:
             weights = {
                 name: value.detach().clone() if isinstance(value, Tensor) else value
@@ -337,9 +348,13 @@ class Resume:
         try:
             from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
         except ImportError:  # checkpoints of this very version need no migration
-            return content
-        assert isinstance(self.checkpoint, Checkpoint)
-        return _pl_migrate_checkpoint(content, str(self.checkpoint.path))
+            pass
+        else:
+            assert isinstance(self.checkpoint, Checkpoint)
+            content = _pl_migrate_checkpoint(content, str(self.checkpoint.path))
+        if "loops" not in content:
+            self.notes.append("the checkpoint does not tell how far its loops were: epochs and steps count from zero")
+        return content
 
     def _restore_training(self, undo: WayBack, restore: Callable[[], None]) -> tuple[str, ...]:
         """Optimizers, schedulers and what comes with them, after every callback's ``on_fit_start``."""
@@ -367,7 +382,8 @@ class Resume:
                 plugin.load_state_dict(plugin_state)
             restore()
         what = ["optimizers", *(["schedulers"] if self.options.carry.schedule == "checkpoint" else [])]
-        what += ["loops", "callbacks", "data"] if mode == "all" else []
+        what += ["loops"] if mode == "all" and "loops" in content else []
+        what += ["callbacks", "data"] if mode == "all" else []
         return (
             *self.notes,
             *carried.notes,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -171,10 +174,19 @@ class NewGroup:
     Attributes:
         names: Its parameters in order.
         settings: Its settings in the new run, ``None`` where no optimizer is at hand.
+        optimizer: The optimizer, where it is at hand.
     """
 
     names: tuple[str, ...]
     settings: Mapping[str, Any] | None = None
+    optimizer: Optimizer | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def constants(self) -> frozenset[str]:
+        """Settings that the optimizer's class fixes, as AdamW that its weight decay is decoupled."""
+        if self.optimizer is None:
+            return frozenset()
+        return frozenset(self.optimizer.defaults) - frozenset(inspect.signature(type(self.optimizer)).parameters)
 
 
 @dataclass(frozen=True)
@@ -239,6 +251,32 @@ def is_other_kind(saved: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[lis
     return (sorted(old_only), sorted(new_only)) if old_only and new_only else None
 
 
+def keys_of_state(optimizer: Optimizer, settings: Mapping[str, Any], dimensions: int) -> frozenset[str] | None:
+    """What an optimizer keeps for a parameter after its first step: its twin makes that step with a small one.
+
+    Args:
+        optimizer: The optimizer; nothing of it is changed, and no hook of it is called.
+        settings: Those of the group.
+        dimensions: Number of the parameter's dimensions; some optimizers keep less for vectors.
+
+    Returns:
+        The keys of the state; ``None`` where the step can't be made so, as by an optimizer that needs a closure.
+    """
+    parameter = nn.Parameter(torch.ones((2,) * dimensions))
+    parameter.grad = torch.ones_like(parameter)
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update({key: value for key, value in vars(optimizer).items() if key != "step"})
+    twin.__dict__.update({key: OrderedDict() for key in vars(optimizer) if key.endswith("_hooks")})
+    twin.state = defaultdict(dict)
+    twin.param_groups = [{**settings, "params": [parameter]}]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            twin.step()
+    except Exception:
+        return None
+    return frozenset(map(str, twin.state[parameter]))
+
+
 def groups_of(optimizers: Sequence[Optimizer], model: nn.Module) -> list[list[NewGroup]]:
     """The parameter groups of real optimizers, by name.
 
@@ -258,6 +296,6 @@ def groups_of(optimizers: Sequence[Optimizer], model: nn.Module) -> list[list[Ne
                     "parameter of the model, so its state cannot be told."
                 )
             settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            found.append(NewGroup(tuple(names[id(parameter)] for parameter in group["params"]), settings))
+            found.append(NewGroup(tuple(names[id(parameter)] for parameter in group["params"]), settings, optimizer))
         made.append(found)
     return made

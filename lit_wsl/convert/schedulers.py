@@ -90,7 +90,8 @@ def kind_of_scheduler(state: Mapping[str, Any]) -> Any:
     >>> sorted(name for name, _ in kind_of_scheduler(torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict()))
     ['gamma', 'step_size']
     """
-    own = {key: value for key, value in state.items() if key not in _common()}
+    # a method that somebody exchanged on the object is no state
+    own = {key: value for key, value in state.items() if key not in _common() and not callable(value)}
     return frozenset((key, _inside(value)) for key, value in own.items())
 
 
