@@ -37,13 +37,13 @@ test: $(VENV)/.ready  ## the tests
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 matrix:  ## the tests with every installed Python from 3.10 to 3.13, and with the oldest allowed dependencies
-	@for python in python3.10 python3.11 python3.12 python3.13; do \
+	@export PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep -E '^3[.]1[0-3][.]' | paste -sd: -); \
+	for python in python3.10 python3.11 python3.12 python3.13; do \
 	  if $$python -c '' 2>/dev/null; then \
 	    echo "== $$python"; $(MAKE) --no-print-directory test PYTHON=$$python || exit 1; \
 	  else echo "== $$python is not installed: not tested"; fi; \
-	done
-	@echo "== oldest dependencies, python3.10"
-	@$(MAKE) --no-print-directory test PYTHON=python3.10 MINIMUM=1
+	done; \
+	echo "== oldest dependencies, python3.10"; $(MAKE) --no-print-directory test PYTHON=python3.10 MINIMUM=1
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -264,7 +264,7 @@ def main() -> int:
     old_logits = predict(old, data)
     console.print(f"Trained for {epochs} epochs, {share_right(old_logits, labels):.2%} right, saved as {checkpoint}")
 
-    console.rule("2. The refactored network with strict=False")
+    console.rule("2. The refactored network, strict=False")
     seed_everything(1, verbose=False)
     silent = NewNet()
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
@@ -273,7 +273,7 @@ def main() -> int:
     silent_logits = predict(silent, data)
     console.print(f"{loaded} of {len(silent.state_dict())} tensors loaded, and no error.")
 
-    console.rule("3. The refactored network with WeightTransferCallback")
+    console.rule("3. The refactored network, WeightTransferCallback, before any training step")
     seed_everything(1, verbose=False)
     new, look = NewNet(), BeforeTraining()
     new.peak_lr = 5e-4  # it has been trained already
@@ -289,24 +289,24 @@ def main() -> int:
 
     console.rule("Result")
     same = int((new_logits.argmax(1) == old_logits.argmax(1)).sum())
-    table = Table("network", "right", "same answer as the old one")
+    table = Table("network", "right", "same prediction as before", box=None, pad_edge=False)
     for label, logits in (
         ("old, trained", old_logits),
         ("refactored, strict=False", silent_logits),
-        ("refactored, WeightTransferCallback, before any training step", new_logits),
-        ("the same after two more epochs", later_logits),
+        ("refactored, WeightTransferCallback", new_logits),
+        ("the same, two epochs later", later_logits),
     ):
         agree = int((logits.argmax(1) == old_logits.argmax(1)).sum())
         table.add_row(label, f"{share_right(logits, labels):.2%}", f"{agree} of {len(labels)} images")
     console.print(table)
     difference = (new_logits - old_logits).abs().max().item()
-    console.print(f"Largest difference of a class score before training, new against old: {difference:.1e}")
+    console.print(f"Largest difference of a class score, new against old: {difference:.1e}")
 
     claims = {
         "the old network is right on more than 95 % of the images": share_right(old_logits, labels) > 0.95,
         "strict=False loaded nothing and said nothing": loaded == 0 and share_right(silent_logits, labels) < 0.5,
         "the fused layer was split into three": sum(e.badge == "split" for e in transfer.report.plan) == 2,
-        "every image got the old network's answer before any training step": same == len(labels),
+        "every image got the old network's prediction before any training step": same == len(labels),
         "class scores agree to rounding": difference < 1e-4,
     }
     for claim, holds in claims.items():

@@ -1,20 +1,12 @@
-"""Every code block of README and docs runs, in order, page by page, in an empty folder.
+"""Every code block of README and docs runs, in order, page by page, in an empty folder, and prints what the page shows.
 
-- ``python`` blocks run, and what they ``assert`` holds; a block with ``title="model.py"`` is written to that file.
-- ``yaml`` and ``json`` blocks must parse; with a title they are written to that file too.
-- ``bash`` blocks: ``lit-wsl`` and ``python`` lines run, and must end with exit code 0, or with the one that a comment
-  ``# exit code 1`` behind them names; ``make`` lines must name a real target; ``pip`` and ``git`` lines must not name
-  the package index, whose ``lit-wsl`` is another project.
-- ``<!-- setup ... -->`` comments hold python that readers need not see.
-- ``text`` blocks show output and are not run.
+How is said in ``docs/pages.py``, which also writes the outputs: ``python docs/pages.py``.
 """
 
 import importlib.util
 import json
 import os
 import re
-import runpy
-import shlex
 import sys
 from pathlib import Path
 
@@ -22,89 +14,36 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-BLOCK = re.compile(
-    r"^<!-- setup\n(?P<setup>.*?)^-->$"
-    r"|^(?P<indent> *)```(?P<language>\w+)(?P<title>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$",
-    re.M | re.S,
-)
-LANGUAGES = {"python", "bash", "yaml", "json", "text", "mermaid"}
-
-
-def blocks(page):
-    """``(line, language, title, code)`` of every block of a page."""
-    text = page.read_text(encoding="utf-8")
-    for match in BLOCK.finditer(text):
-        line = text[: match.start()].count("\n") + 2
-        if match["setup"] is not None:
-            yield line, "python", None, match["setup"]
-            continue
-        title = re.search(r'title="([^"]+)"', match["title"])
-        code = "".join(row[len(match["indent"]) :] for row in match["code"].splitlines(keepends=True))
-        yield line, match["language"], title and title[1], code
-
-
-def run_shell(code, where, monkeypatch):
-    for command in code.replace("\\\n", " ").splitlines():
-        words = shlex.split(command, comments=True)
-        if not words:
-            continue
-        if words[0] == "make":
-            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
-            assert {word for word in words[1:] if "=" not in word} <= set(targets), f"{where}: {command}"
-        elif words[0] in ("pip", "git"):
-            index = re.search(r"install (?:\S+ )*['\"]?lit[-_]wsl", command)
-            assert not index, f"{where}: {command} installs another project"
-        else:
-            assert words[0] in ("lit-wsl", "python"), f"{where}: what is {words[0]}?"
-            expected = re.search(r"#.*exit code (\d)", command)
-            assert exit_code(words, monkeypatch) == (int(expected[1]) if expected else 0), f"{where}: {command}"
-
-
-def exit_code(words, monkeypatch):
-    """Run a command in this process: starting torch and lightning anew for each would take most of the time."""
-    monkeypatch.setattr(sys, "argv", words if words[0] == "lit-wsl" else words[1:])
-    try:
-        if words[0] == "lit-wsl":
-            runpy.run_module("lit_wsl", run_name="__main__", alter_sys=False)
-        else:
-            runpy.run_path(words[1], run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
+sys.path.insert(0, str(ROOT / "docs"))
+from pages import PAGES, ROOT as PAGES_ROOT, run_page, shape  # noqa: E402, I001
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_code_blocks_run(page, tmp_path, monkeypatch):
+def test_code_blocks_run_and_print_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    monkeypatch.syspath_prepend(str(tmp_path))
+    for folder in (ROOT, ROOT / "docs", tmp_path):
+        monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT / "docs"), str(ROOT)]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shells = [code for _, language, _, code in blocks(page) if language == "bash"]
-    if "lit-wsl " in "".join(shells) and importlib.util.find_spec("lit_wsl.__main__") is None:
-        pytest.skip("the command is not there yet")
     modules = set(sys.modules)
-    names = {"__name__": "docs"}
-    for line, language, title, code in blocks(page):
-        where = f"{page.relative_to(ROOT)}:{line}"
-        assert language in LANGUAGES, f"{where}: blocks are one of {sorted(LANGUAGES)}, not {language}"
-        if title:
-            (tmp_path / title).write_text(code)
-            if language == "python":
-                compile(code, where, "exec")
-                continue
-        if language == "python":
-            exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
-        elif language == "bash":
-            run_shell(code, where, monkeypatch)
-        elif language == "yaml":
-            yaml.safe_load(code)
-        elif language == "json":
-            json.loads(code)
+    for block, output in run_page(page, tmp_path):
+        where = f"{page.relative_to(ROOT)}:{block.line}"
+        assert shape(block.code) == shape(output), f"{where} shows another output: python docs/pages.py"
     for name in set(sys.modules) - modules:  # files of this page must not shadow those of the next
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
+
+
+def test_no_page_runs_anything_that_its_reader_does_not_see():
+    assert ROOT.resolve() == PAGES_ROOT
+    for page in PAGES:
+        assert "<!-- setup" not in page.read_text(encoding="utf-8"), page
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "guides"], ids=lambda page: page.stem)
+def test_guides_start_with_what_to_use_when(page):
+    text = page.read_text(encoding="utf-8")
+    assert "\n|---" in text.split("\n## ")[0].split("\n```")[0] or "lightning-cli" in page.stem
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -45,6 +45,17 @@ def test_demo_shows_the_coverage_and_every_answer(demo):
     assert done.stdout.count("360 of 360 images") == 2  # the old network, and the new one before any training step
 
 
+def test_the_readme_shows_what_the_demo_prints(demo):
+    sys.path.insert(0, str(ROOT / "docs"))
+    from pages import blocks, shape
+
+    done, folder = demo
+    (shown,) = (block for block in blocks(ROOT / "README.md") if "demo_digits" in block.output)
+    printed = done.stdout.replace(str(folder), "demo-output").replace("\ndemo-output", " demo-output")
+    lines = [[shape(line).strip() for line in text.splitlines()] for text in (shown.code, printed)]
+    assert lines[0] == lines[1], "python docs/pages.py README.md"
+
+
 def test_demo_leaves_checkpoint_and_report(demo):
     _, folder = demo
     assert (folder / "old.ckpt").stat().st_size > 0

@@ -142,9 +142,9 @@ def _show(found: list[Difference], differing: list[Difference], limit: int) -> N
     shown = [cells for _, cells in (rows if limit <= 0 else rows[:limit])]
     if shown and on_terminal():  # a line for the names, which may be long, and one for the numbers
         for name, kind, tensors, elements, largest, relative in shown:
-            numbers = f": {elements} elements, largest {largest}, relative {relative}" if elements else ""
+            told = f": {elements} elements, largest {largest}, relative {relative}" if elements else ""
             say(f"{name}{f' (x{tensors})' if tensors != '1' else ''}")
-            say(f"    {kind}{numbers}")
+            say(f"    {kind}{told}")
     elif shown:
         table(("tensor", "differs in", "tensors", "elements", "largest", "relative"), shown, right=(2, 3, 4, 5))
     if len(shown) < len(rows):
