@@ -17,6 +17,7 @@ from lit_wsl.rebasin.matching.weights import (
 from lit_wsl.rebasin.merging.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
 from lit_wsl.rebasin.merging.merge import average, interpolate, slerp, task_arithmetic, ties
 from lit_wsl.rebasin.merging.repair import repair
+from lit_wsl.rebasin.rebasing.rebase import RebaseResult, rebase
 from lit_wsl.rebasin.responses import reestimate_batchnorm
 from lit_wsl.rebasin.spec.apply import apply_permutation, compose_permutations, invert_permutations
 from lit_wsl.rebasin.spec.axis import AxisSpec, AxisUse, PermutationGroup, Permutations
@@ -35,6 +36,7 @@ __all__ = [
     "PermutationSpecBuilder",
     "Permutations",
     "Proof",
+    "RebaseResult",
     "Verification",
     "activation_matching",
     "apply_permutation",
@@ -49,6 +51,7 @@ __all__ = [
     "joint_matching",
     "midpoint_gap",
     "permutation_spec",
+    "rebase",
     "reestimate_batchnorm",
     "register_permutation_spec",
     "registered_permutation_specs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.inference.trace import output_tensors
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -136,6 +138,85 @@ def _store(moments: Moments, norm: _BatchNorm) -> None:
     norm.running_var.copy_(moments.variance(correction=1))
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.fill_(moments.pieces)
+
+
+Listener = Callable[[nn.Module, Any, Any], None]
+
+
+class Responses:
+    """What a model answers to batches, inside and at its end, under any state dict.
+
+    Args:
+        model: gives the architecture; it is copied, and the copy runs in eval mode without gradients.
+        batches: a dataloader or list of batches.
+        forward: how to call the model on a batch.
+        max_batches: use so many at most; None for all, which are then not kept but iterated anew each time.
+
+    Raises:
+        RebasinError: there is no batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward: Forward = call_on_inputs,
+        max_batches: int | None = None,
+    ) -> None:
+        self.model = copy.deepcopy(model).eval()
+        self.batches = batches if max_batches is None else list(islice(batches, max_batches))
+        self.forward = forward
+
+    def under(self, state_dict: Mapping[str, Tensor]) -> nn.Module:
+        """The copy of the model with these weights, in eval mode."""
+        self.model.load_state_dict(dict(state_dict))
+        return self.model.eval()
+
+    @torch.no_grad()
+    def listen(self, state_dict: Mapping[str, Tensor], listeners: Mapping[str, Listener]) -> list[Tensor]:
+        """Run all batches; call each listener whenever the module of its path ran.
+
+        Returns:
+            Every floating output of the model, one batch behind the other, as ``(samples, channels)``.
+        """
+        model = self.under(state_dict)
+        hooks = [model.get_submodule(path).register_forward_hook(listen) for path, listen in listeners.items()]
+        kept: list[list[Tensor]] = []
+        try:
+            for batch in self.batches:
+                found = [t for t in output_tensors(self.forward(model, batch)) if t.is_floating_point()]
+                kept = kept or [[] for _ in found]
+                for parts, tensor in zip(kept, found):
+                    parts.append(tensor.double().flatten(0, max(0, tensor.ndim - 2)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not kept:
+            raise RebasinError("no batch to run the model on, or the model returns no floating tensor")
+        return [torch.cat(parts) for parts in kept]
+
+    def outputs(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
+        """Every floating output over all batches, ``(samples, channels)`` in float64."""
+        return self.listen(state_dict, {})
+
+    def with_statistics(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict with batch norm statistics estimated anew on the batches."""
+        state = dict(state_dict)
+        if has_batch_statistics(self.model):
+            model = self.under(state_dict)
+            reestimate_batchnorm(model, self.batches, forward=self.forward)
+            buffers = {name for name, _ in model.named_buffers()}
+            state.update({n: t.detach().clone() for n, t in model.state_dict().items() if n in buffers})
+        return state
+
+
+def drawn(columns: Tensor, quota: int, seed: int) -> Tensor:
+    """So many of the columns at most, the same ones for the same seed and number of columns."""
+    columns = columns.detach()
+    if columns.shape[1] <= quota:
+        return columns.clone()
+    draw = torch.randperm(columns.shape[1], generator=torch.Generator().manual_seed(seed))[:quota]
+    return columns[:, draw.to(columns.device)]
 
 
 def responses(

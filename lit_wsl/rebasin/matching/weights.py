@@ -322,10 +322,9 @@ def apply_permutation_to_task_vectors(
     Raises:
         RebasinError: the numbers differ, or a tensor has another shape than the spec.
     """
-    names = ("spec", "permutations", "task_vectors")
-    if len(arguments) == 1 and not isinstance(arguments[0], PermutationSpec):
-        names = ("task_vectors",)
-    given = {"spec": spec, "permutations": permutations, "task_vectors": task_vectors}
+    alone = len(arguments) == 1 and not isinstance(arguments[0], PermutationSpec)
+    names = ("task_vectors",) if alone else ("spec", "permutations", "task_vectors")
+    given: dict[str, Any] = {"spec": spec, "permutations": permutations, "task_vectors": task_vectors}
     given.update(zip(names, arguments))
     if len(arguments) > len(names) or given["spec"] is None or given["task_vectors"] is None:
         raise TypeError("give spec, permutations and task_vectors; or task_vectors and spec=spec to match them first")

@@ -1,0 +1,1 @@
+"""Carry a fine-tuning to another release of its pretrained model."""

@@ -1,0 +1,167 @@
+"""A task vector fitted to data, layer by layer and without labels.
+
+The fine-tuned model says by how much the response of each layer to the batches changes. Brought into the units of the
+new base, that is what the new base's response should change by; with the inputs that the layer now gets, the change of
+its weights that achieves it is a ridge regression in closed form, with the turned task vector as the prior. From the
+first layer to the last, so later layers make up for what earlier ones missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from lit_wsl.rebasin.rebasing.turning import Maps, turn_tensor
+from lit_wsl.rebasin.responses import Listener, Responses, channel_axis, drawn
+from lit_wsl.rebasin.spec.axis import AxisSpec
+from lit_wsl.rebasin.spec.spec import PermutationSpec
+
+StateDict = Mapping[str, Tensor]
+
+#: What a change beside the prior costs: this share of the mean square of a layer's inputs.
+RIDGE = 0.1
+#: Positions (images times pixels, sequences times tokens) that a layer is fitted to, over all batches.
+SAMPLES = 8192
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear and plain convolution layers by path, but for those that share their weight with another module."""
+    names: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear or (type(module) in (nn.Conv1d, nn.Conv2d) and _is_plain(module))
+        if isinstance(module.weight, nn.Parameter) and names[id(module.weight)] == 1
+    }
+
+
+def _is_plain(module: nn.Module) -> bool:
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+class Samples:
+    """Inputs ``(features, samples)`` and responses ``(channels, samples)`` of layers, at the same positions each time.
+
+    Args:
+        responses: the model and the batches.
+        quota: positions kept of each call of a layer.
+        seed: of the positions drawn.
+    """
+
+    def __init__(self, responses: Responses, quota: int, seed: int) -> None:
+        self.responses, self.quota, self.seed = responses, quota, seed
+
+    def inputs(self, state_dict: StateDict, path: str) -> Tensor:
+        """What one layer gets, convolutions unfolded; the last row of ones stands for the bias."""
+        module = self.responses.model.get_submodule(path)
+        parts: list[Tensor] = []
+
+        def listen(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            parts.append(drawn(_unfolded(module, arguments[0]), self.quota, self.seed + len(parts)))
+
+        self.responses.listen(state_dict, {path: listen})
+        found = torch.cat(parts, dim=1).double()
+        if module.bias is None:
+            return found
+        return torch.cat([found, found.new_ones(1, found.shape[1])])
+
+    def outputs(self, state_dict: StateDict, paths: Collection[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """What all layers answer, in the order of execution; and what the model does."""
+        kept: dict[str, list[Tensor]] = {}
+
+        def listen_as(path: str) -> Listener:
+            def listen(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+                parts = kept.setdefault(path, [])
+                columns = output.movedim(channel_axis(module, output), 0).flatten(1)
+                parts.append(drawn(columns, self.quota, self.seed + len(parts)))
+
+            return listen
+
+        final = self.responses.listen(state_dict, {path: listen_as(path) for path in paths})
+        return {path: torch.cat(parts, dim=1) for path, parts in kept.items()}, final
+
+
+def _unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
+    """``(features, positions)``: the columns that the flattened weight is multiplied with."""
+    if isinstance(module, nn.Linear):
+        return inputs.movedim(-1, 0).flatten(1)
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    options: list[Any] = [module.kernel_size, module.dilation, module.padding, module.stride]
+    if isinstance(module, nn.Conv1d):  # a row of one pixel's height
+        inputs = inputs.unsqueeze(-2)
+        options = [(first, *value) for first, value in zip((1, 1, 0, 1), options)]
+    return F.unfold(inputs, *options).movedim(1, 0).flatten(1)
+
+
+def fit_task_vector(
+    spec: PermutationSpec,
+    samples: Samples,
+    states: tuple[StateDict, StateDict, StateDict],
+    maps: Maps,
+    vector: StateDict,
+    fresh: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """The turned task vector, with the layers that the fine-tuning changed fitted to data.
+
+    Args:
+        spec: permutation spec of the architecture.
+        samples: the layers' inputs and responses on the batches.
+        states: whole state dicts of the new base, and of the old base and the fine-tuned model, both with their units
+            in the new base's order as far as permutations go.
+        maps: what turns the old models' units into the new base's.
+        vector: the turned task vector.
+        fresh: names of weights of layers that no base had: these answer as in the fine-tuned model.
+    """
+    new, old, tuned = (samples.responses.with_statistics(state) for state in states)
+    model = samples.responses.model
+    paths = [p for p in layers(model) if vector.get(f"{p}.weight", torch.zeros(1)).any() or f"{p}.weight" in fresh]
+    wanted, _ = samples.outputs(new, paths)
+    before, after = (samples.outputs(state, paths)[0] for state in (old, tuned))
+    for path in wanted:
+        change = after[path] if f"{path}.weight" in fresh else after[path] - before[path]
+        change = _turned(spec, maps, spec.axes.get(f"{path}.weight", {}).get(0), change)
+        wanted[path] = change if f"{path}.weight" in fresh else wanted[path] + change
+    fitted = dict(vector)
+    for path in list(wanted):
+        state = {name: t + fitted[name].to(t) if name in fitted else t for name, t in new.items()}
+        inputs = samples.inputs(samples.responses.with_statistics(state), path)
+        weight = _joined(state, path)
+        change = _ridge(inputs, wanted.pop(path).double() - weight.to(inputs) @ inputs)
+        if f"{path}.bias" in new:
+            bias = fitted.get(f"{path}.bias", torch.zeros_like(new[f"{path}.bias"]))
+            fitted[f"{path}.bias"] = bias + change[:, -1].to(bias)
+            change = change[:, :-1]
+        before_it = fitted.get(f"{path}.weight", torch.zeros_like(new[f"{path}.weight"]))
+        fitted[f"{path}.weight"] = before_it + change.reshape(before_it.shape).to(before_it)
+    return fitted
+
+
+def _turned(spec: PermutationSpec, maps: Maps, axis_spec: AxisSpec | None, columns: Tensor) -> Tensor:
+    """Responses with their channels turned like the axis of the weight that they come from."""
+    if axis_spec is None or axis_spec.outer_axis is not None:
+        return columns
+    lone = PermutationSpec(
+        groups=spec.groups, axes={"responses": {0: axis_spec}}, shapes={"responses": tuple(columns.shape)}
+    )
+    return turn_tensor(lone, maps, "responses", columns)
+
+
+def _joined(state: StateDict, path: str) -> Tensor:
+    """A layer's weight as a float64 matrix, its bias the last column."""
+    weight = state[f"{path}.weight"].double().flatten(1)
+    bias = state.get(f"{path}.bias")
+    return weight if bias is None else torch.cat([weight, bias.double()[:, None]], dim=1)
+
+
+def _ridge(inputs: Tensor, missing: Tensor) -> Tensor:
+    """The small matrix that takes the inputs near to what is missing."""
+    square = inputs @ inputs.T
+    square.diagonal().add_(RIDGE * square.diagonal().mean().clamp_min(1e-12))
+    return torch.linalg.solve(square, inputs @ missing.T).T
