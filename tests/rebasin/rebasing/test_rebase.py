@@ -199,11 +199,11 @@ def test_a_fresh_head_is_carried_with_its_input_axes(case, method):
 def test_what_does_not_fit_is_refused_by_name(spec, case):
     old, tuned, new, _ = case
     vector = task_vector(tuned, old)
-    with pytest.raises(RebasinError, match="'6.weight'.*missing in the new base"):
+    with pytest.raises(RebasinError, match=r"'6.weight'.*missing in the new base"):
         rebase(spec, vector, old, {n: t for n, t in new.items() if n != "6.weight"})
     with pytest.raises(RebasinError, match=r"'8.weight' has shape \(4, 12\).*fresh"):
         rebase(spec, vector, old, {**new, "8.weight": torch.ones(9, 12)})
-    with pytest.raises(RebasinError, match="'other.weight'.*infer the spec"):
+    with pytest.raises(RebasinError, match=r"'other.weight'.*infer the spec"):
         rebase(spec, vector, old, new, fresh={"other.weight": torch.ones(3, 12)})
     with pytest.raises(RebasinError, match=r"8 positions|moves 12"):
         rebase(spec, vector, old, new, fresh={"8.weight": torch.ones(3, 11)})
