@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -145,8 +145,11 @@ def _projections(trace: Trace, attention: str) -> dict[str, str] | None:
     maps = trace.below(attention, is_map)
     shapes = [sizes(trace.get(p)) for p in maps]
     if len(maps) == 4:
-        ordered = _by_letter(maps[:3]) or maps[:3]
-        return dict(zip("qkvo", [*ordered, maps[3]]))
+        for triple in combinations(maps, 3):
+            if lettered := _by_letter(triple):
+                return dict(zip("qkvo", [*lettered, next(p for p in maps if p not in triple)]))
+        like = shapes[1] == shapes[2] and shapes[0][0] == shapes[3][1] and shapes[0][0] < 2 * shapes[0][1]
+        return dict(zip("qkvo", maps)) if like else None
     if len(maps) == 2 and shapes[0][0] > 1.2 * shapes[0][1]:
         return dict(zip(("qkv", "o"), maps))
     if len(maps) == 3:
@@ -242,12 +245,13 @@ def _deep(trace: Trace, norm: str, attention: str) -> bool:
 
 def _conv_blocks(trace: Trace) -> Iterator[Found]:
     """Two convolutions with a norm each, and the shortcut that starts from the block's own input."""
+    attends = [path for path, m in trace.model.named_modules() if re.search("atten|attn", type(m).__name__.lower())]
     is_conv = lambda m: isinstance(m, nn.Conv2d) and m.groups == 1  # noqa: E731
     done: list[str] = []
     for path, module in reversed(list(trace.model.named_modules())):
         if not re.search(r"block|bottleneck|layer|unit|residual", type(module).__name__.lower()):
             continue
-        if any(p.startswith(f"{path}.") for p in done):
+        if any(p.startswith(f"{path}.") for p in (*done, *attends)):
             continue
         steps = [p for p in trace.below(path, lambda m: is_conv(m) or is_norm(m)) if p != path]
         kinds = "".join("c" if is_conv(trace.get(p)) else "n" for p in steps)

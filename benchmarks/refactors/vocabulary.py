@@ -11,6 +11,7 @@ import json
 import math
 import random
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,16 @@ def _groups() -> Mapping[str, list[tuple[Words, float]]]:
             for entry in entries:
                 weight = 1 + math.log(sum(entry["counts"].values()))
                 found.setdefault(name, {})[json.dumps(entry["words"], sort_keys=True)] = (entry["words"], weight)
-    return {name: list(entries.values()) for name, entries in found.items()}
+    return {name: _agreed(list(entries.values())) for name, entries in found.items()}
+
+
+def _agreed(entries: list[tuple[Words, float]]) -> list[tuple[Words, float]]:
+    """Without groups in which a word stands for what other code mostly calls a sibling: their names would lie."""
+    meant: dict[str, Counter[str]] = defaultdict(Counter)
+    for words, weight in entries:
+        for role, word in words.items():
+            meant[word][role] += weight  # type: ignore[assignment]
+    return [e for e in entries if all(meant[word][role] >= max(meant[word].values()) for role, word in e[0].items())]
 
 
 @cache
