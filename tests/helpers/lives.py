@@ -121,7 +121,8 @@ class World:
         torch.manual_seed(0)
         old = Old()
         self.folder, self.path, self._trainer = folder, folder / "old.ckpt", trainer
-        torch.save({"state_dict": old.state_dict(), "pytorch-lightning_version": L.__version__}, self.path)
+        if not self.path.exists():
+            torch.save({"state_dict": old.state_dict(), "pytorch-lightning_version": L.__version__}, self.path)
         self.old = {f"{NAMES[n.partition('.')[0]]}.{n.partition('.')[2]}": v for n, v in weights(old).items()}
         self.kind, self.probe, self.wrong = BUILT[built], Probe(), list[str]()
 
