@@ -10,6 +10,7 @@ import runs_dist
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from lives import BUILT, LIVES, World, lead
 
