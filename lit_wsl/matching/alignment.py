@@ -22,50 +22,71 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lit_wsl.matching.classes import ClassSolver, Pair, Pairing, Region
+from lit_wsl.matching.decision import (
+    SURE,
+    ClassSolver,
+    Decision,
+    Pair,
+    Region,
+    Sides,
+    Tie,
+    agreement,
+    is_named,
+    order_cell,
+)
 from lit_wsl.matching.evidence import Evidence
-from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run
+from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spells_parts
 from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
-from lit_wsl.matching.tree import Item, TreeBuilder, role_of, shape_key
+from lit_wsl.matching.tree import Item, TreeBuilder, kind_of, role_of, shape_key
 from lit_wsl.plan.operations import Operation
+
+MAX_CANDIDATES = 16
+REPEATED_WEIGHT = 1000
+Profile = tuple[object, ...]
 
 
 @dataclass(frozen=True)
 class Match:
-    """Source tensors become target tensors; positions are ordinals of the two sides."""
+    """Source tensors become target tensors: ordinals of the two sides, and the weakest cell on the way."""
 
     sources: tuple[int, ...]
     targets: tuple[int, ...]
     operations: tuple[Operation, ...]
-    margin: float
-    reason: str
+    cell: str
+    margin: float = 1.0
+
+    def shifted(self, s: int, t: int, cell: str = "") -> Match:
+        """The same match in another region of the same structure, reached by a decision of another kind."""
+        sources, targets = tuple(p + s for p in self.sources), tuple(p + t for p in self.targets)
+        return Match(sources, targets, self.operations, weakest(self.cell, cell), self.margin)
 
 
 @dataclass(frozen=True)
 class Doubt:
-    """Targets whose sources nothing decides between."""
+    """Targets that stay open, with what each of several possible sources would need; the likeliest first."""
 
     targets: tuple[int, ...]
-    sources: tuple[int, ...]
+    candidates: tuple[tuple[tuple[int, ...], tuple[Operation, ...]], ...]
     reason: str
 
 
 @dataclass
 class Outcome:
-    """What a region gave: its own matches, and the outcomes of the regions inside it.
+    """What a region gave: its own matches and doubts, and the outcomes of the regions inside it.
 
     Regions of one structure share an outcome, which stands at the ordinals of the first of them; ``inside`` holds by
-    how much the others are shifted, and the margin of the pair that led to them. ``pairs`` are the region's own items.
+    how much the others are shifted, and the cell of the pair that led to them. ``pairs`` are the region's own items.
     """
 
     matches: list[Match] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
-    inside: list[tuple[Outcome, int, int, float]] = field(default_factory=list)
+    inside: list[tuple[Outcome, int, int, str]] = field(default_factory=list)
     pairs: list[tuple[Item, Item]] = field(default_factory=list)
 
     @cached_property
@@ -77,41 +98,15 @@ class Outcome:
         """All matches and doubts at their own ordinals."""
         matches: list[Match] = []
         doubts: list[Doubt] = []
-        stack = [(self, 0, 0, 1.0)]
+        stack = [(self, 0, 0, "")]
         while stack:
-            outcome, ds, dt, cap = stack.pop()
-            for m in outcome.matches:
-                sources, targets = tuple(p + ds for p in m.sources), tuple(p + dt for p in m.targets)
-                matches.append(Match(sources, targets, m.operations, min(m.margin, cap), m.reason))
+            outcome, ds, dt, cell = stack.pop()
+            matches += [m.shifted(ds, dt, cell) for m in outcome.matches]
             for d in outcome.doubts:
-                doubts.append(Doubt(tuple(p + dt for p in d.targets), tuple(p + ds for p in d.sources), d.reason))
-            stack += [(o, ds + s, dt + t, min(cap, margin)) for o, s, t, margin in outcome.inside]
+                candidates = tuple((tuple(p + ds for p in sources), ops) for sources, ops in d.candidates)
+                doubts.append(Doubt(tuple(p + dt for p in d.targets), candidates, d.reason))
+            stack += [(o, ds + s, dt + t, weakest(cell, c)) for o, s, t, c in outcome.inside]
         return matches, doubts
-
-    def distinct(self) -> Iterator[tuple[Outcome, float]]:
-        """This outcome and all inside it, each once, with the best margin of the pairs that lead to it."""
-        best: dict[int, float] = {id(self): 1.0}
-        outcomes: dict[int, Outcome] = {id(self): self}
-        stack = [self]
-        while stack:
-            outcome = stack.pop()
-            for inner, _, _, margin in outcome.inside:
-                cap = min(best[id(outcome)], margin)
-                if cap > best.get(id(inner), -1.0):
-                    best[id(inner)] = cap
-                    outcomes[id(inner)] = inner
-                    stack.append(inner)
-        for key, outcome in outcomes.items():
-            yield outcome, best[key]
-
-
-Profile = tuple[object, ...]
-
-
-REPEATED_WEIGHT = 1000
-
-
-NEIGHBOUR_MARGIN = 0.25
 
 
 class Aligner:
@@ -122,89 +117,104 @@ class Aligner:
         builder: The builder of both trees.
         evidence: What earlier passes learned.
         forbidden: Whether two paths must not match (incompatible pairs).
-        ties: How many names each tied source tensor has.
+        sides: What is known of the two sides as wholes.
     """
 
     def __init__(
-        self,
-        options: MatchingOptions,
-        builder: TreeBuilder,
-        evidence: Evidence,
-        forbidden: Forbidden,
-        ties: Mapping[str, int],
+        self, options: MatchingOptions, builder: TreeBuilder, evidence: Evidence, forbidden: Forbidden, sides: Sides
     ) -> None:
         self.builder = builder
         self.evidence = evidence
+        self.ordered = sides.ordered
+        self.execution = sides.execution
         self.gathered = Evidence()
         self.turned = evidence.turned_matrices > evidence.exact_matrices
-        self._costs = PairCosts(forbidden, self.turned)
-        self._classes = ClassSolver(options, evidence, self._costs, ties)
+        self.costs = PairCosts(forbidden, self.turned)
+        self.classes = ClassSolver(options, self.costs, sides, evidence.roles)
+        self.agreement: dict[tuple[int, int], float] = {}
         self._memo: dict[tuple[int, int], tuple[int, int, Outcome]] = {}
 
     def align(self, source: Item, target: Item) -> Outcome:
         """Align two whole trees."""
         shapes = tuple(Counter(shape_key(t.shape) for t in side.tensors) for side in (source, target))
         region = Region(source, target, source.numel == target.numel, (shapes[0], shapes[1]))
-        return self._solve([source], [target], region)
+        return RegionMatch(self, region).solve([source], [target])
 
-    # regions ---------------------------------------------------------------------------------------------------
+    def elsewhere(self, region: Region) -> float:
+        """What the best other region told about order in the pass before; -1 if any dissents."""
+        others = [a for key, a in self.evidence.agreement.items() if key != region.key]
+        best = max(others, default=1.0)
+        return best if min(others, default=1.0) > 0 else 1.0 if best >= SURE else -1.0
 
-    def _descend(self, s: Item, t: Item, out: Outcome, margin: float, reason: str) -> None:
-        """Match the inside of a pair."""
-        if s.level == t.level == 0:
-            self._match_tensors(s, t, out, margin, reason)
-            return
+    def inside(self, s: Item, t: Item) -> tuple[Outcome, int, int]:
+        """What two corresponding items hold, and by how much it is shifted."""
         if s.virtual or t.virtual:  # stacks stand nowhere in particular
-            out.inside.append((self._inside(s, t), 0, 0, margin))
-            return
+            return self._inside(s, t), 0, 0
         key = (s.structure, t.structure)
         if key not in self._memo:
             self._memo[key] = (s.start, t.start, self._inside(s, t))
         start_s, start_t, outcome = self._memo[key]
-        out.inside.append((outcome, s.start - start_s, t.start - start_t, margin))
+        return outcome, s.start - start_s, t.start - start_t
 
     def _inside(self, s: Item, t: Item) -> Outcome:
+        if s.level == t.level == 0:
+            out = Outcome()
+            match = self.match(s, t)
+            out.matches += [match] if match is not None else []
+            return out
         if s.level == t.level == 1 and Counter(c.shape for c in s.children) == Counter(c.shape for c in t.children):
             by_role = {role_of(c.path): c for c in s.children}
-            out = Outcome()
             if all(role_of(c.path) in by_role for c in t.children):
-                for c in t.children:
-                    self._match_tensors(by_role[role_of(c.path)], c, out, 1.0, "same role in the same module")
-                return out
+                found = [self.match(by_role[role_of(c.path)], c) for c in t.children]
+                return Outcome([m for m in found if m is not None])
         inside_s, inside_t = (list(i.children) if i.level == 2 else [i] for i in (s, t))
         if inside_s == [s] and inside_t == [t]:
             inside_s, inside_t = list(s.tensors), list(t.tensors)
-        return self._solve(inside_s, inside_t, Region(s, t, complete=s.numel == t.numel))
+        return RegionMatch(self, Region(s, t, complete=s.numel == t.numel)).solve(inside_s, inside_t)
 
-    def _match_tensors(self, s: Item, t: Item, out: Outcome, margin: float, reason: str) -> None:
+    def match(self, s: Item, t: Item) -> Match | None:
+        """What takes one tensor into another; ``None`` if nothing does."""
         operations = operations_between(s.shape, t.shape, transposed=self.turned)
-        if operations is None:
-            return
+        if operations is None or {kind_of(s.path), kind_of(t.path)} == {"scale", "shift"}:
+            return None
         if len(s.shape) == len(t.shape) == 2 and len(shape_key(s.shape)) == 2 and s.shape[0] != s.shape[1]:
             repeated = any(c.isdigit() for c in s.path)
             weight = REPEATED_WEIGHT if repeated else 1  # tables of a model's ends are never stored transposed
             self.gathered.exact_matrices += weight * (not operations)
             self.gathered.turned_matrices += weight * any(op.name == "transpose" for op in operations)
-        out.matches.append(Match(s.positions, t.positions, (*s.operations, *operations, *t.undoing), margin, reason))
+        return Match(s.positions, t.positions, (*s.operations, *operations, *t.undoing), "")
 
-    def _solve(self, sources: list[Item], targets: list[Item], region: Region) -> Outcome:
-        out = Outcome()
-        sure: list[tuple[Item, Item]] = []
-        units_s, units_t = self._top_down(sources, targets, region, out, sure)
-        for fusion in find_fusions(units_s, units_t, region, self.evidence, self.turned):
-            self._take_fusion(fusion, units_s, units_t, out)
+
+class RegionMatch:
+    """Matches the inside of a pair.
+
+    Args:
+        aligner: What is known of the pair of models.
+        region: Where.
+    """
+
+    def __init__(self, aligner: Aligner, region: Region) -> None:
+        self.aligner = aligner
+        self.region = region
+        self.out = Outcome()
+        self.certain: list[Pair] = []
+        self.ties: list[Tie] = []
+
+    def solve(self, sources: list[Item], targets: list[Item]) -> Outcome:
+        """Decide everything in the region."""
+        aligner = self.aligner
+        units_s, units_t = self._top_down(sources, targets)
+        for fusion in find_fusions(units_s, units_t, self.region, aligner.evidence, aligner.turned, aligner.ordered):
+            self._take_fusion(fusion, units_s, units_t)
         for level in ("unit", "tensor"):
             if level == "tensor":
                 units_s, units_t = _tensors(units_s), _tensors(units_t)
-            units_s, units_t = self._match_level(units_s, units_t, region, out, sure)
-            if not region.complete:
-                units_s, units_t = self._neighbours(units_s, units_t, region, out, sure)
-        self._vote(sure)
-        return out
+            units_s, units_t = self._match_level(units_s, units_t)
+        self.aligner.agreement[self.region.key] = agreement(self.certain)
+        self._settle_ties()
+        return self.out
 
-    def _top_down(
-        self, sources: list[Item], targets: list[Item], region: Region, out: Outcome, sure: list[tuple[Item, Item]]
-    ) -> tuple[list[Item], list[Item]]:
+    def _top_down(self, sources: list[Item], targets: list[Item]) -> tuple[list[Item], list[Item]]:
         """Pair classes of equal size from the largest down; return the units that found none."""
         pools: tuple[dict[int, list[Item]], dict[int, list[Item]]] = (defaultdict(list), defaultdict(list))
         heap: list[int] = []
@@ -223,11 +233,11 @@ class Aligner:
             if not (both[0] or both[1]):
                 continue
             if both[0] and both[1]:
-                both = self._pair_class(both[0], both[1], region, out, sure)
+                both = self._pair_class(both[0], both[1])
             for side in (0, 1):
                 rest = both[side]
                 waiting = [*units[1 - side], *(i for pool in pools[1 - side].values() for i in pool)] if rest else []
-                folded = fold_run(rest, waiting, self.builder) if len(rest) > 1 else None
+                folded = fold_run(rest, waiting, self.aligner.builder) if len(rest) > 1 else None
                 if folded is not None:
                     put(side, folded)
                     continue
@@ -238,102 +248,116 @@ class Aligner:
                         units[side].append(item)
         return sorted(units[0], key=lambda i: i.start), sorted(units[1], key=lambda i: i.start)
 
-    def _pair_class(
-        self, s: list[Item], t: list[Item], region: Region, out: Outcome, sure: list[tuple[Item, Item]]
-    ) -> tuple[list[Item], list[Item]]:
+    def _pair_class(self, s: list[Item], t: list[Item]) -> tuple[list[Item], list[Item]]:
         """Pair what a class decides, and return what it leaves open."""
         s, t = sorted(s, key=lambda i: i.start), sorted(t, key=lambda i: i.start)
-        pairing = self._classes.solve(s, t, region)
-        return self._take_pairing(pairing, s, t, region, out, sure)
+        decision = self.aligner.classes.solve(s, t, self.region)
+        decision.pairs = [p for p in decision.pairs if is_named(p.cell) or not self._spelled_apart(p.source, p.target)]
+        return self._take(decision, s, t)
 
-    def _take_pairing(
-        self,
-        pairing: Pairing,
-        s: list[Item],
-        t: list[Item],
-        region: Region,
-        out: Outcome,
-        sure: list[tuple[Item, Item]],
-    ) -> tuple[list[Item], list[Item]]:
-        out.pairs += [(p.source, p.target) for p in pairing.pairs]
-        for p in pairing.pairs:
-            self._descend(p.source, p.target, out, p.margin, p.reason)
-            if p.certain:
-                sure.append((p.source, p.target))
-            if region.make is not None and (p.certain or p.source.rank >= 2):  # norms may be numbered otherwise
-                self.gathered.roles.teach(region.make, region.key, *region.places(p.source, p.target))
-        for doubt in pairing.doubts:
-            out.doubts.append(
-                Doubt(
-                    tuple(x for i in doubt.targets for x in i.positions),
-                    tuple(x for i in doubt.sources for x in i.positions),
-                    doubt.reason,
-                )
-            )
-        gone = {id(p.source) for p in pairing.pairs} | {id(i) for d in pairing.doubts for i in d.sources}
-        gone |= {id(p.target) for p in pairing.pairs} | {id(i) for d in pairing.doubts for i in d.targets}
-        gone |= {id(i) for i in pairing.closed}
+    def _spelled_apart(self, s: Item, t: Item) -> bool:
+        """Whether the name of either spells parts that stand on the other side: then it is a whole, and no pair."""
+        if max(s.level, t.level) == 2 or s.rank < 2:
+            return False
+        return spells_parts(s, t, self.region) or spells_parts(t, s, self.region)
+
+    def _take(self, decision: Decision, s: list[Item], t: list[Item]) -> tuple[list[Item], list[Item]]:
+        gone = {id(i) for i in decision.closed}
+        for p in decision.pairs:
+            self._take_pair(p)
+            gone |= {id(p.source), id(p.target)}
+        for tie in decision.ties:
+            gone |= {id(m) for f in (*tie.sources, *tie.targets) for m in f.members}
+        self.ties += decision.ties
         return [i for i in s if id(i) not in gone], [i for i in t if id(i) not in gone]
 
-    def _take_fusion(self, fusion: Fusion, units_s: list[Item], units_t: list[Item], out: Outcome) -> None:
-        for step in fusion.steps:
-            out.matches.append(Match(step.sources, step.targets, step.operations, fusion.margin, fusion.reason))
-        if fusion.doubt:
-            out.doubts.append(Doubt(fusion.target_positions, fusion.source_positions, fusion.reason))
+    def _take_pair(self, p: Pair) -> None:
+        outcome, ds, dt = self.aligner.inside(p.source, p.target)
+        self.out.inside.append((outcome, ds, dt, p.cell))
+        self.out.pairs.append((p.source, p.target))
+        if p.first and may_load(p.cell):
+            self.certain.append(p)
+            self.aligner.gathered.roles.teach(self.region, p.source, p.target)
+
+    def _take_fusion(self, fusion: Fusion, units_s: list[Item], units_t: list[Item]) -> None:
+        self.out.matches += [Match(step.sources, step.targets, step.operations, fusion.cell) for step in fusion.steps]
+        for row in fusion.open:
+            by_targets: dict[tuple[int, ...], list[tuple[tuple[int, ...], tuple[Operation, ...]]]] = {}
+            for step in row:
+                by_targets.setdefault(step.targets, []).append((step.sources, step.operations))
+            self.out.doubts += [Doubt(t, tuple(c), fusion.reason) for t, c in by_targets.items()]
+        if fusion.steps:
+            whole, first = fusion.items[:2]
+            self.certain.append(Pair(*((first, whole) if fusion.whole_is_target else (whole, first)), fusion.cell))
         gone = {id(i) for i in fusion.items}
         # what the steps leave of a unit stays open: the bias of q where k has none
         for units, settled in zip((units_s, units_t), fusion.settled):
             left = [x for i in units if id(i) in gone for x in i.tensors if not settled.issuperset(x.positions)]
             units[:] = sorted([i for i in units if id(i) not in gone] + left, key=lambda i: i.start)
 
-    def _match_level(
-        self, sources: list[Item], targets: list[Item], region: Region, out: Outcome, sure: list[tuple[Item, Item]]
-    ) -> tuple[list[Item], list[Item]]:
+    def _match_level(self, sources: list[Item], targets: list[Item]) -> tuple[list[Item], list[Item]]:
         """Match units (or tensors) that are left, class by class."""
         classes_s, classes_t = _by_profile(sources), _by_profile(targets)
         left_s, left_t = [], []
         for key in sorted(set(classes_s) | set(classes_t)):
             s, t = classes_s.get(key, []), classes_t.get(key, [])
             if s and t:
-                s, t = self._pair_class(s, t, region, out, sure)
+                s, t = self._pair_class(s, t)
             left_s += s
             left_t += t
         return sorted(left_s, key=lambda i: i.start), sorted(left_t, key=lambda i: i.start)
 
-    def _neighbours(
-        self, sources: list[Item], targets: list[Item], region: Region, out: Outcome, sure: list[tuple[Item, Item]]
-    ) -> tuple[list[Item], list[Item]]:
-        """Match norms that stand directly behind (or before) tensors that are matched to each other."""
-        ends = {m.sources[-1]: m.targets[-1] for m in out.flat()[0]}
-        ends |= {s.positions[-1]: t.positions[-1] for s, t in out.pairs}
-        starts = {m.sources[0]: m.targets[0] for m in out.flat()[0]} | {s.start: t.start for s, t in out.pairs}
-        count_s, count_t = (Counter(_key(i) for i in side) for side in (sources, targets))
+    # ties -------------------------------------------------------------------------------------------------------
 
-        def fits(i: Item) -> bool:
-            many = count_s[_key(i)]
-            conventional = role_of(i.main.path) in ("weight", "bias")
-            return i.rank < 2 and many == count_t[_key(i)] and (many == 1 or conventional)
-
-        by_place = {t.start: t for t in targets if fits(t)}
-        by_end = {t.positions[-1]: t for t in targets if fits(t)}
-        pairing = Pairing()
-        for s in (i for i in sources if fits(i)):
-            t = by_place.get(ends.get(s.positions[0] - 1, -2) + 1)
-            if t is None:
-                t = by_end.get(starts.get(s.positions[-1] + 1, -2) - 1)
-            if t is None or t.start not in by_place:
+    def _settle_ties(self) -> None:
+        """Let order decide what nothing else did, where it may; the rest is in doubt."""
+        for tie in self.ties:
+            if len(tie.sources) == 1:
+                self._doubt(tie)
                 continue
-            alike = _key(s) == _key(t) and role_of(s.main.path) == role_of(t.main.path)
-            if (alike or count_s[_key(s)] == 1) and self._costs.of(s, t) is not None:
-                pairing.pairs.append(Pair(s, t, NEIGHBOUR_MARGIN, "stands next to tensors that are matched"))
-                del by_place[t.start]
-        return self._take_pairing(pairing, sources, targets, region, out, sure)
+            follows = self.aligner.ordered and not self._runs_otherwise(tie)
+            elsewhere = self.aligner.elsewhere(self.region)
+            cell = order_cell(self.certain, tie, self.ties, elsewhere) if follows else None
+            if cell is not None and may_load(cell):
+                for f, g in zip(tie.sources, tie.targets):
+                    decision = Decision()
+                    self.aligner.classes._zip(f, g, cell, decision)
+                    for p in decision.pairs:
+                        self._take_pair(replace(p, first=False))
+                        self.aligner.gathered.roles.teach(self.region, p.source, p.target)
+                    for inner in decision.ties:
+                        self._doubt(inner)
+            else:
+                self._doubt(tie)
 
-    def _vote(self, sure: list[tuple[Item, Item]]) -> None:
-        """Let certain pairs tell how far order can be trusted, and teach the dictionary their words."""
-        for vector in (True, False):
-            self.gathered.order.add([(s.start, t.start) for s, t in sure if (s.rank < 2) == vector])
-        self.gathered.anchors += [(s.start, t.start) for s, t in sure if s.rank >= 2]
+    def _runs_otherwise(self, tie: Tie) -> bool:
+        """Whether the target runs the tie's items in another order than it registers them."""
+        when = [self.aligner.execution[g.start] for g in tie.targets] if self.aligner.execution else []
+        known = [w for w in when if w is not None]
+        return known != sorted(known)
+
+    def _doubt(self, tie: Tie) -> None:
+        """List every tensor of a tie with its counterparts in all rivals."""
+        rows: dict[tuple[int, ...], list[tuple[tuple[int, ...], tuple[Operation, ...]]]] = {}
+        for j, g in enumerate(tie.targets):
+            order = sorted(range(len(tie.sources)), key=lambda i: (abs(i - j), i))[:MAX_CANDIDATES]
+            for k, t in enumerate(g.members):
+                for i in order:
+                    members = tie.sources[i].members
+                    s = members[min(k, len(members) - 1)]
+                    if self.aligner.costs.of(s, t) is None:
+                        continue
+                    outcome, ds, dt = self.aligner.inside(s, t)
+                    matches, doubts = outcome.flat()
+                    for m in matches:
+                        m = m.shifted(ds, dt)
+                        rows.setdefault(m.targets, []).append((m.sources, m.operations))
+                    for d in doubts:
+                        row = rows.setdefault(tuple(p + dt for p in d.targets), [])
+                        row += [(tuple(p + ds for p in sources), ops) for sources, ops in d.candidates]
+        for targets, candidates in rows.items():
+            unique = tuple(dict.fromkeys(candidates))[:MAX_CANDIDATES]
+            self.out.doubts.append(Doubt(targets, unique, tie.reason))
 
 
 def _tensors(units: Sequence[Item]) -> list[Item]:

@@ -3,80 +3,110 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lit_wsl.matching.words import token_similarity
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, tokenize
+
+FOLLOWS, SAME_PATH = "buffer of a matched module", "buffer at the same path"
 
 if TYPE_CHECKING:
     from lit_wsl.matching.entries import EntryWriter
 
 
 def split_kinds(
-    source: ModelDescription, target: ModelDescription
+    source: ModelDescription, target: ModelDescription, *, alone: bool = True
 ) -> tuple[list[ParameterInfo], list[ParameterInfo], list[ParameterInfo], list[ParameterInfo]]:
-    """Tell weights from buffers on both sides.
+    """Tell what is aligned like weights from the buffers that follow them, on both sides.
 
     A bare state dict doesn't say which tensors are buffers. Where the target knows, it helps: a source tensor whose
-    own name (its last part) and shape only buffers of the target have is a buffer too.
+    own name (its last part) and shape only buffers of the target have is a buffer too. What is a buffer on one side
+    and a parameter on the other, and modules that hold nothing but buffers (frozen norms, norms without weights,
+    codebooks), are aligned like weights: they have nothing to follow.
+
+    Args:
+        source: The source's side.
+        target: The target's side.
+        alone: Whether buffers with nothing to follow are aligned.
 
     Returns:
         Source weights, source buffers, target weights, target buffers.
     """
-    weights_t = [i for i in target.parameters if i.kind == "parameter"]
-    buffers_t = [i for i in target.parameters if i.kind == "buffer"]
+    leaves_t = {i.leaf for i in target.parameters if i.kind == "parameter"}
     as_buffer: set[tuple[str, tuple[int, ...]]] = set()
     if not source.is_module and target.is_module:
-        leaves = {i.leaf for i in weights_t}
-        as_buffer = {(i.leaf, i.shape) for i in buffers_t if i.leaf not in leaves}
-    weights_s: list[ParameterInfo] = []
-    buffers_s: list[ParameterInfo] = []
-    for info in source.parameters:
-        is_buffer = info.kind == "buffer" or (info.leaf, info.shape) in as_buffer
-        (buffers_s if is_buffer else weights_s).append(info)
-    return weights_s, buffers_s, weights_t, buffers_t
+        as_buffer = {(i.leaf, i.shape) for i in target.parameters if i.kind == "buffer" and i.leaf not in leaves_t}
+    buffers = (
+        [i for i in source.parameters if i.kind == "buffer" or (i.leaf, i.shape) in as_buffer],
+        [i for i in target.parameters if i.kind == "buffer"],
+    )
+    names = {i.name for i in buffers[0]}
+    leaves_s = {i.leaf for i in source.parameters if i.name not in names}
+    aligned: list[set[str]] = [set(), set()]
+    if alone:
+        aligned = [_aligned(source, buffers[0], leaves_t), _aligned(target, buffers[1], leaves_s)]
+    left = [{i.name for i in side if i.name not in names} for side, names in zip(buffers, aligned)]
+    return (
+        [i for i in source.parameters if i.name not in left[0]],
+        [i for i in buffers[0] if i.name in left[0]],
+        [i for i in target.parameters if i.name not in left[1]],
+        [i for i in buffers[1] if i.name in left[1]],
+    )
+
+
+def _aligned(side: ModelDescription, buffers: Sequence[ParameterInfo], leaves: set[str]) -> set[str]:
+    """Names of the buffers of one side that are aligned like weights."""
+    names = {i.name for i in buffers}
+    follow = {i.module_path for i in side.parameters if i.name not in names}
+    return {
+        i.name
+        for i in buffers
+        if i.dtype.is_floating_point and i.shape and (i.leaf in leaves or i.module_path not in follow)
+    }
 
 
 def match_buffers(
     pairs: Iterable[tuple[ParameterInfo, ParameterInfo]],
-    source: ModelDescription,
+    known: Collection[str],
     buffers_s: Sequence[ParameterInfo],
     buffers_t: Sequence[ParameterInfo],
 ) -> list[tuple[ParameterInfo, ParameterInfo, str]]:
-    """Match buffers by the modules that their weights were matched to.
+    """Match buffers by the modules that their weights were matched to; where there are none, by the same path.
 
     Args:
         pairs: Matched weights.
-        source: The source's side.
-        buffers_s: Buffers of the source.
-        buffers_t: Buffers of the target.
+        known: Names of the sources that are known to be buffers.
+        buffers_s: What is left of the source.
+        buffers_t: Buffers of the target; of modules that hold nothing else, all that are open.
 
     Returns:
-        ``(source, target, reason)``, one to one, shapes equal.
+        ``(source, target, evidence)``, one to one, shapes equal.
     """
-    votes: dict[str, Counter[str]] = defaultdict(Counter)
+    homes: tuple[dict[str, Counter[str]], dict[str, Counter[str]]] = (defaultdict(Counter), defaultdict(Counter))
     for s, t in pairs:
-        a, b = s.module_path, t.module_path
-        votes[b][a] += 1
+        homes[0][t.module_path][s.module_path] += 1
+        homes[1][s.module_path][t.module_path] += 1
     below: dict[str, list[ParameterInfo]] = defaultdict(list)
     for info in buffers_s:
         below[info.module_path].append(info)
-    used: set[str] = set()
-    found: list[tuple[ParameterInfo, ParameterInfo, str]] = []
-    open_t: list[ParameterInfo] = []
     groups: dict[str, list[ParameterInfo]] = defaultdict(list)
     for info in buffers_t:
         groups[info.module_path].append(info)
+    found: list[tuple[ParameterInfo, ParameterInfo, str]] = []
     for path, members in groups.items():
-        home = _winner(votes.get(path))
-        candidates = below.get(home, []) if home is not None else []
-        for t, s in _within_module(candidates, members):
-            found.append((s, t, "buffer of a matched module"))
-            used.add(s.name)
-        taken = {t.name for _, t, _ in found[-len(members) :]} if members else set()
-        open_t += [t for t in members if t.name not in taken]
-    found += _by_ancestors(votes, [b for b in buffers_s if b.name not in used], open_t)
+        home = next(iter(homes[0][path])) if len(homes[0].get(path, ())) == 1 else None
+        if home is not None and len(homes[1][home]) == 1:
+            leaves = {t.leaf for t in members}
+            candidates = [s for s in below.get(home, []) if s.name in known or s.leaf in leaves]
+            found += [(s, t, FOLLOWS) for t, s in _within_module(candidates, members)]
+    taken = {s.name for s, _, _ in found}
+    filled = {t.name for _, t, _ in found}
+    twins = _by_relative_path([s for s in buffers_s if s.name not in taken])
+    for path, t in _by_relative_path(buffers_t).items():
+        s = twins.get(path)
+        if s is not None and t.name not in filled and s.shape == t.shape and not homes[0].get(t.module_path):
+            found.append((s, t, SAME_PATH))
     return _counters_with_their_statistics(found, groups)
 
 
@@ -98,10 +128,11 @@ def _is_counter(info: ParameterInfo) -> bool:
     return not info.shape and not info.dtype.is_floating_point and not info.dtype.is_complex
 
 
-def _winner(votes: Counter[str] | None) -> str | None:
-    if not votes:
-        return None
-    return min(votes, key=lambda path: (-votes[path], path))
+def _by_relative_path(infos: Sequence[ParameterInfo]) -> dict[str, ParameterInfo]:
+    """Tensors by their paths without the modules that all of them stand in."""
+    paths = [info.module_path.split(".") for info in infos]
+    shared = next((k for k, parts in enumerate(zip(*paths)) if len(set(parts)) > 1), min(map(len, paths), default=0))
+    return {".".join(info.name.split(".")[shared:]): info for info in infos}
 
 
 def _within_module(
@@ -129,52 +160,6 @@ def _within_module(
 def _leaf_similarity(a: str, b: str) -> float:
     words_a, words_b = tokenize(a), tokenize(b)
     return max((token_similarity(x, y) for x in words_a for y in words_b if x not in ("running", "moving")), default=0)
-
-
-def _by_ancestors(
-    votes: dict[str, Counter[str]], sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]
-) -> list[tuple[ParameterInfo, ParameterInfo, str]]:
-    """Match buffers of modules without matched weights: same own name and shape below matched ancestors."""
-    above: dict[str, Counter[str]] = defaultdict(Counter)
-    for path_t, homes in votes.items():
-        for path_s, n in homes.items():
-            up_t, up_s = path_t, path_s
-            while True:
-                above[up_t][up_s] += n
-                if not up_t or not up_s:
-                    break
-                up_t, up_s = up_t.rpartition(".")[0], up_s.rpartition(".")[0]
-    by_leaf: dict[tuple[str, tuple[int, ...]], list[ParameterInfo]] = defaultdict(list)
-    for s in sources:
-        by_leaf[s.leaf, s.shape].append(s)
-    rivals: Counter[tuple[str, tuple[int, ...]]] = Counter((t.leaf, t.shape) for t in targets)
-    found, used = [], set()
-    for t in targets:
-        alike = [s for s in by_leaf[t.leaf, t.shape] if s.name not in used]
-        if not alike:
-            continue
-        if len(alike) == 1 and rivals[t.leaf, t.shape] == 1:
-            best = alike[0]
-        else:
-            near = [s for s in alike if _share_home(s.module_path, t.module_path, above)]
-            if len(near) != 1:
-                continue
-            best = near[0]
-        used.add(best.name)
-        found.append((best, t, "buffer of the same name and shape in a matched part of the model"))
-    return found
-
-
-def _share_home(path_s: str, path_t: str, above: dict[str, Counter[str]]) -> bool:
-    """Whether the nearest matched ancestor of the target's module leads to an ancestor of the source's."""
-    while True:
-        homes = above.get(path_t)
-        if homes:
-            home = _winner(homes)
-            return home is not None and (path_s == home or path_s.startswith(home + ".") or home == "")
-        if not path_t:
-            return False
-        path_t = path_t.rpartition(".")[0]
 
 
 def refuse_modules(writer: EntryWriter, source: ModelDescription, target: ModelDescription) -> None:

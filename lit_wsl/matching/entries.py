@@ -14,6 +14,7 @@ from lit_wsl.plan.operations import Cast, FanOut, Operation
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
 MAX_CANDIDATES = 8
+Sources = Sequence[tuple[Sequence[ParameterInfo], tuple[Operation, ...]]]
 
 
 class EntryWriter:
@@ -45,7 +46,8 @@ class EntryWriter:
         targets: Sequence[ParameterInfo],
         operations: tuple[Operation, ...],
         margin: float,
-        reason: str,
+        cell: str,
+        reason: str = "",
     ) -> None:
         """Take a match as an entry, unless its score is below the threshold."""
         score = self.score(sources, targets, operations)
@@ -65,7 +67,8 @@ class EntryWriter:
             kind=targets[0].kind,
             score=round(score, 4),
             margin=round(margin, 4),
-            reason=reason,
+            reason=reason or cell,
+            evidence=cell,
         )
         twin = self._fanned.get(sources[0].name) if len(sources) == len(targets) == 1 else None
         if twin is not None:  # one tied source fills several targets: one step, so that it can be reversed
@@ -101,17 +104,13 @@ class EntryWriter:
             total += self._scores[key]
         return total / len(pairs[:MAX_CANDIDATES])
 
-    def doubt(self, targets: Sequence[ParameterInfo], sources: Sequence[ParameterInfo], reason: str) -> None:
-        """List targets as ambiguous, with the sources of the right size as candidates."""
-        by_key: dict[tuple[int, ...], list[ParameterInfo]] = {}
-        for s in sources:
-            by_key.setdefault(shape_key(s.shape), []).append(s)
-        for t in targets:
-            fitting = by_key.get(shape_key(t.shape), list(sources) if len(by_key) > 1 else [])
-            some = (fitting or list(sources))[:MAX_CANDIDATES]
-            scored = [Candidate((s.name,), round(self.score((s,), (t,), ()), 4)) for s in some]
-            scored.sort(key=lambda c: (-c.score, c.sources))
-            self._doubts.append(Ambiguity((t.name,), tuple(scored), t.shape, reason))
+    def doubt(self, targets: Sequence[ParameterInfo], candidates: Sources, reason: str) -> None:
+        """List targets as ambiguous, with what each candidate would need."""
+        shown = tuple(
+            Candidate(tuple(s.name for s in sources), round(self.score(sources, targets, operations), 4), operations)
+            for sources, operations in candidates
+        )
+        self._doubts.append(Ambiguity(tuple(t.name for t in targets), shown, targets[0].shape, reason))
 
     def pairs(self) -> Iterator[tuple[ParameterInfo, ParameterInfo]]:
         """Pairs of source and target tensors of the entries so far."""
@@ -144,8 +143,10 @@ class EntryWriter:
         place = {info.name: info.index for info in self.target.parameters}
         entries = sorted((e for e, _, _ in self._entries.values()), key=lambda e: place[e.targets[0]])
         filled, used = self.filled(), self.used()
-        doubts = sorted((d for d in self._doubts if d.targets[0] not in filled), key=lambda d: place[d.targets[0]])
-        unsure = {d.targets[0] for d in doubts}
+        doubts = sorted(
+            (d for d in self._doubts if not filled.intersection(d.targets)), key=lambda d: place[d.targets[0]]
+        )
+        unsure = {t for d in doubts for t in d.targets}
         shapes_s = {shape_key(i.shape) for i in self.source.parameters}
         free_s = {shape_key(i.shape) for i in self.source.parameters if i.name not in used}
         shapes_t = {shape_key(i.shape) for i in self.target.parameters}

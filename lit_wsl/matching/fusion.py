@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
-from lit_wsl.matching.classes import Region
-from lit_wsl.matching.evidence import ORDER_WEIGHT, Evidence
+from lit_wsl.matching.decision import Region
+from lit_wsl.matching.evidence import Evidence
 from lit_wsl.matching.shapes import join_axis, transpose_shape
 from lit_wsl.matching.tree import (
     Family,
@@ -25,7 +25,7 @@ from lit_wsl.matching.tree import (
     role_of,
     uniform,
 )
-from lit_wsl.matching.words import ABBREVIATION, best_pairs_similarity, path_tokens, token_similarity
+from lit_wsl.matching.words import ABBREVIATION, best_pairs_similarity, path_tokens, split_numbers, token_similarity
 from lit_wsl.plan.operations import Concat, Operation, Permute, Split, Stack, Transpose
 from lit_wsl.structure.description import Shape
 
@@ -135,9 +135,8 @@ MAX_PARTS = 4
 
 
 MAX_SIBLINGS = 8
-
-
-MARGIN = 0.08
+MAX_ORDERS = 24
+MAX_UNITS = 64
 
 
 @dataclass(frozen=True)
@@ -151,39 +150,42 @@ class Step:
 
 @dataclass(frozen=True)
 class Fusion:
-    """One whole and its parts, with what has to be done; in doubt if the order of the parts is unknown."""
+    """One whole and its parts: what has to be done and by which evidence, or what stays open.
+
+    ``open`` holds for each tensor the steps that each set and order of parts would need; there are no steps then.
+    """
 
     items: tuple[Item, ...]
     steps: tuple[Step, ...]
-    source_positions: tuple[int, ...]
-    target_positions: tuple[int, ...]
-    margin: float
-    reason: str
-    doubt: bool = False
+    cell: str
+    whole_is_target: bool = True
+    open: tuple[tuple[Step, ...], ...] = ()
+    reason: str = ""
 
     @property
     def settled(self) -> tuple[set[int], set[int]]:
         """Source and target ordinals that the fusion matches, or leaves in doubt."""
-        if self.doubt:
-            return set(self.source_positions), set(self.target_positions)
-        return {p for step in self.steps for p in step.sources}, {p for step in self.steps for p in step.targets}
+        steps = [*self.steps, *(step for steps in self.open for step in steps)]
+        return {p for step in steps for p in step.sources}, {p for step in steps for p in step.targets}
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """Parts in the order in which they stand in the whole, what that rests on, and a score against other choices."""
+    """Parts in the order in which they stand in the whole, what that rests on, and what speaks for this choice."""
 
     parts: tuple[Family, ...]
     order: PartOrder
-    score: float
+    near: float
+    in_place: bool
+
+    @property
+    def key(self) -> tuple[float, float]:
+        """What names tell: how the order is known, then how alike the surroundings are called."""
+        return self.order.strength, self.near
 
 
 def find_fusions(
-    sources: Sequence[Item],
-    targets: Sequence[Item],
-    region: Region,
-    evidence: Evidence,
-    turned: bool,
+    sources: Sequence[Item], targets: Sequence[Item], region: Region, evidence: Evidence, turned: bool, ordered: bool
 ) -> list[Fusion]:
     """Find wholes on one side whose parts are on the other.
 
@@ -194,6 +196,7 @@ def find_fusions(
             is made of them.
         evidence: The dictionary of this pair of models.
         turned: Whether the pair stores its matrices the other way round.
+        ordered: Whether the source has an order of registration.
 
     Returns:
         Fusions that use no unit twice.
@@ -205,35 +208,61 @@ def find_fusions(
         root_w, root_p = (region.target, region.source) if whole_is_target else (region.source, region.target)
         wholes = [i for i in wholes if id(i) not in gone and i.rank >= 2]
         other_profiles = {i.profile_key for i in parts}
-        for whole in sorted(uniform(families_of(wholes, root_w)), key=lambda f: (-f.members[0].numel, f.start)):
+        waiting = uniform(families_of(wholes, root_w))
+        judged = []
+        for whole in waiting:
             free = [i for i in parts if id(i) not in gone and i.rank >= 2]
-            choice, margin = _choose(whole, free, wholes, root_p, evidence)
-            if choice is None:
+            choices = _choices(whole, free, wholes, root_p, evidence)
+            if choices:
+                judged.append((whole, choices))
+        for whole, choices in sorted(judged, key=lambda w: (-w[0].members[0].numel, w[0].start)):
+            choices = [c for c in choices if not any(id(m) in gone for p in c.parts for m in p.members)]
+            if not choices:
                 continue
-            if whole.members[0].profile_key in other_profiles and choice.order.strength != SPELLED:
+            best = choices[0]
+            if whole.members[0].profile_key in other_profiles and best.order.strength != SPELLED:
                 continue  # something else has the size of the whole, so only its name can make it one
-            if not region.complete and choice.order.strength == NUMBERED:
+            if not region.complete and best.order.strength == NUMBERED:
                 continue
+            cell = _cell(whole, best, choices, judged, ordered)
             for k, member in enumerate(whole.members):
-                fusion = _build(member, [p.members[k] for p in choice.parts], whole_is_target, choice, margin, turned)
+                fusion = _build(member, k, choices, whole_is_target, cell, turned)
                 if fusion is not None:
                     found.append(fusion)
                     gone.update(id(i) for i in fusion.items)
     return found
 
 
-def _choose(
-    whole: Family, parts: list[Item], rivals: Sequence[Item], root: Item, evidence: Evidence
-) -> tuple[_Choice | None, float]:
-    """The best parts for a whole, in order, and the margin over the next best."""
+def _cell(
+    whole: Family,
+    best: _Choice,
+    choices: Sequence[_Choice],
+    judged: Sequence[tuple[Family, list[_Choice]]],
+    ordered: bool,
+) -> str:
+    """The evidence for a choice; empty where several fit as well, or the order of the parts is unknown."""
+    if not best.order.known:
+        return ""
+    name = {SPELLED: "spelled", FORMULA: "formula", NUMBERED: "numbered"}[best.order.strength]
+    mine = {id(p.members[0]) for p in best.parts}
+    rivals = [c.key for c in choices[1:]]
+    for other, theirs in judged:  # another whole that could be made of the same parts
+        if other is not whole:
+            rivals += [c.key for c in theirs if mine & {id(p.members[0]) for p in c.parts}]
+    if all(best.key > key for key in rivals):
+        return f"parts {name}"
+    again = [c for c in choices[1:] if c.key == best.key and c.in_place]
+    if ordered and best.in_place and not again and not any(key > best.key for key in rivals):
+        return f"parts {name}, by place"
+    return ""
+
+
+def _choices(whole: Family, parts: list[Item], rivals: Sequence[Item], root: Item, evidence: Evidence) -> list[_Choice]:
+    """The sets of parts that a whole could be made of, each in its order; the best first."""
     families = of_size(uniform(families_of(parts, root)), len(whole.members))
     sets = {frozenset(id(p) for p in subset): subset for subset in _sets_of_parts(whole, families)}
     choices = [_judge(whole, subset, families, rivals, evidence) for subset in sets.values()]
-    choices.sort(key=lambda c: (-c.score, [p.start for p in c.parts]))
-    if not choices:
-        return None, 0.0
-    margin = choices[0].score - choices[1].score if len(choices) > 1 else choices[0].score
-    return choices[0], min(margin, 1.0)
+    return sorted(choices, key=lambda c: (-c.order.strength, -c.near, not c.in_place, [p.start for p in c.parts]))
 
 
 def _sets_of_parts(whole: Family, families: Sequence[Family]) -> Iterator[tuple[Family, ...]]:
@@ -252,6 +281,33 @@ def _sets_of_parts(whole: Family, families: Sequence[Family]) -> Iterator[tuple[
                         yield subset
 
 
+def spells_parts(whole: Item, partner: Item, region: Region) -> bool:
+    """Whether a unit's name spells siblings on the other side that would make it up: ``gate_up`` where there are both.
+
+    Args:
+        whole: A unit of either side.
+        partner: What it would be paired with.
+        region: Where both stand.
+    """
+    root = region.source if any(whole is u for u in _units(region.target)) else region.target
+    units = [u for u in _units(root) if u.rank >= 2 and u is not partner and u.numel < whole.numel]
+    if len(units) > MAX_UNITS:
+        return False
+    singles = [Family(split_numbers(u.path)[0], (u,), (split_numbers(u.path)[1],)) for u in units]
+    name = whole.main.path
+    for parts in _sets_of_parts(Family((), (whole,), ((),)), singles):
+        if order_of_parts(name, [p.members[0].main.path for p in parts]).strength == SPELLED:
+            return True
+    return False
+
+
+def _units(root: Item) -> list[Item]:
+    """The units below a module."""
+    if root.level < 2:
+        return [root]
+    return [u for child in root.children for u in _units(child)]
+
+
 def _ancestor(path: str, up: int) -> str:
     path = owner_path(path)
     for _ in range(up):
@@ -265,26 +321,22 @@ def _judge(
     """Put parts in the order in which they stand in the whole, and score the evidence for it."""
     name = whole.members[0].path
     order = order_of_parts(name, [p.members[0].path for p in parts])
+    if order.strength == NUMBERED and _siblings(parts[0], families) > len(parts):
+        order = PartOrder(order.order, UNKNOWN, "numbers alone don't tell which of the siblings are the parts")
     around_w = [w for w in path_tokens(_ancestor(name, 1)) if not w.isdigit()]
     around_p = [w for w in path_tokens(_ancestor(parts[0].members[0].path, 1)) if not w.isdigit()]
     near = best_pairs_similarity(around_w[-2:], around_p[-2:], evidence.dictionary)
-    balance = _balance(parts, families, rivals)
     in_place = _in_place(whole, parts, families, rivals)
-    total = (order.strength + 0.2 * near + 0.3 * balance + ORDER_WEIGHT * in_place) if order.known else 0.0
-    return _Choice(tuple(parts[i] for i in order.order), order, total)
+    return _Choice(tuple(parts[i] for i in order.order), order, near, in_place)
 
 
-def _balance(parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> float:
-    """Whether the siblings that are left find as many units of their shape on the whole's side."""
-    size = len(parts[0].members)
-    taken = {id(p) for p in parts}
-    profiles = {p.members[0].profile_key for p in parts}
-    fits = 0
-    for profile in profiles:
-        left = sum(1 for f in families if id(f) not in taken and f.members[0].profile_key == profile)
-        there = sum(1 for i in rivals if i.profile_key == profile)
-        fits += left * size == there
-    return fits / len(profiles)
+def _siblings(part: Family, families: Sequence[Family]) -> int:
+    """How many units of a part's shapes stand beside it, itself included."""
+    first = part.members[0]
+    home = _ancestor(first.path, 1)
+    return sum(
+        f.members[0].main.shape == first.main.shape and _ancestor(f.members[0].path, 1) == home for f in families
+    )
 
 
 def _in_place(whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> bool:
@@ -308,24 +360,33 @@ def _in_place(whole: Family, parts: tuple[Family, ...], families: list[Family], 
 
 
 def _build(
-    whole: Item, parts: list[Item], whole_is_target: bool, choice: _Choice, margin: float, turned: bool
+    whole: Item, k: int, choices: Sequence[_Choice], whole_is_target: bool, cell: str, turned: bool
 ) -> Fusion | None:
     """The steps for one whole: its weight, its bias and whatever else both sides have."""
-    all_parts = tuple(pos for p in parts for pos in p.positions)
-    sides = (all_parts, whole.positions) if whole_is_target else (whole.positions, all_parts)
-    items = (whole, *parts)
-    if not choice.order.known or margin < MARGIN:
-        why = "several sets of parts fit as well" if choice.order.known else choice.order.reason
-        return Fusion(items, (), *sides, margin=margin, reason=why, doubt=True)
-    steps = []
+    parts = [p.members[k] for p in choices[0].parts]
+    if cell:
+        steps = tuple(s for s in _steps(whole, parts, whole_is_target, turned) if s is not None)
+        return Fusion((whole, *parts), steps, cell, whole_is_target) if steps else None
+    known = choices[0].order.known
+    orders = [[p.members[k] for p in c.parts] for c in choices if c.order.known == known][:MAX_ORDERS]
+    if not known:
+        orders = [list(order) for order in permutations(parts)][:MAX_ORDERS]
+    rows: dict[tuple[str, tuple[int, ...]], list[Step]] = {}
+    for order in orders:
+        for step in _steps(whole, order, whole_is_target, turned):
+            if step is not None:
+                row = rows.setdefault((whole.path, step.targets), [])
+                row.append(step)
+    why = "several sets of parts fit as well" if known else choices[0].order.reason
+    items = tuple({id(i): i for i in (whole, *(m for order in orders for m in order))}.values())
+    return Fusion(items, (), "", whole_is_target, tuple(tuple(row) for row in rows.values()), why) if rows else None
+
+
+def _steps(whole: Item, parts: Sequence[Item], whole_is_target: bool, turned: bool) -> Iterator[Step | None]:
     for tensor in whole.tensors:
         members = [_same_role(tensor, whole, p) for p in parts]
-        if any(m is None for m in members):
-            continue
-        step = _join(tensor, [m for m in members if m is not None], whole_is_target, turned)
-        if step is not None:
-            steps.append(step)
-    return Fusion(items, tuple(steps), *sides, margin=margin, reason=choice.order.reason) if steps else None
+        if all(m is not None for m in members):
+            yield _join(tensor, [m for m in members if m is not None], whole_is_target, turned)
 
 
 def _same_role(tensor: Item, whole: Item, part: Item) -> Item | None:

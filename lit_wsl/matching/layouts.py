@@ -98,6 +98,8 @@ def _only_renamed(plan: TransferPlan, source: ModelDescription) -> bool:
     whole = [e for e in plan if e.kind == "parameter"]
     if any(op.name not in ("cast", "fan_out") for e in whole for op in e.operations):
         return False
+    if plan.ambiguous or any(u.kind == "parameter" for u in (*plan.unmatched_target, *plan.unmatched_source)):
+        return False
     places = [source[e.sources[0]].index for e in whole]
     return places == sorted(places)
 

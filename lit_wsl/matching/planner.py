@@ -9,22 +9,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from lit_wsl.matching.alignment import Aligner, Match, Outcome
+from lit_wsl.matching.alignment import Aligner, Match
 from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds
+from lit_wsl.matching.decision import Sides, ends_of
 from lit_wsl.matching.entries import EntryWriter
-from lit_wsl.matching.evidence import ORDER_WEIGHT, Evidence, OrderVotes
+from lit_wsl.matching.evidence import Evidence
 from lit_wsl.matching.incompatible import IncompatiblePairs
 from lit_wsl.matching.layouts import hidden_layouts, leave_open
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.tree import TreeBuilder, shape_key, stem_of
+from lit_wsl.matching.orientation import Orientation
+from lit_wsl.matching.tree import TreeBuilder, stem_of
 from lit_wsl.matching.words import Dictionary, split_numbers
 from lit_wsl.plan.entries import SideSummary
+from lit_wsl.plan.operations import Operation, Transpose
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 
 _PARAMETRIZED = re.compile(
     r"(?:.*\.)?parametrizations\.[^.]+\.original(\d+)"
 )  # as torch.nn.utils.parametrize stores them
+
+
+_ORIGINAL = "_orig"  # as torch.nn.utils.spectral_norm and prune store what they scale or mask
 
 
 _LENGTH, _DIRECTION = "_g", "_v"  # as torch.nn.utils.weight_norm and many ports of it store them
@@ -37,7 +43,7 @@ def factor_roles(infos: Iterable[ParameterInfo]) -> dict[str, int]:
         infos: One side's tensors.
 
     Returns:
-        Name -> place among the factors; of weight norm 0 is the length, 1 the direction.
+        Name -> place among the factors; of weight norm 0 is the length, 1 the direction; 2 is what is scaled or masked.
 
     >>> factor_roles([ParameterInfo("fc.weight_g", (7, 1)), ParameterInfo("fc.weight_v", (7, 6))])
     {'fc.weight_g': 0, 'fc.weight_v': 1}
@@ -48,6 +54,8 @@ def factor_roles(infos: Iterable[ParameterInfo]) -> dict[str, int]:
         found = _PARAMETRIZED.fullmatch(name)
         if found:
             roles[name] = int(found[1])
+        elif name.endswith(_ORIGINAL) and any(name.removesuffix(_ORIGINAL) + end in by_name for end in ("_u", "_mask")):
+            roles[name] = 2
         elif name.endswith(_LENGTH):
             direction = by_name.get(name.removesuffix(_LENGTH) + _DIRECTION)
             if direction is not None and _is_length(info.shape, direction.shape):
@@ -72,13 +80,8 @@ def same_roles(
     return len({of_source.get(s.name) for s in sources} | {of_target.get(t.name) for t in targets}) == 1
 
 
-MAX_PASSES = 4
-
-
-LEARN_MARGIN = 0.3  # more than order alone can give
-
-
 Matched = tuple[tuple[ParameterInfo, ...], tuple[ParameterInfo, ...], Match]
+Sources = tuple[tuple[tuple[ParameterInfo, ...], tuple[Operation, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,12 @@ class Alignment:
 
     Attributes:
         matches: Source tensors, target tensors, the match.
-        doubts: Target tensors, source tensors, the reason.
-        dictionary: What the passes learned about names.
+        doubts: Target tensors, candidates (source tensors and operations), the reason.
+        dictionary: What the matches tell about names.
     """
 
     matches: tuple[Matched, ...]
-    doubts: tuple[tuple[tuple[ParameterInfo, ...], tuple[ParameterInfo, ...], str], ...]
+    doubts: tuple[tuple[tuple[ParameterInfo, ...], Sources, str], ...]
     dictionary: Dictionary
 
 
@@ -117,11 +120,11 @@ def build_plan(
     """
     options = options or MatchingOptions()
     with _no_collections():
-        plan = _build_lossless(source, target, options)
+        plan = _build(source, target, options)
         if options.adapt:
             from lit_wsl.matching.adapt import adapt_plan
 
-            plan = adapt_plan(plan, source, target, options, _build_lossless)
+            plan = adapt_plan(plan, source, target, options, _build)
         plan = IncompatiblePairs(options.incompatible_pairs).explain(plan)
         if assume_layouts or options.assume_layouts:
             return plan
@@ -140,15 +143,68 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
+_STYLES = (  # how torch.nn.utils.parametrizations stores what older functions of the same names store
+    (re.compile(r"(^|\.)parametrizations\.([^.]+)\.original0$"), r"\1\2_g"),
+    (re.compile(r"(^|\.)parametrizations\.([^.]+)\.original1$"), r"\1\2_v"),
+    (re.compile(r"(^|\.)parametrizations\.([^.]+)\.original$"), r"\1\2_orig"),
+    (re.compile(r"(^|\.)parametrizations\.([^.]+)\.0\._(u|v)$"), r"\1\2_\3"),
+)
+
+
+def _build(source: ModelDescription, target: ModelDescription, options: MatchingOptions) -> TransferPlan:
+    """The plan of lossless operations alone; parametrized weights go by the names that older code gives them."""
+    sides, names = [], []
+    for side in (source, target):
+        renamed = {i.name: _plain_name(i.name) for i in side.parameters if "parametrizations." in i.name}
+        if len({i.name for i in side.parameters if i.name not in renamed} | set(renamed.values())) < len(
+            side.parameters
+        ):
+            renamed = {}
+        infos = tuple(replace(i, name=renamed[i.name]) if i.name in renamed else i for i in side.parameters)
+        sides.append(replace(side, parameters=infos) if renamed else side)
+        names.append({new: old for old, new in renamed.items()})
+    plan = _build_lossless(sides[0], sides[1], options)
+    if not (names[0] or names[1]):
+        return plan
+    back = [lambda name, known=known: known.get(name, name) for known in names]
+    return replace(
+        plan,
+        source=SideSummary.of(source),
+        target=SideSummary.of(target),
+        entries=tuple(
+            replace(e, sources=tuple(map(back[0], e.sources)), targets=tuple(map(back[1], e.targets))) for e in plan
+        ),
+        ambiguous=tuple(
+            replace(
+                a,
+                targets=tuple(map(back[1], a.targets)),
+                candidates=tuple(replace(c, sources=tuple(map(back[0], c.sources))) for c in a.candidates),
+            )
+            for a in plan.ambiguous
+        ),
+        unmatched_source=tuple(replace(u, name=back[0](u.name)) for u in plan.unmatched_source),
+        unmatched_target=tuple(replace(u, name=back[1](u.name)) for u in plan.unmatched_target),
+    )
+
+
+def _plain_name(name: str) -> str:
+    for pattern, plain in _STYLES:
+        name = pattern.sub(plain, name)
+    return name
+
+
 def _build_lossless(source: ModelDescription, target: ModelDescription, options: MatchingOptions) -> TransferPlan:
     """The plan of lossless operations alone."""
-    weights_s, buffers_s, weights_t, buffers_t = split_kinds(source, target)
+    weights_s, buffers_s, weights_t, _ = split_kinds(source, target, alone=options.buffers != "exclude")
     ties = Counter(source.tied.values())
-    alignment = align(weights_s, weights_t, options, {name: count + 1 for name, count in ties.items()})
+    known = {name: count + 1 for name, count in ties.items()}
+    ordered = source.is_module or has_order(source)
+    alignment = align(weights_s, weights_t, options, known, ordered=ordered)
     if target.has_execution_order:
-        alignment = _with_execution_order(alignment, weights_s, weights_t, options)
+        alignment = _with_execution_order(alignment, weights_s, weights_t, options, ordered)
     writer = EntryWriter(source, target, options, alignment.dictionary)
-    factors_s, factors_t = factor_roles(weights_s), factor_roles(weights_t)
+    orientation = Orientation([(sources, targets, match.operations) for sources, targets, match in alignment.matches])
+    factors_s, factors_t = factor_roles(source.parameters), factor_roles(target.parameters)
     notes: list[str] = []
     for sources, targets, match in alignment.matches:
         if not same_roles(sources, targets, factors_s, factors_t):
@@ -157,11 +213,21 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
                 "(weight_norm); remove the parametrization on one side first"
             )
             continue
-        writer.add(sources, targets, match.operations, match.margin, match.reason)
-    for targets, sources, reason in alignment.doubts:
-        writer.doubt(targets, sources, reason)
+        operations, why = orientation.judge((sources, targets, match.operations))
+        if operations is None:
+            both = (match.operations, (Transpose(), *match.operations))
+            choice = both if len(sources[0].shape) == len(targets[0].shape) == 2 else both[:1]
+            writer.doubt(targets, [(sources, operations) for operations in choice], why)
+            continue
+        writer.add(sources, targets, operations, match.margin, match.cell)
+    for targets, candidates, reason in alignment.doubts:
+        writer.doubt(targets, candidates, reason)
     if options.buffers != "exclude":
-        for s, t, reason in match_buffers(writer.pairs(), source, buffers_s, buffers_t):
+        filled, used = writer.filled(), writer.used()
+        rest_s = [i for i in source.parameters if i.name not in used]
+        rest_t = [i for i in target.parameters if i.kind == "buffer" and i.name not in filled]
+        known = {i.name for i in buffers_s}
+        for s, t, reason in match_buffers(writer.pairs(), known, rest_s, rest_t):
             writer.add((s,), (t,), (), 1.0, reason)
     if options.buffers == "strict":
         refuse_modules(writer, source, target)
@@ -178,39 +244,43 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
     )
 
 
+def has_order(side: ModelDescription) -> bool:
+    """Whether the order of a side's tensors says something: an alphabetical list has none."""
+    names = [info.name for info in side.parameters]
+    return names != sorted(names) and names != sorted(names, key=lambda n: n.split("."))
+
+
 def align(
     source: Sequence[ParameterInfo],
     target: Sequence[ParameterInfo],
     options: MatchingOptions,
     ties: Mapping[str, int] | None = None,
+    *,
+    ordered: bool = True,
 ) -> Alignment:
-    """Run passes until they learn nothing more.
-
-    The first pass doesn't use order at all; what it is certain of tells how far order can be trusted, which way
-    round matrices are stored, and which words stand for which.
-    """
+    """Align two sides, twice: the first time tells what order, orientation and other blocks are worth."""
     if not source or not target:
         return Alignment((), (), Dictionary())
     builder = TreeBuilder()
     root_s, order_s = builder.build(source)
     root_t, order_t = builder.build(target)
     forbidden = IncompatiblePairs(options.incompatible_pairs)
-    evidence = Evidence(order=OrderVotes(same=0, total=1), first=True)
-    outcome = Outcome()
-    matched = -1
-    for _ in range(MAX_PASSES):
-        aligner = Aligner(options, builder, evidence, forbidden, ties or {})
-        outcome = aligner.align(root_s, root_t)
-        if outcome.size <= matched:
-            break
-        matched = outcome.size
-        evidence = replace(aligner.gathered, dictionary=_learn(outcome, order_s, order_t))
+    sides = Sides(ties or {}, ordered, tuple(info.execution_order for info in order_t), ends_of(order_t))
+    aligner = Aligner(options, builder, Evidence(), forbidden, sides)
+    aligner.align(root_s, root_t)
+    aligner.gathered.agreement = aligner.agreement
+    outcome = Aligner(options, builder, aligner.gathered, forbidden, sides).align(root_s, root_t)
     flat, unsure = outcome.flat()
     matches = tuple((tuple(order_s[p] for p in m.sources), tuple(order_t[p] for p in m.targets), m) for m in flat)
     doubts = tuple(
-        (tuple(order_t[p] for p in d.targets), tuple(order_s[p] for p in d.sources), d.reason) for d in unsure
+        (
+            tuple(order_t[p] for p in d.targets),
+            tuple((tuple(order_s[p] for p in sources), operations) for sources, operations in d.candidates),
+            d.reason,
+        )
+        for d in unsure
     )
-    return Alignment(companions_together(matches, source, target), doubts, evidence.dictionary)
+    return Alignment(companions_together(matches, source, target), doubts, _learn(matches))
 
 
 def companions_together(
@@ -252,20 +322,21 @@ def _mains(infos: Sequence[ParameterInfo]) -> dict[tuple[str, str], ParameterInf
 
 
 def _with_execution_order(
-    first: Alignment, source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], options: MatchingOptions
+    first: Alignment,
+    source: Sequence[ParameterInfo],
+    target: Sequence[ParameterInfo],
+    options: MatchingOptions,
+    ordered: bool,
 ) -> Alignment:
-    """Let execution order decide what is still open: it only turns missing into right.
-
-    Where both sides were traced and the order of execution says otherwise than the order of registration, what was
-    decided by nothing but order is in doubt.
-    """
+    """Let execution order decide what is still open: it only turns missing into right."""
     matched = {t.name for _, targets, _ in first.matches for t in targets}
     both_traced = any(info.execution_order is not None for info in source)
-    if len(matched) == len(target) and not both_traced:
+    if not (ordered or both_traced) or (len(matched) == len(target) and not both_traced):
         return first
     second = align(_by_execution(source), _by_execution(target), options)
     if both_traced:
         first = _doubt_contradictions(first, second)
+        matched = {t.name for _, targets, _ in first.matches for t in targets}
     used = {s.name for sources, _, _ in first.matches for s in sources}
     agreed = {(tuple(s.name for s in ss), tuple(t.name for t in ts)) for ss, ts, _ in first.matches}
     if any(
@@ -282,20 +353,15 @@ def _with_execution_order(
 
 def _doubt_contradictions(first: Alignment, second: Alignment) -> Alignment:
     """Take back what only order decided, where the other order gives the target another source."""
-    theirs = {t.name: tuple(s.name for s in ss) for ss, ts, _ in second.matches for t in ts}
-    kept = []
-    crossing: dict[tuple[int, ...], tuple[list[ParameterInfo], list[ParameterInfo]]] = {}
+    theirs = {t.name: (ss, m.operations) for ss, ts, m in second.matches for t in ts}
+    kept, doubts = [], []
     for sources, targets, match in first.matches:
-        names = tuple(s.name for s in sources)
-        crossed = any(theirs.get(t.name, names) != names for t in targets)
-        if crossed and match.margin <= ORDER_WEIGHT:
-            group = crossing.setdefault(shape_key(targets[0].shape), ([], []))
-            group[0].extend(targets)
-            group[1].extend(sources)
+        rivals = [theirs[t.name] for t in targets if t.name in theirs and theirs[t.name][0] != sources]
+        if rivals and "order" in match.cell:
+            reason = "the orders of registration and of execution contradict each other"
+            doubts.append((targets, ((sources, match.operations), *rivals), reason))
         else:
             kept.append((sources, targets, match))
-    reason = "the orders of registration and of execution contradict each other"
-    doubts = [(tuple(targets), tuple(sources), reason) for targets, sources in crossing.values()]
     return Alignment(tuple(kept), (*first.doubts, *doubts), first.dictionary)
 
 
@@ -305,17 +371,14 @@ def _by_execution(infos: Sequence[ParameterInfo]) -> list[ParameterInfo]:
     return sorted(infos, key=lambda i: (late if i.execution_order is None else i.execution_order, i.index))
 
 
-def _learn(outcome: Outcome, source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]) -> Dictionary:
+def _learn(matches: Sequence[Matched]) -> Dictionary:
     """Learn words from matched pairs; every pair of families counts once, however many members it has."""
     dictionary = Dictionary()
     seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
-    for match, cap in ((m, cap) for region, cap in outcome.distinct() for m in region.matches):
-        if len(match.sources) != 1 or len(match.targets) != 1 or min(match.margin, cap) < LEARN_MARGIN:
+    for sources, targets, _ in matches:
+        if len(sources) != 1 or len(targets) != 1:
             continue
-        key = (
-            split_numbers(source[match.sources[0]].name)[0],
-            split_numbers(target[match.targets[0]].name)[0],
-        )
+        key = (split_numbers(sources[0].name)[0], split_numbers(targets[0].name)[0])
         if key not in seen:
             seen.add(key)
             dictionary.learn([w for w in key[0] if w != "#"], [w for w in key[1] if w != "#"])

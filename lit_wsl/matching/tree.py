@@ -181,6 +181,21 @@ def role_of(name: str) -> str:
     return next((part.lower() for part in leaf.split("_") if part.lower() in _ROLES), leaf)
 
 
+_SHIFTS, _SCALES = frozenset(("bias", "beta", "shift")), frozenset(("weight", "gamma", "scale", "kernel"))
+
+
+@lru_cache(maxsize=4096)
+def kind_of(name: str) -> str:
+    """``scale`` or ``shift`` where the last part of a name says which; these never become one another.
+
+    >>> kind_of("norm.gamma"), kind_of("fc.bias"), kind_of("pos_embed")
+    ('scale', 'shift', '')
+    """
+    words = {w.lower() for w in name.rpartition(".")[2].split("_")}
+    shift, scale = bool(words & _SHIFTS), bool(words & _SCALES)
+    return "" if shift == scale else "shift" if shift else "scale"
+
+
 def owner_path(name: str) -> str:
     """Path of the module that owns a weight or bias; the name itself of any other tensor.
 

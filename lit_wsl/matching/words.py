@@ -22,8 +22,8 @@ ABBREVIATION = 0.85
 
 # English words that say a place in a sequence, as the number they mean.
 _ORDINALS = {
-    **dict.fromkeys(("first", "one", "before", "pre"), "1"),
-    **dict.fromkeys(("second", "two", "after", "post"), "2"),
+    **dict.fromkeys(("first", "one"), "1"),
+    **dict.fromkeys(("second", "two"), "2"),
     **dict.fromkeys(("third", "three"), "3"),
     **dict.fromkeys(("fourth", "four"), "4"),
 }
@@ -34,7 +34,7 @@ def path_tokens(path: str) -> tuple[str, ...]:
     """Tokens of a dotted path, numbers included, ordinals as numbers; cached.
 
     >>> path_tokens("blocks.0.norm_before")
-    ('blocks', '0', 'norm', '1')
+    ('blocks', '0', 'norm', 'before')
     """
     return tuple(_ORDINALS.get(token, token) for token in tokenize(path))
 

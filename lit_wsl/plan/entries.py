@@ -30,6 +30,7 @@ class PlanEntry:
         score: What users see, 0 to 1: shape, name and hierarchy, weighted.
         margin: How much worse the best alternative of the whole assignment would be, 0 to 1.
         reason: Why these belong together, in words.
+        evidence: The kind of evidence that decided, the weakest on the way (:mod:`lit_wsl.matching.decision`).
     """
 
     sources: tuple[str, ...]
@@ -41,6 +42,7 @@ class PlanEntry:
     score: float = 1.0
     margin: float = 1.0
     reason: str = ""
+    evidence: str = ""
 
     @property
     def badge(self) -> str:

@@ -565,6 +565,7 @@ def plan_to_document(plan: PlanData) -> dict[str, Any]:
         "score": _most_common((float(e.score) for e in plan.entries), 1.0),
         "margin": _most_common((float(e.margin) for e in plan.entries), 1.0),
         "reason": _most_common((e.reason for e in plan.entries), ""),
+        "evidence": _most_common((e.evidence for e in plan.entries), ""),
     }
     sections: dict[str, list[dict[str, Any]]] = {}
     order: dict[str, Order] = {}
@@ -631,6 +632,7 @@ def _entries(plan: PlanData, defaults: Mapping[str, Any]) -> tuple[list[dict[str
                 ("score", _runs([float(member.score) for member in members])),
                 ("margin", _runs([float(member.margin) for member in members])),
                 ("reason", _runs([member.reason for member in members])),
+                ("evidence", _runs([member.evidence for member in members])),
             )
             if value != defaults[key]
         }
@@ -852,7 +854,7 @@ class _PlanReader:
         order.allow(*SECTIONS)
         self.order = {section: order.choice(section, ORDERS, "tree") for section in SECTIONS}
         self.defaults = document.mapping("defaults", {})
-        self.defaults.allow("kind", "score", "margin", "reason")
+        self.defaults.allow("kind", "score", "margin", "reason", "evidence")
         entries = self.entries()
         filled = {name for entry in entries for name in entry.targets}
         used = {name for entry in entries for name in entry.sources}
@@ -893,7 +895,8 @@ class _PlanReader:
 
     def line_entries(self, fields: Fields) -> list[PlanEntry]:
         fields.allow(
-            "map", "sources", "targets", "shape", "shapes", "target_shapes", "ops", "kind", "score", "margin", "reason"
+            *("map", "sources", "targets", "shape", "shapes", "target_shapes"),
+            *("ops", "kind", "score", "margin", "reason", "evidence"),
         )
         rows = fields.named(lambda: self.expand_arrow(fields))
         operations = _operations(fields)
@@ -901,12 +904,13 @@ class _PlanReader:
         scores = fields.runs("score", len(rows), Fields.share, self.defaults.share("score", 1.0))
         margins = fields.runs("margin", len(rows), Fields.share, self.defaults.share("margin", 1.0))
         reasons = fields.runs("reason", len(rows), Fields.string, self.defaults.string("reason", ""))
+        kinds = fields.runs("evidence", len(rows), Fields.string, self.defaults.string("evidence", ""))
         sources, targets = map(len, rows[0])
         shapes = _source_shapes(fields, sources)
         target_shapes = _target_shapes(fields, operations, shapes, sources, targets)
         return [
-            PlanEntry(row[0], row[1], operations, shapes, target_shapes, kind, score, margin, reason)
-            for row, score, margin, reason in zip(rows, scores, margins, reasons)
+            PlanEntry(row[0], row[1], operations, shapes, target_shapes, kind, score, margin, reason, evidence)
+            for row, score, margin, reason, evidence in zip(rows, scores, margins, reasons, kinds)
         ]
 
     def expand_arrow(self, fields: Fields) -> Rows:

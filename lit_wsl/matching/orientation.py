@@ -1,0 +1,118 @@
+"""Which way round a square matrix is stored: a verdict of its own, beside the question whose partner it is.
+
+A linear map may be stored as (out, in) or as (in, out). Matrices that are not square show it; a square one is stored
+like the others of its make: the same kind of tensor of the same code base (module class, own name). Where none of its
+make shows it and something says that the make changed (a bare parameter became a module's weight, heads were stored
+apart, something else is transposed), it is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lit_wsl.plan.operations import Concat, Operation, Permute, Reshape, Split, Transpose
+from lit_wsl.structure.description import ParameterInfo, Shape
+
+OPEN = "a square matrix, and nothing shows whether both sides store it the same way round"
+HEADS = "the heads are stored apart on one side, so that nothing shows whether the matrix is stored the same way round"
+OTHER_CONVOLUTION = "one is a transposed convolution, the other is not: no copy of the kernel computes the same"
+
+Make = tuple[object, ...]
+Matched = tuple[Sequence[ParameterInfo], Sequence[ParameterInfo], tuple[Operation, ...]]
+
+
+class Orientation:
+    """Judges the matrices of one pair of models.
+
+    Args:
+        matches: Source tensors, target tensors and operations of all matches.
+    """
+
+    def __init__(self, matches: Sequence[Matched]) -> None:
+        self._seen: dict[Make, tuple[int, int]] = {}
+        self._by_target: dict[Make, tuple[int, int]] = {}
+        self.turned = False
+        for sources, targets, _ in matches:
+            if len(sources) != 1 or len(targets) != 1:
+                continue
+            s, t = _core(sources[0].shape), _core(targets[0].shape)
+            if len(s) != len(t) or len(s) not in (2, 3) or s[-1] == s[-2] or _is_table(targets[0]):
+                continue
+            if s not in (t, (*t[:-2], t[-1], t[-2])):
+                continue
+            turned = s != t
+            self.turned = self.turned or turned
+            for counts, key in ((self._seen, _makes(sources[0], targets[0])), (self._by_target, _make(targets[0]))):
+                exact, other = counts.get(key, (0, 0))
+                counts[key] = (exact + (not turned), other + turned)
+
+    def judge(self, match: Matched) -> tuple[tuple[Operation, ...] | None, str]:
+        """The operations of a match as they should be; ``None`` and the reason where nothing tells."""
+        sources, targets, operations = match
+        kinds = {("Transpose" in i.module_type) for i in (*sources, *targets) if "Conv" in i.module_type}
+        if len(kinds) == 2:
+            return None, OTHER_CONVOLUTION
+        if len(sources) == len(targets) == 1:
+            return self._judge_pair(sources[0], targets[0], operations)
+        parts, whole = (targets, sources) if len(targets) > 1 else (sources, targets)
+        fused = any(isinstance(op, (Split, Concat)) for op in operations)
+        if fused and all(len(p.shape) == 2 and p.shape[0] == p.shape[1] for p in parts):
+            wanted = self._verdict(sources[0], targets[0])
+            along = whole[0].shape[0] if whole[0].shape[0] != parts[0].shape[0] else -1
+            if wanted is None or (wanted is False and along == -1):
+                return None, OPEN
+        return operations, ""
+
+    def _judge_pair(
+        self, s: ParameterInfo, t: ParameterInfo, operations: tuple[Operation, ...]
+    ) -> tuple[tuple[Operation, ...] | None, str]:
+        core = _core(t.shape) if len(_core(t.shape)) <= len(_core(s.shape)) else _core(s.shape)
+        apart = {len(_core(s.shape)), len(_core(t.shape))} == {2, 3} and any(
+            isinstance(op, Reshape) for op in operations
+        )
+        if apart and len(core) == 2 and core[0] == core[1] and not {"Conv"} & {t.module_type[:4], s.module_type[:4]}:
+            return None, HEADS
+        a, b = _core(s.shape), _core(t.shape)
+        if a != b or len(a) not in (2, 3) or a[-1] != a[-2] or _is_table(t):
+            return operations, ""
+        wanted = self._verdict(s, t)
+        if wanted is None:
+            return None, OPEN
+        is_turned = any(isinstance(op, (Transpose, Permute)) for op in operations)
+        if wanted == is_turned:
+            return operations, ""
+        turn: Operation = Transpose() if len(s.shape) == 2 else Permute((0, 2, 1))
+        rest = tuple(op for op in operations if not isinstance(op, (Transpose, Permute)))
+        return ((turn, *rest) if wanted else rest), ""
+
+    def _verdict(self, s: ParameterInfo, t: ParameterInfo) -> bool | None:
+        """Whether a square matrix is stored the other way round; ``None`` where nothing tells."""
+        for exact, turned in (self._seen.get(_makes(s, t), (0, 0)), self._by_target.get(_make(t), (0, 0))):
+            if exact and turned:
+                return None
+            if exact or turned:
+                return turned > 0
+        same_make = _leaf(s) == _leaf(t) and len(_core(s.shape)) == len(_core(t.shape))
+        return False if same_make and not self.turned else None
+
+
+def _core(shape: Shape) -> Shape:
+    return tuple(d for d in shape if d != 1)
+
+
+def _leaf(info: ParameterInfo) -> str:
+    """What a tensor is called inside its module: weight or kernel; any other name is one of its own."""
+    return info.leaf if info.leaf in ("weight", "kernel") or info.leaf.endswith("_weight") else "own"
+
+
+def _make(info: ParameterInfo) -> Make:
+    return info.module_type, _leaf(info), len(_core(info.shape))
+
+
+def _makes(s: ParameterInfo, t: ParameterInfo) -> Make:
+    return _make(s), _make(t)
+
+
+def _is_table(info: ParameterInfo) -> bool:
+    """Whether a matrix is looked up, not multiplied: tables are never stored the other way round."""
+    return "Embed" in info.module_type or any(w in info.leaf.lower() for w in ("embed", "pos", "token", "table"))
