@@ -15,8 +15,8 @@ MINIMUM ?=
 WORKERS ?= 2
 ARGS ?=
 
-# Another Python or other versions never touch the default environment.
-VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))$(if $(MINIMUM),-minimum)
+# Another Python on the command line, or other versions, never touch the default environment.
+VENV := .venv$(if $(findstring command,$(origin PYTHON)),-$(notdir $(PYTHON)))$(if $(MINIMUM),-minimum)
 CONSTRAINTS := requirements/$(if $(MINIMUM),minimum,constraints).txt
 PIP := -m pip --disable-pip-version-check install --quiet --quiet --constraint $(CONSTRAINTS)
 TORCH := torch==$(if $(MINIMUM),2.10.0,2.13.0)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,7 +58,20 @@ def test_torch_is_pinned_without_a_local_version_so_that_a_cpu_build_fits():
     (torch_pin,) = (str(r.specifier) for r in CONSTRAINTS if r.name == "torch")
     assert torch_pin == "==2.13.0"
     assert Requirement(f"torch{torch_pin}").specifier.contains("2.13.0+cpu")
-    assert "TORCH := torch==2.13.0\n" in (ROOT / "Makefile").read_text()
+    assert "TORCH := torch==$(if $(MINIMUM),2.10.0,2.13.0)\n" in (ROOT / "Makefile").read_text()
+
+
+def test_every_lower_bound_is_tested_as_the_oldest_version():
+    lines = (ROOT / "requirements" / "minimum.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
+    oldest = {normal(name): version for name, version in pairs}
+    for requirement in requirements("cli", "plot", "test"):
+        if requirement.marker is not None:  # the loggers, which need a newer Python
+            continue
+        bounds = [spec.version for spec in requirement.specifier if spec.operator in (">=", "==")]
+        assert len(bounds) == 1, requirement
+        pinned = oldest[normal(requirement.name)]
+        assert Version(pinned) == Version(bounds[0]), f"{requirement.name}: {pinned} is tested, {bounds[0]} is allowed"
 
 
 def test_torchvision_stays_out_of_the_test_environment():

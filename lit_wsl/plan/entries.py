@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from lit_wsl.plan.operations import Operation
+from lit_wsl.plan.operations import Cast, Operation
 from lit_wsl.structure.description import Kind, ModelDescription, Shape
 
 Side = Literal["source", "target"]
@@ -52,8 +52,18 @@ class PlanEntry:
 
     @property
     def lossless(self) -> bool:
-        """Whether no operation changes values."""
-        return all(op.lossless for op in self.operations)
+        """Whether no operation changes values; a cast to a narrower type rounds them."""
+        return self.rounding is None and not self.changes_values
+
+    @property
+    def changes_values(self) -> bool:
+        """Whether an operation that the user asked for by name changes values."""
+        return not all(op.lossless for op in self.operations)
+
+    @property
+    def rounding(self) -> Cast | None:
+        """The cast that rounds, if there is one."""
+        return next((op for op in self.operations if isinstance(op, Cast) and op.rounds), None)
 
 
 @dataclass(frozen=True)

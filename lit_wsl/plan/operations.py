@@ -202,8 +202,13 @@ class Cast(Operation):
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
         return [t.to(getattr(torch, self.target)) for t in inputs]
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the target holds fewer values than the source."""
+        return not _holds(getattr(torch, self.source), getattr(torch, self.target))
+
     def reverse(self) -> Operation:  # noqa: D102
-        if not _holds(getattr(torch, self.source), getattr(torch, self.target)):
+        if self.rounds:
             raise PlanError(
                 f"cast: {self.source} -> {self.target} rounds, which cannot be undone. To go back all the same, remove "
                 "the cast from the plan's entry first."

@@ -224,7 +224,7 @@ def _entry(
         round(entry.margin, 3),
         texts.number(entry.reason),
         found,
-        int(not entry.lossless),
+        int(entry.changes_values),
     ]
 
 

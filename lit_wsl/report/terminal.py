@@ -226,7 +226,7 @@ class MappingView(View):
             least = min(row.score for row in _hidden(rows, shown))
             yield Text(f"... and {hidden} more lines, with scores of {least:.2f} and above")
         yield Text(LEGEND, style="dim")
-        if not all(entry.lossless for row in shown for entry in row.entries):
+        if any(entry.changes_values for row in shown for entry in row.entries):
             yield Text("* changes values, as asked for", style="bold red")
 
 
@@ -252,7 +252,7 @@ def _hidden(rows: Iterable[MappingRow], shown: Iterable[MappingRow]) -> list[Map
 
 
 def _badge(row: MappingRow) -> Text:
-    if not all(entry.lossless for entry in row.entries):
+    if any(entry.changes_values for entry in row.entries):
         return Text(f"{row.badge} *", style="bold red")
     return Text(row.badge, style="" if row.badge == "exact" else "cyan")
 
@@ -336,6 +336,8 @@ def plan_lines(plan: TransferPlan) -> list[str]:
     """Steps by operation, scores and options of a plan, one line each."""
     operations = ", ".join(f"{n} {badge}" for badge, n in operation_counts(plan).items())
     lines = [f"steps:   {len(plan.entries)} ({operations})" if operations else "steps:   none"]
+    rounded = Counter(f"{cast.source} to {cast.target}" for entry in plan.entries if (cast := entry.rounding))
+    lines += [f"rounded: {count} from {types}" for types, count in rounded.items()]
     if plan.entries:
         lines[0] += f", lowest score {min(entry.score for entry in plan.entries):.2f}"
     if plan.options:

@@ -247,7 +247,7 @@ def finish_transfer(
     warnings = applied.warnings
     if prepared.plan.proof == "refuted":
         warnings = (f"the function check refuted this plan: {prepared.plan.notes[-1]}", *warnings)
-    changing = [describe_entry(entry) for entry in prepared.plan.entries if not entry.lossless]
+    changing = [describe_entry(entry) for entry in prepared.plan.entries if entry.changes_values]
     changed = tuple(f"values were changed, as asked for: {text}" for text in changing)
     return prepared.report(warnings=warnings, notes=(*changed, *applied.notes))
 

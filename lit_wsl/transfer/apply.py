@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lit_wsl.errors import LitWslError, TransferError
 from lit_wsl.plan.entries import PlanEntry
-from lit_wsl.plan.operations import run_operations
+from lit_wsl.plan.operations import Cast, run_operations
 from lit_wsl.plan.plan import TransferPlan, describe_entry
 from lit_wsl.structure.description import HasMeta
 from lit_wsl.transfer.ranks import ALONE, Ranks, copy_into_shard, has_sharded_tensors, held_part, is_sharded, local_part
@@ -306,7 +306,12 @@ def apply_plan(
     casts: Counter[tuple[str, str]] = Counter()
     for counts in counted if divided else counted[:1]:
         casts.update(counts)
-    return Applied(tuple(warnings), tuple(f"cast {n} tensors from {a} to {b}" for (a, b), n in sorted(casts.items())))
+    told = (f"cast {n} tensors from {a} to {b}{_rounded(a, b)}" for (a, b), n in sorted(casts.items()))
+    return Applied(tuple(warnings), tuple(told))
+
+
+def _rounded(source: str, target: str) -> str:
+    return ", which rounds them" if Cast(source, target).rounds else ""
 
 
 def holds(plan: TransferPlan, tensors: Mapping[str, Tensor], model: nn.Module, apart_from: Container[str] = ()) -> bool:
@@ -315,7 +320,7 @@ def holds(plan: TransferPlan, tensors: Mapping[str, Tensor], model: nn.Module, a
     for entry in plan.entries:
         if all(name in apart_from for name in entry.targets):
             continue
-        if not entry.lossless:
+        if entry.changes_values:
             return False
         outputs = [targets[name] for name in entry.targets]
         values = run_operations(entry.operations, [tensors[name] for name in entry.sources], outputs)
