@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_wsl.errors import PlanError
+from lit_wsl.errors import PlanError, printable
 from lit_wsl.plan.entries import Ambiguity as Ambiguity
 from lit_wsl.plan.entries import Candidate as Candidate
 from lit_wsl.plan.entries import PlanData, PlanEntry
@@ -19,6 +19,8 @@ from lit_wsl.plan.entries import Unmatched as Unmatched
 from lit_wsl.plan.file import load_plan, plan_from_text, save_plan
 from lit_wsl.plan.operations import run_shapes
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
+from lit_wsl.structure.families import fold
+from lit_wsl.structure.notebook import Summarised
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,12 +28,36 @@ if TYPE_CHECKING:
     from lit_wsl.convert.checkpoint import Conversion
 
 
-@dataclass(frozen=True)
-class TransferPlan(PlanData):
+SHOWN = 12  # families of entries in a plan's summary
+
+
+@dataclass(frozen=True, repr=False)
+class TransferPlan(Summarised, PlanData):
     """An ordered list of operations that takes a checkpoint into a model.
 
     Attributes: see :class:`~lit_wsl.plan.entries.PlanData`.
     """
+
+    def __repr__(self) -> str:
+        sides = f"{self.source.label} -> {self.target.label}"
+        return printable(
+            f"<TransferPlan {sides}: {len(self.entries)} entries, {len(self.ambiguous)} ambiguous, "
+            f"{len(self.unmatched_source)} and {len(self.unmatched_target)} unmatched, {self.proof}>"
+        )
+
+    def summary(self) -> str:
+        """What it would load, folded, as text; shortened, since :meth:`save` has it all."""
+        names = [(*entry.sources, *entry.targets) for entry in self.entries]
+        families = fold(names, [(len(entry.sources), entry.badge) for entry in self.entries])
+        lines = [repr(self)[1:-1]]
+        for family in families[:SHOWN]:
+            first = self.entries[family.members[0]]
+            cut = len(first.sources)
+            badge = "" if first.badge == "exact" else f"  ({first.badge})"
+            lines.append(f"  {' + '.join(family.patterns[:cut])} -> {', '.join(family.patterns[cut:])}{badge}")
+        if len(families) > SHOWN:
+            lines.append(f"  ... and {len(families) - SHOWN} more lines")
+        return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (or YAML, by suffix), folded by families; atomically.

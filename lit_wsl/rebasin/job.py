@@ -28,6 +28,7 @@ from lit_wsl.rebasin.merging.merge import average, is_statistic, task_arithmetic
 from lit_wsl.rebasin.metrics import VectorComparison, compare_vectors
 from lit_wsl.rebasin.spec.apply import apply_permutation
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.structure.notebook import Summarised
 
 On = Literal["task_vectors", "weights"]
 
@@ -112,8 +113,8 @@ class Aligned:
     task_vector: dict[str, Tensor] | None = None
 
 
-@dataclass(frozen=True)
-class RebasinReport:
+@dataclass(frozen=True, repr=False)
+class RebasinReport(Summarised):
     """What a job found.
 
     Attributes:
@@ -174,6 +175,27 @@ class RebasinReport:
             "notes": list(self.notes),
             "files": self.files,
         }
+
+    def summary(self) -> str:
+        """What was compared with what, before and after the alignment, as text."""
+        if self.perm_matching:
+            head = f"aligned to {self.reference!r}, on {self.options.on}"
+        else:
+            head = f"compared with {self.reference!r} as they are, not aligned: {self.reason}"
+        lines = [head, *([] if self.spec is None else [repr(self.spec)])]
+        for name, model in self.models.items():
+            after = model.after.to_dict()["overall"] if model.after is not None else {}
+            for metric, value in model.before.to_dict()["overall"].items():
+                if isinstance(value, (int, float)):
+                    then = after.get(metric)
+                    told = f" -> {then:.4g}" if isinstance(then, (int, float)) else ""
+                    lines.append(f"  {name}  {metric}: {value:.4g}{told}")
+        lines += [f"merged: {', '.join(self.models)} into {self.reference!r}"] if self.merged is not None else []
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def __repr__(self) -> str:
+        state = "aligned" if self.perm_matching else "not aligned"
+        return f"<RebasinReport {', '.join(self.models)} {state} to {self.reference}>"
 
     def to_json(self) -> str:
         """The report as JSON text."""

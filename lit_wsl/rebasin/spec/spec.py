@@ -29,6 +29,7 @@ from lit_wsl.rebasin.spec.axis import FORMAT, VERSION, PermutationGroup, axis_fr
 from lit_wsl.rebasin.spec.axis import AxisSpec as AxisSpec
 from lit_wsl.rebasin.spec.axis import AxisUse as AxisUse
 from lit_wsl.rebasin.spec.axis import Permutations as Permutations
+from lit_wsl.structure.notebook import Summarised
 
 if TYPE_CHECKING:
     from lit_wsl.rebasin.spec.axis import AxisSpec
@@ -131,7 +132,7 @@ class Proof:
 
 
 @dataclass(frozen=True, eq=False)
-class PermutationSpec:
+class PermutationSpec(Summarised):
     """The permutation symmetries of one architecture, as data.
 
     Attributes:
