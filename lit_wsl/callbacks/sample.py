@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_wsl.structure.execution_order import only_child
+from lit_wsl.structure.execution_order import Step, only_child
 from lit_wsl.structure.preserving import preserved_objects, preserved_rng
 from lit_wsl.structure.running import Call, ways_to_call
 
@@ -32,12 +32,21 @@ _LOADERS = {  # which loaders a stage has, the best first
 }
 
 
+_SILENCED = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer")
+STEPS = {  # which step takes the batches of which loader
+    "train_dataloader": "training_step",
+    "val_dataloader": "validation_step",
+    "test_dataloader": "test_step",
+    "predict_dataloader": "predict_step",
+}
+
+
 class NoSampleError(Exception):
     """A place that could have had a sample has none; the reason in words."""
 
 
 def find_samples(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> tuple[list[Call], str]:
-    """Ways to call ``module.forward`` on one sample, the likeliest first.
+    """Ways to call ``module.forward`` on one sample, the likeliest first; at the end the step that unpacks it itself.
 
     The sample comes from the datamodule, from the loaders of the model or of the ``fit`` call, or from
     ``example_input_array``, in that order; batch transfer hooks are applied to it.
@@ -50,39 +59,42 @@ def find_samples(trainer: pl.Trainer, module: pl.LightningModule, stage: str) ->
     Returns:
         The calls, and one line saying why there are none if there are none.
     """
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
     reasons: list[str] = []
     calls: list[Call] = []
+    steps: list[Call] = []
     with preserved_rng(module):
-        for owner, name in _places(trainer, module, stage):
+        for kind, owner, name in places(trainer, module, stage, _LOADERS.get(stage, _LOADERS["fit"])):
             try:
                 with preserved_objects(owner):
-                    batch = _batch(getattr(owner, name)() if isinstance(name, str) else owner)
-                    batch = _to_model(batch, trainer, module)
+                    batch = _batch(getattr(owner, name)() if name is not None else owner)
+                    batch = to_model(batch, trainer, module)
             except NoSampleError as error:
                 reasons.append(str(error))
             except Exception as error:
                 reasons.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
             else:
                 calls += ways_to_call(_callee(module), batch)
+                steps += [((Step(STEPS[kind], batch),), {})] if is_overridden(STEPS[kind], module) else []
                 break
-        calls += _example_calls(module)
+        calls += [*_example_calls(module), *steps]
     if calls:
         return calls, ""
     why = f" ({reasons[0]})" if reasons else ""
     return [], f"no execution order, matched without it: there is no sample batch{why}"
 
 
-def _places(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> Iterator[tuple[Any, Any]]:
-    """Yield ``(owner, method name)`` or ``(loaders, None)`` for every place that may give a batch."""
+def places(
+    trainer: pl.Trainer, module: pl.LightningModule, stage: str, names: Sequence[str]
+) -> Iterator[tuple[str, Any, str | None]]:
+    """Yield ``(kind, owner, method name)``, or ``(kind, loaders, None)``, for every place that may give a batch."""
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
-    names = _LOADERS.get(stage, _LOADERS["fit"])
     datamodule = getattr(trainer, "datamodule", None)
-    owners = [owner for owner in (datamodule, module) if owner is not None]
-    for owner in owners[:1] if datamodule is not None else []:
-        for name in names:
-            if is_overridden(name, owner):
-                yield owner, name
+    for name in names if datamodule is not None else ():
+        if is_overridden(name, datamodule):
+            yield name, datamodule, name
     for name in names:
         loop = {
             "train_dataloader": trainer.fit_loop,
@@ -92,9 +104,9 @@ def _places(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> Iter
         }[name]
         given = getattr(getattr(loop, "_data_source", None), "instance", None)
         if given is not None and given is not datamodule and given is not module:
-            yield given, None
+            yield name, given, None
         elif is_overridden(name, module):
-            yield module, name
+            yield name, module, name
 
 
 def _batch(loaders: Any) -> Any:
@@ -136,7 +148,7 @@ def _first_of(loader: Any) -> Any:
     raise NoSampleError(f"a {type(loader).__name__} may not give the batch it is asked for twice")
 
 
-def _to_model(batch: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Any:
+def to_model(batch: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Any:
     """Bring a batch to the model as the trainer would: transfer hooks, the model's device."""
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
     with preserved_objects(getattr(trainer, "datamodule", None), module):
@@ -153,16 +165,16 @@ def _in_dtype_of(module: nn.Module, value: Any) -> Any:
 
 @contextmanager
 def quiet(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]:
-    """Keep a sample call from logging: ``self.log`` does nothing and the trainer has no loggers meanwhile."""
+    """Keep a sample call from logging and training: ``self.log`` does nothing, the trainer has no loggers meanwhile."""
     loggers, own = trainer.loggers, dict(vars(model))
     trainer.loggers = []
-    for name in ("log", "log_dict"):
+    for name in _SILENCED:
         vars(model)[name] = _do_nothing
     try:
         yield
     finally:
         trainer.loggers = loggers
-        for name in ("log", "log_dict"):
+        for name in _SILENCED:
             vars(model).pop(name, None)
             if name in own:
                 vars(model)[name] = own[name]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,39 @@ def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
             yield from _tensors(item, depth - 1)
 
 
+class Step(NamedTuple):
+    """A step of a LightningModule on a batch that only it can unpack: a sample call whose one argument this is.
+
+    Attributes:
+        name: The method, such as ``training_step``.
+        batch: The batch.
+    """
+
+    name: str
+    batch: Any
+
+
+def step_of(args: Sequence[Any]) -> Step | None:
+    """The step that a sample call stands for, if it does not call ``forward``."""
+    return args[0] if len(args) == 1 and isinstance(args[0], Step) else None
+
+
+def make_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Make a sample call: of the module, or of one of its steps, as the first batch of a loader."""
+    step = step_of(args)
+    if step is None:
+        return module(*args, **kwargs)
+    method = getattr(module, step.name)
+    taken = [
+        p
+        for p in inspect.signature(method).parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nobody asked for this step
+        return method(step.batch, *(0 for _ in taken[1:]))
+
+
 def trace_execution_order(
     module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> dict[str, int]:
@@ -61,7 +96,7 @@ def trace_execution_order(
 
     Args:
         module: The model to run.
-        args: Positional arguments of the call.
+        args: Positional arguments of the call; or one :class:`Step`, of which what ran before an error counts too.
         kwargs: Keyword arguments of the call.
 
     Returns:
@@ -99,7 +134,10 @@ def trace_execution_order(
     handles: list[RemovableHandle] = [leaf.register_forward_pre_hook(announce) for leaf in leaves]
     try:
         with undisturbed(module), torch.no_grad(), _FirstUse(names, seen):
-            module(*args, **(kwargs or {}))
+            make_call(module, args, kwargs or {})
+    except Exception:  # a step does more than run the network, and not all of it is possible here (backward)
+        if step_of(args) is None or not seen:
+            raise
     finally:
         for handle in handles:
             handle.remove()

@@ -17,7 +17,7 @@ from lit_wsl.errors import ArgumentTypeError, MappingError
 from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
 from lit_wsl.structure.arguments import require_path
 from lit_wsl.structure.description import Kind
-from lit_wsl.structure.execution_order import is_lazy, lazy_copy, meta_copy, on_meta, only_child
+from lit_wsl.structure.execution_order import is_lazy, lazy_copy, meta_copy, on_meta, only_child, step_of
 from lit_wsl.structure.preserving import preserved_rng
 from lit_wsl.transfer.ranks import has_sharded_tensors
 
@@ -181,6 +181,8 @@ def _run_samples(model: nn.Module, samples: Sequence[Call]) -> tuple[nn.Module, 
     lazy = is_lazy(model)
     failures: list[str] = []
     for args, kwargs in samples:
+        if lazy and step_of(args) is not None:  # shapes come from a run of the model itself, and a step does more
+            continue
         try:
             whole = materialise(lazy_copy(model), args, kwargs) if lazy else model
             return whole, _trace(whole, args, kwargs), "", (args, kwargs)
