@@ -136,3 +136,81 @@ def test_matching_on_data_is_judged_by_it(work, capsys):
     batches = [batch for batch, _ in scope["loader"]()]
     wanted = best_matching(spec, scope["net"](), *states, batches, forward=lambda model, x: model(x))
     assert (best["start"], best["objective"]) == (wanted.start, pytest.approx(wanted.objective))
+
+
+# ---- rebase ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def releases(work):
+    """The old base, a fine-tuning of it, and a new release: the old one in another order, in another spelling."""
+    from lit_wsl.rebasin import apply_permutation
+
+    folder, scope = work
+    model = scope["Two"]().eval()
+    spec = infer_permutation_spec(model, (scope["batch"](),), outputs=scope["logits"])
+    old = {n: t.clone() for n, t in model.state_dict().items()}
+    tuned = {n: t + 0.1 * torch.randn_like(t) for n, t in old.items()}
+    order = spec.random_permutations(1)
+    new, wanted = (apply_permutation(spec, order, state) for state in (old, tuned))
+    torch.save({"state_dict": old}, folder / "old.ckpt")
+    torch.save({"state_dict": tuned}, folder / "tuned.ckpt")
+    torch.save({"state_dict": {f"net.{n}": t for n, t in new.items()}}, folder / "new.ckpt")
+    torch.save({n.replace("a.", "first_layer."): t for n, t in new.items()}, folder / "respelled.pt")
+    return folder, wanted
+
+
+def carry(folder, onto, *more):
+    options = ["--base", f"{folder}/old.ckpt", "--onto", f"{folder}/{onto}", "--model", f"{folder}/nets.py:Two"]
+    options += ["--outputs", f"{folder}/nets.py:logits"]
+    return main(["rebase", f"{folder}/tuned.ckpt", *options, *map(str, more)])
+
+
+@pytest.mark.parametrize("onto", ["new.ckpt", "respelled.pt"])
+def test_a_fine_tuning_is_carried_to_the_new_release(releases, capsys, onto):
+    folder, wanted = releases
+    out = folder / "rebased.ckpt"
+    assert carry(folder, onto, "--sample", f"{folder}/nets.py:batch", "-o", out) == 0
+    text = capsys.readouterr()
+    assert "permute" in text.out
+    assert "quality unknown" in text.err
+    state = torch.load(out, weights_only=True)["state_dict"]
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(state[name], tensor)
+
+
+def test_data_is_the_sample_too_and_measures_what_arrives(releases, capsys):
+    folder, wanted = releases
+    out = folder / "rebased.safetensors"
+    more = ("--data", f"{folder}/nets.py:loader", "--json")
+    assert carry(folder, "new.ckpt", *more, "-o", out) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["method"] == "permute"
+    assert facts["missed"] < 1e-6
+    assert facts["warnings"] == []
+    from safetensors.torch import load_file
+
+    for name, tensor in load_file(out).items():
+        torch.testing.assert_close(tensor, wanted[name])
+
+
+def test_a_head_that_no_base_has_is_carried(releases, capsys):
+    folder, wanted = releases
+    for name in ("old.ckpt", "new.ckpt"):
+        state = torch.load(folder / name, weights_only=True)["state_dict"]
+        torch.save({n: t for n, t in state.items() if "b." not in n}, folder / name)
+    out = folder / "rebased.ckpt"
+    assert carry(folder, "new.ckpt", "--sample", f"{folder}/nets.py:batch", "-o", out) == 0
+    assert "b.weight" in capsys.readouterr().out
+    state = torch.load(out, weights_only=True)["state_dict"]
+    torch.testing.assert_close(state["b.weight"], wanted["b.weight"])
+
+
+def test_nothing_is_written_where_nothing_can_be_permuted(releases, capsys):
+    folder, _ = releases
+    out = folder / "rebased.ckpt"
+    options = ["--base", f"{folder}/old.ckpt", "--onto", f"{folder}/new.ckpt", "--model", f"{folder}/nets.py:Broken"]
+    sample = ["--sample", f"{folder}/nets.py:batch"]
+    assert main(["rebase", f"{folder}/tuned.ckpt", *options, *sample, "-o", str(out)]) == 1
+    assert "no way in" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,4 +1,4 @@
-"""The ``lit-wsl`` command: inspect, map, convert, rename, diff and rebasin from a terminal or a script.
+"""The ``lit-wsl`` command: inspect, map, convert, rename, diff, rebasin and rebase from a terminal or a script.
 
 Exit codes: 0 success, 1 a negative result (coverage below ``--min-coverage``, checkpoints that differ), 2 wrong usage
 or unreadable input. Results go to the standard output; notes, progress and errors to the standard error.
@@ -19,6 +19,7 @@ COMMANDS = {
     "rename": "lit_wsl.cli.renaming",
     "diff": "lit_wsl.cli.diffing",
     "rebasin": "lit_wsl.cli.rebasing",
+    "rebase": "lit_wsl.cli.carrying",
 }
 
 

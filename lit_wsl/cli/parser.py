@@ -39,6 +39,7 @@ def build_parser() -> ArgumentParser:
         ("rename", _rename, "rename the tensors of a checkpoint"),
         ("diff", _diff, "which tensors of two checkpoints differ, and by how much"),
         ("rebasin", _rebasin, "align models that differ by the order of their units, compare and merge them"),
+        ("rebase", _rebase, "carry a fine-tuning to another release of its pretrained model"),
     ):
         sub = make()
         sub.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -289,6 +290,43 @@ Exit code 1 means: the models could not be aligned, only compared.
     parser.add_argument("--repair-batches", type=int, default=32, help="how many batches of it; 0: keep the mean")
     parser.add_argument("--device", type=str, metavar="DEVICE", help="where to match, e.g. cuda; default: the CPU")
     parser.add_argument("--max-iter", type=int, default=100, help="most sweeps of the matching")
+    parser.add_argument("--seed", type=int, default=0, help="of the matching's random orders")
+    _add_json(parser)
+    _add_weights(parser)
+    return parser
+
+
+def _rebase() -> ArgumentParser:
+    parser = _parser("""
+Carry a fine-tuning to another release of its pretrained model.
+
+  lit-wsl rebase finetuned.ckpt --base old.ckpt --onto new.ckpt \\
+      --model my.models:Net --sample my.models:batch -o rebased.ckpt
+  # unlabelled batches: much more arrives, and how much is measured
+  lit-wsl rebase finetuned.ckpt --base old.ckpt --onto new.ckpt \\
+      --model my.models:Net --data my.data:loader -o rebased.ckpt
+
+--model is the fine-tuned one. A base of another implementation is mapped to
+its names first; what no base has, such as a new head, is carried whole.
+
+Exit code 1 means: nothing of the model can be permuted, nothing was written.
+""")
+    parser.add_argument("checkpoint", type=str, help="the fine-tuned checkpoint")
+    parser.add_argument("--base", type=str, metavar="FILE", required=True, help="what it was fine-tuned from")
+    parser.add_argument("--onto", type=str, metavar="FILE", required=True, help="the new release")
+    _add_model(parser)
+    parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
+    parser.add_argument(
+        "--outputs", type=str, metavar="MODULE:NAME", help="a function that picks what counts of what it returns"
+    )
+    parser.add_argument("--spec", type=str, metavar="FILE", help="a permutation spec (JSON), instead of a sample")
+    parser.add_argument("--data", type=str, metavar="MODULE:NAME", help="batches of the task; labels are not used")
+    parser.add_argument("--max-batches", type=int, default=32, help="how many of them")
+    parser.add_argument("-o", "--output", type=str, metavar="FILE", required=True, help="the checkpoint to write")
+    parser.add_argument(
+        "--method", type=Literal["auto", "add", "permute", "turn", "fit"], default="auto", help="how to carry it"
+    )
+    parser.add_argument("--alpha", type=float, default=1.0, help="factor of the task vector")
     parser.add_argument("--seed", type=int, default=0, help="of the matching's random orders")
     _add_json(parser)
     _add_weights(parser)

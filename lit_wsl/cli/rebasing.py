@@ -46,7 +46,7 @@ def run(options: Any) -> int:
     _refuse_stale_statistics(options, model)
     if options.matching == "best" and options.data is None:
         raise UsageError("--matching best is judged by data: name it, --data my.models:loader.")
-    spec, reason, remarks = _spec(options, model, call)
+    spec, reason, remarks = load_spec(options, model, call)
 
     def read(path: str, complete: bool = True) -> dict[str, Any]:
         return read_run(model, open_checkpoint(path, weights=options.checkpoint_weights), path, complete)
@@ -56,12 +56,12 @@ def run(options: Any) -> int:
     base = read(options.base, complete=False) if options.base else None
     matcher = None
     if options.matching == "best" and spec is not None:
-        batches = list(islice(_batches(options.data), options.repair_batches))
-        matcher = best_matcher(model, spec, settings, batches, call, _outputs(options))
+        batches = list(islice(load_batches(options.data), options.repair_batches))
+        matcher = best_matcher(model, spec, settings, batches, call, load_outputs(options))
     report = align(models, base, spec, settings, parameters=parameters, reason=reason, matcher=matcher)
     report = replace(report, notes=(*remarks, *report.notes))
     if report.merged is not None and options.data is not None and has_batch_statistics(model):
-        merged, note = repaired(model, report.merged, _batches(options.data), call, options.repair_batches)
+        merged, note = repaired(model, report.merged, load_batches(options.data), call, options.repair_batches)
         notes = tuple(n for n in report.notes if n != MEAN_STATISTICS)
         report = replace(report, merged={n: merged[n] for n in report.merged}, notes=(*notes, note))
     if options.output:
@@ -91,7 +91,7 @@ def _refuse_stale_statistics(options: Any, model: nn.Module) -> None:
         )
 
 
-def _spec(
+def load_spec(
     options: Any, model: nn.Module, call: Call | None
 ) -> tuple[PermutationSpec | None, str | None, tuple[str, ...]]:
     """The spec of ``--spec``, or an inferred one; or why there is none; and remarks."""
@@ -99,18 +99,18 @@ def _spec(
         given = PermutationSpec.from_json(Path(options.spec))
         if call is None:
             return given, None, (UNPROVEN,)
-        _, spec, reason, remarks = prove_spec(model, given, [call], _outputs(options))
+        _, spec, reason, remarks = prove_spec(model, given, [call], load_outputs(options))
         return spec, reason, remarks
     if call is None:
         raise UsageError(
             "which units may be permuted is read from one call of the model: name a function that gives a sample input "
             "with --sample my.models:batch, or give the model an example_input_array, or a spec with --spec spec.json."
         )
-    _, spec, reason, remarks = find_spec(model, [call], _outputs(options), verify=True)
+    _, spec, reason, remarks = find_spec(model, [call], load_outputs(options), verify=True)
     return spec, reason, remarks
 
 
-def _outputs(options: Any) -> Outputs | None:
+def load_outputs(options: Any) -> Outputs | None:
     """The function of ``--outputs``."""
     outputs = look_up(options.outputs) if options.outputs else None
     if outputs is not None and not callable(outputs):
@@ -118,7 +118,7 @@ def _outputs(options: Any) -> Outputs | None:
     return outputs
 
 
-def _batches(path: str) -> Iterable[Any]:
+def load_batches(path: str) -> Iterable[Any]:
     """The batches of ``--data``."""
     from lightning.pytorch import LightningDataModule
 
