@@ -90,6 +90,9 @@ class WeightTransferCallback(Callback):
         adapt: Operations that change values, asked for by name.
         assume_layouts: You know that both models order the rows of queries and keys alike, and cut patches alike.
             Without, what only the function could show stays ambiguous, unless ``source_module`` and a sample prove it.
+        only: Patterns (``"encoder.*"``) of names of the model, or of its modules: only these are filled.
+        skip: Patterns of names of the model that are never filled.
+        source_prefix: Only what stands under this name in the checkpoint takes part, such as ``"student.backbone"``.
         checkpoint_weights: Which weights of the file: the ``"model"``'s, its ``"ema"``, or what it marks as its own.
         resume: ``"weights"`` starts training afresh; ``"optimizer"`` carries the states of optimizers, schedulers and
             the gradient scaler along; ``"all"`` also epoch, step, loops, callbacks and the datamodule, as if the
@@ -134,6 +137,9 @@ class WeightTransferCallback(Callback):
         source_module: nn.Module | None = None,
         adapt: Sequence[str] = (),
         assume_layouts: bool = False,
+        only: Sequence[str] = (),
+        skip: Sequence[str] = (),
+        source_prefix: str | None = None,
         checkpoint_weights: Literal["auto", "model", "ema"] = "auto",
         resume: Resume = "weights",
         optimizer_settings: Wins = "checkpoint",
@@ -153,6 +159,9 @@ class WeightTransferCallback(Callback):
             incompatible_pairs=incompatible_pairs,
             adapt=adapt,
             assume_layouts=assume_layouts,
+            only=only,
+            skip=skip,
+            source_prefix=source_prefix,
         )
         for option, value, allowed in (
             ("resume", resume, get_args(Resume)),

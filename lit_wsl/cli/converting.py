@@ -79,7 +79,13 @@ def _plan(options: Any) -> TransferPlan:
     from lit_wsl.transfer.api import prepare_transfer
     from lit_wsl.transfer.sides import Source, Target
 
-    matching = MatchingOptions.make(adapt=list_of_names(options.adapt), assume_layouts=options.assume_layouts)
+    matching = MatchingOptions.make(
+        adapt=list_of_names(options.adapt),
+        assume_layouts=options.assume_layouts,
+        only=list_of_names(options.only),
+        skip=list_of_names(options.skip),
+        source_prefix=options.source_prefix,
+    )
     source, target = Source.open(options.checkpoint, options.checkpoint_weights), Target.of(build_model(options))
     prepared = prepare_transfer(source, target, matching, min_coverage=options.min_coverage)
     for line in gap_lines(prepared.report()):

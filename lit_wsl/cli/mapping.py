@@ -39,6 +39,9 @@ def run(options: Any) -> int:
         incompatible_pairs=_pairs(options.incompatible_pairs),
         adapt=list_of_names(options.adapt),
         assume_layouts=options.assume_layouts,
+        only=list_of_names(options.only),
+        skip=list_of_names(options.skip),
+        source_prefix=options.source_prefix,
     )
     old = build_from(options.source_model, options.source_model_args) if options.source_model else None
     model = build_model(options, meta=options.sample is None)

@@ -359,6 +359,15 @@ def _add_adapt(parser: ArgumentParser) -> None:
         action="store_true",
         help="both models lay out the rows of q and k, and image patches, alike, where nothing shows it",
     )
+    parser.add_argument(
+        "--only", type=str, nargs="+", default=[], metavar="PATTERN", help="fill only these of the model: encoder.*"
+    )
+    parser.add_argument(
+        "--skip", type=str, nargs="+", default=[], metavar="PATTERN", help="never fill these of the model"
+    )
+    parser.add_argument(
+        "--source-prefix", type=str, metavar="NAME", help="only this part of the checkpoint: student.backbone"
+    )
 
 
 def _add_json(parser: ArgumentParser) -> None:

@@ -281,6 +281,7 @@ class WeightMapper(MappingViews):
         dummy_input: Any = None,
         incompatible_pairs: Pairs | None = None,
         buffer_matching_mode: BufferMode = "exclude",
+        **options: Any,
     ) -> None:
         if source_module is None or target_module is None:
             side = "source_module" if source_module is None else "target_module"
@@ -291,7 +292,8 @@ class WeightMapper(MappingViews):
         require_module(source_module, "source_module")
         self._notes: list[str] = []
         source = describe(source_module, execution_order=self._order(source_module, dummy_input, "source"))
-        self._set_up(source, target_module, shape_tolerance, dummy_input, incompatible_pairs, buffer_matching_mode)
+        known = {"buffers": buffer_matching_mode, "incompatible_pairs": incompatible_pairs, **options}
+        self._set_up(source, target_module, dummy_input, {"shape_tolerance": shape_tolerance, **known})
 
     @classmethod
     def from_state_dict(
@@ -305,6 +307,7 @@ class WeightMapper(MappingViews):
         *,
         source_module: nn.Module | None = None,
         label: str | None = None,
+        **options: Any,
     ) -> WeightMapper:
         """Match a bare state dict to a model; options as in the constructor.
 
@@ -318,6 +321,7 @@ class WeightMapper(MappingViews):
             source_module: The old model, if its code is still there: it tells parameters from buffers, and with
                 ``dummy_input`` the execution order.
             label: What to call the source in tables.
+            **options: More of :func:`lit_wsl.transfer_weights`: ``only``, ``skip``, ``source_prefix``, ``adapt``.
 
         Raises:
             MappingError: If the state dict holds no tensors, or ``source_module`` is another model.
@@ -330,7 +334,8 @@ class WeightMapper(MappingViews):
             require_module(source_module, "source_module")
             order = mapper._order(source_module, dummy_input, "source")
             source = as_module(source, describe(source_module, execution_order=order, label=label))
-        mapper._set_up(source, target_module, shape_tolerance, dummy_input, incompatible_pairs, buffer_matching_mode)
+        known = {"buffers": buffer_matching_mode, "incompatible_pairs": incompatible_pairs, **options}
+        mapper._set_up(source, target_module, dummy_input, {"shape_tolerance": shape_tolerance, **known})
         return mapper
 
     @classmethod
@@ -344,6 +349,7 @@ class WeightMapper(MappingViews):
         buffer_matching_mode: BufferMode = "exclude",
         *,
         source_module: nn.Module | None = None,
+        **options: Any,
     ) -> WeightMapper:
         """Match a checkpoint of any readable format to a model; options as in :meth:`from_state_dict`.
 
@@ -364,6 +370,7 @@ class WeightMapper(MappingViews):
             buffer_matching_mode,
             source_module=source_module,
             label=Path(checkpoint_path).name,
+            **options,
         )
         mapper._notes.extend(checkpoint.notes)
         return mapper
@@ -372,19 +379,13 @@ class WeightMapper(MappingViews):
         self,
         source: ModelDescription,
         target_module: nn.Module,
-        shape_tolerance: float,
         dummy_input: Any,
-        incompatible_pairs: Pairs | None,
-        buffer_matching_mode: BufferMode,
+        options: dict[str, Any],
     ) -> None:
         require_module(target_module, "target_module")
         self.source = source
         self.target = describe(target_module, execution_order=self._order(target_module, dummy_input, "target"))
-        self._options: dict[str, Any] = {
-            "buffers": buffer_matching_mode,
-            "incompatible_pairs": incompatible_pairs,
-            "shape_tolerance": shape_tolerance,
-        }
+        self._options = options
         self.options = MatchingOptions.make(**self._options)  # a wrong option is told now, not at the first match
         self._result: MappingResult | None = None
 

@@ -32,6 +32,9 @@ class MatchingOptions:
         adapt: Value-changing operations the user asks for by name.
         assume_layouts: Whether rows of queries and keys, and flattened patches, may be taken to mean the same on both
             sides where nothing shows it (:mod:`lit_wsl.matching.layouts`); without, they are ambiguous.
+        only: Patterns (``encoder.*``) of names of the target, or of its modules: only these are filled.
+        skip: Patterns of names of the target that are never filled.
+        source_prefix: Only what stands under this name in the checkpoint takes part.
 
     Raises:
         MappingError: If an option has a value that is not allowed; the message names it.
@@ -45,6 +48,9 @@ class MatchingOptions:
     shape_tolerance: float = 0.0
     adapt: tuple[Adaptation, ...] = ()
     assume_layouts: bool = False
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    source_prefix: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("buffers", self.buffers, get_args(BufferMode))
@@ -72,6 +78,9 @@ class MatchingOptions:
         shape_tolerance: float = 0.0,
         adapt: Sequence[str] = (),
         assume_layouts: bool = False,
+        only: Sequence[str] = (),
+        skip: Sequence[str] = (),
+        source_prefix: str | None = None,
     ) -> MatchingOptions:
         """Build options from what users write: lists for sets, missing weights, ``None`` for the default."""
         pairs = tuple(_pair(pair) for pair in incompatible_pairs or ())
@@ -84,6 +93,9 @@ class MatchingOptions:
             shape_tolerance=float(shape_tolerance),
             adapt=_names("adapt", adapt),  # type: ignore[arg-type]
             assume_layouts=bool(assume_layouts),
+            only=_names("only", only),
+            skip=_names("skip", skip),
+            source_prefix=source_prefix,
         )
 
     @property
@@ -110,6 +122,9 @@ class MatchingOptions:
             "incompatible_pairs": [[sorted(a), sorted(b)] for a, b in self.incompatible_pairs],
             "adapt": list(self.adapt),
             **({"assume_layouts": True} if self.assume_layouts else {}),
+            **({"only": list(self.only)} if self.only else {}),
+            **({"skip": list(self.skip)} if self.skip else {}),
+            **({"source_prefix": self.source_prefix} if self.source_prefix else {}),
         }
 
 

@@ -18,6 +18,7 @@ from lit_wsl.matching.incompatible import IncompatiblePairs
 from lit_wsl.matching.layouts import hidden_layouts, leave_open
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.orientation import Orientation
+from lit_wsl.matching.selection import part_of, restrict
 from lit_wsl.matching.tree import TreeBuilder, stem_of
 from lit_wsl.matching.words import Dictionary, split_numbers
 from lit_wsl.plan.entries import SideSummary
@@ -126,9 +127,9 @@ def build_plan(
 
             plan = adapt_plan(plan, source, target, options, _build)
         plan = IncompatiblePairs(options.incompatible_pairs).explain(plan)
-        if assume_layouts or options.assume_layouts:
-            return plan
-        return leave_open(plan, hidden_layouts(plan, source, target))
+        if not (assume_layouts or options.assume_layouts):
+            plan = leave_open(plan, hidden_layouts(plan, source, target))
+        return restrict(plan, source, target, options)
 
 
 @contextmanager
@@ -154,6 +155,7 @@ _STYLES = (  # how torch.nn.utils.parametrizations stores what older functions o
 def _build(source: ModelDescription, target: ModelDescription, options: MatchingOptions) -> TransferPlan:
     """The plan of lossless operations alone; parametrized weights go by the names that older code gives them."""
     sides, names = [], []
+    whole, source = source, part_of(source, options.source_prefix)
     for side in (source, target):
         renamed = {i.name: _plain_name(i.name) for i in side.parameters if "parametrizations." in i.name}
         if len({i.name for i in side.parameters if i.name not in renamed} | set(renamed.values())) < len(
@@ -163,13 +165,13 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
         infos = tuple(replace(i, name=renamed[i.name]) if i.name in renamed else i for i in side.parameters)
         sides.append(replace(side, parameters=infos) if renamed else side)
         names.append({new: old for old, new in renamed.items()})
-    plan = _build_lossless(sides[0], sides[1], options)
+    plan = replace(_build_lossless(sides[0], sides[1], options), source=SideSummary.of(whole))
     if not (names[0] or names[1]):
         return plan
     back = [lambda name, known=known: known.get(name, name) for known in names]
     return replace(
         plan,
-        source=SideSummary.of(source),
+        source=SideSummary.of(whole),
         target=SideSummary.of(target),
         entries=tuple(
             replace(e, sources=tuple(map(back[0], e.sources)), targets=tuple(map(back[1], e.targets))) for e in plan

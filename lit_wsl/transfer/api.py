@@ -14,6 +14,7 @@ from lit_wsl.matching.layouts import hidden_layouts
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.proof import prove
+from lit_wsl.matching.selection import restrict, selected
 from lit_wsl.plan.coverage import Coverage, measure_coverage
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.plan import TransferPlan, check_plan, describe_entry, left_alone, loses_values
@@ -79,6 +80,9 @@ def transfer_weights(
     source_module: nn.Module | None = None,
     adapt: Sequence[str] = (),
     assume_layouts: bool = False,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    source_prefix: str | None = None,
     checkpoint_weights: Literal["auto", "model", "ema"] = "auto",
 ) -> TransferReport:
     """Put the weights of one model into another, in place, all or nothing.
@@ -106,6 +110,9 @@ def transfer_weights(
         adapt: Operations that change values, asked for by name.
         assume_layouts: You know that both models order the rows of queries and keys alike, and cut patches alike.
             Without, what only the function could show stays ambiguous, unless ``source_module`` and a sample prove it.
+        only: Patterns (``"encoder.*"``) of names of the model, or of its modules: only these are filled.
+        skip: Patterns of names of the model that are never filled.
+        source_prefix: Only what stands under this name in the checkpoint takes part, such as ``"student.backbone"``.
         checkpoint_weights: Which weights of the file: the ``"model"``'s, its ``"ema"``, or what it marks as its own.
 
     Returns:
@@ -136,6 +143,9 @@ def transfer_weights(
         incompatible_pairs=incompatible_pairs,
         adapt=adapt,
         assume_layouts=assume_layouts,
+        only=only,
+        skip=skip,
+        source_prefix=source_prefix,
     )
     require_module(model, "model")
     require_sample(example_args, example_kwargs)
@@ -202,7 +212,12 @@ def _plan_transfer(
     notes += dropped
     check_plan(chosen, theirs, ours)
     coverage = measure_coverage(chosen, theirs, ours)
-    check_floor(chosen, coverage, theirs, ours, min_coverage)
+    asked = coverage
+    if plan is None and (options.only or options.skip):
+        free = selected(ours, options)
+        part = replace(ours, parameters=tuple(i for i in ours.parameters if i.name in free))
+        asked = measure_coverage(chosen, theirs, part)
+    check_floor(chosen, asked, theirs, ours, min_coverage)
     return Prepared(chosen, coverage, theirs, ours, tuple(notes))
 
 
@@ -215,7 +230,7 @@ def _match(source: Source, target: Target, options: MatchingOptions) -> Transfer
         return build_plan(theirs, ours, options)
     plan = build_plan(theirs, ours, options, assume_layouts=True)
     unseen = {} if options.assume_layouts else hidden_layouts(plan, theirs, ours)
-    return prove(plan, old, target.model, target.samples, unseen=unseen)
+    return restrict(prove(plan, old, target.model, target.samples, unseen=unseen), theirs, ours, options)
 
 
 def finish_transfer(

@@ -1,0 +1,101 @@
+"""Which parts of the two sides take part: ``source_prefix`` of the checkpoint, ``only`` and ``skip`` of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from lit_wsl.errors import MappingError
+from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.plan.entries import Unmatched
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.structure.description import ModelDescription
+
+OUTSIDE = "stands outside of source_prefix={prefix!r}"
+LEFT_ALONE = "left alone, as only= and skip= ask"
+
+
+def part_of(source: ModelDescription, prefix: str | None) -> ModelDescription:
+    """The part of a source under one name.
+
+    Raises:
+        MappingError: If nothing stands under it; the message names what there is.
+    """
+    if not prefix:
+        return source
+    under = prefix.rstrip(".") + "."
+    kept = tuple(i for i in source.parameters if i.name.startswith(under) or i.name == prefix)
+    if not kept:
+        names = [i.name for i in source.parameters]
+        found = sorted({".".join(n.split(".")[:k]) for n in names for k in (1, 2) if n.count(".") >= k})
+        raise MappingError(
+            f"source_prefix={prefix!r}: no tensor of {source.label} stands under this name; "
+            f"there are {', '.join(found[:12])}{', ...' if len(found) > 12 else ''}."
+        )
+    names = {i.name for i in kept}
+    return replace(source, parameters=kept, tied={a: first for a, first in source.tied.items() if first in names})
+
+
+def selected(target: ModelDescription, options: MatchingOptions) -> frozenset[str]:
+    """Names of the target's tensors that may be filled.
+
+    Raises:
+        MappingError: If a pattern matches nothing.
+    """
+    names = [i.name for i in target.parameters]
+    aliases: dict[str, list[str]] = {}
+    for alias, first in target.tied.items():
+        aliases.setdefault(first, []).append(alias)
+    chosen = [
+        {n for n in names if any(_matches(name, patterns) for name in (n, *aliases.get(n, ())))}
+        for patterns in (options.only, options.skip)
+    ]
+    for option, patterns in (("only", options.only), ("skip", options.skip)):
+        for pattern in patterns:
+            if not any(_matches(name, (pattern,)) for name in (*names, *target.tied)):
+                raise MappingError(f"{option}: no tensor of {target.label} matches {pattern!r}, e.g. {names[0]!r}.")
+    return frozenset((chosen[0] if options.only else set(names)) - chosen[1])
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name, or a module around it, matches one of the patterns."""
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
+
+
+def restrict(
+    plan: TransferPlan, source: ModelDescription, target: ModelDescription, options: MatchingOptions
+) -> TransferPlan:
+    """A plan that fills only what may be filled, and tells what stays out.
+
+    What is left alone has taken part in the matching, so that nothing else takes its place.
+    """
+    if options.source_prefix:
+        known = {i.name for i in part_of(source, options.source_prefix).parameters}
+        listed = {u.name for u in plan.unmatched_source}
+        reason = OUTSIDE.format(prefix=options.source_prefix)
+        outside = [i for i in source.parameters if i.name not in known and i.name not in listed]
+        more = tuple(Unmatched(i.name, i.shape, i.kind, reason) for i in outside)
+        plan = replace(plan, unmatched_source=(*plan.unmatched_source, *more))
+    if not (options.only or options.skip):
+        return plan
+    free = selected(target, options)
+    kept = tuple(e for e in plan.entries if free.issuperset(target.tied.get(t, t) for t in e.targets))
+    ambiguous = tuple(a for a in plan.ambiguous if free.issuperset(a.targets))
+    filled = {t for e in kept for t in e.targets} | {t for a in ambiguous for t in a.targets}
+    reasons = {u.name: u for u in plan.unmatched_target if u.name in free}
+    left = tuple(
+        reasons.get(i.name, Unmatched(i.name, i.shape, i.kind, LEFT_ALONE))
+        for i in target.parameters
+        if i.name not in filled
+    )
+    used = {s for e in kept for s in e.sources} | {u.name for u in plan.unmatched_source}
+    unused = [source[s] for e in plan.entries for s in e.sources if s not in used]
+    more = tuple(Unmatched(i.name, i.shape, i.kind, f"its place is {LEFT_ALONE}") for i in dict.fromkeys(unused))
+    return replace(
+        plan,
+        entries=kept,
+        ambiguous=ambiguous,
+        unmatched_target=left,
+        unmatched_source=(*plan.unmatched_source, *more),
+    )
