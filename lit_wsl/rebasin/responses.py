@@ -291,7 +291,7 @@ def _responses(
         if name not in spec.axes or not isinstance(getattr(module, "weight", None), Tensor):
             continue
         axis = output_axis(probe, name)
-        if axis in spec.axes[name] and spec.axes[name][axis].outer_axis is None:
+        if axis in spec.axes[name] and spec.axes[name][axis].outer_axis is None is spec.axes[name][axis].stack_axis:
             hooks.append(module.register_forward_hook(listen(name, spec.axes[name][axis].length)))
     for batch in batches:
         if max_batches is not None and number >= max_batches:

@@ -23,7 +23,7 @@ from lit_wsl.rebasin.inference.units import (
     release,
     scramble,
 )
-from lit_wsl.rebasin.spec.axis import AxisSpec, PermutationGroup
+from lit_wsl.rebasin.spec.axis import AxisSpec, PermutationGroup, stacked
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
 
@@ -313,15 +313,54 @@ class Grouping:
 
     def _axis(self, place: Place) -> AxisSpec | None:
         array, joint = self.arrays[place], self.run.joints.get(place)
-        if joint is None or array.shape[joint.outer_axis] == 1:
+        outer = [] if joint is None else [o for o in joint.outer if array.shape[o] > 1]
+        if not outer:
             return self._plain(array.ravel())
-        rows = np.moveaxis(array, (joint.outer_axis, place[1]), (0, 1)).reshape(-1, array.shape[place[1]])
-        first, _ = distinct_rows(rows)
-        first = np.sort(first)
+        layers = np.moveaxis(array, (*outer, place[1]), range(len(outer) + 1))
+        layers = layers.reshape(*(array.shape[o] for o in outer), -1)
+        if len(distinct_rows(layers.reshape(-1, layers.shape[-1]))[0]) == 1:
+            return self._plain(layers.reshape(-1, layers.shape[-1])[0])
+        for k in reversed(range(len(outer))):
+            if len(outer) > 1 and (layers == layers.take([0], axis=k)).all():
+                layers = layers.take([0], axis=k).squeeze(k)
+                del outer[k]
+        moved = [o for o in outer if (spec := self._axis((place[0], o))) is not None and spec.groups]
+        stacks = [o for o in outer if o not in moved]
+        if len(stacks) > 1 or len(moved) > 1:
+            self.inexpressible.append(layers.reshape(-1, layers.shape[-1]))
+            return None
+        if not stacks:
+            return self._inside(moved[0], layers, self.arrays[place[0], moved[0]].ravel())
+        layers = np.moveaxis(layers, outer.index(stacks[0]), 0)
+        parts = [self._layer(place[0], moved, stacks[0], k, layers[k]) for k in range(len(layers))]
+        if any(part is None for part in parts):
+            return None
+        known = [part for part in parts if part is not None]
+        if all(part == known[0] for part in known):
+            return known[0]
+        return stacked(known, stacks[0], self.names) if any(part.groups for part in known) else None
+
+    def _layer(self, number: int, moved: list[int], stack: int, place: int, layer: Array) -> AxisSpec | None:
+        """What an axis is at one place of a stack; None if that cannot be written."""
+        nothing = AxisSpec((), torch.empty(0, layer.shape[-1], dtype=torch.long))
+        if not moved:
+            plain = self._plain(layer)
+            if self._ancestors(plain.groups) <= set(plain.groups):
+                return plain if plain.groups else nothing
+            self.inexpressible.append(layer[None])
+            return None
+        around: Array = self.arrays[number, moved[0]]
+        around = around.take([place], axis=stack) if around.shape[stack] > 1 else around
+        count = len(self.inexpressible)
+        found = self._inside(moved[0], layer, around.ravel())
+        return found if found is not None else (nothing if len(self.inexpressible) == count else None)
+
+    def _inside(self, outer_axis: int, rows: Array, around: Array) -> AxisSpec | None:
+        """An axis that is moved inside what moves another one; ``rows`` holds its units for each place there."""
+        first = np.sort(distinct_rows(rows)[0])
         if len(first) == 1:
             return self._plain(rows[0])
-        outer_array = self.arrays.get((place[0], joint.outer_axis))
-        outer = self._plain(outer_array.ravel()) if outer_array is not None else self._plain(np.zeros(0, np.int64))
+        outer = self._plain(around)
         outer = AxisSpec(outer.groups, outer.coords[:, torch.from_numpy(first)])
         specs = [self._plain(row) for row in rows[first]]
         inner = tuple(g for g in specs[0].groups if not self._given(g, specs, outer))
@@ -332,7 +371,7 @@ class Grouping:
             return None
         if not inner:
             return None
-        return AxisSpec(inner, torch.stack([specs[0].coordinate(g) for g in inner]), joint.outer_axis)
+        return AxisSpec(inner, torch.stack([specs[0].coordinate(g) for g in inner]), outer_axis)
 
     def _given(self, group: str, specs: list[AxisSpec], outer: AxisSpec) -> bool:
         """Whether the place on the outer axis alone says which unit of a group a row belongs to."""

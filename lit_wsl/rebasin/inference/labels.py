@@ -110,6 +110,10 @@ class Algebra:
     node: int = 0
     joins: list[tuple[Array, Array]] = field(default_factory=list)
     """Factors on different axes of one tensor that have axes in common."""
+    clashes: list[tuple[Array, Array]] = field(default_factory=list)
+    """Independent factors of one label that were put onto one axis: finer labels may help, see :class:`Joint`."""
+    unaligned: list[tuple[Label, Array, Array]] = field(default_factory=list)
+    """Labels of one axis that met labels on more axes: (label, its factor, the other one)."""
     _told_apart: int = 0
 
     # ---- factors -----------------------------------------------------------------------------------------------------
@@ -286,6 +290,8 @@ class Algebra:
         for _ in range(_ROUNDS):
             # What is lost by one operand may be lost by the others, too: until nothing more is lost.
             before = self.units.losses
+            if not self.units.losses > before:
+                self._note_unaligned(aligned)
             aligned = self._pin_where_fixed(aligned, reason)
             factors = self._reconcile([factor for label in aligned for factor in label.factors], reason)
             if self.units.losses == before:
@@ -294,6 +300,16 @@ class Algebra:
         for factor in factors:
             self.units.freeze(factor, reason)
         return result
+
+    def _note_unaligned(self, labels: Sequence[Label]) -> None:
+        """Note where a tensor has the same units for each place on an axis, and another has different ones."""
+        for label in labels:
+            for factor in label.factors if label.origin is not None or len(label.factors) > 1 else ():
+                mine = depends(factor)
+                for other in (f for one in labels if one is not label for f in one.factors):
+                    beyond = depends(other) - mine
+                    if mine < depends(other) and any(label.shape[axis] > 1 for axis in beyond):
+                        self.unaligned.append((label, factor, other))
 
     def _pin_where_fixed(self, labels: Sequence[Label], reason: str) -> list[Label]:
         """Where one operand moves along an axis and another varies there without moving, nothing may move."""

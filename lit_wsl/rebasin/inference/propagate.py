@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lit_wsl.rebasin.inference import rules_compute, rules_index, rules_shape  # noqa: F401  (they register themselves)
-from lit_wsl.rebasin.inference.labels import Label
+from lit_wsl.rebasin.inference.labels import Label, depends
 from lit_wsl.rebasin.inference.run import (
     MOVING_RULES,
     READING,
@@ -70,6 +70,7 @@ def step(run: Run, node: Node) -> None:
             run.algebra.freeze(run.label(ref), f"operation {node.name} with arguments its rule does not expect")
     if isinstance(labels, Label):
         labels = (labels,)
+    _ask_for_joints(run)
     _check_routing(run, node, labels)
     written = written_arguments(node)
     for out, label in zip(flat_refs(node.outs), labels, strict=False):
@@ -84,6 +85,20 @@ def step(run: Run, node: Node) -> None:
         else:
             run.assign(out.number, label)
     note_views(run, node)
+
+
+def _ask_for_joints(run: Run) -> None:
+    """Ask for finer labels of parameters where those of this pass were too coarse to be followed."""
+    for one, two in run.algebra.clashes:
+        first, second = run.maker(one), run.maker(two)
+        if first is not None and second is not None:
+            run.wish(max(first, second), min(first, second))
+    for label, factor, other in run.algebra.unaligned:
+        for beyond in label.factors:
+            if len(depends(beyond)) == 1 and depends(beyond) < depends(other):
+                run.wish(run.maker(factor), run.maker(beyond))
+    run.algebra.clashes.clear()
+    run.algebra.unaligned.clear()
 
 
 def _check_routing(run: Run, node: Node, labels: Sequence[Label]) -> None:

@@ -386,7 +386,7 @@ def ask_for_joint(run: Run, label: Label, batch: int) -> None:
         inner = run.owner(factor) if batch not in depends(factor) else None
         # The batch may be on two axes (products of all pairs of rows): it has no units inside itself.
         if inner is not None and inner[0] == owner[0] and inner != owner:
-            run.request(inner[0], inner[1], Joint(owner[1], run.shape_of(owner[0])[owner[1]]))
+            run.request(inner[0], inner[1], Joint((owner[1],)))
 
 
 def product(run: Run, refs: Sequence[Any], words: Sequence[str], out: str) -> Label:
@@ -447,12 +447,14 @@ def convolution(run: Run, node: Node) -> Label:
     groups, transposed = int(args["groups"]), bool(args.get("transposed", False))
     shape = run.shape(node.outs[0])
     x = algebra.pinned(x, range(2, x.ndim), ORDER)
+    if weight.origin is not None and run.shape_of(weight.origin) == weight.shape:
+        run.ordered.update((weight.origin, axis) for axis in range(2, weight.ndim))
     weight = algebra.pinned(weight, range(2, weight.ndim), ORDER)
     inner = 1  # the axis of the weight that has one group's channels only
     if groups > 1 and weight.shape[inner] > 1 and weight.origin is not None:
         owned = [f for f in weight.factors if depends(f) == {inner}]
         if owned and run.shape_of(weight.origin) == weight.shape:
-            run.request(weight.origin, inner, Joint(0, groups))
+            run.request(weight.origin, inner, Joint((0,), groups))
             weight = replace(weight, factors=tuple(f for f in weight.factors if depends(f) != {inner}))
             weight = replace(weight, varies=tuple(v and a != inner for a, v in enumerate(weight.varies)))
     n, c = x.shape[0], x.shape[1]

@@ -131,10 +131,13 @@ def _one_each(algebra: Algebra, before: Sequence[Array], after: list[Array]) -> 
     for k in sorted(range(len(after)), key=lambda k: (-after[k].size, k)):
         clash = [
             other
-            for other in kept
-            if depends(after[k]) & depends(after[other]) and not depends(before[k]) & depends(before[other])
+            for other in range(len(after))
+            if other != k
+            and depends(after[k]) & depends(after[other])
+            and not depends(before[k]) & depends(before[other])
         ]
-        if clash:
+        algebra.clashes += [(before[other], before[k]) for other in clash if other < k]
+        if set(clash).intersection(kept):
             algebra.units.freeze(before[k], "shares an axis with another independent permutation")
         else:
             kept.append(k)
@@ -264,6 +267,20 @@ def select_label(label: Label, dim: int, index: int) -> Label:
     return moved(one, [one.shape[a] for a in stay], lambda f: np.squeeze(f, dim), varies, stay.index)
 
 
+MAX_STACK = 64
+"""More places on an axis than this are a table (of tokens, of positions), not a stack of parameters."""
+
+
+def ask_for_stack(run: Run, label: Label, dim: int) -> None:
+    """Parameters stacked on an axis and taken apart again may have units of their own: ask for them."""
+    stack = next((run.maker(f) for f in label.factors if depends(f) == {dim}), None)
+    if stack is None or label.shape[dim] > MAX_STACK:
+        return
+    for factor in label.factors:
+        if dim not in depends(factor):
+            run.wish(run.maker(factor), stack)
+
+
 @rule("select", moves=True)
 def select(run: Run, node: Node) -> Label:
     """One position of an axis."""
@@ -274,6 +291,7 @@ def select(run: Run, node: Node) -> Label:
     if not isinstance(index, int):
         run.algebra.freeze(label, "selected by a computed position")
         return Label(run.shape(node.outs[0]))
+    ask_for_stack(run, label, dim)
     return select_label(label, dim, index)
 
 
@@ -282,6 +300,7 @@ def unbind(run: Run, node: Node) -> list[Label]:
     """All positions of an axis, one by one."""
     label = run.label(node.args["self"])
     dim = axes_of(node.args["dim"], label.ndim)[0]
+    ask_for_stack(run, label, dim)
     return [select_label(label, dim, index) for index in range(label.shape[dim])]
 
 

@@ -25,10 +25,18 @@ Rule: TypeAlias = Callable[["Run", Node], "Label | Sequence[Label]"]
 
 @dataclass(frozen=True)
 class Joint:
-    """An axis whose units are different for each place on another axis: ``(outer axis, number of outer blocks)``."""
+    """An axis whose units are different for each place on other axes of its parameter.
 
-    outer_axis: int
-    blocks: int
+    Attributes:
+        outer: These axes; each one's units are in turn different for each place on those before it.
+        blocks: With one outer axis, the number of blocks that its places form, one for each by default.
+        bound: Whether units stay in the block of their place on the last outer axis; where that axis does not move,
+            there is nothing to be bound to.
+    """
+
+    outer: tuple[int, ...]
+    blocks: int | None = None
+    bound: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,13 @@ class Run:
 
     Attributes:
         trace: The recorded forward pass.
-        joints: (parameter, axis) -> how its units are different for each place on another axis; from earlier passes.
+        joints: (parameter, axis) -> how its units are different for each place on other axes; from earlier passes.
         algebra: The units, and what computing does to them.
         labels: Labels of tensors by their numbers.
         axes: (parameter, axis) -> the units that were made for it.
-        requests: Joints that a rule asks for, for a further pass.
+        requests: (parameter, axis) and the joint that a rule needs in a further pass.
+        wishes: The same for joints that a rule can do without, at the cost of freedom.
+        ordered: (parameter, axis) whose order stays, so that no finer units are of use there.
         unknown: Operations without a rule that something moved has entered, and how often.
         used: Tensors that entered an operation.
         looked: Tensors whose label was asked for since this was last emptied.
@@ -64,7 +74,9 @@ class Run:
     algebra: Algebra = field(default_factory=Algebra)
     labels: dict[int, Label] = field(default_factory=dict)
     axes: dict[tuple[int, int], Array] = field(default_factory=dict)
-    requests: dict[tuple[int, int], Joint] = field(default_factory=dict)
+    requests: list[tuple[tuple[int, int], Joint]] = field(default_factory=list)
+    wishes: list[tuple[tuple[int, int], Joint]] = field(default_factory=list)
+    ordered: set[tuple[int, int]] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
     used: set[int] = field(default_factory=set)
     looked: set[int] = field(default_factory=set)
@@ -81,32 +93,28 @@ class Run:
 
     def _label_parameter(self, number: int) -> None:
         shape = self.trace.tensors[number].shape
-        factors = []
-        for axis, size in enumerate(shape):
-            if size < 2:
-                continue
-            joint = self.joints.get((number, axis))
-            view = [1] * len(shape)
-            view[axis] = size
-            self._starts.append(len(self.algebra.units))
-            self._owners.append((number, axis))
-            if joint is None:
-                units = self.algebra.units.fresh(size)
-                factor = units.reshape(view)
-            else:
-                outer = shape[joint.outer_axis]
-                fresh = self.algebra.units.fresh(joint.blocks * size).reshape(joint.blocks, size)
-                if joint.blocks == outer and (number, joint.outer_axis) in self.axes:
-                    blocks = self.axes[(number, joint.outer_axis)].ravel()
-                else:
-                    blocks = self.algebra.units.fresh(joint.blocks)
-                self.algebra.units.bind(fresh, blocks[:, None])
-                rows = np.repeat(fresh, outer // joint.blocks, axis=0)
-                view[joint.outer_axis] = outer
-                factor = (rows if joint.outer_axis < axis else rows.T).reshape(view)
-            self.axes[(number, axis)] = factor
-            factors.append(factor)
-        self.assign(number, Label(shape, tuple(factors), origin=number))
+        depth = {axis: len(joint.outer) for (of, axis), joint in self.joints.items() if of == number}
+        for axis in sorted(range(len(shape)), key=lambda axis: (depth.get(axis, 0), axis)):
+            if shape[axis] > 1:
+                self._starts.append(len(self.algebra.units))
+                self._owners.append((number, axis))
+                self.axes[number, axis] = self._units_of(number, axis, shape)
+        factors = tuple(self.axes[number, axis] for axis in range(len(shape)) if shape[axis] > 1)
+        self.assign(number, Label(shape, factors, origin=number))
+
+    def _units_of(self, number: int, axis: int, shape: Sequence[int]) -> Array:
+        joint, units = self.joints.get((number, axis)), self.algebra.units
+        outer = () if joint is None else joint.outer
+        sizes = [n if a in outer or a == axis else 1 for a, n in enumerate(shape)]
+        if joint is not None and joint.blocks is not None:
+            fresh = units.fresh(joint.blocks * shape[axis]).reshape(joint.blocks, shape[axis])
+            units.bind(fresh, units.fresh(joint.blocks)[:, None])
+            rows = np.repeat(fresh, shape[outer[0]] // joint.blocks, axis=0)
+            return (rows if outer[0] < axis else rows.T).reshape(sizes)
+        made = units.fresh(int(np.prod(sizes))).reshape(sizes)
+        if joint is not None and outer and joint.bound:
+            units.bind(made, self.axes[number, outer[-1]])
+        return made
 
     def owner(self, factor: Array) -> tuple[int, int] | None:
         """Parameter and axis that all units of a factor were made for, None if they come from several."""
@@ -115,6 +123,14 @@ class Run:
         place = int(np.searchsorted(self._starts, low, side="right")) - 1
         same = int(np.searchsorted(self._starts, high, side="right")) - 1
         if low == 0 or place < 0 or place != same:
+            return None
+        return self._owners[place]
+
+    def maker(self, factor: Array) -> tuple[int, int] | None:
+        """Parameter and axis that the units of a factor were made for, whatever they were unified with since."""
+        low, high = int(factor.min()), int(factor.max())
+        place = int(np.searchsorted(self._starts, low, side="right")) - 1
+        if low == 0 or place < 0 or place != int(np.searchsorted(self._starts, high, side="right")) - 1:
             return None
         return self._owners[place]
 
@@ -176,12 +192,20 @@ class Run:
     def request(self, number: int, axis: int, joint: Joint) -> None:
         """Ask for a further pass in which an axis has other units for each place on another axis."""
         if (number, axis) not in self.joints:
-            self.requests[(number, axis)] = joint
+            self.requests.append(((number, axis), joint))
+
+    def wish(self, inner: tuple[int, int] | None, outer: tuple[int, int] | None) -> None:
+        """Wish for other units on an axis for each place on another axis of the same parameter."""
+        if inner is None or outer is None or inner[0] != outer[0] or inner == outer:
+            return
+        known = self.joints.get(inner)
+        if known is None or (known.blocks is None and outer[1] not in known.outer):
+            self.wishes.append((inner, Joint((outer[1],))))
 
     def replica(self) -> Run:
         """The same trace without labels, with units of its own: to apply a rule once more and see what it does."""
         other = copy(self)
-        other.algebra, other.labels, other.requests, other.unknown = Algebra(), {}, {}, {}
+        other.algebra, other.labels, other.requests, other.wishes, other.unknown = Algebra(), {}, [], [], {}
         other.views, other.stale, other.moves = {}, set(), []
         return other
 

@@ -38,7 +38,7 @@ class Evidence:
         self.axes = {name: spec.axes[name] for name in tensors}
         self.open = dict.fromkeys(trees)
         self.free = {
-            (name, axis): (axis_spec.coords < 0).all(dim=0)
+            (name, axis): (axis_spec.coords < 0).reshape(-1, axis_spec.length).all(dim=0)
             for name, axes in self.axes.items()
             for axis, axis_spec in axes.items()
         }
@@ -70,7 +70,7 @@ class Evidence:
         free = torch.ones(axis_spec.length, dtype=torch.bool)
         for row, group in enumerate(axis_spec.groups):
             if self.roots[group] in self.open:
-                free &= axis_spec.coords[row] < 0
+                free &= (axis_spec.coords[row] < 0).reshape(-1, axis_spec.length).all(dim=0)
         return free
 
     def _usable(self, term: Term) -> bool:

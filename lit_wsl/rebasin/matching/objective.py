@@ -8,12 +8,13 @@ the permutation inside the head. What the outer group sees of them is the value 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lit_wsl.rebasin.spec.axis import AxisSpec
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
 #: Similarity entries that are held at once; beyond it, nested blocks are computed pair by pair.
@@ -243,14 +244,25 @@ def build_trees(spec: PermutationSpec, tensors: Iterable[str]) -> dict[str, Tree
                 if name not in moved[root]:
                     moved[root].append(name)
                 if name in counted:
-                    terms[root].extend(_axis_terms(spec, roots, name, axis, root))
+                    for place, part in axis_spec.slices():
+                        stack = {} if axis_spec.stack_axis is None else {axis_spec.stack_axis: torch.tensor([place])}
+                        terms[root].extend(_axis_terms(spec, roots, name, axis, part, stack, root))
     members = {root: tuple(g for g in spec.groups if roots[g] == root) for root in terms}
     return {root: Tree(root, members[root], tuple(terms[root]), tuple(moved[root])) for root in terms}
 
 
-def _axis_terms(spec: PermutationSpec, roots: Mapping[str, str], name: str, axis: int, root: str) -> list[Term]:
-    axis_spec = spec.axes[name][axis]
+def _axis_terms(
+    spec: PermutationSpec,
+    roots: Mapping[str, str],
+    name: str,
+    axis: int,
+    axis_spec: AxisSpec,
+    stack: dict[int, Tensor],
+    root: str,
+) -> list[Term]:
     inside = [g for g in axis_spec.groups if roots[g] == root]
+    if not inside:
+        return []
     touched = torch.stack([axis_spec.coordinate(g) >= 0 for g in inside])
     pattern = torch.zeros(axis_spec.length, dtype=torch.long)  # positions that the same groups touch have the same
     for row in touched:
@@ -265,16 +277,22 @@ def _axis_terms(spec: PermutationSpec, roots: Mapping[str, str], name: str, axis
         leaves = tuple(g for g in present if g not in above)
         if len({spec.groups[g].parent for g in leaves}) > 1 or len(leaves) > 2:
             continue  # no known architecture has it; such a tensor still counts in the objective
-        term = _term(spec, roots, name, axis, leaves, where)
+        term = _term(spec, roots, name, (axis, axis_spec), leaves, where)
         if term is not None:
-            found.append(term)
+            found.append(replace(term, only={**term.only, **stack}))
     return found
 
 
 def _term(
-    spec: PermutationSpec, roots: Mapping[str, str], name: str, axis: int, leaves: tuple[str, ...], where: Tensor
+    spec: PermutationSpec,
+    roots: Mapping[str, str],
+    name: str,
+    place: tuple[int, AxisSpec],
+    leaves: tuple[str, ...],
+    where: Tensor,
 ) -> Term | None:
-    axes, axis_spec, root = spec.axes[name], spec.axes[name][axis], roots[leaves[0]]
+    axis, axis_spec = place
+    axes, root = spec.axes[name], roots[leaves[0]]
     ancestors = spec.ancestors(leaves[0])
     on_axis = [g for g in (*ancestors, *leaves) if g in axis_spec.groups]
     also = (axis_spec.coords[:, where] >= 0).any(dim=1).tolist()
@@ -288,6 +306,8 @@ def _term(
         if outer_axis is None:
             return None
         outer = axes[outer_axis]
+        if outer.stack_axis is not None:
+            return None  # such a tensor still counts in the objective
         order = _lexsort([*(outer.coordinate(g) for g in outside), torch.arange(outer.length)])
         outer_positions = order.reshape(_product(spec.groups[g].size for g in outside), -1)
     else:
@@ -325,7 +345,7 @@ def _left_by_nested(spec: PermutationSpec, name: str, axis: int, leaves: tuple[s
         if other == axis or other_spec.outer_axis != axis:
             continue
         nested = [
-            other_spec.coordinate(g) >= 0
+            (other_spec.coordinate(g) >= 0).reshape(-1, other_spec.length).any(dim=0)
             for g in other_spec.groups
             if any(leaf in spec.ancestors(g) for leaf in leaves)
         ]

@@ -34,15 +34,14 @@ def permute_axes(spec: PermutationSpec, name: str, tensor: Tensor, indices: Mapp
     by_axis = spec.axes[name]
     # Plain axes first: an index with an outer axis belongs to the new positions on that axis.
     for axis in sorted(indices, key=lambda a: (by_axis[a].outer_axis is not None, a)):
-        index, outer_axis = indices[axis].to(tensor.device), by_axis[axis].outer_axis
-        if outer_axis is None:
+        index, spec_of = indices[axis].to(tensor.device), by_axis[axis]
+        places = [a for a in (spec_of.stack_axis, spec_of.outer_axis) if a is not None] + [axis]
+        if len(places) == 1:
             tensor = tensor.index_select(axis, index)
             continue
-        if outer_axis > axis:
-            index = index.T
-        view = [1] * tensor.ndim
-        view[outer_axis], view[axis] = tensor.shape[outer_axis], tensor.shape[axis]
-        tensor = torch.take_along_dim(tensor, index.reshape(view), dim=axis)
+        order = sorted(range(len(places)), key=places.__getitem__)
+        view = [n if a in places else 1 for a, n in enumerate(tensor.shape)]
+        tensor = torch.take_along_dim(tensor, index.permute(order).reshape(view), dim=axis)
     return tensor
 
 

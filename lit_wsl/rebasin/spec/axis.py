@@ -55,16 +55,31 @@ class AxisSpec:
             not touch the position. Positions of equal coordinates keep their order.
         outer_axis: Where the parents of these groups lie on *another axis of the same tensor* (the expert of an
             ``(experts, out, in)`` tensor; the group of a grouped convolution's output channel), that axis.
+        stack_axis: Where several parameters are stacked on another axis that nothing moves (query, key and value of a
+            ``(3, heads, dim, width)`` tensor) and this one is moved differently in each, that axis. ``coords`` then has
+            one layer for each place on it, ``(len(groups), places, length)``; see :meth:`slices`.
     """
 
     groups: tuple[str, ...]
     coords: Tensor
     outer_axis: int | None = None
+    stack_axis: int | None = None
 
     @property
     def length(self) -> int:
         """Number of positions of the axis."""
-        return int(self.coords.shape[1])
+        return int(self.coords.shape[-1])
+
+    def slices(self) -> list[tuple[int | None, AxisSpec]]:
+        """The axis for each place on its stack axis; itself, with None, if it has none."""
+        if self.stack_axis is None:
+            return [(None, self)]
+        found: list[tuple[int | None, AxisSpec]] = []
+        for place in range(self.coords.shape[1]):
+            rows = [row for row in range(len(self.groups)) if bool((self.coords[row, place] >= 0).any())]
+            groups = tuple(self.groups[row] for row in rows)
+            found.append((place, AxisSpec(groups, self.coords[rows, place], self.outer_axis)))
+        return found
 
     @cached_property
     def rank(self) -> Tensor:
@@ -80,12 +95,12 @@ class AxisSpec:
         return rank
 
     def coordinate(self, group: str) -> Tensor:
-        """Unit of ``group`` at each position, LongTensor ``(length,)``, -1 where it does not touch."""
+        """Unit of ``group`` at each position, LongTensor ``([places,] length)``, -1 where it does not touch."""
         return self.coords[self.groups.index(group)]
 
     @property
     def touched(self) -> Tensor:
-        """Bool ``(length,)``: the positions that some group moves."""
+        """Bool ``([places,] length)``: the positions that some group moves."""
         if not self.groups:
             return torch.zeros(self.length, dtype=torch.bool)
         return (self.coords >= 0).any(dim=0)
@@ -113,14 +128,15 @@ class AxisSpec:
         """The axis without some groups."""
         keep = [row for row, group in enumerate(self.groups) if group not in removed]
         groups = tuple(self.groups[row] for row in keep)
-        return AxisSpec(groups, self.coords[keep], self.outer_axis)
+        return AxisSpec(groups, self.coords[keep], self.outer_axis, self.stack_axis)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AxisSpec):
             return NotImplemented
         return (
             self.groups == other.groups
-            and self.outer_axis == other.outer_axis
+            and (self.outer_axis, self.stack_axis) == (other.outer_axis, other.stack_axis)
+            and self.coords.shape == other.coords.shape
             and torch.equal(self.coords, other.coords)
         )
 
@@ -139,6 +155,7 @@ class AxisUse:
         outer_axis: The other axis on which the ancestors lie, or None.
         outer_positions: LongTensor ``(*sizes of the ancestors, k2)``: with ``outer_axis``, the positions on it that
             belong to each unit of the parent.
+        stack: Where the axis is moved differently along a stack axis, that axis and the place on it.
     """
 
     tensor: str
@@ -146,6 +163,16 @@ class AxisUse:
     positions: Tensor
     outer_axis: int | None = None
     outer_positions: Tensor | None = None
+    stack: tuple[int, int] | None = None
+
+
+def stacked(slices: Sequence[AxisSpec], stack_axis: int, order: Sequence[str]) -> AxisSpec:
+    """One axis made of what it is at each place on its stack axis; ``order`` ranks the groups."""
+    groups = tuple(group for group in order if any(group in part.groups for part in slices))
+    still = torch.full((slices[0].length,), -1, dtype=torch.long)
+    rows = [torch.stack([p.coordinate(g) if g in p.groups else still for p in slices]) for g in groups]
+    outer = next((part.outer_axis for part in slices if part.outer_axis is not None), None)
+    return AxisSpec(groups, torch.stack(rows), outer, stack_axis)
 
 
 def lexsort(keys: list[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.spec.axis import FORMAT, VERSION, PermutationGroup, axis_from_segments, axis_to_segments, lexsort
+from lit_wsl.rebasin.spec.axis import (
+    FORMAT,
+    VERSION,
+    PermutationGroup,
+    axis_from_segments,
+    axis_to_segments,
+    lexsort,
+    stacked,
+)
 from lit_wsl.rebasin.spec.axis import AxisSpec as AxisSpec
 from lit_wsl.rebasin.spec.axis import AxisUse as AxisUse
 from lit_wsl.rebasin.spec.axis import Permutations as Permutations
@@ -83,17 +91,20 @@ def validate(spec: PermutationSpec) -> None:
         seen.add(name)
     for tensor, by_axis in spec.axes.items():
         for axis, axis_spec in by_axis.items():
-            _validate_axis(spec, tensor, axis, axis_spec)
+            for place, part in axis_spec.slices():
+                _validate_axis(spec, tensor, axis, part, place)
 
 
-def _validate_axis(spec: PermutationSpec, tensor: str, axis: int, axis_spec: AxisSpec) -> None:
+def _validate_axis(spec: PermutationSpec, tensor: str, axis: int, axis_spec: AxisSpec, stacked: int | None) -> None:
     place = f"axis {axis} of {tensor!r}"
     shape = spec.shapes.get(tensor)
     if shape is not None and (axis >= len(shape) or shape[axis] != axis_spec.length):
         raise RebasinError(f"{place} has length {axis_spec.length} in the spec, but the tensor's shape is {shape}.")
     if axis_spec.coords.shape[0] != len(axis_spec.groups) or len(set(axis_spec.groups)) != len(axis_spec.groups):
         raise RebasinError(f"{place}: one row of coordinates for each group, each group once.")
-    outer = spec.axes[tensor].get(axis_spec.outer_axis) if axis_spec.outer_axis is not None else None
+    outer: AxisSpec | None = None
+    if axis_spec.outer_axis is not None and axis_spec.outer_axis in spec.axes[tensor]:
+        outer = spec._slice(tensor, axis_spec.outer_axis, stacked)
     for row, group in enumerate(axis_spec.groups):
         if group not in spec.groups:
             raise RebasinError(f"{place} is moved by {group!r}, which is not among the groups.")
@@ -181,16 +192,21 @@ class PermutationSpec(Summarised):
         found: dict[str, list[AxisUse]] = {name: [] for name in self.groups}
         for name, axes in self.axes.items():
             for axis, axis_spec in axes.items():
-                for group in axis_spec.groups:
-                    found[group].append(self._use(name, axis, group))
+                for place, part in axis_spec.slices():
+                    for group in part.groups:
+                        found[group].append(self._use(name, axis, group, part, place))
         return {name: tuple(uses) for name, uses in found.items()}
 
     def uses(self, group: str) -> tuple[AxisUse, ...]:
         """Every (tensor, axis) that ``group`` moves, with the positions of its units."""
         return self._uses[group]
 
-    def _use(self, name: str, axis: int, group: str) -> AxisUse:
+    def _slice(self, name: str, axis: int, place: int | None) -> AxisSpec:
+        """An axis at a place of the stack that another axis of the tensor is moved differently along."""
         axis_spec = self.axes[name][axis]
+        return axis_spec if axis_spec.stack_axis is None else axis_spec.slices()[place or 0][1]
+
+    def _use(self, name: str, axis: int, group: str, axis_spec: AxisSpec, place: int | None) -> AxisUse:
         family = (*self.ancestors(group), group)
         on_axis = [g for g in family if g in axis_spec.groups]
         keys = [axis_spec.coordinate(g) for g in on_axis]
@@ -200,15 +216,16 @@ class PermutationSpec(Summarised):
         order = lexsort([k[where] for k in (*keys, *rest, axis_spec.rank)])
         shape = [self.groups[g].size for g in on_axis]
         positions = where[order].reshape(*shape, -1)
-        if axis_spec.outer_axis is None:
-            return AxisUse(name, axis, positions)
+        stack = None if place is None else (self.axes[name][axis].stack_axis or 0, place)
         above = [g for g in family if g not in on_axis]
-        outer = self.axes[name][axis_spec.outer_axis]
+        if axis_spec.outer_axis is None or not above:
+            return AxisUse(name, axis, positions, stack=stack)
+        outer = self._slice(name, axis_spec.outer_axis, place)
         outer_order = lexsort([*(outer.coordinate(g) for g in above), torch.arange(outer.length)])
         sizes = [self.groups[g].size for g in above]
         outer_positions = outer_order.reshape(*sizes, -1)
         positions = positions.expand(*sizes, *positions.shape)
-        return AxisUse(name, axis, positions, axis_spec.outer_axis, outer_positions)
+        return AxisUse(name, axis, positions, axis_spec.outer_axis, outer_positions, stack)
 
     # ---- permutations ------------------------------------------------------------------------------------------------
 
@@ -236,15 +253,19 @@ class PermutationSpec(Summarised):
 
         Returns:
             LongTensor ``(length,)``; ``(length of the outer axis, length)`` if the axis has an ``outer_axis``: the
-            index then belongs to the *new* position on that axis.
+            index then belongs to the *new* position on that axis. With a ``stack_axis`` one of these for each place.
 
         Raises:
             RebasinError: A permutation has the wrong shape.
         """
-        axis_spec = self.axes[name][axis]
+        slices = self.axes[name][axis].slices()
+        found = [self._index(permutations, name, part, place) for place, part in slices]
+        return found[0] if slices[0][0] is None else torch.stack(found)
+
+    def _index(self, permutations: Permutations, name: str, axis_spec: AxisSpec, place: int | None) -> Tensor:
         if axis_spec.outer_axis is None:
             return self._take(permutations, axis_spec, {})
-        outer = self.axes[name][axis_spec.outer_axis]
+        outer = self._slice(name, axis_spec.outer_axis, place)
         rows, inverse = torch.unique(outer.coords, dim=1, return_inverse=True)
         table = [
             self._take(permutations, axis_spec, dict(zip(outer.groups, column.tolist(), strict=True)))
@@ -387,7 +408,10 @@ def spec_to_dict(spec: PermutationSpec) -> dict[str, Any]:
     for tensor, by_axis in spec.axes.items():
         axes[tensor] = {}
         for axis, axis_spec in by_axis.items():
-            entry: dict[str, Any] = {"segments": axis_to_segments(axis_spec)}
+            entry: dict[str, Any] = {"segments": axis_to_segments(axis_spec)} if axis_spec.stack_axis is None else {}
+            if axis_spec.stack_axis is not None:
+                entry["stack_axis"] = axis_spec.stack_axis
+                entry["slices"] = [axis_to_segments(part) for _, part in axis_spec.slices()]
             if axis_spec.outer_axis is not None:
                 entry["outer_axis"] = axis_spec.outer_axis
             axes[tensor][str(axis)] = entry
@@ -406,6 +430,13 @@ def spec_to_dict(spec: PermutationSpec) -> dict[str, Any]:
     }
 
 
+def _axis_from_dict(entry: Mapping[str, Any], order: Sequence[str]) -> AxisSpec:
+    outer_axis, stack_axis = entry.get("outer_axis"), entry.get("stack_axis")
+    if stack_axis is None:
+        return axis_from_segments(entry["segments"], order, outer_axis)
+    return stacked([axis_from_segments(part, order, outer_axis) for part in entry["slices"]], int(stack_axis), order)
+
+
 def spec_from_dict(data: Mapping[str, Any]) -> PermutationSpec:
     """Inverse of :func:`spec_to_dict`.
 
@@ -420,10 +451,7 @@ def spec_from_dict(data: Mapping[str, Any]) -> PermutationSpec:
     try:
         groups = {n: PermutationGroup(n, int(g["size"]), g.get("parent")) for n, g in data["groups"].items()}
         axes = {
-            tensor: {
-                int(axis): axis_from_segments(entry["segments"], list(groups), entry.get("outer_axis"))
-                for axis, entry in by_axis.items()
-            }
+            tensor: {int(axis): _axis_from_dict(entry, list(groups)) for axis, entry in by_axis.items()}
             for tensor, by_axis in data["axes"].items()
         }
         return PermutationSpec(
