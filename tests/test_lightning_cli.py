@@ -174,3 +174,34 @@ def test_a_plan_may_be_named_in_the_config(config, tmp_path):
     assert cli is not None, err
     replay = next(c for c in cli.trainer.callbacks if type(c).__name__ == "WeightTransferCallback")
     assert replay.report.plan.entries == first.report.plan.entries
+
+
+@pytest.mark.parametrize("name", ["WeightTransferCallback", "RebasinCallback"])
+def test_the_class_help_has_no_markup(name, capsys):
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import Callback
+
+    import lit_wsl
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--callback.help=lit_wsl.{name}"])
+    text = capsys.readouterr().out
+    assert "checkpoint" in text
+    for markup in ("`", ":func:", ":class:", ":meth:"):
+        assert markup not in text
+    assert getattr(lit_wsl, name).__doc__
+
+
+def test_the_bare_class_name_works_once_the_class_is_imported():
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import Callback
+
+    from lit_wsl import WeightTransferCallback
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    given = {"class_path": "WeightTransferCallback", "init_args": {"checkpoint": "old.ckpt"}}
+    made = parser.instantiate_classes(parser.parse_object({"callback": given})).callback
+    assert isinstance(made, WeightTransferCallback)

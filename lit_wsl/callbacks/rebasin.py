@@ -75,24 +75,24 @@ class RebasinCallback(Callback):
     what the fit leaves in the model.
 
     Args:
-        pretrained: Checkpoint that all runs started from; None only with ``on="weights"``.
+        pretrained: Checkpoint that all runs started from; None only with on="weights".
         reference: Checkpoint of the run that the others are aligned to. It can't be left out; it has a default only
-            because ``pretrained`` in front of it has one, which a config file leaves out.
+            because pretrained in front of it has one, which a config file leaves out.
         others: Checkpoints of further runs.
-        on: What is compared: ``"task_vectors"`` or ``"weights"``. YAML reads a bare ``on`` as true, so a config file
-            needs quotes around the key: ``"on": weights``.
+        on: What is compared: "task_vectors" or "weights". YAML reads a bare on as true, so a config file
+            needs quotes around the key: "on": weights.
         max_iter: Most sweeps over all groups for each start of the matching.
         seed: Seed of the matching's random orders.
         restarts: Further starts where the first one leaves room for doubt.
-        merge: ``"average"`` or ``"task_arithmetic"`` of all models to write a merged checkpoint; None for none.
+        merge: "average" or "task_arithmetic" of all models to write a merged checkpoint; None for none.
         merge_scale: Factor of each task vector in task arithmetic; None for one over their number.
-        matching: ``"weights"``, or ``"best"`` to match whole weights also on how units respond to training batches,
+        matching: "weights", or "best" to match whole weights also on how units respond to training batches,
             and keep what merges best; worth its time where layers are narrow or runs had different seeds.
         repair_batches: Training batches for that, and for the batch norm statistics of the merged model; 0 keeps
             their mean.
-        update_model: Load the run's ``"aligned"`` or the ``"merged"`` weights into the fitted model; None leaves it.
+        update_model: Load the run's "aligned" or the "merged" weights into the fitted model; None leaves it.
         spec: JSON file of a permutation spec, in place of the inference. A sharded model needs one.
-        outputs: What has to stay as it is of what the model returns, ``lambda output: output.logits``; from YAML the
+        outputs: What has to stay as it is of what the model returns, lambda output: output.logits; from YAML the
             import path of a function. By default all floating tensors but hidden states, attention maps and caches
             that come beside others.
         verify: Whether to prove an inferred spec (two more forward passes).

@@ -77,37 +77,37 @@ class WeightTransferCallback(Callback):
     List it before callbacks that copy the model, such as ``WeightAveraging``.
 
     Args:
-        checkpoint: The old checkpoint, of any format that :func:`lit_wsl.checkpoint.open_checkpoint` reads.
-        buffers: ``"exclude"`` ignores buffers, ``"lenient"`` takes them along where they fit, ``"strict"`` asks that
+        checkpoint: The old checkpoint, of any format that open_checkpoint reads.
+        buffers: "exclude" ignores buffers, "lenient" takes them along where they fit, "strict" asks that
             all of a module's buffers match.
-        strategy: ``"best_match"``, ``"conservative"`` (scores of at least 0.75) or ``"shape_only"`` (ignores names).
-        threshold: Least score of a match, 0 to 1.
-        weights: Weights of ``shape``, ``name`` and ``hierarchy`` in the score.
+        strategy: "best_match", "conservative" (scores of at least 0.75) or "shape_only" (ignores names).
+        threshold: Minimum score of a match, 0 to 1.
+        weights: Weights of shape, name and hierarchy in the score.
         incompatible_pairs: Pairs of sets of name chunks that must not match across.
         plan: A plan, or the path of one, to replay instead of matching.
-        min_coverage: Least share, 0 to 1, of parameter elements that must find a place; below it the run stops.
+        min_coverage: Minimum share, 0 to 1, of parameter elements that must find a place; below it the run stops.
         source_module: The module the checkpoint was saved from, for users who still have the old code.
         adapt: Operations that change values, asked for by name.
         assume_layouts: You know that both models order the rows of queries and keys alike, and cut patches alike.
-            Without, what only the function could show stays ambiguous, unless ``source_module`` and a sample prove it.
-        only: Patterns (``"encoder.*"``) of names of the model, or of its modules: only these are filled.
+            Without, what only the function could show stays ambiguous, unless source_module and a sample prove it.
+        only: Patterns ("encoder.*") of names of the model, or of its modules: only these are filled.
         skip: Patterns of names of the model that are never filled.
-        source_prefix: Only what stands under this name in the checkpoint takes part, such as ``"student.backbone"``.
-        checkpoint_weights: Which weights of the file: the ``"model"``'s, its ``"ema"``, or what it marks as its own.
-        resume: ``"weights"`` starts training afresh; ``"optimizer"`` carries the states of optimizers, schedulers and
-            the gradient scaler along; ``"all"`` also epoch, step, loops, callbacks and the datamodule, as if the
-            checkpoint had been converted and given to ``trainer.fit(ckpt_path=...)``.
-        optimizer_settings: With ``resume``, whose weight decays, betas, step sizes of schedulers, ... count where they
-            differ: the ``"checkpoint"``'s, or those of this ``"run"``. What differs is named in the report.
-        schedule: With ``resume``, whose learning rates and schedulers count. ``"run"`` carries the old moments into a
+        source_prefix: Only what stands under this name in the checkpoint takes part, such as "student.backbone".
+        checkpoint_weights: Which weights of the file: the "model"'s, its "ema", or what it marks as its own.
+        resume: "weights" starts training afresh; "optimizer" carries the states of optimizers, schedulers and
+            the gradient scaler along; "all" also epoch, step, loops, callbacks and the datamodule, as if the
+            checkpoint had been converted and given to trainer.fit(ckpt_path=...).
+        optimizer_settings: With resume, whose weight decays, betas, step sizes of schedulers, ... count where they
+            differ: the "checkpoint"'s, or those of this "run". What differs is named in the report.
+        schedule: With resume, whose learning rates and schedulers count. "run" carries the old moments into a
             schedule that starts anew.
-        parameter_names: With ``resume``, for each optimizer of the checkpoint the old names in index order, where they
+        parameter_names: With resume, for each optimizer of the checkpoint the old names in index order, where they
             can't be inferred.
-        on_lost: With ``resume``, what to do where an optimizer's state can't go through the operation of its parameter:
-            ``"refuse"``, or ``"initialize"`` it.
-        drop: With ``resume``, entries of the checkpoint to leave out, by their keys joined with ``/``
-            (``"callbacks/EMA"``; ``*`` stands for any text).
-        again: Whether to fill a model once more that was filled before, by another callback or ``transfer_weights``,
+        on_lost: With resume, what to do where an optimizer's state can't go through the operation of its parameter:
+            "refuse", or "initialize" it.
+        drop: With resume, entries of the checkpoint to leave out, by their keys joined with /
+            ("callbacks/EMA"; * stands for any text).
+        again: Whether to fill a model once more that was filled before, by another callback or transfer_weights,
             though training may be undone. Each callback does so once per model.
         verbose: Whether to print the coverage.
 
