@@ -180,8 +180,11 @@ class CopyConverter:
             if prefix is not None:
                 return type(value)(self._in_new_order(self._renamed(path, strings, prefix), prefix))
             known = [item for item in strings if "." in item and item in self._place]
+            modules = {name[:at] for name in self._place for at, letter in enumerate(name) if letter == "."}
             if known:
                 self.notes.append(f"{spell(path)!r} names tensors of the old model among others and was left as it is")
+            elif all(item in modules for item in strings) and any("." in item for item in strings):
+                self.notes.append(f"{spell(path)!r} names modules of the old model and was left as it is")
             return value
         if len(items) > 1 and all(isinstance(item, (Tensor, LazyTensor)) for item in items):
             return self._convert_listed(path, value, items)
@@ -212,12 +215,22 @@ class CopyConverter:
             prefix = self._prefix(keys)
             if prefix is not None:
                 pairs = self._renamed(path, keys, prefix)
+                changed = [old for old, _ in pairs if self._is_changed(old[len(prefix) :])]
+                turned = next((old for old in changed if _holds_tensor(mapping[old])), None)
+                if turned is not None:
+                    text = f"keeps tensors for {turned!r}, whose weights are laid out in another way in the new model."
+                    self.problems.append(Problem(path, text, grave=True))
+                    return value
                 return with_entries(value, {new: mapping[old] for old, new in pairs})
         part = self._part_of(mapping)
         if part is not None:
             return self._convert_part(path, value, mapping, part)
         made = {key: self.convert((*path, key), item) for key, item in mapping.items()}
         return value if all(made[key] is mapping[key] for key in made) else with_entries(value, made)
+
+    def _is_changed(self, name: str) -> bool:
+        entry = next((e for e in self.plan.entries if name in e.sources), None)
+        return entry is not None and any(not isinstance(op, Cast) for op in entry.operations)
 
     def _fits(self, name: str, value: Any) -> bool:
         return isinstance(value, (Tensor, LazyTensor)) and self._shapes.get(name) == tuple(value.shape)
@@ -411,6 +424,17 @@ def _without_foreign_casts(entry: PlanEntry, tensors: Sequence[Any]) -> PlanEntr
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
     operations = tuple(op for op in entry.operations if not isinstance(op, Cast) or dtypes == {op.source})
     return replace(entry, operations=operations) if len(operations) != len(entry.operations) else entry
+
+
+def _holds_tensor(value: Any) -> bool:
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, (Tensor, LazyTensor)) and item.numel() > 1:
+            return True
+        if isinstance(item, (Mapping, list, tuple)):
+            stack.extend(children_of(item))
+    return False
 
 
 def _strings_in(record: Any) -> Iterator[str]:

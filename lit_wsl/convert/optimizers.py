@@ -515,8 +515,7 @@ class _Carrier:
         fixed = self.groups[number][position].constants
         for key in differing(saved, new, set(saved) & fixed):
             self.notes.append(
-                f"{where}: {key} is {saved[key]} in the checkpoint and {new[key]} in the run, whose optimizer knows no "
-                "other"
+                f"{where}: {key} is {saved[key]} in the checkpoint and {new[key]} in the run, as only its code can say"
             )
         common = (set(saved) & set(new)) - rate_keys(saved, new) - fixed
         for key in differing(saved, new, common):

@@ -145,6 +145,10 @@ class Resume:
         schedulers_needed = self.options.carry.schedule == "checkpoint"
         lacking = "lr_schedulers" if schedulers_needed and "lr_schedulers" not in content else ""
         lacking = "optimizer_states" if found is None else lacking
+        if lacking == "lr_schedulers" and lacking in checkpoint.unread:
+            raise CheckpointError(
+                "a resume without the schedulers of the checkpoint is schedule='run', not drop=[...]."
+            )
         if lacking or found is None:
             raise CheckpointError(
                 f"{checkpoint.path} has no {lacking!r}, so resume={mode!r} finds nothing to go on with (was it saved "
@@ -214,6 +218,7 @@ class Resume:
     def _convert_copies(self, checkpoint: Checkpoint) -> CopyConverter:
         """Give what speaks of the old model's tensors the new names, in entries that this run restores."""
         sharded = has_sharded_tensors(self.model) or not self.trainer.strategy.lightning_restore_optimizer
+        sharded = sharded or self.options.mode != "all"  # then only the names count
         order = partial(new_order, self.plan, self.model)
         copies = CopyConverter(checkpoint, self.plan, self.model, order, sharded=sharded)
         for key in self._content:

@@ -183,10 +183,14 @@ class NewGroup:
 
     @property
     def constants(self) -> frozenset[str]:
-        """Settings that the optimizer's class fixes, as AdamW that its weight decay is decoupled."""
-        if self.optimizer is None:
+        """Settings that are the new run's in any case.
+
+        Those that the optimizer's class fixes, as AdamW that its weight decay is decoupled, and names of groups.
+        """
+        if self.optimizer is None or self.settings is None:
             return frozenset()
-        return frozenset(self.optimizer.defaults) - frozenset(inspect.signature(type(self.optimizer)).parameters)
+        fixed = frozenset(self.optimizer.defaults) - frozenset(inspect.signature(type(self.optimizer)).parameters)
+        return fixed | {k for k, v in self.settings.items() if isinstance(v, str) and k not in self.optimizer.defaults}
 
 
 @dataclass(frozen=True)
@@ -229,14 +233,18 @@ def differing(first: Mapping[str, Any], second: Mapping[str, Any], keys: Iterabl
 def merge_settings(
     saved: Mapping[str, Any], new: Mapping[str, Any] | None, settings: Wins, schedule: Wins
 ) -> Mapping[str, Any]:
-    """The settings of a group that goes on: rates as the schedule, all else as the settings are chosen."""
-    if new is None or settings == schedule == "checkpoint":
+    """The settings of a group that goes on: rates as the schedule, all else as the settings are chosen.
+
+    What only the new run knows, such as a mark that its own code reads, stays.
+    """
+    if new is None:
         return saved
     rates = rate_keys(saved, new)
     rest, rate = (new if settings == "run" else saved), (new if schedule == "run" else saved)
     return {
         **{key: value for key, value in rest.items() if key not in rates},
         **{key: value for key, value in rate.items() if key in rates},
+        **{key: value for key, value in new.items() if key not in saved and key not in rates},
     }
 
 

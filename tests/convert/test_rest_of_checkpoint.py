@@ -13,17 +13,18 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from resumed_runs import Case, New, Old, adamw, data, step_lr, trainer
+from resumed_runs import Case, New, Old, adamw, data, renamed, step_lr, trainer
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
 from lit_wsl import transfer_weights
 from lit_wsl.checkpoint.plain import build_plain
 from lit_wsl.checkpoint.reader import open_checkpoint
+from lit_wsl.cli import main
 from lit_wsl.convert.checkpoint import convert_checkpoint
 from lit_wsl.convert.copies import drop_entries
 from lit_wsl.errors import CheckpointError, CoverageError
-from lit_wsl.plan import Split
+from lit_wsl.plan import Permute, PlanEntry, Split, TransferPlan, Unmatched
 
 
 class Average(pl.Callback):
@@ -373,3 +374,71 @@ def test_hooks_of_the_module_see_the_checkpoint_and_may_change_it(tmp_path):
     case = Case(tmp_path, adamw())
     case.resumed(None, model=Hooked(adamw()), epochs=2)
     assert case.runner.optimizers[0].param_groups[0]["lr"] == 0.5
+
+
+def test_class_weights_of_a_loss_are_no_parameter(tmp_path):
+    class Weighted(Old):
+        """Its buffer stands beside a bias of the same shape, and the new model has none."""
+
+        def __init__(self, configure):
+            super().__init__(configure)
+            self.criterion = nn.CrossEntropyLoss(weight=torch.ones(3))
+
+    case = Case(tmp_path, adamw(), old=Weighted)
+    model, notes = case.resumed(adamw())
+    assert any("taking criterion.weight for buffers" in note for note in notes)
+    end = case.make_control()
+    trainer(tmp_path, 4).fit(end, data(), ckpt_path=case.path, weights_only=False)
+    expected = {name: value for name, value in end.state_dict().items() if "criterion" not in name}
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in renamed(expected).items())
+
+
+def test_tensors_kept_by_name_are_not_given_to_weights_of_another_layout(tmp_path):
+    from conversion_models import make_plan
+
+    old, new = nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4))
+    plan = make_plan(old, new, [(("0.weight",), ("0.weight",), ()), (("0.bias",), ("0.bias",), ())])
+    turned = [PlanEntry(e.sources, e.targets, (Permute((0, 1)),) if "w" in e.targets[0] else ()) for e in plan]
+    content = {"state_dict": old.state_dict(), "mine": {"0.weight": {"importance": torch.ones(4, 3)}, "0.bias": {}}}
+    torch.save(content, tmp_path / "old.ckpt")
+    convert_checkpoint(tmp_path / "old.ckpt", tmp_path / "new.ckpt", plan, target=new)
+    with pytest.raises(CheckpointError, match=r"'mine' keeps tensors for '0\.weight'.*drop=\['mine'\]"):
+        convert_checkpoint(
+            tmp_path / "old.ckpt",
+            tmp_path / "b.ckpt",
+            TransferPlan(tuple(turned), plan.source, plan.target),
+            target=new,
+        )
+
+
+def test_the_command_says_how_much_is_missing_and_leaves_entries_out(tmp_path, capsys):
+    _, plan = saved(tmp_path, callbacks={"EMA": {"x": 1}, "Timer": {}})
+    plan.save(tmp_path / "plan.json")
+    line = [
+        "convert",
+        str(tmp_path / "old.ckpt"),
+        "--plan",
+        str(tmp_path / "plan.json"),
+        "-o",
+        str(tmp_path / "n.ckpt"),
+    ]
+    assert main([*line, "--drop", "callbacks/EMA"]) == 0
+    assert list(torch.load(tmp_path / "n.ckpt", weights_only=True)["callbacks"]) == ["Timer"]
+    assert "6 of 6 tensors, 100.0%" in capsys.readouterr().out
+    little = TransferPlan(
+        plan.entries[-1:],
+        plan.source,
+        plan.target,
+        unmatched_target=[
+            Unmatched(name, shape, "parameter", "")
+            for e in plan.entries[:-1]
+            for name, shape in zip(e.targets, e.target_shapes)
+        ],
+    )
+    little.save(tmp_path / "plan.json")
+    (tmp_path / "n.ckpt").unlink()
+    assert main([*line, "--weights-only"]) == 1
+    assert not (tmp_path / "n.ckpt").exists()
+    assert "of the model's were filled (1 of 6)" in capsys.readouterr().err
+    assert main([*line, "--weights-only", "--min-coverage", "0"]) == 0
+    assert "1 of 6 tensors, 3.7% of 271 elements" in capsys.readouterr().out
