@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,6 +83,11 @@ def make_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
         return method(step.batch, *(0 for _ in taken[1:]))
 
 
+def _comes_from_a_call(error: Exception) -> bool:
+    """Whether an error was raised inside the call of a module."""
+    return any(frame.f_code is nn.Module._call_impl.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def trace_execution_order(
     module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> dict[str, int]:
@@ -96,7 +102,7 @@ def trace_execution_order(
 
     Args:
         module: The model to run.
-        args: Positional arguments of the call; or one :class:`Step`, of which what ran before an error counts too.
+        args: Positional arguments of the call; or one :class:`Step`, of which the modules that ran before an error count.
         kwargs: Keyword arguments of the call.
 
     Returns:
@@ -135,8 +141,8 @@ def trace_execution_order(
     try:
         with undisturbed(module), torch.no_grad(), _FirstUse(names, seen):
             make_call(module, args, kwargs or {})
-    except Exception:  # a step does more than run the network, and not all of it is possible here (backward)
-        if step_of(args) is None or not seen:
+    except Exception as error:  # a step does more than run the network, and not all of it is possible here (backward)
+        if step_of(args) is None or not seen or _comes_from_a_call(error):
             raise
     finally:
         for handle in handles:
