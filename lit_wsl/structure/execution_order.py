@@ -102,7 +102,7 @@ def trace_execution_order(
 
     Args:
         module: The model to run.
-        args: Positional arguments of the call; or one :class:`Step`, of which the modules that ran before an error count.
+        args: Positional arguments of the call; or one :class:`Step`: what ran before an error of its own counts.
         kwargs: Keyword arguments of the call.
 
     Returns:
