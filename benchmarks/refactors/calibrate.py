@@ -30,7 +30,7 @@ from benchmarks.refactors.pair import Result, drawn_pair, run
 from benchmarks.refactors.report import upper_bound
 
 TABLE = Path(lit_wsl.matching.__file__).with_name("risks.json")
-LIMIT = "RISK_LIMIT"
+GATE = "may_load"  # what asks whether a kind of evidence is trusted
 Cells = dict[str, Counter[str]]
 
 
@@ -49,8 +49,8 @@ def without_limit() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for found in pkgutil.iter_modules(lit_wsl.matching.__path__):
             module = importlib.import_module(f"lit_wsl.matching.{found.name}")
-            if hasattr(module, LIMIT):
-                stack.enter_context(mock.patch.object(module, LIMIT, 1.0))
+            if hasattr(module, GATE):
+                stack.enter_context(mock.patch.object(module, GATE, return_value=True))
         yield
 
 

@@ -18,6 +18,7 @@ from benchmarks.refactors.vocabulary import Words, draw_words
 
 FileKind = Literal["state_dict", "sorted", "safetensors"]
 SOURCE, TARGET = 0, 1
+_LENGTH = ("prune_", "insert_")
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def _sample(plain: Config, operators: list[Operator], count: int, rng: random.Ra
     while pool and count:
         (op,) = rng.choices(pool, [op.weight for op in pool])
         pool.remove(op)
+        if op.name.startswith(_LENGTH):  # two of them could make both lists as long, and nobody would see it
+            pool = [other for other in pool if not other.name.startswith(_LENGTH)]
         side = {"source": SOURCE, "target": TARGET}.get(op.where, rng.choice([SOURCE, TARGET]))
         change = Change(op.name, side, rng.randrange(10**6))
         if op.apply(plain.plain_side(side), random.Random(change.seed)):
