@@ -24,9 +24,7 @@ def run(options: Any) -> int:
         remark(f"lit-wsl convert: {error}")
         return NO
     needs_values = any(op.needs_target for entry in plan.entries for op in entry.operations)
-    needs_values = needs_values or bool(
-        plan.unmatched_target or plan.ambiguous
-    )  # what has no source is the model's own
+    needs_values |= bool(plan.unmatched_target or plan.ambiguous)  # what has no source is the model's own
     model = build_model(options, meta=not needs_values) if wanted(options) else None
     try:
         with progress("converting") as step:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_wsl.checkpoint.edit import replace_at, with_entries
+from lit_wsl.checkpoint.plain import build_plain
 from lit_wsl.checkpoint.reader import Checkpoint, open_checkpoint
 from lit_wsl.checkpoint.records import as_mapping, contains_foreign, foreign_calls, names_of_classes
 from lit_wsl.checkpoint.saving import atomic_save, save_safetensors
@@ -389,7 +390,7 @@ def _convert_training(
     for chosen in (main, [place for place in places if place not in main]):
         if not chosen:
             continue
-        data = [at(tree, place) for place in chosen]
+        data = [build_plain(at(tree, place)) for place in chosen]
         names, groups = recorded_names(data, copies)
         if optimizers is not None and target is not None and chosen is main:
             groups = groups_of(optimizers, target)
@@ -403,7 +404,9 @@ def _convert_training(
             doubtful=doubtful_parameters(checkpoint, plan),
         )
         if chosen is main:
-            schedulers, remarks = schedulers_for_file(tree.get("lr_schedulers") or (), carried, options.schedule)
+            schedulers, remarks = schedulers_for_file(
+                build_plain(tree.get("lr_schedulers") or []), carried, options.schedule
+            )
             notes += remarks
             if "lr_schedulers" in tree:
                 entries["lr_schedulers"] = schedulers

@@ -172,6 +172,21 @@ class CopyConverter:
         known = all(name[len(prefix) :] in place for name in names)
         return sorted(names, key=lambda name: place[name[len(prefix) :]]) if known else names
 
+    def _relative(self, names: Sequence[str]) -> str | None:
+        """The module inside which all of some names are tensors, unless they are so still.
+
+        What changed names are relative to in the new model nobody knows.
+        """
+        for name in self._place:
+            module = name[: -len(names[0])]
+            if not name.endswith("." + names[0]) or "." not in names[0]:
+                continue
+            if all(module + other in self._place for other in names):
+                new = [self._new.get(module + other) or "" for other in names]
+                start = new[0][: -len(names[0])]
+                return None if all(n == start + other for n, other in zip(new, names)) else module.rstrip(".")
+        return None
+
     def _convert_items(self, path: Path, value: Any) -> Any:
         items = list(value)
         strings = [item for item in items if isinstance(item, str)]
@@ -180,9 +195,14 @@ class CopyConverter:
             if prefix is not None:
                 return type(value)(self._in_new_order(self._renamed(path, strings, prefix), prefix))
             known = [item for item in strings if "." in item and item in self._place]
+            module = self._relative(strings)
             modules = {name[:at] for name in self._place for at, letter in enumerate(name) if letter == "."}
             if known:
                 self.notes.append(f"{spell(path)!r} names tensors of the old model among others and was left as it is")
+            elif module is not None:
+                self.notes.append(
+                    f"{spell(path)!r} names tensors of the old model as seen from {module!r} and was left as it is"
+                )
             elif all(item in modules for item in strings) and any("." in item for item in strings):
                 self.notes.append(f"{spell(path)!r} names modules of the old model and was left as it is")
             return value

@@ -138,6 +138,10 @@ class Resume:
                 f"this version of Lightning restores checkpoints in another way than resume={mode!r} knows. Convert "
                 "the file (plan.convert_checkpoint) and resume from it with trainer.fit(..., ckpt_path=...)."
             )
+        if "restore_training_state" in vars(connector):
+            raise CheckpointError(
+                "one run goes on with one training only: give all transfers but one resume='weights'."
+            )
         content = dict(
             as_mapping(without_dropped(dict(checkpoint.unread), self.options.drop, str(checkpoint.path))) or {}
         )

@@ -17,7 +17,7 @@ from resumed_runs import Case, New, Old, adamw, data, renamed, step_lr, trainer
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
-from lit_wsl import transfer_weights
+from lit_wsl import WeightTransferCallback, transfer_weights
 from lit_wsl.checkpoint.plain import build_plain
 from lit_wsl.checkpoint.reader import open_checkpoint
 from lit_wsl.cli import main
@@ -442,3 +442,20 @@ def test_the_command_says_how_much_is_missing_and_leaves_entries_out(tmp_path, c
     assert "of the model's were filled (1 of 6)" in capsys.readouterr().err
     assert main([*line, "--weights-only", "--min-coverage", "0"]) == 0
     assert "1 of 6 tensors, 3.7% of 271 elements" in capsys.readouterr().out
+
+
+def test_names_that_cannot_be_told_are_noted(tmp_path):
+    entries = {"inside": ["0.weight", "2.bias"], "modules": ["encoder.0", "encoder.2"], "mixed": ["fc.bias", "x"]}
+    flat = torch.zeros(8 * 12 + 12 + 12 * 10 + 10 + 10 * 3 + 3)
+    _, plan = saved(tmp_path, callbacks={"Mine": entries, "Vector": {"all": flat}})
+    done = convert_checkpoint(tmp_path / "old.ckpt", tmp_path / "new.ckpt", plan, target=New(adamw()))
+    assert torch.load(tmp_path / "new.ckpt", weights_only=True)["callbacks"]["Mine"] == entries
+    for place in ("Mine/inside", "Mine/modules", "Mine/mixed", "Vector/all"):
+        assert any(f"callbacks/{place}" in note for note in done.notes), place
+
+
+def test_one_run_goes_on_with_one_training(tmp_path):
+    case = Case(tmp_path, adamw())
+    other = WeightTransferCallback(case.path, plan=case.plan, resume="all", again=True, verbose=False)
+    with pytest.raises(CheckpointError, match="one training only"):
+        case.resumed(adamw(), callbacks=[other])
