@@ -9,7 +9,8 @@ from functools import cached_property
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from lit_wsl.errors import printable
-from lit_wsl.plan.coverage import Coverage, is_excluded
+from lit_wsl.plan.coverage import Coverage, excluded_names
+from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.report import TransferReport
 from lit_wsl.report.rows import describe_from_plan, percent
@@ -88,10 +89,14 @@ class MappingResult(Mapping[str, str]):
 
         Ambiguous targets are among them; excluded buffers, which nobody asked for, are not.
         """
-        source = [left.name for left in self.plan.unmatched_source if not is_excluded(left, self.plan)]
-        target = dict.fromkeys(left.name for left in self.plan.unmatched_target if not is_excluded(left, self.plan))
+        aside = self._excluded("source"), self._excluded("target")
+        source = [left.name for left in self.plan.unmatched_source if left.name not in aside[0]]
+        target = dict.fromkeys(left.name for left in self.plan.unmatched_target if left.name not in aside[1])
         target.update(dict.fromkeys(name for case in self.plan.ambiguous for name in case.targets))
         return {"source": source, "target": list(target)}
+
+    def _excluded(self, side: Side) -> frozenset[str]:
+        return excluded_names(self.plan, side, describe_from_plan(self.plan, side))
 
     def __repr__(self) -> str:
         sides = f"{self.plan.source.label} -> {self.plan.target.label}"

@@ -8,12 +8,9 @@ from fnmatch import fnmatchcase
 
 from lit_wsl.errors import MappingError
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.plan.entries import Unmatched
+from lit_wsl.plan.entries import ITS_PLACE, LEFT_ALONE, OUTSIDE, Unmatched
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription
-
-OUTSIDE = "stands outside of source_prefix={prefix!r}"
-LEFT_ALONE = "left alone, as only= and skip= ask"
 
 
 def part_of(source: ModelDescription, prefix: str | None) -> ModelDescription:
@@ -73,7 +70,7 @@ def restrict(
     if options.source_prefix:
         known = {i.name for i in part_of(source, options.source_prefix).parameters}
         listed = {u.name for u in plan.unmatched_source}
-        reason = OUTSIDE.format(prefix=options.source_prefix)
+        reason = f"{OUTSIDE}{options.source_prefix!r}"
         outside = [i for i in source.parameters if i.name not in known and i.name not in listed]
         more = tuple(Unmatched(i.name, i.shape, i.kind, reason) for i in outside)
         plan = replace(plan, unmatched_source=(*plan.unmatched_source, *more))
@@ -91,7 +88,7 @@ def restrict(
     )
     used = {s for e in kept for s in e.sources} | {u.name for u in plan.unmatched_source}
     unused = [source[s] for e in plan.entries for s in e.sources if s not in used]
-    more = tuple(Unmatched(i.name, i.shape, i.kind, f"its place is {LEFT_ALONE}") for i in dict.fromkeys(unused))
+    more = tuple(Unmatched(i.name, i.shape, i.kind, ITS_PLACE) for i in dict.fromkeys(unused))
     return replace(
         plan,
         entries=kept,

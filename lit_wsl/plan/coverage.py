@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lit_wsl.plan.entries import Unmatched
+from lit_wsl.plan.entries import ITS_PLACE, LEFT_ALONE, OUTSIDE, Side
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
@@ -119,9 +119,17 @@ def _row_of(info: ParameterInfo, trunk: tuple[str, ...]) -> str:
     return ".".join(inside) or "(root)"
 
 
-def is_excluded(info: ParameterInfo | Unmatched, plan: TransferPlan) -> bool:
-    """Whether the plan's options leave a tensor out: it keeps what it has, and is neither missing nor unused."""
-    return info.kind == "buffer" and plan.options.get("buffers") == "exclude"
+def excluded_names(plan: TransferPlan, side: Side, described: ModelDescription) -> frozenset[str]:
+    """The tensors of a side that nobody asked for: they keep what they have, and are neither missing nor unused.
+
+    Buffers under ``buffers="exclude"``, and what ``only``, ``skip`` and ``source_prefix`` leave out.
+    """
+    left = plan.unmatched_source if side == "source" else plan.unmatched_target
+    names = {item.name for item in left if item.reason in (LEFT_ALONE, ITS_PLACE) or item.reason.startswith(OUTSIDE)}
+    if plan.options.get("buffers") == "exclude":
+        names.update(info.name for info in described.parameters if info.kind == "buffer")
+    used = (name for e in plan.entries for name in (e.sources if side == "source" else e.targets))
+    return frozenset(names - {described.tied.get(name, name) for name in used})
 
 
 def measure_coverage(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> Coverage:
@@ -135,7 +143,7 @@ def measure_coverage(plan: TransferPlan, source: ModelDescription, target: Model
     used = frozenset(source.tied.get(name, name) for entry in plan.entries for name in entry.sources)
     filled = frozenset(target.tied.get(name, name) for entry in plan.entries for name in entry.targets)
     unsure = frozenset(name for a in plan.ambiguous for name in a.targets)
-    excluded = frozenset(info.name for info in target.parameters if is_excluded(info, plan)) - filled
+    excluded = excluded_names(plan, "target", target)
     rows: dict[str, list[ParameterInfo]] = {}
     trunk = _trunk(target.parameters)
     for info in target.parameters:

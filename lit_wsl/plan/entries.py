@@ -16,6 +16,12 @@ Side = Literal["source", "target"]
 Proof = Literal["proven", "refuted", "not tested"]
 
 
+# why a tensor that nobody asked for has no partner
+OUTSIDE = "stands outside of source_prefix="
+LEFT_ALONE = "left alone, as only= and skip= ask"
+ITS_PLACE = f"its place is {LEFT_ALONE}"
+
+
 @dataclass(frozen=True)
 class PlanEntry:
     """One step of a plan: these sources become these targets.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rapidfuzz.distance import Levenshtein
 
-from lit_wsl.plan.coverage import is_excluded
+from lit_wsl.plan.coverage import excluded_names
 from lit_wsl.plan.entries import Side, Unmatched
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.rows import shape_text
@@ -55,11 +55,12 @@ def left_over(plan: TransferPlan, side: Side, described: ModelDescription) -> tu
     settled = {described.tied.get(name, name) for names in own for name in names}
     if side == "target":
         settled |= {described.tied.get(name, name) for case in plan.ambiguous for name in case.targets}
+    settled |= excluded_names(plan, side, described)
     known = {item.name: item for item in (plan.unmatched_source if side == "source" else plan.unmatched_target)}
     return tuple(
         known.get(info.name) or Unmatched(info.name, info.shape, info.kind, "not in the plan")
         for info in described.parameters
-        if info.name not in settled and not is_excluded(info, plan)
+        if info.name not in settled
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from lit_wsl.files import atomic_write_text
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.scoring import ScoreBreakdown
-from lit_wsl.plan.coverage import Coverage
+from lit_wsl.plan.coverage import Coverage, excluded_names
 from lit_wsl.plan.entries import PlanEntry, Side
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.gaps import gaps, remedy
@@ -200,6 +200,7 @@ def _side(material: Material, which: Side, shapes: _Table, texts: _Table) -> dic
         "buffers": [i for i, info in enumerate(infos) if info.kind == "buffer"],
         "types": [info.module_type for info in infos] if side.is_module else None,
         "unmatched": sorted(left),
+        "excluded": sorted(numbers[name] for name in excluded_names(material.plan, which, side)),
     }
 
 

@@ -25,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_wsl.errors import printable
-from lit_wsl.plan.coverage import Count, Coverage, is_excluded
+from lit_wsl.plan.coverage import Count, Coverage, excluded_names
+from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.gaps import Gap, gaps, remedy
 from lit_wsl.report.rows import (
@@ -297,9 +298,21 @@ def summary_lines(report: Reported, verb: str | None = None) -> list[str]:
         f"source:  {_amount(coverage.source)}",
     ]
     lines += _buffer_lines(report)
+    lines += _aside_lines(report)
     if plan.proof != "not tested":
         lines.append(f"function check: {plan.proof}")
     return lines
+
+
+def _aside_lines(report: Reported) -> list[str]:
+    """How many parameters ``only``, ``skip`` and ``source_prefix`` leave out."""
+    told = []
+    sides: tuple[Side, ...] = ("source", "target")
+    for side, described, owner in zip(sides, report.sides, ("source", "model")):
+        names = excluded_names(report.plan, side, described)
+        count = sum(info.kind == "parameter" and info.name in names for info in described.parameters)
+        told += [f"{count} tensors of the {owner}"] if count else []
+    return [f"excluded: {' and '.join(told)}, as asked"] if told else []
 
 
 def _buffer_lines(report: Reported) -> list[str]:
@@ -314,7 +327,7 @@ def _buffer_lines(report: Reported) -> list[str]:
 def excluded_lines(plan: TransferPlan, target: ModelDescription) -> list[str]:
     """What it means that a model's buffers are excluded; empty where they are not."""
     every = [info for info in target.parameters if info.kind == "buffer"]
-    left = {info.name for info in every if is_excluded(info, plan)}
+    left = excluded_names(plan, "target", target) & {info.name for info in every}
     if not left:
         return []
     lines = [f"{len(left)} of {len(every)} excluded: the model keeps its own"]

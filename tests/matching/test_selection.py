@@ -27,7 +27,9 @@ def test_only_and_skip_leave_the_rest_alone_and_say_so():
     report = transfer_weights(new, old.state_dict(), only=["encoder"], skip=["encoder.1.*"])
     assert set(report.loaded) == {"encoder.0.weight", "encoder.0.bias"}
     assert untouched(new, before, set(before) - set(report.loaded))
-    assert set(report.missing) == set(before) - set(report.loaded)
+    assert report.missing == ()  # nobody asked for the rest: it is excluded
+    assert {u.name for u in report.plan.unmatched_target} == set(before) - set(report.loaded)
+    assert "excluded" in str(report)
     assert all("only= and skip=" in u.reason for u in report.plan.unmatched_target)
 
 

@@ -27,7 +27,7 @@
     side.isBuffer = new Uint8Array(n);
     for (const b of side.buffer) side.isBuffer[b] = 1;
     for (const [i, text, nearest, advice] of raw.unmatched) { side.why[i] = data.texts[text]; if (nearest !== null) side.nearest[i] = nearest; if (advice !== null) side.advice[i] = data.texts[advice]; }
-    if (data.options.buffers === "exclude") for (const b of side.buffer) side.status[b] = "excluded";
+    for (const b of raw.excluded) side.status[b] = "excluded";
     return side;
   }
   const source = makeSide("source"), target = makeSide("target"), sides = { source, target };
