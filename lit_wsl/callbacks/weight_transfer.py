@@ -24,6 +24,7 @@ from lit_wsl.callbacks.lifecycle import (
     when_whole,
     write_report,
 )
+from lit_wsl.callbacks.proof import Recorded, recorded_score, ways_to_prove
 from lit_wsl.callbacks.sample import find_samples, quiet
 from lit_wsl.convert.optimizers import CarryOptions, OnLost
 from lit_wsl.convert.resume import Resume as Resuming
@@ -36,7 +37,7 @@ from lit_wsl.report.progress import transfer_progress
 from lit_wsl.report.report import TransferReport
 from lit_wsl.structure.execution_order import is_lazy
 from lit_wsl.structure.running import Call
-from lit_wsl.transfer.api import Prepared, finish_transfer, prepare_transfer
+from lit_wsl.transfer.api import OnData, Prepared, finish_transfer, prepare_transfer
 from lit_wsl.transfer.apply import holds
 from lit_wsl.transfer.floor import valid_floor
 from lit_wsl.transfer.memory import (
@@ -109,6 +110,10 @@ class WeightTransferCallback(Callback):
             ("callbacks/EMA"; * stands for any text).
         again: Whether to fill a model once more that was filled before, by another callback or transfer_weights,
             though training may be undone. Each callback does so once per model.
+        proof: ``"auto"`` lets the module's own loss on its training data decide what names leave open, and checks the
+            whole mapping by it; ``"off"`` makes no trial.
+        proof_batches: Most batches for it.
+        proof_seconds: Most seconds for it.
         verbose: Whether to print the coverage.
 
     Attributes:
@@ -148,6 +153,9 @@ class WeightTransferCallback(Callback):
         on_lost: OnLost = "refuse",
         drop: Sequence[str] = (),
         again: bool = False,
+        proof: Literal["auto", "off"] = "auto",
+        proof_batches: int = 8,
+        proof_seconds: float = 60.0,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -169,10 +177,19 @@ class WeightTransferCallback(Callback):
             ("optimizer_settings", optimizer_settings, get_args(Wins)),
             ("schedule", schedule, get_args(Wins)),
             ("on_lost", on_lost, get_args(OnLost)),
+            ("proof", proof, ("auto", "off")),
         ):
             if value not in allowed:
                 raise MappingError(f"{option} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+        if proof_batches < 1 or not proof_seconds >= 0:
+            raise MappingError(
+                "proof_batches must be at least 1 and proof_seconds at least 0; "
+                f"got {proof_batches!r} and {proof_seconds!r}."
+            )
         self.checkpoint = checkpoint
+        self.proof = proof
+        self.proof_batches = proof_batches
+        self.proof_seconds = proof_seconds
         self.plan = plan
         self.min_coverage = valid_floor(min_coverage)
         self.source_module = source_module
@@ -187,6 +204,7 @@ class WeightTransferCallback(Callback):
         self.report: TransferReport | None = None
         self.again = again
         self._filled: weakref.ref[nn.Module] | None = None  # what the report is about
+        self._recorded: Recorded | None = None  # the score of the old run
         self._take_back: Callable[[], None] | None = None
         self._before: Held = {}  # the model's parameters before its own hooks
         self._passed_on: list[dict[str, Any]] = []  # what a resumed checkpoint tells of transfers
@@ -256,6 +274,23 @@ class WeightTransferCallback(Callback):
     ) -> None:
         """Pass on what a resumed checkpoint tells."""
         self._passed_on = list(checkpoint.get(CHECKPOINT_KEY, ()))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the score that the old run recorded beside the first one that is measured now."""
+        score = self._recorded
+        if (
+            score is None
+            or trainer.sanity_checking
+            or self.report is None
+            or score.monitor not in trainer.callback_metrics
+        ):
+            return
+        self._recorded = None
+        now = float(trainer.callback_metrics[score.monitor])
+        note = f"{score.monitor} {score.value:.4g} recorded by the old run, {now:.4g} measured now"
+        self.report = self.report.with_remarks(notes=(note,))
+        rank_zero_info(f"Weight transfer: {note}.")
+        write_report(trainer, self.report)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave nothing behind but the model's memory of what it holds now."""
@@ -351,11 +386,12 @@ class WeightTransferCallback(Callback):
 
     def _prepare(self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, ranks: Ranks) -> _Made:
         source, target, remark = self._sides(trainer, model, stage, ranks)
+        data, untested = self._data(trainer, model, stage, source, ranks)
         with quiet(trainer, model):
             prepared = prepare_transfer(
-                source, target, self.options, plan=self.plan, min_coverage=self.min_coverage, ranks=ranks
+                source, target, self.options, plan=self.plan, min_coverage=self.min_coverage, ranks=ranks, data=data
             )
-        return _Made(model, source, target, prepared, remark, ranks)
+        return _Made(model, source, target, prepared, remark or untested, ranks)
 
     def _transfer(self, trainer: pl.Trainer, made: _Made, only: frozenset[str] | None, *, late: bool) -> None:
         """Apply, report, and go on with the old training if asked to."""
@@ -408,6 +444,19 @@ class WeightTransferCallback(Callback):
         told = undo.take_back(error)
         undo.close()
         return told
+
+    def _data(
+        self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, source: Source, ranks: Ranks
+    ) -> tuple[list[OnData], str]:
+        """Ways to prove the mapping on the run's own data, or a remark why there are none."""
+        self._recorded = recorded_score(source.tensors)
+        if self.proof == "off" or self.plan is not None:
+            return [], ""
+        if has_sharded_tensors(model):
+            return [], "not tested on data: a model spread over several processes is not run by one of them"
+        if not ranks.is_zero:
+            return [], ""
+        return ways_to_prove(trainer, model, stage, self._recorded, self.proof_batches, self.proof_seconds)
 
     def _sides(
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, ranks: Ranks

@@ -61,7 +61,7 @@ class EntryWriter:
         entry = PlanEntry(
             sources=tuple(s.name for s in sources),
             targets=tuple(t.name for t in targets),
-            operations=(*operations, *_cast(sources[0], targets[0])),
+            operations=(*operations, *cast_between(sources[0], targets[0])),
             source_shapes=tuple(s.shape for s in sources),
             target_shapes=tuple(t.shape for t in targets),
             kind=targets[0].kind,
@@ -181,7 +181,8 @@ class EntryWriter:
         return f"no tensor of the {other} with this shape stands in a corresponding place or has a corresponding name"
 
 
-def _cast(source: ParameterInfo, target: ParameterInfo) -> tuple[Operation, ...]:
+def cast_between(source: ParameterInfo, target: ParameterInfo) -> tuple[Operation, ...]:
+    """The cast from one tensor's data type to another's, if they differ."""
     if source.dtype == target.dtype:
         return ()
     return (Cast(str(source.dtype).removeprefix("torch."), str(target.dtype).removeprefix("torch.")),)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from lit_wsl.matching.tree import owner_path
@@ -125,6 +125,12 @@ def _words(name: str) -> list[str]:
 
 def _own_name(name: str) -> str:
     return owner_path(name).rpartition(".")[2]
+
+
+def rotating_towers(source: ModelDescription, target: ModelDescription) -> Callable[[str], bool]:
+    """Whether the tower around one of the model's tensors may take its positions from rotary embeddings."""
+    inputs = _Inputs(source, target)
+    return lambda name: inputs.may_rotate(inputs.tower(name))
 
 
 class _Inputs:

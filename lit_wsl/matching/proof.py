@@ -137,7 +137,12 @@ class _Prover:
             if self.proven(run) or len(changed) == before:
                 break
         judged, proof, note = self._verdict(plan, run)
-        return replace(judged, proof=proof, notes=(*judged.notes, *changed, note)), run
+        return replace(
+            judged,
+            proof=proof,
+            proof_by="" if proof == "not tested" else "function",
+            notes=(*judged.notes, *changed, note),
+        ), run
 
     def _verdict(self, plan: TransferPlan, run: Run) -> tuple[TransferPlan, Proof, str]:
         """The plan, without what may be to blame if it is refuted; its proof; and what was found, in words."""

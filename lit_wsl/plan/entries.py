@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ Side = Literal["source", "target"]
 
 
 Proof = Literal["proven", "refuted", "not tested"]
+ProofBy = Literal["function", "data", ""]
 
 
 # why a tensor that nobody asked for has no partner
@@ -163,6 +165,64 @@ class SideSummary:
 
 
 @dataclass(frozen=True)
+class Decided:
+    """A question that trials were made for.
+
+    Attributes:
+        question: What was open.
+        answer: The best answer.
+        loss: The model's loss with it.
+        rival: The best other answer.
+        rival_loss: The model's loss with that one, on the same samples.
+        risk: Bound of the risk that the answer is no better than its rivals, corrected for the number of trials.
+        taken: Whether the answer was taken; otherwise the question stays open.
+    """
+
+    question: str
+    answer: str
+    loss: float
+    rival: str = ""
+    rival_loss: float = float("nan")
+    risk: float = 1.0
+    taken: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a proof on data measured.
+
+    Attributes:
+        fresh: The loss before the transfer.
+        transferred: The loss of the model as it is filled.
+        passes: Forward passes of a whole batch that the trials took.
+        seconds: How long they took.
+        decisions: The questions, the most decisive first.
+    """
+
+    fresh: float
+    transferred: float
+    passes: float = 0.0
+    seconds: float = 0.0
+    decisions: tuple[Decided, ...] = ()
+
+    @property
+    def falls(self) -> bool:
+        """Whether the loss is lower than before the transfer."""
+        return self.transferred < self.fresh
+
+
+def measured_dict(measured: Measured) -> dict[str, Any]:
+    """What a proof measured, as plain data; losses that are no numbers are ``None``."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    data = {key: plain(value) for key, value in asdict(measured).items()}
+    decisions = [{key: plain(value) for key, value in asdict(d).items()} for d in measured.decisions]
+    return {**data, "decisions": decisions}
+
+
+@dataclass(frozen=True)
 class PlanData:
     """What a plan holds; :class:`~lit_wsl.plan.plan.TransferPlan` adds what can be done with it.
 
@@ -174,7 +234,9 @@ class PlanData:
         unmatched_source: Tensors of the checkpoint that go nowhere, with the reason.
         unmatched_target: Tensors of the model that get nothing, with the reason.
         options: The options of the matching, as plain data.
-        proof: Outcome of the function check, see ``lit_wsl.matching.proof``.
+        proof: Whether the mapping was proven (``lit_wsl.matching.proof``, ``lit_wsl.matching.judge``).
+        proof_by: How: by what both models compute, or by the loss on data.
+        measured: What a proof on data measured.
         notes: Remarks for the report, one line each.
     """
 
@@ -187,6 +249,8 @@ class PlanData:
     options: Mapping[str, Any] = field(default_factory=dict)
     proof: Proof = "not tested"
     notes: tuple[str, ...] = ()
+    proof_by: ProofBy = ""
+    measured: Measured | None = None
 
     def __iter__(self) -> Iterator[PlanEntry]:
         return iter(self.entries)

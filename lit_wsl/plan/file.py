@@ -24,6 +24,7 @@ entries of a line is a list of ``[count, value]`` pairs.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import heapq
@@ -39,7 +40,19 @@ from typing import Any, Literal, TypeVar, get_args
 
 from lit_wsl.errors import CheckpointError, PlanError
 from lit_wsl.files import atomic_write_text
-from lit_wsl.plan.entries import Ambiguity, Candidate, PlanData, PlanEntry, Proof, SideSummary, Unmatched
+from lit_wsl.plan.entries import (
+    Ambiguity,
+    Candidate,
+    Decided,
+    Measured,
+    PlanData,
+    PlanEntry,
+    Proof,
+    ProofBy,
+    SideSummary,
+    Unmatched,
+    measured_dict,
+)
 from lit_wsl.plan.notation import Budget, Pattern, expand, fold_list, is_plain, parse_side
 from lit_wsl.plan.operations import OPERATIONS, Operation, operation_from_dict, run_shapes
 from lit_wsl.structure.description import Kind, Shape
@@ -580,6 +593,8 @@ def plan_to_document(plan: PlanData) -> dict[str, Any]:
         "source": _summary(plan.source),
         "target": _summary(plan.target),
         "proof": plan.proof,
+        **({"proof_by": plan.proof_by} if plan.proof_by else {}),
+        **({"measured": measured_dict(plan.measured)} if plan.measured is not None else {}),
         "options": _sorted_keys(plan.options),
         "notes": list(plan.notes),
         "order": {key: value for key, value in order.items() if value != "tree"},
@@ -834,6 +849,28 @@ def plan_from_text(text: str) -> dict[str, Any]:
     return _PlanReader(text, Fields(document, "the plan")).read()
 
 
+def _parse_measured(document: Fields) -> Measured:
+    data = document.mapping("measured")
+    data.allow(*(f.name for f in dataclasses.fields(Measured)))
+    decisions = []
+    for line in data.sequence("decisions", []):
+        try:
+            known: dict[str, Any] = {f.name: line[f.name] for f in dataclasses.fields(Decided) if f.name in line}
+            known |= {key: _loss(known[key]) for key in ("loss", "rival_loss", "risk") if key in known}
+            decisions.append(Decided(**known))
+        except (TypeError, ValueError, KeyError) as error:
+            raise data.error("decisions", f"must be a list of decisions ({error})") from error
+    kinds = (int, float, type(None))
+    numbers = {
+        key: _loss(data.get(key, 0.0, kinds, "a number")) for key in ("fresh", "transferred", "passes", "seconds")
+    }
+    return Measured(**numbers, decisions=tuple(decisions))
+
+
+def _loss(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
 class _PlanReader:
     """Reads the document; keeps what all entries share."""
 
@@ -845,7 +882,18 @@ class _PlanReader:
     def read(self) -> dict[str, Any]:
         document = self.document
         document.allow(
-            "format", "version", "source", "target", "proof", "options", "notes", "order", "defaults", *SECTIONS
+            "format",
+            "version",
+            "source",
+            "target",
+            "proof",
+            "proof_by",
+            "measured",
+            "options",
+            "notes",
+            "order",
+            "defaults",
+            *SECTIONS,
         )
         version = document.integer("version", 1)
         if version > VERSION:
@@ -869,6 +917,8 @@ class _PlanReader:
             unmatched_target=tuple(u for u in self.unmatched("unmatched_target") if u.name not in filled),
             options=document.plain_mapping("options", {}),
             proof=document.choice("proof", get_args(Proof), "not tested"),
+            proof_by=document.choice("proof_by", get_args(ProofBy), ""),
+            measured=_parse_measured(document) if "measured" in document else None,
             notes=tuple(document.strings("notes", [])),
         )
 

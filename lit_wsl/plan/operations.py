@@ -421,8 +421,84 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Rotary(Operation):
+    """Rows of queries or keys from rotary halves to neighbouring rotary pairs, head by head, or back.
+
+    Attributes:
+        head: Rows of a head.
+        width: Rows of a head that are rotated, the first ones.
+        to_pairs: From halves to pairs; back otherwise.
+        only: Which tensors of the list, by place; all where it is empty.
+
+    >>> Rotary(4, 4, True).apply([torch.arange(8)])
+    [tensor([0, 2, 1, 3, 4, 6, 5, 7])]
+    """
+
+    head: int
+    width: int
+    to_pairs: bool
+    only: tuple[int, ...] = ()
+    name: ClassVar[str] = "rotary"
+
+    def __post_init__(self) -> None:
+        self._at_least(1, head=self.head, width=self.width)
+        self._at_least(0, only=self.only)
+        if self.width % 2 or self.width > self.head:
+            raise PlanError(f"rotary: width must be even and at most the head's {self.head} rows, got {self.width}.")
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        for place, s in enumerate(inputs):
+            if (not self.only or place in self.only) and (not s or s[0] % self.head):
+                raise self._misfit(inputs, f"the rows must be whole heads of {self.head}")
+        return [tuple(s) for s in inputs]
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        self._check(inputs)
+        return [self._turn(t) if not self.only or place in self.only else t for place, t in enumerate(inputs)]
+
+    def _turn(self, tensor: Tensor) -> Tensor:
+        heads = tensor.reshape(-1, self.head, *tensor.shape[1:])
+        rotated, rest = heads[:, : self.width], heads[:, self.width :]
+        inner = (2, self.width // 2) if self.to_pairs else (self.width // 2, 2)
+        turned = rotated.reshape(len(heads), *inner, *tensor.shape[1:]).transpose(1, 2).reshape(rotated.shape)
+        return torch.cat((turned, rest), 1).reshape(tensor.shape)
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return Rotary(self.head, self.width, not self.to_pairs, self.only)
+
+
+@dataclass(frozen=True)
+class Reorder(Operation):
+    """Cut the first axis of each tensor into equal blocks and put them in another order: gates of recurrent cells.
+
+    >>> Reorder((1, 0)).apply([torch.arange(4)])
+    [tensor([2, 3, 0, 1])]
+    """
+
+    order: tuple[int, ...]
+    name: ClassVar[str] = "reorder"
+
+    def __post_init__(self) -> None:
+        if not self.order or sorted(self.order) != list(range(len(self.order))):
+            raise PlanError(f"reorder: order must name each block from 0 once, got {self.order}.")
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+        if any(not s or s[0] % len(self.order) for s in inputs):
+            raise self._misfit(inputs, f"the first axis must be {len(self.order)} equal blocks")
+        return [tuple(s) for s in inputs]
+
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+        self._check(inputs)
+        return [torch.cat([t.chunk(len(self.order))[block] for block in self.order]) for t in inputs]
+
+    def reverse(self) -> Operation:  # noqa: D102
+        return Reorder(tuple(self.order.index(block) for block in range(len(self.order))))
+
+
 OPERATIONS: dict[str, type[Operation]] = {
-    op.name: op for op in (Permute, Transpose, Reshape, Split, Concat, Stack, Unstack, FanOut, Tie, Cast)
+    op.name: op
+    for op in (Permute, Transpose, Reshape, Split, Concat, Stack, Unstack, FanOut, Tie, Rotary, Reorder, Cast)
 }
 
 

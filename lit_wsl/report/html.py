@@ -17,7 +17,7 @@ from lit_wsl.files import atomic_write_text
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.scoring import ScoreBreakdown
 from lit_wsl.plan.coverage import Coverage, excluded_names
-from lit_wsl.plan.entries import PlanEntry, Side
+from lit_wsl.plan.entries import PlanEntry, Side, measured_dict
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.gaps import gaps, remedy
 from lit_wsl.report.json_report import coverage_dict
@@ -133,6 +133,8 @@ def page_data(material: Material) -> dict[str, Any]:
         "labels": {"source": plan.source.label, "target": plan.target.label},
         "options": dict(plan.options),
         "proof": plan.proof,
+        "proof_by": plan.proof_by,
+        "measured": None if plan.measured is None else measured_dict(plan.measured),
         "remedy": remedy(plan),
         "counts": {
             "operations": operation_counts(plan),

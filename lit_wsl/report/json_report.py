@@ -12,7 +12,7 @@ from lit_wsl.files import atomic_write_text
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.scoring import ScoreBreakdown
 from lit_wsl.plan.coverage import Count, Coverage
-from lit_wsl.plan.entries import PlanEntry, Side
+from lit_wsl.plan.entries import PlanEntry, Side, measured_dict
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.gaps import gaps
 from lit_wsl.report.rows import operation_counts
@@ -70,6 +70,8 @@ def report_dict(
         "applied": bool(getattr(result, "applied", False)),
         "options": dict(plan.options),
         "proof": plan.proof,
+        "proof_by": plan.proof_by,
+        "measured": None if plan.measured is None else measured_dict(plan.measured),
         "counts": _counts(plan, unmatched),
         "coverage": coverage_dict(material.coverage),
         "mappings": [_mapping(material, number, entry, explained) for number, entry in enumerate(plan.entries)],

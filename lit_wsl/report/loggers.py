@@ -36,6 +36,9 @@ def scalars(report: TransferReport) -> dict[str, float]:
         "ambiguous": float(len(report.ambiguous)),
         "unused": float(len(report.unused)),
     }
+    measured = report.plan.measured
+    if measured is not None:
+        values["loss_fresh"], values["loss_transferred"] = measured.fresh, measured.transferred
     for row in module_rows(coverage)[1]:  # a dashboard of thousands of charts helps nobody
         values[f"module_coverage/{row.module.strip('()')}"] = row.share
     return {f"{PREFIX}/{name}": value for name, value in values.items()}

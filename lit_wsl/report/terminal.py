@@ -283,6 +283,21 @@ class Reported(Protocol):
 # ---- lines: what every rendering says, in a terminal, in a log file and in Markdown --------------------------------
 
 
+def measured_lines(plan: TransferPlan, most: int = 8) -> list[str]:
+    """What a proof on data measured: the loss before and after, and what each decision was worth."""
+    if plan.measured is None:
+        return []
+    measured = plan.measured
+    lines = [f"loss: {measured.fresh:.4g} fresh, {measured.transferred:.4g} transferred"]
+    lines[0] += f" ({measured.passes:.0f} passes, {measured.seconds:.1f} s)"
+    for d in measured.decisions[:most]:
+        what = d.answer if d.taken else "open"
+        lines.append(f"  {d.question}: {what} ({d.loss:.4g}; next best {d.rival_loss:.4g}, risk {d.risk:.1g})")
+    if len(measured.decisions) > most:
+        lines.append(f"  and {len(measured.decisions) - most} more decisions")
+    return lines
+
+
 def summary_lines(report: Reported, verb: str | None = None) -> list[str]:
     """The report in a few lines: both sides, buffers, proof.
 
@@ -300,7 +315,8 @@ def summary_lines(report: Reported, verb: str | None = None) -> list[str]:
     lines += _buffer_lines(report)
     lines += _aside_lines(report)
     if plan.proof != "not tested":
-        lines.append(f"function check: {plan.proof}")
+        lines.append(f"{plan.proof_by or 'function'} check: {plan.proof}")
+    lines += measured_lines(plan)
     return lines
 
 

@@ -102,14 +102,14 @@ def source_calls(old: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def run_with(module: nn.Module, state: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
     """Run a module with other weights, in eval mode, and record its leaf modules."""
     trace: Trace = {}
-    with undisturbed(module), torch.no_grad(), _filled(module, state), _recorded(module, trace):
+    with undisturbed(module), torch.no_grad(), lent(module, state), _recorded(module, trace):
         module.eval()
         result = module(*args, **kwargs)
     return Run(tuple(tensors_in(result)), trace)
 
 
 @contextmanager
-def _filled(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+def lent(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     """Lend a module other values for its tensors.
 
     The tensors stay the objects they are, so that whoever else holds them (a layer that is in a list and in an

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import Checkpoint
+from lit_wsl.matching.judge import judge_by_loss
 from lit_wsl.matching.layouts import hidden_layouts
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.matching.planner import build_plan
@@ -21,12 +24,34 @@ from lit_wsl.plan.plan import TransferPlan, check_plan, describe_entry, left_alo
 from lit_wsl.report.report import TransferReport
 from lit_wsl.structure import ModelDescription
 from lit_wsl.structure.arguments import require_module, require_sample
+from lit_wsl.structure.losses import Loss, LossMeter
 from lit_wsl.transfer.apply import Progress, apply_plan
 from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.memory import remember, shown, transfer_key
 from lit_wsl.transfer.ranks import ALONE, Ranks, check_same_source, has_sharded_tensors
 from lit_wsl.transfer.sides import Source, Target
 from lit_wsl.transfer.undo import UndoLog, only_filler
+
+
+@dataclass(frozen=True)
+class OnData:
+    """A way to measure the model's loss.
+
+    Attributes:
+        loss: ``loss(model, batch)``, a scalar, the lower the better.
+        batches: The batches.
+        count: Most batches.
+        seconds: Most time.
+        world: What to stand in while the loss is measured.
+        tell: Told of trials.
+    """
+
+    loss: Loss
+    batches: Iterable[Any]
+    count: int = 8
+    seconds: float = 60.0
+    world: Callable[[], AbstractContextManager[Any]] = nullcontext
+    tell: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -84,6 +109,8 @@ def transfer_weights(
     skip: Sequence[str] = (),
     source_prefix: str | None = None,
     checkpoint_weights: Literal["auto", "model", "ema"] = "auto",
+    loss: Loss | None = None,
+    batches: Iterable[Any] | None = None,
 ) -> TransferReport:
     """Put the weights of one model into another, in place, all or nothing.
 
@@ -114,6 +141,9 @@ def transfer_weights(
         skip: Patterns of names of the model that are never filled.
         source_prefix: Only what stands under this name in the checkpoint takes part, such as ``"student.backbone"``.
         checkpoint_weights: Which weights of the file: the ``"model"``'s, its ``"ema"``, or what it marks as its own.
+        loss: The model's loss on one batch, ``loss(model, batch)``, a scalar, the lower the better: proof on data. What
+            names leave open is tried on ``batches``, and taken where every rival is significantly worse.
+        batches: Batches of the training data, of which at most the first eight are used.
 
     Returns:
         What was loaded, what was not, and why.
@@ -155,7 +185,8 @@ def transfer_weights(
         samples = [(example_args, dict(example_kwargs or {}))] if example_args or example_kwargs else []
         opened = ranks.together(lambda: Source.open(source, checkpoint_weights, old=source_module, samples=samples))
         target = Target.of(model, samples)
-        prepared = prepare_transfer(opened, target, options, plan=plan, min_coverage=floor, ranks=ranks)
+        data = [OnData(loss, batches or ())] if loss is not None else []
+        prepared = prepare_transfer(opened, target, options, plan=plan, min_coverage=floor, ranks=ranks, data=data)
         report = finish_transfer(prepared, opened.tensors, target, ranks=ranks)
         remember(model, transfer_key(source, options.to_dict(), plan, checkpoint_weights), shown(source), filled=True)
         return report
@@ -169,6 +200,7 @@ def prepare_transfer(
     plan: TransferPlan | str | Path | None = None,
     min_coverage: float = 0.5,
     ranks: Ranks = ALONE,
+    data: Sequence[OnData] = (),
 ) -> Prepared:
     """Match both sides or take the given plan, and check it. Changes nothing, reads no tensor data.
 
@@ -182,11 +214,12 @@ def prepare_transfer(
         plan: A plan to replay instead of matching.
         min_coverage: The floor.
         ranks: The processes that fill the model together.
+        data: Ways to prove the mapping on data; the first that works is used.
 
     Returns:
         The checked transfer.
     """
-    prepared = ranks.once(lambda: _plan_transfer(source, target, options, plan, min_coverage))
+    prepared = ranks.once(lambda: _plan_transfer(source, target, options, plan, min_coverage, data))
     ranks.together(lambda: None if ranks.is_zero else check_plan(prepared.plan, source.file, target.description))
     check_same_source(ranks, source.tensors, [name for entry in prepared.plan for name in entry.sources])
     return replace(prepared, notes=(*prepared.notes, target.remark)) if target.remark else prepared
@@ -198,6 +231,7 @@ def _plan_transfer(
     options: MatchingOptions,
     plan: TransferPlan | str | Path | None,
     min_coverage: float,
+    data: Sequence[OnData],
 ) -> Prepared:
     """The part of :func:`prepare_transfer` that one process does for all."""
     notes: list[str] = list(source.tensors.notes) if isinstance(source.tensors, Checkpoint) else []
@@ -205,7 +239,7 @@ def _plan_transfer(
     if plan is not None:
         chosen = plan if isinstance(plan, TransferPlan) else TransferPlan.load(plan)
     else:
-        chosen = _match(source, target, options)
+        chosen = _prove_on_data(_match(source, target, options), source, target, data)
         chosen, dropped = _without_losses(chosen, theirs, ours)
         notes += dropped
     chosen, dropped = _leave_alone(chosen, ours)
@@ -231,6 +265,22 @@ def _match(source: Source, target: Target, options: MatchingOptions) -> Transfer
     plan = build_plan(theirs, ours, options, assume_layouts=True)
     unseen = {} if options.assume_layouts else hidden_layouts(plan, theirs, ours)
     return restrict(prove(plan, old, target.model, target.samples, unseen=unseen), theirs, ours, options)
+
+
+def _prove_on_data(plan: TransferPlan, source: Source, target: Target, data: Sequence[OnData]) -> TransferPlan:
+    """Let the loss decide what is open, by the first way that works; what the function proved needs no other proof."""
+    if plan.proof == "proven":
+        return plan
+    sides = source.description, target.description
+    failed: list[TransferPlan] = []
+    for way in data:
+        meter = LossMeter(target.model, way.loss, islice(way.batches, way.count))
+        with way.world():
+            judged = judge_by_loss(plan, sides, source.tensors, meter, seconds=way.seconds, tell=way.tell)
+        if judged.measured is not None:
+            return judged
+        failed.append(judged)
+    return failed[0] if failed else plan
 
 
 def finish_transfer(
@@ -260,11 +310,21 @@ def finish_transfer(
         target.materialise()
     applied = apply_plan(prepared.plan, tensors, target.model, progress=progress, ranks=ranks, only=only, undo=undo)
     warnings = applied.warnings
-    if prepared.plan.proof == "refuted":
-        warnings = (f"the function check refuted this plan: {prepared.plan.notes[-1]}", *warnings)
+    warnings = (*_refuted(prepared.plan), *warnings)
     changing = [describe_entry(entry) for entry in prepared.plan.entries if entry.changes_values]
     changed = tuple(f"values were changed, as asked for: {text}" for text in changing)
     return prepared.report(warnings=warnings, notes=(*changed, *applied.notes))
+
+
+def _refuted(plan: TransferPlan) -> Iterator[str]:
+    """Warnings about a plan that was found wrong, or that its data does not bear out."""
+    if plan.proof == "refuted":
+        yield f"the {plan.proof_by} check refuted this plan: {plan.notes[-1]}"
+    if plan.measured is not None and not plan.measured.falls:
+        yield (
+            f"the loss is no better than before the transfer ({plan.measured.fresh:.4g} fresh, "
+            f"{plan.measured.transferred:.4g} transferred): the wrong checkpoint, or a broken mapping"
+        )
 
 
 def _without_losses(

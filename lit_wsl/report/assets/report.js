@@ -427,7 +427,7 @@
   function page() {
     $("label-source").textContent = data.labels.source; $("label-target").textContent = data.labels.target;
     const ops = Object.entries(data.counts.operations).map(([badge, n]) => `${n} ${badge}`).join(", ");
-    $("counts").textContent = `${entries.length} mappings${ops ? " (" + ops + ")" : ""}  ·  threshold ${data.options.threshold ?? "–"}, ${data.options.strategy ?? "–"}, buffers ${data.options.buffers ?? "–"}  ·  function check: ${data.proof}`;
+    $("counts").textContent = `${entries.length} mappings${ops ? " (" + ops + ")" : ""}  ·  threshold ${data.options.threshold ?? "–"}, ${data.options.strategy ?? "–"}, buffers ${data.options.buffers ?? "–"}  ·  ${data.proof_by || "function"} check: ${data.proof}`;
     coverageRow("source", data.coverage.source, source, "p"); coverageRow("target", data.coverage.target, target, "p");
     if (data.options.buffers !== "exclude" && data.coverage.target_buffers.of_tensors) coverageRow("target buffers", data.coverage.target_buffers, target, "b");
     data.warnings.forEach((text) => $("remarks").append(el("p", { class: "remark warning", text: "⚠ " + text })));

@@ -1,0 +1,247 @@
+"""Proof on data in a Trainer: the module's own step on batches of its own data, so that the run cannot tell.
+
+The step is ``training_step`` on training batches, in eval mode: the right weights stand near a minimum of the training
+loss only. Where that does not work, ``validation_step`` on validation batches. What the step logs goes nowhere, but is
+read where the step returns nothing. No loader of the run is iterated: items are read from its data set, spread over the
+whole of it, and collated as the loader would.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, IterableDataset
+
+from lit_wsl.callbacks.sample import NoSampleError, places, to_model
+from lit_wsl.checkpoint import Checkpoint
+from lit_wsl.structure.preserving import preserved_objects, preserved_rng
+from lit_wsl.transfer.api import OnData
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+_STEPS = {"train_dataloader": "training_step", "val_dataloader": "validation_step", "test_dataloader": "test_step"}
+_COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The score that the old run's ``ModelCheckpoint`` wrote into the checkpoint.
+
+    Attributes:
+        monitor: Name of the metric.
+        value: Its value when the checkpoint was saved.
+        mode: ``min`` or ``max``.
+    """
+
+    monitor: str
+    value: float
+    mode: str = "min"
+
+
+def recorded_score(tensors: object) -> Recorded | None:
+    """The monitored score in the ``callbacks`` of a Lightning checkpoint."""
+    callbacks = tensors.unread.get("callbacks") if isinstance(tensors, Checkpoint) else None
+    for key, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        if not isinstance(state, Mapping) or "best_model_score" not in state or not state.get("monitor"):
+            continue
+        value = state.get("current_score")
+        value = state["best_model_score"] if value is None else value
+        if isinstance(value, (int, float, Tensor)):
+            found = re.search(r"\{.*\}", str(key))
+            options = ast.literal_eval(found.group()) if found else {}
+            return Recorded(str(state["monitor"]), float(value), str(options.get("mode", "min")))
+    return None
+
+
+def ways_to_prove(
+    trainer: pl.Trainer, module: pl.LightningModule, stage: str, score: Recorded | None, count: int, seconds: float
+) -> tuple[list[OnData], str]:
+    """Ways to measure the module's loss on its own data, the best first.
+
+    Args:
+        trainer: The trainer.
+        module: The model, whose parameters exist.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        score: What the old run monitored.
+        count: Most batches.
+        seconds: Most time.
+
+    Returns:
+        The ways, and one line saying why there are none if there are none.
+    """
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    if not module.automatic_optimization:
+        return [], "not tested on data: manual optimization"
+    ways = []
+    for kind, owner, name in places(trainer, module, stage, (*_STEPS,)):
+        own = _STEPS[kind]
+        for step in dict.fromkeys((own, "validation_step" if own != "training_step" else own, "training_step")):
+            if is_overridden(step, module):
+                logged: dict[str, Any] = {}
+                loss = partial(_step_loss, step=step, logged=logged, score=score)
+                world = partial(_world, trainer, module, logged)
+                ways.append(OnData(loss, _batches(trainer, module, owner, name), count, seconds, world))
+    return ways, "" if ways else "not tested on data: there is no step with a loss, or no data"
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+def _step_loss(module: nn.Module, batch: Any, *, step: str, logged: dict[str, Any], score: Recorded | None) -> Tensor:
+    """The loss that a step returns, or logs."""
+    logged.clear()
+    method = getattr(module, step)
+    names = list(inspect.signature(method).parameters)
+    kwargs: dict[str, int] = {name: 0 for name in ("batch_idx", "dataloader_idx") if name in names}
+    if len(names) > 1 and "batch_idx" not in names:
+        kwargs[names[1]] = 0
+    with cast("pl.LightningModule", module).trainer.precision_plugin.forward_context():
+        result = method(batch, **kwargs)
+    if isinstance(result, Mapping):
+        result = result.get("loss")
+    if isinstance(result, Tensor) and result.numel() == 1:
+        return result.reshape(())
+    return _logged_loss(logged, step, score)
+
+
+def _logged_loss(logged: Mapping[str, Any], step: str, score: Recorded | None) -> Tensor:
+    """What a step that returns nothing tells of its loss by what it logs."""
+    values = {name: _number(value) for name, value in logged.items()}
+    known = {name: value for name, value in values.items() if value is not None}
+    for name, value in known.items():
+        if "loss" in name.lower():
+            return value
+    if score is not None and score.monitor in known:
+        return -known[score.monitor] if score.mode == "max" else known[score.monitor]
+    raise NoSampleError(f"{step} returns no loss and logs none")
+
+
+def _number(value: Any) -> Tensor | None:
+    if hasattr(value, "compute") and callable(value.compute):
+        value = value.compute()
+    if isinstance(value, (int, float)):
+        return torch.tensor(float(value))
+    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else None
+
+
+@contextmanager
+def _world(trainer: pl.Trainer, module: pl.LightningModule, logged: dict[str, Any]) -> Iterator[None]:
+    """What a step finds around it: a log that goes nowhere else, loggers that take anything, no other process."""
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        logged[name] = value
+
+    def log_dict(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        logged.update(values)
+
+    loggers, own = trainer.loggers, dict(vars(module))
+    with ExitStack() as stack:
+        stack.enter_context(preserved_rng(module))
+        stack.enter_context(preserved_objects(getattr(trainer, "datamodule", None)))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            stack.enter_context(_alone())
+        try:
+            trainer.loggers = [DummyLogger()]
+            vars(module).update(log=log, log_dict=log_dict)
+            yield
+        finally:
+            trainer.loggers = loggers
+            for name in ("log", "log_dict"):
+                vars(module).pop(name, None)
+                if name in own:
+                    vars(module)[name] = own[name]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process makes the trials, so nothing in a step may wait for the others."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the step talks to other processes by itself")
+
+    with ExitStack() as stack:
+        for name, value in (("is_initialized", False), ("get_world_size", 1), ("get_rank", 0)):
+            stack.enter_context(mock.patch.object(torch.distributed, name, lambda *a, _value=value, **k: _value))
+        for name in _COLLECTIVES:
+            stack.enter_context(mock.patch.object(torch.distributed, name, refuse))
+        yield
+
+
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+
+def _batches(trainer: pl.Trainer, module: pl.LightningModule, owner: Any, name: str | None) -> Iterator[Any]:
+    """Batches of a place that has data, taken one by one, each without a trace."""
+    number = 0
+    while True:
+        with preserved_rng(module), preserved_objects(owner, getattr(trainer, "datamodule", None)):
+            torch.manual_seed(number)
+            try:
+                batch = to_model(_batch(_loaders(owner, name), number), trainer, module)
+            except (NoSampleError, IndexError):
+                if number == 0:
+                    raise
+                return  # all of the data has been seen
+        yield batch
+        number += 1
+
+
+def _loaders(owner: Any, name: str | None) -> Any:
+    """The loaders of a place; a datamodule that was not set up for training is, for now."""
+    from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+    if name is None:
+        loaders = owner
+    else:
+        try:
+            loaders = getattr(owner, name)()
+        except Exception:
+            if not hasattr(owner, "setup") or isinstance(owner, nn.Module):
+                raise
+            owner.setup("fit")
+            loaders = getattr(owner, name)()
+    if isinstance(loaders, CombinedLoader):
+        loaders = loaders.iterables
+    if name == "val_dataloader" and isinstance(loaders, (list, tuple)) and loaders and hasattr(loaders[0], "dataset"):
+        return loaders[0]
+    return loaders
+
+
+def _batch(loaders: Any, number: int) -> Any:
+    """A batch in the form in which ``loaders`` would give it."""
+    if isinstance(loaders, (list, tuple)) and loaders and not isinstance(loaders[0], DataLoader):
+        return loaders[number]
+    if isinstance(loaders, (list, tuple, dict)):
+        return tree_map(partial(_loader_batch, number=number), loaders)
+    return _loader_batch(loaders, number)
+
+
+def _loader_batch(loader: Any, number: int) -> Any:
+    if not hasattr(loader, "dataset"):
+        raise NoSampleError(f"a {type(loader).__name__} may not give the batch it is asked for twice")
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        raise NoSampleError("the data set is a stream, and reading from it would take samples away from the run")
+    collate: Callable[[Any], Any] = loader.collate_fn
+    with preserved_objects(dataset, loader.sampler, loader.batch_sampler, getattr(loader, "generator", None), collate):
+        if loader.batch_sampler is None:  # the data set gives whole batches
+            return collate(dataset[list(loader.sampler)[number]])
+        size = getattr(loader, "batch_size", None) or getattr(loader.batch_sampler, "batch_size", None) or 32
+        stride = max(1, len(dataset) // size)
+        if number >= stride:
+            raise NoSampleError("all of the data has been seen")
+        return collate([dataset[i] for i in range(number, number + size * stride, stride) if i < len(dataset)])

@@ -1,0 +1,782 @@
+"""What two descriptions leave open, as decisions with complete sets of options, and the entries that a choice means.
+
+The layers of both sides are gathered in regions: sets of subtrees that are alike (blocks, towers), and what stands
+outside of all. Layers that could take one another's place, alone or as parts of a whole, make a group with a decision
+of its own (which goes where), and further ones where shapes leave more open: the order of the parts, whether they
+alternate head by head, which way round squares stand, rotary rows, the gates of recurrent cells, the numbering of
+blocks. A decision holds for all copies in a region: if one block has it so, all have.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise, permutations
+from typing import Any
+
+from lit_wsl.matching.evidence import ORDER_WEIGHT
+from lit_wsl.matching.layouts import rotating_towers
+from lit_wsl.matching.shapes import join_axis, operations_between
+from lit_wsl.matching.tree import role_of, stem_of
+from lit_wsl.plan.entries import PlanEntry
+from lit_wsl.plan.operations import (
+    Concat,
+    Operation,
+    Reorder,
+    Reshape,
+    Rotary,
+    Split,
+    Stack,
+    Transpose,
+    Unstack,
+)
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
+
+MAX_OPTIONS = 64
+
+Pick = Callable[["int | None"], Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What moves together: the tensors of one layer, the largest first, over all copies.
+
+    names[tensor][copy] is a tuple of names (several where copies are nested in the copy, such as experts).
+    """
+
+    path: str
+    names: tuple[tuple[tuple[str, ...], ...], ...]
+    shapes: tuple[Shape, ...]
+
+    @property
+    def times(self) -> int:
+        """How many copies of it are nested in each copy."""
+        return len(self.names[0][0])
+
+    @property
+    def all_names(self) -> list[str]:
+        """Names of all its tensors in all copies."""
+        return [n for copies in self.names for own in copies for n in own]
+
+    @property
+    def main(self) -> Shape:
+        """Shape of its largest tensor, with the copies that are nested in each copy in front."""
+        return (self.times, *self.shapes[0]) if self.times > 1 else self.shapes[0]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Subtrees that are alike: the paths of the copies, and the layers of each."""
+
+    copies: tuple[str, ...]
+    units: tuple[Unit, ...]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all that is in it."""
+        return {n for u in self.units for n in u.all_names}
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of one copy."""
+        return sum(math.prod(s) * u.times for u in self.units for s in u.shapes)
+
+
+def regions(side: ModelDescription) -> list[Region]:
+    """Sets of subtrees that are alike, with what is in them, and what stands outside of all."""
+    shapes = {i.name: i.shape for i in side.parameters if i.kind == "parameter"}
+    tree: dict = {}
+    for name in shapes:
+        node = tree
+        *above, leaf = name.split(".")
+        for part in above:
+            node = node.setdefault(part, {})
+        node[leaf] = name
+    found: list[Region] = []
+    outside: list[str] = []
+
+    def walk(node: dict) -> None:
+        groups = _alike(node, shapes)
+        inside = {k for members in groups for k in members}
+        for members in groups:
+            prefixes = [_prefix(node[m]) for m in members]
+            units = _units(node[members[0]], shapes, prefixes)
+            found.append(Region(tuple(prefixes), tuple(units)))
+        for key, child in node.items():
+            if key in inside:
+                continue
+            if isinstance(child, dict):
+                walk(child)
+            else:
+                outside.append(child)
+
+    walk(tree)
+    units = [
+        Unit(path, tuple(((n,),) for n in names), tuple(shapes[n] for n in names))
+        for path, names in _layers(outside, shapes)
+    ]
+    return [Region(("",), tuple(units)), *found]
+
+
+def _names(node: Any) -> Iterator[str]:
+    """Names below a node of the tree of names."""
+    if isinstance(node, str):
+        yield node
+    else:
+        for child in node.values():
+            yield from _names(child)
+
+
+def _prefix(node: Any) -> str:
+    """Common path of a subtree's names, with its dot."""
+    names = list(_names(node))
+    parts = [n.split(".") for n in names]
+    depth = 0
+    while all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
+        depth += 1
+    return ".".join(parts[0][:depth]) + "."
+
+
+def _alike(node: dict, shapes: Mapping[str, Shape]) -> list[list[str]]:
+    groups: dict = {}
+    for key, child in node.items():
+        if not isinstance(child, dict):
+            continue
+        prefix = _prefix(child)
+        names = list(_names(child))
+        if not any(len(_core(shapes[n])) >= 2 for n in names):
+            continue
+        rel = tuple(sorted((n[len(prefix) :], shapes[n]) for n in names))
+        if len(_layers(names, shapes)) >= 2:
+            groups.setdefault(rel, []).append(key)
+    return [members for members in groups.values() if len(members) >= 2]
+
+
+def _units(node: dict, shapes: Mapping[str, Shape], prefixes: Sequence[str]) -> list[Unit]:
+    """Layers inside the first of some copies; nested copies become layers of several."""
+    own = prefixes[0]
+    nested: dict[str, tuple[str, ...]] = {}
+    skip: set[str] = set()
+
+    def walk(n: dict) -> None:
+        for members in _alike(n, shapes):
+            inner = [_prefix(n[m]) for m in members]
+            for name in _names(n[members[0]]):
+                nested[name] = tuple(p + name[len(inner[0]) :] for p in inner)
+            skip.update(name for m in members[1:] for name in _names(n[m]))
+        for child in n.values():
+            if isinstance(child, dict):
+                walk(child)
+
+    walk(node)
+    names = [n for n in _names(node) if n not in skip]
+    out = []
+    for path, members in _layers(names, shapes):
+        table = tuple(
+            tuple(tuple(p + full[len(own) :] for full in nested.get(n, (n,))) for p in prefixes) for n in members
+        )
+        out.append(Unit(path[len(own) :] if path.startswith(own) else path, table, tuple(shapes[n] for n in members)))
+    return out
+
+
+def _layers(names: Sequence[str], shapes: Mapping[str, Shape]) -> list[tuple[str, list[str]]]:
+    """Names grouped into layers: a weight and its bias."""
+    modules: dict[str, list[str]] = {}
+    for n in names:
+        modules.setdefault(n.rpartition(".")[0], []).append(n)
+    found: list[tuple[str, list[str]]] = []
+    for path, members in modules.items():
+        groups: dict[str, list[str]] = {}
+        for n in members:
+            leaf = n.rpartition(".")[2]
+            groups.setdefault(stem_of(leaf), []).append(n)
+        big = [n for n in members if len(_core(shapes[n])) >= 2]
+        if len(groups) > 1 and len(big) == 1 and path:
+            dims = set(shapes[big[0]])
+            rest = [n for n in members if n not in big]
+            if all(len(_core(shapes[n])) == 1 and _core(shapes[n])[0] in dims for n in rest):
+                groups = {"": members}
+        for stem, group in groups.items():
+            group = sorted(group, key=lambda n: (-math.prod(shapes[n]), role_of(n) == "bias"))
+            found.append((f"{path}.{stem}" if stem and path else path or stem, group))
+    return found
+
+
+def _core(shape: Shape) -> Shape:
+    return tuple(d for d in shape if d != 1)
+
+
+# ---- pairing ---------------------------------------------------------------------------------------------------------
+
+
+def _single(s: Unit, t: Unit) -> list[tuple[int, int]] | None:
+    """Which tensor of one layer goes to which of another, or None."""
+    if len(s.shapes) != len(t.shapes) or operations_between(s.main, t.main) is None:
+        return None
+    if s.times != t.times and min(s.times, t.times) != 1:
+        return None
+    pairs = [(0, 0)]
+    free = list(range(1, len(t.shapes)))
+    for k in range(1, len(s.shapes)):
+        shape = (s.times, *s.shapes[k]) if s.times > 1 else s.shapes[k]
+        fit = [j for j in free if _core(shape) == _core((t.times, *t.shapes[j]) if t.times > 1 else t.shapes[j])]
+        if not fit:
+            return None
+        best = next((j for j in fit if role_of(t.names[j][0][0]) == role_of(s.names[k][0][0])), fit[0])
+        free.remove(best)
+        pairs.append((k, best))
+    return pairs
+
+
+def _joins(whole: Unit, parts: Sequence[Unit]) -> tuple[int, bool] | None:
+    if whole.times != 1 or any(p.times != 1 for p in parts) or len({len(p.shapes) for p in parts}) != 1:
+        return None
+    if len(whole.shapes) != len(parts[0].shapes):
+        return None
+    if len(whole.shapes[0]) != 2:
+        return None
+    return join_axis(whole.shapes[0], [p.shapes[0] for p in parts])
+
+
+@dataclass
+class Decision:
+    """One thing that is open."""
+
+    text: str
+    options: list  # of anything; the first is the best guess
+    labels: list[str]
+
+
+Cover = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (wholes or sources, targets)
+
+
+def covers(source: Sequence[Unit], target: Sequence[Unit], limit: int = MAX_OPTIONS) -> list[Cover]:
+    """All ways to assign the layers of one side to those of the other, each used once; parts may make up a whole."""
+    fuse = len(source) >= len(target)
+    wholes, parts = (target, source) if fuse else (source, target)
+    found: list[Cover] = []
+    spare = len(parts) - len(wholes)
+
+    def options(w: int, free: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        for p in free:
+            s, t = (parts[p], wholes[w]) if fuse else (wholes[w], parts[p])
+            if _single(s, t) is not None:
+                yield (p,)
+        for m in range(2, min(4, spare + 1) + 1):
+            for group in combinations(free, m):
+                if _joins(wholes[w], [parts[p] for p in group]) is not None:
+                    yield group
+
+    def recurse(w: int, free: tuple[int, ...], chosen: list) -> None:
+        if len(found) > limit:
+            return
+        if w == len(wholes):
+            if not free:
+                found.append(tuple((g, (i,)) if fuse else ((i,), g) for i, g in enumerate(chosen)))
+            return
+        for group in options(w, free):
+            recurse(w + 1, tuple(p for p in free if p not in group), [*chosen, group])
+
+    recurse(0, tuple(range(len(parts))), [])
+    return found
+
+
+def _components(source: Sequence[Unit], target: Sequence[Unit]) -> list[tuple[list[Unit], list[Unit]]]:
+    """Layers that may take one another's place, directly or in a whole."""
+    s_n, t_n = len(source), len(target)
+    link = list(range(s_n + t_n))
+
+    def find(i: int) -> int:
+        while link[i] != i:
+            i = link[i]
+        return i
+
+    def join(i: int, j: int) -> None:
+        link[find(i)] = find(j)
+
+    for i, s in enumerate(source):
+        for j, t in enumerate(target):
+            if _single(s, t) is not None:
+                join(i, s_n + j)
+    for wholes, parts, offset_w, offset_p in ((target, source, s_n, 0), (source, target, 0, s_n)):
+        for w, whole in enumerate(wholes):
+            fitting = [p for p in range(len(parts)) if len(parts[p].shapes[0]) == 2 == len(whole.shapes[0])]
+            for m in (2, 3, 4):
+                for group in combinations(fitting, m):
+                    if _joins(whole, [parts[p] for p in group]) is not None:
+                        for p in group:
+                            join(offset_w + w, offset_p + p)
+    groups: dict[int, tuple[list[Unit], list[Unit]]] = {}
+    for i, s in enumerate(source):
+        groups.setdefault(find(i), ([], []))[0].append(s)
+    for j, t in enumerate(target):
+        groups.setdefault(find(s_n + j), ([], []))[1].append(t)
+    return [g for g in groups.values() if g[0] and g[1]]
+
+
+_QK = re.compile(r"(^|[^a-z])w?[qk]([^a-z]|$)|quer|key")
+
+
+class Part:
+    """Layers that may take one another's place, and what is open about them."""
+
+    def __init__(self, region: int, source: list[Unit], target: list[Unit]) -> None:
+        self.region, self.source, self.target = region, source, target
+        self.covers = covers(source, target)
+        self.which = -1
+        self.order: dict[tuple[str, int], int] = {}
+        self.heads: dict[tuple[str, int], int] = {}
+        self.turn: int | None = None
+
+    def key(self, cover: tuple[Sequence[int], Sequence[int]]) -> tuple[str, int]:
+        """The whole of a fusion, and how many parts it has."""
+        g, h = cover
+        return (self.target[h[0]] if len(g) > 1 else self.source[g[0]]).path, max(len(g), len(h))
+
+    def units(self, cover: tuple[Sequence[int], Sequence[int]]) -> tuple[list[Unit], list[Unit]]:
+        """The layers of both sides in one part of a cover."""
+        return [self.source[i] for i in cover[0]], [self.target[j] for j in cover[1]]
+
+    def parts(self, cover: tuple[Sequence[int], Sequence[int]]) -> list[Unit]:
+        """The parts of a fusion."""
+        g, h = cover
+        return [self.source[i] for i in g] if len(g) > 1 else [self.target[i] for i in h]
+
+    def describe(self, cover: Cover) -> str:
+        """A cover in words."""
+        return "; ".join(
+            f"{' + '.join(self.source[i].path for i in g)} -> {' + '.join(self.target[j].path for j in h)}"
+            for g, h in cover
+        )
+
+    @property
+    def decisions(self) -> list[int]:
+        """Its own decisions, which goes where first."""
+        return [self.which, *self.order.values(), *self.heads.values(), *([] if self.turn is None else [self.turn])]
+
+
+class Space:
+    """All that is open about a pair of models, and what a choice means.
+
+    Args:
+        source: The checkpoint's side.
+        target: The model's side.
+        plan: What names and structure say. What it is sure of is no question.
+
+    Attributes:
+        decisions: What is open; some may have one option only.
+    """
+
+    def __init__(self, source: ModelDescription, target: ModelDescription, plan: TransferPlan) -> None:
+        self.source, self.target = source, target
+        self.decisions: list[Decision] = []
+        self.parts: list[Part] = []
+        self.numbering: dict[int, int] = {}
+        self.rotary: int | None = None
+        self.gates: int | None = None
+        self._known: dict[tuple[int, tuple[int, ...]], list[PlanEntry]] = {}
+        self._buffers: tuple[dict[str, list[ParameterInfo]], dict[str, list[ParameterInfo]]] = ({}, {})
+        for side, found in zip((source, target), self._buffers):
+            for info in side.parameters:
+                if info.kind == "buffer":
+                    found.setdefault(info.module_path, []).append(info)
+        self._buffers_too = plan.options.get("buffers") != "exclude"
+        self._claims = {t: set(e.sources) for e in plan for t in e.targets}
+        self._filled = set(self._claims)  # what is not among these is open anyhow
+        for doubt in plan.ambiguous:
+            if len({c.sources for c in doubt.candidates}) == 1:  # where it comes from is known, how it is laid out not
+                self._claims.update({t: set(doubt.candidates[0].sources) for t in doubt.targets})
+        self._renamed = _only_renamed(plan, source, target)
+        self._told: set[str] = set()  # targets whose names, or whose place in the same code, tell their source
+        self._rotates = rotating_towers(source, target)
+        self._turning = False  # whether rows of queries and keys are asked about
+        self.hidden, self._gate_count = self._cells()
+        self.regions = self._pair_regions(regions(source), regions(target))
+        for k, (a, b) in enumerate(self.regions):
+            parts = [Part(k, s, t) for s, t in _components(a.units, b.units)]
+            told = [self._tell(part) for part in parts]
+            self._number(k, a, b, any(told))
+            layers = [(u, t) for part in parts for u in (*part.source, *part.target) for t in part.target]
+            self._turning |= any(
+                len(u.shapes[0]) == 2 and _is_query_or_key(u) and self._open(t) and self._rotates(t.all_names[0])
+                for u, t in layers
+            )
+            for part in parts:
+                self._part(part)
+        self._add_rotary()
+        self._add_gates()
+
+    def _add(self, text: str, options: list[Any], labels: list[str]) -> int:
+        self.decisions.append(Decision(text, options, labels))
+        return len(self.decisions) - 1
+
+    def _pair_regions(self, theirs: list[Region], ours: list[Region]) -> list[tuple[Region, Region]]:
+        pairs = [(theirs[0], ours[0])]
+        free = list(ours[1:])
+        for a in theirs[1:]:
+            fitting = [b for b in free if len(b.copies) == len(a.copies) and b.elements == a.elements]
+            known = [b for b in fitting if any(self._claims.get(n, set()) & a.names for n in b.names)]
+            if fitting:
+                b = (known or fitting)[0]
+                free.remove(b)
+                pairs.append((a, b))
+        return pairs
+
+    def _number(self, k: int, a: Region, b: Region, told: bool) -> None:
+        """Which copy goes where: as their names tell, as they are counted in a family of names, or open."""
+        count = len(a.copies)
+        if count == 1:
+            return
+        same = tuple(range(count))
+        names = [[p.rstrip(".").rpartition(".")[2] for p in side.copies] for side in (a, b)]
+        if all(n.isdigit() for side in names for n in side):
+            options = [same] if told or self._renamed else _numberings(count)
+        else:
+            spoken = [o for o in permutations(same) if all(names[0][o[i]] == names[1][i] for i in same)]
+            options = spoken or _numberings(count)
+        self.numbering[k] = self._add(f"numbering of {b.copies[0]}", options, [_listed(o) for o in options])
+
+    def _tell(self, part: Part) -> bool:
+        """Keep the covers that agree with what names tell; whether they tell anything that sizes don't."""
+        alone = len(part.covers) == 1
+        told = [
+            (i, j)
+            for j, t in enumerate(part.target)
+            for i, s in enumerate(part.source)
+            if _single(s, t) is not None and self._claimed([s], [t]) and _speaks(s, t, part.source, part.target)
+        ]
+        spelled = [
+            cover
+            for c in part.covers
+            for cover in c
+            if len(cover[0]) + len(cover[1]) > 2 and self._claimed(*part.units(cover)) and _spelled(*part.units(cover))
+        ]
+        sure = [((i,), (j,)) for i, j in told] + [(tuple(g), tuple(h)) for g, h in spelled]
+        if self._renamed:
+            sure = [pair for c in part.covers if all(self._claimed(*part.units(p)) for p in c) for pair in c]
+        keeping = [c for c in part.covers if all(pair in c for pair in sure)]
+        part.covers = keeping or part.covers
+        part.covers.sort(key=lambda c: sum(not self._claimed(*part.units(pair)) for pair in c))
+        for pair in sure if keeping else []:
+            self._told.update(n for u in part.units(pair)[1] for n in u.all_names)
+        if alone and part.covers and all(len(g) == len(h) == 1 for g, h in part.covers[0]):
+            self._told.update(n for u in part.target for n in u.all_names)
+        return bool(sure) and not alone
+
+    def _claimed(self, sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:
+        """Whether the plan takes these layers to those, or says nothing of them."""
+        names = {n for u in sources for n in u.all_names}
+        return all(self._claims.get(n, names) <= names for u in targets for n in u.all_names)
+
+    def _part(self, part: Part) -> None:
+        """Add a group of layers with its decisions, unless nothing is open about it."""
+        if not 0 < len(part.covers) <= MAX_OPTIONS:
+            return
+        settled = not any(self._open(u) for u in part.target)
+        numbering = self.numbering.get(part.region)
+        if settled and (numbering is None or len(self.decisions[numbering].options) == 1):
+            return
+        shown = ", ".join(u.path for u in part.target[:4])
+        part.which = self._add(shown, list(part.covers), [part.describe(c) for c in part.covers])
+        self.parts.append(part)
+        for cover in (pair for c in part.covers for pair in c if len(pair[0]) + len(pair[1]) > 2):
+            if part.key(cover) not in part.order:
+                self._fusion(part, cover)
+        if any(_is_square(u) and self._open(u) for u in part.target):
+            part.turn = self._add(f"squares of {shown}", [False, True], ["as they are", "transposed"])
+
+    def _fusion(self, part: Part, cover: tuple[Sequence[int], Sequence[int]]) -> None:
+        key, parts = part.key(cover), part.parts(cover)
+        orders = list(permutations(range(key[1])))
+        part.order[key] = self._add(f"order of the parts of {key[0]}", orders, [_listed(o) for o in orders])
+        if key[1] == 3:
+            least = min(min(u.shapes[0]) for u in parts)
+            groups = [1, *(g for g in range(2, min(least, 128) + 1) if least % g == 0 and least // g > 1)]
+            labels = ["one after another", *(f"by {g} groups of heads" for g in groups[1:])]
+            part.heads[key] = self._add(f"heads of {key[0]}", groups, labels)
+
+    def _open(self, unit: Unit) -> bool:
+        if self.hidden and unit.shapes[0][:1] == (self.hidden,):
+            return True
+        if self._turning and _is_query_or_key(unit):
+            return True
+        return not all(n in self._told and n in self._filled for n in unit.all_names)
+
+    def _add_rotary(self) -> None:
+        rows = [
+            u.shapes[0][0]
+            for part in self.parts
+            for u in (*part.source, *part.target)
+            if self._turning and len(u.shapes[0]) == 2 and _is_query_or_key(u)
+        ]
+        least = min(rows, default=0)
+        widths = [w for w in range(4, min(least, 256) + 1, 2) if least % w == 0]
+        options: list[Any] = [None]
+        for w in sorted(widths, reverse=True):
+            for r in (w, w // 2, w // 4):
+                if r % 2 == 0 and r >= 4:
+                    options += [(w, r, True), (w, r, False)]
+        if len(options) > 1:
+            labels = ["as they are"]
+            labels += [f"{'halves to pairs' if p else 'pairs to halves'}, {r} of {w} rows" for w, r, p in options[1:]]
+            self.rotary = self._add("rotary rows of q and k", options, labels)
+
+    def _cells(self) -> tuple[int, int]:
+        """Rows of the matrices of recurrent cells and the number of their gates, if only one side has torch's order."""
+        found = [
+            [i.shape for i in side.parameters if "weight_hh" in i.leaf and len(i.shape) == 2 and i.shape[1]]
+            for side in (self.source, self.target)
+        ]
+        shapes = {shape for side in found for shape in side}
+        if all(found) or len(shapes) != 1:
+            return 0, 0
+        ((rows, width),) = shapes
+        return (rows, rows // width) if rows // width in (3, 4) else (0, 0)
+
+    def _add_gates(self) -> None:
+        if self.hidden and any(u.shapes[0][0] == self.hidden for p in self.parts for u in p.target if u.shapes[0]):
+            orders = list(permutations(range(self._gate_count)))
+            self.gates = self._add("order of the gates", orders, [_listed(o) for o in orders])
+
+    # -- what a choice means ---------------------------------------------------------------------------------------
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """The best guess."""
+        return (0,) * len(self.decisions)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is anything to decide."""
+        return any(len(d.options) > 1 for d in self.decisions)
+
+    @property
+    def switches(self) -> list[list[int]]:
+        """Groups of decisions about layers that can be switched off together, which goes where first."""
+        groups = []
+        for part in self.parts:
+            group = part.decisions
+            if self.rotary is not None and any(map(_is_query_or_key, (*part.source, *part.target))):
+                group = [*group, self.rotary]
+            if any(len(self.decisions[d].options) > 1 for d in group):
+                groups.append(group)
+        return groups
+
+    @property
+    def others(self) -> list[int]:
+        """Decisions that belong to no layers of their own."""
+        return [*self.numbering.values(), *([] if self.gates is None else [self.gates])]
+
+    def entries(self, choice: Sequence[int]) -> Iterator[tuple[PlanEntry, bool]]:
+        """The entries that a choice means, and whether they are switched on."""
+        for number, part in enumerate(self.parts):
+            shared = [d for d in (self.numbering.get(part.region), self.rotary, self.gates) if d is not None]
+            key = number, tuple(choice[d] for d in (*part.decisions, *shared))
+            if key not in self._known:
+                self._known[key] = self._entries_of(part, choice)
+            on = choice[part.which] >= 0
+            yield from ((entry, on) for entry in self._known[key])
+
+    def _entries_of(self, part: Part, choice: Sequence[int]) -> list[PlanEntry]:
+        def pick(decision: int | None) -> Any:
+            return None if decision is None else self.decisions[decision].options[max(choice[decision], 0)]
+
+        copies = len(self.regions[part.region][0].copies)
+        order = pick(self.numbering.get(part.region)) or tuple(range(copies))
+        entries: list[PlanEntry] = []
+        for cover in pick(part.which):
+            for k in range(copies):
+                if len(cover[0]) == len(cover[1]) == 1:
+                    s, t = part.source[cover[0][0]], part.target[cover[1][0]]
+                    entries += self._one(s, t, order[k], k, bool(pick(part.turn)), pick)
+                else:
+                    entries += self._several(part, cover, order[k], k, pick)
+        return entries
+
+    def _row_ops(self, s: Unit, t: Unit, tensor: int, pick: Pick) -> tuple[Operation, ...]:
+        """Rotary and gate operations on the rows of one tensor."""
+        ops: list[Operation] = []
+        shape = s.shapes[tensor]
+        if self.rotary is not None and pick(self.rotary) is not None and (_is_query_or_key(s) or _is_query_or_key(t)):
+            w, r, pairs = pick(self.rotary)
+            if shape and shape[0] % w == 0:
+                ops.append(Rotary(w, r, pairs))
+        if self.gates is not None and shape and shape[0] == self.hidden:
+            perm = pick(self.gates)
+            if perm != tuple(sorted(perm)):
+                ops.append(Reorder(perm))
+        return tuple(ops)
+
+    def _one(self, s: Unit, t: Unit, a: int, b: int, turn: bool, pick: Pick) -> list[PlanEntry]:
+        out = []
+        for i, j in _single(s, t) or []:
+            names_s, names_t = s.names[i][a], t.names[j][b]
+            rows = self._row_ops(s, t, i, pick)
+            if s.times == t.times:
+                for x, y in zip(names_s, names_t):
+                    ops = (*rows, *_turned(s.shapes[i], t.shapes[j], turn))
+                    out.append(_entry((x,), (y,), ops, (s.shapes[i],), (t.shapes[j],)))
+            elif t.times == 1:  # experts into a stack
+                whole = (s.times, *s.shapes[i])
+                ops = (*rows, *((Transpose(),) if len(s.shapes[i]) == 2 and _turns(whole, t.shapes[j], turn) else ()))
+                ops = (*ops, Stack(0, s.times))
+                out.append(_entry(names_s, names_t, ops, (s.shapes[i],) * s.times, (t.shapes[j],)))
+            else:
+                whole = (t.times, *t.shapes[j])
+                ops = (Unstack(0, t.times), *((Transpose(),) if _turns(s.shapes[i], whole, turn) else ()))
+                out.append(_entry(names_s, names_t, ops, (s.shapes[i],), (t.shapes[j],) * t.times))
+        out += self._statistics(s, t, a, b)
+        return out
+
+    def _statistics(self, s: Unit, t: Unit, a: int, b: int) -> list[PlanEntry]:
+        """The buffers beside a layer, which go where it goes."""
+        if not self._buffers_too or s.times != 1 or t.times != 1:
+            return []
+        theirs, ours = (u.names[0][k][0].rpartition(".")[0] for u, k in ((s, a), (t, b)))
+        return [
+            PlanEntry((i.name,), (j.name,), (), (i.shape,), (j.shape,), kind="buffer")
+            for j in self._buffers[1].get(ours, ())
+            for i in self._buffers[0].get(theirs, ())
+            if i.leaf == j.leaf and i.shape == j.shape
+        ]
+
+    def _several(
+        self, part: Part, cover: tuple[Sequence[int], Sequence[int]], a: int, b: int, pick: Pick
+    ) -> list[PlanEntry]:
+        """Entries of a fusion, from copy ``a`` to copy ``b``: weights, biases."""
+        join, key, parts = len(cover[0]) > 1, part.key(cover), part.parts(cover)
+        parts = [parts[i] for i in pick(part.order[key])]
+        heads = pick(part.heads.get(key)) or 1
+        whole = part.target[cover[1][0]] if join else part.source[cover[0][0]]
+        found = _joins(whole, parts)
+        assert found is not None
+        out = []
+        for j, whole_shape in enumerate(whole.shapes):
+            shapes = [p.shapes[j] for p in parts]
+            axis, turned = found if len(whole_shape) == 2 else (0, False)
+            sizes = tuple((s[::-1] if turned else s)[axis] for s in shapes)
+            rotary = self._rotary_of(parts, shapes, pick)
+            side = (Transpose(),) if turned else ()
+            plain: tuple[Operation, ...] = (Concat(axis, sizes),) if join else (Split(axis, sizes),)
+            chain = (_by_head(whole_shape, sizes, heads, join) if heads > 1 and axis == 0 else None) or plain
+            names = tuple(p.names[j][a if join else b][0] for p in parts)
+            name = (whole.names[j][b if join else a][0],)
+            if join:
+                out.append(_entry(names, name, (*rotary, *side, *chain), shapes, [whole_shape]))
+            else:
+                out.append(_entry(name, names, (*chain, *side, *rotary), [whole_shape], shapes))
+        return out
+
+    def _rotary_of(self, parts: Sequence[Unit], shapes: Sequence[Shape], pick: Pick) -> tuple[Operation, ...]:
+        """What turns the rows of queries and keys among some parts."""
+        rows = pick(self.rotary)
+        only = tuple(k for k, p in enumerate(parts) if rows is not None and _is_query_or_key(p))
+        if not only or any(shapes[k][0] % rows[0] for k in only):
+            return ()
+        width, rotated, to_pairs = rows
+        return (Rotary(width, rotated, to_pairs, only),)
+
+
+def _entry(
+    sources: Sequence[str],
+    targets: Sequence[str],
+    operations: tuple[Operation, ...],
+    source_shapes: Sequence[Shape],
+    target_shapes: Sequence[Shape],
+) -> PlanEntry:
+    return PlanEntry(tuple(sources), tuple(targets), operations, tuple(source_shapes), tuple(target_shapes))
+
+
+def _turns(s: Shape, t: Shape, turn: bool) -> bool:
+    if s[-1] == s[-2]:
+        return turn
+    return s[-2:] != t[-2:]
+
+
+def _turned(s: Shape, t: Shape, turn: bool) -> tuple[Operation, ...]:
+    if turn and len(s) == len(t) == 2 and s[0] == s[1]:
+        return (Transpose(),)
+    return operations_between(s, t) or ()
+
+
+def _by_head(whole: Shape, sizes: Sequence[int], groups: int, join: bool) -> tuple[Operation, ...] | None:
+    least = min(sizes)
+    if least % groups or any(size % least for size in sizes):
+        return None
+    heads, width = tuple(size // least for size in sizes), least // groups
+    grouped, part, flat = (groups, sum(heads), width), (groups, -1, width), (-1,)
+    rest = whole[1:]
+    if join:
+        return (Reshape((*flat, *rest), (*part, *rest)), Concat(1, heads), Reshape((*grouped, *rest), whole))
+    return (Reshape(whole, (*grouped, *rest)), Split(1, heads), Reshape((*part, *rest), (*flat, *rest)))
+
+
+def _numberings(count: int) -> list[tuple[int, ...]]:
+    """Orders of copies: all of a few; of more the same, reversed, and shifted by one."""
+    if count <= 3:
+        return list(permutations(range(count)))
+    same = tuple(range(count))
+    return [same, same[::-1], (*same[1:], same[0]), (same[-1], *same[:-1])]
+
+
+def _listed(order: Sequence[int]) -> str:
+    return ", ".join(map(str, order))
+
+
+def _is_square(unit: Unit) -> bool:
+    core = _core(unit.shapes[0])
+    return (len(core) == 2 or (len(core) == 3 and not _is_kernel(unit))) and core[-1] == core[-2]
+
+
+def _is_kernel(unit: Unit) -> bool:
+    """Whether three axes are those of a convolution, not of a stack of matrices."""
+    return max(unit.shapes[0][-2:]) < 8
+
+
+def _is_query_or_key(unit: Unit) -> bool:
+    return bool(_QK.search(unit.path.rpartition(".")[2].lower()))
+
+
+def _words(unit: Unit) -> set[str]:
+    """The words of a layer's path, with the numbers that belong to them."""
+    parts = [p for p in unit.path.lower().split(".") if p]
+    words = {w for p in parts for w in re.findall(r"[a-z]+\d*", p)}
+    return words | {f"{a}.{b}" for a, b in pairwise(parts) if b.isdigit()}
+
+
+def _speaks(s: Unit, t: Unit, sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:
+    """Whether two layers have more words in common than either has with another layer that would fit."""
+    common = len(_words(s) & _words(t))
+    others = [len(_words(o) & _words(t)) for o in sources if o is not s and _single(o, t) is not None]
+    others += [len(_words(s) & _words(o)) for o in targets if o is not t and _single(s, o) is not None]
+    return common > max(others, default=0)
+
+
+def _spelled(sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:
+    """Whether the name of a whole spells its parts: ``qkv``, ``gate_up``."""
+    (whole,), parts = (targets, sources) if len(sources) > 1 else (sources, targets)
+    own = "".join(re.findall(r"[a-z]+", whole.path.rpartition(".")[2].lower()))
+    words = [re.findall(r"[a-z]+", p.path.rpartition(".")[2].lower())[:1] or [""] for p in parts]
+    return all(w[0] for w in words) and any(
+        all("".join(piece(w[0]) for w in words) and piece(w[0]) in own for w in words)
+        for piece in (str, lambda word: word[0])
+        if sorted("".join(piece(w[0]) for w in words)) == sorted("".join(c for c in own)) or piece is str
+    )
+
+
+def _only_renamed(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> bool:
+    """Whether every parameter stands where it stood and nothing is done to any: the same code under other names."""
+    whole = [e for e in plan if e.kind == "parameter"]
+    if plan.ambiguous or any(op.name not in ("cast", "fan_out") for e in whole for op in e.operations):
+        return False
+    sides = [[i for i in side.parameters if i.kind == "parameter"] for side in (source, target)]
+    places = [source[e.sources[0]].index for e in whole]
+    return len(whole) == len(sides[0]) == len(sides[1]) and places == sorted(places)
+
+
+def is_doubtful(entry: PlanEntry) -> bool:
+    """Whether nothing but order decided an entry."""
+    return entry.margin <= ORDER_WEIGHT

@@ -1,0 +1,192 @@
+"""What a model's own loss is under lent weights, sample by sample, without leaving a trace."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lit_wsl.structure.preserving import undisturbed
+from lit_wsl.structure.running import lent
+
+Loss = Callable[[nn.Module, Any], Tensor]
+PIECES = 4  # of a batch whose loss can't be told sample by sample
+
+
+class LossMeter:
+    """Losses of one model under other weights, on batches that are taken when they are first needed.
+
+    All candidates see the same samples and the same random numbers, so their losses can be compared pair by pair.
+
+    Args:
+        model: The model; it is put back after every pass, whatever the loss does.
+        loss: ``loss(model, batch)``, a scalar, the lower the better.
+        batches: The batches.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, batches: Iterable[Any]) -> None:
+        self.model = model
+        self.loss = loss
+        self.passes = 0.0
+        self.elements = 1  # losses of one sample that the model's is the mean of
+        self._source = iter(batches)
+        self._batches: list[Any] = []
+        self._in_pieces = False
+
+    def has(self, number: int) -> bool:
+        """Whether there is a batch of this number."""
+        while len(self._batches) <= number:
+            batch = next(self._source, None)
+            if batch is None:
+                return False
+            self._batches.append(batch)
+        return True
+
+    def size(self, number: int) -> int:
+        """Samples of a batch."""
+        return batch_size(self._batches[number]) if self.has(number) else 0
+
+    def losses(self, state: Mapping[str, Tensor], number: int, samples: int | None = None) -> list[float]:
+        """The losses of the samples of a batch, or of its pieces where the loss is not a mean over samples.
+
+        Args:
+            state: Values to lend the model's tensors, by name.
+            number: Which batch.
+            samples: Only so many of its samples, the first ones.
+
+        Raises:
+            Exception: Whatever the loss raises.
+        """
+        batch, size = self._batches[number], self.size(number)
+        count = min(samples or size, size)
+        if not self._in_pieces:
+            values = self._run(state, cut(batch, 0, count, size), count, number)
+            self.passes += count / max(size, 1)
+            if len(values) > 1 or count < 2:
+                return values
+            self._in_pieces = True
+            if count < 2 * PIECES:
+                return values
+        found = []
+        for start, stop in pieces(count):
+            found += self._run(state, cut(batch, start, stop, size), 0, number)[:1]
+            self.passes += (stop - start) / max(size, 1)
+        return found
+
+    def gradients(self, state: Mapping[str, Tensor], number: int) -> list[float]:
+        """Norm of the loss's gradient on each piece of a batch."""
+        batch, size = self._batches[number], self.size(number)
+        found = []
+        for start, stop in pieces(size):
+            part = cut(batch, start, stop, size)
+            with self._ready(state, number), torch.enable_grad():
+                weights = [p for p in self.model.parameters() if p.is_floating_point()]
+                for weight in weights:
+                    weight.requires_grad_(True)
+                value = self.loss(self.model, part)
+                slopes = torch.autograd.grad(value, weights, allow_unused=True)
+                found.append(math.sqrt(sum(float(g.detach().double().pow(2).sum()) for g in slopes if g is not None)))
+            self.passes += (stop - start) / max(size, 1)
+        return found
+
+    def _run(self, state: Mapping[str, Tensor], batch: Any, samples: int, seed: int) -> list[float]:
+        with self._ready(state, seed), torch.no_grad(), _Elements() as seen:
+            value = self.loss(self.model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise TypeError(f"the loss must be one number, not {type(value).__name__}")
+        found = seen.by_sample(float(value.detach()), samples)
+        self.elements = seen.elements // samples if found else 1
+        return found or [float(value.detach())]
+
+    @contextmanager
+    def _ready(self, state: Mapping[str, Tensor], seed: int) -> Iterator[None]:
+        """The model in eval mode with lent weights and known random numbers."""
+        with lent(self.model, state), undisturbed(self.model):
+            self.model.eval()
+            torch.manual_seed(seed)
+            yield
+
+
+class _Elements(TorchFunctionMode):
+    """Keep the elements of every loss that torch reduces to one number: what ``reduction="none"`` would have given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: list[tuple[float, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.dim() == 0 and _reduces(func):
+            bound = inspect.signature(func).bind(*args, **kwargs)
+            if bound.arguments.get("reduction", "mean") in ("mean", "sum"):
+                bound.arguments["reduction"] = "none"
+                try:
+                    elements = func(*bound.args, **bound.kwargs)
+                except Exception:  # a loss that knows no elements
+                    return result
+                self._seen.append((float(result), elements.detach().double()))
+        return result
+
+    @property
+    def elements(self) -> int:
+        """How many elements there were."""
+        return sum(e.numel() for _, e in self._seen)
+
+    def by_sample(self, total: float, samples: int) -> list[float]:
+        """The losses of single samples, if the total is made of reduced losses alone."""
+        usable = [(value, e) for value, e in self._seen if samples > 1 and e.numel() and e.numel() % samples == 0]
+        if not usable or len(usable) != len(self._seen):
+            return []
+        whole = sum(value for value, _ in usable)
+        for scale in (1.0, 1.0 / len(usable)):
+            if math.isclose(whole * scale, total, rel_tol=1e-4, abs_tol=1e-8):
+                sums = sum(_shares(value, e.reshape(samples, -1).sum(1)) * scale for value, e in usable)
+                return [float(v) for v in sums]  # type: ignore[union-attr]
+        return []
+
+
+def _shares(value: float, sums: Tensor) -> Tensor:
+    """What each sample gives to a reduced loss, so that their mean is the loss."""
+    total = float(sums.mean())
+    return sums * (value / total) if total else sums
+
+
+@lru_cache(maxsize=512)
+def _reduces(func: Any) -> bool:
+    if getattr(func, "__module__", "") != "torch.nn.functional":
+        return False
+    try:
+        return "reduction" in inspect.signature(func).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def batch_size(batch: Any) -> int:
+    """Samples of a batch: the length of its first tensor."""
+    return next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 1)
+
+
+def cut(batch: Any, start: int, stop: int, size: int) -> Any:
+    """Some samples of a batch, copied, so that a step may change what it is given."""
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (value[start:stop] if value.dim() and len(value) == size else value).clone()
+
+    return tree_map(part, batch)
+
+
+def pieces(count: int) -> Sequence[tuple[int, int]]:
+    """Where to cut a batch; no piece has fewer than two samples."""
+    step = max(2, -(-count // PIECES))
+    return [(start, min(start + step, count)) for start in range(0, count, step) if count - start >= 2 or start == 0]
