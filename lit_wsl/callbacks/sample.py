@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_wsl.structure.execution_order import Step, only_child
+from lit_wsl.structure.losses import NoDataError
 from lit_wsl.structure.preserving import preserved_objects, preserved_rng
 from lit_wsl.structure.running import Call, ways_to_call
 
@@ -41,7 +42,7 @@ STEPS = {  # which step takes the batches of which loader
 }
 
 
-class NoSampleError(Exception):
+class NoSampleError(NoDataError):
     """A place that could have had a sample has none; the reason in words."""
 
 

@@ -26,7 +26,7 @@ from lit_wsl.plan.entries import Ambiguity, Candidate, Decided, Measured, PlanEn
 from lit_wsl.plan.operations import run_operations
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription
-from lit_wsl.structure.losses import LossMeter
+from lit_wsl.structure.losses import LossMeter, NoDataError
 from lit_wsl.structure.running import hindrance
 
 RISK = 0.01  # of one wrong decision among all rivals tried
@@ -348,7 +348,8 @@ def judge_by_loss(
             _untested(plan, reason) if reason else _judge(plan, sides, tensors, meter, Budget(seconds, PASSES, meter))
         )
     except Exception as error:  # whatever a step raises
-        return _untested(plan, f"{type(error).__name__}: {error}".splitlines()[0][:160])
+        kind = "" if isinstance(error, NoDataError) else f"{type(error).__name__}: "
+        return _untested(plan, f"{kind}{error}".splitlines()[0][:160])
 
 
 def _untested(plan: TransferPlan, reason: str) -> TransferPlan:
@@ -519,7 +520,8 @@ def _verdict(
     """The plan with its proof: does the loss fall, and is nothing left open?"""
     falls = _falls(fresh, final, meter)
     seconds = time.monotonic() - budget.started
-    measured = Measured(_mean(fresh), _mean(final), round(meter.passes, 2), round(seconds, 2), decisions)
+    spent = round(meter.passes, 2), round(seconds, 2), statistics.pstdev(fresh)
+    measured = Measured(_mean(fresh), _mean(final), *spent, decisions)
     text = f"loss {measured.fresh:.4g} fresh, {measured.transferred:.4g} transferred"
     proof: Proof
     unfilled = [u.name for u in plan.unmatched_target if u.kind == "parameter"] or [
@@ -530,7 +532,7 @@ def _verdict(
     elif falls:
         proof = "not tested" if unfilled else "proven"
         note = f"proven on data: {text}" if not unfilled else f"confirmed on data, as far as it is filled: {text}"
-    elif not unfilled and measured.transferred > measured.fresh and any(map(is_doubtful, plan)):
+    elif not unfilled and measured.rises and any(map(is_doubtful, plan)):
         proof, note = "refuted", f"REFUTED on data: {text}"
     else:
         proof, note = "not tested", f"not tested on data: the loss does not fall ({text})"

@@ -196,6 +196,7 @@ class Measured:
         transferred: The loss of the model as it is filled.
         passes: Forward passes of a whole batch that the trials took.
         seconds: How long they took.
+        spread: Standard deviation of the fresh model's loss between samples.
         decisions: The questions, the most decisive first.
     """
 
@@ -203,12 +204,13 @@ class Measured:
     transferred: float
     passes: float = 0.0
     seconds: float = 0.0
+    spread: float = 0.0
     decisions: tuple[Decided, ...] = ()
 
     @property
-    def falls(self) -> bool:
-        """Whether the loss is lower than before the transfer."""
-        return self.transferred < self.fresh
+    def rises(self) -> bool:
+        """Whether the loss is higher than before the transfer, by more than one random start differs from another."""
+        return not self.transferred <= self.fresh + self.spread
 
 
 def measured_dict(measured: Measured) -> dict[str, Any]:

@@ -862,7 +862,8 @@ def _parse_measured(document: Fields) -> Measured:
             raise data.error("decisions", f"must be a list of decisions ({error})") from error
     kinds = (int, float, type(None))
     numbers = {
-        key: _loss(data.get(key, 0.0, kinds, "a number")) for key in ("fresh", "transferred", "passes", "seconds")
+        key: _loss(data.get(key, 0.0, kinds, "a number"))
+        for key in ("fresh", "transferred", "passes", "seconds", "spread")
     }
     return Measured(**numbers, decisions=tuple(decisions))
 

@@ -21,6 +21,10 @@ Loss = Callable[[nn.Module, Any], Tensor]
 PIECES = 4  # of a batch whose loss can't be told sample by sample
 
 
+class NoDataError(Exception):
+    """There is no data, or no loss, to measure; the reason in words."""
+
+
 class LossMeter:
     """Losses of one model under other weights, on batches that are taken when they are first needed.
 

@@ -239,7 +239,9 @@ def _plan_transfer(
     if plan is not None:
         chosen = plan if isinstance(plan, TransferPlan) else TransferPlan.load(plan)
     else:
-        chosen = _prove_on_data(_match(source, target, options), source, target, data)
+        chosen = _match(source, target, options)
+        if data and not options.source_prefix:
+            chosen = restrict(_prove_on_data(chosen, source, target, data), theirs, ours, options)
         chosen, dropped = _without_losses(chosen, theirs, ours)
         notes += dropped
     chosen, dropped = _leave_alone(chosen, ours)
@@ -320,7 +322,7 @@ def _refuted(plan: TransferPlan) -> Iterator[str]:
     """Warnings about a plan that was found wrong, or that its data does not bear out."""
     if plan.proof == "refuted":
         yield f"the {plan.proof_by} check refuted this plan: {plan.notes[-1]}"
-    if plan.measured is not None and not plan.measured.falls:
+    if plan.measured is not None and plan.measured.rises:
         yield (
             f"the loss is no better than before the transfer ({plan.measured.fresh:.4g} fresh, "
             f"{plan.measured.transferred:.4g} transferred): the wrong checkpoint, or a broken mapping"

@@ -66,21 +66,21 @@ def assert_equal_runs(make_model, make_data, trainer_kwargs, tmp_path, stage="fi
     for ours, plain in zip(with_it[2:-1], without[2:-1], strict=True):
         assert ours == plain
     assert len(without[6]) == (8 if stage == "fit" else 0)
-    return with_it[-1][0].report
+    return [note for note in with_it[-1][0].report.notes if "on data" not in note]
 
 
 @pytest.mark.parametrize("make_model", [Measured, InInit, InSetup, InConfigureModel])
 def test_a_fit_with_a_datamodule_is_bitwise_the_same(make_model, trainer_kwargs, tmp_path):
-    report = assert_equal_runs(make_model, Data, trainer_kwargs, tmp_path)
-    assert report.notes == ()  # the sample call worked, so the comparison means something
+    notes = assert_equal_runs(make_model, Data, trainer_kwargs, tmp_path)
+    assert notes == []  # the sample call worked, so the comparison means something
 
 
 def test_a_fit_with_shuffled_loaders_and_workers_is_bitwise_the_same(trainer_kwargs, tmp_path):
     def data():
         return DataLoader(Augmented(), 4, shuffle=True, num_workers=1)
 
-    report = assert_equal_runs(Measured, data, trainer_kwargs, tmp_path)
-    assert report.notes == ()
+    notes = assert_equal_runs(Measured, data, trainer_kwargs, tmp_path)
+    assert notes == []
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
@@ -98,9 +98,9 @@ def test_a_stream_gives_no_sample_and_loses_none(trainer_kwargs, tmp_path):
             for _ in range(16):
                 yield next(self.rows)
 
-    report = assert_equal_runs(InInit, lambda: DataLoader(Stream(), 4), trainer_kwargs, tmp_path)
-    assert len(report.notes) == 1
-    assert "stream" in report.notes[0]
+    notes = assert_equal_runs(InInit, lambda: DataLoader(Stream(), 4), trainer_kwargs, tmp_path)
+    assert len(notes) == 1
+    assert "stream" in notes[0]
 
 
 def test_a_fit_whose_sample_fails_is_bitwise_the_same(trainer_kwargs, tmp_path):
@@ -114,9 +114,9 @@ def test_a_fit_whose_sample_fails_is_bitwise_the_same(trainer_kwargs, tmp_path):
                 raise RuntimeError("not like this")
             return self.net(x)
 
-    report = assert_equal_runs(Failing, loader, trainer_kwargs, tmp_path)
-    assert len(report.notes) == 1
-    assert "not like this" in report.notes[0]
+    notes = assert_equal_runs(Failing, loader, trainer_kwargs, tmp_path)
+    assert len(notes) == 1
+    assert "not like this" in notes[0]
 
 
 def test_a_generator_that_only_comes_once_is_not_touched(trainer_kwargs, tmp_path):

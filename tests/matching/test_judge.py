@@ -1,0 +1,153 @@
+"""Proof on data in plain Python: what is taken, what stays open, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lit_wsl import TransferPlan, transfer_weights
+from lit_wsl.matching.judge import risk_of
+from lit_wsl.plan.operations import Reorder, Rotary
+from lit_wsl.structure.losses import LossMeter
+
+
+class Old(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet = nn.Linear(3, 12)
+        self.gate, self.value = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.out = nn.Linear(12, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.inlet(x))
+        return self.out(torch.sigmoid(self.gate(x)) * torch.relu(self.value(x)))
+
+
+class New(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.q, self.r = nn.Linear(12, 2), nn.Linear(12, 24), nn.Linear(3, 12)
+
+    def forward(self, x):
+        value, gate = self.q(torch.tanh(self.r(x))).chunk(2, -1)
+        return self.p(torch.sigmoid(gate) * torch.relu(value))
+
+
+def loss(net, batch):
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
+@pytest.fixture(scope="module")
+def points():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(128, 3, generator=generator)
+    return x, (torch.sin(2 * x[:, 0]) + x[:, 1] > 0).long()
+
+
+@pytest.fixture(scope="module")
+def batches(points):
+    return list(zip(points[0].split(16), points[1].split(16)))
+
+
+@pytest.fixture(scope="module")
+def trained(points):
+    torch.manual_seed(0)
+    net = Old()
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss(net, points).backward()
+        optimizer.step()
+    return net
+
+
+def test_the_loss_tells_the_order_of_the_parts_and_the_plan_carries_its_proof(trained, points, batches, tmp_path):
+    torch.manual_seed(1)
+    new = New()
+    report = transfer_weights(new, trained.state_dict(), loss=loss, batches=batches)
+    torch.testing.assert_close(new(points[0]), trained(points[0]), rtol=1e-4, atol=1e-4)
+    assert (report.plan.proof, report.plan.proof_by, report.ambiguous) == ("proven", "data", ())
+    (decision,) = [d for d in report.plan.measured.decisions if "order" in d.question]
+    assert decision.taken
+    assert decision.loss < decision.rival_loss
+    report.plan.save(tmp_path / "plan.json")
+    loaded = TransferPlan.load(tmp_path / "plan.json")
+    assert loaded == report.plan
+    calls = []
+    again = New()
+    transfer_weights(
+        again, trained.state_dict(), plan=loaded, loss=lambda *a: calls.append(a) or loss(*a), batches=batches
+    )
+    assert calls == []  # a plan is replayed without trials
+    torch.testing.assert_close(again(points[0]), trained(points[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_what_makes_no_difference_to_the_loss_stays_open(trained, points, batches):
+    class Symmetric(New):
+        def forward(self, x):
+            a, b = self.q(torch.tanh(self.r(x))).chunk(2, -1)
+            return self.p(torch.relu(a) + torch.relu(b))
+
+    torch.manual_seed(1)
+    new = Symmetric()
+    before = copy.deepcopy(new.state_dict())
+    report = transfer_weights(new, trained.state_dict(), loss=loss, batches=batches, min_coverage=0)
+    assert set(report.ambiguous) == {"q.weight", "q.bias"}
+    assert torch.equal(new.q.weight, before["q.weight"])
+
+
+def test_a_measurement_leaves_nothing_behind(points):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).train()
+    before, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    batch = {"x": points[0][:16], "y": points[1][:16]}
+
+    def greedy(model, taken):
+        return F.cross_entropy(model(taken.pop("x").mul_(2)), taken.pop("y"))
+
+    meter = LossMeter(net, greedy, [batch])
+    assert meter.has(0)
+    lent = {"0.weight": torch.zeros(4, 3)}
+    first = meter.losses(lent, 0)
+    assert first == meter.losses(lent, 0) != meter.losses({}, 0)
+    assert len(first) == 16
+    meter.gradients(lent, 0)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    assert net.training
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(batch["x"], points[0][:16])
+
+
+def test_losses_of_samples_are_those_of_the_samples_alone(points):
+    net = nn.Linear(3, 2)
+    meter = LossMeter(net, loss, [points])
+    assert meter.has(0)
+    alone = [float(loss(net, (x[None], y[None]))) for x, y in zip(*points)]
+    assert meter.losses({}, 0) == pytest.approx(alone, abs=1e-5)
+
+
+def test_risks_are_those_of_paired_tests():
+    assert risk_of([1.0] * 8, [1.0] * 8) == 1.0
+    assert risk_of([1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]) == 1.0
+    assert risk_of([math.nan] * 8, [1.0] * 8) == 0.0
+    generator = torch.Generator().manual_seed(0)
+    false = 0
+    for _ in range(400):
+        a, b = torch.randn(2, 16, generator=generator).tolist()
+        false += risk_of(a, b) < 0.05
+    assert false <= 0.05 * 400 + 3 * math.sqrt(0.05 * 400)
+
+
+@pytest.mark.parametrize("operation", [Rotary(8, 8, True), Rotary(8, 4, False, (1,)), Reorder((2, 0, 3, 1))])
+def test_rows_in_another_order_come_back(operation):
+    tensors = [torch.randn(16, 3), torch.randn(8, 3), torch.randn(8)]
+    there = operation.apply(tensors)
+    assert [tuple(t.shape) for t in there] == operation.shapes([tuple(t.shape) for t in tensors])
+    back = operation.reverse().apply(there)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, back, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(tensors, there, strict=True))
