@@ -44,7 +44,9 @@ from lit_wsl.transfer.memory import (
     Held,
     Memory,
     glance,
+    is_known_trained,
     marks_of,
+    note_trained,
     put_marks,
     recall,
     remember,
@@ -74,6 +76,9 @@ class WeightTransferCallback(Callback):
 
     Nothing else changes: random generators, the order and augmentation of the data, modes, buffers, metrics and
     gradients are as they would be without the callback.
+
+    A model that ``load_from_checkpoint`` makes in another process than the one that trained it is a fresh one to this
+    callback: to test it, give the trainer ``ckpt_path=``, or leave the callback out.
 
     List it before callbacks that copy the model, such as ``WeightAveraging``.
 
@@ -263,6 +268,7 @@ class WeightTransferCallback(Callback):
 
         An entry of ``callbacks`` would be asked for when the run is resumed, so it is one of its own.
         """
+        note_trained(pl_module)
         told = checkpoint.setdefault(CHECKPOINT_KEY, [])
         own = [self._told()] if self.report is not None and self.report.applied else []
         told.extend(entry for entry in (*self._passed_on, *own) if entry not in told)
@@ -297,6 +303,7 @@ class WeightTransferCallback(Callback):
         self._forget_request()
         if recall(pl_module) is not None:
             remember(pl_module)
+            note_trained(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """The same where a run was broken off; a resume that was not finished leaves neither weights nor a report."""
@@ -342,6 +349,8 @@ class WeightTransferCallback(Callback):
         """Fill what was never filled, and nothing that was trained: the model remembers which is which."""
         self._take_back = None
         ranks = _ranks_of(trainer)
+        if recall(model) is None and is_known_trained(model):
+            remember(model, "trained", "an earlier run of this process")
         memory = recall(model, self._before)
         only = self._to_fill(trainer, model, memory)
         if any(told != only for told in ranks.gather(only)):

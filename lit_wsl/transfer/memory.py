@@ -12,15 +12,20 @@ import hashlib
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lit_wsl.checkpoint.remote import is_address
-from lit_wsl.transfer.ranks import is_sharded
+from lit_wsl.transfer.ranks import held_part, is_sharded
 
+_SAMPLED = 64  # parameters of which values are looked at
+_ENDS = 32  # values at either end of each
 _MARK = "_weight_transfer"  # the attribute of a module that holds its mark
 
 Held = Mapping[str, "weakref.ref[nn.Parameter]"]
@@ -198,6 +203,34 @@ def _is_built_anew(
 
 def _holds_tensors(module: nn.Module) -> bool:
     return any(t is not None for own in (module._parameters, module._buffers) for t in own.values())
+
+
+_trained: set[str] = set()  # what models of this process held when they were saved, or when a run of theirs ended
+
+
+def note_trained(model: nn.Module) -> None:
+    """Know these weights again in a model that is made of them, as by ``load_from_checkpoint`` after a fit."""
+    memory = recall(model)
+    if memory is not None and not memory.untouched:
+        _trained.add(_fingerprint(model))
+
+
+def is_known_trained(model: nn.Module) -> bool:
+    """Whether a model holds what :func:`note_trained` was told of in this process."""
+    return bool(_trained) and _fingerprint(model) in _trained
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A digest of a few values of some parameters; training changes all of them."""
+    digest = hashlib.sha256()
+    parameters = sorted((name, p) for name, p in model.named_parameters() if not (p.is_meta or is_lazy(p)))
+    for name, parameter in parameters[:: max(1, len(parameters) // _SAMPLED)]:
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        with suppress(RuntimeError, TypeError, NotImplementedError):  # kinds of tensors that have no plain values
+            flat = held_part(parameter).detach().reshape(-1)
+            ends = torch.cat([flat[:_ENDS], flat[-_ENDS:]]).cpu().contiguous().view(torch.uint8)
+            digest.update(ends.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def glance(model: nn.Module) -> Held:

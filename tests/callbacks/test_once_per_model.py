@@ -299,3 +299,30 @@ def test_probe_sees_what_runs_start_with(world):
     assert same(start, before)
     assert isinstance(world.probe, Probe)
     assert not same(start, world.old)
+
+
+def test_weights_that_were_trained_here_are_known_in_a_new_model_that_is_made_of_them(world):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Saving(L.Callback):
+        """As a checkpoint of an early epoch, which the end of training does not hold any more."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                trainer.save_checkpoint(world.folder / "early.ckpt")
+
+    model = world.model()
+    trainer = world.check_fit(model, world.transfer(), Saving())
+    assert not any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks)
+    trainer.save_checkpoint(world.folder / "last.ckpt")
+    for name in ("early.ckpt", "last.ckpt"):
+        again = world.kind.load_from_checkpoint(world.folder / name)
+        again.bringing = str(world.path)
+        world.check_kept("test", again)
+        world.check_kept("fit", again, world.transfer())
+    copied = world.model()
+    copied.load_state_dict(model.state_dict())
+    world.check_kept("test", copied, world.transfer())
+    assert world.wrong == []
+    world.check_fit(world.model(), world.transfer())
+    assert world.wrong == []
