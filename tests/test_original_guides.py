@@ -1,6 +1,6 @@
 """A walk through the guides that this package's users grew up with, block by block, with their keyword names.
 
-Part one: WeightMapper; part two: buffers. A block that shows the inside of a class is
+Part one: WeightMapper; part two: buffers; part three: permutation matching. A block that shows the inside of a class is
 walked as what it promises: the data is there, and read-only.
 """
 
@@ -365,3 +365,106 @@ def test_match_quality_and_unmatched_as_the_guide_reads_them(old_model, new_mode
 def test_an_unknown_mode_is_refused(old_model, new_model):
     with pytest.raises(MappingError, match="Did you mean 'lenient'"):
         WeightMapper(old_model, new_model, buffer_matching_mode="leniant")
+
+
+# ---- part three: permutation matching --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+
+
+def test_the_first_task_vector_is_the_reference_and_the_others_are_aligned(mlp):
+    from lit_wsl.rebasin import apply_permutation, apply_permutation_to_task_vectors, infer_permutation_spec
+
+    spec = infer_permutation_spec(mlp, (torch.randn(4, 6),))
+    first = {name: torch.randn_like(tensor) for name, tensor in mlp.state_dict().items()}
+    second = apply_permutation(spec, spec.random_permutations(seed=1), first)
+    aligned = apply_permutation_to_task_vectors([first, second], spec=spec)
+    assert len(aligned) == 2
+    for vector in aligned:
+        for name, tensor in first.items():
+            assert torch.allclose(vector[name], tensor), name
+
+
+def test_task_vectors_are_differences_from_the_pretrained_model(mlp):
+    from lit_wsl.rebasin import task_vector
+
+    pretrained = {name: tensor.clone() for name, tensor in mlp.state_dict().items()}
+    tuned = {name: tensor + 1.0 for name, tensor in pretrained.items()}
+    for tensor in task_vector(tuned, pretrained).values():
+        assert torch.allclose(tensor, torch.ones_like(tensor))
+
+
+@pytest.mark.parametrize("name", ["ResNet20", "ResNet50", "VGG16", "ViT-B-32", "ViT-B-16", "ViT-L-14"])
+def test_architectures_of_the_guide_are_known_by_their_names(name):
+    from lit_wsl.errors import RebasinError
+    from lit_wsl.rebasin import permutation_spec
+
+    with pytest.raises(RebasinError) as error:  # a state dict of something else: known, and refused
+        permutation_spec(name, {"weight": torch.ones(2, 2)})
+    assert "No permutation spec is registered" not in str(error.value)
+
+
+def test_an_unknown_architecture_names_the_known_ones():
+    from lit_wsl.errors import RebasinError
+    from lit_wsl.rebasin import permutation_spec
+
+    with pytest.raises(RebasinError, match="resnet20"):
+        permutation_spec("NoSuchNet", {"weight": torch.ones(2, 2)})
+
+
+def test_a_spec_of_ones_own(mlp):
+    from lit_wsl.rebasin import PermutationSpecBuilder, permutation_spec, register_permutation_spec
+
+    @register_permutation_spec("guide_mlp")
+    def guide_mlp(state_dict):
+        return PermutationSpecBuilder(state_dict).linear("0", "hidden", None).linear("2", None, "hidden").build()
+
+    assert permutation_spec("guide-mlp", mlp.state_dict()).groups["hidden"].size == 16
+
+
+def test_perm_matching_is_an_option_and_a_field_of_the_results(mlp, tmp_path):
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.loggers import CSVLogger
+
+    from lit_wsl import RebasinCallback
+
+    class Net(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return self(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    for name in ("pretrained", "reference"):
+        torch.save({"state_dict": Net().state_dict()}, tmp_path / f"{name}.ckpt")
+    for wanted in (True, False):
+        callback = RebasinCallback(
+            tmp_path / "pretrained.ckpt",
+            reference=tmp_path / "reference.ckpt",
+            perm_matching=wanted,
+            perm_matching_max_iter=20,
+        )
+        assert callback.options.max_iter == 20
+        trainer = Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=CSVLogger(tmp_path, name="", version=str(wanted)),
+            callbacks=[callback],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(8, 6), batch_size=4))
+        results = json.loads((tmp_path / str(wanted) / "rebasin.json").read_text())
+        assert results["perm_matching"] is wanted

@@ -100,6 +100,8 @@ class RebasinCallback(Callback):
         log_layers: Whether loggers get the metrics of every layer too; the JSON always has them.
         save_weights: Whether to write aligned checkpoints.
         device: Where similarity matrices are computed; by default the GPU that was trained on, else the CPU.
+        perm_matching: False compares the models as they are.
+        perm_matching_max_iter: Another name of max_iter.
 
     Attributes:
         report: The :class:`~lit_wsl.rebasin.job.RebasinReport` of the last fit, None before it and after a failure.
@@ -135,11 +137,13 @@ class RebasinCallback(Callback):
         log_layers: bool = False,
         save_weights: bool = True,
         device: str | None = None,
+        perm_matching: bool = True,
+        perm_matching_max_iter: int | None = None,
     ) -> None:
         super().__init__()
         self.options = AlignOptions(
             on=on,
-            max_iter=max_iter,
+            max_iter=max_iter if perm_matching_max_iter is None else perm_matching_max_iter,
             seed=seed,
             restarts=restarts,
             spectra=spectra,
@@ -164,6 +168,7 @@ class RebasinCallback(Callback):
         self.repair_batches, self.update_model = repair_batches, update_model
         self.spec_file, self.verify, self.outputs = spec, verify, resolve_outputs(outputs)
         self.log_layers, self.save_weights = log_layers, save_weights
+        self.perm_matching = perm_matching
         self.report: RebasinReport | None = None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -200,7 +205,7 @@ class RebasinCallback(Callback):
         if self.pretrained is not None:
             base = read_run(module, open_checkpoint(self.pretrained), str(self.pretrained), complete=False)
         call, spec, reason, remarks = self._spec(trainer, module)
-        if reason:
+        if reason and self.perm_matching:
             rank_zero_warn(f"Rebasin: the models are compared as they are, not aligned: {reason}")
         options = self.options
         if options.device is None and trainer.strategy.root_device.type == "cuda":
@@ -225,6 +230,8 @@ class RebasinCallback(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule
     ) -> tuple[Call | None, PermutationSpec | None, str | None, tuple[str, ...]]:
         """The call that worked, the spec, why there is none, and remarks."""
+        if not self.perm_matching:
+            return None, None, "perm_matching=False asks for no alignment", ()
         from lit_wsl.callbacks.sample import quiet
 
         given = PermutationSpec.from_json(Path(self.spec_file)) if self.spec_file is not None else None
