@@ -135,6 +135,8 @@ def _draw_changes(plain: Config, split: Split, regime: Regime, rng: random.Rando
     possible = [op for op in known if op.split in (split, "both") and regime in op.regimes]
     orders = [op for op in possible if op.stage == "order"]
     others = [op for op in possible if op.stage != "order"]
+    if plain.file != "state_dict":  # equal numbers confirm a direction, and without an order nothing shows the other
+        others = [op for op in others if not op.name.startswith("count_down")]
     count = rng.choice([0, 1, 2, 2, 3, 4])
     yield from _sample(plain, others, count, rng)
     if orders and (regime == "shuffled" or rng.random() < 0.4):

@@ -236,7 +236,7 @@ def _by_pattern(net: Net) -> dict[str, dict[tuple[str, ...], Leaf]]:
     found: dict[str, dict[tuple[str, ...], Leaf]] = {}
     for placed, path in zip(net.placed, paths):
         name = ".".join(path[wrapped:])
-        found.setdefault(re.sub(r"\d+", "#", name), {})[tuple(re.findall(r"\d+", name))] = placed.leaf
+        found.setdefault(re.sub(r"[._]?\d+", "#", name), {})[tuple(re.findall(r"\d+", name))] = placed.leaf
     return found
 
 
