@@ -250,21 +250,23 @@ MAX_PAIRS = 20_000_000  # bounds the time of counting the ways in which a list f
 def inner_average(model: Nest) -> tuple[str, Nest, Nest] | None:
     """Find an average that is a submodule of the model: ``ema.module.layer.weight`` beside ``net.layer.weight``.
 
-    Some averages (LDM's LitEma) keep their names without dots; both spellings are understood. The result is
-    the submodule's prefix, the averaged weights under the model's names, and the model without the submodule.
+    Some averages keep their names without dots (LDM's LitEma), or stand as buffers of the whole model with underscores
+    for dots (``ema_net_layer_weight``); all spellings are understood. The result is the submodule's prefix,
+    the averaged weights under the model's names, and the model without the submodule.
     """
-    heads = sorted({name.partition(".")[0] for name in model.tensors if "." in name})
-    for head in heads:
+    heads = {name.partition(".")[0] + "." for name in model.tensors if "." in name}
+    flat = {name.partition("_")[0] + "_" for name in model.tensors if "." not in name and "_" in name}
+    for head in sorted(heads | flat):
         if not words_of(head) & AVERAGE_WORDS:
             continue
-        rest = {name: tensor for name, tensor in model.tensors.items() if not name.startswith(f"{head}.")}
-        mine = {name[len(head) + 1 :]: name for name in model.tensors if name.startswith(f"{head}.")}
+        rest = {name: tensor for name, tensor in model.tensors.items() if not name.startswith(head)}
+        mine = {name[len(head) :]: name for name in model.tensors if name.startswith(head)}
         if mine and all(name.startswith("module.") or "." not in name for name in mine):
             mine = {name.removeprefix("module."): full for name, full in mine.items()}
         found = _pair_average(model.tensors, mine, rest)
         if found:
             average = {name: model.tensors[found[name]] if name in found else rest[name] for name in rest}
-            return f"{head}.", Nest(model.path, average, model.extra), Nest(model.path, rest, model.extra)
+            return head, Nest(model.path, average, model.extra), Nest(model.path, rest, model.extra)
     return None
 
 
@@ -273,7 +275,7 @@ def _pair_average(tensors: Mapping[str, Leaf], mine: Mapping[str, str], rest: Ma
     best: dict[str, str] = {}
     prefixes = {""} | {".".join(name.split(".")[:depth]) + "." for name in rest for depth in (1, 2, 3) if "." in name}
     for prefix in sorted(prefixes, key=lambda text: (text.count("."), text))[: 1 + MAX_PAIRS // (4 * len(rest) + 1)]:
-        for spelling in (str, lambda name: name.replace(".", "")):
+        for spelling in (str, lambda name: name.replace(".", ""), lambda name: name.replace(".", "_")):
             pairs = {
                 name: mine[spelling(name[len(prefix) :])]
                 for name in rest

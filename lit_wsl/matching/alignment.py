@@ -43,7 +43,7 @@ from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spells_parts
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
-from lit_wsl.matching.tree import Item, TreeBuilder, kind_of, role_of, shape_key
+from lit_wsl.matching.tree import Item, TreeBuilder, role_of, same_kind, shape_key
 from lit_wsl.plan.operations import Operation
 
 MAX_CANDIDATES = 16
@@ -175,7 +175,7 @@ class Aligner:
     def match(self, s: Item, t: Item) -> Match | None:
         """What takes one tensor into another; ``None`` if nothing does."""
         operations = operations_between(s.shape, t.shape, transposed=self.turned)
-        if operations is None or {kind_of(s.path), kind_of(t.path)} == {"scale", "shift"}:
+        if operations is None or not same_kind(s, t):
             return None
         if len(s.shape) == len(t.shape) == 2 and len(shape_key(s.shape)) == 2 and s.shape[0] != s.shape[1]:
             repeated = any(c.isdigit() for c in s.path)

@@ -150,6 +150,7 @@ class EntryWriter:
         shapes_s = {shape_key(i.shape) for i in self.source.parameters}
         free_s = {shape_key(i.shape) for i in self.source.parameters if i.name not in used}
         shapes_t = {shape_key(i.shape) for i in self.target.parameters}
+        free_t = {shape_key(i.shape) for i in self.target.parameters if i.name not in filled}
         unmatched_t = [
             Unmatched(i.name, i.shape, i.kind, self._why(i, shapes_s, free_s, "source"))
             for i in self.target.parameters
@@ -161,7 +162,9 @@ class EntryWriter:
                 i.name,
                 i.shape,
                 i.kind,
-                "candidate of an ambiguous target" if i.name in candidates else self._why(i, shapes_t, set(), "target"),
+                "candidate of an ambiguous target"
+                if i.name in candidates
+                else self._why(i, shapes_t, free_t, "target"),
             )
             for i in self.source.parameters
             if i.name not in used
@@ -176,9 +179,19 @@ class EntryWriter:
         key = shape_key(info.shape)
         if key not in shapes:
             return f"no tensor of the {other} has this shape"
-        if other == "source" and key not in free:
-            return "all tensors of the source with this shape belong elsewhere"
-        return f"no tensor of the {other} with this shape stands in a corresponding place or has a corresponding name"
+        if key not in free:
+            return f"all tensors of the {other} with this shape belong elsewhere"
+        rivals = [i.name for i in self._free(key, other)]
+        return (
+            f"nothing singles out one of the {len(rivals)} free tensors of this shape ({', '.join(rivals[:3])}"
+            f"{', ...' if len(rivals) > 3 else ''}): an edited plan, source_prefix, source_module or a proof on data "
+            "decides"
+        )
+
+    def _free(self, key: tuple[int, ...], other: str) -> list[ParameterInfo]:
+        """Tensors of a shape on the other side that have no partner."""
+        side, taken = (self.source, self.used()) if other == "source" else (self.target, self.filled())
+        return [i for i in side.parameters if shape_key(i.shape) == key and i.name not in taken]
 
 
 def cast_between(source: ParameterInfo, target: ParameterInfo) -> tuple[Operation, ...]:

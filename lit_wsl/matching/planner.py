@@ -14,10 +14,12 @@ from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds
 from lit_wsl.matching.decision import Sides, ends_of
 from lit_wsl.matching.entries import EntryWriter
 from lit_wsl.matching.evidence import Evidence
+from lit_wsl.matching.hints import hints
 from lit_wsl.matching.incompatible import IncompatiblePairs
 from lit_wsl.matching.layouts import hidden_layouts, leave_open
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.orientation import Orientation
+from lit_wsl.matching.risks import margin_of, told
 from lit_wsl.matching.selection import part_of, restrict
 from lit_wsl.matching.tree import TreeBuilder, stem_of
 from lit_wsl.matching.words import Dictionary, split_numbers
@@ -129,6 +131,7 @@ def build_plan(
         plan = IncompatiblePairs(options.incompatible_pairs).explain(plan)
         if not (assume_layouts or options.assume_layouts):
             plan = leave_open(plan, hidden_layouts(plan, source, target))
+        plan = replace(plan, notes=(*plan.notes, *hints(plan, source, target)))
         return restrict(plan, source, target, options)
 
 
@@ -206,6 +209,7 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
         alignment = _with_execution_order(alignment, weights_s, weights_t, options, ordered)
     writer = EntryWriter(source, target, options, alignment.dictionary)
     orientation = Orientation([(sources, targets, match.operations) for sources, targets, match in alignment.matches])
+    twins = _Twins(source, target)
     factors_s, factors_t = factor_roles(source.parameters), factor_roles(target.parameters)
     notes: list[str] = []
     for sources, targets, match in alignment.matches:
@@ -215,13 +219,17 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
                 "(weight_norm); remove the parametrization on one side first"
             )
             continue
+        twin = twins.given_away(sources, targets)
+        if twin is not None:
+            writer.doubt(targets, [((twin,), ()), (sources, match.operations)], TWIN)
+            continue
         operations, why = orientation.judge((sources, targets, match.operations))
         if operations is None:
             both = (match.operations, (Transpose(), *match.operations))
             choice = both if len(sources[0].shape) == len(targets[0].shape) == 2 else both[:1]
             writer.doubt(targets, [(sources, operations) for operations in choice], why)
             continue
-        writer.add(sources, targets, operations, match.margin, match.cell)
+        writer.add(sources, targets, operations, margin_of(match.cell), match.cell, told(match.cell))
     for targets, candidates, reason in alignment.doubts:
         writer.doubt(targets, candidates, reason)
     if options.buffers != "exclude":
@@ -230,7 +238,7 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
         rest_t = [i for i in target.parameters if i.kind == "buffer" and i.name not in filled]
         known = {i.name for i in buffers_s}
         for s, t, reason in match_buffers(writer.pairs(), known, rest_s, rest_t):
-            writer.add((s,), (t,), (), 1.0, reason)
+            writer.add((s,), (t,), (), 1.0, reason, reason)
     if options.buffers == "strict":
         refuse_modules(writer, source, target)
     entries, ambiguous, unmatched_source, unmatched_target = writer.finish()
@@ -246,8 +254,38 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
     )
 
 
+TWIN = "the checkpoint has a tensor of this very name and shape, but what stands around both says otherwise"
+
+
+class _Twins:
+    """Tensors of the same path on both sides, after the modules that each side stands in."""
+
+    def __init__(self, source: ModelDescription, target: ModelDescription) -> None:
+        self._source, self._target = (self._paths(side) for side in (source, target))
+        self._by_path = {path: source.by_name[name] for name, path in self._source.items()}
+
+    @staticmethod
+    def _paths(side: ModelDescription) -> dict[str, str]:
+        parts = [info.module_path.split(".") for info in side.parameters]
+        shared = next((k for k, ps in enumerate(zip(*parts)) if len(set(ps)) > 1), min(map(len, parts), default=0))
+        return {info.name: ".".join(info.name.split(".")[shared:]) for info in side.parameters}
+
+    def given_away(self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]) -> ParameterInfo | None:
+        """The source that has a target's very path and shape, if the target would get another; numbers may shift."""
+        for t in targets:
+            path = self._target[t.name]
+            twin = self._by_path.get(path)
+            if twin is None or twin.shape != t.shape or any(c.isdigit() for c in path):
+                continue
+            if all(s.name != twin.name for s in sources):
+                return twin
+        return None
+
+
 def has_order(side: ModelDescription) -> bool:
-    """Whether the order of a side's tensors says something: an alphabetical list has none."""
+    """Whether the order of a side's tensors says something: safetensors files and alphabetical lists have none."""
+    if side.label.endswith((".safetensors", ".safetensors.index.json")):
+        return False
     names = [info.name for info in side.parameters]
     return names != sorted(names) and names != sorted(names, key=lambda n: n.split("."))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import cache, lru_cache
+from importlib import resources
+from math import sqrt
 
 _CHAIN = bool(os.environ.get("CHAIN"))
 _REFUSED = frozenset(("order alone", "neighbour's words"))
@@ -29,3 +32,66 @@ def weakest(a: str, b: str) -> str:
 
 def _risk(cell: str) -> tuple[int, str]:
     return (_ORDER.index(cell) if cell in _ORDER else len(_ORDER), cell)
+
+
+def margin_of(cell: str) -> float:
+    """How far a kind of evidence sets a pair apart from its rivals, 0 to 1, for those who sort by it."""
+    if cell in ("path", "tied", "words", "alone", "numbers"):
+        return 1.0
+    return 0.2 if "order" in cell or cell.startswith("open") else 0.5
+
+
+_TOLD = {
+    "path": "the same path on both sides",
+    "tied": "tied in the source to all tensors of this shape",
+    "words": "their names single them out",
+    "half words": "their names single them out, though one side says more",
+    "some words": "some words of their names single them out",
+    "letters": "the letters of the formula in their names single them out",
+    "alone": "the only ones of this size and structure on both sides",
+    "distinct shape": "matrices of a shape that nothing else has",
+    "much structure": "the only ones of this structure",
+    "exclusion": "the last ones left, all others being decided",
+    "as in other blocks": "as in other blocks of this make",
+    "both count": "told apart by a count on both sides",
+    "order": "decided by order: so many decided siblings agree that it can't be chance",
+    "order, as elsewhere": "decided by order, as far as here and elsewhere decided siblings agree",
+    "order of a kind": "decided by order among their kind, which one side registers apart",
+    "parts spelled": "the name spells the order of the parts",
+    "parts formula": "queries, keys, values stand in the order of the formula",
+    "parts numbered": "the parts are numbered",
+    "open words": "their names agree word for word, among others of the size",
+    "open own name": "their own names agree, among others of the size",
+}
+
+
+def told(cell: str) -> str:
+    """A kind of evidence in words, and how often it was wrong where it was counted."""
+    base, _, more = cell.partition(", ")
+    text = _TOLD.get(cell) or ", ".join(filter(None, (_TOLD.get(base, base), more)))
+    counts = table().get(cell)
+    if counts is None:
+        return text
+    return f"{text} (wrong in {counts['wrong']:,} of {counts['right'] + counts['wrong']:,} counted decisions)"
+
+
+@cache
+def table() -> dict[str, dict[str, int]]:
+    """How often each kind of evidence was right and wrong, as ``make calibrate`` counted it."""
+    try:
+        text = resources.files(__package__).joinpath("risks.json").read_text()
+    except FileNotFoundError:
+        return {}
+    known: dict[str, dict[str, int]] = json.loads(text)
+    return known
+
+
+def bound(right: int, wrong: int) -> float:
+    """Upper bound (95 %, Wilson) of the share that is wrong."""
+    total = right + wrong
+    if not total:
+        return 1.0
+    share, z = wrong / total, 1.645
+    centre = share + z * z / (2 * total)
+    spread = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return (centre + spread) / (1 + z * z / total)

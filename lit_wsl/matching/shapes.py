@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from lit_wsl.matching.tree import Family, Item, kind_of
+from lit_wsl.matching.tree import Family, Item, same_kind
 from lit_wsl.plan.operations import Operation, Permute, Reshape, Transpose
 from lit_wsl.structure.description import Shape
 
@@ -110,7 +110,7 @@ class PairCosts:
         if self.forbidden(s.path, t.path):
             return None
         if s.level == t.level == 0:
-            if {kind_of(s.path), kind_of(t.path)} == {"scale", "shift"}:
+            if not same_kind(s, t):
                 return None
             return operation_cost(s.shape, t.shape, transposed=self.turned)
         if s.structure == t.structure:

@@ -181,7 +181,7 @@ def role_of(name: str) -> str:
     return next((part.lower() for part in leaf.split("_") if part.lower() in _ROLES), leaf)
 
 
-_SHIFTS, _SCALES = frozenset(("bias", "beta", "shift")), frozenset(("weight", "gamma", "scale", "kernel"))
+_SHIFTS, _SCALES = frozenset(("bias", "beta", "shift")), frozenset(("weight", "gamma", "scale", "kernel", "matrix"))
 
 
 @lru_cache(maxsize=4096)
@@ -194,6 +194,12 @@ def kind_of(name: str) -> str:
     words = {w.lower() for w in name.rpartition(".")[2].split("_")}
     shift, scale = bool(words & _SHIFTS), bool(words & _SCALES)
     return "" if shift == scale else "shift" if shift else "scale"
+
+
+def same_kind(s: Item, t: Item) -> bool:
+    """Whether a tensor may become another by kind: no weight becomes a bias, nor rows of a matrix biases."""
+    kinds = {kind_of(s.path), kind_of(t.path)}
+    return kinds != {"scale", "shift"} and not ("shift" in kinds and len(kinds) == 2 and max(s.rank, t.rank) >= 2)
 
 
 def owner_path(name: str) -> str:

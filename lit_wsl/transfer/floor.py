@@ -45,6 +45,7 @@ def check_floor(
         f"a place ({coverage.source.tensors} of {coverage.source.of_tensors} tensors) and {coverage.target.share:.1%} "
         f"of the model's were filled ({coverage.target.tensors} of {coverage.target.of_tensors}); "
         f"min_coverage={min_coverage:g} asks for more. {likely_cause(plan, source, target)} "
+        f"{''.join(f'Note: {note}. ' for note in plan.notes[:3])}"
         "Nothing was changed. If so little is meant to match, lower min_coverage."
     )
 
