@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -130,11 +130,11 @@ class Region:
 
     @cached_property
     def _counters(self) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-        return _numbers_at(self.source), _numbers_at(self.target)
+        return numbers_along(self.names[0]), numbers_along(self.names[1])
 
     def same_numbers(self, path: str) -> bool:
         """Whether every number along a path counts the same things on both sides."""
-        return all(self._counters[0].get(place) == self._counters[1].get(place) for place, _ in _counted(path))
+        return all(self._counters[0].get(place) == self._counters[1].get(place) for place, _ in counted(path))
 
     @cached_property
     def names(self) -> tuple[list[str], list[str]]:
@@ -148,10 +148,10 @@ class Region:
 
 
 @lru_cache(maxsize=200_000)
-def _counted(path: str) -> tuple[tuple[str, str], ...]:
+def counted(path: str) -> tuple[tuple[str, str], ...]:
     """The places along a path where something is counted, and the number there.
 
-    >>> _counted("layer1.0.conv")
+    >>> counted("layer1.0.conv")
     (('layer#', '1'), ('layer1.#', '0'))
     """
     parts, found = path.split("."), []
@@ -163,10 +163,11 @@ def _counted(path: str) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _numbers_at(root: Item) -> dict[str, set[str]]:
+def numbers_along(paths: Iterable[str]) -> dict[str, set[str]]:
+    """The numbers that occur at each place where paths count."""
     found: dict[str, set[str]] = {}
-    for tensor in root.tensors:
-        for place, number in _counted(relative(tensor, root)):
+    for path in paths:
+        for place, number in counted(path):
             found.setdefault(place, set()).add(number)
     return found
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from lit_wsl.matching.alignment import Aligner, Match
 from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds
-from lit_wsl.matching.decision import Sides, ends_of
+from lit_wsl.matching.decision import Sides, counted, ends_of, numbers_along
 from lit_wsl.matching.entries import EntryWriter
 from lit_wsl.matching.evidence import Evidence
 from lit_wsl.matching.hints import hints
@@ -263,6 +263,7 @@ class _Twins:
     def __init__(self, source: ModelDescription, target: ModelDescription) -> None:
         self._source, self._target = (self._paths(side) for side in (source, target))
         self._by_path = {path: source.by_name[name] for name, path in self._source.items()}
+        self._numbers = [numbers_along(paths.values()) for paths in (self._source, self._target)]
 
     @staticmethod
     def _paths(side: ModelDescription) -> dict[str, str]:
@@ -270,12 +271,15 @@ class _Twins:
         shared = next((k for k, ps in enumerate(zip(*parts)) if len(set(ps)) > 1), min(map(len, parts), default=0))
         return {info.name: ".".join(info.name.split(".")[shared:]) for info in side.parameters}
 
+    def _counts_alike(self, path: str) -> bool:
+        return all(self._numbers[0].get(place) == self._numbers[1].get(place) for place, _ in counted(path))
+
     def given_away(self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]) -> ParameterInfo | None:
         """The source that has a target's very path and shape, if the target would get another; numbers may shift."""
         for t in targets:
             path = self._target[t.name]
             twin = self._by_path.get(path)
-            if twin is None or twin.shape != t.shape or any(c.isdigit() for c in path):
+            if twin is None or twin.shape != t.shape or not self._counts_alike(path):
                 continue
             if all(s.name != twin.name for s in sources):
                 return twin
