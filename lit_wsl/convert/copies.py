@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from lit_wsl.errors import CheckpointError, PlanError
 from lit_wsl.plan.operations import Cast
 from lit_wsl.plan.plan import PlanEntry, TransferPlan
 from lit_wsl.structure import describe
+from lit_wsl.structure.description import Shape
 
 Path = tuple[Hashable, ...]
 """Keys from the top of a checkpoint."""
@@ -115,6 +117,14 @@ class CopyConverter:
         self._seen[id(value)] = made
         return made
 
+    @cached_property
+    def _parameters(self) -> dict[str, Shape]:
+        return old_parameters(self.checkpoint, self.plan)
+
+    @cached_property
+    def _modules(self) -> set[str]:
+        return {name[:at] for name in self._place for at, letter in enumerate(name) if letter == "."}
+
     # -- names -------------------------------------------------------------------------------------------------------
 
     def _prefix(self, names: Sequence[str]) -> str | None:
@@ -196,14 +206,13 @@ class CopyConverter:
                 return type(value)(self._in_new_order(self._renamed(path, strings, prefix), prefix))
             known = [item for item in strings if "." in item and item in self._place]
             module = self._relative(strings)
-            modules = {name[:at] for name in self._place for at, letter in enumerate(name) if letter == "."}
             if known:
                 self.notes.append(f"{spell(path)!r} names tensors of the old model among others and was left as it is")
             elif module is not None:
                 self.notes.append(
                     f"{spell(path)!r} names tensors of the old model as seen from {module!r} and was left as it is"
                 )
-            elif all(item in modules for item in strings) and any("." in item for item in strings):
+            elif all(item in self._modules for item in strings) and any("." in item for item in strings):
                 self.notes.append(f"{spell(path)!r} names modules of the old model and was left as it is")
             return value
         if len(items) > 1 and all(isinstance(item, (Tensor, LazyTensor)) for item in items):
@@ -312,7 +321,7 @@ class CopyConverter:
             self.problems.append(Problem(path, f"is a copy of the weights: {error}", grave=True))
             return None
         whole = len(tensors) == len(self._place)
-        parameters = set(old_parameters(self.checkpoint, self.plan))
+        parameters = set(self._parameters)
         ordered, fresh, missing = whole_state(made, self.plan, self.target)
         if not whole:  # a copy of some of the weights has no others
             kept = self._also_there(parameters <= set(tensors))
@@ -337,7 +346,7 @@ class CopyConverter:
     def _convert_listed(self, path: Path, value: Any, items: Sequence[Any]) -> Any:
         """Tensors in the order of the parameters, as libraries of averages keep them."""
         shapes = [tuple(item.shape) for item in items]
-        parameters = old_parameters(self.checkpoint, self.plan)
+        parameters = self._parameters
         kept = {name: shape for name, shape in parameters.items() if name in self._new}
         lists = (list(self._shapes), list(parameters), list(kept))
         names = next((names for names in lists if [self._shapes[name] for name in names] == shapes), None)
@@ -417,7 +426,7 @@ class CopyConverter:
                     "as it is"
                 )
         elif isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point():
-            parameters = old_parameters(self.checkpoint, self.plan)
+            parameters = self._parameters
             total = sum(torch.Size(shape).numel() for shape in parameters.values())
             if len(parameters) > 1 and value.numel() == total:
                 self.notes.append(
