@@ -60,6 +60,25 @@ def test_every_page_is_in_the_navigation():
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
 
 
+def test_the_reference_has_every_public_name():
+    import lit_wsl
+    import lit_wsl.rebasin
+
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+    for name in listed:  # each is a module, or something in one
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), name
+    for package in (lit_wsl, lit_wsl.rebasin):
+        for name in package.__all__:
+            value = getattr(package, name)
+            home = getattr(value, "__module__", None)
+            if isinstance(home, str) and home.startswith("lit_wsl"):
+                assert home in listed or f"{home}.{name}" in listed, f"{home}.{name}"
+
+
 @pytest.mark.parametrize("figure", sorted((ROOT / "docs" / "figures").glob("*.py")), ids=lambda path: path.stem)
 def test_figures_are_made_by_their_code(figure, tmp_path):
     spec = importlib.util.spec_from_file_location(f"figure_{figure.stem}", figure)

@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from lit_wsl import __version__
-
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the line breaks of descriptions, since they hold examples; tells defaults, but no types."""
@@ -19,6 +17,20 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter)
         return f"{text} (default: {action.default})" if tell and "default" not in text else text
 
 
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for only: that reads the package's metadata."""
+
+    def __init__(self, option_strings: Any, dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=options["help"])
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Print it and exit."""
+        from lit_wsl import __version__
+
+        print(f"{parser.prog} {__version__}")
+        parser.exit()
+
+
 def _parser(description: str) -> ArgumentParser:
     return ArgumentParser(description=description.strip(), formatter_class=_HelpFormatter)
 
@@ -27,10 +39,10 @@ def build_parser() -> ArgumentParser:
     """The parser of ``lit-wsl`` with all its commands."""
     parser = ArgumentParser(
         prog="lit-wsl",
-        version=__version__,
         formatter_class=_HelpFormatter,
         description=TOP,
     )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subcommands(required=True)
     for name, make, line in (
         ("inspect", _inspect, "what is in a checkpoint, without running any code in it"),
