@@ -19,6 +19,7 @@ from lit_wsl.structure.arguments import require_path
 from lit_wsl.structure.description import Kind
 from lit_wsl.structure.execution_order import is_lazy, lazy_copy, meta_copy, on_meta, only_child, step_of
 from lit_wsl.structure.preserving import preserved_rng
+from lit_wsl.transfer.memory import shown
 from lit_wsl.transfer.ranks import has_sharded_tensors
 
 IN_ONE = (
@@ -66,8 +67,8 @@ class Source:
 
     @property
     def label(self) -> str | None:
-        """What to call it in messages."""
-        return str(self.given) if isinstance(self.given, (str, Path)) else None
+        """What to call it in messages, and in files that others read: no absolute path of this machine."""
+        return shown(self.given) if isinstance(self.given, (str, os.PathLike)) else None
 
     @cached_property
     def module(self) -> nn.Module | None:
