@@ -25,7 +25,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test matrix lint format gauntlet refactors calibrate harvest rebasin-bench scale sharded-memory docs clean
+.PHONY: help demo test matrix lint format gauntlet refactors calibrate harvest rebasin-bench proof-bench scale sharded-memory docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24

@@ -24,7 +24,18 @@ FLOORS = {
     "renamer": {"checkpoint"},
     "models": {"checkpoint", "mapper", "renamer"},
     "callbacks": {"structure", "checkpoint", "plan", "matching", "report", "transfer", "convert", "rebasin"},
-    "cli": {"structure", "checkpoint", "plan", "matching", "report", "transfer", "convert", "rebasin", "renamer"},
+    "cli": {
+        "structure",
+        "checkpoint",
+        "plan",
+        "matching",
+        "report",
+        "transfer",
+        "convert",
+        "rebasin",
+        "renamer",
+        "callbacks",
+    },
     "__main__": {"cli"},
 }
 GROUND = {"errors", "files"}

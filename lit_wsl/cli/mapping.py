@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lit_wsl.cli.console import on_terminal, put_json, remark, say, shape_text
-from lit_wsl.cli.models import Call, UsageError, build_from, build_model, list_of_names, sample_call
+from lit_wsl.cli.models import Call, UsageError, build_from, build_model, data_from_config, list_of_names, sample_call
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.plan.coverage import Count
 from lit_wsl.plan.entries import Side
@@ -22,7 +22,7 @@ from lit_wsl.report.gaps import gaps
 from lit_wsl.report.report import TransferReport
 from lit_wsl.report.rows import open_questions, percent
 from lit_wsl.report.terminal import MappingView, ReportView, excluded_lines
-from lit_wsl.transfer.api import prepare_transfer
+from lit_wsl.transfer.api import OnData, prepare_transfer
 from lit_wsl.transfer.floor import likely_cause
 from lit_wsl.transfer.sides import Source, Target
 
@@ -44,11 +44,13 @@ def run(options: Any) -> int:
         source_prefix=options.source_prefix,
     )
     old = build_from(options.source_model, options.source_model_args) if options.source_model else None
-    model = build_model(options, meta=options.sample is None)
+    data_module = data_from_config(options.config) if options.config and options.proof == "auto" else None
+    model = build_model(options, meta=options.sample is None and data_module is None)
     call = sample_call(options.sample, model)
     samples = [_where_the_model_is(call, model)] if call else []
     source = Source.open(options.checkpoint, options.checkpoint_weights, old=old, samples=samples)
-    prepared = prepare_transfer(source, Target.of(model, samples), matching, min_coverage=0.0)
+    data = _data(model, data_module) if data_module is not None else []
+    prepared = prepare_transfer(source, Target.of(model, samples), matching, min_coverage=0.0, data=data)
     report = replace(prepared.report(), applied=False)
     if options.json != "-":
         _show(report)
@@ -66,6 +68,29 @@ def run(options: Any) -> int:
         remark(f"lit-wsl map: coverage {share:.1%} is below --min-coverage {options.min_coverage:.1%}. {cause}")
         return 1
     return 0
+
+
+def _data(model: nn.Module, data_module: Any) -> list[OnData]:
+    """The config's own model and data: ways to prove the mapping, as the callback would find them."""
+    import logging
+
+    import lightning.pytorch as pl
+
+    from lit_wsl.callbacks.proof import ways_to_prove
+
+    if not isinstance(model, pl.LightningModule):
+        return []
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, **quiet)
+    trainer.strategy.connect(model)
+    trainer._data_connector.attach_data(model, datamodule=data_module)  # what Trainer.fit begins with
+    data_module.prepare_data()
+    data_module.setup("fit")
+    ways, why = ways_to_prove(trainer, model, "fit", None, 8, 60.0)
+    if why:
+        remark(f"note: {why}")
+    return ways
 
 
 def _show(report: TransferReport) -> None:

@@ -153,15 +153,38 @@ def _configured(model: nn.Module) -> nn.Module:
     return model
 
 
-def _from_config(options: Any) -> nn.Module:
-    """The model of a LightningCLI config, as LightningCLI would build it."""
+def _read_config(file: str) -> Any:
     import yaml
 
     try:
-        document = yaml.safe_load(Path(options.config).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{options.config} cannot be read: {' '.join(str(error).split())}") from error
-    section = _model_section(document, options.config)
+        raise UsageError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def data_from_config(file: str) -> Any:
+    """The datamodule of a LightningCLI config, as LightningCLI would build it; ``None`` if it names none."""
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import LightningDataModule
+
+    document = _read_config(file)
+    places = [document, *(document.get(name) for name in ("fit", "validate"))] if isinstance(document, Mapping) else []
+    section = next((p["data"] for p in places if isinstance(p, Mapping) and p.get("data")), None)
+    if isinstance(section, str):
+        section = {"class_path": section}
+    if not isinstance(section, Mapping) or "class_path" not in section:
+        return None
+    made = look_up(section["class_path"])
+    if not (isinstance(made, type) and issubclass(made, LightningDataModule)):
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(made, "data", fail_untyped=False)
+    return parser.instantiate_classes(parser.parse_object({"data": dict(section.get("init_args") or {})})).data
+
+
+def _from_config(options: Any) -> nn.Module:
+    """The model of a LightningCLI config, as LightningCLI would build it."""
+    section = _model_section(_read_config(options.config), options.config)
     if "class_path" in section:
         path, arguments = section["class_path"], section.get("init_args") or {}
     elif options.model is not None:

@@ -118,6 +118,12 @@ are written all the same, so that the plan can be completed by hand.
     parser.add_argument("--plan", type=str, metavar="FILE", help="write the plan, as .json or .yaml")
     parser.add_argument("--html", type=str, metavar="FILE", help="write the report as one HTML page")
     _add_json(parser)
+    parser.add_argument(
+        "--proof",
+        choices=("auto", "off"),
+        default="auto",
+        help="with --config: let the loss on the config's own data decide what names leave open",
+    )
     parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
     parser.add_argument("--source-model", type=str, metavar="MODULE:NAME", help="the old model's class, if still there")
     parser.add_argument("--source-model-args", type=dict[str, Any], default={}, metavar="ARGS", help="its arguments")
