@@ -44,6 +44,7 @@ class LossMeter:
         self._source = iter(batches)
         self._batches: list[Any] = []
         self._in_pieces = False
+        self._guarded = True  # until a whole pass was seen to write to none of the model's tensors
 
     def has(self, number: int) -> bool:
         """Whether there is a batch of this number."""
@@ -113,10 +114,11 @@ class LossMeter:
     @contextmanager
     def _ready(self, state: Mapping[str, Tensor], seed: int) -> Iterator[None]:
         """The model in eval mode with lent weights and known random numbers."""
-        with lent(self.model, state), undisturbed(self.model):
+        with lent(self.model, state), undisturbed(self.model, guard=self._guarded) as wrote:
             self.model.eval()
             torch.manual_seed(seed)
             yield
+            self._guarded = self._guarded and wrote()
 
 
 class _Elements(TorchFunctionMode):

@@ -44,7 +44,7 @@ def preserved_rng(module: nn.Module | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
+def undisturbed(module: nn.Module, *, guard: bool = True) -> Iterator[Callable[[], bool]]:
     """Put a module in eval mode to run it, and leave it and the world as they were.
 
     Put back at the end, whatever the run did: the mode of every sub-module; attributes, buffers and parameters that
@@ -55,6 +55,11 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: The module that will run.
+        guard: Whether to watch for writes to its tensors; every operation pays for it. Without, only buffers are put
+            back, for a run that was seen to write nothing else.
+
+    Yields:
+        Whether anything was written to the module's tensors.
 
     >>> net = nn.BatchNorm1d(2)
     >>> with undisturbed(net):
@@ -71,11 +76,13 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         stack.enter_context(_preserved_modules(module))
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        writes = stack.enter_context(_WriteGuard(module))
+        writes = _WriteGuard(module)
+        if guard:
+            stack.enter_context(writes)
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             module.eval()
-            yield
+            yield lambda: writes.wrote
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             writes.restore()
@@ -111,6 +118,11 @@ class _WriteGuard(TorchDispatchMode):
                 if key in self._known and key not in self._kept:
                     self._kept[key] = self._known[key].clone()
         return func(*args, **kwargs)
+
+    @property
+    def wrote(self) -> bool:
+        """Whether anything was written to."""
+        return bool(self._kept)
 
     def restore(self) -> None:
         """Put the kept memory back."""
