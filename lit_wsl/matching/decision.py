@@ -571,7 +571,7 @@ def _called_otherwise(s: Item, t: Item) -> bool:
     """Whether both have names of their own that don't agree: where the others kept theirs, it is another thing."""
     own = [[w for w in path_tokens(owner_path(i.main.path).rpartition(".")[2]) if not w.isdigit()] for i in (s, t)]
     likeness = liken(own[0], own[1])
-    return bool(likeness.left_s and likeness.left_t)
+    return all(any(len(w) > 2 for w in left) for left in (likeness.left_s, likeness.left_t))
 
 
 def _own_words(item: Item) -> frozenset[str]:

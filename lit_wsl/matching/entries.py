@@ -120,6 +120,11 @@ class EntryWriter:
             else:
                 yield from ((s, t) for s in sources for t in targets if entry.kind == "parameter")
 
+    def evidence_by_module(self) -> dict[str, str]:
+        """The evidence for what fills each module's own weights; its buffers take it over."""
+        weights = (e for e in self._entries.values() if e[0].kind == "parameter")
+        return {targets[0].module_path: entry.evidence for entry, _, targets in weights}
+
     def filled(self) -> set[str]:
         """Names of the targets that get something."""
         return {t.name for _, _, targets in self._entries.values() for t in targets}

@@ -102,7 +102,8 @@ def _core(shape: Shape) -> Shape:
 
 def _leaf(info: ParameterInfo) -> str:
     """What a tensor is called inside its module: weight or kernel; any other name is one of its own."""
-    return info.leaf if info.leaf in ("weight", "kernel") or info.leaf.endswith("_weight") else "own"
+    last = info.leaf.rpartition("_")[2]
+    return last if last in ("weight", "kernel") else "own"
 
 
 def _make(info: ParameterInfo) -> Make:

@@ -236,9 +236,10 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
         filled, used = writer.filled(), writer.used()
         rest_s = [i for i in source.parameters if i.name not in used]
         rest_t = [i for i in target.parameters if i.kind == "buffer" and i.name not in filled]
-        known = {i.name for i in buffers_s}
-        for s, t, reason in match_buffers(writer.pairs(), known, rest_s, rest_t):
-            writer.add((s,), (t,), (), 1.0, reason, reason)
+        running = {i.name for i in buffers_s}
+        evidence = writer.evidence_by_module()
+        for s, t, reason in match_buffers(writer.pairs(), running, rest_s, rest_t):
+            writer.add((s,), (t,), (), 1.0, evidence.get(t.module_path, reason), reason)
     if options.buffers == "strict":
         refuse_modules(writer, source, target)
     entries, ambiguous, unmatched_source, unmatched_target = writer.finish()

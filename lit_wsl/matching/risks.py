@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import cache, lru_cache
 from importlib import resources
 from math import sqrt
 
-_CHAIN = bool(os.environ.get("CHAIN"))
 _REFUSED = frozenset(("order alone", "neighbour's words"))
 _OPEN = frozenset(("open words", "open own name"))
-_ORDER = ("path", "tied", "words", "alone", "numbers")
 
 
-@cache
+RISK_LIMIT = 0.15  # a kind is loaded if, with 95 % confidence, fewer of its decisions than this are wrong
+
+
 def may_load(cell: str) -> bool:
-    """Whether pairs of a kind of evidence are loaded, or stay open."""
-    return cell in _OPEN if cell.startswith("open ") else cell not in _REFUSED
+    """Whether pairs of a kind of evidence are loaded, or stay open.
+
+    Kinds that were too rarely counted to tell go by what is known of them otherwise.
+    """
+    if RISK_LIMIT >= 1.0:  # while counting
+        return True
+    trusted = cell in _OPEN if cell.startswith("open ") else cell not in _REFUSED
+    counts = table().get(cell)
+    if counts is None or bound(0, counts["right"] + counts["wrong"]) >= RISK_LIMIT:
+        return trusted
+    return trusted and bound(counts["wrong"], counts["right"] + counts["wrong"]) < RISK_LIMIT
 
 
 @lru_cache(maxsize=100_000)
@@ -25,13 +33,12 @@ def weakest(a: str, b: str) -> str:
     """The riskier of two kinds of evidence; an empty one is none."""
     if not a or not b:
         return a or b
-    if _CHAIN:
-        return f"{b} < {a}" if a != b else a
     return max(a, b, key=_risk)
 
 
-def _risk(cell: str) -> tuple[int, str]:
-    return (_ORDER.index(cell) if cell in _ORDER else len(_ORDER), cell)
+def _risk(cell: str) -> tuple[float, str]:
+    counts = table().get(cell)
+    return (bound(counts["wrong"], counts["right"] + counts["wrong"]) if counts else 1.0, cell)
 
 
 def margin_of(cell: str) -> float:
@@ -86,9 +93,8 @@ def table() -> dict[str, dict[str, int]]:
     return known
 
 
-def bound(right: int, wrong: int) -> float:
+def bound(wrong: int, total: int) -> float:
     """Upper bound (95 %, Wilson) of the share that is wrong."""
-    total = right + wrong
     if not total:
         return 1.0
     share, z = wrong / total, 1.645

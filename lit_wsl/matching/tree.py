@@ -191,7 +191,8 @@ def kind_of(name: str) -> str:
     >>> kind_of("norm.gamma"), kind_of("fc.bias"), kind_of("pos_embed")
     ('scale', 'shift', '')
     """
-    words = {w.lower() for w in name.rpartition(".")[2].split("_")}
+    parts = name.rpartition(".")[2].lower().split("_")
+    words = {parts[0], parts[-1]}  # a table of position biases is no bias
     shift, scale = bool(words & _SHIFTS), bool(words & _SCALES)
     return "" if shift == scale else "shift" if shift else "scale"
 
