@@ -70,7 +70,7 @@ def transfer(tmp_path, trainer_kwargs):
     def run(model, stage="fit", **options):
         type(model).runs = []
         torch.save({n: torch.full_like(t, 2) for n, t in model.state_dict().items()}, tmp_path / "old.pt")
-        callback, logger = WeightTransferCallback(tmp_path / "old.pt", verbose=False, **options), Logging()
+        callback, logger = WeightTransferCallback(tmp_path / "old.pt", proof="off", verbose=False, **options), Logging()
         trainer_kwargs.update(max_epochs=0, limit_val_batches=0, logger=logger)
         trainer = L.Trainer(**trainer_kwargs, callbacks=[callback])
         getattr(trainer, stage)(model, DataLoader(Pairs(), batch_size=2))
