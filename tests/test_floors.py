@@ -108,9 +108,11 @@ FACES = {  # what a user calls has an option for each thing that a user may want
     "lit_wsl.rebasin.matching.activations.activation_matching",
     "lit_wsl.rebasin.matching.activations.joint_matching",
     "lit_wsl.rebasin.matching.best.best_matching",
+    "lit_wsl.rebasin.matching.many.match_many",
     "lit_wsl.rebasin.matching.weights.weight_matching",
     "lit_wsl.rebasin.merging.barrier.interpolation_curve",
     "lit_wsl.rebasin.rebasing.rebase.rebase",
+    "lit_wsl.rebasin.responses.module_responses",
     "lit_wsl.report.html.save_html",
     "lit_wsl.report.json_report.report_dict",
     "lit_wsl.transfer.api.transfer_weights",
@@ -120,8 +122,6 @@ TODAY = {  # only shrinks
     "lit_wsl.convert.checkpoint.convert_document",
     "lit_wsl.convert.optimizers.convert_optimizers",
     "lit_wsl.matching.options.make",
-    "lit_wsl.rebasin.responses._responses",
-    "lit_wsl.rebasin.responses.responses",
     "lit_wsl.report.scores.candidates",
 }
 

@@ -86,6 +86,8 @@ class RebasinCallback(Callback):
         restarts: Further starts where the first one leaves room for doubt.
         merge: "average" or "task_arithmetic" of all models to write a merged checkpoint; None for none.
         merge_scale: Factor of each task vector in task arithmetic; None for one over their number.
+        merge_weights: How much each model counts in the merged one: the reference, this run, then "others" in their
+            order; relative to their sum. None for equally.
         matching: "weights", or "best" to match whole weights also on how units respond to training batches,
             and keep what merges best; worth its time where layers are narrow or runs had different seeds.
         repair_batches: Training batches for that, and for the batch norm statistics of the merged model; 0 keeps
@@ -127,6 +129,7 @@ class RebasinCallback(Callback):
         restarts: int = 2,
         merge: Merge | None = None,
         merge_scale: float | None = None,
+        merge_weights: Sequence[float] | None = None,
         matching: Matching = "weights",
         repair_batches: int = 32,
         update_model: Update | None = None,
@@ -149,6 +152,7 @@ class RebasinCallback(Callback):
             spectra=spectra,
             merge=merge,
             merge_scale=merge_scale,
+            merge_weights=None if merge_weights is None else tuple(merge_weights),
             matching=matching,
             device=device,
         )
@@ -164,6 +168,8 @@ class RebasinCallback(Callback):
             raise RebasinError("update_model='merged' needs merge='average' or merge='task_arithmetic'")
         if isinstance(others, (str, Path)):
             others = (others,)
+        if merge is not None:
+            self.options.shares(2 + len(others))
         self.pretrained, self.reference, self.others = pretrained, reference, tuple(others)
         self.repair_batches, self.update_model = repair_batches, update_model
         self.spec_file, self.verify, self.outputs = spec, verify, resolve_outputs(outputs)

@@ -295,6 +295,9 @@ Exit code 1 means: the models could not be aligned, only compared.
     parser.add_argument("-o", "--output", type=str, metavar="FOLDER", help="where to write aligned checkpoints")
     parser.add_argument("--on", type=Literal["task_vectors", "weights"], default=None, help="what to align")
     parser.add_argument("--merge", type=Literal["average", "task_arithmetic"] | None, default=None, help="how to merge")
+    parser.add_argument(
+        "--merge-weights", type=float, nargs="+", default=[], metavar="W", help="how much each checkpoint counts"
+    )
     parser.add_argument("--merge-scale", type=float | None, default=None, help="factor of task vectors when merging")
     parser.add_argument(
         "--matching",

@@ -38,6 +38,7 @@ def run(options: Any) -> int:
         seed=options.seed,
         merge=options.merge,
         merge_scale=options.merge_scale,
+        merge_weights=tuple(options.merge_weights) if options.merge_weights else None,
         matching=options.matching,
         device=options.device,
     )

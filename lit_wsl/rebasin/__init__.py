@@ -7,6 +7,7 @@ from lit_wsl.rebasin.inference.infer import infer_permutation_spec
 from lit_wsl.rebasin.inference.verify import Verification, verify_permutation_spec
 from lit_wsl.rebasin.matching.activations import activation_matching, joint_matching
 from lit_wsl.rebasin.matching.best import best_matching, midpoint_gap
+from lit_wsl.rebasin.matching.many import match_many
 from lit_wsl.rebasin.matching.weights import (
     MatchingResult,
     apply_permutation_to_task_vectors,
@@ -49,6 +50,7 @@ __all__ = [
     "interpolation_curve",
     "invert_permutations",
     "joint_matching",
+    "match_many",
     "midpoint_gap",
     "permutation_spec",
     "rebase",

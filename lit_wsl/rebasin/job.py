@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lit_wsl.checkpoint import atomic_save, atomic_write_text
 from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.matching.many import match_many
 from lit_wsl.rebasin.matching.weights import (
     MatchingResult,
     apply_permutation_to_task_vectors,
     task_vector,
-    weight_matching,
     weight_matching_for_task_vectors,
 )
 from lit_wsl.rebasin.merging.merge import average, is_statistic, task_arithmetic
@@ -60,6 +60,8 @@ class AlignOptions:
         spectra: also the metrics that need singular value decompositions.
         merge: how to merge the aligned models; None for not at all.
         merge_scale: factor of each task vector in task arithmetic; None for one over their number.
+        merge_weights: how much each model counts in the merged one, the reference first, relative to their sum; None
+            for equally.
         matching: how whole weights are matched: on weights, or in the way that merges best on data
             (:func:`best_matching`), which :func:`align` is then given.
         device: where similarity matrices are computed.
@@ -73,6 +75,7 @@ class AlignOptions:
     spectra: bool = True
     merge: Merge | None = None
     merge_scale: float | None = None
+    merge_weights: tuple[float, ...] | None = None
     matching: Matching = "weights"
     device: str | None = None
     progress: bool | None = None
@@ -90,6 +93,23 @@ class AlignOptions:
             )
         if self.max_iter < 1:
             raise RebasinError(f"max_iter={self.max_iter} leaves nothing to do: at least one sweep")
+        if self.merge_weights is not None and (min(self.merge_weights, default=-1) < 0 or not sum(self.merge_weights)):
+            raise RebasinError(
+                f"merge_weights={list(self.merge_weights)}: one weight per model, none negative and not all zero"
+            )
+
+    def shares(self, count: int) -> list[float]:
+        """How much each of so many models counts; the sum is one.
+
+        Raises:
+            RebasinError: There is another number of weights.
+        """
+        weights = self.merge_weights or (1.0,) * count
+        if len(weights) != count:
+            raise RebasinError(
+                f"{len(weights)} merge_weights for {count} models: give one for each, the reference first"
+            )
+        return [weight / sum(weights) for weight in weights]
 
 
 @dataclass(frozen=True)
@@ -335,7 +355,7 @@ def under_names_of(own: Mapping[str, Any], state: StateDict, what: str) -> dict[
     return fitting
 
 
-Matcher: TypeAlias = Callable[[StateDict, StateDict], MatchingResult]
+Matcher: TypeAlias = Callable[[Sequence[StateDict]], Sequence[MatchingResult]]
 
 
 def align(
@@ -361,8 +381,8 @@ def align(
         parameters: names of the tensors to compare; by default the spec's, or all without a spec. Statistics of norms
             are better left out: their scale would drown the weights.
         reason: why there is no spec.
-        matcher: finds the permutations of whole weights from the reference's and another model's; by default
-            :func:`weight_matching`.
+        matcher: finds the permutations of whole weights, one for each model, the reference first; by default
+            :func:`weight_matching` of two and :func:`match_many` of more.
 
     Raises:
         RebasinError: the models don't fit each other, or something that is needed is not given.
@@ -377,6 +397,8 @@ def align(
     if options.merge == "task_arithmetic" and pretrained is None:
         raise RebasinError("task arithmetic needs the pretrained model: give it, or choose merge='average'")
     reference = next(iter(models))
+    if options.merge is not None:
+        options.shares(len(models))
     if parameters is None and spec is not None:
         parameters = spec.parameters or None
     vectors = {name: _vector(_only(state, parameters), pretrained, options) for name, state in models.items()}
@@ -400,10 +422,9 @@ def align(
         "device": options.device,
         "progress": options.progress,
     }
-    match: Matcher = matcher or partial(weight_matching, spec, **settings)
+    found = (matcher or partial(match_on_weights, spec, settings))(list(models.values()))
     aligned = {}
-    for name, comparison in before.items():
-        on_weights = match(models[reference], models[name])
+    for (name, comparison), on_weights in zip(before.items(), list(found)[1:]):
         compared = on_weights
         if options.on == "task_vectors":
             pair = [vectors[reference], vectors[name]]
@@ -421,6 +442,15 @@ def align(
     if merged is not None and any(name not in spec.parameters for name in spec.axes):
         notes += (MEAN_STATISTICS,)
     return RebasinReport(True, reference, options, aligned, merged, spec, notes=notes)
+
+
+def match_on_weights(
+    spec: PermutationSpec, settings: Mapping[str, Any], states: Sequence[StateDict]
+) -> list[MatchingResult]:
+    """Whole weights of two models, or of more at once, in the order of the first."""
+    if len(states) > 2:
+        return match_many(spec, states, **{key: value for key, value in settings.items() if key != "device"})
+    return weight_matching_for_task_vectors(spec, states, **settings)
 
 
 def _only(state: StateDict, names: Collection[str] | None) -> StateDict:
@@ -448,11 +478,15 @@ def _merge(
 ) -> dict[str, Tensor] | None:
     if options.merge is None:
         return None
+    shares = options.shares(len(states))
     if options.merge == "average" or pretrained is None:
-        return average(states)
+        return average(states, shares)
     vectors = [task_vector(state, pretrained, strict=False) for state in states]
-    scale = 1.0 / len(vectors) if options.merge_scale is None else options.merge_scale
+    whole = 1.0 if options.merge_scale is None else options.merge_scale * len(vectors)
+    scale = [share * whole for share in shares]
     merged = task_arithmetic({n: t for n, t in pretrained.items() if n in states[0]}, vectors, scale)
-    mean = average(states)  # for statistics, and for what the pretrained model does not have, such as a new head
+    mean = average(
+        states, shares
+    )  # for statistics, and for what the pretrained model does not have, such as a new head
     summed = {name for name in vectors[0] if not is_statistic(name)}
     return {name: merged[name] if name in summed else tensor for name, tensor in mean.items()}

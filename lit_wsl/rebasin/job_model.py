@@ -18,7 +18,8 @@ from lit_wsl.rebasin.inference.trace import ForwardError
 from lit_wsl.rebasin.inference.verify import verify_permutation_spec
 from lit_wsl.rebasin.job import AlignOptions, Matcher, RebasinReport, under_names_of
 from lit_wsl.rebasin.matching.best import best_matching
-from lit_wsl.rebasin.matching.weights import MatchingResult
+from lit_wsl.rebasin.matching.many import match_many
+from lit_wsl.rebasin.matching.weights import MatchingResult, weight_matching_for_task_vectors
 from lit_wsl.rebasin.merging.merge import is_continuous
 from lit_wsl.rebasin.responses import reestimate_batchnorm
 from lit_wsl.rebasin.spec.spec import PermutationSpec
@@ -363,7 +364,7 @@ def best_matcher(
     call: Call | None,
     outputs: Outputs | None,
 ) -> Matcher:
-    """Whole weights matched in the way that merges best on data, see :func:`best_matching`.
+    """Whole weights matched in the way that merges best on data, see :func:`best_matching` and :func:`match_many`.
 
     Args:
         module: The model, not changed.
@@ -385,10 +386,13 @@ def best_matcher(
     def forward(model: nn.Module, batch: Any) -> Any:
         return pick(call_like(callee(model)[0], batch, call))
 
-    def match(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> MatchingResult:
-        first, second = ({**probe.state_dict(), **state} for state in (reference, other))
+    def match(states: Sequence[Mapping[str, Tensor]]) -> list[MatchingResult]:
+        whole = [{**probe.state_dict(), **state} for state in states]
         settings: dict[str, Any] = {key: getattr(options, key) for key in ("max_iter", "seed", "restarts", "progress")}
-        return best_matching(spec, probe, first, second, batches, forward=forward, **settings)
+        if len(whole) > 2:
+            return match_many(spec, whole, model=probe, batches=batches, forward=forward, **settings)
+        found = best_matching(spec, probe, whole[0], whole[1], batches, forward=forward, **settings)
+        return [*weight_matching_for_task_vectors(spec, whole[:1]), found]
 
     with torch.no_grad():
         forward(probe, batches[0])  # a model that does not take a batch is known before the long work

@@ -1,4 +1,4 @@
-"""Batch norm statistics of a merged model, estimated anew on data."""
+"""What models answer to data: outputs, responses of their modules, and batch norm statistics estimated anew."""
 
 from __future__ import annotations
 
@@ -181,23 +181,32 @@ class Responses:
         """
         model = self.under(state_dict)
         hooks = [model.get_submodule(path).register_forward_hook(listen) for path, listen in listeners.items()]
-        kept: list[list[Tensor]] = []
+        kept: list[list[Tensor]] | None = None
         try:
             for batch in self.batches:
-                found = [t for t in output_tensors(self.forward(model, batch)) if t.is_floating_point()]
-                kept = kept or [[] for _ in found]
+                found = [
+                    torch.view_as_real(t) if t.is_complex() else t for t in output_tensors(self.forward(model, batch))
+                ]
+                kept = [[] for _ in found] if kept is None else kept
                 for parts, tensor in zip(kept, found):
                     parts.append(tensor.double().flatten(0, max(0, tensor.ndim - 2)))
         finally:
             for hook in hooks:
                 hook.remove()
-        if not kept:
-            raise RebasinError("no batch to run the model on, or the model returns no floating tensor")
+        if kept is None:
+            raise RebasinError("no batch to run the model on")
         return [torch.cat(parts) for parts in kept]
 
     def outputs(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
-        """Every floating output over all batches, ``(samples, channels)`` in float64."""
-        return self.listen(state_dict, {})
+        """Every floating output over all batches, ``(samples, channels)`` in float64.
+
+        Raises:
+            RebasinError: there is no batch, or the model returns no floating tensor.
+        """
+        found = self.listen(state_dict, {})
+        if not found:
+            raise RebasinError("the model returns no floating tensor")
+        return found
 
     def with_statistics(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict with batch norm statistics estimated anew on the batches."""
@@ -219,30 +228,6 @@ def drawn(columns: Tensor, quota: int, seed: int) -> Tensor:
     return columns[:, draw.to(columns.device)]
 
 
-def responses(
-    spec: PermutationSpec,
-    model: nn.Module,
-    reference: Mapping[str, Tensor],
-    other: Mapping[str, Tensor],
-    batches: Iterable[Any],
-    max_batches: int | None,
-    max_samples: int,
-    seed: int,
-    forward: Forward,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Standardised responses ``(channels, samples)`` of both models by the name of the weight that makes them.
-
-    Raises:
-        RebasinError: the two passes saw different data.
-    """
-    a, b = (
-        _responses(spec, model, state, batches, max_batches, max_samples, seed, forward) for state in (reference, other)
-    )
-    if any(a[name].shape != b[name].shape for name in a):
-        raise RebasinError("the two passes over the batches saw different amounts of data: use a list or fixed loader")
-    return a, b
-
-
 def output_axis(model: nn.Module, name: str) -> int:
     """Axis of a module's weight (given by its full name) that the module's output channels lie on."""
     module = model.get_submodule(name.rpartition(".")[0])
@@ -254,53 +239,52 @@ def channel_axis(module: nn.Module, output: Tensor) -> int:
     return 1 if isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm)) and output.ndim > 1 else output.ndim - 1
 
 
-@torch.no_grad()
-def _responses(
+def module_responses(
     spec: PermutationSpec,
     model: nn.Module,
     state_dict: Mapping[str, Tensor],
     batches: Iterable[Any],
-    max_batches: int | None,
-    max_samples: int,
-    seed: int,
-    forward: Forward,
+    *,
+    max_batches: int | None = None,
+    max_samples: int = 8192,
+    seed: int = 0,
+    forward: Forward = call_on_inputs,
 ) -> dict[str, Tensor]:
-    """Standardised responses ``(channels, samples)`` by the name of the weight whose first axis they share."""
-    probe = copy.deepcopy(model).eval()
-    probe.load_state_dict(dict(state_dict))
+    """Standardised responses ``(channels, samples)`` by the name of the weight whose output axis they share."""
+    data = Responses(model, batches, forward, max_batches)
     kept: dict[str, list[Tensor]] = {}
-    hooks = []
-    number = 0
 
-    def listen(name: str, length: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def listen_as(name: str, length: int) -> Listener:
+        def listen(module: nn.Module, arguments: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 return
             axis = channel_axis(module, output)
-            if output.shape[axis] != length:
-                return
-            columns = output.detach().movedim(axis, 0).reshape(length, -1)
-            generator = torch.Generator().manual_seed(hash((seed, number, columns.shape[1])))
-            draw = torch.randperm(columns.shape[1], generator=generator)[: max(1, max_samples // 4)]
-            kept.setdefault(name, []).append(columns[:, draw.to(columns.device)].float())
+            if output.shape[axis] == length:
+                parts = kept.setdefault(name, [])
+                columns = output.movedim(axis, 0).reshape(length, -1).float()
+                parts.append(drawn(columns, max(1, max_samples // 4), seed + len(parts)))
 
-        return hook
+        return listen
 
-    for path, module in probe.named_modules():
+    listeners = {}
+    for path, module in data.model.named_modules():
         name = f"{path}.weight" if path else "weight"
-        if name not in spec.axes or not isinstance(getattr(module, "weight", None), Tensor):
-            continue
-        axis = output_axis(probe, name)
-        if axis in spec.axes[name] and spec.axes[name][axis].outer_axis is None is spec.axes[name][axis].stack_axis:
-            hooks.append(module.register_forward_hook(listen(name, spec.axes[name][axis].length)))
-    for batch in batches:
-        if max_batches is not None and number >= max_batches:
-            break
-        forward(probe, batch)
-        number += 1
-    for handle in hooks:
-        handle.remove()
+        if name in spec.axes and isinstance(getattr(module, "weight", None), Tensor):
+            axis_spec = spec.axes[name].get(output_axis(data.model, name))
+            if axis_spec is not None and axis_spec.outer_axis is None is axis_spec.stack_axis:
+                listeners[path] = listen_as(name, axis_spec.length)
+    data.listen(state_dict, listeners)
     return {name: _standardise(torch.cat(parts, dim=1), max_samples) for name, parts in kept.items()}
+
+
+def same_positions(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    """Refuse responses of two models that are not to the same data.
+
+    Raises:
+        RebasinError: the two passes saw different data.
+    """
+    if any(a[name].shape != b[name].shape for name in a):
+        raise RebasinError("the two passes over the batches saw different amounts of data: use a list or fixed loader")
 
 
 def _standardise(responses: Tensor, max_samples: int) -> Tensor:

@@ -19,7 +19,7 @@ from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.matching.descent import Descent, progress_bar
 from lit_wsl.rebasin.matching.objective import norm
 from lit_wsl.rebasin.matching.weights import MatchingResult, identity_share, matched_names, weight_matching
-from lit_wsl.rebasin.responses import Forward, call_on_inputs, output_axis, responses
+from lit_wsl.rebasin.responses import Forward, call_on_inputs, module_responses, output_axis, same_positions
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
 
@@ -58,7 +58,9 @@ def activation_matching(
     Raises:
         RebasinError: no group shows in the output of a module, or the two passes saw different data.
     """
-    a, b = responses(spec, model, reference, other, batches, max_batches, max_samples, seed, forward)
+    drawing: dict[str, Any] = {"max_batches": max_batches, "max_samples": max_samples, "seed": seed, "forward": forward}
+    a, b = (module_responses(spec, model, state, batches, **drawing) for state in (reference, other))
+    same_positions(a, b)
     if not a:
         raise RebasinError("no permutation group shows in the output of a module: use weight_matching instead")
     shown = PermutationSpec(
@@ -147,7 +149,9 @@ def joint_matching(
     """
     names = matched_names(spec, reference, other)
     a, b = ({name: state[name] for name in names} for state in (reference, other))
-    first, second = responses(spec, model, reference, other, batches, max_batches, max_samples, seed, forward)
+    drawing: dict[str, Any] = {"max_batches": max_batches, "max_samples": max_samples, "seed": seed, "forward": forward}
+    first, second = (module_responses(spec, model, state, batches, **drawing) for state in (reference, other))
+    same_positions(first, second)
     axes, shapes = dict(spec.axes), {name: tuple(a[name].shape) for name in names}
     for name in first:
         axis = output_axis(model, name)

@@ -8,21 +8,18 @@ the mean of two well aligned networks, repaired, answers like the mean of their 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.inference.trace import output_tensors
 from lit_wsl.rebasin.matching.activations import activation_matching, joint_matching
 from lit_wsl.rebasin.matching.weights import MatchingResult, weight_matching
 from lit_wsl.rebasin.merging.merge import average
 from lit_wsl.rebasin.merging.repair import repair
-from lit_wsl.rebasin.responses import Forward, call_on_inputs
+from lit_wsl.rebasin.responses import Forward, Responses, call_on_inputs
 from lit_wsl.rebasin.spec.apply import apply_permutation
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
@@ -112,30 +109,27 @@ def midpoint_gap(
     Raises:
         RebasinError: there is no batch, or the model returns no floating tensor.
     """
-    probe = copy.deepcopy(model).eval()
-    outputs = []
-    for state in (a, b):
-        probe.load_state_dict(dict(state))
-        outputs.append(_outputs(probe, batches, forward))
-    probe.load_state_dict(average([dict(a), dict(b)]))
-    repair(probe, (a, b), spec, batches, forward=forward)
-    merged = _outputs(probe.eval(), batches, forward)
+    return merged_gap(model, spec, [a, b], batches, forward=forward)
+
+
+@torch.no_grad()
+def merged_gap(
+    model: nn.Module,
+    spec: PermutationSpec,
+    aligned: Sequence[Mapping[str, Tensor]],
+    batches: Iterable[Any],
+    *,
+    forward: Forward = call_on_inputs,
+) -> float:
+    """:func:`midpoint_gap` of any number of aligned models: of their repaired mean from the mean of their outputs."""
+    data = Responses(model, batches, forward)
+    outputs = [data.outputs(state) for state in aligned]
+    merged = data.under(average(aligned))
+    repair(merged, aligned, spec, batches, forward=forward)
+    between = data.outputs(merged.state_dict())
     gap = scale = 0.0
-    for first, second, between in zip(*outputs, merged):
-        mean = (first + second) / 2
-        gap += float((between - mean).square().sum())
+    for number, found in enumerate(between):
+        mean = torch.stack([output[number] for output in outputs]).mean(dim=0)
+        gap += float((found - mean).square().sum())
         scale += float((mean - mean.mean(dim=0, keepdim=True)).square().sum())
     return gap / scale if scale > 0 else gap
-
-
-def _outputs(model: nn.Module, batches: Iterable[Any], forward: Forward) -> list[Tensor]:
-    """Every floating output over all batches, one behind the other."""
-    kept: list[list[Tensor]] = []
-    for batch in batches:
-        found = output_tensors(forward(model, batch))
-        kept = kept or [[] for _ in found]
-        for parts, tensor in zip(kept, found):
-            parts.append(tensor.double().flatten(0, max(0, tensor.ndim - 2)))
-    if not kept:
-        raise RebasinError("no batch to compare the models on, or the model returns no floating tensor")
-    return [torch.cat(parts) for parts in kept]

@@ -145,7 +145,7 @@ def fit_task_vector(
 
 def _turned(spec: PermutationSpec, maps: Maps, axis_spec: AxisSpec | None, columns: Tensor) -> Tensor:
     """Responses with their channels turned like the axis of the weight that they come from."""
-    if axis_spec is None or axis_spec.outer_axis is not None:
+    if axis_spec is None or axis_spec.outer_axis is not None or axis_spec.stack_axis is not None:
         return columns
     lone = PermutationSpec(
         groups=spec.groups, axes={"responses": {0: axis_spec}}, shapes={"responses": tuple(columns.shape)}

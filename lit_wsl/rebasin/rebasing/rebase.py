@@ -353,7 +353,7 @@ class _JudgingCarrier(_Carrier):
                     shown[1] = arguments[0]
                 for axis, tensor in shown.items():
                     axis_spec = spec.axes[name].get(axis)
-                    if axis_spec is None or axis_spec.outer_axis is not None or not isinstance(tensor, Tensor):
+                    if axis_spec is None or not isinstance(tensor, Tensor) or axis_spec.outer_axis is not None:
                         continue
                     columns = tensor.movedim(channel_axis(module, tensor), 0).flatten(1).float()
                     if len(columns) == axis_spec.length:

@@ -60,9 +60,9 @@ def turn_tensor(
         if axis == skip:
             continue
         for group in axis_spec.groups:
-            if group in maps:
-                use = next(use for use in spec.uses(group) if use.tensor == name and use.axis == axis)
-                tensor = _turn(use, maps[group].to(device=tensor.device), tensor, scale)
+            for use in spec.uses(group) if group in maps else ():
+                if use.tensor == name and use.axis == axis:
+                    tensor = _turn(use, maps[group].to(device=tensor.device), tensor, scale)
     return tensor
 
 
@@ -106,6 +106,8 @@ def procrustes(
 
 def _rows(use: AxisUse, tensor: Tensor) -> Tensor:
     """A tensor as ``(units of the ancestors, size, entries)``, as one group acts on one axis."""
+    if use.stack is not None:
+        tensor = tensor.narrow(*use.stack, 1)
     positions, outer = _positions(use, tensor)
     if outer is None:
         return tensor.movedim(use.axis, 0)[positions].reshape(*positions.shape[:2], -1)
@@ -119,15 +121,16 @@ def _turn(use: AxisUse, turns: Tensor, tensor: Tensor, scale: bool) -> Tensor:
     rows = (turns.to(tensor.dtype) @ _rows(use, tensor)).contiguous()
     positions, outer = _positions(use, tensor)
     result = tensor.clone()
+    written = result if use.stack is None else result.narrow(*use.stack, 1)  # a view
     if outer is None:
-        moved = result.movedim(use.axis, 0)
+        moved = written.movedim(use.axis, 0)
         moved[positions] = rows.reshape(*positions.shape, *moved.shape[1:])
         return result
     for number, (place, above) in enumerate(zip(positions, outer)):
-        part = result.index_select(use.outer_axis or 0, above)
+        part = written.index_select(use.outer_axis or 0, above)
         moved = part.movedim(use.axis, 0)
         moved[place] = rows[number].reshape(*place.shape, *moved.shape[1:])
-        result.index_copy_(use.outer_axis or 0, above, part)
+        written.index_copy_(use.outer_axis or 0, above, part)
     return result
 
 
@@ -137,4 +140,4 @@ def _positions(use: AxisUse, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     if use.outer_positions is None:
         return positions, None
     outer = use.outer_positions.reshape(-1, use.outer_positions.shape[-1]).to(tensor.device)
-    return positions.expand(len(outer), -1, -1) if len(positions) == 1 else positions, outer
+    return positions, outer.repeat_interleave(len(positions) // len(outer), dim=0)

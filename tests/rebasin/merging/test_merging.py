@@ -353,3 +353,19 @@ def test_factors_of_adapters_are_not_averaged(names):
 def test_checkpoints_get_different_names():
     assert names_of(["a/last.ckpt", "b/last.ckpt"]) == ["a_last", "b_last"]
     assert len(set(names_of(["a.ckpt", "a.ckpt", "a.pt"]))) == 3
+
+
+def test_models_count_as_they_are_weighted():
+    spec = ALL["mlp"]
+    base = tensors(spec, 0)
+    states = {name: {k: v + 0.01 * tensors(spec, s)[k] for k, v in base.items()} for s, name in enumerate("abc", 1)}
+    options = AlignOptions(on="weights", merge="average", merge_weights=(1.0, 2.0, 5.0))
+    merged = align(states, base, spec, options).merged
+    expected = average(list(states.values()), [1 / 8, 2 / 8, 5 / 8])
+    assert all(torch.equal(merged[k], expected[k]) for k in expected)
+    summed = align(states, base, spec, AlignOptions(merge="task_arithmetic", merge_weights=(0, 1, 0))).merged
+    assert all(torch.allclose(summed[k], states["b"][k], atol=1e-6) for k in summed)
+    with pytest.raises(RebasinError, match="2 merge_weights for 3 models"):
+        align(states, base, spec, AlignOptions(on="weights", merge="average", merge_weights=(1, 2)))
+    with pytest.raises(RebasinError, match="none negative"):
+        AlignOptions(merge_weights=(1, -1))

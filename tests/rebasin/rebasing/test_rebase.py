@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from handmade_specs import ALL, tensors
 from torch import nn
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin import apply_permutation, infer_permutation_spec, rebase, reestimate_batchnorm, task_vector
-from lit_wsl.rebasin.rebasing.turning import identity_maps, procrustes, turn_tensor
+from lit_wsl.rebasin.rebasing.turning import identity_maps, innermost, procrustes, turn_tensor
 
 
 def conv_net(seed: int = 0, classes: int = 4) -> nn.Module:
@@ -219,3 +220,18 @@ def test_what_does_not_fit_is_refused_by_name(spec, case):
     bases = [{n: t for n, t in state.items() if not n.startswith("8.")} for state in (old, new)]
     with pytest.raises(RebasinError, match=r"'8.weight' of shape \(4, 12\).*fresh="):
         rebase(spec, headless, *bases, model=conv_net(), batches=IMAGES)
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_turning_by_permutation_matrices_is_permuting_innermost_groups(name):
+    """On every layout of axes that specs have: nested, fused, stacked, experts on another axis."""
+    spec = ALL[name]
+    permutations = {**spec.identity(), **{g: spec.random_permutations(2)[g] for g in innermost(spec)}}
+    maps = {}
+    for group in innermost(spec):
+        rows = permutations[group].reshape(-1, spec.groups[group].size)
+        maps[group] = torch.eye(rows.shape[1]).double()[rows]
+    state = tensors(spec, 0)
+    for tensor, expected in apply_permutation(spec, permutations, state).items():
+        for scale in (False, True):
+            torch.testing.assert_close(turn_tensor(spec, maps, tensor, state[tensor], scale=scale), expected)
