@@ -23,6 +23,9 @@ OPTIONS = {
     "source_module": None,
     "adapt": ["partial_head"],
     "assume_layouts": True,
+    "only": ["net.*"],
+    "skip": ["net.4.*"],
+    "source_prefix": None,
     "checkpoint_weights": "model",
     "resume": "weights",
     "optimizer_settings": "run",
@@ -31,6 +34,9 @@ OPTIONS = {
     "on_lost": "initialize",
     "drop": ["callbacks/EMA"],
     "again": True,
+    "proof": "off",
+    "proof_batches": 4,
+    "proof_seconds": 30.0,
     "verbose": False,
 }
 

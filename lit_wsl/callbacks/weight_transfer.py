@@ -115,8 +115,8 @@ class WeightTransferCallback(Callback):
             ("callbacks/EMA"; * stands for any text).
         again: Whether to fill a model once more that was filled before, by another callback or transfer_weights,
             though training may be undone. Each callback does so once per model.
-        proof: ``"auto"`` lets the module's own loss on its training data decide what names leave open, and checks the
-            whole mapping by it; ``"off"`` makes no trial.
+        proof: "auto" lets the module's own loss on its training data decide what names leave open, and checks the
+            whole mapping by it; "off" makes no trial.
         proof_batches: Most batches for it.
         proof_seconds: Most seconds for it.
         verbose: Whether to print the coverage.
