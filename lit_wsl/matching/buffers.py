@@ -104,9 +104,9 @@ def match_buffers(
     filled = {t.name for _, t, _ in found}
     twins = _by_relative_path([s for s in buffers_s if s.name not in taken])
     for path, t in _by_relative_path(buffers_t).items():
-        s = twins.get(path)
-        if s is not None and t.name not in filled and s.shape == t.shape and not homes[0].get(t.module_path):
-            found.append((s, t, SAME_PATH))
+        twin = twins.get(path)
+        if twin is not None and t.name not in filled and twin.shape == t.shape and not homes[0].get(t.module_path):
+            found.append((twin, t, SAME_PATH))
     return _counters_with_their_statistics(found, groups)
 
 

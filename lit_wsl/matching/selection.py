@@ -30,8 +30,8 @@ def part_of(source: ModelDescription, prefix: str | None) -> ModelDescription:
             f"source_prefix={prefix!r}: no tensor of {source.label} stands under this name; "
             f"there are {', '.join(found[:12])}{', ...' if len(found) > 12 else ''}."
         )
-    names = {i.name for i in kept}
-    return replace(source, parameters=kept, tied={a: first for a, first in source.tied.items() if first in names})
+    inside = {i.name for i in kept}
+    return replace(source, parameters=kept, tied={a: first for a, first in source.tied.items() if first in inside})
 
 
 def selected(target: ModelDescription, options: MatchingOptions) -> frozenset[str]:
