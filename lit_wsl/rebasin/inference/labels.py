@@ -344,12 +344,12 @@ class Algebra:
                 common = depends(a) & depends(b)
                 if not common:
                     continue
-                self.joins.append((a, b))
                 first, second = self.blocks(a, one - common), self.blocks(b, two - common)
                 if first is None or second is None:
                     for factor in (a, b):
                         self.fix(factor, common, reason)
                     continue
+                self.joins.append((a, b))
                 wide = np.broadcast_shapes(first.shape, second.shape)
                 self.units.unify(np.broadcast_to(first, wide), np.broadcast_to(second, wide), reason)
         return [by_axes[key] for key in keys]
