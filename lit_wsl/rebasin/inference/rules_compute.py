@@ -107,6 +107,10 @@ def _beside(
         elif not label.varies[dim] and not slot:
             # Constant along the axis (zeros, padding): its positions may be permuted freely.
             pieces.append(algebra.units.fresh(shape[dim]).reshape(shape))
+        elif slot and not any(label.varies[axis] for axis in (dim, *slot)):
+            # Constant along these axes: it goes with what stands beside it.
+            beside = next(part for part in parts if part is not None).take([0], axis=dim)
+            pieces.append(np.broadcast_to(beside, shape))
         else:
             pieces.append(np.full(shape, FIXED, dtype=np.int64))
     return np.concatenate(pieces, axis=dim)
