@@ -136,10 +136,15 @@ class Algebra:
             if depends(found) or single:
                 kept.append(found)
             else:
-                self._told_apart += 1
-                self.units.sign(found, mix(self.node, 991, self._told_apart))
+                self.tell_apart(found)
         factors = tuple(self.prune(kept))
         return replace(label, factors=factors, settled=None if single else (self.units.version, factors))
+
+    def tell_apart(self, units: Array) -> Array:
+        """Note that these units are interchangeable with no others."""
+        self._told_apart += 1
+        self.units.sign(units, mix(self.node, 991, self._told_apart))
+        return units
 
     def prune(self, factors: Sequence[Array]) -> list[Array]:
         """Leave out factors that are repeated, or are the blocks of another factor."""

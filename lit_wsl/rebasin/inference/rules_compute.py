@@ -62,7 +62,7 @@ def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int, apart: bool 
             break
         labels = [algebra.settle(label, single=True) for label in labels]
     slots = {depends(f) - {dim} for label in labels for f in label.factors}
-    if loose and not all(label.varies[dim] for label in labels):
+    if loose and any(label.shape[dim] > 1 and not label.varies[dim] for label in labels):
         slots.add(frozenset())
     factors = []
     for slot in sorted(slots, key=lambda s: (len(s), sorted(s))):
@@ -105,8 +105,8 @@ def _beside(
         if part is not None:
             pieces.append(np.broadcast_to(part, shape))
         elif not label.varies[dim] and not slot:
-            # Constant along the axis (zeros, padding): its positions may be permuted freely.
-            pieces.append(algebra.units.fresh(shape[dim]).reshape(shape))
+            # Constant along the axis (zeros, padding): its positions may be permuted freely, but among themselves only.
+            pieces.append(algebra.tell_apart(algebra.units.fresh(shape[dim])).reshape(shape))
         elif slot and not any(label.varies[axis] for axis in (dim, *slot)):
             # Constant along these axes: it goes with what stands beside it.
             beside = next(part for part in parts if part is not None).take([0], axis=dim)

@@ -335,3 +335,22 @@ def test_batch_size_does_not_matter():
     one = infer_permutation_spec(model, (TOKENS[:1],), verify=False)
     two = infer_permutation_spec(model, (TOKENS.repeat(2, 1),), verify=False)
     assert one == two
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 3)])
+def test_constants_of_several_parts_are_not_exchanged(sizes):
+    """Each part is constant, but they are not equal: zeros beside ones, two single frequencies beside one another."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.out = nn.Parameter(torch.randn(sum(sizes))), nn.Linear(sum(sizes), 2)
+
+        def forward(self, x):
+            parts = [torch.full((len(x), size), float(value)) for value, size in enumerate(sizes)]
+            return self.out((torch.cat(parts, dim=1).to(x) + self.gain).sin()) * x
+
+    model, args = Beside(), (torch.randn(3, 2),)
+    spec = infer_permutation_spec(model, args, verify=False)
+    assert top(spec) == [size for size in sizes if size > 1]
+    assert largest_change(model, spec, args) < 1e-12
