@@ -112,7 +112,11 @@ class AlignOptions:
         return [weight / sum(weights) for weight in weights]
 
 
-@dataclass(frozen=True)
+#: Models, and metrics of each, that a summary shows; ``to_dict`` has all of them.
+SHOWN, METRICS = 20, ("cosine", "l2", "sign_conflict")
+
+
+@dataclass(frozen=True, repr=False)
 class Aligned:
     """One model next to the reference.
 
@@ -131,6 +135,18 @@ class Aligned:
     on_weights: MatchingResult | None = None
     state_dict: dict[str, Tensor] | None = None
     task_vector: dict[str, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        before = self.before.to_dict()["overall"]
+        after = self.after.to_dict()["overall"] if self.after is not None else {}
+        told = []
+        for metric in METRICS:
+            values = [part[metric] for part in (before, after) if isinstance(part.get(metric), (int, float))]
+            if values:
+                told.append(f"{metric} " + " -> ".join(f"{value:.4g}" for value in values))
+        if self.on_weights is not None:
+            told.append(f"{self.on_weights.identity_share:.1%} of the units in place")
+        return ", ".join(told)
 
 
 @dataclass(frozen=True, repr=False)
@@ -203,13 +219,8 @@ class RebasinReport(Summarised):
         else:
             head = f"compared with {self.reference!r} as they are, not aligned: {self.reason}"
         lines = [head, *([] if self.spec is None else [repr(self.spec)])]
-        for name, model in self.models.items():
-            after = model.after.to_dict()["overall"] if model.after is not None else {}
-            for metric, value in model.before.to_dict()["overall"].items():
-                if isinstance(value, (int, float)):
-                    then = after.get(metric)
-                    told = f" -> {then:.4g}" if isinstance(then, (int, float)) else ""
-                    lines.append(f"  {name}  {metric}: {value:.4g}{told}")
+        lines += [f"  {name}: {model!r}" for name, model in list(self.models.items())[:SHOWN]]
+        lines += [f"  and {len(self.models) - SHOWN} more"] if len(self.models) > SHOWN else []
         lines += [f"merged: {', '.join(self.models)} into {self.reference!r}"] if self.merged is not None else []
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 

@@ -369,3 +369,14 @@ def test_models_count_as_they_are_weighted():
         align(states, base, spec, AlignOptions(on="weights", merge="average", merge_weights=(1, 2)))
     with pytest.raises(RebasinError, match="none negative"):
         AlignOptions(merge_weights=(1, -1))
+
+
+def test_a_report_of_many_models_prints_on_a_screen_without_weights():
+    spec = ALL["mlp"]
+    states = {f"run{seed}": tensors(spec, seed) for seed in range(4)}
+    report = align(states, None, spec, AlignOptions(on="weights", merge="average"))
+    for text in (str(report), repr(report), repr(report.models), repr(report.models["run1"])):
+        assert "tensor(" not in text
+        assert len(text.splitlines()) < 25
+    assert "cosine" in str(report)
+    assert all(name in str(report) for name in states)
