@@ -390,7 +390,7 @@ class Grouping:
                 if group in inner:
                     if not torch.equal(mine, specs[0].coordinate(group)):
                         return False
-                elif not bool(((mine == outer.coordinate(group)[k]) | (mine < 0)).all()):
+                elif group not in outer.groups or not bool(((mine == outer.coordinate(group)[k]) | (mine < 0)).all()):
                     return False
         return True
 

@@ -90,11 +90,15 @@ def _spec(trace: Trace, wishes: bool) -> tuple[PermutationSpec, bool]:
         propagate(run)
         asked = [*run.requests, *(run.wishes if wishes else ())]
         finer = refined(joints, [ask for ask in asked if ask[0] not in run.ordered])
-        still = {place for place, units in run.axes.items() if not run.algebra.units.find(units).any()}
-        finer = {
-            (number, axis): replace(joint, bound=joint.bound and (number, joint.outer[-1]) not in still)
-            for (number, axis), joint in finer.items()
-        }
+        if finer == joints:
+            # Nothing to be followed more closely: where an axis or what it is bound to stays, units may be loose.
+            still = {place for place, made in run.axes.items() if not run.algebra.units.find(made).any()}
+            finer = {
+                (number, axis): replace(
+                    joint, bound=joint.bound and not still.intersection([(number, axis), (number, joint.outer[-1])])
+                )
+                for (number, axis), joint in joints.items()
+            }
         if finer == joints:
             break
         joints = finer

@@ -1,0 +1,207 @@
+"""What users write by hand: axes that a person knows to be movable move, and permutations keep the function."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from lit_wsl.rebasin import apply_permutation, infer_permutation_spec
+
+EDGES, IMAGE = torch.randint(0, 6, (2, 14), generator=torch.Generator().manual_seed(0)), torch.randn(2, 3, 8, 8)
+
+
+class Net(nn.Module):
+    """Modules and parameters under names, and a function that uses them."""
+
+    def __init__(self, forward, **parts) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+        self.run = forward
+
+    def forward(self, *args):
+        return self.run(self, *args)
+
+
+def loop(net, x):
+    state = torch.zeros(len(x), 6, dtype=x.dtype)
+    out = x.new_zeros(len(x), x.shape[1], 6)
+    for step in range(x.shape[1]):
+        state = torch.tanh(net.both(torch.cat([x[:, step], state], 1)))
+        out[:, step] = state
+    return net.b(out.relu())
+
+
+def packed(net, x):
+    rows = pack_padded_sequence(net.a(x), torch.tensor([2, 4, 3]), batch_first=True, enforce_sorted=False)
+    out, (last, _) = net.rnn(rows)
+    return net.b(last[-1]) + net.b(pad_packed_sequence(out, batch_first=True)[0].amax(1))
+
+
+def attention(net, x):
+    x = net.a(x)
+    q, k, v = torch.einsum("bnc,shdc->sbhnd", x, net.qkv)
+    y = torch.einsum("bhnm,bhmd->bhnd", (q @ k.mT).softmax(-1), v)
+    return net.b(x + torch.einsum("bhnd,hdc->bnc", y, net.o))
+
+
+def spectral(net, x):
+    x = net.a(x).mT
+    modes = torch.fft.rfft(x)
+    kept = torch.zeros_like(modes)
+    kept[:, :, :2] = torch.einsum("bix,iox->box", modes[:, :, :2], net.w)
+    return net.b(F.gelu(torch.fft.irfft(kept, n=x.shape[-1])).mT)
+
+
+def scattered(net, x, edges):
+    h = net.a(x).relu()
+    return net.b(torch.zeros_like(h).index_add_(0, edges[1], h[edges[0]]))
+
+
+def sparse(net, x, edges):
+    adjacency = torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1], dtype=x.dtype), (6, 6))
+    return net.b(torch.sparse.mm(adjacency, net.a(x)).relu())
+
+
+def graph_attention(net, x, edges):
+    h = net.a(x).view(-1, 2, 3)
+    score = F.leaky_relu((h * net.left).sum(-1)[edges[0]] + (h * net.right).sum(-1)[edges[1]]).exp()
+    out = torch.zeros_like(h).index_add(0, edges[1], h[edges[0]] * score[..., None])
+    return net.b(out.flatten(1))
+
+
+def ends() -> dict[str, nn.Module]:
+    return {"a": nn.Linear(3, 6), "b": nn.Linear(6, 2)}
+
+
+def pixels() -> dict[str, nn.Module]:
+    return {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(6, 2, 1)}
+
+
+def chain(norm) -> dict[str, nn.Module]:
+    return {"a": norm(nn.Linear(3, 6)), "b": norm(nn.Linear(6, 2))}
+
+
+ROWS, NODES, STEPS = torch.randn(4, 3), torch.randn(6, 3), torch.randn(3, 4, 3)
+ENDS = "a.weight:0 b.weight:1"
+WEIGHT = "parametrizations.weight."
+CASES = {
+    "GRU, batch first": (
+        lambda n, x: n.b(n.rnn(x)[0].mean(1)),
+        lambda: {"rnn": nn.GRU(3, 6, batch_first=True), "b": nn.Linear(6, 2)},
+        (STEPS,),
+        "rnn.weight_ih_l0:0 rnn.weight_hh_l0:0 rnn.weight_hh_l0:1 b.weight:1",
+    ),
+    "packed": (
+        packed,
+        lambda: {"a": nn.Linear(3, 6), "rnn": nn.LSTM(6, 7, batch_first=True), "b": nn.Linear(7, 2)},
+        (STEPS,),
+        "a.weight:0 rnn.weight_ih_l0:0 rnn.weight_ih_l0:1 rnn.weight_hh_l0:1 b.weight:1",
+    ),
+    "loop": (loop, lambda: {"both": nn.Linear(9, 6), "b": nn.Linear(6, 2)}, (STEPS,), "both.weight:0 b.weight:1"),
+    "stacked heads": (
+        attention,
+        lambda: {**ends(), "qkv": torch.randn(3, 2, 4, 6), "o": torch.randn(2, 4, 6)},
+        (STEPS,),
+        f"{ENDS} qkv:1 qkv:2 qkv:3 o:0 o:1 o:2",
+    ),
+    "Fourier modes": (
+        spectral,
+        lambda: {**ends(), "w": torch.randn(6, 6, 2, dtype=torch.cfloat)},
+        (torch.randn(2, 8, 3),),
+        f"{ENDS} w:0 w:1",
+    ),
+    "weight norm": (
+        lambda n, x: n.b(n.a(x).relu()),
+        lambda: chain(parametrizations.weight_norm),
+        (ROWS,),
+        f"a.{WEIGHT}original0:0 a.{WEIGHT}original1:0 b.{WEIGHT}original1:1",
+    ),
+    "spectral norm": (
+        lambda n, x: n.b(n.a(x).relu()),
+        lambda: chain(parametrizations.spectral_norm),
+        (ROWS,),
+        f"a.{WEIGHT}original:0 b.{WEIGHT}original:1 b.{WEIGHT}0._v:0",
+    ),
+    "index_add": (scattered, ends, (NODES, EDGES), ENDS),
+    "sparse": (sparse, ends, (NODES, EDGES), ENDS),
+    "graph attention": (
+        graph_attention,
+        lambda: {**ends(), "left": torch.randn(1, 2, 3), "right": torch.randn(1, 2, 3)},
+        (NODES, EDGES),
+        f"{ENDS} left:1 left:2 right:2",
+    ),
+    "fold": (
+        lambda n, x: n.b(F.fold(F.unfold(n.a(x), 3, padding=1), (8, 8), 3, padding=1).relu()),
+        pixels,
+        (IMAGE,),
+        ENDS,
+    ),
+    "grid": (
+        lambda n, x, g: n.b(F.grid_sample(n.a(x), g, align_corners=False)),
+        pixels,
+        (IMAGE, torch.rand(2, 5, 5, 2)),
+        ENDS,
+    ),
+    "distances": (
+        lambda n, x: torch.cdist(n.a(x), n.c).neg().softmax(-1) @ n.o,
+        lambda: {"a": nn.Linear(3, 6), "c": torch.randn(5, 6), "o": torch.randn(5, 2)},
+        (ROWS,),
+        "a.weight:0 c:0 c:1 o:0",
+    ),
+    "bag": (
+        lambda n, t: n.b(n.e(t).relu()),
+        lambda: {"e": nn.EmbeddingBag(20, 6), "b": nn.Linear(6, 2)},
+        (torch.randint(0, 20, (3, 4)),),
+        "e.weight:1 b.weight:1",
+    ),
+    "bilinear": (
+        lambda n, x: n.b(n.m(n.a(x), n.c(x)).relu()),
+        lambda: {"a": nn.Linear(3, 5), "c": nn.Linear(3, 4), "m": nn.Bilinear(5, 4, 6), "b": nn.Linear(6, 2)},
+        (ROWS,),
+        f"{ENDS} c.weight:0 m.weight:0 m.weight:1 m.weight:2 m.bias:0",
+    ),
+}
+
+
+def double(value: Tensor) -> Tensor:
+    if value.is_complex():
+        return value.to(torch.complex128)
+    return value.double() if value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_movable_moves_and_keeps_the_function(name):
+    forward, parts, args, movable = CASES[name]
+    torch.manual_seed(0)
+    model = Net(forward, **parts()).eval()
+    spec = infer_permutation_spec(model, args)
+    assert not spec.dropped
+    stay = []
+    for place in movable.split():
+        tensor, axis = place.rsplit(":", 1)
+        found = spec.axes.get(tensor, {}).get(int(axis))
+        if found is None or not bool(found.touched.all()):
+            stay.append(place)
+    assert not stay
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    wide = double(tensor.detach())
+                    table[name] = nn.Parameter(wide, False) if isinstance(tensor, nn.Parameter) else wide
+    args = tuple(double(a) for a in args)
+    with torch.no_grad():
+        before = model(*args)
+        for seed in range(4):
+            state = model.state_dict()
+            other = copy.deepcopy(model)
+            other.load_state_dict(apply_permutation(spec, spec.random_permutations(seed), state))
+            torch.testing.assert_close(other(*args), before, rtol=1e-9, atol=1e-9)
