@@ -112,10 +112,10 @@ def main(argv: list[str] | None = None) -> int:
                 show(result, options.shrink)
             written["regimes"][title] = summary.to_dict()
             bad += summary.bad
-    if options.json:
-        written["wrong"] = [result.to_dict() for result in bad]
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(markdown(written))
+            if options.json:
+                written["wrong"] = [result.to_dict() for result in bad]
+                options.json.write_text(json.dumps(written, indent=1) + "\n")
+                options.json.with_suffix(".md").write_text(markdown(written))
     return 1 if bad else 0
 
 
