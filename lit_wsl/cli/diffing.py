@@ -141,8 +141,8 @@ def _show(found: list[Difference], differing: list[Difference], limit: int) -> N
     rows.sort(key=lambda row: row[0])
     shown = [cells for _, cells in (rows if limit <= 0 else rows[:limit])]
     if shown and on_terminal():  # a line for the names, which may be long, and one for the numbers
-        for name, kind, tensors, elements, largest, relative in shown:
-            told = f": {elements} elements, largest {largest}, relative {relative}" if elements else ""
+        for name, kind, tensors, elements, most, share in shown:
+            told = f": {elements} elements, largest {most}, relative {share}" if elements else ""
             say(f"{name}{f' (x{tensors})' if tensors != '1' else ''}")
             say(f"    {kind}{told}")
     elif shown:

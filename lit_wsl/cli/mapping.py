@@ -81,8 +81,14 @@ def _data(model: nn.Module, data_module: Any) -> list[OnData]:
     if not isinstance(model, pl.LightningModule):
         return []
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, **quiet)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
     trainer.strategy.connect(model)
     trainer._data_connector.attach_data(model, datamodule=data_module)  # what Trainer.fit begins with
     data_module.prepare_data()

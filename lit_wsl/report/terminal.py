@@ -12,7 +12,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -355,7 +355,7 @@ def excluded_lines(plan: TransferPlan, target: ModelDescription) -> list[str]:
     return lines
 
 
-def _keeps_statistics(group: ParameterGroup, excluded: set[str]) -> bool:
+def _keeps_statistics(group: ParameterGroup, excluded: Set[str]) -> bool:
     """Whether a module's running statistics, vectors beside a counter, are excluded."""
     own = [info for info in group.buffers if info.name in excluded]
     return any(not info.shape and not info.dtype.is_floating_point for info in own) and any(i.shape for i in own)
