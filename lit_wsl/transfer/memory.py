@@ -206,18 +206,22 @@ def _holds_tensors(module: nn.Module) -> bool:
 
 
 _trained: set[str] = set()  # what models of this process held when they were saved, or when a run of theirs ended
+_fresh: set[str] = set()  # what they held before: with one seed, the next model starts from the same values
 
 
 def note_trained(model: nn.Module) -> None:
     """Know these weights again in a model that is made of them, as by ``load_from_checkpoint`` after a fit."""
     memory = recall(model)
-    if memory is not None and not memory.untouched:
-        _trained.add(_fingerprint(model))
+    if memory is not None and not memory.untouched and (own := _fingerprint(model)) not in _fresh:
+        _trained.add(own)
 
 
 def is_known_trained(model: nn.Module) -> bool:
-    """Whether a model holds what :func:`note_trained` was told of in this process."""
-    return bool(_trained) and _fingerprint(model) in _trained
+    """Whether a new model holds what :func:`note_trained` was told of in this process; if not, it is fresh."""
+    own = _fingerprint(model)
+    if own not in _trained:
+        _fresh.add(own)
+    return own in _trained
 
 
 def _fingerprint(model: nn.Module) -> str:
