@@ -130,7 +130,7 @@ def _is_counter(info: ParameterInfo) -> bool:
 
 def _by_relative_path(infos: Sequence[ParameterInfo]) -> dict[str, ParameterInfo]:
     """Tensors by their paths without the modules that all of them stand in."""
-    paths = [info.module_path.split(".") for info in infos]
+    paths = [info.name.split(".")[:-1] for info in infos]
     shared = next((k for k, parts in enumerate(zip(*paths)) if len(set(parts)) > 1), min(map(len, paths), default=0))
     return {".".join(info.name.split(".")[shared:]): info for info in infos}
 
