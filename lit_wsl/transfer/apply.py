@@ -196,7 +196,7 @@ _CHECKS: dict[torch.dtype, Callable[[_Array], bool]] = {
 }
 
 
-_UNDO_MEMORY = 32 << 20  # bytes the undo log may take
+_UNDO_MEMORY = 16 << 20  # bytes the undo log may take; as much again is kept spare
 
 
 _VIEWS = frozenset({"permute", "transpose", "reshape", "split", "unstack", "fan_out"})  # allocate nothing, cannot fail
