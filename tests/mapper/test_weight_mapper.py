@@ -191,7 +191,7 @@ def test_incompatible_pairs_forbid_a_match_both_ways():
         WeightMapper(two, one, incompatible_pairs=[pair]),
     ):
         assert not [name for name in mapper.suggest_mapping(threshold=0.0) if "backbone" in name]
-    assert len(WeightMapper(one, two, incompatible_pairs=[({"yolo"}, {"vit"})]).suggest_mapping()) == 2
+    assert len(WeightMapper(one, two, incompatible_pairs=[({"yolo"}, {"vit"})]).suggest_mapping()) == 6
 
 
 # -- buffers ----------------------------------------------------------------------------------------------------------
