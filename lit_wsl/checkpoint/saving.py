@@ -7,11 +7,8 @@ entry is flushed too. A crash, a full disk or ``kill -9`` at any moment leaves e
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,117 +18,7 @@ from torch import Tensor
 from lit_wsl.checkpoint.pickler import save_with_records
 from lit_wsl.checkpoint.records import contains_foreign, foreign_calls
 from lit_wsl.errors import CheckpointError
-from lit_wsl.files import begin, hold
-
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full; free some space or write to another disk",
-    errno.EDQUOT: "the disk quota is used up; free some space or write to another disk",
-    errno.EFBIG: "the file system does not allow a file of this size; write to another disk",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.EACCES: "no permission to write there; choose another folder or change its permissions",
-    errno.EPERM: "no permission to write there; choose another folder or change its permissions",
-    errno.ENOENT: "the folder does not exist; create it first",
-    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
-    errno.EISDIR: "the path is a folder; give the name of a file",
-    errno.ENAMETOOLONG: "the file name is too long for the file system; choose a shorter one",
-}
-
-
-def _write_error(path: Path, error: Exception) -> CheckpointError:
-    """Say what failed in words, and what to do; the old file is untouched whenever this is raised."""
-    number = error.errno if isinstance(error, OSError) else None
-    remedy = _REMEDIES.get(number) if number is not None else None
-    detail = remedy or f"{type(error).__name__}: {error}"
-    kept = " The file that was there is unchanged." if path.is_file() else " Nothing was written."
-    return CheckpointError(f"Cannot write {path}: {detail}.{kept}")
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Flush a folder's entries; file systems that cannot do this (some network ones, Windows) are left as they are."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _final_mode(path: Path) -> int:
-    """The permissions that an ordinary ``open(path, "w")`` would leave: those of the old file, else the umask's."""
-    with suppress(OSError):
-        return stat.S_IMODE(path.stat().st_mode)
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-@contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path in the same folder; rename it over ``path`` when the block ends without an error.
-
-    A symbolic link is followed, so that its target is replaced and the link stays.
-
-    Args:
-        path: the file to write.
-
-    Yields:
-        The path of an empty temporary file, to be filled by the block.
-
-    Raises:
-        CheckpointError: if the folder cannot be written or the disk is full. The old file is whole.
-        Exception: whatever the block raises that is not an ``OSError``; the old file is whole then too.
-
-    Example:
-        >>> import tempfile, pathlib
-        >>> file = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
-        >>> with atomic(file) as temporary:
-        ...     _ = temporary.write_text("hello")
-        >>> file.read_text()
-        'hello'
-    """
-    path = Path(os.path.realpath(path))
-    if path.is_dir():
-        raise _write_error(path, IsADirectoryError(errno.EISDIR, "is a directory"))
-    try:
-        lock, temporary = begin(path)
-    except OSError as error:
-        raise _write_error(path, error) from error
-    try:
-        yield temporary
-        descriptor = os.open(temporary, os.O_RDWR)
-        try:
-            hold(descriptor)  # whoever filled the file may have put another in its place, as safetensors does
-            os.fsync(descriptor)
-            os.chmod(temporary, _final_mode(path))
-            os.replace(temporary, path)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise _write_error(path, error) from error
-    finally:
-        with suppress(OSError):  # gone already where the rename was done
-            temporary.unlink()
-        os.close(lock)
-    _fsync_folder(path.parent)
-
-
-def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path``, all or nothing.
-
-    Raises:
-        CheckpointError: if it cannot be written; the old file is whole.
-    """
-    with atomic(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8 to ``path``, all or nothing.
-
-    Raises:
-        CheckpointError: if it cannot be written; the old file is whole.
-    """
-    atomic_write_bytes(path, text.encode("utf-8"))
+from lit_wsl.files import atomic
 
 
 class _ErrorKeepingFile:
