@@ -32,13 +32,13 @@ from lit_wsl.matching.decision import (
     Decision,
     Pair,
     Region,
+    Roles,
     Sides,
     Tie,
     agreement,
     is_named,
     order_cell,
 )
-from lit_wsl.matching.evidence import Evidence
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spells_parts
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.risks import may_load, weakest
@@ -107,6 +107,23 @@ class Outcome:
                 doubts.append(Doubt(tuple(p + dt for p in d.targets), candidates, d.reason))
             stack += [(o, ds + s, dt + t, weakest(cell, c)) for o, s, t, c in outcome.inside]
         return matches, doubts
+
+
+@dataclass
+class Evidence:
+    """What a first pass over the models tells the second: orientation, order, and the parts of other blocks.
+
+    Attributes:
+        exact_matrices: Matched non-square matrices of the same shape.
+        turned_matrices: Matched matrices that only fit transposed.
+        agreement: By region, how well the order of its decided siblings agrees.
+        roles: What blocks were certain of.
+    """
+
+    exact_matrices: int = 0
+    turned_matrices: int = 0
+    agreement: dict[tuple[int, int], float] = field(default_factory=dict)
+    roles: Roles = field(default_factory=Roles)
 
 
 class Aligner:
@@ -204,7 +221,7 @@ class RegionMatch:
         """Decide everything in the region."""
         aligner = self.aligner
         units_s, units_t = self._top_down(sources, targets)
-        for fusion in find_fusions(units_s, units_t, self.region, aligner.evidence, aligner.turned, aligner.ordered):
+        for fusion in find_fusions(units_s, units_t, self.region, aligner.turned, aligner.ordered):
             self._take_fusion(fusion, units_s, units_t)
         for level in ("unit", "tensor"):
             if level == "tensor":

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import combinations, permutations
 
 from lit_wsl.matching.decision import Region
-from lit_wsl.matching.evidence import Evidence
 from lit_wsl.matching.shapes import join_axis, transpose_shape
 from lit_wsl.matching.tree import (
     Family,
@@ -185,7 +184,7 @@ class _Choice:
 
 
 def find_fusions(
-    sources: Sequence[Item], targets: Sequence[Item], region: Region, evidence: Evidence, turned: bool, ordered: bool
+    sources: Sequence[Item], targets: Sequence[Item], region: Region, turned: bool, ordered: bool
 ) -> list[Fusion]:
     """Find wholes on one side whose parts are on the other.
 
@@ -194,7 +193,6 @@ def find_fusions(
         targets: Left-over units of the target, in registration order.
         region: Where they stand. If it is not complete, numbers in the parts' names are no evidence that something else
             is made of them.
-        evidence: The dictionary of this pair of models.
         turned: Whether the pair stores its matrices the other way round.
         ordered: Whether the source has an order of registration.
 
@@ -212,7 +210,7 @@ def find_fusions(
         judged = []
         for whole in waiting:
             free = [i for i in parts if id(i) not in gone and i.rank >= 2]
-            choices = _choices(whole, free, wholes, root_p, evidence)
+            choices = _choices(whole, free, wholes, root_p)
             if choices:
                 judged.append((whole, choices))
         for whole, choices in sorted(judged, key=lambda w: (-w[0].members[0].numel, w[0].start)):
@@ -257,11 +255,11 @@ def _cell(
     return ""
 
 
-def _choices(whole: Family, parts: list[Item], rivals: Sequence[Item], root: Item, evidence: Evidence) -> list[_Choice]:
+def _choices(whole: Family, parts: list[Item], rivals: Sequence[Item], root: Item) -> list[_Choice]:
     """The sets of parts that a whole could be made of, each in its order; the best first."""
     families = of_size(uniform(families_of(parts, root)), len(whole.members))
     sets = {frozenset(id(p) for p in subset): subset for subset in _sets_of_parts(whole, families)}
-    choices = [_judge(whole, subset, families, rivals, evidence) for subset in sets.values()]
+    choices = [_judge(whole, subset, families, rivals) for subset in sets.values()]
     return sorted(choices, key=lambda c: (-c.order.strength, -c.near, not c.in_place, [p.start for p in c.parts]))
 
 
@@ -315,9 +313,7 @@ def _ancestor(path: str, up: int) -> str:
     return path
 
 
-def _judge(
-    whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item], evidence: Evidence
-) -> _Choice:
+def _judge(whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> _Choice:
     """Put parts in the order in which they stand in the whole, and score the evidence for it."""
     name = whole.members[0].path
     order = order_of_parts(name, [p.members[0].path for p in parts])
@@ -325,7 +321,7 @@ def _judge(
         order = PartOrder(order.order, UNKNOWN, "numbers alone don't tell which of the siblings are the parts")
     around_w = [w for w in path_tokens(_ancestor(name, 1)) if not w.isdigit()]
     around_p = [w for w in path_tokens(_ancestor(parts[0].members[0].path, 1)) if not w.isdigit()]
-    near = best_pairs_similarity(around_w[-2:], around_p[-2:], evidence.dictionary)
+    near = best_pairs_similarity(around_w[-2:], around_p[-2:])
     in_place = _in_place(whole, parts, families, rivals)
     return _Choice(tuple(parts[i] for i in order.order), order, near, in_place)
 

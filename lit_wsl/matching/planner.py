@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from lit_wsl.matching.alignment import Aligner, Match
+from lit_wsl.matching.alignment import Aligner, Evidence, Match
 from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds
 from lit_wsl.matching.decision import Sides, counted, ends_of, numbers_along
 from lit_wsl.matching.entries import EntryWriter
-from lit_wsl.matching.evidence import Evidence
 from lit_wsl.matching.hints import hints
 from lit_wsl.matching.incompatible import IncompatiblePairs
 from lit_wsl.matching.layouts import hidden_layouts, leave_open
@@ -22,7 +21,7 @@ from lit_wsl.matching.orientation import Orientation
 from lit_wsl.matching.risks import margin_of, told
 from lit_wsl.matching.selection import part_of, restrict
 from lit_wsl.matching.tree import TreeBuilder, stem_of
-from lit_wsl.matching.words import Dictionary, split_numbers
+from lit_wsl.matching.words import Dictionary
 from lit_wsl.plan.entries import SideSummary
 from lit_wsl.plan.operations import Operation, Transpose
 from lit_wsl.plan.plan import TransferPlan
@@ -325,7 +324,7 @@ def align(
         )
         for d in unsure
     )
-    return Alignment(companions_together(matches, source, target), doubts, _learn(matches))
+    return Alignment(companions_together(matches, source, target), doubts, Dictionary.of(_names(matches)))
 
 
 def companions_together(
@@ -416,15 +415,6 @@ def _by_execution(infos: Sequence[ParameterInfo]) -> list[ParameterInfo]:
     return sorted(infos, key=lambda i: (late if i.execution_order is None else i.execution_order, i.index))
 
 
-def _learn(matches: Sequence[Matched]) -> Dictionary:
-    """Learn words from matched pairs; every pair of families counts once, however many members it has."""
-    dictionary = Dictionary()
-    seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
-    for sources, targets, _ in matches:
-        if len(sources) != 1 or len(targets) != 1:
-            continue
-        key = (split_numbers(sources[0].name)[0], split_numbers(targets[0].name)[0])
-        if key not in seen:
-            seen.add(key)
-            dictionary.learn([w for w in key[0] if w != "#"], [w for w in key[1] if w != "#"])
-    return dictionary
+def _names(matches: Sequence[Matched]) -> Iterator[tuple[str, str]]:
+    """Names of the matches of one tensor with one."""
+    return ((ss[0].name, ts[0].name) for ss, ts, _ in matches if len(ss) == len(ts) == 1)

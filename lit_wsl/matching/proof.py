@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_wsl.matching.alternatives import Variant, layout_variants, open_questions
-from lit_wsl.matching.evidence import ORDER_WEIGHT
 from lit_wsl.matching.layouts import leave_open
+from lit_wsl.matching.space import is_doubtful
 from lit_wsl.matching.tree import role_of
 from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.entries import PlanEntry, Proof
@@ -262,7 +262,7 @@ def _withdraw(plan: TransferPlan, modules: Sequence[str], verified: set[str], wh
     same, nor what has no rival: where no other tensor fits, it is the models that differ, not the mapping.
     """
     open_ = [e for e in plan.entries if e.kind == "parameter" and _module(e.targets[0]) not in verified]
-    suspects = [e for e in open_ if e.margin <= ORDER_WEIGHT or any(_module(t) in modules for t in e.targets)]
+    suspects = [e for e in open_ if is_doubtful(e) or any(_module(t) in modules for t in e.targets)]
     left_over = [(u.name, u.shape) for u in (*plan.unmatched_source, *plan.unmatched_target) if u.kind == "parameter"]
     rivals = Counter(_fits(e.targets[0], e.target_shapes[0]) for e in open_)
     rivals.update(_fits(name, shape) for name, shape in left_over)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise, permutations
 from typing import Any
 
-from lit_wsl.matching.evidence import ORDER_WEIGHT
 from lit_wsl.matching.layouts import rotating_towers
 from lit_wsl.matching.shapes import join_axis, operations_between
 from lit_wsl.matching.tree import role_of, stem_of
@@ -34,6 +33,8 @@ from lit_wsl.plan.operations import (
 )
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
+
+ORDER_MARGIN = 0.25  # more than what order alone gives
 
 MAX_OPTIONS = 64
 
@@ -779,4 +780,4 @@ def _only_renamed(plan: TransferPlan, source: ModelDescription, target: ModelDes
 
 def is_doubtful(entry: PlanEntry) -> bool:
     """Whether nothing but order decided an entry."""
-    return entry.margin <= ORDER_WEIGHT
+    return entry.margin <= ORDER_MARGIN

@@ -224,12 +224,6 @@ def place_in(item: Item, root: Item) -> str:
     return _without_role(relative(item, root))
 
 
-def place_end(item: Item) -> str:
-    """The last two parts of a path, numbers of the upper one left out: what blocks of one make have in common."""
-    upper, _, last = _without_role(item.path).rpartition(".")
-    return ".".join(("".join(c for c in upper.rpartition(".")[2] if not c.isdigit()), last))
-
-
 def _without_role(path: str) -> str:
     head, _, leaf = path.rpartition(".")
     return head if head and leaf in _ROLES else path
@@ -317,29 +311,6 @@ def telling_words(families: Sequence[Family]) -> list[tuple[str, ...]]:
                 kept.append(w)
         out.append(tuple(reversed(kept)))
     return out
-
-
-def same_numbering(
-    s: list[tuple[str, ...]], t: list[tuple[str, ...]]
-) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Leave numbers out unless both sides use the same ones: counting from 0 and from 1 would cross."""
-    numbers = [{w for ws in side for w in ws if w.isdigit()} for side in (s, t)]
-    if numbers[0] == numbers[1]:
-        return s, t
-    plain = [[tuple(w for w in ws if not w.isdigit()) for ws in side] for side in (s, t)]
-    return plain[0], plain[1]
-
-
-def aligned_axes(f: Family, g: Family) -> tuple[Item, ...]:
-    """The members of ``g`` in the order of ``f``, where the two number axes stand the other way round."""
-    axes_f, axes_g = f.axes(), g.axes()
-    if len(axes_f) == len(axes_g) == 2:
-        size_f = [len({n[a] for n in f.numbers}) for a in axes_f]
-        size_g = [len({n[a] for n in g.numbers}) for a in axes_g]
-        if size_f != size_g and size_f == size_g[::-1]:
-            order = sorted(range(len(g.members)), key=lambda i: (g.numbers[i][axes_g[1]], g.numbers[i][axes_g[0]]))
-            return tuple(g.members[i] for i in order)
-    return g.members
 
 
 def evened(fs: list[Family], ft: list[Family]) -> tuple[list[Family], list[Family]]:

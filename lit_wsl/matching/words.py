@@ -8,7 +8,7 @@ learned from the tensors whose partner is already certain (:class:`Dictionary`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -16,7 +16,6 @@ from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.structure.description import tokenize
 
-WEAK = 0.05  # weight of a word that says next to nothing
 ABBREVIATION = 0.85
 
 
@@ -94,16 +93,16 @@ class Dictionary:
     source: Counter[str] = field(default_factory=Counter)
     target: Counter[str] = field(default_factory=Counter)
 
-    def learn(self, source_words: Iterable[str], target_words: Iterable[str], weight: int = 1) -> None:
-        """Count one matched pair."""
-        left, right = sorted(set(source_words)), sorted(set(target_words))
-        for a in left:
-            self.source[a] += weight
-        for b in right:
-            self.target[b] += weight
-        for a in left:
-            for b in right:
-                self.together[a, b] += weight
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[str, str]]) -> Dictionary:
+        """Learn from the names of matched tensors; each pair of families counts once, however many members it has."""
+        dictionary = cls()
+        for patterns in dict.fromkeys((split_numbers(s)[0], split_numbers(t)[0]) for s, t in pairs):
+            left, right = (sorted({word for word in pattern if word != "#"}) for pattern in patterns)
+            dictionary.source.update(left)
+            dictionary.target.update(right)
+            dictionary.together.update((a, b) for a in left for b in right)
+        return dictionary
 
     def strength(self, a: str, b: str) -> float:
         """Strength of the translation, 0 to 1."""
@@ -122,43 +121,6 @@ def best_pairs_similarity(a: Sequence[str], b: Sequence[str], dictionary: Dictio
     """
     if not a and not b:
         return 0.5
-    shared, unshared = _paired(a, b, dictionary)
-    return shared / (shared + unshared)
-
-
-def shared_evidence(
-    a: Sequence[str],
-    b: Sequence[str],
-    dictionary: Dictionary | None = None,
-    weak_a: Collection[str] = (),
-    weak_b: Collection[str] = (),
-) -> float:
-    """How strongly two lists of telling words speak for each other, 0 (nothing in common) to 1.
-
-    ``shared / (shared + 0.5 + 0.15 * unshared)``: words without a counterpart count little, since the other side may
-    simply not name what this side names.
-
-    Args:
-        a: Words of the source.
-        b: Words of the target.
-        dictionary: Learned translations, used beside the words' own similarity.
-        weak_a: Words of the source that say next to nothing.
-        weak_b: Words of the target that say next to nothing.
-    """
-    shared, unshared = _paired(a, b, dictionary, weak_a, weak_b)
-    return shared / (shared + 0.5 + 0.15 * unshared)
-
-
-def _paired(
-    a: Sequence[str],
-    b: Sequence[str],
-    dictionary: Dictionary | None = None,
-    weak_a: Collection[str] = (),
-    weak_b: Collection[str] = (),
-) -> tuple[float, float]:
-    """Weight of the words that find a counterpart, and of those that don't, both sides together."""
-    weights_a = [WEAK if w in weak_a else 1.0 for w in a]
-    weights_b = [WEAK if w in weak_b else 1.0 for w in b]
     scored = []
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -167,37 +129,12 @@ def _paired(
                 s = max(s, dictionary.strength(x, y))
             if s > 0:
                 scored.append((-s, i, j))
-    scored.sort()
     used_a: set[int] = set()
     used_b: set[int] = set()
     shared = 0.0
-    for negative, i, j in scored:
+    for negative, i, j in sorted(scored):
         if i not in used_a and j not in used_b:
             used_a.add(i)
             used_b.add(j)
-            shared += -negative * (weights_a[i] + weights_b[j]) / 2
-    return shared, sum(weights_a) + sum(weights_b) - 2 * shared
-
-
-def weighted_similarity(a: Mapping[str, float], b: Mapping[str, float], dictionary: Dictionary | None = None) -> float:
-    """Soft Jaccard similarity of two sets of weighted words.
-
-    >>> weighted_similarity({"word": 1.0, "weight": 0.0}, {"word": 1.0, "table": 0.5})
-    0.666667
-    """
-    scored = []
-    for x in sorted(a):
-        for y in sorted(b):
-            s = token_similarity(x, y)
-            if dictionary is not None:
-                s = max(s, dictionary.strength(x, y))
-            if s > 0:
-                scored.append((-s * (a[x] + b[y]), x, y, s))
-    shared, used_a, used_b = 0.0, set(), set()
-    for _, x, y, s in sorted(scored):
-        if x not in used_a and y not in used_b:
-            used_a.add(x)
-            used_b.add(y)
-            shared += s * (a[x] + b[y]) / 2
-    union = sum(a.values()) + sum(b.values()) - shared
-    return round(shared / union, 6) if union > 0 else 0.0
+            shared -= negative
+    return shared / (len(a) + len(b) - shared)

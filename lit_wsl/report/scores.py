@@ -18,7 +18,7 @@ from rich.text import Text
 from lit_wsl.errors import MappingError
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.scoring import ScoreBreakdown, score_pair
-from lit_wsl.matching.words import Dictionary, split_numbers
+from lit_wsl.matching.words import Dictionary
 from lit_wsl.plan.coverage import Coverage, measure_coverage
 from lit_wsl.plan.entries import PlanEntry, Side
 from lit_wsl.plan.plan import TransferPlan
@@ -62,14 +62,11 @@ class Material:
     @cached_property
     def dictionary(self) -> Dictionary:
         """Words of the source that stand for words of the target, learned from the plan; families count once."""
-        dictionary, seen = Dictionary(), set()
-        for entry in self.plan.entries:
-            if len(entry.sources) == len(entry.targets) == 1 and entry.margin >= _CERTAIN and entry.kind == "parameter":
-                key = split_numbers(entry.sources[0])[0], split_numbers(entry.targets[0])[0]
-                if key not in seen:
-                    seen.add(key)
-                    dictionary.learn([w for w in key[0] if w != "#"], [w for w in key[1] if w != "#"])
-        return dictionary
+        return Dictionary.of(
+            (entry.sources[0], entry.targets[0])
+            for entry in self.plan.entries
+            if len(entry.sources) == len(entry.targets) == 1 and entry.margin >= _CERTAIN and entry.kind == "parameter"
+        )
 
     @cached_property
     def module_pairs(self) -> frozenset[tuple[str, str]]:
