@@ -25,7 +25,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test matrix lint format gauntlet refactors calibrate harvest rebasin-bench proof-bench scale sharded-memory docs clean
+.PHONY: help demo test matrix lint format gauntlet refactors calibrate ablation harvest rebasin-bench proof-bench scale sharded-memory docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -62,6 +62,9 @@ refactors: .venv/.ready  ## map random refactors with known truth (ARGS="--split
 
 calibrate: .venv/.ready  ## count what each kind of evidence is worth, into lit_wsl/matching/risks.json
 	$(ONE_THREAD) .venv/bin/python -m benchmarks.refactors.calibrate $(ARGS)
+
+ablation: .venv-bench/.ready  ## switch every rule of the matching off in turn (ARGS="--gauntlet 'timm'")
+	$(ONE_THREAD) .venv-bench/bin/python -m benchmarks.ablation $(ARGS)
 
 harvest: .venv-bench/.ready  ## the words of public libraries for the random refactors
 	.venv-bench/bin/python -m benchmarks.refactors.harvest $(ARGS)
