@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lit_wsl import former_paths
+from lit_wsl.callbacks.state_dicts import extend_state_dicts
 from lit_wsl.errors import LitWslError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lit_wsl.transfer.api import transfer_weights as transfer_weights
 
 former_paths.install()
+extend_state_dicts()  # where Lightning was imported first; else the callback does it
 
 _HOMES = {
     "MappingResult": "lit_wsl.mapper",

@@ -26,6 +26,7 @@ from lit_wsl.callbacks.lifecycle import (
 )
 from lit_wsl.callbacks.proof import Recorded, recorded_score, ways_to_prove
 from lit_wsl.callbacks.sample import find_samples, quiet
+from lit_wsl.callbacks.state_dicts import extend_state_dicts, was_given_weights
 from lit_wsl.convert.optimizers import CarryOptions, OnLost
 from lit_wsl.convert.resume import Resume as Resuming
 from lit_wsl.convert.resume import ResumeOptions
@@ -60,6 +61,8 @@ from lit_wsl.transfer.undo import UndoLog, only_filler
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+extend_state_dicts()
+
 CHECKPOINT_KEY = "lit_wsl"  # what a checkpoint tells of the transfers that its weights started from
 Resume = Literal["weights", "optimizer", "all"]
 
@@ -77,8 +80,9 @@ class WeightTransferCallback(Callback):
     Nothing else changes: random generators, the order and augmentation of the data, modes, buffers, metrics and
     gradients are as they would be without the callback.
 
-    A model that ``load_from_checkpoint`` makes in another process than the one that trained it is a fresh one to this
-    callback: to test it, give the trainer ``ckpt_path=``, or leave the callback out.
+    A model made by ``load_from_checkpoint`` is not filled either, nor one to which ``load_state_dict`` gave weights
+    that were saved after a transfer, in whatever process. Other weights given by ``load_state_dict`` are replaced, with
+    a warning.
 
     List it before callbacks that copy the model, such as ``WeightAveraging``.
 
@@ -405,6 +409,7 @@ class WeightTransferCallback(Callback):
     def _transfer(self, trainer: pl.Trainer, made: _Made, only: frozenset[str] | None, *, late: bool) -> None:
         """Apply, report, and go on with the old training if asked to."""
         model, prepared = made.model, made.prepared
+        given = only is None and was_given_weights(model) and recall(model) is None
         resuming, undo = None, None
         if self._resume_options is not None and trainer.state.fn == "fit" and only is None:
             options = self._resume_options
@@ -423,6 +428,13 @@ class WeightTransferCallback(Callback):
         if made.remark:
             report = report.with_remarks(notes=(made.remark,))
         warnings, notes = mind_copies(trainer, model, self, report.loaded, late=late)
+        if given:
+            warnings += (
+                f"weights that load_state_dict gave {type(model).__name__} before were replaced by those of "
+                f"{shown(self.checkpoint)}; if they were trained, leave this callback out, or load them with "
+                "load_from_checkpoint or ckpt_path=",
+            )
+            rank_zero_warn(f"Weight transfer: {warnings[-1]}.")
         if only is not None:
             notes += (_of_a_part(report, only),)
             rank_zero_info(f"Weight transfer: {notes[-1]}.")

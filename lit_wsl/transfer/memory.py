@@ -27,6 +27,7 @@ from lit_wsl.transfer.ranks import held_part, is_sharded
 _SAMPLED = 64  # parameters of which values are looked at
 _ENDS = 32  # values at either end of each
 _MARK = "_weight_transfer"  # the attribute of a module that holds its mark
+_METADATA = "weight_transfer"  # the entry of a state dict's metadata, beside torch's version
 
 Held = Mapping[str, "weakref.ref[nn.Parameter]"]
 
@@ -134,6 +135,49 @@ def remember(model: nn.Module, key: str = "", words: str = "", *, filled: bool =
             inside = dict(sub.named_parameters(remove_duplicate=False))
             held = {n: (p, _version(p) if filled else versions.get(id(p))) for n, p in inside.items()}
             sub.__dict__[_MARK] = _Mark(transfers, held)
+
+
+def write_memory(model: nn.Module, state: Any, prefix: str = "") -> None:
+    """Let a state dict tell what the model was filled with; nothing for a model that was not.
+
+    Args:
+        model: The model.
+        state: What its ``state_dict`` gave.
+        prefix: What stands before the model's names in it.
+    """
+    metadata = getattr(state, "_metadata", None)
+    transfers = {k: w for mark in _marks(model).values() for k, w in mark.transfers.items()}
+    if metadata is not None and transfers:
+        metadata.setdefault(prefix[:-1], {})[_METADATA] = transfers
+
+
+def read_memory(model: nn.Module, state: Mapping[str, Any], transfers: Mapping[str, str] | None = None) -> bool:
+    """Let a model that has just loaded a state dict remember what it tells, for all modules whose tensors it has.
+
+    Args:
+        model: The model.
+        state: The state dict.
+        transfers: What to remember where the state dict itself tells nothing.
+
+    Returns:
+        Whether there was something to remember.
+    """
+    told = {p: e.get(_METADATA) for p, e in (getattr(state, "_metadata", None) or {}).items() if isinstance(e, dict)}
+    if transfers is not None:
+        told[""] = transfers
+    found = False
+    for path, known in told.items():
+        if not isinstance(known, Mapping) or not all(isinstance(v, str) for pair in known.items() for v in pair):
+            continue
+        found = True
+        for name, sub in model.get_submodule(path).named_modules(prefix=path):
+            inside = dict(sub.named_parameters(name, remove_duplicate=False))
+            own = dict(sub.named_parameters(name, recurse=False, remove_duplicate=False))
+            if name != path and (not _holds_tensors(sub) or any(n not in state for n in own)):
+                continue
+            start = len(name) + 1 if name else 0
+            sub.__dict__[_MARK] = _Mark(known, {n[start:]: (p, None) for n, p in inside.items() if n in state})
+    return found
 
 
 def recall(model: nn.Module, before: Held | None = None) -> Memory | None:
