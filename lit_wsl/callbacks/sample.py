@@ -7,6 +7,8 @@ iterated: two items are read from its data set and collated as it would, and wha
 
 from __future__ import annotations
 
+import dis
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,7 +35,10 @@ _LOADERS = {  # which loaders a stage has, the best first
 }
 
 
-_SILENCED = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer")
+_SILENCED = (
+    "log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients",
+)  # fmt: skip
+_STOOD_IN = ("optimizers", "lr_schedulers")  # not made yet
 STEPS = {  # which step takes the batches of which loader
     "train_dataloader": "training_step",
     "val_dataloader": "validation_step",
@@ -169,13 +174,13 @@ def quiet(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]:
     """Keep a sample call from logging and training: ``self.log`` does nothing, the trainer has no loggers meanwhile."""
     loggers, own = trainer.loggers, dict(vars(model))
     trainer.loggers = []
-    for name in _SILENCED:
-        vars(model)[name] = _do_nothing
+    vars(model).update(dict.fromkeys(_SILENCED, _do_nothing))
+    vars(model).update(dict.fromkeys(_STOOD_IN, _StandIn()))
     try:
         yield
     finally:
         trainer.loggers = loggers
-        for name in _SILENCED:
+        for name in (*_SILENCED, *_STOOD_IN):
             vars(model).pop(name, None)
             if name in own:
                 vars(model)[name] = own[name]
@@ -183,6 +188,33 @@ def quiet(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]:
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
     """Stand in for ``self.log`` during a sample call."""
+
+
+class _StandIn:
+    """Stands in for the optimizers and schedulers of a step that trains by itself: takes any call and does nothing."""
+
+    def __getattr__(self, name: str) -> _StandIn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _StandIn:
+        return self
+
+    def __getitem__(self, index: Any) -> _StandIn:
+        return self
+
+    def __iter__(self) -> Iterator[_StandIn]:
+        """As many as ``first, second = self.optimizers()`` asks for; one for a loop."""
+        caller = sys._getframe(1)
+        asking = next(i for i in dis.get_instructions(caller.f_code) if i.offset == caller.f_lasti)
+        return iter([self] * (int(asking.arg or 0) if asking.opname == "UNPACK_SEQUENCE" else 1))
+
+    def __enter__(self) -> _StandIn:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Let errors through."""
 
 
 def _example_calls(module: pl.LightningModule) -> list[Call]:

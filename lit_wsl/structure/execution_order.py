@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from lit_wsl.structure.preserving import undisturbed
+from lit_wsl.structure.lazy import is_lazy, lazy_copy
+from lit_wsl.structure.preserving import preserved_rng, undisturbed
 
 
 class _FirstUse(TorchFunctionMode):
@@ -121,7 +122,21 @@ def trace_execution_order(
     ('first.weight', 0)
     """
     if is_lazy(module):
-        module = lazy_copy(module)
+        return first_call(lazy_copy(module), args, kwargs)
+    return _observe(module, args, kwargs or {}, undisturbed(module))
+
+
+def first_call(
+    copied: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """:func:`trace_execution_order` of a copy that nobody else needs; its lazy modules get their shapes by the call."""
+    copied.eval()
+    return _observe(copied, args, kwargs or {}, preserved_rng(copied))
+
+
+def _observe(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], world: AbstractContextManager[Any]
+) -> dict[str, int]:
     state = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     names: dict[int, str] = {}
     for name, tensor in state.items():
@@ -139,8 +154,8 @@ def trace_execution_order(
     leaves = [sub for sub in hookable if not any(True for _ in sub.children())]
     handles: list[RemovableHandle] = [leaf.register_forward_pre_hook(announce) for leaf in leaves]
     try:
-        with undisturbed(module), torch.no_grad(), _FirstUse(names, seen):
-            make_call(module, args, kwargs or {})
+        with world, torch.no_grad(), _FirstUse(names, seen):
+            make_call(module, args, kwargs)
     except Exception as error:  # a step does more than run the network, and not all of it is possible here (backward)
         if step_of(args) is None or not seen or _comes_from_a_call(error):
             raise
@@ -148,22 +163,6 @@ def trace_execution_order(
         for handle in handles:
             handle.remove()
     return {name: place for place, name in enumerate(seen)}
-
-
-def is_lazy(module: nn.Module) -> bool:
-    """Whether some tensors have no shape before the first call (``nn.LazyLinear``)."""
-    tensors = (*module.parameters(), *module.buffers())
-    return any(nn.parameter.is_lazy(tensor) for tensor in tensors)
-
-
-def lazy_copy(module: nn.Module) -> nn.Module:
-    """A deep copy of a module with lazy parts; PyTorch can copy lazy parameters, but not lazy buffers."""
-    memo: dict[int, Any] = {}
-    lazy_buffer: Any = nn.parameter.UninitializedBuffer  # its stub lacks the arguments
-    for buffer in module.buffers():
-        if nn.parameter.is_lazy(buffer):
-            memo[id(buffer)] = lazy_buffer(device=buffer.device, dtype=buffer.dtype)
-    return copy.deepcopy(module, memo)
 
 
 def only_child(module: nn.Module) -> str | None:

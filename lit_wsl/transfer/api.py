@@ -308,9 +308,15 @@ def finish_transfer(
     """
     if only is not None:
         prepared = prepared.restricted(only)
-    if prepared.plan.entries:
-        target.materialise()
-    applied = apply_plan(prepared.plan, tensors, target.model, progress=progress, ranks=ranks, only=only, undo=undo)
+    make_lazy = target.materialise() if prepared.plan.entries else lambda: None
+    if undo is not None:
+        undo.later("lazy modules", make_lazy)
+    try:
+        applied = apply_plan(prepared.plan, tensors, target.model, progress=progress, ranks=ranks, only=only, undo=undo)
+    except BaseException as error:
+        if undo is None and not getattr(error, "not_restored", ()):  # filled whole, or in part: not lazy any more
+            make_lazy()
+        raise
     warnings = applied.warnings
     warnings = (*_refuted(prepared.plan), *warnings)
     changing = [describe_entry(entry) for entry in prepared.plan.entries if entry.changes_values]

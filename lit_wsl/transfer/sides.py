@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import open_checkpoint
@@ -17,8 +16,8 @@ from lit_wsl.errors import ArgumentTypeError, MappingError
 from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
 from lit_wsl.structure.arguments import require_path
 from lit_wsl.structure.description import Kind
-from lit_wsl.structure.execution_order import is_lazy, lazy_copy, meta_copy, on_meta, only_child, step_of
-from lit_wsl.structure.preserving import preserved_rng
+from lit_wsl.structure.execution_order import first_call, meta_copy, on_meta, only_child
+from lit_wsl.structure.lazy import is_lazy, lazy_copy, take_shapes
 from lit_wsl.transfer.memory import shown
 from lit_wsl.transfer.ranks import has_sharded_tensors
 
@@ -30,6 +29,7 @@ IN_ONE = (
 Given = str | Path | Mapping[str, Tensor] | nn.Module
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 Which = Literal["auto", "model", "ema"]
+Run = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Source:
             return self.file
         if self.module is self.given:
             return Target.of(self.module, self.samples).description
-        _, order, _, _ = _run_samples(self.module, self.samples)
+        _, order, _ = _run_samples(self.module, self.samples)
         facts = _facts(self.module)
 
         def with_facts(info: ParameterInfo) -> ParameterInfo:
@@ -126,14 +126,14 @@ class Target:
         description: Its tensors, with the execution order if a sample call works.
         samples: Ways to call it, the likeliest first.
         remark: Why there is no execution order although there are samples; empty otherwise.
-        call: The sample call that worked.
+        shaped: Of a model with lazy modules, the copy that has its shapes.
     """
 
     model: nn.Module = field(repr=False)
     description: ModelDescription = field(repr=False)
     samples: Sequence[Call] = field(default=(), repr=False)
     remark: str = ""
-    call: Call | None = field(default=None, repr=False)
+    shaped: nn.Module | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, samples: Sequence[Call] = ()) -> Target:
@@ -145,14 +145,15 @@ class Target:
         if samples and has_sharded_tensors(model):
             order, remark = _order_of_sharded(model, samples)
             return cls(model, describe(model, execution_order=order), samples, f"{remark}. {IN_ONE}" if remark else "")
-        whole, order, remark, call = _run_samples(model, samples)
-        label = type(model).__name__ if call is not None else None
-        return cls(model, describe(whole, execution_order=order, label=label), samples, remark, call)
+        whole, order, remark = _run_samples(model, samples)
+        described = describe(whole, execution_order=order, label=type(model).__name__ if whole is not model else None)
+        return cls(model, described, samples, remark, None if whole is model else whole)
 
-    def materialise(self) -> None:
-        """Give lazy modules their shapes, by the call that worked."""
-        if self.call is not None and is_lazy(self.model):
-            materialise(self.model, *self.call)
+    def materialise(self) -> Callable[[], None]:
+        """Give lazy modules the shapes that the sample call has shown; what makes them lazy again."""
+        if self.shaped is None or not is_lazy(self.model):
+            return lambda: None
+        return take_shapes(self.model, self.shaped)
 
 
 def open_source(source: Given, checkpoint_weights: Which = "auto") -> Mapping[str, Tensor]:
@@ -172,21 +173,22 @@ def open_source(source: Given, checkpoint_weights: Which = "auto") -> Mapping[st
     raise ArgumentTypeError(f"source must be a path, a state dict or a module, not {type(source).__name__}.")
 
 
-def _run_samples(model: nn.Module, samples: Sequence[Call]) -> tuple[nn.Module, dict[str, int], str, Call | None]:
+def _run_samples(model: nn.Module, samples: Sequence[Call]) -> tuple[nn.Module, dict[str, int], str]:
     """Run a model on the first sample that it takes.
 
     Returns:
         The model, of lazy modules a copy that has its shapes; the execution order; a remark for the report if no
-        sample call worked, empty otherwise; the call that worked.
+        sample call worked, empty otherwise.
     """
     lazy = is_lazy(model)
     failures: list[str] = []
     for args, kwargs in samples:
-        if lazy and step_of(args) is not None:  # shapes come from a run of the model itself, and a step does more
-            continue
         try:
-            whole = materialise(lazy_copy(model), args, kwargs) if lazy else model
-            return whole, _trace(whole, args, kwargs), "", (args, kwargs)
+            whole = lazy_copy(model) if lazy else model
+            order = _trace(first_call if lazy else trace_execution_order, whole, args, kwargs)
+            if not is_lazy(whole):
+                return whole, order, ""
+            failures.append("it does not call them")
         except Exception as error:
             failures.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
     if lazy:
@@ -197,13 +199,13 @@ def _run_samples(model: nn.Module, samples: Sequence[Call]) -> tuple[nn.Module, 
             "works (example_args, example_input_array, or a datamodule), or call the model once before the transfer."
         )
     remark = f"no execution order, matched without it: the sample call failed ({failures[0]})" if failures else ""
-    return model, {}, remark, None
+    return model, {}, remark
 
 
 def _order_of_sharded(model: nn.Module, samples: Sequence[Call]) -> tuple[dict[str, int], str]:
     """The execution order of a whole copy on the meta device, and a remark if no sample call worked."""
     try:
-        _, order, remark, _ = _run_samples(meta_copy(model), on_meta(samples))
+        _, order, remark = _run_samples(meta_copy(model), on_meta(samples))
     except Exception as error:  # modules that cannot be copied so
         return {}, f"no execution order, matched without it: {type(error).__name__}: {error}"
     return order, remark
@@ -221,28 +223,16 @@ def _facts(module: nn.Module) -> dict[str, tuple[Kind, str]]:
     return facts
 
 
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
+def _trace(run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
     """Execution order; of a model without a forward of its own, through the child that holds its parameters."""
     try:
-        return trace_execution_order(model, args, kwargs)
+        return run(model, args, kwargs)
     except NotImplementedError:
         path = only_child(model)
         if path is None:
             raise
-        order = _trace(model.get_submodule(path), args, kwargs)
+        order = _trace(run, model.get_submodule(path), args, kwargs)
         return {f"{path}.{name}": place for name, place in order.items()}
-
-
-def materialise(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
-    """Give the lazy modules of a model their shapes by one call, in eval mode and with the generators put back."""
-    modes = [(sub, sub.training) for sub in model.modules()]
-    with preserved_rng(model), torch.no_grad():
-        try:
-            model.eval()(*args, **kwargs)
-        finally:
-            for sub, training in modes:
-                sub.training = training
-    return model
 
 
 def _named_as(file: ModelDescription, old: nn.Module) -> nn.Module:

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lit_wsl import WeightTransferCallback
-from lit_wsl.errors import MappingError
 
 
 class Pairs(Dataset):
@@ -141,17 +140,58 @@ def test_a_step_that_fails_before_it_ran_anything_costs_a_note(transfer, caplog)
     assert report.coverage.target.share == 1.0
 
 
-def test_lazy_modules_are_not_given_their_shapes_by_a_step(tmp_path, trainer_kwargs):
-    """A step on the model itself would leave traces."""
-
+def test_lazy_modules_get_their_shapes_by_a_step_of_a_copy_run_once(tmp_path, trainer_kwargs):
     class Lazy(Siamese):
         def __init__(self):
             super().__init__()
             self.inner = nn.LazyLinear(4)
 
-    torch.save(Siamese().state_dict(), tmp_path / "whole.pt")
+        def training_step(self, batch, batch_idx):
+            assert self.trainer.max_epochs == 0
+            return super().training_step(batch, batch_idx)
+
+    old = Siamese()
+    torch.save(old.state_dict(), tmp_path / "whole.pt")
     model, Lazy.runs = Lazy(), []
+    parameters = dict(model.named_parameters())
+    callback = WeightTransferCallback(tmp_path / "whole.pt", proof="off", verbose=False)
+    trainer_kwargs.update(max_epochs=0, limit_val_batches=0)
+    L.Trainer(**trainer_kwargs, callbacks=[callback]).fit(model, DataLoader(Pairs(), batch_size=2))
+    assert model.runs == [(False, 0)]
+    assert orders(callback.report)["inner.weight"] < orders(callback.report)["out.weight"]
+    assert type(model.inner) is nn.Linear
+    assert torch.equal(model.inner.weight, old.inner.weight)
+    assert (model.steps, model.losses) == (0, [])
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_steps_that_ask_for_optimizers_before_anything_ran_tell_the_order(lazy, transfer, tmp_path, trainer_kwargs):
+    class Adversarial(Siamese):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.inner = nn.LazyLinear(4) if lazy else self.inner
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            for scheduler in self.lr_schedulers():
+                scheduler.step()
+            type(self).runs.append(batch_idx)
+            with first.toggle_model():
+                loss = self(batch["views"]["left"], batch["views"]["right"]).square().mean()
+                first.zero_grad()
+                self.manual_backward(loss)
+                self.clip_gradients(first, 1.0)
+                first.step()
+            self.toggle_optimizer(second)
+            second.optimizer.step()
+
+    torch.save(Siamese().state_dict(), tmp_path / "whole.pt")
+    model, Adversarial.runs = Adversarial(), []
     callback = WeightTransferCallback(tmp_path / "whole.pt", verbose=False)
-    with pytest.raises(MappingError, match=r"inner\.weight"):
-        L.Trainer(**trainer_kwargs, callbacks=[callback]).fit(model, DataLoader(Pairs(), batch_size=2))
-    assert model.runs == []
+    trainer_kwargs.update(max_epochs=0, limit_val_batches=0)
+    L.Trainer(**trainer_kwargs, callbacks=[callback]).fit(model, DataLoader(Pairs(), batch_size=2))
+    assert orders(callback.report)["inner.weight"] < orders(callback.report)["out.weight"]
+    assert model.runs == [0]
+    assert "optimizers" not in vars(model)

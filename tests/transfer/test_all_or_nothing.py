@@ -284,3 +284,37 @@ def test_each_way_back_is_tried_and_those_that_fail_are_named(kinds):
 def bits_of(tensor):
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.detach().clone()
+
+
+def test_a_failed_transfer_leaves_lazy_modules_lazy(monkeypatch):
+    from lit_wsl.transfer import apply
+
+    class Net(nn.Module):
+        def __init__(self, lazy):
+            super().__init__()
+            self.a = nn.LazyLinear(4) if lazy else nn.Linear(5, 4)
+            self.b = nn.LazyBatchNorm1d() if lazy else nn.BatchNorm1d(4)
+            self.c = nn.LazyLinear(3) if lazy else nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)).relu())
+
+    def hooks(model):
+        return [(type(m), len(m._forward_pre_hooks), len(m._load_state_dict_pre_hooks)) for m in model.modules()]
+
+    def failing(target, value, real=apply.copy_into, calls=[]):  # noqa: B006
+        calls.append(target)
+        if len(calls) == 4:
+            raise OSError("gone")
+        real(target, value)
+
+    model, old, x = Net(True), Net(False), torch.randn(6, 5)
+    before, parameters = hooks(model), list(model.parameters())
+    monkeypatch.setattr(apply, "copy_into", failing)
+    with pytest.raises(TransferError, match="gone"):
+        transfer_weights(model, old.state_dict(), example_args=(x,))
+    assert hooks(model) == before
+    assert all(nn.parameter.is_lazy(p) for p in model.parameters())
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    transfer_weights(model, old.state_dict(), example_args=(x,))
+    assert torch.equal(model(x), old(x))

@@ -51,6 +51,6 @@ def test_a_source_knows_what_its_module_knows():
 
 def test_a_target_that_no_sample_runs_says_so():
     target = Target.of(Net("a", "b"), [((torch.randn(2, 9),), {})])
-    assert target.call is None
+    assert target.shaped is None
     assert "the sample call failed" in target.remark
     assert not target.description.has_execution_order
