@@ -1,6 +1,7 @@
 """How much of a fine-tuning arrives on another release of its base: digits and a character model, labels unused.
 
-    python -m benchmarks.rebase --nets mlp conv transformer --seeds 2 3 4 --out benchmarks/results/rebase.json
+    python -m benchmarks.rebase --nets mlp conv --seeds 2 3 4 --out benchmarks/results/rebase.json
+    python -m benchmarks.rebase --nets transformer --seeds 5 6 7 --out benchmarks/results/rebase.json
 
 Three networks: an MLP and a convolutional one with batch norms on digits (fine-tuned on digits turned by a quarter),
 and a small causal transformer on the characters of Python's help texts (fine-tuned on Python code). The old base was

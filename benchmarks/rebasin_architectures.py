@@ -409,16 +409,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="parts of names; default: all")
     parser.add_argument("--library", nargs="*", help="torchvision, timm, transformers, open_clip; default: all")
-    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows, written after each; replaced by name")
+    parser.add_argument("--missing", action="store_true", help="only what --out has no kept row of")
     parser.add_argument("--fast", action="store_true", help="small images where a model takes them (for development)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     measure(Case("warm-up", "", lambda: nn.Linear(2, 2), (torch.randn(1, 2),)))
+    known: list[Row] = []
+    if options.out and options.out.exists():
+        known = [Row(**row) for row in json.loads(options.out.read_text())["rows"]]
     rows: list[Row] = []
     for cases in (language_cases, vision_cases, clip_cases):
         for case in cases():
+            if options.missing and any(key(row) == key(case) and row.kept for row in known):
+                continue
             if options.library and case.library not in options.library:
                 continue
             if options.only and not any(part.lower() in case.name.lower() for part in options.only):
@@ -433,11 +439,16 @@ def main() -> None:
                 f"{row.error}{' '.join(row.dropped[:3])}",
                 flush=True,
             )
-    report(rows)
-    if options.out and rows:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        data = {"torch": torch.__version__, "threads": options.threads, "rows": [asdict(row) for row in rows]}
-        options.out.write_text(json.dumps(data, indent=1) + "\n")
+            known = [old for old in known if key(old) != key(row)] + [row]
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                data = {"torch": torch.__version__, "threads": options.threads, "rows": [asdict(row) for row in known]}
+                options.out.write_text(json.dumps(data, indent=1) + "\n")
+    report(known if options.missing else rows)
+
+
+def key(one: Case | Row) -> tuple[str, str]:
+    return one.library, one.name
 
 
 def report(rows: list[Row]) -> None:
