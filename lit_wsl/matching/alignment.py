@@ -8,10 +8,8 @@ The method, for a region (a pair of subtrees known to correspond; at first the t
    lossless operation, so this finds corresponding subtrees under renaming, regrouping, fusing and splitting.
    (The idea of matching isomorphic subtrees greedily from the top is that of GumTree, Falleri et al. 2014, with an
    invariant instead of a hash.)
-2. **A class with several members** is decided jointly: members whose paths differ only by numbers are a family and go
-   by their numbers; families are assigned to one another by the words that tell them apart, by the dictionary
-   learned from this pair of models, and by order as far as order has proved trustworthy. What has no margin over the
-   best alternative assignment is ambiguous.
+2. **A class with several members** is decided by kinds of evidence, the strongest first
+   (:mod:`lit_wsl.matching.decision`); what none of them decides is ambiguous.
 3. **Left-over units** are joined and cut (:mod:`lit_wsl.matching.fusion`), then matched tensor by tensor.
 
 Every pair found is a region of its own. Regions of the same structure are solved once, so thousands of layers cost

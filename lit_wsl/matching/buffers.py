@@ -102,9 +102,11 @@ def match_buffers(
             found += [(s, t, FOLLOWS) for t, s in _within_module(candidates, members)]
     taken = {s.name for s, _, _ in found}
     filled = {t.name for _, t, _ in found}
-    twins = _by_relative_path([s for s in buffers_s if s.name not in taken])
-    for path, t in _by_relative_path(buffers_t).items():
-        twin = twins.get(path)
+    free = [s for s in buffers_s if s.name not in taken]
+    paths_s, paths_t = relative_paths(free), relative_paths(buffers_t)
+    twins = {paths_s[s.name]: s for s in free}
+    for t in buffers_t:
+        twin = twins.get(paths_t[t.name])
         if twin is not None and t.name not in filled and twin.shape == t.shape and not homes[0].get(t.module_path):
             found.append((twin, t, SAME_PATH))
     return _counters_with_their_statistics(found, groups)
@@ -128,11 +130,11 @@ def _is_counter(info: ParameterInfo) -> bool:
     return not info.shape and not info.dtype.is_floating_point and not info.dtype.is_complex
 
 
-def _by_relative_path(infos: Sequence[ParameterInfo]) -> dict[str, ParameterInfo]:
-    """Tensors by their paths without the modules that all of them stand in."""
+def relative_paths(infos: Sequence[ParameterInfo]) -> dict[str, str]:
+    """Names, and what they are without the modules that all of the tensors stand in."""
     paths = [info.name.split(".")[:-1] for info in infos]
     shared = next((k for k, parts in enumerate(zip(*paths)) if len(set(parts)) > 1), min(map(len, paths), default=0))
-    return {".".join(info.name.split(".")[shared:]): info for info in infos}
+    return {info.name: ".".join(info.name.split(".")[shared:]) for info in infos}
 
 
 def _within_module(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from lit_wsl.matching.alignment import Aligner, Evidence, Match
-from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds
+from lit_wsl.matching.buffers import match_buffers, refuse_modules, relative_paths, split_kinds
 from lit_wsl.matching.decision import Sides, counted, ends_of, numbers_along
 from lit_wsl.matching.entries import EntryWriter
 from lit_wsl.matching.hints import hints
@@ -261,15 +261,9 @@ class _Twins:
     """Tensors of the same path on both sides, after the modules that each side stands in."""
 
     def __init__(self, source: ModelDescription, target: ModelDescription) -> None:
-        self._source, self._target = (self._paths(side) for side in (source, target))
+        self._source, self._target = (relative_paths(side.parameters) for side in (source, target))
         self._by_path = {path: source.by_name[name] for name, path in self._source.items()}
         self._numbers = [numbers_along(paths.values()) for paths in (self._source, self._target)]
-
-    @staticmethod
-    def _paths(side: ModelDescription) -> dict[str, str]:
-        parts = [info.module_path.split(".") for info in side.parameters]
-        shared = next((k for k, ps in enumerate(zip(*parts)) if len(set(ps)) > 1), min(map(len, parts), default=0))
-        return {info.name: ".".join(info.name.split(".")[shared:]) for info in side.parameters}
 
     def _counts_alike(self, path: str) -> bool:
         return all(self._numbers[0].get(place) == self._numbers[1].get(place) for place, _ in counted(path))
