@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint.pickler import save_with_records
-from lit_wsl.checkpoint.records import contains_foreign, foreign_calls
+from lit_wsl.checkpoint.records import as_mapping, contains_foreign, foreign_calls
 from lit_wsl.errors import CheckpointError
 from lit_wsl.files import atomic
 
@@ -74,18 +74,25 @@ def atomic_save(obj: Any, path: str | os.PathLike[str], *, keep_foreign: bool = 
             raise
 
 
+def _places_of_calls(tree: Any, path: tuple[str, ...] = ()) -> list[str]:
+    """The innermost entries that hold calls, their keys joined with ``/`` as ``drop`` takes them (at most four)."""
+    mapping = as_mapping(tree) if len(path) < 4 else None
+    entries = ((k, v) for k, v in (mapping or {}).items() if foreign_calls(v))
+    inner = [place for key, value in entries for place in _places_of_calls(value, (*path, str(key)))]
+    return inner or (["/".join(path)] if path else [])
+
+
 def _refuse_calls(obj: Any, path: str | os.PathLike[str]) -> None:
     calls = foreign_calls(obj)
     if not calls:
         return
-    entries = obj.items() if isinstance(obj, Mapping) else ()
-    where = [repr(key) for key, value in entries if foreign_calls(value)]
-    inside = f" in {', '.join(where)}" if where else ""
+    where = [repr(place) for place in _places_of_calls(obj)]
+    inside = f" in {', '.join(where[:5])}{', ...' if where[5:] else ''}" if where else ""
     shown = ", ".join(calls[:5]) + (", ..." if calls[5:] else "")
     raise CheckpointError(
         f"Cannot write {path}: the old file calls {shown}{inside}. Nothing of it was run, but whoever loads the new "
         "file with weights_only=False would run it. If you trust the file, keep the calls (keep_foreign=True, "
-        f"--keep-foreign); if not, leave the entry out where you convert (drop=[{where[0] if where else '...'}], "
+        f"--keep-foreign); if not, leave them out where you convert (drop=[{', '.join(where[:5]) or '...'}], "
         "--drop), or take the weights alone: write to .safetensors."
     )
 

@@ -80,13 +80,23 @@ def test_no_payload_of_the_corpus_runs_from_a_file_that_was_written(tmp_path):
 
 def test_the_error_names_the_call_its_place_and_both_remedies(tmp_path):
     old = trapped(tmp_path)
-    with pytest.raises(CheckpointError, match=r"calls \S*eval in 'hyper_parameters'.*keep_foreign=True.*safetensors"):
+    words = r"calls \S*eval in 'hyper_parameters/config'.*keep_foreign=True.*safetensors"
+    with pytest.raises(CheckpointError, match=words):
         convert_checkpoint(old, tmp_path / "new.ckpt", plan_for(old))
     with pytest.raises(CheckpointError, match="keep_foreign=True"):
         WeightRenamer(old).save(tmp_path / "new.ckpt")
     assert not (tmp_path / "new.ckpt").exists()
     convert_checkpoint(old, tmp_path / "new.safetensors", plan_for(old))
     assert torch.equal(open_checkpoint(tmp_path / "new.safetensors")["net.w"], torch.ones(2))
+
+
+def test_the_entry_that_the_error_names_can_be_dropped_and_the_rest_stays(tmp_path):
+    old = trapped(tmp_path)
+    with pytest.raises(CheckpointError) as refused:
+        convert_checkpoint(old, tmp_path / "new.ckpt", plan_for(old))
+    drop = str(refused.value).partition("drop=['")[2].partition("'")[0]
+    convert_checkpoint(old, tmp_path / "new.ckpt", plan_for(old), drop=[drop])
+    assert torch.load(tmp_path / "new.ckpt", weights_only=True)["hyper_parameters"] == {"width": 2}
 
 
 def test_weights_only_leaves_the_call_out_and_says_so(tmp_path):
