@@ -26,6 +26,7 @@ from functools import cached_property
 
 from lit_wsl.matching.decision import (
     SURE,
+    TURNED,
     ClassSolver,
     Decision,
     Pair,
@@ -327,7 +328,7 @@ class RegionMatch:
     def _settle_ties(self) -> None:
         """Let order decide what nothing else did, where it may; the rest is in doubt."""
         for tie in self.ties:
-            if len(tie.sources) == 1:
+            if len(tie.sources) != len(tie.targets) or len(tie.sources) == 1 or tie.reason == TURNED:
                 self._doubt(tie)
                 continue
             follows = self.aligner.ordered and not self._runs_otherwise(tie)

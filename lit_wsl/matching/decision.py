@@ -30,7 +30,7 @@ import numpy as np
 
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.risks import may_load
-from lit_wsl.matching.shapes import PairCosts
+from lit_wsl.matching.shapes import TRANSPOSED, PairCosts
 from lit_wsl.matching.tree import (
     Family,
     Item,
@@ -53,6 +53,7 @@ FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter
 ORDER, ORDER_BACKED, ORDER_OF_KIND, ORDER_ALONE = "order", "order, as elsewhere", "order of a kind", "order alone"
 ROLE, COUNT = "as in other blocks", "both count"
 OTHER_WORDS = "the last ones left of their size, but their names fit others better"
+TURNED = "the shapes fit as they are, but the names say that matrices are stored the other way round"
 OTHER_HEAD = "the only ones of this size, but called after different things: it may be another head"
 ENDS = frozenset(  # what the last layer is called in any model, so that it says nothing about what it is for
     (
@@ -284,9 +285,24 @@ class ClassSolver:
         ):
             return Decision([Pair(s[0], i, TIED) for i in t])
         out = Decision()
-        for a, b, balanced in _parts(s, t, exact=not self.costs.turned):
+        parts = _parts(s, t, exact=not self.costs.turned)
+        if len(parts) > 1 and self.names and self._named_turned(s, t, region):
+            left = [list(x) for x in self._by_path(s, t, region, out)]
+            if all(left):
+                fs, ft = (_literal(families_of(x, r)) for x, r in zip(left, (region.source, region.target)))
+                out.ties.append(Tie(tuple(fs), tuple(ft), TURNED))
+            return out
+        for a, b, balanced in parts:
             self._solve_part(a, b, balanced, region, out)
         return out
+
+    def _named_turned(self, s: list[Item], t: list[Item], region: Region) -> bool:
+        """Whether names single out a partner that would have to be transposed, where the shapes say another."""
+        if not any(len(i.main.shape) == 2 and i.level < 2 for i in s):
+            return False
+        fs, ft = families_of(s, region.source), families_of(t, region.target)
+        shared, _ = self._likenesses(fs, ft, region)
+        return any(self.costs.of_families(fs[i], ft[j]) == TRANSPOSED for i, j, _ in leads(shared))
 
     def _solve_part(self, s: list[Item], t: list[Item], balanced: bool, region: Region, out: Decision) -> None:
         if len(s) == len(t) == 1:
@@ -620,7 +636,7 @@ def number_map(f: Family, g: Family, ordered: bool) -> tuple[tuple[Item, ...], s
     sets = [[tuple(n[a] for n in fam.numbers) for a in fam.axes()] for fam in (f, g)]
     whole = [[tuple(n[a] for a in fam.axes()) for n in fam.numbers] for fam in (f, g)]
     if sorted(whole[0]) == sorted(whole[1]):
-        if ordered and up_s * up_t < 0 and len(f.members) > 2:
+        if ordered and up_s * up_t < 0:
             return None  # counted down on one side
         place = dict(zip(whole[1], g.members))
         return tuple(place[n] for n in whole[0]), NUMBERS

@@ -8,8 +8,10 @@ apart, something else is transposed), it is open.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.operations import Concat, Operation, Permute, Reshape, Split, Transpose
 from lit_wsl.structure.description import ParameterInfo, Shape
 
@@ -19,6 +21,7 @@ OTHER_CONVOLUTION = "one is a transposed convolution, the other is not: no copy 
 
 Make = tuple[object, ...]
 Matched = tuple[Sequence[ParameterInfo], Sequence[ParameterInfo], tuple[Operation, ...]]
+Doubted = tuple[Sequence[ParameterInfo], Sequence[tuple[Sequence[ParameterInfo], tuple[Operation, ...]]]]
 
 
 class Orientation:
@@ -26,25 +29,31 @@ class Orientation:
 
     Args:
         matches: Source tensors, target tensors and operations of all matches.
+        doubts: Target tensors and their candidates, of what is open: where only a turned matrix would fit, or names
+            speak for one, something was stored the other way round, though nobody knows what.
     """
 
-    def __init__(self, matches: Sequence[Matched]) -> None:
-        self._seen: dict[Make, tuple[int, int]] = {}
-        self._by_target: dict[Make, tuple[int, int]] = {}
+    def __init__(self, matches: Sequence[Matched], doubts: Sequence[Doubted] = ()) -> None:
+        self._seen: dict[Make, Counter[bool | None]] = defaultdict(Counter)
         self.turned = False
         for sources, targets, _ in matches:
-            if len(sources) != 1 or len(targets) != 1:
-                continue
-            s, t = _core(sources[0].shape), _core(targets[0].shape)
-            if len(s) != len(t) or len(s) not in (2, 3) or s[-1] == s[-2] or _is_table(targets[0]):
-                continue
-            if s not in (t, (*t[:-2], t[-1], t[-2])):
-                continue
-            turned = s != t
-            self.turned = self.turned or turned
-            for counts, key in ((self._seen, _makes(sources[0], targets[0])), (self._by_target, _make(targets[0]))):
-                exact, other = counts.get(key, (0, 0))
-                counts[key] = (exact + (not turned), other + turned)
+            if len(sources) == len(targets) == 1:
+                self._see(sources[0], targets[0], certain=True)
+        for targets, candidates in doubts:
+            for sources, _ in candidates:
+                if len(sources) == len(targets) == 1:
+                    self._see(sources[0], targets[0], certain=False)
+
+    def _see(self, source: ParameterInfo, target: ParameterInfo, *, certain: bool) -> None:
+        s, t = _core(source.shape), _core(target.shape)
+        if len(s) != len(t) or len(s) not in (2, 3) or s[-1] == s[-2] or _is_table(target):
+            return
+        turned = s != t
+        if s not in (t, (*t[:-2], t[-1], t[-2])) or not (certain or turned):
+            return
+        self.turned = self.turned or turned
+        for make in _makes(source, target):
+            self._seen[make][turned if certain else None] += 1
 
     def judge(self, match: Matched) -> tuple[tuple[Operation, ...] | None, str]:
         """The operations of a match as they should be; ``None`` and the reason where nothing tells."""
@@ -87,11 +96,10 @@ class Orientation:
 
     def _verdict(self, s: ParameterInfo, t: ParameterInfo) -> bool | None:
         """Whether a square matrix is stored the other way round; ``None`` where nothing tells."""
-        for exact, turned in (self._seen.get(_makes(s, t), (0, 0)), self._by_target.get(_make(t), (0, 0))):
-            if exact and turned:
-                return None
-            if exact or turned:
-                return turned > 0
+        for make in _makes(s, t):  # the nearest make that shows anything
+            seen = self._seen.get(make)
+            if seen:
+                return next(iter(seen)) if len(seen) == 1 else None
         same_make = _leaf(s) == _leaf(t) and len(_core(s.shape)) == len(_core(t.shape))
         return False if same_make and not self.turned else None
 
@@ -110,8 +118,12 @@ def _make(info: ParameterInfo) -> Make:
     return info.module_type, _leaf(info), len(_core(info.shape))
 
 
-def _makes(s: ParameterInfo, t: ParameterInfo) -> Make:
-    return _make(s), _make(t)
+def _makes(s: ParameterInfo, t: ParameterInfo) -> tuple[Make, ...]:
+    """What a pair of matrices shares its orientation with, the nearest first: its kind in its list, its kind."""
+    both = (_make(s), _make(t))
+    place = split_numbers(t.module_path)[0]
+    lists = tuple(place[: place.index("#")]) if "#" in place else ()
+    return (lists, *both), both, _make(t)
 
 
 def _is_table(info: ParameterInfo) -> bool:

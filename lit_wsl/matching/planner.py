@@ -207,7 +207,10 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
     if target.has_execution_order:
         alignment = _with_execution_order(alignment, weights_s, weights_t, options, ordered)
     writer = EntryWriter(source, target, options, alignment.dictionary)
-    orientation = Orientation([(sources, targets, match.operations) for sources, targets, match in alignment.matches])
+    orientation = Orientation(
+        [(sources, targets, match.operations) for sources, targets, match in alignment.matches],
+        [(targets, candidates) for targets, candidates, _ in alignment.doubts],
+    )
     twins = _Twins(source, target)
     factors_s, factors_t = factor_roles(source.parameters), factor_roles(target.parameters)
     notes: list[str] = []
