@@ -21,6 +21,7 @@ from scipy.special import bdtr, stdtr
 from torch import Tensor, nn
 
 from lit_wsl.matching.entries import cast_between
+from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.space import Space, is_doubtful
 from lit_wsl.plan.entries import Ambiguity, Candidate, Decided, Measured, PlanEntry, Proof, ProofBy
 from lit_wsl.plan.operations import run_operations
@@ -34,6 +35,7 @@ SCREEN = 8  # samples that rivals are compared on first
 PASSES = 64.0  # most forward passes of a whole batch
 OFF = -1
 BY_LOSS = "the loss on data decides it"
+REFUTED = "the loss on data refutes what names and shapes say, and does not say what is right"
 STILL_OPEN = "the loss on data does not decide between the candidates"
 
 Choice = tuple[int, ...]
@@ -356,6 +358,20 @@ def _untested(plan: TransferPlan, reason: str) -> TransferPlan:
     return replace(plan, notes=(*plan.notes, f"not tested on data: {reason}"))
 
 
+@dataclass(frozen=True)
+class _Bench:
+    """What a plan is measured with, and what the fresh model lost."""
+
+    tensors: Mapping[str, Tensor]
+    meter: LossMeter
+    budget: Budget
+    fresh: Sequence[float]
+
+    def losses(self, plan: TransferPlan) -> list[float]:
+        """The losses of the model that a plan fills."""
+        return self.meter.losses(_values(plan, self.tensors), 0)
+
+
 def _judge(
     plan: TransferPlan,
     sides: tuple[ModelDescription, ModelDescription],
@@ -366,14 +382,14 @@ def _judge(
     space = Space(*sides, plan)
     asked = {t for entry, _ in space.entries(space.first) for t in entry.targets} if space.is_open else set()
     fixed = _values([e for e in plan if not asked.intersection(e.targets)], tensors)
-    fresh = meter.losses({}, 0)
-    judge = LossJudge(space, tensors, meter, fixed, budget)
+    bench = _Bench(tensors, meter, budget, meter.losses({}, 0))
     if not space.is_open:
-        return _verdict(plan, meter, fresh, meter.losses(fixed, 0), (), budget)
+        return _as_planned(plan, bench, [e for e in plan if is_doubtful(e)])
+    judge = LossJudge(space, tensors, meter, fixed, budget)
+    questioned = [e for e in plan if asked.intersection(e.targets)]
     choice = judge.search()
     if not budget.left:
-        as_planned = meter.losses(_values(plan, tensors), 0)
-        return _verdict(plan, meter, fresh, as_planned, (), budget, "the trials were spent before an answer was found")
+        return _as_planned(plan, bench, questioned, judge, "the trials were spent before an answer was found")
     risks: dict[Choice, float] = {}
     for _ in range(4):
         better, risks = judge.test(choice)
@@ -381,13 +397,44 @@ def _judge(
             break
         choice = better
     best = judge.losses(choice, 0)
-    if not _falls(fresh, best, meter):
-        as_planned = meter.losses(_values(plan, tensors), 0)
-        return _verdict(plan, meter, fresh, as_planned, (), budget)
+    if not _falls(bench.fresh, best, meter):
+        return _as_planned(plan, bench, questioned, judge)
     decisions = tuple(sorted(_decided(judge, choice, risks), key=lambda d: d.risk))
     judged = _with_answers(plan, judge, choice, risks, sides)
-    final = best if all(d.taken for d in decisions) else meter.losses(_values(judged, tensors), 0)
-    return _verdict(judged, meter, fresh, final, decisions, budget)
+    final = best if all(d.taken for d in decisions) else bench.losses(judged)
+    return _verdict(judged, bench, final, decisions)
+
+
+def _as_planned(
+    plan: TransferPlan,
+    bench: _Bench,
+    questioned: Sequence[PlanEntry],
+    judge: LossJudge | None = None,
+    remark: str = "",
+) -> TransferPlan:
+    """The verdict where no answer was found: what is in question is withdrawn if the data refutes it.
+
+    Refuted: the best mapping that was tried lowers the loss, and does so significantly more than the plan; or the plan
+    fills the whole model, and its loss is above the fresh model's.
+    """
+    losses, beaten = bench.losses(plan), False
+    if judge is not None:
+        best = judge.losses(min(judge.seen, key=lambda tried: judge.score(tried[0]))[0], 0)
+        beaten = risk_of(losses, best) < RISK / len(judge.seen) and _falls(bench.fresh, best, bench.meter)
+    rises = _mean(losses) > _mean(bench.fresh) + statistics.pstdev(bench.fresh) and not _unfilled(plan)
+    if not questioned or not (beaten or rises):
+        return _verdict(plan, bench, losses, (), remark)
+    left = leave_open(plan, {e.targets[0]: REFUTED for e in questioned})
+    shown = ", ".join(e.targets[0] for e in questioned[:3]) + (", ..." if len(questioned) > 3 else "")
+    judged = _verdict(left, bench, bench.losses(left), (), remark)
+    note = f"REFUTED on data: loss {_mean(bench.fresh):.4g} fresh, {_mean(losses):.4g} with {shown}: withdrawn"
+    return replace(judged, proof="refuted", proof_by="data", notes=(*judged.notes, note))
+
+
+def _unfilled(plan: TransferPlan) -> list[str]:
+    """Parameters that the plan does not fill."""
+    missing = [u.name for u in plan.unmatched_target if u.kind == "parameter"]
+    return [*missing, *(t for a in plan.ambiguous for t in a.targets)]
 
 
 def _values(entries: Iterable[PlanEntry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -509,31 +556,22 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _verdict(
-    plan: TransferPlan,
-    meter: LossMeter,
-    fresh: Sequence[float],
-    final: Sequence[float],
-    decisions: tuple[Decided, ...],
-    budget: Budget,
-    remark: str = "",
+    plan: TransferPlan, bench: _Bench, final: Sequence[float], decisions: tuple[Decided, ...], remark: str = ""
 ) -> TransferPlan:
     """The plan with its proof: does the loss fall, and is nothing left open?"""
-    falls = _falls(fresh, final, meter)
-    seconds = time.monotonic() - budget.started
-    spent = round(meter.passes, 2), round(seconds, 2), statistics.pstdev(fresh)
+    fresh = bench.fresh
+    falls = _falls(fresh, final, bench.meter)
+    seconds = time.monotonic() - bench.budget.started
+    spent = round(bench.meter.passes, 2), round(seconds, 2), statistics.pstdev(fresh)
     measured = Measured(_mean(fresh), _mean(final), *spent, decisions)
     text = f"loss {measured.fresh:.4g} fresh, {measured.transferred:.4g} transferred"
     proof: Proof
-    unfilled = [u.name for u in plan.unmatched_target if u.kind == "parameter"] or [
-        t for a in plan.ambiguous for t in a.targets
-    ]
+    unfilled = _unfilled(plan)
     if remark:
         proof, note = "not tested", f"not tested on data: {remark} ({text})"
     elif falls:
         proof = "not tested" if unfilled else "proven"
         note = f"proven on data: {text}" if not unfilled else f"confirmed on data, as far as it is filled: {text}"
-    elif not unfilled and measured.rises and any(map(is_doubtful, plan)):
-        proof, note = "refuted", f"REFUTED on data: {text}"
     else:
         proof, note = "not tested", f"not tested on data: the loss does not fall ({text})"
     proof_by: ProofBy = "" if proof == "not tested" else "data"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl import TransferPlan, transfer_weights
-from lit_wsl.matching.judge import risk_of
+from lit_wsl.matching.judge import judge_by_loss, risk_of
+from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.planner import build_plan
 from lit_wsl.plan.operations import Reorder, Rotary
+from lit_wsl.structure.description import describe
 from lit_wsl.structure.losses import LossMeter
 
 
@@ -151,3 +155,29 @@ def test_rows_in_another_order_come_back(operation):
     back = operation.reverse().apply(there)
     assert all(torch.equal(a, b) for a, b in zip(tensors, back, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(tensors, there, strict=True))
+
+
+def test_what_the_loss_refutes_is_not_loaded(trained, points, batches):
+    class Outlet(nn.Module):  # other names and nothing open, but not the function that was trained
+        def __init__(self) -> None:
+            super().__init__()
+            self.inlet = nn.Linear(3, 12)
+            self.value, self.gate = nn.Linear(12, 12), nn.Linear(12, 12)
+            self.out = nn.Linear(12, 2)
+
+        def forward(self, x):
+            x = torch.tanh(self.inlet(x))
+            return -20 * self.out(torch.sigmoid(self.gate(x)) * torch.relu(self.value(x)))
+
+    def doubtful(plan):
+        return replace(plan, entries=tuple(replace(e, margin=0.1) for e in plan))
+
+    torch.manual_seed(1)
+    new = Outlet()
+    sides = describe(trained.state_dict()), describe(new)
+    plan = doubtful(build_plan(*sides, MatchingOptions.make()))
+    assert len(plan.entries) == 8
+    judged = judge_by_loss(plan, sides, trained.state_dict(), LossMeter(new, loss, batches))
+    assert (judged.entries, judged.proof, judged.proof_by) == ((), "refuted", "data")
+    assert "REFUTED" in judged.notes[-1]
+    assert {t for a in judged.ambiguous for t in a.targets} == set(new.state_dict())
