@@ -348,7 +348,7 @@ def plan(path: Path, name: str) -> dict[str, Any]:
 
     def work() -> None:
         index = path / "model.safetensors.index.json"
-        found.append(prepare_transfer(Source.open(index), Target.of(model), MatchingOptions.make()))
+        found.append(prepare_transfer(Source.open(index), Target.of(model), MatchingOptions()))
 
     size = sum(2 * info.numel() for info in model.parameters())
     measured = measure("plan", size / 1e9, work, 0)

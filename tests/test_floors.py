@@ -121,7 +121,6 @@ FACES = {  # what a user calls has an option for each thing that a user may want
 TODAY = {  # only shrinks
     "lit_wsl.convert.checkpoint.convert_document",
     "lit_wsl.convert.optimizers.convert_optimizers",
-    "lit_wsl.matching.options.make",
     "lit_wsl.report.scores.candidates",
 }
 

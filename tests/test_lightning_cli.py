@@ -21,6 +21,7 @@ OPTIONS = {
     "plan": None,
     "min_coverage": 0.25,
     "source_module": None,
+    "shape_tolerance": 0.1,
     "adapt": ["partial_head"],
     "assume_layouts": True,
     "only": ["net.*"],

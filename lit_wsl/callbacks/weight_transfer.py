@@ -91,15 +91,19 @@ class WeightTransferCallback(Callback):
         buffers: "exclude" ignores buffers, "lenient" takes them along where they fit, "strict" asks that
             all of a module's buffers match.
         strategy: "best_match", "conservative" (scores of at least 0.75) or "shape_only" (ignores names).
-        threshold: Minimum score of a match, 0 to 1.
-        weights: Weights of shape, name and hierarchy in the score.
-        incompatible_pairs: Pairs of sets of name chunks that must not match across.
+        threshold: Least score of a match, 0 to 1.
+        weights: Weights of shape, name and hierarchy in the score, scaled to a sum of 1.
+        incompatible_pairs: Pairs of sets of name chunks that must not match across, both ways, such as
+            [({"backbone"}, {"head"})].
+        shape_tolerance: Relative difference up to which the sizes of two buffers count as near (0.1: a tenth). What
+            is near is not loaded, but "strict" does not refuse its module for it. Parameters never match across
+            different shapes.
         plan: A plan, or the path of one, to replay instead of matching.
         min_coverage: Minimum share, 0 to 1, of parameter elements that must find a place; below it the run stops.
         source_module: The module the checkpoint was saved from, for users who still have the old code.
         adapt: Operations that change values, asked for by name.
         assume_layouts: You know that both models order the rows of queries and keys alike, and cut patches alike.
-            Without, what only the function could show stays ambiguous, unless source_module and a sample prove it.
+            Without, what only the function could show stays ambiguous, unless the old model and a sample prove it.
         only: Patterns ("encoder.*") of names of the model, or of its modules: only these are filled.
         skip: Patterns of names of the model that are never filled.
         source_prefix: Only what stands under this name in the checkpoint takes part, such as "student.backbone".
@@ -149,6 +153,7 @@ class WeightTransferCallback(Callback):
         plan: str | Path | TransferPlan | None = None,
         min_coverage: float = 0.5,
         source_module: nn.Module | None = None,
+        shape_tolerance: float = 0.0,
         adapt: Sequence[str] = (),
         assume_layouts: bool = False,
         only: Sequence[str] = (),
@@ -168,18 +173,7 @@ class WeightTransferCallback(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        self.options = MatchingOptions.make(
-            buffers=buffers,
-            strategy=strategy,
-            threshold=threshold,
-            weights=weights,
-            incompatible_pairs=incompatible_pairs,
-            adapt=adapt,
-            assume_layouts=assume_layouts,
-            only=only,
-            skip=skip,
-            source_prefix=source_prefix,
-        )
+        self.options = MatchingOptions.of(locals())
         for option, value, allowed in (
             ("resume", resume, get_args(Resume)),
             ("checkpoint_weights", checkpoint_weights, ("auto", "model", "ema")),

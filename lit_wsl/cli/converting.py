@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_wsl.cli import NO
 from lit_wsl.cli.console import progress, remark, say
-from lit_wsl.cli.models import UsageError, build_model, list_of_names, wanted
+from lit_wsl.cli.models import UsageError, build_model, matching_options, wanted
 from lit_wsl.convert.checkpoint import convert_checkpoint
 from lit_wsl.errors import CoverageError
 from lit_wsl.plan.plan import TransferPlan
@@ -73,19 +73,11 @@ def _plan(options: Any) -> TransferPlan:
         return plan.reverse() if options.reverse else plan
     if options.reverse or not wanted(options):
         raise UsageError("name the plan, --plan plan.json, or the new model to match it here: --model my.models:Net.")
-    from lit_wsl.matching.options import MatchingOptions
     from lit_wsl.transfer.api import prepare_transfer
     from lit_wsl.transfer.sides import Source, Target
 
-    matching = MatchingOptions.make(
-        adapt=list_of_names(options.adapt),
-        assume_layouts=options.assume_layouts,
-        only=list_of_names(options.only),
-        skip=list_of_names(options.skip),
-        source_prefix=options.source_prefix,
-    )
     source, target = Source.open(options.checkpoint, options.checkpoint_weights), Target.of(build_model(options))
-    prepared = prepare_transfer(source, target, matching, min_coverage=options.min_coverage)
+    prepared = prepare_transfer(source, target, matching_options(options), min_coverage=options.min_coverage)
     for line in gap_lines(prepared.report()):
         remark(line)
     return prepared.plan

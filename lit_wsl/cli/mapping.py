@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lit_wsl.cli.console import on_terminal, put_json, remark, say, shape_text
-from lit_wsl.cli.models import Call, UsageError, build_from, build_model, data_from_config, list_of_names, sample_call
-from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.cli.models import (
+    Call,
+    UsageError,
+    build_from,
+    build_model,
+    data_from_config,
+    matching_options,
+    sample_call,
+)
 from lit_wsl.plan.coverage import Count
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.file import plan_to_document
@@ -31,18 +36,6 @@ def run(options: Any) -> int:
     """Run the command."""
     if options.plan and Path(options.plan).suffix.lower() not in (".json", ".yaml", ".yml"):
         raise UsageError(f"--plan {options.plan}: write a plan to a .json or a .yaml file.")
-    matching = MatchingOptions.make(
-        buffers=options.buffers,
-        strategy=options.strategy,
-        threshold=options.threshold,
-        weights=options.weights,
-        incompatible_pairs=_pairs(options.incompatible_pairs),
-        adapt=list_of_names(options.adapt),
-        assume_layouts=options.assume_layouts,
-        only=list_of_names(options.only),
-        skip=list_of_names(options.skip),
-        source_prefix=options.source_prefix,
-    )
     old = build_from(options.source_model, options.source_model_args) if options.source_model else None
     data_module = data_from_config(options.config) if options.config and options.proof == "auto" else None
     model = build_model(options, meta=options.sample is None and data_module is None)
@@ -50,6 +43,7 @@ def run(options: Any) -> int:
     samples = [_where_the_model_is(call, model)] if call else []
     source = Source.open(options.checkpoint, options.checkpoint_weights, old=old, samples=samples)
     data = _data(model, data_module) if data_module is not None else []
+    matching = matching_options(options)
     prepared = prepare_transfer(source, Target.of(model, samples), matching, min_coverage=0.0, data=data)
     report = replace(prepared.report(), applied=False)
     if options.json != "-":
@@ -129,23 +123,6 @@ def _show(report: TransferReport) -> None:
         remark(f"note: buffers: {line}")
     for text in (*(f"warning: {text}" for text in report.warnings), *(f"note: {text}" for text in report.notes)):
         remark(text)
-
-
-def _pairs(words: Sequence[str]) -> list[tuple[set[str], set[str]]]:
-    """Pairs of words: ``encoder,stem:decoder``, or a JSON list of pairs of lists."""
-    pairs: list[tuple[set[str], set[str]]] = []
-    for word in words:
-        if word.startswith("["):
-            try:
-                pairs += [(set(one), set(other)) for one, other in json.loads(word)]
-            except (ValueError, TypeError) as error:
-                raise UsageError(f"{word} is no list of pairs of lists of words: {error}.") from error
-            continue
-        one, mark, other = word.partition(":")
-        if not (one and mark and other):
-            raise UsageError(f"--incompatible-pairs takes WORDS:WORDS, such as backbone:head, got {word!r}.")
-        pairs.append((set(list_of_names([one])), set(list_of_names([other]))))
-    return pairs
 
 
 def _amount(count: Count) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lit_wsl.cli.console import remark
 from lit_wsl.errors import LitWslError
+from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.structure.lazy import is_lazy
 from lit_wsl.structure.running import Call
 
@@ -40,6 +41,29 @@ def list_of_names(words: Sequence[str]) -> list[str]:
         else:
             found += [name for name in word.split(",") if name]
     return found
+
+
+def matching_options(options: Any) -> MatchingOptions:
+    """The options of the matching, which :mod:`lit_wsl.cli.parser` offers as they are."""
+    lists = {name: list_of_names(getattr(options, name)) for name in ("adapt", "only", "skip")}
+    return MatchingOptions.of({**vars(options), **lists, "incompatible_pairs": _pairs(options.incompatible_pairs)})
+
+
+def _pairs(words: Sequence[str]) -> list[tuple[set[str], set[str]]]:
+    """Pairs of words: ``encoder,stem:decoder``, or a JSON list of pairs of lists."""
+    pairs: list[tuple[set[str], set[str]]] = []
+    for word in words:
+        if word.startswith("["):
+            try:
+                pairs += [(set(one), set(other)) for one, other in json.loads(word)]
+            except (ValueError, TypeError) as error:
+                raise UsageError(f"{word} is no list of pairs of lists of words: {error}.") from error
+            continue
+        one, mark, other = word.partition(":")
+        if not (one and mark and other):
+            raise UsageError(f"--incompatible-pairs takes WORDS:WORDS, such as backbone:head, got {word!r}.")
+        pairs.append((set(list_of_names([one])), set(list_of_names([other]))))
+    return pairs
 
 
 def wanted(options: Any) -> bool:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Literal
+import re
+from dataclasses import MISSING, fields
+from typing import Any, Literal, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from lit_wsl.matching.options import MatchingOptions
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -127,33 +131,7 @@ are written all the same, so that the plan can be completed by hand.
     parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
     parser.add_argument("--source-model", type=str, metavar="MODULE:NAME", help="the old model's class, if still there")
     parser.add_argument("--source-model-args", type=dict[str, Any], default={}, metavar="ARGS", help="its arguments")
-    parser.add_argument(
-        "--buffers", type=Literal["exclude", "lenient", "strict"], default="lenient", help="what to do with buffers"
-    )
-    parser.add_argument(
-        "--strategy",
-        type=Literal["best_match", "conservative", "shape_only"],
-        default="best_match",
-        metavar="NAME",
-        help="best_match, conservative (scores of at least 0.75) or shape_only",
-    )
-    parser.add_argument("--threshold", type=float, default=0.6, help="minimum score of a match, 0 to 1")
-    parser.add_argument(
-        "--weights",
-        type=dict[str, float] | None,
-        default=None,
-        metavar="WEIGHTS",
-        help="of the score: --weights.shape 0.5 --weights.name 0.3 --weights.hierarchy 0.2",
-    )
-    parser.add_argument(
-        "--incompatible-pairs",
-        type=str,
-        nargs="+",
-        default=[],
-        metavar="A:B",
-        help="words of names that must not match: encoder,stem:decoder backbone:head",
-    )
-    _add_adapt(parser)
+    _add_matching(parser)
     _add_min_coverage(parser)
     _add_weights(parser)
     return parser
@@ -210,7 +188,7 @@ nothing was written.
         metavar="ENTRY",
         help="leave an entry out, such as callbacks/EMA; * stands for any text; may be repeated",
     )
-    _add_adapt(parser)
+    _add_matching(parser)
     _add_min_coverage(parser)
     _add_weights(parser)
     return parser
@@ -371,24 +349,27 @@ def _add_min_coverage(parser: ArgumentParser) -> None:
     )
 
 
-def _add_adapt(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--adapt", type=str, nargs="+", default=[], metavar="NAME", help="value-changing operations that are allowed"
-    )
-    parser.add_argument(
-        "--assume-layouts",
-        action="store_true",
-        help="both models lay out the rows of q and k, and image patches, alike, where nothing shows it",
-    )
-    parser.add_argument(
-        "--only", type=str, nargs="+", default=[], metavar="PATTERN", help="fill only these of the model: encoder.*"
-    )
-    parser.add_argument(
-        "--skip", type=str, nargs="+", default=[], metavar="PATTERN", help="never fill these of the model"
-    )
-    parser.add_argument(
-        "--source-prefix", type=str, metavar="NAME", help="only this part of the checkpoint: student.backbone"
-    )
+def _add_matching(parser: ArgumentParser) -> None:
+    """An option for each of :class:`MatchingOptions`, with its type, its default and what its docstring says of it."""
+    kinds = get_type_hints(MatchingOptions)
+    for option in fields(MatchingOptions):
+        found = re.search(rf"^ +{option.name}: (.*?)(?=^ +\w+: |^ *$)", MatchingOptions.__doc__ or "", re.M | re.S)
+        text = " ".join((found[1] if found else "").replace("`", "").split())
+        text = text[:1].lower() + text[1:].rstrip(".") + SPELLED.get(option.name, "")
+        how: dict[str, Any] = {"type": kinds[option.name], "default": option.default, "metavar": "VALUE"}
+        if kinds[option.name] is bool:
+            how = {"action": "store_true"}
+        elif get_origin(kinds[option.name]) is tuple:
+            how |= {"type": str, "nargs": "+", "default": []}
+        elif option.default is MISSING:
+            how |= {"type": dict[str, float] | None, "default": None}
+        parser.add_argument(f"--{option.name.replace('_', '-')}", **how, help=text)
+
+
+SPELLED = {
+    "weights": ": --weights.shape 0.5 --weights.name 0.3 --weights.hierarchy 0.2",
+    "incompatible_pairs": "; here: encoder,stem:decoder backbone:head",
+}
 
 
 def _add_json(parser: ArgumentParser) -> None:

@@ -385,8 +385,7 @@ class WeightMapper(MappingViews):
         require_module(target_module, "target_module")
         self.source = source
         self.target = describe(target_module, execution_order=self._order(target_module, dummy_input, "target"))
-        self._options = options
-        self.options = MatchingOptions.make(**self._options)  # a wrong option is told now, not at the first match
+        self.options = MatchingOptions(**options)  # a wrong option is told now, not at the first match
         self._result: MappingResult | None = None
 
     def _order(self, module: nn.Module, dummy_input: Any, side: str) -> dict[str, int] | None:
@@ -415,7 +414,8 @@ class WeightMapper(MappingViews):
         Raises:
             MappingError: If an option has a value that is not allowed.
         """
-        self.options = MatchingOptions.make(**self._options, threshold=threshold, strategy=strategy, weights=weights)
+        given = {"threshold": threshold, "strategy": strategy, "weights": weights}
+        self.options = replace(self.options, **given)  # type: ignore[arg-type]
         plan = build_plan(self.source, self.target, self.options, assume_layouts=True)
         assumed = hidden_layouts(plan, self.source, self.target)
         if assumed:
@@ -484,4 +484,4 @@ class WeightMapper(MappingViews):
 
     @property
     def _with_buffers(self) -> bool:
-        return self._options["buffers"] != "exclude"
+        return self.options.buffers != "exclude"

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lit_wsl.matching.scoring import near
 from lit_wsl.matching.words import token_similarity
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, tokenize
 
@@ -165,17 +166,23 @@ def _leaf_similarity(a: str, b: str) -> float:
 
 
 def refuse_modules(writer: EntryWriter, source: ModelDescription, target: ModelDescription) -> None:
-    """Strict mode: a module whose buffers don't all match is not matched at all."""
-    filled = writer.filled()
+    """Strict mode: a module whose buffers don't all match is not matched at all; those of near sizes count as met."""
+    filled, tolerance = writer.filled(), writer.options.shape_tolerance
     homes: dict[str, set[str]] = defaultdict(set)
     for s, t in writer.pairs():
         homes[t.module_path].add(s.module_path)
     groups_s = {g.module_path: g for g in source.groups}
     for group in target.groups:
-        lacking = [b.name for b in group.buffers if b.name not in filled]
-        for home in sorted(homes.get(group.module_path, ())):
-            there = groups_s.get(home)
-            lacking += [b.name for b in (there.buffers if there else ()) if b.name not in writer.used()]
+        here = [b for b in group.buffers if b.name not in filled]
+        there = [
+            b
+            for home in sorted(homes.get(group.module_path, ()))
+            for b in (groups_s[home].buffers if home in groups_s else ())
+            if b.name not in writer.used()
+        ]
+        alike = ((a.shape, b.shape, b.leaf) for b in here for a in there if a.leaf == b.leaf)
+        met = {leaf for old, new, leaf in alike if old != new and near(old, new, tolerance)}
+        lacking = [b.name for b in (*here, *there) if b.leaf not in met]
         if lacking and group.module_path in homes:
             writer.refuse(
                 group.module_path,

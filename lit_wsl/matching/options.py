@@ -1,9 +1,9 @@
-"""The options of a matching, in one place for the callback, the function, the mapper and the command."""
+"""The options of a matching, in one place for the function, the callback, the mapper and the command."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lit_wsl.errors import MappingError, did_you_mean
@@ -18,23 +18,27 @@ CONSERVATIVE_FLOOR = 0.75
 
 @dataclass(frozen=True)
 class MatchingOptions:
-    """How to match; validated when made.
+    """How to match: the one list of options of the function, the callback, the mapper and the command.
+
+    Lists may stand for tuples and sets, one name for a list of one, and ``None`` for the default.
 
     Attributes:
-        buffers: ``exclude`` ignores buffers, ``lenient`` takes them along where they fit, ``strict`` asks that all
-            of a module's buffers match.
-        strategy: ``best_match``, ``conservative`` (a score of at least 0.75) or ``shape_only`` (names are ignored).
+        buffers: ``"exclude"`` ignores buffers, ``"lenient"`` takes them along where they fit, ``"strict"`` asks that
+            all of a module's buffers match.
+        strategy: ``"best_match"``, ``"conservative"`` (scores of at least 0.75) or ``"shape_only"`` (ignores names).
         threshold: Least score of a match, 0 to 1.
-        weights: Weights of ``shape``, ``name`` and ``hierarchy`` in the score; scaled to a sum of 1.
-        incompatible_pairs: Pairs of chunk sets that forbid a match across them, both ways.
-        shape_tolerance: Kept for callers of older versions; trainable parameters never match across different
-            shapes, so it only widens which buffers count as near.
-        adapt: Value-changing operations the user asks for by name.
-        assume_layouts: Whether rows of queries and keys, and flattened patches, may be taken to mean the same on both
-            sides where nothing shows it (:mod:`lit_wsl.matching.layouts`); without, they are ambiguous.
-        only: Patterns (``encoder.*``) of names of the target, or of its modules: only these are filled.
-        skip: Patterns of names of the target that are never filled.
-        source_prefix: Only what stands under this name in the checkpoint takes part.
+        weights: Weights of ``shape``, ``name`` and ``hierarchy`` in the score, scaled to a sum of 1.
+        incompatible_pairs: Pairs of sets of name chunks that must not match across, both ways, such as
+            ``[({"backbone"}, {"head"})]``.
+        shape_tolerance: Relative difference up to which the sizes of two buffers count as near (0.1: a tenth). What
+            is near is not loaded, but ``"strict"`` does not refuse its module for it. Parameters never match across
+            different shapes.
+        adapt: Operations that change values, asked for by name.
+        assume_layouts: You know that both models order the rows of queries and keys alike, and cut patches alike.
+            Without, what only the function could show stays ambiguous, unless the old model and a sample prove it.
+        only: Patterns (``"encoder.*"``) of names of the model, or of its modules: only these are filled.
+        skip: Patterns of names of the model that are never filled.
+        source_prefix: Only what stands under this name in the checkpoint takes part, such as ``"student.backbone"``.
 
     Raises:
         MappingError: If an option has a value that is not allowed; the message names it.
@@ -53,12 +57,24 @@ class MatchingOptions:
     source_prefix: str | None = None
 
     def __post_init__(self) -> None:
+        given = {} if self.weights is None else {key: float(value) for key, value in sorted(self.weights.items())}
+        for name, value in (
+            ("threshold", float(self.threshold)),
+            ("weights", dict(DEFAULT_WEIGHTS) if self.weights is None or given == DEFAULT_WEIGHTS else given),
+            ("incompatible_pairs", tuple(_pair(pair) for pair in self.incompatible_pairs or ())),
+            ("shape_tolerance", float(self.shape_tolerance)),
+            ("assume_layouts", bool(self.assume_layouts)),
+            *((option, _names(option, getattr(self, option))) for option in ("adapt", "only", "skip")),
+        ):
+            object.__setattr__(self, name, value)
         _one_of("buffers", self.buffers, get_args(BufferMode))
         _one_of("strategy", self.strategy, get_args(Strategy))
         for name in self.adapt:
             _one_of("adapt", name, get_args(Adaptation))
         if not 0.0 <= self.threshold <= 1.0:
             raise MappingError(f"threshold must lie between 0 and 1, got {self.threshold!r}.")
+        if not self.shape_tolerance >= 0.0:
+            raise MappingError(f"shape_tolerance must be at least 0, got {self.shape_tolerance!r}.")
         unknown = sorted(set(self.weights) - set(DEFAULT_WEIGHTS))
         if unknown or any(w < 0 for w in self.weights.values()) or not sum(self.weights.values()) > 0:
             raise MappingError(
@@ -67,36 +83,9 @@ class MatchingOptions:
             )
 
     @classmethod
-    def make(
-        cls,
-        *,
-        buffers: str = "lenient",
-        strategy: str = "best_match",
-        threshold: float = 0.6,
-        weights: Mapping[str, float] | None = None,
-        incompatible_pairs: Sequence[tuple[Any, Any]] | None = None,
-        shape_tolerance: float = 0.0,
-        adapt: Sequence[str] = (),
-        assume_layouts: bool = False,
-        only: Sequence[str] = (),
-        skip: Sequence[str] = (),
-        source_prefix: str | None = None,
-    ) -> MatchingOptions:
-        """Build options from what users write: lists for sets, missing weights, ``None`` for the default."""
-        pairs = tuple(_pair(pair) for pair in incompatible_pairs or ())
-        return cls(
-            buffers=buffers,  # type: ignore[arg-type]
-            strategy=strategy,  # type: ignore[arg-type]
-            threshold=float(threshold),
-            weights=dict(DEFAULT_WEIGHTS) if weights is None else {k: float(v) for k, v in sorted(weights.items())},
-            incompatible_pairs=pairs,
-            shape_tolerance=float(shape_tolerance),
-            adapt=_names("adapt", adapt),  # type: ignore[arg-type]
-            assume_layouts=bool(assume_layouts),
-            only=_names("only", only),
-            skip=_names("skip", skip),
-            source_prefix=source_prefix,
-        )
+    def of(cls, given: Mapping[str, Any]) -> MatchingOptions:
+        """The options among the arguments of a function, of a command, or of a plan."""
+        return cls(**{option.name: given[option.name] for option in fields(cls) if option.name in given})
 
     @property
     def score_weights(self) -> dict[str, float]:
@@ -121,6 +110,7 @@ class MatchingOptions:
             "weights": dict(self.weights),
             "incompatible_pairs": [[sorted(a), sorted(b)] for a, b in self.incompatible_pairs],
             "adapt": list(self.adapt),
+            **({"shape_tolerance": self.shape_tolerance} if self.shape_tolerance else {}),
             **({"assume_layouts": True} if self.assume_layouts else {}),
             **({"only": list(self.only)} if self.only else {}),
             **({"skip": list(self.skip)} if self.skip else {}),

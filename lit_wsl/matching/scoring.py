@@ -29,7 +29,7 @@ class ScoreBreakdown:
         source: Name in the checkpoint.
         target: Name in the model.
         shape: 1.0 the same, 0.7 transposed, 0.85 another lossless operation (reshape, split, concat, stack), 0.2 a
-            buffer of other shape in lenient mode, else 0.0.
+            buffer of other shape in lenient mode, or of near shape in any, else 0.0.
         name: Weighted mean of ``name_parts``.
         hierarchy: Mean of ``hierarchy_parts``.
         name_parts: ``token`` (Jaccard), ``edit`` (Levenshtein), ``substring`` (longest common), ``type``.
@@ -64,6 +64,15 @@ def shape_score(source: Shape, target: Shape, *, buffer: bool = False, operation
     if operation:
         return REARRANGED
     return NEAR_BUFFER if buffer else 0.0
+
+
+def near(source: Shape, target: Shape, tolerance: float) -> bool:
+    """Whether all sizes differ by at most this part of the larger.
+
+    >>> near((10, 4), (8, 4), 0.2), near((10, 4), (7, 4), 0.2)
+    (True, False)
+    """
+    return len(source) == len(target) and all(abs(a - b) <= tolerance * max(a, b) for a, b in zip(source, target))
 
 
 def name_parts(source: str, target: str, dictionary: Dictionary | None = None) -> dict[str, float]:
@@ -136,8 +145,9 @@ def score_pair(
     1.0
     """
     options = options or MatchingOptions()
-    near = options.buffers == "lenient" and source.kind == target.kind == "buffer"
-    shape = shape_score(source.shape, target.shape, buffer=near, operation=operation)
+    buffer = source.kind == target.kind == "buffer"
+    buffer &= options.buffers == "lenient" or near(source.shape, target.shape, options.shape_tolerance)
+    shape = shape_score(source.shape, target.shape, buffer=buffer, operation=operation)
     names = name_parts(source.name, target.name, dictionary)
     places = hierarchy_parts(source, target, parents=parents, order=order)
     name = sum(NAME_PARTS[k] * v for k, v in names.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -176,8 +176,7 @@ def _description(result: Any, side: str) -> ModelDescription | None:
 
 def options_of(plan: TransferPlan) -> MatchingOptions:
     """The options that a plan was made with, its defaults where it doesn't say."""
-    known = [field.name for field in fields(MatchingOptions)]
-    return MatchingOptions.make(**{key: plan.options[key] for key in known if key in plan.options})
+    return MatchingOptions.of(plan.options)
 
 
 def pairs(entry: PlanEntry) -> Iterator[tuple[str, str]]:

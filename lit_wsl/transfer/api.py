@@ -103,6 +103,7 @@ def transfer_weights(
     plan: TransferPlan | str | Path | None = None,
     min_coverage: float = 0.5,
     source_module: nn.Module | None = None,
+    shape_tolerance: float = 0.0,
     adapt: Sequence[str] = (),
     assume_layouts: bool = False,
     only: Sequence[str] = (),
@@ -127,16 +128,19 @@ def transfer_weights(
             all of a module's buffers match.
         strategy: ``"best_match"``, ``"conservative"`` (scores of at least 0.75) or ``"shape_only"`` (ignores names).
         threshold: Least score of a match, 0 to 1.
-        weights: Weights of ``shape``, ``name`` and ``hierarchy`` in the score.
-        incompatible_pairs: Pairs of sets of name chunks that must not match across, such as
+        weights: Weights of ``shape``, ``name`` and ``hierarchy`` in the score, scaled to a sum of 1.
+        incompatible_pairs: Pairs of sets of name chunks that must not match across, both ways, such as
             ``[({"backbone"}, {"head"})]``.
+        shape_tolerance: Relative difference up to which the sizes of two buffers count as near (0.1: a tenth). What
+            is near is not loaded, but ``"strict"`` does not refuse its module for it. Parameters never match across
+            different shapes.
         plan: A plan, or the path of one, to replay instead of matching.
         min_coverage: Least share, 0 to 1, of parameter elements that must find a place (of the checkpoint's or of
             the model's, whichever share is larger).
         source_module: The module the checkpoint was saved from, for users who still have the old code.
         adapt: Operations that change values, asked for by name.
         assume_layouts: You know that both models order the rows of queries and keys alike, and cut patches alike.
-            Without, what only the function could show stays ambiguous, unless ``source_module`` and a sample prove it.
+            Without, what only the function could show stays ambiguous, unless the old model and a sample prove it.
         only: Patterns (``"encoder.*"``) of names of the model, or of its modules: only these are filled.
         skip: Patterns of names of the model that are never filled.
         source_prefix: Only what stands under this name in the checkpoint takes part, such as ``"student.backbone"``.
@@ -165,18 +169,7 @@ def transfer_weights(
     >>> torch.equal(old(x), new(x))
     True
     """
-    options = MatchingOptions.make(
-        buffers=buffers,
-        strategy=strategy,
-        threshold=threshold,
-        weights=weights,
-        incompatible_pairs=incompatible_pairs,
-        adapt=adapt,
-        assume_layouts=assume_layouts,
-        only=only,
-        skip=skip,
-        source_prefix=source_prefix,
-    )
+    options = MatchingOptions.of(locals())
     require_module(model, "model")
     require_sample(example_args, example_kwargs)
     floor = valid_floor(min_coverage)

@@ -102,7 +102,7 @@ class Text(nn.Module):
 
 
 def plan_for(source, target, adapt=()):
-    return build_plan(describe(source), describe(target), MatchingOptions.make(adapt=adapt))
+    return build_plan(describe(source), describe(target), MatchingOptions(adapt=adapt))
 
 
 def adapted(plan):

@@ -23,7 +23,7 @@ from lit_wsl.structure import describe, trace_execution_order
 
 
 def plan_of(source, target, **options):
-    return build_plan(describe(source), describe(target), MatchingOptions.make(**options))
+    return build_plan(describe(source), describe(target), MatchingOptions(**options))
 
 
 def test_renamed_regrouped_and_fused_models_compute_the_same():

@@ -110,7 +110,7 @@ def test_planning_reads_no_data(tmp_path):
     from lit_wsl.transfer.api import prepare_transfer
 
     opened = sides.Source(path, checkpoint)
-    prepared = prepare_transfer(opened, sides.Target.of(model), MatchingOptions.make(), plan=plan)
+    prepared = prepare_transfer(opened, sides.Target.of(model), MatchingOptions(), plan=plan)
     assert len(prepared.plan) == len(plan)
     assert reads == []
 
