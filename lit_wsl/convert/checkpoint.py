@@ -132,6 +132,21 @@ class Conversion:
     coverage: Coverage | None = None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """How much of a checkpoint goes into the new one, as :func:`convert_checkpoint` says.
+
+    Attributes:
+        drop: Entries that stay behind.
+        weights_only: Whether optimizers, schedulers and callbacks do.
+        foreign: Whether calls of foreign functions come along.
+    """
+
+    drop: Sequence[str] = ()
+    weights_only: bool = False
+    foreign: bool = False
+
+
 def convert_checkpoint(
     source: str | Path,
     destination: str | Path,
@@ -207,17 +222,9 @@ def convert_checkpoint(
             f"{source} holds objects that cannot be written again unchanged. Convert the weights only "
             "(weights_only=True, --weights-only)."
         )
-    document, done = convert_document(
-        checkpoint,
-        plan,
-        target=target,
-        optimizers=optimizers,
-        options=CarryOptions(parameter_names, on_lost, optimizer_settings, schedule),
-        drop=drop,
-        weights_only=weights_only,
-        keep_foreign=keep_foreign,
-        progress=progress,
-    )
+    carry = CarryOptions(parameter_names, on_lost, optimizer_settings, schedule)
+    keep = Kept(drop, weights_only, keep_foreign)
+    document, done = convert_document(checkpoint, plan, target, optimizers, carry=carry, keep=keep, progress=progress)
     atomic_save(document, destination, keep_foreign=keep_foreign)
     return replace(done, coverage=coverage)
 
@@ -271,13 +278,11 @@ def _convert_weights_alone(
 def convert_document(
     checkpoint: Checkpoint,
     plan: TransferPlan,
-    *,
     target: nn.Module | None = None,
     optimizers: Sequence[Optimizer] | None = None,
-    options: CarryOptions | None = None,
-    drop: Sequence[str] = (),
-    weights_only: bool = False,
-    keep_foreign: bool = False,
+    *,
+    carry: CarryOptions | None = None,
+    keep: Kept | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, Conversion]:
     """Convert the whole content of a checkpoint in memory; arguments as :func:`convert_checkpoint`.
@@ -285,7 +290,8 @@ def convert_document(
     Returns:
         The new content, and what was done.
     """
-    document = without_dropped(checkpoint.document(), drop, str(checkpoint.path))
+    keep = keep or Kept()
+    document = without_dropped(checkpoint.document(), keep.drop, str(checkpoint.path))
     tree = as_mapping(document)
     if tree is None or not checkpoint.prefix:
         raise CheckpointError(f"{checkpoint.path} holds weights only; there is nothing else to convert.")
@@ -293,11 +299,11 @@ def convert_document(
         raise CheckpointError("optimizers= needs the model whose parameters they hold: give target= too.")
     state, notes = convert_weights(checkpoint, plan, target=target, progress=progress)
     entries: dict[Hashable, Any] = {}
-    calls = (lambda _: []) if keep_foreign else foreign_calls
+    calls = (lambda _: []) if keep.foreign else foreign_calls
     training = TRAINING | {place[0] for place in find_optimizers(tree)}
     copies = CopyConverter(checkpoint, plan, target, lambda: new_order(plan, target))
     for key, value in tree.items():
-        if weights_only and (key in training or (checkpoint.lossy and contains_foreign(value)) or calls(value)):
+        if keep.weights_only and (key in training or (checkpoint.lossy and contains_foreign(value)) or calls(value)):
             notes.append(f"left out: {key!r}")
         elif key == checkpoint.prefix[0]:
             entries[key] = replace_at(value, checkpoint.prefix[1:], state)
@@ -310,9 +316,9 @@ def convert_document(
         raise CheckpointError(f"{checkpoint.path}: {problem} {problem.remedy}")
     notes += [*copies.notes, *(f"{p} It was left as it is." for p in copies.problems)]
     states = carried = 0
-    if not weights_only:
+    if not keep.weights_only:
         notes += remembered_files(tree.get("callbacks"))
-        made, saved, remarks = _convert_training(checkpoint, tree, plan, target, optimizers, options, copies)
+        made, saved, remarks = _convert_training(checkpoint, tree, plan, target, optimizers, carry, copies)
         entries.update(made)
         if checkpoint.format == "dcp":  # sharded files hold them one by one; in one file Lightning looks for a list
             gather_optimizers(entries)
@@ -398,8 +404,7 @@ def _convert_training(
             data,
             plan,
             old_parameters(checkpoint, plan),
-            new_order(plan, target),
-            groups=groups,
+            replace(new_order(plan, target), groups=groups),
             options=options if options.parameter_names is not None else replace(options, parameter_names=names),
             doubtful=doubtful_parameters(checkpoint, plan),
         )

@@ -81,7 +81,6 @@ def convert_optimizers(
     old_parameters: Mapping[str, Shape],
     new: NewOrder,
     *,
-    groups: Sequence[Sequence[NewGroup]] | None = None,
     options: CarryOptions | None = None,
     doubtful: Collection[str] = (),
     keep: Keep | None = None,
@@ -92,9 +91,8 @@ def convert_optimizers(
         saved: The state dict of each optimizer.
         plan: From the old model's tensors to the new model's.
         old_parameters: Names and shapes of the old model's parameters, in registration order, tied ones once.
-        new: The new model's parameters.
-        groups: The groups of the new run's optimizers; without them each new parameter goes to the group of its source,
-            in registration order.
+        new: The new model's parameters. Without groups of the new run each goes to the group of its source, in
+            registration order.
         options: What the user decides.
         doubtful: Old parameters that may be buffers.
         keep: What to hold of each value of a state, see :func:`~lit_wsl.convert.optimizer_state.carry_state`.
@@ -105,6 +103,7 @@ def convert_optimizers(
     options = options or CarryOptions()
     optimizers = [SavedOptimizer.read(data, f"optimizer {number}") for number, data in enumerate(saved)]
     names, notes = assign_names(optimizers, old_parameters, options.parameter_names, doubtful)
+    groups = new.groups
     if groups is not None and notes:
         _refuse_another_order(groups, new)
     owners = _owners(names)

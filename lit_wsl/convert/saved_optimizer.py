@@ -201,11 +201,13 @@ class NewOrder:
         names: All of them.
         frozen: Those that don't require gradients, where that is known.
         known: Whether frozen parameters are known at all (a model was given).
+        groups: The groups of the new run's optimizers, where these are known.
     """
 
     names: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
     known: bool = False
+    groups: Sequence[Sequence[NewGroup]] | None = None
 
 
 def rate_keys(*groups: Mapping[str, Any]) -> frozenset[str]:

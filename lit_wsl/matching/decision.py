@@ -43,12 +43,13 @@ from lit_wsl.matching.tree import (
     shape_key,
     telling_words,
 )
+from lit_wsl.matching.tree import literal as _literal
 from lit_wsl.matching.words import is_abbreviation, path_tokens, split_numbers
 from lit_wsl.structure.description import ParameterInfo, Shape
 
 PATH, TIED, WORDS, HALF_WORDS, PART_WORDS = "path", "tied", "words", "half words", "some words"
 LETTERS, NEAR_WORDS = "letters", "neighbour's words"
-ALONE, DISTINCT, STRONG, HEAD = "alone", "distinct shape", "much structure", "head without words"
+ALONE, DISTINCT, STRONG = "alone", "distinct shape", "much structure"
 FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter may stand for anything
 ORDER, ORDER_BACKED, ORDER_OF_KIND, ORDER_ALONE = "order", "order, as elsewhere", "order of a kind", "order alone"
 ROLE, COUNT = "as in other blocks", "both count"
@@ -607,11 +608,6 @@ def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
         and i.shape[0] > 1
         and not any(later.shape[1] == i.shape[0] for n, later in matrices if n > k)
     )
-
-
-def _literal(families: Sequence[Family]) -> list[Family]:
-    singles = [Family(f.pattern, (m,), (n,)) for f in families for m, n in zip(f.members, f.numbers)]
-    return sorted(singles, key=lambda f: f.start)
 
 
 def _strong(item: Item) -> bool:

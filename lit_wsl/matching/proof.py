@@ -38,7 +38,6 @@ def prove(
     new: nn.Module,
     samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]],
     *,
-    max_trials: int = MAX_TRIALS,
     unseen: Mapping[str, str] | None = None,
 ) -> TransferPlan:
     """Check a plan by function, and let the function decide what names and shapes could not.
@@ -48,7 +47,6 @@ def prove(
         old: The old module, the source.
         new: The new module, the target. Neither is changed.
         samples: Calls of the new module, ``(args, kwargs)``; the first that both modules take is used.
-        max_trials: Most runs of the new module.
         unseen: First targets of entries that need a proof -> why (:func:`lit_wsl.matching.layouts.hidden_layouts`).
             Without one they become ambiguous.
 
@@ -56,7 +54,7 @@ def prove(
         The plan with ``proof`` set to ``"proven"``, ``"refuted"`` or ``"not tested"``, with entries added or replaced
         where a trial proved them, and with a note of what was found.
     """
-    judged, seen = _judge(plan, old, new, samples, max_trials, set(unseen or ()))
+    judged, seen = _judge(plan, old, new, samples, set(unseen or ()))
     return leave_open(judged, {t: why for t, why in (unseen or {}).items() if t not in seen})
 
 
@@ -65,7 +63,6 @@ def _judge(
     old: nn.Module,
     new: nn.Module,
     samples: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]],
-    max_trials: int,
     unseen: set[str],
 ) -> tuple[TransferPlan, set[str]]:
     """The plan after all trials, and the first targets of what was seen to work, be the whole proven or not."""
@@ -78,7 +75,7 @@ def _judge(
         for theirs in source_calls(old, tuple(args), dict(kwargs)):
             try:
                 reference = run_with(old, shaken, *theirs)
-                prover = _Prover(new, shaken, reference, (tuple(args), dict(kwargs)), max_trials)
+                prover = _Prover(new, shaken, reference, (tuple(args), dict(kwargs)))
                 first = prover.run(plan.entries)
             except Exception as error:  # whatever a forward raises
                 problem = problem or f"{type(error).__name__}: {error}".splitlines()[0][:120]
@@ -98,12 +95,12 @@ def _new_function(plan: TransferPlan) -> str:
 class _Prover:
     """Runs the new model under candidate plans and compares with the reference."""
 
-    def __init__(self, new: nn.Module, shaken: Mapping[str, Tensor], reference: Run, call: Call, budget: int) -> None:
+    def __init__(self, new: nn.Module, shaken: Mapping[str, Tensor], reference: Run, call: Call) -> None:
         self.new = new
         self.shaken = shaken
         self.reference = reference
         self.call = call
-        self.budget = budget
+        self.budget = MAX_TRIALS
         own = {n: id(t) for n, t in new.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
         twins: dict[int, list[str]] = {}
         for name, key in own.items():

@@ -374,9 +374,10 @@ def literal_if_needed(fs: list[Family], ft: list[Family]) -> tuple[list[Family],
     sizes = {len(f.members) for f in (*fs, *ft)}
     if len(sizes) == 1 and all(f.numbers == ft[0].numbers or sizes == {1} for f in (*fs, *ft)):
         return fs, ft
-    return _literal(fs), _literal(ft)
+    return literal(fs), literal(ft)
 
 
-def _literal(families: list[Family]) -> list[Family]:
+def literal(families: Sequence[Family]) -> list[Family]:
+    """Families of one member each, in order."""
     singles = [Family(f.pattern, (m,), (n,)) for f in families for m, n in zip(f.members, f.numbers)]
     return sorted(singles, key=lambda f: f.start)

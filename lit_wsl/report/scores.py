@@ -217,8 +217,7 @@ def candidates(
     side: Side,
     shape: Shape,
     *,
-    like: str = "",
-    without: Sequence[str] = (),
+    partners: Sequence[str] = (),
     operation: bool = False,
     shortlist: int = THOROUGH,
 ) -> list[ScoreBreakdown]:
@@ -229,18 +228,18 @@ def candidates(
         fixed: The tensor that looks for a partner.
         side: Where the partner would come from.
         shape: The partner's shape; its axes may stand in any order.
-        like: Name of the partner that it has, if any: rivals of a renamed tensor are named like its partner.
-        without: Names that are no candidates.
+        partners: Names of the partners that it has, which are no candidates: rivals of a renamed tensor are named like
+            the first.
         operation: Whether the partner goes through an operation, as its rivals would then.
         shortlist: How many to score at most, beside those of the partner's own module: the ones whose names are most
-            alike to ``like`` or, half as many, to ``fixed``.
+            alike to the first partner or, half as many, to ``fixed``.
 
     Returns:
         Breakdowns with their totals falling; ties in order of names.
     """
-    rivals = [i for i in material.alike[side].get((fixed.kind, tuple(sorted(shape))), ()) if i.name not in without]
+    rivals = [i for i in material.alike[side].get((fixed.kind, tuple(sorted(shape))), ()) if i.name not in partners]
     if len(rivals) > shortlist:
-        rivals = _shortlist(material, rivals, fixed, like, side, shortlist)
+        rivals = _shortlist(material, rivals, fixed, next(iter(partners), ""), side, shortlist)
     found = []
     for rival in rivals:
         source, target = (rival, fixed) if side == "source" else (fixed, rival)
@@ -270,8 +269,7 @@ def runner_up(material: Material, entry: PlanEntry, source: str, target: str) ->
         material.target[target],
         "source",
         material.source[source].shape,
-        like=source,
-        without=entry.sources,
+        partners=(source, *entry.sources),
         operation=entry.badge not in ("exact", "cast"),
         shortlist=QUICK,
     )
@@ -387,9 +385,8 @@ class BreakdownView(View):
         side = self.target if from_source else self.source
         shape = side[partners[0]].shape if partners[0] in side else own.shape
         moved = entry.badge not in ("exact", "cast")
-        return candidates(material, own, others, shape, like=partners[0], without=partners, operation=moved)[
-            : self.runners_up
-        ]
+        found = candidates(material, own, others, shape, partners=partners, operation=moved)
+        return found[: self.runners_up]
 
     def _unmatched(self, material: Material) -> Panel:
         from_source = self.name in self.source

@@ -298,15 +298,20 @@ def describe(
     return description
 
 
-def _describe_module(module: nn.Module, order: Mapping[str, int], label: str) -> ModelDescription:
-    kinds: dict[str, Kind] = {}
-    types: dict[str, str] = {}
+def kinds_and_types(module: nn.Module) -> dict[str, tuple[Kind, str]]:
+    """Kind of each tensor, and class of the module that holds it, by every name it has."""
+    facts: dict[str, tuple[Kind, str]] = {}
     for path, sub in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         for name, _ in sub.named_parameters(recurse=False, remove_duplicate=False):
-            kinds[prefix + name], types[prefix + name] = "parameter", type(sub).__name__
+            facts[prefix + name] = "parameter", type(sub).__name__
         for name, _ in sub.named_buffers(recurse=False, remove_duplicate=False):
-            kinds[prefix + name], types[prefix + name] = "buffer", type(sub).__name__
+            facts[prefix + name] = "buffer", type(sub).__name__
+    return facts
+
+
+def _describe_module(module: nn.Module, order: Mapping[str, int], label: str) -> ModelDescription:
+    facts = kinds_and_types(module)
     infos: list[ParameterInfo] = []
     first_name: dict[int, str] = {}
     tied: dict[str, str] = {}
@@ -317,18 +322,11 @@ def _describe_module(module: nn.Module, order: Mapping[str, int], label: str) ->
         if canonical != name:
             tied[name] = canonical
             continue
-        infos.append(
-            ParameterInfo(
-                name=name,
-                shape=_shape_of(tensor),
-                dtype=tensor.dtype,
-                # neither: the state of a metric, or a tensor that a hook gives another name
-                kind=kinds.get(name, "parameter" if isinstance(tensor, nn.Parameter) else "buffer"),
-                index=len(infos),
-                execution_order=order.get(name),
-                module_type=types.get(name, ""),
-            )
-        )
+        # neither: the state of a metric, or a tensor that a hook gives another name
+        unknown: tuple[Kind, str] = ("parameter" if isinstance(tensor, nn.Parameter) else "buffer", "")
+        kind, module_type = facts.get(name, unknown)
+        shape = _shape_of(tensor)
+        infos.append(ParameterInfo(name, shape, tensor.dtype, kind, len(infos), order.get(name), module_type))
     return ModelDescription(tuple(infos), tied, label, is_module=True)
 
 

@@ -15,7 +15,7 @@ from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.errors import ArgumentTypeError, MappingError
 from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
 from lit_wsl.structure.arguments import require_path
-from lit_wsl.structure.description import Kind
+from lit_wsl.structure.description import kinds_and_types
 from lit_wsl.structure.execution_order import first_call, meta_copy, on_meta, only_child
 from lit_wsl.structure.lazy import is_lazy, lazy_copy, take_shapes
 from lit_wsl.transfer.memory import shown
@@ -100,7 +100,7 @@ class Source:
         if self.module is self.given:
             return Target.of(self.module, self.samples).description
         _, order, _ = _run_samples(self.module, self.samples)
-        facts = _facts(self.module)
+        facts = kinds_and_types(self.module)
 
         def with_facts(info: ParameterInfo) -> ParameterInfo:
             if info.name not in facts:
@@ -209,18 +209,6 @@ def _order_of_sharded(model: nn.Module, samples: Sequence[Call]) -> tuple[dict[s
     except Exception as error:  # modules that cannot be copied so
         return {}, f"no execution order, matched without it: {type(error).__name__}: {error}"
     return order, remark
-
-
-def _facts(module: nn.Module) -> dict[str, tuple[Kind, str]]:
-    """Kind and class of the module of each tensor, by every name it has."""
-    facts: dict[str, tuple[Kind, str]] = {}
-    for path, sub in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for name, _ in sub.named_parameters(recurse=False, remove_duplicate=False):
-            facts[prefix + name] = "parameter", type(sub).__name__
-        for name, _ in sub.named_buffers(recurse=False, remove_duplicate=False):
-            facts[prefix + name] = "buffer", type(sub).__name__
-    return facts
 
 
 def _trace(run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:

@@ -158,9 +158,7 @@ def test_the_details_compare_with_the_runner_up_that_the_terminal_names(page, ex
     source, target, plan = example
     material = Material.gather(plan, source=source, target=target)
     entry = plan.by_target["blocks.3.norm.weight"]
-    best = candidates(
-        material, target["blocks.3.norm.weight"], "source", (8,), like=entry.sources[0], without=entry.sources
-    )[0]
+    best = candidates(material, target["blocks.3.norm.weight"], "source", (8,), partners=entry.sources)[0]
     assert options_of(plan) == material.options
     page.driver.find_element("id", "fold").click()
     page.search("blocks.3.norm")

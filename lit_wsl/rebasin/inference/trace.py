@@ -50,14 +50,12 @@ class TensorInfo:
 
     Attributes:
         shape: Its shape.
-        integral: Integer or boolean.
         storage: Number of its storage: tensors of equal storage are views of one another.
         stride: Its strides when it was first seen.
         varies: For constants of the model, on which axes their values differ; None where it is not known.
     """
 
     shape: tuple[int, ...]
-    integral: bool
     storage: int
     stride: tuple[int, ...] = ()
     varies: tuple[bool, ...] | None = None
@@ -148,9 +146,8 @@ class Recorder(TorchDispatchMode):
         return number
 
     def _info(self, tensor: Tensor) -> TensorInfo:
-        integral = not tensor.is_floating_point() and not tensor.is_complex()
         stride = tuple(tensor.stride()) if tensor.layout == torch.strided else ()
-        return TensorInfo(tuple(tensor.shape), integral, self._storage(tensor), stride)
+        return TensorInfo(tuple(tensor.shape), self._storage(tensor), stride)
 
     def _storage(self, tensor: Tensor) -> int:
         """Number of a storage, in order of appearance.

@@ -49,9 +49,7 @@ def assign(similarity: Tensor, potential: Tensor | None = None) -> tuple[Tensor,
     return torch.from_numpy(solved).long(), False
 
 
-def assign_lazily(
-    upper: np.ndarray, value: Callable[[int, int], float], *, known: np.ndarray | None = None
-) -> np.ndarray:
+def assign_lazily(upper: np.ndarray, value: Callable[[int, int], float]) -> np.ndarray:
     """The best permutation where the entries are expensive, each an optimum of its own, but cheap to bound.
 
     Solve with the upper bounds; put the exact values of the chosen entries in their place; solve again; until all
@@ -61,13 +59,12 @@ def assign_lazily(
     Args:
         upper: (n, n) float64, no entry smaller than its value.
         value: the exact entry at a row and column.
-        known: (n, n) bool, entries of ``upper`` that are exact already.
 
     Returns:
         (n,) the column of each row.
     """
     matrix = upper.copy()
-    exact = np.zeros(matrix.shape, dtype=bool) if known is None else known.copy()
+    exact = np.zeros(matrix.shape, dtype=bool)
     rows = np.arange(len(matrix))
     while True:
         columns = linear_sum_assignment(matrix, maximize=True)[1]

@@ -64,12 +64,12 @@ class TreeSolver:
         self._unfold(root, 0, 0, result)
         return Solution(result, self.certain)
 
-    def solve_inner(self, skip: frozenset[str] = frozenset()) -> Solution:
+    def solve_inner(self) -> Solution:
         """The optimum of every group on its own, with the units of its ancestors left where they are."""
         result, certain = {}, True
         for group in self.tree.groups:
             own = self.similarities.get((group,))
-            if own is None or group in skip:
+            if own is None:
                 continue
             rows = [assign(own.block(i, i), own.potential[i]) for i in range(own.ancestors)]
             certain &= all(sure for _, sure in rows)

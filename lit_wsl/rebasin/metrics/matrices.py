@@ -6,7 +6,6 @@ Weights of more than two axes are read as matrices of (outputs) x (everything el
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -126,17 +125,3 @@ def matrix_metrics(a: Spectrum, b: Spectrum, k: int | None = None) -> dict[str, 
 def is_matrix(tensor: Tensor) -> bool:
     """Whether the tensor is a real matrix in the sense of this module: two axes or more, neither trivial."""
     return tensor.is_floating_point() and tensor.ndim >= 2 and min(tensor.shape[0], tensor[0].numel()) > 1
-
-
-def mapping_spectra(tensors: Mapping[str, Tensor], max_side: int | None = 4096) -> dict[str, Spectrum]:
-    """Decompositions of all matrices of a state dict or task vector, by name.
-
-    Args:
-        tensors: named tensors.
-        max_side: matrices whose smaller side is larger than this are left out (a decomposition costs the cube of it).
-    """
-    return {
-        name: spectrum(tensor)
-        for name, tensor in tensors.items()
-        if is_matrix(tensor) and (max_side is None or min(tensor.shape[0], tensor[0].numel()) <= max_side)
-    }
