@@ -29,7 +29,7 @@ from lit_wsl.callbacks.sample import find_samples, quiet
 from lit_wsl.callbacks.state_dicts import extend_state_dicts, was_given_weights
 from lit_wsl.convert.optimizers import CarryOptions, OnLost
 from lit_wsl.convert.resume import Resume as Resuming
-from lit_wsl.convert.resume import ResumeOptions
+from lit_wsl.convert.resume import ResumeOptions, is_flattened
 from lit_wsl.convert.saved_optimizer import Wins
 from lit_wsl.errors import MappingError, TransferError
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
@@ -99,7 +99,7 @@ class WeightTransferCallback(Callback):
             is near is not loaded, but "strict" does not refuse its module for it. Parameters never match across
             different shapes.
         plan: A plan, or the path of one, to replay instead of matching.
-        min_coverage: Minimum share, 0 to 1, of parameter elements that must find a place; below it the run stops.
+        min_coverage: Minimum share, 0 to 1, of the elements that must find a place; below it the run stops.
         source_module: The module the checkpoint was saved from, for users who still have the old code.
         adapt: Operations that change values, asked for by name.
         assume_layouts: You know that both models order the rows of queries and keys alike, and cut patches alike.
@@ -439,7 +439,7 @@ class WeightTransferCallback(Callback):
             announce(trainer, report, verbose=self.verbose)
         else:
             self._resuming = resuming
-            resuming.begin(undo, partial(self._resumed, trainer, undo), partial(self._failed, undo), late=late)
+            resuming.begin(undo, partial(self._resumed, trainer, undo), partial(self._failed, trainer, undo), late=late)
 
     def _resumed(self, trainer: pl.Trainer, undo: UndoLog, remarks: tuple[str, ...]) -> None:
         """Report what training goes on with."""
@@ -453,10 +453,11 @@ class WeightTransferCallback(Callback):
         rank_zero_info(f"Weight transfer: {remarks[-1]}.")
         announce(trainer, self.report, verbose=self.verbose)
 
-    def _failed(self, undo: UndoLog, error: BaseException) -> BaseException:
-        """Put back what was there before a resume that cannot be."""
+    def _failed(self, trainer: pl.Trainer, undo: UndoLog, error: BaseException) -> BaseException:
+        """Put back what was there before a resume that cannot be; what an engine has flattened since can't be."""
+        flattened = self.report.loaded if self.report is not None and is_flattened(trainer.strategy.model) else ()
         self._resuming, self._filled, self._fresh = None, None, False
-        told = undo.take_back(error)
+        told = undo.take_back(error, flattened)
         undo.close()
         return told
 

@@ -196,8 +196,8 @@ def convert_checkpoint(
             (:mod:`lit_wsl.checkpoint.records`), are always kept.
         checkpoint_weights: Which weights of the file the plan speaks of: the ``"model"``'s or its ``"ema"``; others of
             the same names and shapes are converted likewise.
-        min_coverage: Least share, 0 to 1, of the checkpoint's parameter elements that find a place or of the new
-            model's that have a source, whichever is larger.
+        min_coverage: Least share, 0 to 1, of the checkpoint's elements that find a place or of the new model's that
+            have a source, whichever is larger; buffers count unless the plan excludes them.
         progress: Called after each entry.
 
     Returns:

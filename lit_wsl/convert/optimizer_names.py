@@ -53,6 +53,7 @@ def assign_names(
         )
     known: dict[int, Names] = {}
     for number, optimizer in enumerate(optimizers):
+        _refuse_joint_state(optimizer)
         told = given[number] if given is not None else None
         names = _cut(optimizer, list(told)) if told is not None else _written_names(optimizer, parameters)
         if names is not None:
@@ -79,6 +80,18 @@ def assign_names(
         remark += f", taking {', '.join(name for name in free if name in doubtful)} for buffers"
     known.update(zip(open_ones, found))
     return [known[number] for number in range(len(optimizers))], [remark]
+
+
+def _refuse_joint_state(optimizer: SavedOptimizer) -> None:
+    """LBFGS keeps vectors over all its parameters, one after another, under the first of them."""
+    states = [state for state in optimizer.state.values() if state]
+    if len(states) != 1 or not any(isinstance(value, (list, tuple)) for value in states[0].values()):
+        return
+    raise CheckpointError(
+        f"{optimizer.label} keeps one state for all its parameters together ({', '.join(map(str, states[0]))}), as "
+        "LBFGS does. It cannot follow single parameters to a new model. Transfer the weights alone (resume='weights'; "
+        "convert with weights_only=True, --weights-only): the optimizer then gathers its history anew."
+    )
 
 
 def _cut(optimizer: SavedOptimizer, names: list[str]) -> Names:

@@ -516,6 +516,12 @@ class _Carrier:
             self.notes.append(
                 f"{where}: {key} is {saved[key]} in the checkpoint and {new[key]} in the run, as only its code can say"
             )
+        foreign = sorted(set(saved) - set(new) - rate_keys(saved, new) - fixed)
+        if foreign:
+            self.notes.append(
+                f"{where}: {', '.join(foreign)} is no setting of the run's optimizer: if the old one was of another "
+                "kind, its moments mean something else (then take resume='weights')"
+            )
         common = (set(saved) & set(new)) - rate_keys(saved, new) - fixed
         for key in differing(saved, new, common):
             self.notes.append(told(where, key, saved[key], new[key], self.options.settings, "optimizer_settings"))

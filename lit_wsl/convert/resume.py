@@ -630,4 +630,4 @@ def _whole_states(engine: Any) -> Iterator[Any]:
             yield FullyShardedDataParallel
 
 
-__all__ = ["Resume", "ResumeOptions"]
+__all__ = ["Resume", "ResumeOptions", "is_flattened"]

@@ -7,21 +7,24 @@ scheduler of one kind would go on with those of another without a word. Kinds ar
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import permutations
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiplicativeLR
 
 from lit_wsl.convert.optimizers import Carried, Place, told
 from lit_wsl.convert.saved_optimizer import SavedOptimizer, Wins, base_rate, differing
 from lit_wsl.errors import CheckpointError
 
 _MOST_ORDERS = 6  # schedulers that are tried in every order
+_MOST_FACTORS = 1_000_000  # steps whose factors are multiplied to see what a rate should be
 REMEDY = "Configure the same scheduler, or take the new run's own with the old moments (schedule='run')."
 
 
@@ -66,8 +69,10 @@ def carry_schedulers(
         state, remarks = _choose_settings(
             state, scheduler, settings, f"scheduler {number} ({type(scheduler).__name__})"
         )
+        kept = [n for n, place in enumerate(origins or ()) if place is not None]
+        remark = _rates_by_function(state, scheduler, kept, f"scheduler {number}")
         made.append(state)
-        notes += remarks
+        notes += [*remarks, *([remark] if remark else [])]
     return made, notes
 
 
@@ -138,6 +143,49 @@ def _order(
             "own schedulers with the old moments (schedule='run')."
         )
     return fitting[0]
+
+
+def _rates_by_function(state: Mapping[str, Any], scheduler: Any, groups: Sequence[int], label: str) -> str:
+    """What rates tell of a scheduler by functions: ``LambdaLR`` and ``MultiplicativeLR`` have the same attributes.
+
+    Returns:
+        A remark where the run's functions give neither kind's rates.
+
+    Raises:
+        CheckpointError: If they give the checkpoint's rates, but by the other kind.
+    """
+    own = next((kind for kind in (LambdaLR, MultiplicativeLR) if isinstance(scheduler, kind)), None)
+    functions, epoch = getattr(scheduler, "lr_lambdas", ()), state.get("last_epoch")
+    base, last = state.get("base_lrs"), state.get("_last_lr")
+    if own is None or not isinstance(epoch, int) or not 0 <= epoch <= _MOST_FACTORS or base is None or last is None:
+        return ""
+    if not all(isinstance(f, FunctionType) for f in functions):  # objects have a state, and may change by a call
+        return ""
+    try:
+        wanted: dict[type, list[float]] = {
+            LambdaLR: [float(base[n]) * functions[n](epoch) for n in groups],
+            MultiplicativeLR: [float(base[n]) * math.prod(map(functions[n], range(1, epoch + 1))) for n in groups],
+        }
+        agrees = {
+            kind: all(math.isclose(rate, last[n], rel_tol=1e-4) for n, rate in zip(groups, rates))
+            for kind, rates in wanted.items()
+        }
+    except Exception:  # a function that works in its own run only
+        return ""
+    if agrees[own]:
+        return ""
+    (other,) = set(wanted) - {own}
+    if agrees[other]:
+        raise CheckpointError(
+            f"the checkpoint's learning rate scheduler is of another kind than the run's {type(scheduler).__name__}: "
+            f"its rates are those of a {other.__name__}. {REMEDY}"
+        )
+    n = groups[0]
+    return (
+        f"{label} ({type(scheduler).__name__}): at its step {epoch} the learning rate is {last[n]:.4g} in the "
+        f"checkpoint and {wanted[own][0]:.4g} by the run's function: another function, another kind of scheduler, or "
+        "something else that changed the rate"
+    )
 
 
 def _names(kind: Any) -> str:

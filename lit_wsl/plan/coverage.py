@@ -36,6 +36,14 @@ class Count:
         """Share of the elements, 0 to 1; 1 of an empty set."""
         return self.elements / self.of_elements if self.of_elements else 1.0
 
+    def __add__(self, other: Count) -> Count:
+        return Count(
+            self.tensors + other.tensors,
+            self.of_tensors + other.of_tensors,
+            self.elements + other.elements,
+            self.of_elements + other.of_elements,
+        )
+
 
 @dataclass(frozen=True)
 class ModuleCoverage:
@@ -72,6 +80,7 @@ class Coverage:
         source_buffers: The same for the checkpoint's buffers.
         target_buffers: The same for the model's buffers.
         modules: The target's coverage per top-level module, parameters and buffers.
+        buffers_asked: Whether buffers were to be transferred at all.
     """
 
     source: Count
@@ -79,13 +88,19 @@ class Coverage:
     source_buffers: Count
     target_buffers: Count
     modules: tuple[ModuleCoverage, ...]
+    buffers_asked: bool = True
+
+    @property
+    def both(self) -> tuple[Count, Count]:
+        """What was to be moved of the checkpoint and of the model: parameters, and buffers unless they are excluded."""
+        if not self.buffers_asked:
+            return self.source, self.target
+        return self.source + self.source_buffers, self.target + self.target_buffers
 
     @property
     def floor_share(self) -> float:
-        """What ``min_coverage`` is compared with: the larger share of parameter elements of the two sides."""
-        source = self.source.share if self.source.of_elements else 0.0
-        target = self.target.share if self.target.of_elements else 0.0
-        return max(source, target)
+        """What ``min_coverage`` is compared with: the larger share of elements of the two sides."""
+        return max(count.share if count.of_elements else 0.0 for count in self.both)
 
 
 def _count(infos: Iterable[ParameterInfo], moved: frozenset[str]) -> Count:
@@ -168,4 +183,5 @@ def measure_coverage(plan: TransferPlan, source: ModelDescription, target: Model
         source_buffers=_count((i for i in source.parameters if i.kind == "buffer"), used),
         target_buffers=_count((i for i in target.parameters if i.kind == "buffer"), filled),
         modules=tuple(row(module, infos) for module, infos in rows.items()),
+        buffers_asked=plan.options.get("buffers") != "exclude",
     )

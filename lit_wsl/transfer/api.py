@@ -135,8 +135,8 @@ def transfer_weights(
             is near is not loaded, but ``"strict"`` does not refuse its module for it. Parameters never match across
             different shapes.
         plan: A plan, or the path of one, to replay instead of matching.
-        min_coverage: Least share, 0 to 1, of parameter elements that must find a place (of the checkpoint's or of
-            the model's, whichever share is larger).
+        min_coverage: Least share, 0 to 1, of the elements that must find a place (of the checkpoint's or of the
+            model's, whichever share is larger); buffers count unless they are excluded.
         source_module: The module the checkpoint was saved from, for users who still have the old code.
         adapt: Operations that change values, asked for by name.
         assume_layouts: You know that both models order the rows of queries and keys alike, and cut patches alike.

@@ -32,18 +32,19 @@ def check_floor(
         coverage: Its coverage.
         source: The checkpoint's side.
         target: The model's side.
-        min_coverage: Least share, 0 to 1, of the checkpoint's parameter elements that found a place or of the
-            model's that were filled, whichever is larger.
+        min_coverage: Least share, 0 to 1, of the checkpoint's elements that found a place or of the model's that were
+            filled, whichever is larger; buffers count unless they are excluded.
 
     Raises:
         CoverageError: If both shares are below; the message names the most likely cause.
     """
     if coverage.floor_share >= min_coverage:
         return
+    found, filled = coverage.both
     raise CoverageError(
-        f"{source.label} -> {target.label}: {coverage.source.share:.1%} of the checkpoint's parameter elements found "
-        f"a place ({coverage.source.tensors} of {coverage.source.of_tensors} tensors) and {coverage.target.share:.1%} "
-        f"of the model's were filled ({coverage.target.tensors} of {coverage.target.of_tensors}); "
+        f"{source.label} -> {target.label}: {found.share:.1%} of the checkpoint's elements found a place "
+        f"({found.tensors} of {found.of_tensors} tensors) and {filled.share:.1%} of the model's were filled "
+        f"({filled.tensors} of {filled.of_tensors}); "
         f"min_coverage={min_coverage:g} asks for more. {likely_cause(plan, source, target)} "
         f"{''.join(f'Note: {note}. ' for note in plan.notes[:3])}"
         "Nothing was changed. If so little is meant to match, lower min_coverage."

@@ -131,13 +131,17 @@ class UndoLog:
                     failed.append(name)
         return tuple(failed)
 
-    def take_back(self, error: BaseException) -> BaseException:
+    def take_back(self, error: BaseException, lost: tuple[str, ...] = ()) -> BaseException:
         """Put everything back after an error; what to raise then.
+
+        Args:
+            error: What went wrong.
+            lost: Names of tensors that are no longer where they were when they were remembered.
 
         Returns:
             The error, or where something is not as it was a :class:`TransferError` that names it.
         """
-        return admit_loss(error, (*self.restore(), *self.lost_names))
+        return admit_loss(error, (*self.restore(), *self.lost_names, *lost))
 
 
 def admit_loss(error: BaseException, names: tuple[str, ...], *, whole: bool = False) -> BaseException:

@@ -203,3 +203,54 @@ def test_names_that_the_user_gives_reach_the_callback(tmp_path):
     names = list(torch.load(case.path, weights_only=True)["state_dict"])[::-1]
     model, _ = case.resumed(reversed_order, parameter_names=[names])
     assert not case.differs(model)
+
+
+def lambda_lr(function):
+    return adamw(schedule=lambda o: lrs.LambdaLR(o, function))
+
+
+def multiplicative(function):
+    return adamw(schedule=lambda o: lrs.MultiplicativeLR(o, function))
+
+
+def power(epoch):
+    return 0.9**epoch
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind"), [(lambda_lr, multiplicative, "LambdaLR"), (multiplicative, lambda_lr, "MultiplicativeLR")]
+)
+def test_kinds_of_schedulers_with_the_same_attributes_are_told_apart_by_their_rates(old, new, kind, tmp_path):
+    case = Case(tmp_path, old(power), epochs=(3, 4))
+    with pytest.raises(CheckpointError, match=f"another kind .* those of a {kind}.*schedule='run'"):
+        case.resumed(new(power))
+    model, notes = case.resumed(old(power))
+    assert not case.differs(model)
+    assert not [note for note in notes if "function" in note]
+
+
+def test_another_function_of_a_scheduler_is_named_and_the_same_rates_are_no_other_kind(tmp_path):
+    case = Case(tmp_path, lambda_lr(power))
+    assert [n for n in case.resumed(lambda_lr(lambda e: 0.5**e))[1] if "0.0081 in the checkpoint and 0.0025" in n]
+    model, notes = case.resumed(multiplicative(lambda e: 0.9))
+    assert not case.differs(model, exact=False)
+    assert not [note for note in notes if "function" in note]
+
+
+def with_optimizer(kind, **settings):
+    return lambda module: ([kind(module.parameters(), lr=1e-2, **settings)], [])
+
+
+def test_a_setting_that_the_run_does_not_know_is_named(tmp_path):
+    """RAdam's settings are some of Adam's, and its states have the same names."""
+    case = Case(tmp_path, with_optimizer(torch.optim.Adam))
+    assert [n for n in case.resumed(with_optimizer(torch.optim.RAdam))[1] if "amsgrad" in n and "another kind" in n]
+    assert not [n for n in case.resumed(with_optimizer(torch.optim.Adam))[1] if "another kind" in n]
+
+
+def test_one_state_for_all_parameters_is_refused_with_the_remedy(tmp_path):
+    case = Case(tmp_path, with_optimizer(torch.optim.LBFGS, max_iter=2))
+    with pytest.raises(CheckpointError, match=r"one state for all its parameters together .*prev_flat_grad.*'weights'"):
+        case.resumed(with_optimizer(torch.optim.LBFGS, max_iter=2))
+    with pytest.raises(CheckpointError, match="--weights-only"):
+        case.converted(with_optimizer(torch.optim.LBFGS, max_iter=2))

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checks_dist import differing, save_old
+from checks_dist import differing, save, save_old
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
-from models_dist import Body, Experts, New
+from models_dist import Body, Experts, New, old_model
 from runs_dist import data, quiet_trainer, transfer
 from scenarios_ddp import Lit
 from torch import nn
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import enable_wrap, wrap
+
+from lit_wsl.errors import TransferError
 
 
 class OnCpu(FSDPStrategy):
@@ -103,6 +105,20 @@ def wrapped_by_a_policy(folder: Path) -> dict[str, Any]:
 
 def wrapped_in_configure_model(folder: Path) -> dict[str, Any]:
     return _fit(folder, Wrapping(""))
+
+
+def a_late_refusal(folder: Path) -> dict[str, Any]:
+    """Optimizers are compared when they exist: the model is flattened by then."""
+    old = old_model()
+    state = torch.optim.SGD(old.parameters(), lr=0.1, momentum=0.9).state_dict()
+    path = save(folder / "old.ckpt", {"state_dict": old.state_dict(), "optimizer_states": [state], "lr_schedulers": []})
+    callback = transfer(path, resume="optimizer")
+    try:
+        strategy = OnCpu(process_group_backend="gloo")
+        quiet_trainer(folder, callback, strategy=strategy, logger=False).fit(Lit("init"), data())
+    except TransferError as error:
+        return {"message": str(error), "not_restored": list(error.not_restored), "report": callback.report is None}
+    return {"message": ""}
 
 
 def made_on_meta(folder: Path) -> dict[str, Any]:

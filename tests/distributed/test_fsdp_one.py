@@ -45,6 +45,14 @@ def test_flattened_parameters_are_refused_on_all_ranks_with_the_remedy(results, 
     assert "on a real device" in message
 
 
+def test_a_refusal_after_the_wrapping_says_that_the_model_is_not_as_it_was(results):
+    for rank in results["a_late_refusal"]:
+        assert "another kind" in rank["message"], rank
+        assert "NOT as it was" in rank["message"]
+        assert {name.partition(".")[0] for name in rank["not_restored"]} == {"net"}
+        assert rank["report"]
+
+
 def test_partitioned_parameters_of_deepspeed_are_refused():
     net = nn.Linear(2, 2)
     net.weight.ds_id = 0

@@ -168,11 +168,20 @@ def test_floor():
     plan, source, target = parts([ENTRY])
     coverage = measure_coverage(plan, source, target)
     check_floor(plan, coverage, source, target, 24 / 55)
-    with pytest.raises(CoverageError, match=r"43\.6%.*40\.7%.*min_coverage=0\.5.*Nothing was changed"):
+    with pytest.raises(CoverageError, match=r"43\.6%.*33\.3%.*min_coverage=0\.5.*Nothing was changed"):
         check_floor(plan, coverage, source, target, 0.5)
     for wrong in (-0.1, 1.1, "a", None, True):
         with pytest.raises(MappingError, match="min_coverage"):
             valid_floor(wrong)
+
+
+def test_buffers_count_unless_they_are_excluded():
+    """Batch norms whose statistics found no place are missing, also where every parameter was filled."""
+    source, target = describe(nn.Linear(2, 3), label="old.pt"), describe(nn.BatchNorm1d(3), label="Net")
+    entry = PlanEntry(("bias",), ("weight",), (), ((3,),), ((3,),), score=1.0, margin=1.0, reason="")
+    for buffers, share in (("lenient", 3 / (3 + 3 + 7)), ("exclude", 3 / 6)):
+        plan = TransferPlan((entry,), SideSummary.of(source), SideSummary.of(target), options={"buffers": buffers})
+        assert measure_coverage(plan, source, target).floor_share == pytest.approx(max(share, 3 / 9))
 
 
 def cause(source, target, **options):
