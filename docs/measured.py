@@ -145,7 +145,7 @@ def architectures() -> Iterator[str]:
         f"computes the same, in double precision, and no group had to be dropped for it ({kept} of {len(rows)}). *Coverage*: share "
         "of the elements of the parameters in use that some group permutes. Processor seconds of the inference, without its proof.\n\n"
     )
-    yield "| library | architectures | kept | refused | median coverage | least coverage | median s | most s |\n"
+    yield "| library | architectures | kept | refused | median coverage | minimum coverage | median s | most s |\n"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|\n"
     for library in sorted({row["library"] for row in rows}):
         part = [row for row in rows if row["library"] == library]
@@ -183,7 +183,7 @@ def registered() -> Iterator[str]:
     yield "### Hand-written specs on the models they are named after\n\n"
     yield (
         f"{len(rows)} models of torchvision, timm and OpenCLIP: {sum(row['kept'] for row in rows)} keep their function under a random "
-        f"permutation of all groups of the registered spec; in {same} inference finds as many groups. Least coverage by hand "
+        f"permutation of all groups of the registered spec; in {same} inference finds as many groups. Minimum coverage by hand "
         f"{min(row['coverage'] for row in rows):.2%}, inferred {min(row['inferred_coverage'] for row in rows):.2%}.\n\n"
         "`python -m benchmarks.rebasin_registered --out benchmarks/results/rebasin_registered.json`\n\n"
     )

@@ -1,4 +1,4 @@
-"""When in Lightning's life cycle a model is whole, whether a run resumes, and who copied the model already.
+"""When in Lightning's life cycle a model is completely built, whether a run resumes, and who copied the model already.
 
 ``Trainer._run`` calls, in this order: ``DataModule.setup``, ``Callback.setup``, ``LightningModule.setup``,
 ``configure_model``, the restoring of a resumed checkpoint, ``Strategy.setup`` (device, wrapping, optimizers),

@@ -70,10 +70,10 @@ Resume = Literal["weights", "optimizer", "all"]
 class WeightTransferCallback(Callback):
     """Fill the model from a checkpoint of another version of it, once, before training or evaluation starts.
 
-    The transfer happens as soon as the model is whole: at ``setup`` for models built in ``__init__``, after
+    The transfer happens as soon as the model is built: at ``setup`` for models built in ``__init__``, after
     ``LightningModule.setup`` and ``configure_model`` for models that override these, and in any case before the
     optimizers are made. It is done once per model, and the model itself remembers it, for whichever trainer, callback
-    or copy comes next: a ``test`` after a ``fit``, or a second ``fit``, goes on with the weights that training left;
+    or copy comes next: a ``test`` after a ``fit``, or a second ``fit``, continues with the weights that training left;
     only layers that were built anew since are filled again. Another checkpoint may follow as long as nothing was
     trained. Where the run itself restores a checkpoint (``ckpt_path``), that one wins and nothing is transferred.
 
@@ -91,7 +91,7 @@ class WeightTransferCallback(Callback):
         buffers: "exclude" ignores buffers, "lenient" takes them along where they fit, "strict" asks that
             all of a module's buffers match.
         strategy: "best_match", "conservative" (scores of at least 0.75) or "shape_only" (ignores names).
-        threshold: Least score of a match, 0 to 1.
+        threshold: Minimum score of a match, 0 to 1.
         weights: Weights of shape, name and hierarchy in the score, scaled to a sum of 1.
         incompatible_pairs: Pairs of sets of name chunks that must not match across, both ways, such as
             [({"backbone"}, {"head"})].
@@ -218,7 +218,7 @@ class WeightTransferCallback(Callback):
     # -- hooks of Lightning ----------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Transfer now if the model is whole, else as soon as it is."""
+        """Transfer now if the model is built, else as soon as it is."""
         self._forget_request()
         self._before, self._wins, self._fresh = glance(pl_module), "", False
         self._foreseen, resumed = resumed_path(trainer)
@@ -366,7 +366,7 @@ class WeightTransferCallback(Callback):
                 made = self._prepare(trainer, model, stage, ranks)
                 new = only or frozenset()
                 if only is not None and resumes and ranks.together(lambda: made.holds(new)):
-                    only = None  # nothing was trained yet: to go on from there is to fill all of it
+                    only = None  # nothing was trained yet: to resume from there is to fill all of it
                 if only is None or only:
                     self._transfer(trainer, made, only, late=late)
                     return
@@ -401,7 +401,7 @@ class WeightTransferCallback(Callback):
         return _Made(model, source, target, prepared, remark or untested, ranks)
 
     def _transfer(self, trainer: pl.Trainer, made: _Made, only: frozenset[str] | None, *, late: bool) -> None:
-        """Apply, report, and go on with the old training if asked to."""
+        """Apply, report, and resume the old training if asked to."""
         model, prepared = made.model, made.prepared
         given = only is None and was_given_weights(model) and recall(model) is None
         resuming, undo = None, None
@@ -442,7 +442,7 @@ class WeightTransferCallback(Callback):
             resuming.begin(undo, partial(self._resumed, trainer, undo), partial(self._failed, trainer, undo), late=late)
 
     def _resumed(self, trainer: pl.Trainer, undo: UndoLog, remarks: tuple[str, ...]) -> None:
-        """Report what training goes on with."""
+        """Report what was restored."""
         self._resuming = None
         undo.close()
         assert self.report is not None

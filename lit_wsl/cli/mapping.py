@@ -130,7 +130,7 @@ def _amount(count: Count) -> str:
 
 
 def _score(value: float | list[list[float]]) -> str:
-    """The least score of a family."""
+    """The lowest score of a family."""
     return f"{value if isinstance(value, float) else min(score for _, score in value):.2f}"
 
 

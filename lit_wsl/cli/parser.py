@@ -72,7 +72,7 @@ The usual way, after a refactor:
   lit-wsl inspect old.ckpt
   # match it to the new model; look at the plan, edit it if need be
   lit-wsl map old.ckpt --model my.models:NewNet --plan plan.json
-  # trainer.fit(model, ckpt_path="new.ckpt") goes on training
+  # trainer.fit(model, ckpt_path="new.ckpt") continues the training
   lit-wsl convert old.ckpt --plan plan.json -o new.ckpt
 
 Exit codes: 0 success, 1 a negative result (coverage below --min-coverage,
@@ -142,7 +142,7 @@ def _convert() -> ArgumentParser:
 Write a checkpoint for the new model. Optimizer states, and whatever else is a
 copy of the weights or a list of parameter names, go through the same
 operations as the weights; the rest stays as it is:
-trainer.fit(model, ckpt_path="new.ckpt") goes on as if nothing had happened.
+trainer.fit(model, ckpt_path="new.ckpt") continues as if nothing had happened.
 
   # match and convert in one step
   lit-wsl convert old.ckpt --model my.models:NewNet -o new.ckpt

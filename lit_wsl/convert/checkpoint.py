@@ -196,7 +196,7 @@ def convert_checkpoint(
             (:mod:`lit_wsl.checkpoint.records`), are always kept.
         checkpoint_weights: Which weights of the file the plan speaks of: the ``"model"``'s or its ``"ema"``; others of
             the same names and shapes are converted likewise.
-        min_coverage: Least share, 0 to 1, of the checkpoint's elements that find a place or of the new model's that
+        min_coverage: Minimum share, 0 to 1, of the checkpoint's elements that find a place or of the new model's that
             have a source, whichever is larger; buffers count unless the plan excludes them.
         progress: Called after each entry.
 
@@ -232,7 +232,7 @@ def convert_checkpoint(
 def _measure(
     checkpoint: Checkpoint, plan: TransferPlan, target: nn.Module | None, min_coverage: float
 ) -> Coverage | None:
-    """What the plan moves of both sides, checked against the floor; the new model may be known from the plan alone."""
+    """Coverage of the plan, checked against the minimum; the new model may be known from the plan alone."""
     source = describe(checkpoint, label=str(checkpoint.path))
     if target is not None:
         described = describe(target)

@@ -48,7 +48,7 @@ class Problem:
     Attributes:
         path: Where it is.
         text: Why.
-        grave: Whether the new model would go on with something wrong; else it is worth a note.
+        grave: Whether the new model would continue with something wrong; else it is worth a note.
     """
 
     path: Path

@@ -40,7 +40,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class CarryOptions:
-    """What the user decides about optimizers that go on.
+    """What the user decides about optimizers that are resumed.
 
     Attributes:
         parameter_names: For each optimizer of the checkpoint the old names in index order, where they can't be
@@ -240,7 +240,7 @@ class _Carrier:
                 self.holders.setdefault(name, []).append(number)
         self._partners: dict[tuple[int, frozenset[int]], int] = {}
 
-    # -- which old optimizer a new one goes on with ------------------------------------------------------------------
+    # -- which old optimizer a new one continues ------------------------------------------------------------------
 
     def partner(self, number: int, source: str) -> int | None:
         """The old optimizer whose state of a parameter the new optimizer takes."""
@@ -269,7 +269,7 @@ class _Carrier:
             return best[0] if len(best) == 1 else number
         raise CheckpointError(
             f"optimizers {', '.join(map(str, best))} of the checkpoint share parameters, and which of them the run's "
-            f"optimizer {number} goes on with is not known. List them in the order of the old run."
+            f"optimizer {number} continues is not known. List them in the order of the old run."
         )
 
     # -- states ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Going on with the training of an old checkpoint inside a run: optimizers, schedulers, and all the rest.
+"""Resuming the training of an old checkpoint inside a run: optimizers, schedulers, and all the rest.
 
 ``"optimizer"`` carries what decides the next step: the states of the optimizers, of their schedulers, and of the
 precision plugin (the gradient scaler). Epochs and steps count from zero, callbacks and data start fresh.
@@ -61,7 +61,7 @@ _OLDEST = "0.9.0"  # a version of Lightning before all its migrations
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """What of a checkpoint a run goes on with.
+    """What of a checkpoint a run resumes.
 
     Attributes:
         mode: ``"optimizer"`` or ``"all"``.
@@ -82,7 +82,7 @@ class WayBack(Protocol):
 
 
 class Resume:
-    """One run that goes on with the training of an old checkpoint.
+    """One run that resumes the training of an old checkpoint.
 
     Args:
         trainer: The run.
@@ -90,7 +90,7 @@ class Resume:
         checkpoint: The opened checkpoint.
         plan: What fills the model.
         target: The model as it is now: an engine may flatten it later.
-        options: What to go on with.
+        options: What to resume.
         ranks: The processes of the run, all of which make every call.
     """
 
@@ -140,7 +140,7 @@ class Resume:
             )
         if "restore_training_state" in vars(connector):
             raise CheckpointError(
-                "one run goes on with one training only: give all transfers but one resume='weights'."
+                "one run can resume one training only: give all transfers but one resume='weights'."
             )
         content = dict(
             as_mapping(without_dropped(dict(checkpoint.unread), self.options.drop, str(checkpoint.path))) or {}
@@ -155,7 +155,7 @@ class Resume:
             )
         if lacking or found is None:
             raise CheckpointError(
-                f"{checkpoint.path} has no {lacking!r}, so resume={mode!r} finds nothing to go on with (was it saved "
+                f"{checkpoint.path} has no {lacking!r}, so resume={mode!r} finds nothing to resume (was it saved "
                 "with save_weights_only=True?). Use resume='weights'."
             )
         keys, states = found
@@ -396,7 +396,7 @@ class Resume:
         return (
             *self.notes,
             *carried.notes,
-            f"training goes on: {', '.join(what)} were restored ({states} parameters have an optimizer state)",
+            f"training continues: {', '.join(what)} were restored ({states} parameters have an optimizer state)",
         )
 
     def _carry(self, engine: Engine, content: Mapping[str, Any]) -> tuple[Carried, list[Any]]:

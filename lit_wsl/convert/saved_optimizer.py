@@ -20,7 +20,7 @@ from lit_wsl.structure.description import Shape
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 Wins = Literal["checkpoint", "run"]
-"""Whose word counts where a checkpoint and the run that goes on with it say different things."""
+"""Whose word counts where a checkpoint and the run that resumes it say different things."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def differing(first: Mapping[str, Any], second: Mapping[str, Any], keys: Iterabl
 def merge_settings(
     saved: Mapping[str, Any], new: Mapping[str, Any] | None, settings: Wins, schedule: Wins
 ) -> Mapping[str, Any]:
-    """The settings of a group that goes on: rates as the schedule, all else as the settings are chosen.
+    """The settings of a group that is resumed: rates as the schedule, all else as the settings are chosen.
 
     What only the new run knows, such as a mark that its own code reads, stays.
     """

@@ -1,7 +1,7 @@
 """Learning rate schedulers of a checkpoint for the schedulers of a run: by kind, and by the optimizer that they drive.
 
 A checkpoint holds the attributes of each scheduler and not its class. ``load_state_dict`` takes any attributes, so a
-scheduler of one kind would go on with those of another without a word. Kinds are told apart by their attributes.
+scheduler of one kind would continue with those of another without a word. Kinds are told apart by their attributes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def carry_schedulers(
     settings: Wins,
     label: str,
 ) -> tuple[list[Any], list[str]]:
-    """The states that the schedulers of a run go on with.
+    """The states that the schedulers of a run continue with.
 
     Args:
         saved: The states in the checkpoint.

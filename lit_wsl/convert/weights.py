@@ -158,7 +158,7 @@ def whole_state(
 
 
 def _left_over(checkpoint: Checkpoint, plan: TransferPlan) -> list[str]:
-    """Say which tensors of the checkpoint go nowhere; what the plan does not know came since it was made."""
+    """Say which tensors of the checkpoint are unused; what the plan does not know came since it was made."""
     used = {source for entry in plan.entries for source in entry.sources}
     known = {u.name for u in plan.unmatched_source}
     known.update(source for a in plan.ambiguous for candidate in a.candidates for source in candidate.sources)

@@ -50,7 +50,7 @@ def execution_order(module: nn.Module, dummy_input: Any, side: str) -> tuple[dic
         return trace_execution_order(module, args, kwargs), None
     except Exception as error:  # the model's own code: anything may come
         return None, (
-            f"dummy_input could not be run through the {side} ({type(error).__name__}: {error}); matching goes on "
+            f"dummy_input could not be run through the {side} ({type(error).__name__}: {error}); matching continues "
             "without execution order."
         )
 

@@ -1,6 +1,6 @@
 """Value-changing operations that the user asks for by name: what if the checkpoint had the model's shape already?
 
-Each adaptation is put as a question to the lossless matching itself. A *change* pretends that some tensors of the
+Each adaptation is tried with the lossless matching itself. A *change* pretends that some tensors of the
 source had the shapes of the target (a resized table, a head with the new number of classes, a convolution into which
 its batch norm has been folded), and the whole pair is matched again. Only where the matching then pairs the changed
 tensors by itself is the change taken, so place, order, names and uniqueness decide as they do everywhere, and what is

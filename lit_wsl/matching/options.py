@@ -26,7 +26,7 @@ class MatchingOptions:
         buffers: ``"exclude"`` ignores buffers, ``"lenient"`` takes them along where they fit, ``"strict"`` asks that
             all of a module's buffers match.
         strategy: ``"best_match"``, ``"conservative"`` (scores of at least 0.75) or ``"shape_only"`` (ignores names).
-        threshold: Least score of a match, 0 to 1.
+        threshold: Minimum score of a match, 0 to 1.
         weights: Weights of ``shape``, ``name`` and ``hierarchy`` in the score, scaled to a sum of 1.
         incompatible_pairs: Pairs of sets of name chunks that must not match across, both ways, such as
             ``[({"backbone"}, {"head"})]``.
@@ -98,7 +98,7 @@ class MatchingOptions:
 
     @property
     def floor(self) -> float:
-        """Least score of a match under the strategy."""
+        """Minimum score of a match under the strategy."""
         return max(self.threshold, CONSERVATIVE_FLOOR) if self.strategy == "conservative" else self.threshold
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What names tell: similarity of tokens, abbreviations, and a dictionary learned from the pair of models itself.
 
-Nothing here knows any library's names. Abbreviations are recognised by their make (``attn`` is a subsequence of
+Nothing here knows any library's names. Abbreviations are recognised by their form (``attn`` is a subsequence of
 ``attention``, ``ln`` the initials of ``layer norm``), and everything else a pair of models renames consistently is
 learned from the tensors whose partner is already certain (:class:`Dictionary`).
 """

@@ -172,10 +172,10 @@ class Decided:
         question: What was open.
         answer: The best answer.
         loss: The model's loss with it.
-        rival: The best other answer.
+        rival: The best other option.
         rival_loss: The model's loss with that one, on the same samples.
-        risk: Bound of the risk that the answer is no better than its rivals, corrected for the number of trials.
-        taken: Whether the answer was taken; otherwise the question stays open.
+        risk: Bound of the risk that the option taken is no better than its rivals, corrected for the number of trials.
+        taken: Whether the option was taken; otherwise the decision stays open.
     """
 
     question: str
@@ -233,7 +233,7 @@ class PlanData:
         source: The checkpoint's side.
         target: The model's side.
         ambiguous: Targets left alone because nothing decides between their candidates.
-        unmatched_source: Tensors of the checkpoint that go nowhere, with the reason.
+        unmatched_source: Tensors of the checkpoint that are unused, with the reason.
         unmatched_target: Tensors of the model that get nothing, with the reason.
         options: The options of the matching, as plain data.
         proof: Whether the mapping was proven (``lit_wsl.matching.proof``, ``lit_wsl.matching.judge``).

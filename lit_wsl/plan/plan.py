@@ -256,7 +256,7 @@ def reverse_entry(entry: PlanEntry) -> PlanEntry:
 def reverse_plan(plan: TransferPlan) -> TransferPlan:
     """Reverse every entry of a plan, in the same order.
 
-    What was ambiguous is not decided by turning around: its targets become sources that go nowhere.
+    What was ambiguous is not decided by turning around: its targets become unused sources.
 
     Raises:
         PlanError: If an entry has no inverse, or two entries use one source (each tensor can be filled only once).

@@ -36,7 +36,7 @@ Outputs: TypeAlias = Callable[[Any], Any]
 INTERNAL = ("hidden_state", "hidden_states", "attentions", "past_key_values")
 
 
-"""Last words of the names under which models return what goes on inside of them beside their answer."""
+"""Last words of the names under which models return what happens inside of them beside their prediction."""
 
 
 class MainOutputs:

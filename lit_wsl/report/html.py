@@ -127,7 +127,7 @@ def page_data(material: Material) -> dict[str, Any]:
     if len(plan.entries) > _MOST_BREAKDOWNS:
         notes.append(f"score breakdowns are left out of pages with more than {_MOST_BREAKDOWNS:,} mappings")
     elif len(material.questioned) < len(plan.entries):
-        notes.append(f"runners-up are named for the {len(material.questioned):,} mappings with the least margin")
+        notes.append(f"runners-up are named for the {len(material.questioned):,} mappings with the smallest margins")
     return {
         "version": __version__,
         "labels": {"source": plan.source.label, "target": plan.target.label},

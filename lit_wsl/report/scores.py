@@ -29,7 +29,7 @@ from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 MOST_EXPLAINED = 600  # steps of a report with a runner-up each; of more, the least certain ones
 
 
-_CERTAIN = 0.3  # least margin of a step that words are learned from, as in the matching itself
+_CERTAIN = 0.3  # minimum margin of a step that words are learned from, as in the matching itself
 
 
 @dataclass(frozen=True)

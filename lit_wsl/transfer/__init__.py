@@ -1,4 +1,4 @@
-"""Doing it: both sides of a transfer, the plan applied all or nothing, ranks, and the least coverage."""
+"""Doing it: both sides of a transfer, the plan applied all or nothing, ranks, and the minimum coverage."""
 
 from typing import Any
 

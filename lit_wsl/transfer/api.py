@@ -127,7 +127,7 @@ def transfer_weights(
         buffers: ``"exclude"`` ignores buffers, ``"lenient"`` takes them along where they fit, ``"strict"`` asks that
             all of a module's buffers match.
         strategy: ``"best_match"``, ``"conservative"`` (scores of at least 0.75) or ``"shape_only"`` (ignores names).
-        threshold: Least score of a match, 0 to 1.
+        threshold: Minimum score of a match, 0 to 1.
         weights: Weights of ``shape``, ``name`` and ``hierarchy`` in the score, scaled to a sum of 1.
         incompatible_pairs: Pairs of sets of name chunks that must not match across, both ways, such as
             ``[({"backbone"}, {"head"})]``.
@@ -135,7 +135,7 @@ def transfer_weights(
             is near is not loaded, but ``"strict"`` does not refuse its module for it. Parameters never match across
             different shapes.
         plan: A plan, or the path of one, to replay instead of matching.
-        min_coverage: Least share, 0 to 1, of the elements that must find a place (of the checkpoint's or of the
+        min_coverage: Minimum share, 0 to 1, of the elements that must find a place (of the checkpoint's or of the
             model's, whichever share is larger); buffers count unless they are excluded.
         source_module: The module the checkpoint was saved from, for users who still have the old code.
         adapt: Operations that change values, asked for by name.

@@ -264,7 +264,7 @@ def apply_plan(
     """Fill a model in place by a plan that fits (:func:`lit_wsl.plan.plan.check_plan`), all or nothing.
 
     First every source is read and looked at and every target is checked; then everything is copied. Signals during
-    the copying are answered between two tensors as long as all can be taken back, Ctrl-C when the model is whole.
+    the copying are answered between two tensors as long as all can be taken back, Ctrl-C when every tensor is written.
 
     Args:
         plan: The plan.
@@ -466,7 +466,7 @@ def _copy(job: _Job, given: UndoLog | None) -> None:
             raise told from error
         try:
             answer()
-        except BaseException as error:  # too late to take back, and the model is whole
+        except BaseException as error:  # too late to take back, and every tensor is written
             names = tuple(name for entry in job.entries for name in job.written(entry))
             raise admit_loss(error, names, whole=True) from error
 

@@ -32,7 +32,7 @@ def check_floor(
         coverage: Its coverage.
         source: The checkpoint's side.
         target: The model's side.
-        min_coverage: Least share, 0 to 1, of the checkpoint's elements that found a place or of the model's that were
+        min_coverage: Minimum share, 0 to 1, of the checkpoint's elements that found a place or of the model's that were
             filled, whichever is larger; buffers count unless they are excluded.
 
     Raises:

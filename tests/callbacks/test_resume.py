@@ -34,7 +34,7 @@ def test_all_is_as_if_nothing_had_happened(case, tmp_path):
     assert runner.global_step == 20
     assert runner.current_epoch == 5
     assert not differing(new, uninterrupted, plan)
-    assert any("training goes on" in note for note in callback.report.notes)
+    assert any("training continues" in note for note in callback.report.notes)
 
 
 def test_optimizer_takes_the_same_steps_but_counts_from_zero(tmp_path):
