@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(
             f"lit-wsl: the command line needs {error.name}, which is not installed. Install the 'cli' extra of "
-            "lit_wsl, or: pip install 'jsonargparse[signatures]>=4.47'",
+            "lit_wsl, or: pip install 'jsonargparse[signatures]>=4.51'",
             file=sys.stderr,
         )
         return WRONG

@@ -139,9 +139,7 @@ class Resume:
                 "the file (plan.convert_checkpoint) and resume from it with trainer.fit(..., ckpt_path=...)."
             )
         if "restore_training_state" in vars(connector):
-            raise CheckpointError(
-                "one run can resume one training only: give all transfers but one resume='weights'."
-            )
+            raise CheckpointError("one run can resume one training only: give all transfers but one resume='weights'.")
         content = dict(
             as_mapping(without_dropped(dict(checkpoint.unread), self.options.drop, str(checkpoint.path))) or {}
         )

@@ -76,7 +76,12 @@ class MatchingOptions:
         if not self.shape_tolerance >= 0.0:
             raise MappingError(f"shape_tolerance must be at least 0, got {self.shape_tolerance!r}.")
         unknown = sorted(set(self.weights) - set(DEFAULT_WEIGHTS))
-        if unknown or any(w < 0 for w in self.weights.values()) or not sum(self.weights.values()) > 0:
+        if unknown:
+            known = ", ".join(map(repr, DEFAULT_WEIGHTS))
+            raise MappingError(
+                f"weights must give numbers for {known}; got {unknown[0]!r}.{did_you_mean(unknown[0], DEFAULT_WEIGHTS)}"
+            )
+        if any(w < 0 for w in self.weights.values()) or not sum(self.weights.values()) > 0:
             raise MappingError(
                 f"weights must give non-negative numbers, not all zero, for {sorted(DEFAULT_WEIGHTS)}; "
                 f"got {dict(self.weights)!r}."

@@ -320,6 +320,8 @@ def test_errors_name_what_is_wrong(tmp_path):
         WeightMapper(Old(), New()).suggest_mapping(threshold=2)
     with pytest.raises(MappingError, match="colour"):
         WeightMapper(Old(), New()).suggest_mapping(weights={"colour": 1})
+    with pytest.raises(MappingError, match="Did you mean 'hierarchy'"):
+        WeightMapper(Old(), New()).suggest_mapping(weights={"hierachy": 1})
     with pytest.raises(MappingError):
         WeightMapper.from_state_dict({}, New())
     with pytest.raises(MappingError, match=r"conv1\.weight"):

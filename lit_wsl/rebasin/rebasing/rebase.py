@@ -37,6 +37,7 @@ from lit_wsl.rebasin.responses import (
 from lit_wsl.rebasin.spec.apply import permute_axes
 from lit_wsl.rebasin.spec.axis import Permutations
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.structure.notebook import Summarised
 
 Method = Literal["auto", "add", "permute", "turn", "fit"]
 StateDict = Mapping[str, Tensor]
@@ -50,7 +51,7 @@ APART = 0.3
 
 
 @dataclass(frozen=True, eq=False)
-class RebaseResult:
+class RebaseResult(Summarised):
     """A fine-tuning on its new base.
 
     Attributes:
@@ -71,6 +72,16 @@ class RebaseResult:
     method: str
     missed: float | None
     warnings: tuple[str, ...]
+
+    def summary(self) -> str:
+        """How the task vector was carried, and what to know before the result is used."""
+        lines = [f"method: {self.method}"]
+        if self.missed is not None:
+            lines.append(f"outputs' change that went wrong: {self.missed:.1%}")
+        if self.gap is not None:
+            lines.append(f"midpoint gap of the bases: {self.gap:.4g}")
+        lines.append(f"tensors: {len(self.state_dict)}, of which the fine-tuning changed {len(self.task_vector)}")
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
     def __repr__(self) -> str:
         told = "" if self.missed is None else f", {self.missed:.0%} of the outputs' change missed"

@@ -80,6 +80,17 @@ def test_without_data_a_planted_permutation_carries_everything_exactly(spec, cas
     assert not any("running" in name for name in result.task_vector)
 
 
+def test_a_result_shows_itself_in_a_notebook_and_on_one_line(spec, case):
+    old, tuned, new, _ = case
+    result = rebase(spec, task_vector(tuned, old), old, new)
+    page = result._repr_html_()
+    assert page.startswith("<pre")
+    assert "method: permute" in page
+    assert all(warning[:20] in str(result) for warning in result.warnings)
+    assert "tensor(" not in page + repr(result)
+    assert "\n" not in repr(result)
+
+
 def test_with_data_too_and_statistics_are_those_of_the_batches(spec, case):
     old, tuned, new, wanted = case
     state = copy.deepcopy(new)
