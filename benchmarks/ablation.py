@@ -282,7 +282,8 @@ def main(argv: list[str] | None = None) -> int:
     text = markdown(counts, chosen, total, command)
     print(text)
     if options.json:
-        options.json.write_text(json.dumps({"command": command, "pairs": total, "rules": counts}, indent=1) + "\n")
+        rows = {rule.name: {"sort": rule.sort, **counts.get(rule.name, {})} for rule in chosen}
+        options.json.write_text(json.dumps({"command": command, "pairs": total, "rules": rows}, indent=1) + "\n")
         options.json.with_suffix(".md").write_text(f"# The rules of the matching, switched off\n\n{text}\n")
     return 0
 

@@ -253,7 +253,29 @@ TITLES = {
     "rebasin_llama": "Matching the shapes of a Llama",
     "convert": "Converting a checkpoint",
     "transfer_cost": "A transfer beside plain loading",
+    "decisions_copying": "Copying and looking, piece by piece or by torch",
+    "decisions_assignment": "Large assignments: the core beside scipy and lap",
+    "decisions_matching": "Weights and activations in one objective beside either alone",
 }
+
+
+def ablation() -> Iterator[str]:
+    """What each rule of the matching is worth."""
+    data = load("ablation.json")
+    if not data:
+        return
+    yield "### The rules of the matching, switched off\n\n"
+    yield (
+        f"{data['pairs']} random refactors, each rule switched off in turn: how many plans change, and how many more tensors are "
+        "right or wrong then. A *kind* of evidence finds matches, a *guard* holds doubtful ones back, a *means* takes part "
+        "in how matches are found. Several guards stand for one another, and some are there for cases that the refactors "
+        "do not make; what changes nothing here decides in a test of its own.\n\n"
+    )
+    yield "| rule off | sort | plans that change | right | wrong |\n|---|---|---:|---:|---:|\n"
+    for name, row in data["rules"].items():
+        cells = [row.get(key, 0) for key in ("pairs", "right", "wrong")]
+        yield f"| {name} | {row['sort']} | {cells[0]} | {cells[1]:+,} | {cells[2]:+,} |\n"
+    yield f"\n`{data['command']}`\n\n"
 
 
 def printed() -> Iterator[str]:
@@ -277,7 +299,7 @@ def printed() -> Iterator[str]:
 
 def render() -> str:
     """All tables that there are numbers for."""
-    parts = (gauntlet, scale, memory, reading, architectures, registered, timing, digits, printed)
+    parts = (gauntlet, ablation, scale, memory, reading, architectures, registered, timing, digits, printed)
     return "".join(piece for part in parts for piece in part())
 
 

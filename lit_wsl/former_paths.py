@@ -13,7 +13,9 @@ from types import ModuleType
 FORMER_PATHS = {
     "lit_wsl.callbacks.resume": "lit_wsl.convert.resume",
     "lit_wsl.checkpoint.convert": "lit_wsl.convert.checkpoint",
+    "lit_wsl.checkpoint.edit": "lit_wsl.checkpoint.document",
     "lit_wsl.checkpoint.inert": "lit_wsl.checkpoint.records",
+    "lit_wsl.checkpoint.pickler": "lit_wsl.checkpoint.saving",
     "lit_wsl.checkpoint.writing": "lit_wsl.files",
     "lit_wsl.mapper.options": "lit_wsl.matching.options",
     "lit_wsl.mapper.planner": "lit_wsl.matching.planner",
@@ -21,6 +23,7 @@ FORMER_PATHS = {
     "lit_wsl.mapper.scoring": "lit_wsl.matching.scoring",
     "lit_wsl.rebasin.apply": "lit_wsl.rebasin.spec.apply",
     "lit_wsl.rebasin.job_report": "lit_wsl.rebasin.job",
+    "lit_wsl.rebasin.matching.large_assignment": "lit_wsl.rebasin.matching.assignment",
     "lit_wsl.rebasin.spec_axis": "lit_wsl.rebasin.spec.axis",
     "lit_wsl.rebasin.task_vectors": "lit_wsl.rebasin.matching.weights",
     "lit_wsl.rebasin.verify": "lit_wsl.rebasin.inference.verify",

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_wsl.checkpoint import Checkpoint, atomic_save, open_checkpoint, replace_at, save_safetensors
-from lit_wsl.checkpoint.edit import with_entries
+from lit_wsl.checkpoint.document import with_entries
 from lit_wsl.checkpoint.records import as_mapping
 from lit_wsl.errors import CheckpointError, MappingError
 

@@ -1,6 +1,6 @@
 """Reading checkpoints of every format without running code, and writing them atomically."""
 
-from lit_wsl.checkpoint.edit import replace_at
+from lit_wsl.checkpoint.document import replace_at
 from lit_wsl.checkpoint.reader import Checkpoint, load_checkpoint_as_dict, open_checkpoint
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject
 from lit_wsl.checkpoint.saving import atomic_save, save_safetensors

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_wsl.checkpoint.edit import with_entries
+from lit_wsl.checkpoint.document import with_entries
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject
 
 _MOST_DIGITS = 1000

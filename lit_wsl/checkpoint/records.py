@@ -2,7 +2,7 @@
 
 A pickle is a list of orders: "call this function with these arguments, then give the result this state". Reading one
 safely means writing the orders down instead of following them. A record keeps all of them, in order, so that the same
-pickle can be written again (:mod:`lit_wsl.checkpoint.pickler`), and the tensors inside can be found.
+pickle can be written again (:mod:`lit_wsl.checkpoint.saving`), and the tensors inside can be found.
 """
 
 from __future__ import annotations

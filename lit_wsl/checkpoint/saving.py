@@ -3,20 +3,24 @@
 A temporary file is written in the folder of the target, flushed to disk (fsync), and renamed over it; then the folder's
 entry is flushed too. A crash, a full disk or ``kill -9`` at any moment leaves either the old file or the new one. What
 ``kill -9`` leaves of the temporary file is removed by the next write of the same target.
+
+Inert records become again the orders they were made from, nothing is imported: a checkpoint whose hyper-parameters are
+objects of classes that are not there (or not trusted) can be changed and written again, with those objects untouched.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
-from lit_wsl.checkpoint.pickler import save_with_records
-from lit_wsl.checkpoint.records import as_mapping, contains_foreign, foreign_calls
+from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping, contains_foreign, foreign_calls
 from lit_wsl.errors import CheckpointError
 from lit_wsl.files import atomic
 
@@ -44,7 +48,7 @@ def atomic_save(obj: Any, path: str | os.PathLike[str], *, keep_foreign: bool = 
 
     Args:
         obj: anything ``torch.save`` takes, inert records of foreign objects included (they are written as the same
-            orders that the original file had, see :mod:`lit_wsl.checkpoint.pickler`); for ``.safetensors`` a mapping
+            orders that the original file had); for ``.safetensors`` a mapping
             of names to tensors.
         path: the file to write.
         keep_foreign: whether to write records that call something of the file's choice, too: code, for whoever loads
@@ -146,3 +150,53 @@ def _errno_in(message: str) -> int | None:
     _, mark, rest = message.partition("(os error ")
     digits = rest.partition(")")[0]
     return int(digits) if mark and digits.isdigit() else None
+
+
+_PythonPickler: Any = pickle._Pickler  # the C pickler cannot be taught new types' opcodes
+
+
+class _RecordPickler(_PythonPickler):
+    """A pickler that writes records as the orders they hold."""
+
+    dispatch = _PythonPickler.dispatch.copy()
+
+    def save_foreign_name(self, name: ForeignName) -> None:
+        """Write a global without looking it up."""
+        if "\n" in name.module + name.name:
+            raise CheckpointError(f"{name!r} cannot be written: its name holds a line break.")
+        self.write(pickle.GLOBAL + f"{name.module}\n{name.name}\n".encode())
+        self.memoize(name)
+
+    dispatch[ForeignName] = save_foreign_name
+
+    def save_foreign_object(self, record: ForeignObject) -> None:
+        """Write the call, then appends, items and states in their order."""
+        if record.kwargs:
+            # __newobj_ex__ says the same as the NEWOBJ_EX operation, which needs protocol 4
+            self.save(ForeignName("copyreg", "__newobj_ex__"))
+            self.save((record.func, record.args, record.kwargs))
+            self.write(pickle.REDUCE)
+        else:
+            self.save(record.func)
+            self.save(record.args)
+            self.write(pickle.NEWOBJ if record.how == "newobj" else pickle.REDUCE)
+        self.memoize(record)
+        for kind, *values in record.orders:
+            for value in values:
+                self.save(value)
+            self.write({"append": pickle.APPEND, "setitem": pickle.SETITEM, "build": pickle.BUILD}[kind])
+
+    dispatch[ForeignObject] = save_foreign_object
+
+
+def save_with_records(obj: Any, file: Any) -> None:
+    """``torch.save`` for trees that hold inert records.
+
+    Raises:
+        CheckpointError: if a record cannot be written.
+    """
+    module = cast(Any, SimpleNamespace(Pickler=_RecordPickler, __name__="pickle"))
+    try:
+        torch.save(obj, file, pickle_module=module)
+    except RecursionError as error:
+        raise CheckpointError("The checkpoint's objects are nested too deep to be written again.") from error

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_wsl.checkpoint.document import LazyTensor, materialize
-from lit_wsl.checkpoint.edit import with_entries
+from lit_wsl.checkpoint.document import LazyTensor, materialize, with_entries
 from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.checkpoint.records import ForeignObject, as_mapping, children_of
 from lit_wsl.convert.optimizers import some

@@ -7,9 +7,8 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from lit_wsl.rebasin.matching import large_assignment
-from lit_wsl.rebasin.matching.assignment import assign, is_permutation
-from lit_wsl.rebasin.matching.large_assignment import assign_large
+from lit_wsl.rebasin.matching import assignment
+from lit_wsl.rebasin.matching.assignment import assign, assign_large, is_permutation
 
 SIZE = 200
 
@@ -57,7 +56,7 @@ def test_sum_is_the_largest(name):
 
 @pytest.mark.parametrize("name", ["normal", "half of it planted", "many ties", "planted weakly"])
 def test_core_is_enough_for_what_weights_look_like(name, monkeypatch):
-    monkeypatch.setattr(large_assignment, "_solve_dense", lambda *_: pytest.fail("the dense solver was asked"))
+    monkeypatch.setattr(assignment, "_solve_dense", lambda *_: pytest.fail("the dense solver was asked"))
     assert is_permutation(assign_large(families()[name]))
 
 
@@ -65,10 +64,10 @@ def test_entries_missing_in_the_first_core_join_it(monkeypatch):
     matrix = families()["normal"]
     best = assign_large(matrix)
     rounds = []
-    solve = large_assignment._solve_core
-    monkeypatch.setattr(large_assignment, "_solve_core", lambda *a: rounds.append(1) or solve(*a))
-    monkeypatch.setattr(large_assignment, "WIDTHS", (2.0,))
-    monkeypatch.setattr(large_assignment, "_solve_dense", lambda *_: pytest.fail("the dense solver was asked"))
+    solve = assignment._solve_core
+    monkeypatch.setattr(assignment, "_solve_core", lambda *a: rounds.append(1) or solve(*a))
+    monkeypatch.setattr(assignment, "WIDTHS", (2.0,))
+    monkeypatch.setattr(assignment, "_solve_dense", lambda *_: pytest.fail("the dense solver was asked"))
     assert torch.equal(assign_large(matrix), best)
     assert len(rounds) > 1
 
