@@ -179,23 +179,33 @@ class Responses:
         Returns:
             Every floating output of the model, one batch behind the other, as ``(samples, channels)``.
         """
+        kept: list[list[Tensor]] = []
+        for output in self.run(state_dict, listeners):
+            found = [torch.view_as_real(t) if t.is_complex() else t for t in output_tensors(output)]
+            kept = kept or [[] for _ in found]
+            for parts, tensor in zip(kept, found):
+                parts.append(tensor.double().flatten(0, max(0, tensor.ndim - 2)))
+        return [torch.cat(parts) for parts in kept]
+
+    @torch.no_grad()
+    def run(self, state_dict: Mapping[str, Tensor], listeners: Mapping[str, Listener]) -> Iterator[Any]:
+        """Run all batches as :meth:`listen` does, and give what the model returns to each.
+
+        Raises:
+            RebasinError: there is no batch.
+        """
         model = self.under(state_dict)
         hooks = [model.get_submodule(path).register_forward_hook(listen) for path, listen in listeners.items()]
-        kept: list[list[Tensor]] | None = None
+        empty = True
         try:
             for batch in self.batches:
-                found = [
-                    torch.view_as_real(t) if t.is_complex() else t for t in output_tensors(self.forward(model, batch))
-                ]
-                kept = [[] for _ in found] if kept is None else kept
-                for parts, tensor in zip(kept, found):
-                    parts.append(tensor.double().flatten(0, max(0, tensor.ndim - 2)))
+                empty = False
+                yield self.forward(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
-        if kept is None:
+        if empty:
             raise RebasinError("no batch to run the model on")
-        return [torch.cat(parts) for parts in kept]
 
     def outputs(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
         """Every floating output over all batches, ``(samples, channels)`` in float64.

@@ -13,7 +13,7 @@ from lit_wsl.rebasin.inference import rules_compute, rules_index, rules_shape  #
 from lit_wsl.rebasin.inference.groups import build_spec
 from lit_wsl.rebasin.inference.propagate import propagate
 from lit_wsl.rebasin.inference.run import Joint, Run
-from lit_wsl.rebasin.inference.trace import Trace, trace_forward, undisturbed
+from lit_wsl.rebasin.inference.trace import Trace, trace_forward, traceable
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
 MAX_PASSES = 6
@@ -56,7 +56,7 @@ def infer_permutation_spec(
     >>> [(group.name, group.size) for group in spec.groups.values()]
     [('0.weight:0', 8)]
     """
-    with undisturbed(model):
+    with traceable(model):
         trace = trace_forward(model, example_args, example_kwargs, outputs)
     spec = spec_from_trace(trace)
     spec = replace(spec, parameters=tuple(dict(model.named_parameters())))

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lit_wsl.errors import RebasinError
+from lit_wsl.structure.preserving import undisturbed
 
 MAX_INDEX = 4_000_000
 _READERS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
@@ -243,36 +244,21 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, plain math kernels, no gradients; afterwards mode, RNG, buffers and flags are as before.
+def traceable(model: nn.Module) -> Iterator[None]:
+    """The model undisturbed, without gradients and by plain kernels, which hide nothing.
 
     Train mode is entered for a moment first: some networks cache attention biases on the way into evaluation mode.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(undisturbed(model, guard=False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # The fused kernel hides the gates; the plain one shows them.
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            model.train()
-            model.eval()
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            model.train()
-            for module, training in modes:
-                module.training = training
-            after = dict(model.named_buffers())
-            for name, value in buffers.items():
-                if name in after and after[name].shape == value.shape:
-                    after[name].copy_(value)
+        model.train()
+        model.eval()
+        yield
 
 
 def trace_forward(
@@ -283,7 +269,7 @@ def trace_forward(
 ) -> Trace:
     """Run ``model(*example_args, **example_kwargs)`` once and record it.
 
-    The caller keeps the model undisturbed, see :func:`undisturbed`.
+    The caller keeps the model undisturbed, see :func:`traceable`.
 
     Raises:
         ForwardError: The model or ``outputs`` fails.

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.inference.trace import named_tensors, output_tensors, undisturbed
+from lit_wsl.rebasin.inference.trace import named_tensors, output_tensors, traceable
 from lit_wsl.rebasin.spec.apply import apply_permutation
 from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof
 
@@ -264,7 +264,7 @@ def verify_permutation_spec(
     Raises:
         RebasinError: The model fails in float64, or its outputs are not finite or not repeatable.
     """
-    with undisturbed(model):
+    with traceable(model):
         try:
             function = _Function(model, example_args, example_kwargs, outputs)
             return _Proving(function, perturbed_state(model, seed), seed, risk).prove(spec)

@@ -8,7 +8,6 @@ and standard deviation over data are the weighted means of the end points'; both
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.responses import (
     Forward,
+    Listener,
     Moments,
+    Responses,
     call_on_inputs,
     channel_axis,
     has_batch_statistics,
@@ -66,26 +67,14 @@ def repair(
     weights = [1.0 / len(endpoints)] * len(endpoints) if weights is None else list(weights)
     if len(weights) != len(endpoints):
         raise RebasinError(f"{len(endpoints)} end points but {len(weights)} weights")
-    layers = _hidden_layers(model, spec)
-    probe = copy.deepcopy(model).eval()
-    wanted: list[Statistics] = []
-    for endpoint in endpoints:
-        probe.load_state_dict(dict(endpoint))
-        wanted.append(_statistics(probe, layers, batches, forward))
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        done = 0
-        for name in wanted[0]:  # in the order of execution
-            now = _statistics(model, [name], batches, forward)[name]
-            mean = sum(w * found[name][0] for w, found in zip(weights, wanted))
-            std = sum(w * found[name][1] for w, found in zip(weights, wanted))
-            _fold(model.get_submodule(name), now, (torch.as_tensor(mean), torch.as_tensor(std)))
-            done += 1
-    finally:
-        for module, training in modes:
-            module.training = training
-    return done
+    layers, data = _hidden_layers(model, spec), Responses(model, batches, forward)
+    wanted = [_statistics(data, endpoint, layers) for endpoint in endpoints]
+    for name in wanted[0]:  # in the order of execution
+        now = _statistics(data, model.state_dict(), [name])[name]
+        mean = sum(w * found[name][0] for w, found in zip(weights, wanted))
+        std = sum(w * found[name][1] for w, found in zip(weights, wanted))
+        _fold(model.get_submodule(name), now, (torch.as_tensor(mean), torch.as_tensor(std)))
+    return len(wanted[0])
 
 
 def _hidden_layers(model: nn.Module, spec: PermutationSpec) -> list[str]:
@@ -99,28 +88,23 @@ def _hidden_layers(model: nn.Module, spec: PermutationSpec) -> list[str]:
     return names
 
 
-def _statistics(model: nn.Module, layers: Sequence[str], batches: Iterable[Any], forward: Forward) -> Statistics:
+def _statistics(data: Responses, state_dict: Mapping[str, Tensor], layers: Sequence[str]) -> Statistics:
     """Mean and standard deviation of every output channel of the layers over the batches, by first execution."""
     moments: dict[str, Moments] = {}
 
-    def listen(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def listen_as(name: str) -> Listener:
+        def listen(module: nn.Module, args: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 return
             axis = channel_axis(module, output)
             moments.setdefault(name, Moments()).add(output.movedim(axis, 0))
 
-        return hook
+        return listen
 
-    hooks = [model.get_submodule(name).register_forward_hook(listen(name)) for name in layers]
-    try:
-        for batch in batches:
-            forward(model, batch)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    for _ in data.run(state_dict, {name: listen_as(name) for name in layers}):
+        pass
     if layers and not moments:
-        raise RebasinError("no batch to repair the merged model with, or none of its hidden layers ran")
+        raise RebasinError("none of the merged model's hidden layers ran, so it cannot be repaired")
     return {name: (torch.as_tensor(found.mean), found.variance().sqrt()) for name, found in moments.items()}
 
 
