@@ -53,6 +53,8 @@ from lit_wsl.transfer.memory import (
     remember,
     shown,
     transfer_key,
+    was_trained_here,
+    watch_optimizers,
 )
 from lit_wsl.transfer.ranks import ALONE, Ranks, has_sharded_tensors, refuse_wrapped
 from lit_wsl.transfer.sides import Source, Target, open_source
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 extend_state_dicts()
+watch_optimizers()
 
 CHECKPOINT_KEY = "lit_wsl"  # what a checkpoint tells of the transfers that its weights started from
 Resume = Literal["weights", "optimizer", "all"]
@@ -74,7 +77,8 @@ class WeightTransferCallback(Callback):
     ``LightningModule.setup`` and ``configure_model`` for models that override these, and in any case before the
     optimizers are made. It is done once per model, and the model itself remembers it, for whichever trainer, callback
     or copy comes next: a ``test`` after a ``fit``, or a second ``fit``, continues with the weights that training left;
-    only layers that were built anew since are filled again. Another checkpoint may follow as long as nothing was
+    only layers that were built anew since are filled again. A model that was trained in this process without a transfer
+    is filled by a ``fit`` only, with a warning. Another checkpoint may follow as long as nothing was
     trained. Where the run itself restores a checkpoint (``ckpt_path``), that one wins and nothing is transferred.
 
     Nothing else changes: random generators, the order and augmentation of the data, modes, buffers, metrics and
@@ -350,6 +354,11 @@ class WeightTransferCallback(Callback):
         if recall(model) is None and is_known_trained(model):
             remember(model, "trained", "an earlier run of this process")
         memory = recall(model, self._before)
+        evaluates = trainer.state.fn != "fit" and memory is None and not self.again
+        if any(ranks.gather(evaluates and was_trained_here(model))):
+            why = f"{type(model).__name__} was trained before in this process, and this run only evaluates it"
+            self._yield_to(model, f"{why}; give again=True, or call transfer_weights, to fill it on purpose")
+            return
         only = self._to_fill(trainer, model, memory)
         if any(told != only for told in ranks.gather(only)):
             raise TransferError(
@@ -403,7 +412,9 @@ class WeightTransferCallback(Callback):
     def _transfer(self, trainer: pl.Trainer, made: _Made, only: frozenset[str] | None, *, late: bool) -> None:
         """Apply, report, and resume the old training if asked to."""
         model, prepared = made.model, made.prepared
-        given = only is None and was_given_weights(model) and recall(model) is None
+        unknown = only is None and recall(model) is None
+        given = unknown and was_given_weights(model)
+        trained = unknown and was_trained_here(model)
         resuming, undo = None, None
         if self._resume_options is not None and trainer.state.fn == "fit" and only is None:
             options = self._resume_options
@@ -427,6 +438,12 @@ class WeightTransferCallback(Callback):
                 f"weights that load_state_dict gave {type(model).__name__} before were replaced by those of "
                 f"{shown(self.checkpoint)}; if they were trained, leave this callback out, or load them with "
                 "load_from_checkpoint or ckpt_path=",
+            )
+            rank_zero_warn(f"Weight transfer: {warnings[-1]}.")
+        if trained and not self.again:
+            warnings += (
+                f"weights of {type(model).__name__} that were trained before in this process were replaced by those "
+                f"of {shown(self.checkpoint)}; if that was not intended, leave this callback out",
             )
             rank_zero_warn(f"Weight transfer: {warnings[-1]}.")
         if only is not None:

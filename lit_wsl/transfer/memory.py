@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lit_wsl.checkpoint.remote import is_address
 from lit_wsl.transfer.ranks import held_part, is_sharded
@@ -266,6 +268,35 @@ def is_known_trained(model: nn.Module) -> bool:
     if own not in _trained:
         _fresh.add(own)
     return own in _trained
+
+
+_stepped: Any = WeakIdKeyDictionary()  # parameters over which an optimizer of this process has stepped
+_watched: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+
+
+def watch_optimizers() -> None:
+    """Note from now on which parameters optimizers train, whoever runs them."""
+    if not _watching:
+        _watching.append(register_optimizer_step_post_hook(_note_step))
+
+
+_watching: list[Any] = []
+
+
+def _note_step(optimizer: Optimizer, *_: Any) -> None:
+    size = sum(len(group["params"]) for group in optimizer.param_groups)
+    if _watched.get(optimizer) != size:  # groups may be added
+        _watched[optimizer] = size
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                _stepped[parameter] = True
+
+
+def was_trained_here(model: nn.Module) -> bool:
+    """Whether optimizers of this process have trained most of what is trainable in a model."""
+    trainable = [p for p in model.parameters() if p.requires_grad and not is_lazy(p)]
+    trained = sum(p.numel() for p in trainable if p in _stepped)
+    return bool(trained) and 2 * trained >= sum(p.numel() for p in trainable)
 
 
 def _fingerprint(model: nn.Module) -> str:

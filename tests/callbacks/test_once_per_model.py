@@ -326,3 +326,27 @@ def test_weights_that_were_trained_here_are_known_in_a_new_model_that_is_made_of
     assert world.wrong == []
     world.check_fit(world.model(), world.transfer())
     assert world.wrong == []
+
+
+def test_a_model_that_was_trained_without_the_callback_is_not_overwritten_by_an_evaluation(world):
+    model = world.model()
+    world.run("fit", model)
+    trained = weights(model)
+    transfer = world.transfer()
+    world.run("test", model, transfer)
+    assert same(weights(model), trained)
+    assert not transfer.report.applied
+    assert "again=True" in transfer.report.notes[0]
+    world.run("test", model, world.transfer(again=True))
+    assert same(weights(model), world.old)
+
+
+def test_a_fit_fills_a_model_that_was_trained_without_the_callback_and_warns(world):
+    model, transfer = world.model(), world.transfer()
+    world.run("fit", model)
+    with pytest.warns(UserWarning, match="trained before in this process"):
+        world.check_fit(model, transfer)
+    assert world.wrong == []
+    fresh = world.transfer()
+    world.check_fit(world.model(), fresh)  # what others trained is no matter
+    assert not fresh.report.warnings
