@@ -22,6 +22,7 @@ FORMER_PATHS = {
     "lit_wsl.mapper.proof": "lit_wsl.matching.proof",
     "lit_wsl.mapper.scoring": "lit_wsl.matching.scoring",
     "lit_wsl.rebasin.apply": "lit_wsl.rebasin.spec.apply",
+    "lit_wsl.rebasin.inference.writes": "lit_wsl.rebasin.inference.propagate",
     "lit_wsl.rebasin.job_report": "lit_wsl.rebasin.job",
     "lit_wsl.rebasin.matching.large_assignment": "lit_wsl.rebasin.matching.assignment",
     "lit_wsl.rebasin.spec_axis": "lit_wsl.rebasin.spec.axis",

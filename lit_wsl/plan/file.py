@@ -322,23 +322,21 @@ class Line:
     members: tuple[int, ...]
 
 
-def fold_rows(
-    rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable], key_side: int = -1
-) -> tuple[list[Line], Order]:
+def fold_rows(rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable]) -> tuple[list[Line], Order]:
     """Fold rows into lines.
 
     Args:
-        rows: For each row its sides, and for each side its names: sources and targets, or a single name.
+        rows: For each row its sides, and for each side its names: sources and targets, or a single name. The first
+            name of the last side places the row.
         keys: What must be equal within a line (operations, shapes), one per row.
-        key_side: The side whose first name places the row.
 
     Returns:
         The lines, and how their rows are ordered: ``tree`` (by modules, see :func:`registration_order`), ``sorted``
         (by name) or ``listed`` (line by line; less is folded then).
     """
-    names = [row[key_side][0] for row in rows]
+    names = [row[-1][0] for row in rows]
     described = _Names(names)
-    lines, plain = _fold_plain(rows, keys, described.guarded(), key_side)
+    lines, plain = _fold_plain(rows, keys, described.guarded())
     in_order = list(range(len(rows)))
     lines.sort(key=lambda line: min(line.members))
     if unfold_order("tree", lines, names) == in_order:
@@ -405,7 +403,7 @@ def _is_run(members: Sequence[int]) -> bool:
 
 
 def _fold_plain(
-    rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable], guarded: Sequence[str], key_side: int
+    rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable], guarded: Sequence[str]
 ) -> tuple[list[Line], list[tuple[str | tuple[str, ...], ...]]]:
     """Fold the rows whose names can stand in patterns; give also what each row would look like alone."""
     lines: list[Line] = []
@@ -421,8 +419,8 @@ def _fold_plain(
             continue
         sides = [fold_list(names) for names in row]
         alone.append(tuple(", ".join(side) for side in sides))
-        if len(row[key_side]) == 1:
-            sides[key_side] = [guarded[position]]
+        if len(row[-1]) == 1:
+            sides[-1] = [guarded[position]]
         texts = [text for side in sides for text in side]
         brackets: tuple[str, ...] = ()
         if any("[" in text for text in texts):
