@@ -3,8 +3,8 @@
 What holds for every operation is seen to here, so that no rule has to: what enters an operation without a rule stays as
 it is, and so does a tensor that its rule did not look at, and a result of another shape than its rule says.
 
-What is written into a view is put back into the tensor that it is a view of: a loop that fills ``out[:, t] = h`` does
-so. What the whole tensor is moved by then, is what a concatenation of the parts would be moved by. Views that were taken
+What is written into a view is put back into the tensor it is a view of, as a loop that fills ``out[:, t] = h`` does.
+What the whole tensor is moved by then, is what a concatenation of the parts would be moved by. Views that were taken
 before are labelled anew when they are read.
 """
 
