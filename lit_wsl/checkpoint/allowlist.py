@@ -20,8 +20,6 @@ from lit_wsl.checkpoint.records import ForeignName, ForeignObject
 from lit_wsl.errors import CheckpointError
 
 MAX_DIMENSIONS = 64  # torch's own limit for most operations
-
-
 MAX_EXPANDED = 1 << 24  # elements of a tensor that repeats its storage (stride 0); bounds what a copy of it can take
 
 
@@ -255,8 +253,6 @@ STORAGE_DTYPES |= {(f"torch.{where}", name): dtype for (_, name), dtype in list(
 
 
 KEY_BUDGET = 256  # parts of one dict key; nested tuples hash in exponential time and unbounded recursion
-
-
 MAX_INT_KEY = 1 << 60  # beyond, ints can be chosen so that their hashes all collide
 
 

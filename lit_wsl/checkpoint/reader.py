@@ -27,8 +27,6 @@ from lit_wsl.structure.arguments import require_path
 from lit_wsl.structure.description import memory_of
 
 ReadFile = Callable[[Path], Document]
-
-
 MAX_INDEX = 256 << 20
 
 

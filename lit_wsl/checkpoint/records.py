@@ -155,8 +155,6 @@ _PLAIN = {
 
 
 _CALLS = frozenset((module, name) for module, names in _PLAIN.items() for name in names)
-
-
 _BASES = frozenset(("builtins", name) for name in ("object", "dict", "list", "tuple", "str", "int", "float", "set"))
 
 

@@ -21,8 +21,6 @@ from lit_wsl.checkpoint.records import as_mapping
 from lit_wsl.checkpoint.unpickler import Unpickled, unpickle
 
 MAX_MEMBERS = 4_000_000
-
-
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 
 
@@ -176,17 +174,9 @@ def _common_folder(names: list[str]) -> str:
 
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-
-
 LEGACY_PROTOCOL = 1001
-
-
 MAX_PICKLE = 1 << 30
-
-
 VERIFIED = 64 << 20  # bytes up to which every checksum is compared when a file is opened; more only when asked for
-
-
 MANY = 20_000  # names allowed to be read twice; beyond, the same answer is not worth the time
 
 

@@ -17,8 +17,6 @@ from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
 
 MAX_NAMES = 4_000_000
-
-
 MAX_MODULE_DEPTH = 300
 
 
@@ -142,11 +140,7 @@ def attributes(value: Any) -> dict[Any, Any]:
 
 
 Leaf = Tensor | LazyTensor
-
-
 MAX_NEST = 6
-
-
 AVERAGE_WORDS = frozenset({"ema", "average", "averaged", "averaging", "avg", "swa", "shadow", "polyak"})
 
 

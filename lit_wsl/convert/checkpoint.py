@@ -108,8 +108,6 @@ def gather_optimizers(entries: dict[Hashable, Any]) -> None:
 
 
 ARGUMENTS = frozenset({"hyper_parameters", "datamodule_hyper_parameters"})  # what nothing restores
-
-
 TRAINING = frozenset({"optimizer_states", "lr_schedulers", "callbacks"})  # what ``save_weights_only`` leaves out
 
 

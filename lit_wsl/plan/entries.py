@@ -12,8 +12,6 @@ from lit_wsl.plan.operations import Cast, Operation
 from lit_wsl.structure.description import Kind, ModelDescription, Shape
 
 Side = Literal["source", "target"]
-
-
 Proof = Literal["proven", "refuted", "not tested"]
 ProofBy = Literal["function", "data", ""]
 

@@ -59,8 +59,6 @@ from lit_wsl.structure.description import Kind, Shape
 from lit_wsl.structure.families import Family, Slot, fold, ranges
 
 T = TypeVar("T")
-
-
 _MISSING: Any = object()
 
 
@@ -211,8 +209,6 @@ class Fields:
 
 
 MAX_YAML_BYTES = 8 * 2**20  # PyYAML needs about a second per MiB
-
-
 MAX_YAML_DEPTH = 64
 
 
@@ -295,17 +291,9 @@ def parse_yaml(text: str) -> Any:
 
 
 Order = Literal["tree", "sorted", "listed"]
-
-
 ORDERS: tuple[Order, ...] = get_args(Order)
-
-
 _INDEX = re.compile(r"(?<![^_/])\d+(?![^_/])")
-
-
 _BRACKETS = re.compile(r"\[[^\]]*\]")
-
-
 _GUARD = "\0"  # put before digits that must not be folded; no plain name holds it
 
 
@@ -561,11 +549,7 @@ def _merged(items: list[str], after: dict[str, dict[str, None]]) -> list[str]:
 
 
 FORMAT = "lit_wsl.plan"
-
-
 VERSION = 1
-
-
 SECTIONS = ("entries", "ambiguous", "unmatched_source", "unmatched_target")
 
 
@@ -830,8 +814,6 @@ def _json(document: Mapping[str, Any]) -> str:
 
 
 MAX_BYTES = 256 * 2**20
-
-
 Rows = list[tuple[tuple[str, ...], ...]]
 
 

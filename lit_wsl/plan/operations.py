@@ -15,8 +15,6 @@ from torch import Tensor
 from lit_wsl.errors import PlanError
 
 Shape = tuple[int, ...]
-
-
 MAX_TENSORS = 1_000_000  # results of one operation; a plan that asks for more is damaged, and would fill the memory
 
 

@@ -31,14 +31,8 @@ from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.notebook import Summarised
 
 On = Literal["task_vectors", "weights"]
-
-
 Merge = Literal["average", "task_arithmetic"]
-
-
 Matching = Literal["weights", "best"]
-
-
 StateDict = Mapping[str, Tensor]
 
 

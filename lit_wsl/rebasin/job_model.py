@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 
 Outputs: TypeAlias = Callable[[Any], Any]
-
-
 INTERNAL = ("hidden_state", "hidden_states", "attentions", "past_key_values")
 
 
@@ -117,8 +115,6 @@ def resolve_outputs(given: Outputs | str | None) -> Outputs | None:
 
 
 LITTLE = 0.5
-
-
 UNPROVEN = "the permutation spec is not proven on this model"
 SHARDED = (
     "the model is sharded, and its symmetries cannot be inferred on one rank alone. Infer them once on the whole "

@@ -27,8 +27,6 @@ from lit_wsl.report.terminal import COLOURS, LEGEND, Bar, View, Wrapped, score_t
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 
 MOST_EXPLAINED = 600  # steps of a report with a runner-up each; of more, the least certain ones
-
-
 _CERTAIN = 0.3  # minimum margin of a step that words are learned from, as in the matching itself
 
 
@@ -206,8 +204,6 @@ def _info(side: ModelDescription, name: str) -> ParameterInfo:
 
 
 QUICK = 4  # rivals scored per step of a report
-
-
 THOROUGH = 64  # rivals scored where one tensor is asked for
 
 

@@ -44,23 +44,11 @@ from lit_wsl.structure.description import ModelDescription, ParameterGroup
 from lit_wsl.structure.families import fold
 
 COLOURS: dict[Confidence, str] = {"high": "green", "medium": "yellow", "low": "red"}
-
-
 MARKS: dict[Confidence, str] = {"high": "", "medium": "?", "low": "!"}
-
-
 MOST_ROWS = 20  # of the coverage by module; what is loaded in full is left out first
-
-
 _SHOWN = 8  # families of tensors listed per kind of gap; the JSON report has them all
-
-
 _NEAREST = 3  # nearest partners named per reason
-
-
 _CANDIDATES = 4  # names of targets and candidates listed per open question
-
-
 LEGEND = "score: no mark above 0.8, ? from 0.6 to 0.8, ! below 0.6"
 
 
@@ -176,8 +164,6 @@ class Bar:
 
 
 NARROW_HEAD = 30  # columns that score, operation and count take
-
-
 SIDE_BY_SIDE = 120  # columns from which source and target stand beside each other
 
 

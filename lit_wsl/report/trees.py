@@ -194,8 +194,6 @@ def _runs(children: Sequence[ModuleNode], facts: Mapping[str, _Facts], *, in_blo
 
 
 SIDE_BY_SIDE = 76  # columns from which the trees stand beside each other
-
-
 _MATCHED = {"all": ("●", "green"), "part": ("~", "yellow"), "none": ("○", "red")}
 
 

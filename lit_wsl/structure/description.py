@@ -20,11 +20,7 @@ from torch import Tensor, nn
 from lit_wsl.errors import MappingError
 
 Shape = tuple[int, ...]
-
-
 Kind = Literal["parameter", "buffer"]
-
-
 _TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 

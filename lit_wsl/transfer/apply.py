@@ -32,20 +32,10 @@ from lit_wsl.transfer.ranks import ALONE, Ranks, copy_into_shard, has_sharded_te
 from lit_wsl.transfer.undo import UndoLog, admit_loss, interrupt_later, only_filler, room_on_disk, same_bits
 
 _PIECE = 1 << 18  # bytes; one of the target and one of the source fit every second-level cache
-
-
 _THREADS_PIECE = 1 << 20  # threads wait for the interpreter between two pieces, so theirs are larger
-
-
 _STRETCH = 1 << 23  # bytes that a thread takes at a time
-
-
 _MOST_THREADS = 8  # more do not copy faster: the memory is the limit, and they wait for each other between two pieces
-
-
 _CHUNK = 1 << 24  # elements looked at in one go; bounds the temporary memory of a check
-
-
 _Array = np.ndarray  # one-dimensional
 
 
@@ -202,14 +192,8 @@ _CHECKS: dict[torch.dtype, Callable[[_Array], bool]] = {
 
 
 _UNDO_MEMORY = 16 << 20  # bytes the undo log may take; as much again is kept spare
-
-
 _VIEWS = frozenset({"permute", "transpose", "reshape", "split", "unstack", "fan_out"})  # allocate nothing, cannot fail
-
-
 Progress = Callable[[str, int], None]
-
-
 Look = Callable[[PlanEntry, Sequence[Tensor]], None]
 
 

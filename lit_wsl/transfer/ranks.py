@@ -25,11 +25,7 @@ from lit_wsl import errors
 from lit_wsl.errors import LitWslError, TransferError
 
 T = TypeVar("T")
-
-
 _SAMPLED = 64  # tensors of which values are compared between ranks
-
-
 _ENDS = 256  # values at either end of each
 
 

@@ -151,17 +151,9 @@ def _differing(units: Array, places: Array, group_of: Array, colour: np.ndarray)
 
 
 Place = tuple[int, int]
-
-
 DIFFERS = "differs between the blocks of another axis"
-
-
 CROSSING = "used in blocks that overlap"
-
-
 UNUSED = "not used in the example call"
-
-
 _NOWHERE = np.iinfo(np.int64).max
 
 

@@ -14,8 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
-
-
 Integer = TypeVar("Integer", bound=np.integer[Any])
 
 
@@ -71,11 +69,7 @@ def distinct_rows(matrix: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray
 
 
 Array = NDArray[np.int64]
-
-
 FIXED = 0
-
-
 _MAX_DEPTH = 8
 
 

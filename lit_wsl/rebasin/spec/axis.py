@@ -184,8 +184,6 @@ def lexsort(keys: list[Tensor]) -> Tensor:
 
 
 FORMAT = "lit_wsl.permutation_spec"
-
-
 VERSION = 1
 
 
