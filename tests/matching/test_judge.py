@@ -175,7 +175,7 @@ def test_what_the_loss_refutes_is_not_loaded(trained, points, batches):
     torch.manual_seed(1)
     new = Outlet()
     sides = describe(trained.state_dict()), describe(new)
-    plan = doubtful(build_plan(*sides, MatchingOptions.make()))
+    plan = doubtful(build_plan(*sides, MatchingOptions()))
     assert len(plan.entries) == 8
     judged = judge_by_loss(plan, sides, trained.state_dict(), LossMeter(new, loss, batches))
     assert (judged.entries, judged.proof, judged.proof_by) == ((), "refuted", "data")
