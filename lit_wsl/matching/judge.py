@@ -1,10 +1,9 @@
 """Proof on data: the model's own loss decides what names and shapes leave open.
 
-Decisions (:mod:`lit_wsl.matching.space`) are searched from the best guess: undecided layers are switched off first and
-on again where they help most, so that what is wrong elsewhere does not drown what is right here. What is found is then
-tested. All candidates see the same samples; one is taken only if every rival is worse in paired tests over the
-samples, at a risk of ``RISK`` shared by all rivals that were tried; close rivals get more batches, and then a second
-witness: the norm of the loss's gradient, which is small only where training has stopped.
+Decisions (:mod:`lit_wsl.matching.space`) are searched (:mod:`lit_wsl.matching.search`), what is found is tested. All
+candidates see the same samples; one is taken only if every rival is worse in paired tests over the samples, at a risk
+of ``RISK`` shared by all that was tried. Close rivals get a second witness, the norm of the loss's gradient, which is
+small only where training has stopped, and then more batches.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import combinations
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.special import bdtr, stdtr
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from lit_wsl.matching.entries import cast_between
 from lit_wsl.matching.layouts import leave_open
+from lit_wsl.matching.search import Budget, Choice, Search, Trials
 from lit_wsl.matching.space import Space, is_doubtful
 from lit_wsl.plan.entries import Ambiguity, Candidate, Decided, Measured, PlanEntry, Proof, ProofBy
 from lit_wsl.plan.operations import run_operations
@@ -31,14 +30,11 @@ from lit_wsl.structure.losses import LossMeter, NoDataError
 from lit_wsl.structure.running import hindrance
 
 RISK = 0.01  # of one wrong decision among all rivals tried
-SCREEN = 8  # samples that rivals are compared on first
 PASSES = 64.0  # most forward passes of a whole batch
-OFF = -1
+SEARCH = 0.6  # share of them that the search may take
 BY_LOSS = "the loss on data decides it"
 REFUTED = "the loss on data refutes what names and shapes say, and does not say what is right"
 STILL_OPEN = "the loss on data does not decide between the candidates"
-
-Choice = tuple[int, ...]
 
 
 def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -> float:
@@ -72,224 +68,47 @@ def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -
     return min(1.0, 2 * student, 2 * sign)
 
 
-def _silent(text: str) -> None:
-    """Say nothing."""
-
-
-@dataclass
-class Budget:
-    """What the trials may cost."""
-
-    seconds: float
-    passes: float
-    meter: LossMeter
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def left(self) -> bool:
-        """Whether the search may make another trial."""
-        return self.in_time and self.meter.passes < self.passes
-
-    @property
-    def in_time(self) -> bool:
-        """Whether there is time for another trial."""
-        return time.monotonic() - self.started < self.seconds
-
-
 class LossJudge:
-    """Searches the decisions of a space by the loss, and tests what it finds.
+    """Tests what a search has found.
 
     Args:
-        space: The decisions.
-        tensors: The checkpoint's tensors.
-        meter: Measures losses.
-        fixed: Values of what is not open, by name in the model.
-        budget: What it may cost.
-        tell: Told of every trial.
+        trials: Measures choices.
     """
 
-    def __init__(
-        self,
-        space: Space,
-        tensors: Mapping[str, Tensor],
-        meter: LossMeter,
-        fixed: Mapping[str, Tensor],
-        budget: Budget,
-        tell: Callable[[str], None] = _silent,
-    ) -> None:
-        self.space, self.tensors, self.meter, self.fixed, self.budget, self.tell = (
-            space,
-            tensors,
-            meter,
-            fixed,
-            budget,
-            tell,
-        )
-        self.seen: dict[tuple[Choice, int], list[float]] = {}
-        self.screen = SCREEN // 2 if meter.elements >= SCREEN else SCREEN
-
-    # -- measuring -------------------------------------------------------------------------------------------------
-
-    def state(self, choice: Choice) -> dict[str, Tensor]:
-        """What a choice puts into the model; zeros for what is switched off."""
-        out = dict(self.fixed)
-        for entry, on in self.space.entries(choice):
-            values = run_operations(entry.operations, [self.tensors[s] for s in entry.sources])
-            for name, value, shape in zip(entry.targets, values, entry.target_shapes):
-                out[name] = value.reshape(shape).contiguous() if on else torch.zeros(shape, dtype=value.dtype)
-        return out
-
-    def losses(self, choice: Choice, batch: int = -1) -> list[float]:
-        """Losses of a choice on a batch; on the samples of the screening for -1."""
-        key = choice, batch
-        if key not in self.seen:
-            try:
-                state = self.state(choice)
-                self.seen[key] = self.meter.losses(state, max(batch, 0), self.screen if batch < 0 else None)
-            except (ValueError, RuntimeError) as error:  # a candidate that can't run is no answer
-                if not self.seen:
-                    raise
-                self.seen[key] = [math.inf] * len(next(iter(self.seen.values())))
-                self.tell(str(error))
-        return self.seen[key]
-
-    def score(self, choice: Choice) -> float:
-        """Mean loss on the screening."""
-        values = self.losses(choice)
-        mean = sum(values) / len(values)
-        return mean if math.isfinite(mean) else math.inf
-
-    # -- searching -------------------------------------------------------------------------------------------------
-
-    def search(self) -> Choice:
-        """The choice of the least loss that is found from several starts."""
-        start = self.space.first
-        total = math.prod(len(d.options) for d in self.space.decisions)
-        if total <= 192:
-            return min(self._all(), key=self.score, default=start)
-        found = [self._climb(start), self._switch_on(start)]
-        best = min(found, key=self.score)
-        for _ in range(3):
-            better = self._pairs(best)
-            if self.score(better) >= self.score(best):
-                break
-            best = self._climb(better)
-        return best
-
-    def _all(self) -> list[Choice]:
-        choices: list[Choice] = [()]
-        for decision in self.space.decisions:
-            choices = [(*c, o) for c in choices for o in range(len(decision.options))]
-        return [c for c in choices if self.budget.left or (c, -1) in self.seen]
-
-    def _neighbours(self, choice: Choice, decision: int) -> list[Choice]:
-        return [
-            (*choice[:decision], o, *choice[decision + 1 :])
-            for o in range(len(self.space.decisions[decision].options))
-            if o != choice[decision]
-        ]
-
-    def _climb(self, choice: Choice, among: Sequence[int] | None = None) -> Choice:
-        """Change one decision after the other, the most decisive first, until nothing gets better."""
-        places = range(len(choice)) if among is None else among
-        while self.budget.left:
-            table = sorted(
-                (self.score(other), d, other[d])
-                for d in places
-                if choice[d] != OFF
-                for other in self._neighbours(choice, d)
-                if self.budget.left
-            )
-            before = self.score(choice)
-            for score, d, option in table:
-                if score >= before:
-                    break
-                other = (*choice[:d], option, *choice[d + 1 :])
-                if self.score(other) < self.score(choice):
-                    choice = other
-            if self.score(choice) >= before:
-                break
-        return choice
-
-    def _switch_on(self, start: Choice) -> Choice:
-        """Begin with all undecided layers switched off, and switch on what helps most."""
-        groups = self.space.switches
-        choice = tuple(OFF if any(d == g[0] for g in groups) else o for d, o in enumerate(start))
-        choice = self._climb(choice, self.space.others)
-        waiting = list(groups)
-        gains: dict[int, float] = {}
-        while waiting and self.budget.left:
-            order = sorted(waiting, key=lambda g: gains.get(g[0], -math.inf))
-            best, best_group = None, order[0]
-            for group in order:
-                if best is not None and gains.get(group[0], -math.inf) > self.score(best) - self.score(choice):
-                    break  # it was worse before, when less was decided
-                lit = self._light(choice, start, group)
-                gains[group[0]] = self.score(lit) - self.score(choice)
-                if best is None or self.score(lit) < self.score(best):
-                    best, best_group = lit, group
-            assert best is not None
-            choice = self._climb(best, self.space.others)
-            waiting.remove(best_group)
-        choice = tuple(start[d] if o == OFF else o for d, o in enumerate(choice))
-        return self._climb(choice)
-
-    def _light(self, choice: Choice, start: Choice, group: Sequence[int]) -> Choice:
-        """The best way to switch one layer group on: its own decisions, jointly where they are few."""
-        head = group[0]
-        lit = [
-            (*choice[:head], o, *choice[head + 1 :])
-            for o in range(len(self.space.decisions[head].options))
-            if self.budget.left
-        ] or [(*choice[:head], start[head], *choice[head + 1 :])]
-        second = next((d for d in group[1:] if len(self.space.decisions[d].options) > 2), None)
-        if second is not None and len(lit) * len(self.space.decisions[second].options) <= 48:
-            lit += [n for c in lit for n in self._neighbours(c, second) if self.budget.left]
-        best = min(lit, key=self.score)
-        return self._climb(best, group)
-
-    def _pairs(self, choice: Choice) -> Choice:
-        """The best change of two decisions of one group of layers, or of one and the numbering, at once."""
-        best = choice
-        for group in self.space.switches:
-            for d, e in combinations([*group, *self.space.others], 2):
-                if len(self.space.decisions[d].options) * len(self.space.decisions[e].options) > 30:
-                    continue
-                for other in self._neighbours(choice, d):
-                    for both in self._neighbours(other, e):
-                        if not self.budget.left:
-                            return best
-                        if self.score(both) < self.score(best):
-                            best = both
-        return best
-
-    # -- testing ---------------------------------------------------------------------------------------------------
+    def __init__(self, trials: Trials) -> None:
+        self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
 
     def rivals(self, choice: Choice) -> dict[int, list[Choice]]:
-        """The other options of each decision, the rest as chosen."""
-        return {d: self._neighbours(choice, d) for d in range(len(choice)) if len(self.space.decisions[d].options) > 1}
+        """The other options of each decision, the rest as chosen; those that mean the same are no rivals."""
+        own = self.space.meaning(choice)
+        out = {}
+        for d, decision in enumerate(self.space.decisions):
+            others = [(*choice[:d], o, *choice[d + 1 :]) for o in range(len(decision.options)) if o != choice[d]]
+            out[d] = [c for c in others if self.space.is_consistent(c) and self.space.meaning(c) != own]
+        return {d: others for d, others in out.items() if others}
 
     def test(self, choice: Choice) -> tuple[Choice, dict[Choice, float]]:
-        """Compare a choice with its rivals on more and more batches, until all are worse or nothing is left.
+        """Compare a choice with its rivals on more and more samples, until all are worse or nothing is left.
 
         Returns:
             The choice, another one if a rival turned out better; the risk of each rival.
         """
         rivals = [r for group in self.rivals(choice).values() for r in group]
-        trials = max(len(self.seen), len(rivals), 1)
-        level = RISK / trials / 4
+        count = max(len(self.trials.tried), len(rivals), 1)
+        level = RISK / count / 4
         rounding = 1e-6 * max(abs(self.score(choice)), 1e-6)
         risks: dict[Choice, float] = {}
+        trials, close, samples, batch = self.trials, list(rivals), 0, 0
         known: dict[Choice, list[float]] = {}
-        close = list(rivals)
-        for batch in (-1, *range(64)):
-            if not close or (batch > 0 and not self.meter.has(batch)):
+        while close and self.budget.left():
+            samples = trials.more(samples)
+            if batch == 0:
+                known = {c: trials.losses(c, samples) for c in (choice, *close) if c == choice or self.budget.left()}
+            elif trials.meter.has(batch):
+                known = {c: [*known[c], *trials.losses(c, batch=batch)] for c in (choice, *close)}
+            else:
                 break
-            if not self.budget.in_time and batch >= 0:
-                break
-            for c in (choice, *close):
-                fresh = self.losses(c, batch)
-                known[c] = fresh if batch == 0 else [*known.get(c, []), *fresh]  # batch 0 holds the screening's samples
+            close = [c for c in close if c in known]
             means = {c: sum(known[c]) / len(known[c]) for c in close}
             least = min(close, key=lambda c: means[c])
             if risk_of(known[choice], known[least], rounding) < level:
@@ -297,29 +116,33 @@ class LossJudge:
             for c in close:
                 risks[c] = risk_of(known[c], known[choice], rounding)
             close = [c for c in close if risks[c] >= level]
-        for c in close:
-            if self.budget.in_time:
-                risks[c] = min(risks[c], self._second_witness(choice, c, known, rounding))
-        return choice, {c: min(1.0, risks.get(c, 1.0) * trials * 4) for c in rivals}
+            if samples >= trials.size:
+                close = self._by_gradient(choice, close, known, risks, level) if batch == 0 else close
+                batch += 1
+        return choice, {c: min(1.0, risks.get(c, 1.0) * count * 4) for c in rivals}
 
-    def _second_witness(
-        self, choice: Choice, rival: Choice, known: Mapping[Choice, list[float]], rounding: float
-    ) -> float:
-        """Risk by the norm of the gradient, where the loss does not speak for the rival."""
-        if rival not in known or sum(known[rival]) <= sum(known[choice]) + rounding:
-            return 1.0
-        try:
-            steep, flat = [], []
-            for batch in range(4):
-                if not self.meter.has(batch):
-                    break
-                steep += self.meter.gradients(self.state(rival), batch)
-                flat += self.meter.gradients(self.state(choice), batch)
-        except (RuntimeError, ValueError):  # no gradient here
-            return 1.0
-        if min((*steep, *flat), default=0.0) <= 0.0:
-            return 1.0
-        return risk_of([math.log(v) for v in steep], [math.log(v) for v in flat], 1e-4)
+    def _by_gradient(
+        self,
+        choice: Choice,
+        close: Sequence[Choice],
+        known: Mapping[Choice, list[float]],
+        risks: dict[Choice, float],
+        level: float,
+    ) -> list[Choice]:
+        """Rivals that remain when the norm of the gradient has been heard, where the loss does not speak for them."""
+        flat: list[float] = []
+        for c in close:
+            if sum(known[c]) <= sum(known[choice]) or not self.budget.left():
+                continue
+            try:
+                flat = flat or self.trials.meter.gradients(self.trials.state(choice), 0)
+                steep = self.trials.meter.gradients(self.trials.state(c), 0)
+            except (RuntimeError, ValueError):  # no gradient here
+                break
+            if min((*steep, *flat), default=0.0) > 0.0:
+                risk = risk_of([math.log(v) for v in steep], [math.log(v) for v in flat], 1e-4)
+                risks[c] = min(risks[c], risk)
+        return [c for c in close if risks[c] >= level]
 
 
 def judge_by_loss(
@@ -329,7 +152,6 @@ def judge_by_loss(
     meter: LossMeter,
     *,
     seconds: float = 60.0,
-    tell: Callable[[str], None] = _silent,
 ) -> TransferPlan:
     """Check a plan by the model's own loss, and let the loss decide what names and shapes leave open.
 
@@ -339,7 +161,6 @@ def judge_by_loss(
         tensors: The checkpoint's tensors.
         meter: Measures the model's loss.
         seconds: Most time that trials may take.
-        tell: Told of what goes on.
 
     Returns:
         The plan with what was decided, ``proof``, ``proof_by`` and ``measured``.
@@ -385,20 +206,17 @@ def _judge(
     bench = _Bench(tensors, meter, budget, meter.losses({}, 0))
     if not space.is_open:
         return _as_planned(plan, bench, [e for e in plan if is_doubtful(e)])
-    judge = LossJudge(space, tensors, meter, fixed, budget)
+    trials = Trials(space, tensors, meter, fixed, budget)
+    judge = LossJudge(trials)
     questioned = [e for e in plan if asked.intersection(e.targets)]
-    choice = judge.search()
-    if not budget.left:
-        return _as_planned(plan, bench, questioned, judge, "the trials were spent before an answer was found")
-    risks: dict[Choice, float] = {}
-    for _ in range(4):
+    choice = Search(trials, SEARCH).find()
+    better, risks = judge.test(choice)
+    while better != choice and budget.left():
+        choice = Search(trials, 1.0).improve(better)
         better, risks = judge.test(choice)
-        if better == choice:
-            break
-        choice = better
-    best = judge.losses(choice, 0)
+    best = trials.losses(choice)
     if not _falls(bench.fresh, best, meter):
-        return _as_planned(plan, bench, questioned, judge)
+        return _as_planned(plan, bench, questioned, trials)
     decisions = tuple(sorted(_decided(judge, choice, risks), key=lambda d: d.risk))
     judged = _with_answers(plan, judge, choice, risks, sides)
     final = best if all(d.taken for d in decisions) else bench.losses(judged)
@@ -409,8 +227,7 @@ def _as_planned(
     plan: TransferPlan,
     bench: _Bench,
     questioned: Sequence[PlanEntry],
-    judge: LossJudge | None = None,
-    remark: str = "",
+    trials: Trials | None = None,
 ) -> TransferPlan:
     """The verdict where no answer was found: what is in question is withdrawn if the data refutes it.
 
@@ -418,15 +235,15 @@ def _as_planned(
     fills the whole model, and its loss is above the fresh model's.
     """
     losses, beaten = bench.losses(plan), False
-    if judge is not None:
-        best = judge.losses(min(judge.seen, key=lambda tried: judge.score(tried[0]))[0], 0)
-        beaten = risk_of(losses, best) < RISK / len(judge.seen) and _falls(bench.fresh, best, bench.meter)
+    if trials is not None:
+        best = trials.losses(min(trials.tried, key=trials.score))
+        beaten = risk_of(losses, best) < RISK / len(trials.tried) and _falls(bench.fresh, best, bench.meter)
     rises = _mean(losses) > _mean(bench.fresh) + statistics.pstdev(bench.fresh) and not _unfilled(plan)
     if not questioned or not (beaten or rises):
-        return _verdict(plan, bench, losses, (), remark)
+        return _verdict(plan, bench, losses, ())
     left = leave_open(plan, {e.targets[0]: REFUTED for e in questioned})
     shown = ", ".join(e.targets[0] for e in questioned[:3]) + (", ..." if len(questioned) > 3 else "")
-    judged = _verdict(left, bench, bench.losses(left), (), remark)
+    judged = _verdict(left, bench, bench.losses(left), ())
     note = f"REFUTED on data: loss {_mean(bench.fresh):.4g} fresh, {_mean(losses):.4g} with {shown}: withdrawn"
     return replace(judged, proof="refuted", proof_by="data", notes=(*judged.notes, note))
 
@@ -555,9 +372,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(len(values), 1)
 
 
-def _verdict(
-    plan: TransferPlan, bench: _Bench, final: Sequence[float], decisions: tuple[Decided, ...], remark: str = ""
-) -> TransferPlan:
+def _verdict(plan: TransferPlan, bench: _Bench, final: Sequence[float], decisions: tuple[Decided, ...]) -> TransferPlan:
     """The plan with its proof: does the loss fall, and is nothing left open?"""
     fresh = bench.fresh
     falls = _falls(fresh, final, bench.meter)
@@ -567,9 +382,7 @@ def _verdict(
     text = f"loss {measured.fresh:.4g} fresh, {measured.transferred:.4g} transferred"
     proof: Proof
     unfilled = _unfilled(plan)
-    if remark:
-        proof, note = "not tested", f"not tested on data: {remark} ({text})"
-    elif falls:
+    if falls:
         proof = "not tested" if unfilled else "proven"
         note = f"proven on data: {text}" if not unfilled else f"confirmed on data, as far as it is filled: {text}"
     else:

@@ -215,8 +215,9 @@ def _is_table(info: ParameterInfo, width: int, words: int) -> bool:
         return False
     rows, columns = shape
     if columns == width:
-        return rows >= LEAST_POSITIONS and rows not in (width, words)
-    return columns < rows and HEADS * columns <= width
+        repeated = "Embed" not in info.module_type and any(c.isdigit() for c in info.module_path)  # a matrix in a block
+        return rows >= LEAST_POSITIONS and rows not in (width, words) and not repeated
+    return columns < rows != width and HEADS * columns <= width
 
 
 def _attention(entry: PlanEntry) -> str:

@@ -354,6 +354,17 @@ class Part:
         )
 
     @property
+    def has_matrices(self) -> bool:
+        """Whether its layers take part in a residual stream as branches: what multiplies more than one axis."""
+        return any(len(_core(u.main)) >= 2 for u in self.target)
+
+    def decisions_of(self, cover: Cover) -> list[int]:
+        """Its own decisions that say more of one way to assign its layers."""
+        keys = [self.key(pair) for pair in cover if len(pair[0]) + len(pair[1]) > 2]
+        found = [d for key in keys for d in (self.order[key], self.heads.get(key)) if d is not None]
+        return [*found, *([] if self.turn is None else [self.turn])]
+
+    @property
     def decisions(self) -> list[int]:
         """Its own decisions, which goes where first."""
         return [self.which, *self.order.values(), *self.heads.values(), *([] if self.turn is None else [self.turn])]
@@ -519,7 +530,7 @@ class Space:
         for w in sorted(widths, reverse=True):
             for r in (w, w // 2, w // 4):
                 if r % 2 == 0 and r >= 4:
-                    options += [(w, r, True), (w, r, False)]
+                    options += [(w, r, True), (w, r, False)][: 2 if r > 4 else 1]  # of four rows both are one order
         if len(options) > 1:
             labels = ["as they are"]
             labels += [f"{'halves to pairs' if p else 'pairs to halves'}, {r} of {w} rows" for w, r, p in options[1:]]
@@ -555,21 +566,39 @@ class Space:
         return any(len(d.options) > 1 for d in self.decisions)
 
     @property
-    def switches(self) -> list[list[int]]:
-        """Groups of decisions about layers that can be switched off together, which goes where first."""
-        groups = []
-        for part in self.parts:
-            group = part.decisions
-            if self.rotary is not None and any(map(_is_query_or_key, (*part.source, *part.target))):
-                group = [*group, self.rotary]
-            if any(len(self.decisions[d].options) > 1 for d in group):
-                groups.append(group)
-        return groups
-
-    @property
     def others(self) -> list[int]:
-        """Decisions that belong to no layers of their own."""
-        return [*self.numbering.values(), *([] if self.gates is None else [self.gates])]
+        """Decisions beside those about matrices: numberings, gates, norms."""
+        norms = [d for part in self.parts if not part.has_matrices for d in part.decisions]
+        return [*self.numbering.values(), *([] if self.gates is None else [self.gates]), *norms]
+
+    def others_of(self, part: Part) -> list[int]:
+        """Decisions beside its own that change what a group of layers does: its region's numbering, norms, rows."""
+        found = [self.numbering.get(part.region), self.gates]
+        if any(map(_is_query_or_key, (*part.source, *part.target))):
+            found.append(self.rotary)
+        norms = [d for p in self.parts if p.region == part.region and not p.has_matrices for d in p.decisions]
+        return [d for d in (*found, *norms) if d is not None and len(self.decisions[d].options) > 1]
+
+    def copies(self, part: Part) -> int:
+        """How many blocks a group of layers stands in."""
+        return len(self.regions[part.region][0].copies)
+
+    def is_consistent(self, choice: Sequence[int]) -> bool:
+        """Whether rotary rows turn within the heads that a fusion alternates by."""
+        if self.rotary is None or not choice[self.rotary]:
+            return True
+        width = self.decisions[self.rotary].options[choice[self.rotary]][0]
+        for part in self.parts:
+            for pair in self.decisions[part.which].options[max(choice[part.which], 0)]:
+                d = part.heads.get(part.key(pair)) if len(pair[0]) + len(pair[1]) > 2 else None
+                groups = 1 if d is None else self.decisions[d].options[choice[d]]
+                if groups > 1 and width * groups != min(min(u.shapes[0]) for u in part.parts(pair)):
+                    return False
+        return True
+
+    def meaning(self, choice: Sequence[int]) -> frozenset[PlanEntry]:
+        """What a choice does; several may mean the same."""
+        return frozenset(entry for entry, _ in self.entries(choice))
 
     def entries(self, choice: Sequence[int]) -> Iterator[tuple[PlanEntry, bool]]:
         """The entries that a choice means, and whether they are switched on."""

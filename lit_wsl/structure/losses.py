@@ -18,7 +18,8 @@ from lit_wsl.structure.preserving import undisturbed
 from lit_wsl.structure.running import lent
 
 Loss = Callable[[nn.Module, Any], Tensor]
-PIECES = 4  # of a batch whose loss can't be told sample by sample
+PIECES = 4  # of a batch whose loss can't be told sample by sample, and of a sample of many elements
+MANY = 32  # elements of a sample that is told in pieces
 
 
 class NoDataError(Exception):
@@ -59,21 +60,23 @@ class LossMeter:
         """Samples of a batch."""
         return batch_size(self._batches[number]) if self.has(number) else 0
 
-    def losses(self, state: Mapping[str, Tensor], number: int, samples: int | None = None) -> list[float]:
+    def losses(self, state: Mapping[str, Tensor], number: int, start: int = 0, stop: int | None = None) -> list[float]:
         """The losses of the samples of a batch, or of its pieces where the loss is not a mean over samples.
 
         Args:
             state: Values to lend the model's tensors, by name.
             number: Which batch.
-            samples: Only so many of its samples, the first ones.
+            start: Its first sample.
+            stop: Behind its last; all by default. Samples of many elements (tokens, pixels) give several losses each.
 
         Raises:
             Exception: Whatever the loss raises.
         """
         batch, size = self._batches[number], self.size(number)
-        count = min(samples or size, size)
+        stop = size if stop is None else min(stop, size)
+        count = stop - start
         if not self._in_pieces:
-            values = self._run(state, cut(batch, 0, count, size), count, number)
+            values = self._run(state, cut(batch, start, stop, size), count, number)
             self.passes += count / max(size, 1)
             if len(values) > 1 or count < 2:
                 return values
@@ -81,9 +84,9 @@ class LossMeter:
             if count < 2 * PIECES:
                 return values
         found = []
-        for start, stop in pieces(count):
-            found += self._run(state, cut(batch, start, stop, size), 0, number)[:1]
-            self.passes += (stop - start) / max(size, 1)
+        for first, last in pieces(count):
+            found += self._run(state, cut(batch, start + first, start + last, size), 0, number)[:1]
+            self.passes += (last - first) / max(size, 1)
         return found
 
     def gradients(self, state: Mapping[str, Tensor], number: int) -> list[float]:
@@ -149,15 +152,21 @@ class _Elements(TorchFunctionMode):
 
     def by_sample(self, total: float, samples: int) -> list[float]:
         """The losses of single samples, if the total is made of reduced losses alone."""
-        usable = [(value, e) for value, e in self._seen if samples > 1 and e.numel() and e.numel() % samples == 0]
+        usable = [(value, e) for value, e in self._seen if samples and e.numel() and e.numel() % samples == 0]
         if not usable or len(usable) != len(self._seen):
             return []
         whole = sum(value for value, _ in usable)
         for scale in (1.0, 1.0 / len(usable)):
             if math.isclose(whole * scale, total, rel_tol=1e-4, abs_tol=1e-8):
-                sums = sum(_shares(value, e.reshape(samples, -1).sum(1)) * scale for value, e in usable)
+                parts = samples * (PIECES if all(_divides(e.numel() // samples) for _, e in usable) else 1)
+                sums = sum(_shares(value, e.reshape(parts, -1).sum(1)) * scale for value, e in usable)
                 return [float(v) for v in sums]  # type: ignore[union-attr]
         return []
+
+
+def _divides(elements: int) -> bool:
+    """Whether a sample of so many elements is told in pieces."""
+    return elements >= MANY and elements % PIECES == 0
 
 
 def _shares(value: float, sums: Tensor) -> Tensor:

@@ -43,7 +43,6 @@ class OnData:
         count: Most batches.
         seconds: Most time.
         world: What to stand in while the loss is measured.
-        tell: Told of trials.
     """
 
     loss: Loss
@@ -51,7 +50,6 @@ class OnData:
     count: int = 8
     seconds: float = 60.0
     world: Callable[[], AbstractContextManager[Any]] = nullcontext
-    tell: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -271,7 +269,7 @@ def _prove_on_data(plan: TransferPlan, source: Source, target: Target, data: Seq
     for way in data:
         meter = LossMeter(target.model, way.loss, islice(way.batches, way.count))
         with way.world():
-            judged = judge_by_loss(plan, sides, source.tensors, meter, seconds=way.seconds, tell=way.tell)
+            judged = judge_by_loss(plan, sides, source.tensors, meter, seconds=way.seconds)
         if judged.measured is not None:
             return judged
         failed.append(judged)

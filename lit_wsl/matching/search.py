@@ -1,0 +1,258 @@
+"""The search for the mapping of the least loss, among all that is open about a pair of models.
+
+Layers that share a decision are one question whatever the depth: all blocks are tried together. Undecided layers are
+switched off first and on again where they help most, so that what is wrong elsewhere does not drown what is right here;
+the decisions of one layer group are tried jointly. Candidates meet in rounds: all on a few samples, the better ones on
+more.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from lit_wsl.matching.space import Part, Space
+from lit_wsl.plan.operations import run_operations
+from lit_wsl.structure.losses import MANY, LossMeter
+
+SCREEN = 8  # samples that candidates are compared on at last, fewer if each has many elements
+JOINT = 320  # most candidates that are tried jointly
+KEPT = 4  # candidates that stay to the end
+OFF = -1
+
+Choice = tuple[int, ...]
+
+
+@dataclass
+class Budget:
+    """What the trials may cost: time, and forward passes of a whole batch."""
+
+    seconds: float
+    passes: float
+    meter: LossMeter
+    started: float = field(default_factory=time.monotonic)
+
+    def left(self, share: float = 1.0) -> bool:
+        """Whether another trial may be made within a share of the budget."""
+        return self.in_time(share) and self.meter.passes < share * self.passes
+
+    def in_time(self, share: float = 1.0) -> bool:
+        """Whether there is time for another trial."""
+        return time.monotonic() - self.started < share * self.seconds
+
+
+class Trials:
+    """Measures what choices lose, each once.
+
+    Args:
+        space: The decisions.
+        tensors: The checkpoint's tensors.
+        meter: Measures losses; what one sample holds is known to it, since it has measured the fresh model.
+        fixed: Values of what is not open, by name in the model.
+        budget: What it may cost.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        tensors: Mapping[str, Tensor],
+        meter: LossMeter,
+        fixed: Mapping[str, Tensor],
+        budget: Budget,
+    ) -> None:
+        self.space, self.tensors, self.meter, self.fixed, self.budget = space, tensors, meter, fixed, budget
+        self.seen: dict[tuple[Choice, int, int], list[float]] = {}
+        self.size = meter.size(0)
+        self.screen = min(self.size, SCREEN // 2 if meter.elements >= SCREEN else SCREEN)
+        self.least = min(self.screen, 1 if meter.elements >= MANY else 4 if meter.elements >= SCREEN else SCREEN)
+
+    def more(self, samples: int) -> int:
+        """The next number of samples to compare on, after some."""
+        return self.least if samples == 0 else min(2 * samples, self.size)
+
+    def state(self, choice: Choice) -> dict[str, Tensor]:
+        """What a choice puts into the model; zeros for what is switched off."""
+        out = dict(self.fixed)
+        for entry, on in self.space.entries(choice):
+            values = run_operations(entry.operations, [self.tensors[s] for s in entry.sources])
+            for name, value, shape in zip(entry.targets, values, entry.target_shapes):
+                out[name] = value.reshape(shape).contiguous() if on else torch.zeros(shape, dtype=value.dtype)
+        return out
+
+    def _measure(self, choice: Choice, batch: int, start: int, stop: int | None) -> list[float]:
+        key = choice, batch, start
+        if key not in self.seen:
+            try:
+                self.seen[key] = self.meter.losses(self.state(choice), batch, start, stop)
+            except (ValueError, RuntimeError):  # a candidate that can't run is no answer
+                if not self.seen:
+                    raise
+                self.seen[key] = [math.inf]
+        return self.seen[key]
+
+    def losses(self, choice: Choice, samples: int = 0, batch: int = 0) -> list[float]:
+        """Losses of a choice on the first samples of the first batch, all by default, or on another batch."""
+        if batch:
+            return self._measure(choice, batch, 0, None)
+        found, done, samples = [], 0, samples or self.size
+        while done < samples:
+            stop = self.more(done)
+            found += self._measure(choice, 0, done, stop)
+            done = stop
+        return found
+
+    def known(self, choice: Choice, samples: int) -> bool:
+        """Whether a choice was measured on so many samples."""
+        return (choice, 0, 0 if samples <= self.least else samples // 2) in self.seen
+
+    def mean(self, choice: Choice, samples: int) -> float:
+        """Mean loss on some samples."""
+        values = self.losses(choice, samples)
+        mean = sum(values) / len(values)
+        return mean if math.isfinite(mean) else math.inf
+
+    def score(self, choice: Choice) -> float:
+        """Mean loss on all samples of the screening."""
+        return self.mean(choice, self.screen)
+
+    @property
+    def tried(self) -> set[Choice]:
+        """All choices that were tried."""
+        return {choice for choice, _, _ in self.seen}
+
+
+class Search:
+    """Finds the choice of the least loss.
+
+    Args:
+        trials: Measures choices.
+        share: The share of the budget that the search may spend.
+    """
+
+    def __init__(self, trials: Trials, share: float) -> None:
+        self.trials, self.space, self.score, self.share = trials, trials.space, trials.score, share
+
+    @property
+    def left(self) -> bool:
+        """Whether the search may go on."""
+        return self.trials.budget.left(self.share)
+
+    def find(self) -> Choice:
+        """The best choice, from several starts."""
+        start = self.space.first
+        total = math.prod(len(d.options) for d in self.space.decisions)
+        if total <= JOINT:
+            return self._best([tuple(c) for c in product(*(range(len(d.options)) for d in self.space.decisions))])
+        groups = self._groups()
+        dark = list(start)
+        for part in (p for group in groups for p in group):
+            dark[part.which] = OFF
+        none = tuple(dark)
+        found = self.improve(self._switch_on(none, groups))
+        if not groups or self.score(found) >= self.score(none):  # nothing can be seen where layers are switched off
+            found = min(found, self.improve(start), key=self.score)
+        return found
+
+    def improve(self, choice: Choice) -> Choice:
+        """A choice that no change of one decision, or of those of one layer group, makes better."""
+        choice = self._climb(choice)
+        for group in self._groups():
+            if self.left and len(group) == 1:
+                better = self._best([choice, *self._jointly(choice, group[0])])
+                choice = self._climb(better) if self.score(better) < self.score(choice) else choice
+        return choice
+
+    def _groups(self) -> list[list[Part]]:
+        """Layers that are switched on together: of repeated blocks, if there are any, those that leave nothing open."""
+        parts = [part for part in self.space.parts if part.has_matrices]
+        parts = [p for p in parts if self.space.copies(p) > 1] or parts
+        opened = [p for p in parts if any(len(self.space.decisions[d].options) > 1 for d in p.decisions)]
+        settled: dict[int, list[Part]] = {}
+        for part in (p for p in parts if p not in opened):
+            settled.setdefault(part.region, []).append(part)
+        return [*settled.values(), *([p] for p in opened)]
+
+    def _ranked(self, candidates: Iterable[Choice]) -> list[Choice]:
+        """The best of some candidates, the very best first: all meet on a few samples, the better ones on more."""
+        trials, samples = self.trials, self.trials.least
+        pool = list(dict.fromkeys(c for c in candidates if self.space.is_consistent(c))) or list(candidates)
+        while len(pool) > 1:
+            scores = {c: trials.mean(c, samples) for c in pool if self.left or trials.known(c, samples)}
+            pool = sorted(scores, key=scores.__getitem__) or pool
+            if samples >= trials.screen:
+                break
+            pool = pool[: max(KEPT, -(-len(pool) // 4))]
+            samples = trials.more(samples)
+        return pool
+
+    def _best(self, candidates: Iterable[Choice]) -> Choice:
+        return self._ranked(candidates)[0]
+
+    def _with(self, choice: Choice, decision: int) -> list[Choice]:
+        """A choice with all options of one decision."""
+        options = range(len(self.space.decisions[decision].options))
+        return [(*choice[:decision], o, *choice[decision + 1 :]) for o in options]
+
+    def _climb(self, choice: Choice, among: Sequence[int] | None = None) -> Choice:
+        """Change one decision after the other until nothing gets better."""
+        places = [
+            d for d in (range(len(choice)) if among is None else among) if len(self.space.decisions[d].options) > 1
+        ]
+        since = 0
+        while places and self.left:
+            for d in places:
+                since += 1
+                if choice[d] == OFF or not self.left:
+                    continue
+                better = self._best([choice, *self._with(choice, d)])
+                if better != choice and self.score(better) < self.score(choice):
+                    choice, since = better, 0
+            if since >= len(places):
+                break
+        return choice
+
+    def _switch_on(self, choice: Choice, groups: Sequence[list[Part]]) -> Choice:
+        """Look at each layer group with all others off, then switch them on, the one that helps most first."""
+        lit_parts = {part.which for group in groups for part in group}
+        choice = self._climb(choice, [d for d in range(len(choice)) if d not in lit_parts])
+        alone = [self._ranked(self._lit(choice, group)) for group in groups]
+        for number in sorted(range(len(groups)), key=lambda k: self.score(alone[k][0])):
+            group, own = groups[number], {d for part in groups[number] for d in part.decisions}
+            meant = [tuple(o[d] if d in own else c for d, c in enumerate(choice)) for o in alone[number][:KEPT]]
+            choice = self._best(self._beside(meant, group))
+            choice = self._climb(choice, self.space.others_of(group[0]))
+        return choice
+
+    def _lit(self, choice: Choice, group: Sequence[Part]) -> list[Choice]:
+        """All ways to switch a layer group on, with what its region decides where that is little."""
+        lit = [choice]
+        for part in group:
+            lit = [c for one in lit for c in self._jointly(one, part)]
+        return self._beside(lit, group)
+
+    def _beside(self, choices: list[Choice], group: Sequence[Part]) -> list[Choice]:
+        """Some choices with all that the region of a layer group decides, where that is little."""
+        for d in self.space.others_of(group[0]):
+            if len(choices) * len(self.space.decisions[d].options) <= JOINT // 4:
+                choices = [c for one in choices for c in self._with(one, d)]
+        return choices
+
+    def _jointly(self, choice: Choice, part: Part) -> Iterator[Choice]:
+        """All that a layer group's own decisions can mean, each once."""
+        for option, cover in enumerate(self.space.decisions[part.which].options):
+            own = part.decisions_of(cover)
+            sizes = [len(self.space.decisions[d].options) for d in own]
+            while math.prod(sizes) > JOINT:  # the rest is left to the climb
+                own, sizes = own[:-1], sizes[:-1]
+            for options in product(*map(range, sizes)):
+                made = list(choice)
+                made[part.which] = option
+                for d, o in zip(own, options):
+                    made[d] = o
+                yield tuple(made)
