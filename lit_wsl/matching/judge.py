@@ -30,8 +30,8 @@ from lit_wsl.structure.losses import LossMeter, NoDataError
 from lit_wsl.structure.running import hindrance
 
 RISK = 0.01  # of one wrong decision among all rivals tried
-PASSES = 64.0  # most forward passes of a whole batch
-SEARCH = 0.6  # share of them that the search may take
+PASSES = 60.0  # most forward passes of a whole batch that trials may take; with what else is measured, 64
+SEARCH = 0.7  # share of them that the search may take
 BY_LOSS = "the loss on data decides it"
 REFUTED = "the loss on data refutes what names and shapes say, and does not say what is right"
 STILL_OPEN = "the loss on data does not decide between the candidates"
@@ -68,6 +68,14 @@ def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -
     return min(1.0, 2 * student, 2 * sign)
 
 
+def _exchanges(one: object, other: object) -> int:
+    """How many members two orders of the same members have in other places; none if they are no such orders."""
+    if not isinstance(one, tuple) or not isinstance(other, tuple):
+        return 0
+    orders = sorted(map(repr, one)) == sorted(map(repr, other)) == sorted(set(map(repr, one)))
+    return sum(a != b for a, b in zip(one, other)) if orders and len(one) <= 4 else 0
+
+
 class LossJudge:
     """Tests what a search has found.
 
@@ -79,12 +87,19 @@ class LossJudge:
         self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
 
     def rivals(self, choice: Choice) -> dict[int, list[Choice]]:
-        """The other options of each decision, the rest as chosen; those that mean the same are no rivals."""
+        """The other options of each decision, the rest as chosen, that change least.
+
+        What means the same is no rival, and what changes all that another rival does and more (three norms in a circle
+        where two exchanged are worse) was compared in the search only.
+        """
         own = self.space.meaning(choice)
         out = {}
         for d, decision in enumerate(self.space.decisions):
             others = [(*choice[:d], o, *choice[d + 1 :]) for o in range(len(decision.options)) if o != choice[d]]
-            out[d] = [c for c in others if self.space.is_consistent(c) and self.space.meaning(c) != own]
+            changed = {c: own ^ self.space.meaning(c) for c in others if self.space.is_consistent(c)}
+            places = {c: {t for e in both for t in e.targets} for c, both in changed.items() if both}
+            near = {c for c in places if _exchanges(decision.options[c[d]], decision.options[choice[d]]) <= 2}
+            out[d] = [c for c in places if c in near and not any(places[o] < places[c] for o in places)]
         return {d: others for d, others in out.items() if others}
 
     def test(self, choice: Choice) -> tuple[Choice, dict[Choice, float]]:
@@ -104,7 +119,7 @@ class LossJudge:
             samples = trials.more(samples)
             if batch == 0:
                 known = {c: trials.losses(c, samples) for c in (choice, *close) if c == choice or self.budget.left()}
-            elif trials.meter.has(batch):
+            elif trials.meter.has(batch) and self.budget.has_room(len(close) + 1):
                 known = {c: [*known[c], *trials.losses(c, batch=batch)] for c in (choice, *close)}
             else:
                 break
@@ -287,12 +302,10 @@ def _with_answers(
     source, target = sides
     chosen = {e.targets: e for e, _ in judge.space.entries(choice)}
     open_: set[str] = set()
-    possible = {_what(e) for e in chosen.values()}
     for rivals in judge.rivals(choice).values():
         for rival in rivals:
             if risks.get(rival, 1.0) >= RISK:
                 others = {e.targets: e for e, _ in judge.space.entries(rival)}
-                possible |= {_what(e) for e in others.values()}
                 open_ |= {t for ts, e in chosen.items() if _what(others.get(ts)) != _what(e) for t in ts}
                 open_ |= {t for ts, e in others.items() if _what(chosen.get(ts)) != _what(e) for t in ts}
     before = {e.targets: e for e in plan}
@@ -310,14 +323,8 @@ def _with_answers(
         cast = cast_between(source[entry.sources[0]], target[targets[0]])
         taken.append(replace(entry, operations=(*entry.operations, *cast), reason=BY_LOSS))
     filled = {t for e in taken for t in e.targets}
-    used = {s for e in taken for s in e.sources}
     asked = {t for ts in chosen for t in ts}
-    kept = [e for e in plan if not filled.intersection(e.targets)]
-    kept = [
-        e
-        for e in kept
-        if not asked.intersection(e.targets) or (_what(e) in possible and not used.intersection(e.sources))
-    ]
+    kept = [e for e in plan if not filled.union(asked).intersection(e.targets)]
     entries = [*kept, *taken]
     filled, used = {t for e in entries for t in e.targets}, {s for e in entries for s in e.sources}
     place = {info.name: info.index for info in target.parameters}

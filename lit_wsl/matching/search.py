@@ -42,6 +42,10 @@ class Budget:
         """Whether another trial may be made within a share of the budget."""
         return self.in_time(share) and self.meter.passes < share * self.passes
 
+    def has_room(self, passes: int) -> bool:
+        """Whether so many passes are left."""
+        return self.meter.passes + passes <= self.passes
+
     def in_time(self, share: float = 1.0) -> bool:
         """Whether there is time for another trial."""
         return time.monotonic() - self.started < share * self.seconds
@@ -70,7 +74,7 @@ class Trials:
         self.seen: dict[tuple[Choice, int, int], list[float]] = {}
         self.size = meter.size(0)
         self.screen = min(self.size, SCREEN // 2 if meter.elements >= SCREEN else SCREEN)
-        self.least = min(self.screen, 1 if meter.elements >= MANY else 4 if meter.elements >= SCREEN else SCREEN)
+        self.least = min(self.screen, 1 if meter.elements >= MANY else SCREEN // 4)
 
     def more(self, samples: int) -> int:
         """The next number of samples to compare on, after some."""
@@ -148,7 +152,8 @@ class Search:
         start = self.space.first
         total = math.prod(len(d.options) for d in self.space.decisions)
         if total <= JOINT:
-            return self._best([tuple(c) for c in product(*(range(len(d.options)) for d in self.space.decisions))])
+            every = [tuple(c) for c in product(*(range(len(d.options)) for d in self.space.decisions))]
+            return self._ranked(every, self.trials.size)[0]
         groups = self._groups()
         dark = list(start)
         for part in (p for group in groups for p in group):
@@ -178,14 +183,14 @@ class Search:
             settled.setdefault(part.region, []).append(part)
         return [*settled.values(), *([p] for p in opened)]
 
-    def _ranked(self, candidates: Iterable[Choice]) -> list[Choice]:
+    def _ranked(self, candidates: Iterable[Choice], most: int = 0) -> list[Choice]:
         """The best of some candidates, the very best first: all meet on a few samples, the better ones on more."""
         trials, samples = self.trials, self.trials.least
         pool = list(dict.fromkeys(c for c in candidates if self.space.is_consistent(c))) or list(candidates)
         while len(pool) > 1:
             scores = {c: trials.mean(c, samples) for c in pool if self.left or trials.known(c, samples)}
             pool = sorted(scores, key=scores.__getitem__) or pool
-            if samples >= trials.screen:
+            if samples >= (most or trials.screen):
                 break
             pool = pool[: max(KEPT, -(-len(pool) // 4))]
             samples = trials.more(samples)
@@ -225,7 +230,7 @@ class Search:
         for number in sorted(range(len(groups)), key=lambda k: self.score(alone[k][0])):
             group, own = groups[number], {d for part in groups[number] for d in part.decisions}
             meant = [tuple(o[d] if d in own else c for d, c in enumerate(choice)) for o in alone[number][:KEPT]]
-            choice = self._best(self._beside(meant, group))
+            choice = self._best([*meant, *self._beside(meant, group)])
             choice = self._climb(choice, self.space.others_of(group[0]))
         return choice
 
@@ -238,8 +243,14 @@ class Search:
 
     def _beside(self, choices: list[Choice], group: Sequence[Part]) -> list[Choice]:
         """Some choices with all that the region of a layer group decides, where that is little."""
+        numbering = self.space.numbering.get(group[0].region)
         for d in self.space.others_of(group[0]):
-            if len(choices) * len(self.space.decisions[d].options) <= JOINT // 4:
+            options = self._with(choices[0], d)
+            if d == numbering and len(choices) * len(options) > JOINT // 4:  # the same, or counted backwards
+                ends = {0, self.space.backwards(d)}
+                if len(choices) * len(ends) * self.trials.least <= 2 * JOINT:
+                    choices = [c for one in choices for c in self._with(one, d) if c[d] in ends]
+            elif len(choices) * len(options) <= JOINT // 4:
                 choices = [c for one in choices for c in self._with(one, d)]
         return choices
 

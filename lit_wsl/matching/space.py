@@ -583,6 +583,11 @@ class Space:
         """How many blocks a group of layers stands in."""
         return len(self.regions[part.region][0].copies)
 
+    def backwards(self, numbering: int) -> int:
+        """The option of a numbering that counts blocks from the end."""
+        options = self.decisions[numbering].options
+        return options.index(options[0][::-1]) if options[0][::-1] in options else 0
+
     def is_consistent(self, choice: Sequence[int]) -> bool:
         """Whether rotary rows turn within the heads that a fusion alternates by."""
         if self.rotary is None or not choice[self.rotary]:
