@@ -76,6 +76,17 @@ class Material:
         )
 
     @cached_property
+    def candidate_pairs(self) -> frozenset[tuple[str, str]]:
+        """Paths of the modules of what is ambiguous and of its candidates, which are scored as if they were matched."""
+        return frozenset(
+            (source.rpartition(".")[0], target.rpartition(".")[0])
+            for question in self.plan.ambiguous
+            for candidate in question.candidates
+            for source in candidate.sources
+            for target in question.targets
+        )
+
+    @cached_property
     def alike(self) -> dict[Side, dict[tuple[str, Shape], tuple[ParameterInfo, ...]]]:
         """The tensors of each side by kind and by shape, whose axes may stand in any order."""
         found: dict[Side, dict[tuple[str, Shape], tuple[ParameterInfo, ...]]] = {"source": {}, "target": {}}
@@ -110,7 +121,8 @@ class Material:
         The agreement in execution order, where both sides have one, is shown among the parts of the hierarchy; it is
         evidence for the alignment and no part of the sum.
         """
-        together = (source.module_path, target.module_path) in self.module_pairs
+        modules = source.module_path, target.module_path
+        together = modules in self.module_pairs or modules in self.candidate_pairs
         found = score_pair(
             source,
             target,

@@ -1,14 +1,17 @@
 """WeightMapper does what its options say. Models are built so that the right answer is known."""
 
 import copy
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from lit_wsl.errors import CheckpointError, LitWslError, MappingError
@@ -348,3 +351,20 @@ def test_export_is_json_that_lists_every_mapping(tmp_path):
     mapper = WeightMapper(Old(), New())
     data = json.loads(mapper.export_mapping_report(tmp_path / "r.json").read_text())
     assert {m["sources"][0]: m["targets"][0] for m in data["mappings"]} == TRUTH
+
+
+def test_the_score_of_a_candidate_is_that_of_its_breakdown():
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.u, self.v = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+            self.w = nn.Linear(6, 3, bias=False)
+
+    old = {"gamma.weight": torch.ones(3, 6), "beta.weight": torch.ones(6, 6), "alpha.weight": torch.zeros(6, 6)}
+    mapper = WeightMapper.from_state_dict(old, Twins())
+    (first, *_) = mapper.suggest_mapping().plan.ambiguous
+    best = max(candidate.score for candidate in first.candidates)
+    console = Console(file=io.StringIO(), width=80)
+    mapper.visualize_score_breakdown(first.targets[0], console=console)
+    (total,) = re.findall(r"│ score +(\d\.\d\d)", console.file.getvalue())
+    assert float(total) == pytest.approx(best, abs=0.006)
