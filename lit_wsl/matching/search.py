@@ -141,6 +141,7 @@ class Search:
 
     def __init__(self, trials: Trials, share: float) -> None:
         self.trials, self.space, self.score, self.share = trials, trials.space, trials.score, share
+        self.confirmed: set[int] = set()  # layer groups of which alone and together the same looks best
 
     @property
     def left(self) -> bool:
@@ -159,16 +160,16 @@ class Search:
         for part in (p for group in groups for p in group):
             dark[part.which] = OFF
         none = tuple(dark)
-        found = self.improve(self._switch_on(none, groups))
+        found = self._improve(self._switch_on(none, groups))
         if not groups or self.score(found) >= self.score(none):  # nothing can be seen where layers are switched off
-            found = min(found, self.improve(start), key=self.score)
+            found = min(found, self._improve(start), key=self.score)
         return found
 
-    def improve(self, choice: Choice) -> Choice:
+    def _improve(self, choice: Choice) -> Choice:
         """A choice that no change of one decision, or of those of one layer group, makes better."""
         choice = self._climb(choice)
         for group in self._groups():
-            if self.left and len(group) == 1:
+            if self.left and len(group) == 1 and group[0].which not in self.confirmed:
                 better = self._best([choice, *self._jointly(choice, group[0])])
                 choice = self._climb(better) if self.score(better) < self.score(choice) else choice
         return choice
@@ -232,6 +233,8 @@ class Search:
             meant = [tuple(o[d] if d in own else c for d, c in enumerate(choice)) for o in alone[number][:KEPT]]
             choice = self._best([*meant, *self._beside(meant, group)])
             choice = self._climb(choice, self.space.others_of(group[0]))
+            if all(choice[d] == alone[number][0][d] for d in own):
+                self.confirmed.add(group[0].which)
         return choice
 
     def _lit(self, choice: Choice, group: Sequence[Part]) -> list[Choice]:
