@@ -268,8 +268,8 @@ def ablation() -> Iterator[str]:
     yield (
         f"{data['pairs']} random refactors, each rule switched off in turn: how many plans change, and how many more tensors are "
         "right or wrong then. A *kind* of evidence finds matches, a *guard* holds doubtful ones back, a *means* takes part "
-        "in how matches are found. Several guards stand for one another, and some are there for cases that the refactors "
-        "do not make; what changes nothing here decides in a test of its own.\n\n"
+        "in how matches are found. Several guards stand for one another; what changes nothing here measured nothing on these "
+        "refactors.\n\n"
     )
     yield "| rule off | sort | plans that change | right | wrong |\n|---|---|---:|---:|---:|\n"
     for name, row in data["rules"].items():
