@@ -22,6 +22,7 @@ from benchmarks.refactors.pair import Pair, Result, drawn_pair, run
 from benchmarks.refactors.report import Summary, markdown, table_text
 from benchmarks.refactors.shrink import differences, shrink
 from benchmarks.refactors.structures import Split
+from benchmarks.refactors.vocabulary import use_lexicon_of
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--operator", default="", help="only pairs with this operator")
     parser.add_argument("--shrink", action="store_true", help="make every wrong pair as small as it stays wrong")
     parser.add_argument("--show", type=int, default=10, help="how many wrong pairs to print; -1: all")
+    parser.add_argument("--own-words", action="store_true", help="with the whole lexicon, these pairs' words included")
     parser.add_argument("--tables", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="write the counts, and every wrong pair, here")
     parser.add_argument("--replay", type=Path, metavar="JSON", help="run the configurations of such a file again")
@@ -47,6 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def results(options: argparse.Namespace, regime: str, sample: bool) -> Iterator[Result]:
     """The pairs of one regime, in the order of their seeds."""
+    use_lexicon_of(None if options.own_words else "validate" if options.split == "fit" else "fit")
     score = partial(_score, options.split, regime, sample, options.structure, options.operator)
     seeds = range(options.seed, options.seed + options.pairs)
     if options.workers < 2:

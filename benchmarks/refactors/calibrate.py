@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import logging
+import multiprocessing
 import pkgutil
 import re
 import sys
@@ -25,9 +26,10 @@ from unittest import mock
 import torch
 
 import lit_wsl.matching
-from benchmarks.refactors.operators import REGIMES
+from benchmarks.refactors.operators import REGIMES, Regime
 from benchmarks.refactors.pair import Result, drawn_pair, run
 from benchmarks.refactors.report import upper_bound
+from benchmarks.refactors.vocabulary import use_lexicon_of
 
 TABLE = Path(lit_wsl.matching.__file__).with_name("risks.json")
 GATE = "may_load"  # what asks whether a kind of evidence is trusted
@@ -54,35 +56,49 @@ def without_limit() -> Iterator[None]:
         yield
 
 
-def count(pairs: int, seed: int = 0) -> Cells:
+def count(pairs: int, seed: int, workers: int) -> Cells:
     """Decisions over all regimes, with and without a sample."""
     cells: Cells = defaultdict(Counter)
-    for regime in REGIMES:
-        for sample in (False, True):
-            for number in range(seed, seed + pairs):
-                for evidence, verdict in decisions(run(drawn_pair("fit", regime, number, sample=sample))):
-                    cells[evidence][verdict] += 1
+    seeds = range(seed, seed + pairs)
+    wanted = [(regime, sample, number) for regime in REGIMES for sample in (False, True) for number in seeds]
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        for found in pool.imap_unordered(_decided, wanted, chunksize=10):
+            for evidence, verdict in found:
+                cells[evidence][verdict] += 1
     return cells
+
+
+def _decided(wanted: tuple[Regime, bool, int]) -> list[tuple[str, str]]:
+    regime, sample, number = wanted
+    return list(decisions(run(drawn_pair("fit", regime, number, sample=sample))))
+
+
+def table_of(cells: Cells) -> dict[str, dict[str, int]]:
+    return {name: {"right": counts["right"], "wrong": counts["wrong"]} for name, counts in sorted(cells.items())}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.refactors.calibrate", description=__doc__)
     parser.add_argument("--pairs", type=int, default=200, help="pairs per regime, each with and without a sample")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="print, write nothing")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    use_lexicon_of("validate")
+    cells = count(options.pairs, options.seed, options.workers)
     with without_limit():
-        cells = count(options.pairs, options.seed)
+        # what follows from a decision that is not taken says nothing about those that are, so these stay as counted
+        every = count(options.pairs, options.seed, options.workers)
+    cells |= {name: counts for name, counts in every.items() if name not in cells}
     print(f"{'evidence':48} {'right':>7} {'wrong':>6} {'bound 95 %':>11}")
     for evidence, counts in sorted(cells.items(), key=lambda item: -item[1].total()):
         bound = upper_bound(counts["wrong"], counts.total())
         print(f"{evidence:48} {counts['right']:7} {counts['wrong']:6} {bound:11.2%}")
     if not options.dry:
-        table = {name: {"right": counts["right"], "wrong": counts["wrong"]} for name, counts in sorted(cells.items())}
-        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
+        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table_of(cells).items())
         TABLE.write_text("{\n" + rows + "\n}\n")
     return 0
 

@@ -29,7 +29,7 @@ from torch import nn
 
 import benchmarks.torchvision_guard  # noqa: F401  (before torchvision)
 from benchmarks.refactors.harvest_roles import Trace, word_groups
-from benchmarks.refactors.vocabulary import HARVESTED
+from benchmarks.refactors.vocabulary import HARVESTED, LEXICON, lexicon
 
 Call = Callable[[nn.Module], Any]
 
@@ -229,6 +229,7 @@ def main() -> int:
     if not options.dry:
         text = json.dumps(result, indent=None, separators=(",", ":")).replace('{"words"', '\n{"words"')
         HARVESTED.write_text(text + "\n")
+        LEXICON.write_text(json.dumps(lexicon(), indent=1) + "\n")
     return 0
 
 

@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import lit_wsl.matching.lexicon
 from benchmarks.refactors.structures import Split
 
 HERE = Path(__file__).parent
 HARVESTED = HERE / "harvested.json"
+LEXICON = Path(lit_wsl.matching.lexicon.__file__).with_name("lexicon.json")
 BY_HAND = HERE / "words.json"
 
 Words = dict[str, str]
@@ -61,6 +63,33 @@ def groups_of(name: str, split: Split) -> tuple[tuple[Words, float], ...]:
 
 def _first(words: Words) -> str:
     return next(iter(words.values()))
+
+
+UNITS = (  # groups that name linear maps, convolutions, norms and tables; the others name modules, or any last layer
+    *("attention", "block", "convs", "cross", "gated", "gated_fused", "mlp", "neck", "patches", "stem", "tokens"),
+)
+MODULES = frozenset(("attn", "mlp", "self", "cross", "ff"))  # their parts have roles of their own
+
+
+def lexicon(split: Split | None = None) -> dict[str, list[str]]:
+    """What public libraries call each role, from one part of the corpus or from both; without words of ours."""
+    found: dict[str, set[str]] = defaultdict(set)
+    harvested = json.loads(HARVESTED.read_text())["groups"]
+    for name in UNITS:
+        theirs = [entry["words"] for entry in harvested[name]]
+        entries = _groups()[name] if split is None else groups_of(name, split)
+        for words in (words for words, _ in entries if words in theirs):
+            for role, word in words.items():
+                if word and role not in MODULES and not all(part.isdigit() for part in word.split(".")):
+                    found[f"{name}/{role}"].add(word)
+    return {role: sorted(names) for role, names in sorted(found.items())}
+
+
+def use_lexicon_of(split: Split | None) -> None:
+    """Let the matching know the words of one part only, so that the other is judged with words that it never saw."""
+    known = lexicon(split)
+    lit_wsl.matching.lexicon.table = lambda: known  # type: ignore[assignment]
+    lit_wsl.matching.lexicon.forget()
 
 
 def draw_words(name: str, split: Split, rng: random.Random) -> Words:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.document import LazyTensor
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
+from lit_wsl.structure.averages import AVERAGE_WORDS, find_average, words_of
 
 MAX_NAMES = 4_000_000
 MAX_MODULE_DEPTH = 300
@@ -141,7 +141,6 @@ def attributes(value: Any) -> dict[Any, Any]:
 
 Leaf = Tensor | LazyTensor
 MAX_NEST = 6
-AVERAGE_WORDS = frozenset({"ema", "average", "averaged", "averaging", "avg", "swa", "shadow", "polyak"})
 
 
 @dataclass(frozen=True)
@@ -180,12 +179,6 @@ class Nest:
         names = list(self.tensors)
         common = "module." if all(name.startswith("module.") or "." not in name for name in names) else ""
         return {name.removeprefix(common): tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-
-def words_of(text: str) -> set[str]:
-    """Cut a key into lower-case words: ``state_dict_ema``, ``EMACallback``, ``modelEma``."""
-    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", text)
-    return {part.lower() for part in parts}
 
 
 def find_nests(tree: Any) -> list[Nest]:
@@ -244,41 +237,14 @@ MAX_PAIRS = 20_000_000  # bounds the time of counting the ways in which a list f
 def inner_average(model: Nest) -> tuple[str, Nest, Nest] | None:
     """Find an average that is a submodule of the model: ``ema.module.layer.weight`` beside ``net.layer.weight``.
 
-    Some averages keep their names without dots (LDM's LitEma), or stand as buffers of the whole model with underscores
-    for dots (``ema_net_layer_weight``); all spellings are understood. The result is the submodule's prefix,
-    the averaged weights under the model's names, and the model without the submodule.
+    The result is the submodule's prefix, the averaged weights under the model's names, and the model without it.
     """
-    heads = {name.partition(".")[0] + "." for name in model.tensors if "." in name}
-    flat = {name.partition("_")[0] + "_" for name in model.tensors if "." not in name and "_" in name}
-    for head in sorted(heads | flat):
-        if not words_of(head) & AVERAGE_WORDS:
-            continue
-        rest = {name: tensor for name, tensor in model.tensors.items() if not name.startswith(head)}
-        mine = {name[len(head) :]: name for name in model.tensors if name.startswith(head)}
-        if mine and all(name.startswith("module.") or "." not in name for name in mine):
-            mine = {name.removeprefix("module."): full for name, full in mine.items()}
-        found = _pair_average(model.tensors, mine, rest)
-        if found:
-            average = {name: model.tensors[found[name]] if name in found else rest[name] for name in rest}
-            return head, Nest(model.path, average, model.extra), Nest(model.path, rest, model.extra)
-    return None
-
-
-def _pair_average(tensors: Mapping[str, Leaf], mine: Mapping[str, str], rest: Mapping[str, Leaf]) -> dict[str, str]:
-    """Pair averaged names with the model's, under the common prefix that pairs the most of them."""
-    best: dict[str, str] = {}
-    prefixes = {""} | {".".join(name.split(".")[:depth]) + "." for name in rest for depth in (1, 2, 3) if "." in name}
-    for prefix in sorted(prefixes, key=lambda text: (text.count("."), text))[: 1 + MAX_PAIRS // (4 * len(rest) + 1)]:
-        for spelling in (str, lambda name: name.replace(".", ""), lambda name: name.replace(".", "_")):
-            pairs = {
-                name: mine[spelling(name[len(prefix) :])]
-                for name in rest
-                if name.startswith(prefix) and spelling(name[len(prefix) :]) in mine
-            }
-            pairs = {a: b for a, b in pairs.items() if tensors[a].shape == tensors[b].shape}
-            if len(pairs) > len(best):
-                best = pairs
-    return best if len(best) * 2 > len(mine) else {}
+    found = find_average({name: tuple(tensor.shape) for name, tensor in model.tensors.items()})
+    if found is None:
+        return None
+    rest = {name: tensor for name, tensor in model.tensors.items() if not name.startswith(found.prefix)}
+    average = {name: model.tensors[found.pairs.get(name, name)] for name in rest}
+    return found.prefix, Nest(model.path, average, model.extra), Nest(model.path, rest, model.extra)
 
 
 def list_average(tree: Any, model: Nest) -> tuple[str, Nest] | None:

@@ -24,25 +24,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lit_wsl.matching.decision import (
-    SURE,
-    TURNED,
-    ClassSolver,
-    Decision,
-    Pair,
-    Region,
-    Roles,
-    Sides,
-    Tie,
-    agreement,
-    is_named,
-    order_cell,
-)
+from lit_wsl.matching.decision import OTHER_NAME, TURNED, ClassSolver, is_named, is_strong
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spells_parts
 from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.order import SURE, agreement, order_cell
+from lit_wsl.matching.regions import Decision, Pair, Region, Renames, Roles, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
-from lit_wsl.matching.tree import Item, TreeBuilder, role_of, same_kind, shape_key
+from lit_wsl.matching.tree import Item, TreeBuilder, families_of, relative, role_of, same_kind, shape_key
 from lit_wsl.plan.operations import Operation
 
 MAX_CANDIDATES = 16
@@ -117,12 +106,14 @@ class Evidence:
         turned_matrices: Matched matrices that only fit transposed.
         agreement: By region, how well the order of its decided siblings agrees.
         roles: What blocks were certain of.
+        renames: Which units kept their names.
     """
 
     exact_matrices: int = 0
     turned_matrices: int = 0
     agreement: dict[tuple[int, int], float] = field(default_factory=dict)
     roles: Roles = field(default_factory=Roles)
+    renames: Renames = field(default_factory=Renames)
 
 
 class Aligner:
@@ -143,10 +134,12 @@ class Aligner:
         self.evidence = evidence
         self.ordered = sides.ordered
         self.execution = sides.execution
+        self.twins = sides.twins
+        self.sources_of = {t: s for s, t in sides.twins.items()}
         self.gathered = Evidence()
         self.turned = evidence.turned_matrices > evidence.exact_matrices
         self.costs = PairCosts(forbidden, self.turned)
-        self.classes = ClassSolver(options, self.costs, sides, evidence.roles)
+        self.classes = ClassSolver(options, self.costs, sides, evidence.roles, evidence.renames)
         self.agreement: dict[tuple[int, int], float] = {}
         self._memo: dict[tuple[int, int], tuple[int, int, Outcome]] = {}
 
@@ -215,6 +208,7 @@ class RegionMatch:
         self.out = Outcome()
         self.certain: list[Pair] = []
         self.ties: list[Tie] = []
+        self.open_parts: set[tuple[int, ...]] = set()
 
     def solve(self, sources: list[Item], targets: list[Item]) -> Outcome:
         """Decide everything in the region."""
@@ -268,8 +262,56 @@ class RegionMatch:
         """Pair what a class decides, and return what it leaves open."""
         s, t = sorted(s, key=lambda i: i.start), sorted(t, key=lambda i: i.start)
         decision = self.aligner.classes.solve(s, t, self.region)
-        decision.pairs = [p for p in decision.pairs if is_named(p.cell) or not self._spelled_apart(p.source, p.target)]
+        decision.pairs = [
+            p
+            for p in decision.pairs
+            if (is_named(p.cell) or not self._unsettled(p)) and not self._parts_twins(p) and not self._coincides(p)
+        ]
         return self._take(decision, s, t)
+
+    def _parts_twins(self, p: Pair) -> bool:
+        """Whether a tensor of either has its very path and shape on the other side, but outside of the pair."""
+        if p.source.virtual or p.target.virtual:
+            return False
+        twins, inside = self.aligner.twins, {t.start for t in p.target.tensors}
+        if any(twins.get(s.start, p.target.start) not in inside for s in p.source.tensors):
+            return True
+        backwards, inside = self.aligner.sources_of, {s.start for s in p.source.tensors}
+        if any(backwards.get(t.start, p.source.start) not in inside for t in p.target.tensors):
+            return True
+        roots = self.region.source, self.region.target
+        for side, (here, there) in enumerate(((p.source, p.target), (p.target, p.source))):
+            inside = {t.start for t in there.tensors}
+            for tensor in here.tensors:
+                path = relative(tensor, roots[side])
+                twin = self._places[1 - side].get(path)
+                apart = twin is not None and twin.shape == tensor.shape and twin.start not in inside
+                if apart and self.region.like_numbers(path):
+                    return True
+        return False
+
+    def _coincides(self, p: Pair) -> bool:
+        """Whether two small modules of other names may be of one size by chance: others could fill the largest part."""
+        if not p.source.level == p.target.level == 2 or is_named(p.cell) or is_strong(p.source):
+            return False
+        if not other_name(p.source, p.target, self.region):
+            return False
+        key = shape_key(p.source.main.shape)
+        return all(
+            sum(shape_key(t.shape) == key for t in root.tensors) > sum(shape_key(t.shape) == key for t in item.tensors)
+            for item, root in ((p.source, self.region.source), (p.target, self.region.target))
+        )
+
+    @cached_property
+    def _places(self) -> tuple[dict[str, Item], dict[str, Item]]:
+        """The tensors below, by their paths, source and target."""
+        source, target = self.region.source, self.region.target
+        return {relative(t, source): t for t in source.tensors}, {relative(t, target): t for t in target.tensors}
+
+    def _unsettled(self, p: Pair) -> bool:
+        """Whether the name of either spells parts, or one may be a part of what was left open."""
+        open_parts = max(p.source.level, p.target.level) < 2 and shape_key(p.target.main.shape) in self.open_parts
+        return open_parts or self._spelled_apart(p.source, p.target)
 
     def _spelled_apart(self, s: Item, t: Item) -> bool:
         """Whether the name of either spells parts that stand on the other side: then it is a whole, and no pair."""
@@ -291,6 +333,8 @@ class RegionMatch:
         outcome, ds, dt = self.aligner.inside(p.source, p.target)
         self.out.inside.append((outcome, ds, dt, p.cell))
         self.out.pairs.append((p.source, p.target))
+        if max(p.source.level, p.target.level) < 2 <= min(self.region.source.level, self.region.target.level):
+            self.aligner.gathered.renames.teach(p.source, p.target)
         if p.first and may_load(p.cell):
             self.certain.append(p)
             self.aligner.gathered.roles.teach(self.region, p.source, p.target)
@@ -302,6 +346,8 @@ class RegionMatch:
             for step in row:
                 by_targets.setdefault(step.targets, []).append((step.sources, step.operations))
             self.out.doubts += [Doubt(t, tuple(c), fusion.reason) for t, c in by_targets.items()]
+        if not fusion.steps:
+            self.open_parts |= {shape_key(i.main.shape) for i in fusion.items[1:]}
         if fusion.steps:
             whole, first = fusion.items[:2]
             self.certain.append(Pair(*((first, whole) if fusion.whole_is_target else (whole, first)), fusion.cell))
@@ -339,6 +385,14 @@ class RegionMatch:
                     decision = Decision()
                     self.aligner.classes._zip(f, g, cell, decision)
                     for p in decision.pairs:
+                        p = replace(p, cell=self.aligner.classes.judged(p, self.region))
+                        if not may_load(p.cell):
+                            one = (
+                                families_of([p.source], self.region.source),
+                                families_of([p.target], self.region.target),
+                            )
+                            self._doubt(Tie(tuple(one[0]), tuple(one[1]), OTHER_NAME))
+                            continue
                         self._take_pair(replace(p, first=False))
                         self.aligner.gathered.roles.teach(self.region, p.source, p.target)
                     for inner in decision.ties:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lit_wsl.matching.scoring import near
-from lit_wsl.matching.words import token_similarity
+from lit_wsl.matching.words import counted, numbers_along, token_similarity
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, tokenize
 
 FOLLOWS, SAME_PATH = "buffer of a matched module", "buffer at the same path"
@@ -72,6 +72,7 @@ def match_buffers(
     known: Collection[str],
     buffers_s: Sequence[ParameterInfo],
     buffers_t: Sequence[ParameterInfo],
+    units: Collection[str],
 ) -> list[tuple[ParameterInfo, ParameterInfo, str]]:
     """Match buffers by the modules that their weights were matched to; where there are none, by the same path.
 
@@ -80,6 +81,7 @@ def match_buffers(
         known: Names of the sources that are known to be buffers.
         buffers_s: What is left of the source.
         buffers_t: Buffers of the target; of modules that hold nothing else, all that are open.
+        units: Modules of the target that hold weights: their buffers come with these, or not at all.
 
     Returns:
         ``(source, target, evidence)``, one to one, shapes equal.
@@ -104,12 +106,12 @@ def match_buffers(
     taken = {s.name for s, _, _ in found}
     filled = {t.name for _, t, _ in found}
     free = [s for s in buffers_s if s.name not in taken]
-    paths_s, paths_t = relative_paths(free), relative_paths(buffers_t)
-    twins = {paths_s[s.name]: s for s in free}
-    for t in buffers_t:
-        twin = twins.get(paths_t[t.name])
-        if twin is not None and t.name not in filled and twin.shape == t.shape and not homes[0].get(t.module_path):
-            found.append((twin, t, SAME_PATH))
+    twins = twins_of(free, buffers_t)
+    found += [
+        (twins[t.name], t, SAME_PATH)
+        for t in buffers_t
+        if t.name in twins and t.name not in filled and t.module_path not in units
+    ]
     return _counters_with_their_statistics(found, groups)
 
 
@@ -129,6 +131,30 @@ def _counters_with_their_statistics(
 
 def _is_counter(info: ParameterInfo) -> bool:
     return not info.shape and not info.dtype.is_floating_point and not info.dtype.is_complex
+
+
+def twins_of(
+    source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], *, within: bool = False
+) -> dict[str, ParameterInfo]:
+    """By the target's names the source tensors of the same path and shape, where both sides count alike along it.
+
+    Args:
+        source: The source's tensors.
+        target: The target's tensors.
+        within: Whether it is enough that what one side counts is among what the other counts.
+    """
+    paths_s, paths_t = relative_paths(source), relative_paths(target)
+    numbers = numbers_along(paths_s.values()), numbers_along(paths_t.values())
+    by_path = {paths_s[s.name]: s for s in source}
+    found = {}
+    for t in target:
+        path = paths_t[t.name]
+        twin = by_path.get(path)
+        along = [[counter.get(place, set()) for counter in numbers] for place, _ in counted(path)]
+        alike = all(a == b or (within and (a <= b or b <= a)) for a, b in along)
+        if twin is not None and twin.shape == t.shape and alike:
+            found[t.name] = twin
+    return found
 
 
 def relative_paths(infos: Sequence[ParameterInfo]) -> dict[str, str]:

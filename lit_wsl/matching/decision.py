@@ -18,17 +18,32 @@ Everything else stays open.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from lit_wsl.matching.lexicon import same_role
+from lit_wsl.matching.likeness import (
+    ENDS,
+    HALF_WORDS,
+    NEAR_WORDS,
+    PART_WORDS,
+    SIDES,
+    WORDS,
+    called_alike,
+    called_otherwise,
+    leads,
+    liken,
+    own_words,
+    strength,
+)
 from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.order import ORDER
+from lit_wsl.matching.regions import Decision, Pair, Region, Renames, Roles, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts
 from lit_wsl.matching.tree import (
@@ -36,6 +51,7 @@ from lit_wsl.matching.tree import (
     Item,
     evened,
     families_of,
+    kind_of,
     literal_if_needed,
     owner_path,
     place_in,
@@ -44,219 +60,24 @@ from lit_wsl.matching.tree import (
     telling_words,
 )
 from lit_wsl.matching.tree import literal as _literal
-from lit_wsl.matching.words import is_abbreviation, path_tokens, split_numbers
-from lit_wsl.structure.description import ParameterInfo, Shape
+from lit_wsl.matching.words import path_tokens
+from lit_wsl.structure.description import ParameterInfo
 
-PATH, TIED, WORDS, HALF_WORDS, PART_WORDS = "path", "tied", "words", "half words", "some words"
-LETTERS, NEAR_WORDS = "letters", "neighbour's words"
+PATH, TIED = "path", "tied"
 ALONE, DISTINCT, STRONG = "alone", "distinct shape", "much structure"
-FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter may stand for anything
-ORDER, ORDER_BACKED, ORDER_OF_KIND, ORDER_ALONE = "order", "order, as elsewhere", "order of a kind", "order alone"
 ROLE, COUNT = "as in other blocks", "both count"
 OTHER_WORDS = "the last ones left of their size, but their names fit others better"
+SAME_ROLE = "same role"
 TURNED = "the shapes fit as they are, but the names say that matrices are stored the other way round"
+OTHER_NAME = "the only ones of this size, but their names have nothing in common: it may be another part"
 OTHER_HEAD = "the only ones of this size, but called after different things: it may be another head"
-ENDS = frozenset(  # what the last layer is called in any model, so that it says nothing about what it is for
-    (
-        "head",
-        "heads",
-        "fc",
-        "classifier",
-        "linear",
-        "last",
-        "final",
-        "logits",
-        "output",
-        "out",
-        "proj",
-        "projection",
-        "dense",
-        "layer",
-        "lm",
-        "predictions",
-        "decoder",
-        "cls",
-        "model",
-        "net",
-        "module",
-        "backbone",
-        "to",
-        "lin",
-        "score",
-    )
-)
-BLOCK = 64  # tensors; larger regions teach nothing about their like
-SIDES = frozenset(("pre", "post", "before", "after"))  # says that the other words name a neighbour
-SURE, SOME = 12, 6  # in one of so many orders as much would agree by chance
 Key = tuple[Any, ...]
 NUMBERS, ASCENDING, EXCLUSION = "numbers", "ascending", "exclusion"
-
-
-@dataclass(frozen=True)
-class Sides:
-    """What is known of the two sides as wholes.
-
-    Attributes:
-        ties: How many names each tied source tensor has.
-        ordered: Whether the source has an order of registration.
-        execution: When the target runs each of its tensors, by ordinal.
-        heads: Ordinals of the target's matrices at its ends (:func:`ends_of`).
-    """
-
-    ties: Mapping[str, int] = field(default_factory=dict)
-    ordered: bool = True
-    execution: tuple[int | None, ...] = ()
-    heads: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class Region:
-    """Where items are compared: below ``source`` and ``target``.
-
-    Attributes:
-        source: Root of the source's side.
-        target: Root of the target's side.
-        complete: Whether both sides have the same number of elements, so that everything must find a partner.
-        shapes: How many tensors of each shape (up to order and ones) the whole models have, source and target.
-    """
-
-    source: Item
-    target: Item
-    complete: bool
-    shapes: tuple[Counter[Shape], Counter[Shape]] | None = None
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Equal for regions of the same structure, which are solved once."""
-        return self.source.structure, self.target.structure
-
-    @cached_property
-    def _counters(self) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-        return numbers_along(self.names[0]), numbers_along(self.names[1])
-
-    def same_numbers(self, path: str) -> bool:
-        """Whether every number along a path counts the same things on both sides."""
-        return all(self._counters[0].get(place) == self._counters[1].get(place) for place, _ in counted(path))
-
-    @cached_property
-    def names(self) -> tuple[list[str], list[str]]:
-        """The paths of all tensors below, source and target."""
-        return tuple([relative(t, root) for t in root.tensors] for root in (self.source, self.target))  # type: ignore
-
-    @cached_property
-    def words(self) -> tuple[Counter[str], Counter[str]]:
-        """How many tensors have each word in their path, source and target."""
-        return _word_counts(self.source), _word_counts(self.target)
-
-
-@lru_cache(maxsize=200_000)
-def counted(path: str) -> tuple[tuple[str, str], ...]:
-    """The places along a path where something is counted, and the number there.
-
-    >>> counted("layer1.0.conv")
-    (('layer#', '1'), ('layer1.#', '0'))
-    """
-    parts, found = path.split("."), []
-    for k, part in enumerate(parts):
-        digits = "".join(c for c in part if c.isdigit())
-        if digits:
-            stem = "".join("#" if c.isdigit() else c for c in part)
-            found.append((".".join((*parts[:k], stem)), digits))
-    return tuple(found)
-
-
-def numbers_along(paths: Iterable[str]) -> dict[str, set[str]]:
-    """The numbers that occur at each place where paths count."""
-    found: dict[str, set[str]] = {}
-    for path in paths:
-        for place, number in counted(path):
-            found.setdefault(place, set()).add(number)
-    return found
-
-
-def _word_counts(root: Item) -> Counter[str]:
-    return Counter(w for t in root.tensors for w in set(path_tokens(relative(t, root))) if not w.isdigit())
-
-
-class Roles:
-    """Partners by their places in blocks of one list, where they were certain.
-
-    In the first block of a stage ``conv3`` and ``downsample`` may have one shape, so nothing there tells which is
-    which; in the next block there is no ``downsample``, and ``conv3`` is certain.
-    """
-
-    def __init__(self) -> None:
-        self._regions: dict[tuple[int, int], tuple[Region, set[tuple[str, str]]]] = {}
-
-    def teach(self, region: Region, s: Item, t: Item) -> None:
-        """Remember a certain pair."""
-        if max(len(region.source.tensors), len(region.target.tensors)) <= BLOCK:
-            places = (place_in(s, region.source), place_in(t, region.target))
-            self._regions.setdefault(region.key, (region, set()))[1].add(places)
-
-    def partners(self, region: Region, s: Item, t: Item) -> bool:
-        """Whether two places were partners in other blocks of this make, and neither had another partner."""
-        a, b = place_in(s, region.source), place_in(t, region.target)
-        known = {
-            pair
-            for key, (other, pairs) in self._regions.items()
-            if key != region.key and _same_make(region, other)
-            for pair in pairs
-            if a == pair[0] or b == pair[1]
-        }
-        return known == {(a, b)}
-
-
-def _same_make(a: Region, b: Region) -> bool:
-    """Whether both stand in the same lists, and one's tensors are, in order, among the other's on both sides."""
-    lists = [(split_numbers(r.source.path)[0], split_numbers(r.target.path)[0]) for r in (a, b)]
-    return lists[0] == lists[1] and all(
-        _within(x, y) or _within(y, x) for x, y in ((a.names[0], b.names[0]), (a.names[1], b.names[1]))
-    )
-
-
-def _within(a: Sequence[str], b: Sequence[str]) -> bool:
-    rest = iter(b)
-    return all(name in rest for name in a)
 
 
 def is_named(cell: str) -> bool:
     """Whether names decided."""
     return cell.startswith((PATH, TIED, WORDS, HALF_WORDS, PART_WORDS, "open"))
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A decided pair: what belongs together, and by which kind of evidence."""
-
-    source: Item
-    target: Item
-    cell: str
-    margin: float = 1.0
-    first: bool = True  # of its family: the others follow from it, so they don't vote
-
-
-@dataclass(frozen=True)
-class Tie:
-    """Families of both sides that belong together in an order that neither paths nor words tell; equally many."""
-
-    sources: tuple[Family, ...]
-    targets: tuple[Family, ...]
-    reason: str = "same shapes, and neither names nor order decide between them"
-
-    @property
-    def rank(self) -> int:
-        """Whether it is about matrices or vectors."""
-        return min(self.sources[0].members[0].rank, 2)
-
-
-@dataclass
-class Decision:
-    """What a class decided; members in none of the lists stay open for other steps."""
-
-    pairs: list[Pair] = field(default_factory=list)
-    ties: list[Tie] = field(default_factory=list)
-    closed: list[Item] = field(default_factory=list)
 
 
 class ClassSolver:
@@ -269,7 +90,10 @@ class ClassSolver:
         roles: What other blocks were certain of, in the pass before.
     """
 
-    def __init__(self, options: MatchingOptions, costs: PairCosts, sides: Sides, roles: Roles) -> None:
+    def __init__(
+        self, options: MatchingOptions, costs: PairCosts, sides: Sides, roles: Roles, renames: Renames
+    ) -> None:
+        self.renames = renames
         self.names = options.strategy != "shape_only"
         self.costs = costs
         self.ties = sides.ties
@@ -279,6 +103,34 @@ class ClassSolver:
 
     def solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
         """Decide a class: members in registration order, and where they stand."""
+        out = self._solve(s, t, region)
+        kept: list[Pair] = []
+        for p in out.pairs:
+            cell = self.judged(p, region)
+            if may_load(cell):
+                kept.append(replace(p, cell=cell))
+            else:
+                sides = (families_of([p.source], region.source), families_of([p.target], region.target))
+                out.ties.append(Tie(tuple(sides[0]), tuple(sides[1]), OTHER_NAME))
+        out.pairs = kept
+        return out
+
+    def judged(self, p: Pair, region: Region) -> str:
+        """The cell of a pair, by whether the names of the two have anything in common, and whether others have."""
+        if p.cell in (PATH, TIED) or not self.names or max(p.source.level, p.target.level) == 2:
+            return p.cell
+        if min(region.source.level, region.target.level) < 2:
+            return p.cell
+        kind = other_name(p.source, p.target, region)
+        if not kind:
+            return p.cell
+        if same_role(owner_path(p.source.main.path), owner_path(p.target.main.path)):
+            return p.cell if is_named(p.cell) or p.cell.startswith((ORDER, ROLE)) else SAME_ROLE
+        renamed, kept = self.renames.others(p.source, p.target)
+        kind += " among kept" if kept > renamed else ""
+        return f"{p.cell}, {kind}" if is_named(p.cell) or p.cell.startswith((ORDER, ROLE)) else kind
+
+    def _solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
         if (
             len(s) == 1
             and 1 < len(t) <= self.ties.get(s[0].main.path, 1)
@@ -301,6 +153,10 @@ class ClassSolver:
         """Whether names single out a partner that would have to be transposed, where the shapes say another."""
         if not any(len(i.main.shape) == 2 and i.level < 2 for i in s):
             return False
+        theirs = {relative(i, region.source): i for i in s}
+        twins = ((theirs.get(relative(i, region.target)), i) for i in t)
+        if any(twin is not None and self.costs.of(twin, i) == TRANSPOSED for twin, i in twins):
+            return True
         fs, ft = families_of(s, region.source), families_of(t, region.target)
         shared, _ = self._likenesses(fs, ft, region)
         return any(self.costs.of_families(fs[i], ft[j]) == TRANSPOSED for i, j, _ in leads(shared))
@@ -315,7 +171,7 @@ class ClassSolver:
             if s and t and balanced and region.complete:
                 self._tie(_literal(families_of(s, region.source)), _literal(families_of(t, region.target)), out)
             return
-        sure = region.complete or all(_strong(i) for i in (*s, *t))
+        sure = region.complete or all(is_strong(i) for i in (*s, *t))
         fs, ft = families_of(s, region.source), families_of(t, region.target)
         if len(s) == len(t) and sure:
             fs, ft = evened(fs, ft)
@@ -346,11 +202,13 @@ class ClassSolver:
             cell = ALONE
         elif region.complete and max(s.level, t.level) == 2:
             words = [[w for w in path_tokens(p) if not w.isdigit()] for p in paths]
+            telling = [[w for w in ws if w not in ENDS] for ws in words]
+            words = telling if any(telling) else words
             likeness = liken(words[0], words[1])
             if paths[0] != paths[1] and likeness.best < 2:
                 return
             cell = ALONE + ", other inside"
-        elif _strong(s) and s.profile == t.profile:
+        elif is_strong(s) and s.profile == t.profile:
             cell = STRONG
         else:
             words = [[w for w in path_tokens(p) if not w.isdigit()] for p in paths]
@@ -359,7 +217,7 @@ class ClassSolver:
                 cell = "open " + WORDS
             elif region.shapes is not None and s.rank >= 2 and s.profile == t.profile and _unique(s, t, region):
                 cell = DISTINCT
-            elif _called_alike(s, t):
+            elif called_alike(s, t):
                 cell = "open own name"
             else:
                 return
@@ -370,9 +228,9 @@ class ClassSolver:
         """Whether two units stand at the end of their models and are called after different things."""
         if t.start not in self.heads or max(s.level, t.level) == 2:
             return False
-        if any(c.isdigit() for i in (s, t) for c in owner_path(i.main.path)):
+        if any(part.isdigit() for i in (s, t) for part in owner_path(i.main.path).split(".")):
             return False
-        named = [_own_words(i) for i in (s, t)]
+        named = [own_words(i) for i in (s, t)]
         apart = [{w for w in words - ENDS if len(w) > 1} for words in named]
         if s.path == t.path or not (apart[0] and apart[1]):
             return False
@@ -383,6 +241,9 @@ class ClassSolver:
     def _by_path(self, s: list[Item], t: list[Item], region: Region, out: Decision) -> tuple[list[Item], list[Item]]:
         theirs = {relative(i, region.source): i for i in s}
         taken: set[int] = set()
+        renamed = region.source.path.rpartition(".")[2] != region.target.path.rpartition(".")[2]
+        if self.ordered and renamed and _runs_apart(s, t, region):
+            return s, t
         for i in t:
             path = relative(i, region.target)
             twin = theirs.get(path)
@@ -399,7 +260,7 @@ class ClassSolver:
         n, m = len(fs), len(ft)
         if n == m == 1:
             if sure or _alike(fs[0], ft[0]):
-                if fixed and _called_otherwise(fs[0].members[0], ft[0].members[0]):
+                if fixed and called_otherwise(fs[0].members[0], ft[0].members[0]):
                     out.ties.append(Tie(tuple(_literal(fs)), tuple(_literal(ft)), OTHER_WORDS))
                     return
                 cell = EXCLUSION if fixed else ALONE if region.complete else STRONG
@@ -434,7 +295,7 @@ class ClassSolver:
         if len(left_s) == len(left_t) == 1 and len(left_s[0].members) == len(left_t[0].members):
             i, j = next(iter(open_s)), next(iter(open_t))
             better = max(shared[i].max(), shared[:, j].max()) > shared[i, j]
-            better = better or (fixed and _called_otherwise(left_s[0].members[0], left_t[0].members[0]))
+            better = better or (fixed and called_otherwise(left_s[0].members[0], left_t[0].members[0]))
             head = any(self._other_head(a, b, region) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
                 out.ties.append(
@@ -467,7 +328,8 @@ class ClassSolver:
                     continue
                 likeness = liken(words_s[i], words_t[j], near_s, near_t)
                 shared[i, j] = likeness.shared
-                kinds[i][j] = likeness.kind
+                elsewhere = likeness.only_near and SIDES & set(f.words) != SIDES & set(g.words)
+                kinds[i][j] = NEAR_WORDS if elsewhere else likeness.kind
         return shared, kinds
 
     def _near(self, families: tuple[list[Family], list[Family]], region: Region, side: int) -> frozenset[str]:
@@ -534,6 +396,17 @@ def _parts(s: list[Item], t: list[Item], *, exact: bool) -> list[tuple[list[Item
     return parts
 
 
+def _runs_apart(s: Sequence[Item], t: Sequence[Item], region: Region) -> bool:
+    """Whether the members of two lists are counted alike, but registered in opposite directions."""
+    counted = [
+        {int(relative(i, root)): i.start for i in side if relative(i, root).isdigit()}
+        for side, root in ((s, region.source), (t, region.target))
+    ]
+    shared = sorted(set(counted[0]) & set(counted[1]))
+    ups = [[places[a] < places[b] for a, b in pairwise(shared)] for places in counted]
+    return bool(ups[0]) and any(all(ups[k]) and not any(ups[1 - k]) for k in (0, 1))
+
+
 def _telling(families: Sequence[Family], others: Sequence[Family]) -> list[tuple[str, ...]]:
     """The words that tell families from their rivals; where there is no rival, those that tell the other side's."""
     common = set.intersection(*(set(f.words) for f in others)) if len(families) == 1 < len(others) else set()
@@ -577,26 +450,6 @@ def _shapes(item: Item) -> tuple[Any, ...]:
     return item.profile_key
 
 
-def _called_alike(s: Item, t: Item) -> bool:
-    """Whether the last parts of two paths say the same."""
-    own = [[w for w in path_tokens(owner_path(i.main.path).rpartition(".")[2]) if not w.isdigit()] for i in (s, t)]
-    telling = all(set(words) - ENDS for words in own)
-    return telling and liken(own[0], own[1]).kind == WORDS
-
-
-def _called_otherwise(s: Item, t: Item) -> bool:
-    """Whether both have names of their own that don't agree: where the others kept theirs, it is another thing."""
-    own = [[w for w in path_tokens(owner_path(i.main.path).rpartition(".")[2]) if not w.isdigit()] for i in (s, t)]
-    likeness = liken(own[0], own[1])
-    return all(any(len(w) > 2 for w in left) for left in (likeness.left_s, likeness.left_t))
-
-
-def _own_words(item: Item) -> frozenset[str]:
-    """The words of the last two parts of a path."""
-    parts = owner_path(item.main.path).split(".")[-2:]
-    return frozenset(w for part in parts for w in path_tokens(part) if not w.isdigit())
-
-
 def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
     """Ordinals of the matrices at the ends of a model: outside of lists, and nothing takes in what they put out."""
     matrices = [(k, i) for k, i in enumerate(infos) if len(shape_key(i.shape)) >= 2]
@@ -604,13 +457,13 @@ def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
         k
         for k, i in matrices
         if "Embed" not in i.module_type
-        and i.leaf == "weight"
+        and kind_of(i.name) == "scale"
         and i.shape[0] > 1
         and not any(later.shape[1] == i.shape[0] for n, later in matrices if n > k)
     )
 
 
-def _strong(item: Item) -> bool:
+def is_strong(item: Item) -> bool:
     """Whether so much structure is below that an equal one elsewhere can't be chance."""
     return len(item.tensors) >= 4 and len(item.profile) >= 2
 
@@ -650,162 +503,3 @@ def _direction(items: Sequence[Item]) -> int:
     """1 if items stand in the order given, -1 if the other way round, 0 if neither."""
     steps = {a.start < b.start for a, b in pairwise(items)}
     return (1 if steps == {True} else -1) if len(steps) == 1 else 0
-
-
-# words ---------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=200_000)
-def strength(a: str, b: str) -> tuple[float, int]:
-    """How strongly two words stand for each other, and how: 3 equal, 2 abbreviated or inflected, 1 a letter."""
-    if a == b:
-        return 1.0, 3
-    if a.isdigit() or b.isdigit():
-        return 0.0, 0
-    a, b = (w[1:] if len(w) == 2 and w[0] == "w" else w for w in (a, b))  # wq: the weight of the queries
-    if a == b:
-        return 0.9, 1 + (a.isdigit() or a in FORMULA)
-    short, long = sorted((a, b), key=lambda w: (len(w), w))
-    if is_abbreviation(short, long) and (long.startswith(short) or not set(short[1:]) & set("aeiou")):
-        return (0.8, 2) if len(short) > 1 else (0.7, 1) if short in FORMULA else (0.0, 0)
-    if short in long and len(short) >= 3:
-        return 0.6, 2
-    stem = next((k for k, (x, y) in enumerate(zip(short, long)) if x != y), len(short))
-    if stem >= 3 and stem >= 0.75 * len(short):
-        return 0.6, 2
-    return 0.0, 0
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """How two lists of words agree: weight shared, the best kind of a shared word, and what is left over."""
-
-    shared: float
-    best: int
-    left_s: tuple[str, ...]
-    left_t: tuple[str, ...]
-    only_near: bool = False
-
-    @property
-    def kind(self) -> str:
-        """The cell of a pair that leads by it."""
-        left = {*self.left_s, *self.left_t}
-        if (self.only_near and left) or left & SIDES:
-            return NEAR_WORDS
-        if self.best == 1:
-            return LETTERS
-        return PART_WORDS if self.left_s and self.left_t else HALF_WORDS if self.left_s or self.left_t else WORDS
-
-
-def liken(
-    a: Sequence[str], b: Sequence[str], near_a: frozenset[str] = frozenset(), near_b: frozenset[str] = frozenset()
-) -> Likeness:
-    """Pair the words of two lists one to one, the strongest first."""
-    scored = sorted(
-        (-value, -kind, i, j)
-        for i, x in enumerate(a)
-        for j, y in enumerate(b)
-        for value, kind in [strength(x, y)]
-        if value
-    )
-    used_a: set[int] = set()
-    used_b: set[int] = set()
-    shared, best, near = 0.0, 0, True
-    for value, kind, i, j in scored:
-        if i not in used_a and j not in used_b:
-            used_a.add(i)
-            used_b.add(j)
-            shared -= value
-            best = max(best, -kind)
-            near = near and (a[i] in near_a or b[j] in near_b)
-    left_a, left_b = (
-        tuple(w for i, w in enumerate(a) if i not in used_a),
-        tuple(w for j, w in enumerate(b) if j not in used_b),
-    )
-    return Likeness(shared, best, left_a, left_b, bool(used_a) and near)
-
-
-def leads(shared: np.ndarray) -> list[tuple[int, int, float]]:
-    """Pairs that lead over every rival of their row and of their column, and by how much."""
-    found = []
-    for i, row in enumerate(shared):
-        j = int(row.argmax())
-        value = row[j]
-        rivals = max((*np.delete(row, j), *np.delete(shared[:, j], i)), default=0.0)
-        if value > 0 and value > rivals + 1e-9:
-            found.append((i, j, float(min(1.0, value - max(rivals, 0.0)))))
-    return found
-
-
-# order ---------------------------------------------------------------------------------------------------------------
-
-
-def order_cell(certain: Sequence[Pair], tie: Tie, others: Sequence[Tie], elsewhere: float) -> str | None:
-    """The cell of a tie that goes by order; ``None`` if a decided sibling dissents.
-
-    What counts is in one of how many orders of the siblings as much would agree by chance: if decided and tied siblings
-    alternate alike on both sides, it is not chance.
-
-    Args:
-        certain: Decided siblings.
-        tie: The tie.
-        others: All ties of the region, in which order is followed alike.
-        elsewhere: The same of the best other region; -1 if any of them dissents.
-    """
-    mine = [(f.start, g.start) for f, g in zip(tie.sources, tie.targets)]
-    decided = [(p.source.start, p.target.start) for p in certain]
-    more = [o for o in others if o is not tie]
-    tied = [(f.start, g.start) for o in more for f, g in zip(o.sources, o.targets)]
-    row = sorted([*decided, *tied, *mine])
-    if not _ascending(row):
-        return _order_of_a_kind(certain, tie, elsewhere)
-    siblings = min(
-        len({_beside(p.source, [f.members[0] for f in tie.sources]) for p in certain}),
-        len({_beside(p.target, [g.members[0] for g in tie.targets]) for p in certain}),
-    )
-    chance = math.exp(min(math.lgamma(siblings + len(mine) + 1) - math.lgamma(len(mine) + 1), 20)) + 1e-6
-    if chance >= (SURE if elsewhere > 0 else 2 * SURE):
-        return ORDER
-    if chance >= SOME / 2 and chance * elsewhere >= 5 * SURE:
-        return ORDER_BACKED
-    return ORDER_ALONE
-
-
-def _beside(item: Item, tied: Sequence[Item]) -> str:
-    """The module that an item stands in, as seen from where the tied items part: modules move as a whole."""
-    around = [i.path.split(".")[:-1] for i in tied]
-    depth = next((k for k, names in enumerate(zip(*around)) if len(set(names)) > 1), min(map(len, around)))
-    return ".".join(item.path.split(".")[: depth + 1])
-
-
-def _order_of_a_kind(certain: Sequence[Pair], tie: Tie, elsewhere: float) -> str | None:
-    """The cell of vectors that one side registers apart from its matrices, which themselves follow one order."""
-    matrices = sorted((p.source.start, p.target.start) for p in certain if p.source.rank >= 2)
-    mine = [(f.start, g.start) for f, g in zip(tie.sources, tie.targets)]
-    if not _ascending(
-        sorted([*((p.source.start, p.target.start) for p in certain if min(p.source.rank, 2) == tie.rank), *mine])
-    ):
-        return None
-    if tie.rank >= 2 or not _ascending(matrices) or not matrices:
-        return ORDER_ALONE
-    apart = any(
-        max(v[k] for v in mine) < min(m[k] for m in matrices) or min(v[k] for v in mine) > max(m[k] for m in matrices)
-        for k in (0, 1)
-    )
-    chance = math.factorial(min(len(matrices), 10))
-    if apart and elsewhere > 0 and chance >= SOME and chance * elsewhere >= SURE:
-        return ORDER_OF_KIND
-    return ORDER_ALONE
-
-
-def _ascending(row: Sequence[tuple[int, int]]) -> bool:
-    return all(a[1] < b[1] for a, b in pairwise(row))
-
-
-def agreement(certain: Sequence[Pair]) -> float:
-    """In one of how many orders the decided siblings of a region would agree by chance; -1 if they don't agree."""
-    places = [(p.source.start, p.target.start, p.source.rank < 2) for p in certain]
-    if _ascending(sorted((s, t) for s, t, _ in places)):
-        return math.exp(min(math.lgamma(len(certain) + 1), 20))
-    apart = [sorted((s, t) for s, t, vector in places if vector == kind) for kind in (True, False)]
-    return 1.0 if all(map(_ascending, apart)) else -1.0

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
-from lit_wsl.matching.decision import Region
+from lit_wsl.matching.regions import Region
 from lit_wsl.matching.shapes import join_axis, transpose_shape
 from lit_wsl.matching.tree import (
     Family,

@@ -99,7 +99,9 @@ class Orientation:
         for make in _makes(s, t):  # the nearest make that shows anything
             seen = self._seen.get(make)
             if seen:
-                return next(iter(seen)) if len(seen) == 1 else None
+                verdict = next(iter(seen)) if len(seen) == 1 else None
+                # what fits as it is may fit by chance, where others of the kind fit only turned
+                return None if verdict is False and True in self._seen[_makes(s, t)[1]] else verdict
         same_make = _leaf(s) == _leaf(t) and len(_core(s.shape)) == len(_core(t.shape))
         return False if same_make and not self.turned else None
 

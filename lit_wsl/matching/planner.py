@@ -10,19 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from lit_wsl.matching.alignment import Aligner, Evidence, Match
-from lit_wsl.matching.buffers import match_buffers, refuse_modules, relative_paths, split_kinds
-from lit_wsl.matching.decision import Sides, counted, ends_of, numbers_along
+from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds, twins_of
+from lit_wsl.matching.decision import ends_of
 from lit_wsl.matching.entries import EntryWriter
 from lit_wsl.matching.hints import hints
 from lit_wsl.matching.incompatible import IncompatiblePairs
 from lit_wsl.matching.layouts import hidden_layouts, leave_open
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.orientation import Orientation
+from lit_wsl.matching.regions import Sides
 from lit_wsl.matching.risks import margin_of, told
-from lit_wsl.matching.selection import part_of, restrict
+from lit_wsl.matching.selection import part_of, restrict, without, without_average
 from lit_wsl.matching.tree import TreeBuilder, stem_of
 from lit_wsl.matching.words import Dictionary
-from lit_wsl.plan.entries import SideSummary
+from lit_wsl.plan.entries import AVERAGE, SideSummary
 from lit_wsl.plan.operations import Operation, Transpose
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
@@ -157,7 +158,8 @@ _STYLES = (  # how torch.nn.utils.parametrizations stores what older functions o
 def _build(source: ModelDescription, target: ModelDescription, options: MatchingOptions) -> TransferPlan:
     """The plan of lossless operations alone; parametrized weights go by the names that older code gives them."""
     sides, names = [], []
-    whole, source = source, part_of(source, options.source_prefix)
+    whole, inside = source, part_of(source, options.source_prefix)
+    source, note = without_average(inside, target)
     for side in (source, target):
         renamed = {i.name: _plain_name(i.name) for i in side.parameters if "parametrizations." in i.name}
         if len({i.name for i in side.parameters if i.name not in renamed} | set(renamed.values())) < len(
@@ -168,6 +170,8 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
         sides.append(replace(side, parameters=infos) if renamed else side)
         names.append({new: old for old, new in renamed.items()})
     plan = replace(_build_lossless(sides[0], sides[1], options), source=SideSummary.of(whole))
+    if note:
+        plan = replace(without(plan, inside, source, AVERAGE), notes=(*plan.notes, note))
     if not (names[0] or names[1]):
         return plan
     back = [lambda name, known=known: known.get(name, name) for known in names]
@@ -211,7 +215,7 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
         [(sources, targets, match.operations) for sources, targets, match in alignment.matches],
         [(targets, candidates) for targets, candidates, _ in alignment.doubts],
     )
-    twins = _Twins(source, target)
+    twins = twins_of(source.parameters, target.parameters)
     factors_s, factors_t = factor_roles(source.parameters), factor_roles(target.parameters)
     notes: list[str] = []
     for sources, targets, match in alignment.matches:
@@ -221,7 +225,8 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
                 "(weight_norm); remove the parametrization on one side first"
             )
             continue
-        twin = twins.given_away(sources, targets)
+        own = (twins[t.name] for t in targets if t.name in twins)
+        twin = next((twin for twin in own if twin not in sources), None)
         if twin is not None:
             writer.doubt(targets, [((twin,), ()), (sources, match.operations)], TWIN)
             continue
@@ -240,7 +245,8 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
         rest_t = [i for i in target.parameters if i.kind == "buffer" and i.name not in filled]
         running = {i.name for i in buffers_s}
         evidence = writer.evidence_by_module()
-        for s, t, reason in match_buffers(writer.pairs(), running, rest_s, rest_t):
+        units = {i.module_path for i in target.parameters if i.kind == "parameter"}
+        for s, t, reason in match_buffers(writer.pairs(), running, rest_s, rest_t, units):
             writer.add((s,), (t,), (), 1.0, evidence.get(t.module_path, reason), reason)
     if options.buffers == "strict":
         refuse_modules(writer, source, target)
@@ -258,29 +264,6 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
 
 
 TWIN = "the checkpoint has a tensor of this very name and shape, but what stands around both says otherwise"
-
-
-class _Twins:
-    """Tensors of the same path on both sides, after the modules that each side stands in."""
-
-    def __init__(self, source: ModelDescription, target: ModelDescription) -> None:
-        self._source, self._target = (relative_paths(side.parameters) for side in (source, target))
-        self._by_path = {path: source.by_name[name] for name, path in self._source.items()}
-        self._numbers = [numbers_along(paths.values()) for paths in (self._source, self._target)]
-
-    def _counts_alike(self, path: str) -> bool:
-        return all(self._numbers[0].get(place) == self._numbers[1].get(place) for place, _ in counted(path))
-
-    def given_away(self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]) -> ParameterInfo | None:
-        """The source that has a target's very path and shape, if the target would get another; numbers may shift."""
-        for t in targets:
-            path = self._target[t.name]
-            twin = self._by_path.get(path)
-            if twin is None or twin.shape != t.shape or not self._counts_alike(path):
-                continue
-            if all(s.name != twin.name for s in sources):
-                return twin
-        return None
 
 
 def has_order(side: ModelDescription) -> bool:
@@ -306,7 +289,10 @@ def align(
     root_s, order_s = builder.build(source)
     root_t, order_t = builder.build(target)
     forbidden = IncompatiblePairs(options.incompatible_pairs)
-    sides = Sides(ties or {}, ordered, tuple(info.execution_order for info in order_t), ends_of(order_t))
+    place_s, place_t = ({i.name: k for k, i in enumerate(order)} for order in (order_s, order_t))
+    twins = {place_s[s.name]: place_t[t] for t, s in twins_of(order_s, order_t, within=True).items()}
+    executed = tuple(info.execution_order for info in order_t)
+    sides = Sides(ties or {}, ordered, executed, ends_of(order_t), twins)
     aligner = Aligner(options, builder, Evidence(), forbidden, sides)
     aligner.align(root_s, root_t)
     aligner.gathered.agreement = aligner.agreement

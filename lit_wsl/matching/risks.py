@@ -7,25 +7,24 @@ from functools import cache, lru_cache
 from importlib import resources
 from math import sqrt
 
-_REFUSED = frozenset(("order alone", "neighbour's words"))
-_OPEN = frozenset(("open words", "open own name"))
-
-
 RISK_LIMIT = 0.15  # a kind is loaded if, with 95 % confidence, fewer of its decisions than this are wrong
+OTHER_NAMES = 0.04  # the same where the names speak against the pair
 
 
 def may_load(cell: str) -> bool:
     """Whether pairs of a kind of evidence are loaded, or stay open.
 
-    Kinds that were too rarely counted to tell go by what is known of them otherwise.
+    A variety that was too rarely counted to tell (``words, other own name``) goes by the kind that it is of. A kind
+    that itself was too rarely counted is loaded if it was never wrong, but not in a region that is incomplete.
     """
-    if RISK_LIMIT >= 1.0:  # while counting
-        return True
-    trusted = cell in _OPEN if cell.startswith("open ") else cell not in _REFUSED
-    counts = table().get(cell)
-    if counts is None or bound(0, counts["right"] + counts["wrong"]) >= RISK_LIMIT:
-        return trusted
-    return trusted and bound(counts["wrong"], counts["right"] + counts["wrong"]) < RISK_LIMIT
+    limit = OTHER_NAMES if "other " in cell and "name" in cell else RISK_LIMIT
+    kind = cell
+    while kind:
+        counts = table().get(kind)
+        if counts is not None and bound(0, counts["right"] + counts["wrong"]) < limit:
+            return bound(counts["wrong"], counts["right"] + counts["wrong"]) < limit
+        cell, kind = kind, kind.rpartition(", ")[0]
+    return not cell.startswith("open ") and not table().get(cell, {}).get("wrong", 0)
 
 
 @lru_cache(maxsize=100_000)
@@ -67,6 +66,11 @@ _TOLD = {
     "parts spelled": "the name spells the order of the parts",
     "parts formula": "queries, keys, values stand in the order of the formula",
     "parts numbered": "the parts are numbered",
+    "other name": "the only ones left of their size, as many others of these models have other names too",
+    "other own name": "the only ones left of their size, in modules of alike names",
+    "other name among kept": "the only ones left of their size, but their names have nothing in common",
+    "other own name among kept": "the only ones left of their size, but their own names have nothing in common",
+    "same role": "the only ones left of their size, and public code calls one role by both names",
     "open words": "their names agree word for word, among others of the size",
     "open own name": "their own names agree, among others of the size",
 }

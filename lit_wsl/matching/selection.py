@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from lit_wsl.errors import MappingError
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.plan.entries import ITS_PLACE, LEFT_ALONE, OUTSIDE, Unmatched
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.structure.averages import find_average
 from lit_wsl.structure.description import ModelDescription
 
 
@@ -32,6 +34,28 @@ def part_of(source: ModelDescription, prefix: str | None) -> ModelDescription:
         )
     inside = {i.name for i in kept}
     return replace(source, parameters=kept, tied={a: first for a, first in source.tied.items() if first in inside})
+
+
+def without_average(source: ModelDescription, target: ModelDescription) -> tuple[ModelDescription, str]:
+    """The source without a running average of its own weights, and what to tell of it.
+
+    A model that holds an average itself, or that needs as many tensors of these shapes, is left the choice.
+    """
+    average = find_average({i.name: i.shape for i in source.parameters})
+    if average is None or find_average({i.name: i.shape for i in target.parameters}) is not None:
+        return source, ""
+    kept = tuple(i for i in source.parameters if not i.name.startswith(average.prefix))
+    second = Counter(source[name].shape for name in average.pairs.values())
+    needed = Counter(i.shape for i in target.parameters) - Counter(i.shape for i in kept)
+    if 2 * sum((second & needed).values()) > sum(second.values()):
+        return source, ""
+    names = {i.name for i in kept}
+    tied = {alias: first for alias, first in source.tied.items() if first in names}
+    or_so = f" or source_prefix={average.prefix.rstrip('.')!r}" if average.prefix.endswith(".") else ""
+    return replace(source, parameters=kept, tied=tied), (
+        f"averaged (EMA) weights stand under {average.prefix!r}, beside the weights themselves, which are taken; "
+        f"checkpoint_weights='ema'{or_so} takes the average"
+    )
 
 
 def selected(target: ModelDescription, options: MatchingOptions) -> frozenset[str]:
@@ -60,6 +84,13 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
 
 
+def without(plan: TransferPlan, whole: ModelDescription, part: ModelDescription, reason: str) -> TransferPlan:
+    """A plan that was made of a part of the source, telling why the rest took no part."""
+    known = {i.name for i in part.parameters} | {u.name for u in plan.unmatched_source}
+    more = tuple(Unmatched(i.name, i.shape, i.kind, reason) for i in whole.parameters if i.name not in known)
+    return replace(plan, unmatched_source=(*plan.unmatched_source, *more))
+
+
 def restrict(
     plan: TransferPlan, source: ModelDescription, target: ModelDescription, options: MatchingOptions
 ) -> TransferPlan:
@@ -68,12 +99,8 @@ def restrict(
     What is left alone has taken part in the matching, so that nothing else takes its place.
     """
     if options.source_prefix:
-        known = {i.name for i in part_of(source, options.source_prefix).parameters}
-        listed = {u.name for u in plan.unmatched_source}
-        reason = f"{OUTSIDE}{options.source_prefix!r}"
-        outside = [i for i in source.parameters if i.name not in known and i.name not in listed]
-        more = tuple(Unmatched(i.name, i.shape, i.kind, reason) for i in outside)
-        plan = replace(plan, unmatched_source=(*plan.unmatched_source, *more))
+        part = part_of(source, options.source_prefix)
+        plan = without(plan, source, part, f"{OUTSIDE}{options.source_prefix!r}")
     if not (options.only or options.skip):
         return plan
     free = selected(target, options)

@@ -50,6 +50,31 @@ def split_numbers(path: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return tuple("#" if t.isdigit() else t for t in tokens), numbers
 
 
+@lru_cache(maxsize=200_000)
+def counted(path: str) -> tuple[tuple[str, str], ...]:
+    """The places along a path where something is counted, and the number there.
+
+    >>> counted("layer1.0.conv")
+    (('layer#', '1'), ('layer1.#', '0'))
+    """
+    parts, found = path.split("."), []
+    for k, part in enumerate(parts):
+        digits = "".join(c for c in part if c.isdigit())
+        if digits:
+            stem = "".join("#" if c.isdigit() else c for c in part)
+            found.append((".".join((*parts[:k], stem)), digits))
+    return tuple(found)
+
+
+def numbers_along(paths: Iterable[str]) -> dict[str, set[str]]:
+    """The numbers that occur at each place where paths count."""
+    found: dict[str, set[str]] = {}
+    for path in paths:
+        for place, number in counted(path):
+            found.setdefault(place, set()).add(number)
+    return found
+
+
 def is_abbreviation(short: str, long: str) -> bool:
     """Whether one word can abbreviate the other: same first letter, the rest a subsequence.
 

@@ -19,6 +19,7 @@ ProofBy = Literal["function", "data", ""]
 # why a tensor that nobody asked for has no partner
 OUTSIDE = "stands outside of source_prefix="
 LEFT_ALONE = "left alone, as only= and skip= ask"
+AVERAGE = "an average of the weights, which stand beside it; checkpoint_weights='ema' takes it"
 ITS_PLACE = f"its place is {LEFT_ALONE}"
 
 

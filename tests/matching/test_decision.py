@@ -134,3 +134,66 @@ def test_every_entry_names_its_evidence():
     report = transfer_weights(stack("a", "b"), stack("a", "b").state_dict())
     assert {e.evidence for e in report.plan} == {"path"}
     assert all(e.reason.startswith("the same path") for e in report.plan)
+
+
+def test_another_part_of_the_same_size_is_another_part_where_the_others_kept_their_names():
+    def net(gate):
+        return named(embed=nn.Linear(5, 8), lift=nn.Linear(8, 12), lower=nn.Linear(12, 8), **{gate: nn.Linear(8, 3)})
+
+    right, wrong, left = fill(net("mixing"), net("routing"), lambda name: None if "routing" in name else name)
+    assert not wrong and len(right) == 6
+    assert left == {"routing.weight", "routing.bias"}
+
+
+def test_a_word_of_a_neighbour_is_no_word_where_only_one_side_says_before():
+    def layer(first, second):
+        parts = {"attention": nn.Linear(8, 8), "output": nn.Linear(8, 16)}
+        return named(**{first: nn.LayerNorm(8), second: nn.LayerNorm(8)}, **parts)
+
+    old = layer("pre_mlp_norm", "pre_attention_norm")
+    new = layer("attention_norm", "output_norm")
+    truth = renamed(attention_norm="pre_mlp_norm", output_norm="pre_attention_norm")
+    assert not fill(old, new, truth)[1]
+    assert not fill(old, new, truth, lambda state: dict(sorted(state.items())))[1]
+
+
+def test_statistics_do_not_go_by_their_path_where_the_lists_are_counted_otherwise():
+    def net(start):
+        return nn.ModuleDict({"blocks": nn.ModuleDict({str(k + start): norm() for k in range(3)})})
+
+    def norm():
+        return nn.ModuleDict({"bn": nn.BatchNorm1d(6, affine=False)})
+
+    _, wrong, _ = fill(net(1), net(0), lambda name: f"blocks.{int(name.split('.')[1]) + 1}.{name.split('.', 2)[2]}")
+    assert not wrong
+
+
+def test_a_renamed_list_that_is_registered_downwards_stays_open():
+    def net(name, order):
+        return nn.ModuleDict({name: nn.ModuleDict({k: nn.Linear(6, 6) for k in order}), "stem": nn.Linear(4, 6)})
+
+    _, wrong, left = fill(net("layers", "01"), net("blocks", "10"), renamed(blocks="layers"))
+    assert not wrong
+    assert len(left) == 4
+
+
+def test_small_modules_of_one_size_are_not_paired_against_the_path_of_a_part():
+    def side(first, second):
+        conv, norm = (lambda: nn.Conv2d(6, 6, 3)), (lambda: nn.BatchNorm2d(6))
+        return nn.ModuleDict({"a": nn.ModuleDict(first(conv, norm)), "b": nn.ModuleDict(second(conv, norm))})
+
+    old = side(lambda c, n: {"norm": n()}, lambda c, n: {"conv": c(), "norm": n(), "last": c()})
+    new = side(lambda c, n: {"norm": n(), "conv": c()}, lambda c, n: {"norm": n(), "last": c()})
+    _, wrong, _ = fill(old, new, lambda name: name.replace("a.conv", "b.conv"))
+    assert not wrong
+
+
+@pytest.mark.parametrize("spelled", [str, lambda name: name.replace(".", "_"), lambda name: name.replace(".", "")])
+def test_an_average_beside_the_weights_takes_no_part(spelled):
+    def with_average(state):
+        return {"ema." + spelled(n): t + 1 for n, t in state.items()} | {"net." + n: t for n, t in state.items()}
+
+    old, new = named(stem=nn.Linear(5, 8), head=nn.Linear(8, 3)), named(entry=nn.Linear(5, 8), head=nn.Linear(8, 3))
+    right, wrong, _ = fill(old, new, renamed(entry="stem"), with_average)
+    assert not wrong
+    assert {"head.weight", "head.bias"} <= right

@@ -1,0 +1,178 @@
+"""How alike two names are: words one to one, the strongest first, and which of them say nothing.
+
+Equal words, abbreviations and inflections agree. Words that any last layer is called by, and words that only name a
+neighbour (``pre_attention_norm``), are weighed apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from lit_wsl.matching.tree import Item, owner_path
+from lit_wsl.matching.words import is_abbreviation, path_tokens
+
+WORDS, HALF_WORDS, PART_WORDS = "words", "half words", "some words"
+LETTERS, NEAR_WORDS = "letters", "neighbour's words"
+FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter may stand for anything
+ENDS = frozenset(  # what the last layer is called in any model, so that it says nothing about what it is for
+    (
+        "head",
+        "heads",
+        "fc",
+        "classifier",
+        "linear",
+        "last",
+        "final",
+        "logits",
+        "output",
+        "out",
+        "proj",
+        "projection",
+        "dense",
+        "layer",
+        "lm",
+        "predictions",
+        "decoder",
+        "cls",
+        "model",
+        "net",
+        "module",
+        "backbone",
+        "to",
+        "lin",
+        "score",
+    )
+)
+KINDS = frozenset(("bn", "ln", "gn", "conv", "convolution", "embed", "embedding", "embeddings", "weight"))
+SIDES = frozenset(("pre", "post", "before", "after"))  # says that the other words name a neighbour
+
+
+@lru_cache(maxsize=200_000)
+def strength(a: str, b: str) -> tuple[float, int]:
+    """How strongly two words stand for each other, and how: 3 equal, 2 abbreviated or inflected, 1 a letter."""
+    if a == b:
+        return 1.0, 3
+    if a.isdigit() or b.isdigit():
+        return 0.0, 0
+    a, b = (w[1:] if len(w) == 2 and w[0] == "w" else w for w in (a, b))  # wq: the weight of the queries
+    if a == b:
+        return 0.9, 1 + (a.isdigit() or a in FORMULA)
+    short, long = sorted((a, b), key=lambda w: (len(w), w))
+    if is_abbreviation(short, long) and (long.startswith(short) or not set(short[1:]) & set("aeiou")):
+        return (0.8, 2) if len(short) > 1 else (0.7, 1) if short in FORMULA else (0.0, 0)
+    if short in long and len(short) >= 3:
+        return 0.6, 2
+    stem = next((k for k, (x, y) in enumerate(zip(short, long)) if x != y), len(short))
+    if stem >= 3 and stem >= 0.75 * len(short):
+        return 0.6, 2
+    return 0.0, 0
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How two lists of words agree: weight shared, the best kind of a shared word, and what is left over."""
+
+    shared: float
+    best: int
+    left_s: tuple[str, ...]
+    left_t: tuple[str, ...]
+    only_near: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The cell of a pair that leads by it."""
+        left = {*self.left_s, *self.left_t}
+        if (self.only_near and left) or left & SIDES:
+            return NEAR_WORDS
+        if self.best == 1:
+            return LETTERS
+        return PART_WORDS if self.left_s and self.left_t else HALF_WORDS if self.left_s or self.left_t else WORDS
+
+
+def liken(
+    a: Sequence[str], b: Sequence[str], near_a: frozenset[str] = frozenset(), near_b: frozenset[str] = frozenset()
+) -> Likeness:
+    """Pair the words of two lists one to one, the strongest first."""
+    scored = sorted(
+        (-value, -kind, i, j)
+        for i, x in enumerate(a)
+        for j, y in enumerate(b)
+        for value, kind in [strength(x, y)]
+        if value
+    )
+    used_a: set[int] = set()
+    used_b: set[int] = set()
+    shared, best, near = 0.0, 0, True
+    for value, kind, i, j in scored:
+        if i not in used_a and j not in used_b:
+            used_a.add(i)
+            used_b.add(j)
+            shared -= value
+            best = max(best, -kind)
+            near = near and (a[i] in near_a or b[j] in near_b)
+    left_a, left_b = (
+        tuple(w for i, w in enumerate(a) if i not in used_a),
+        tuple(w for j, w in enumerate(b) if j not in used_b),
+    )
+    return Likeness(shared, best, left_a, left_b, bool(used_a) and near)
+
+
+def leads(shared: np.ndarray) -> list[tuple[int, int, float]]:
+    """Pairs that lead over every rival of their row and of their column, and by how much."""
+    found = []
+    for i, row in enumerate(shared):
+        j = int(row.argmax())
+        value = row[j]
+        rivals = max((*np.delete(row, j), *np.delete(shared[:, j], i)), default=0.0)
+        if value > 0 and value > rivals + 1e-9:
+            found.append((i, j, float(min(1.0, value - max(rivals, 0.0)))))
+    return found
+
+
+def own_name(item: Item) -> tuple[str, ...]:
+    """The words of the last part of a path that has any, without numbers."""
+    for part in reversed(owner_path(item.main.path).split(".")):
+        words = tuple(w for w in path_tokens(part) if not w.isdigit())
+        if words:
+            return words
+    return ()
+
+
+def foreign(a: Sequence[str], b: Sequence[str]) -> bool:
+    """Whether two names share no word. Names that say no more than a kind, of a norm or a last layer, agree."""
+    a, b = ([w for w in words if len(w) > 1 or w in FORMULA] for words in (a, b))  # a letter may stand for anything
+    telling = [[w for w in words if not _is_general(w)] for words in (a, b)]
+    if not any(telling):
+        return False
+    if all(telling):
+        a, b = telling
+    return bool(a and b) and liken(a, b).shared == 0.0
+
+
+def _is_general(word: str) -> bool:
+    """Whether a word names a kind of layer, or what the last layer of any model is called."""
+    return word in ENDS or word in KINDS or "norm" in word
+
+
+def called_alike(s: Item, t: Item) -> bool:
+    """Whether the last parts of two paths say the same."""
+    own = [[w for w in path_tokens(owner_path(i.main.path).rpartition(".")[2]) if not w.isdigit()] for i in (s, t)]
+    telling = all(set(words) - ENDS for words in own)
+    return telling and liken(own[0], own[1]).kind == WORDS
+
+
+def called_otherwise(s: Item, t: Item) -> bool:
+    """Whether both have names of their own that don't agree: where the others kept theirs, it is another thing."""
+    own = [[w for w in path_tokens(owner_path(i.main.path).rpartition(".")[2]) if not w.isdigit()] for i in (s, t)]
+    likeness = liken(own[0], own[1])
+    return all(any(len(w) > 2 for w in left) for left in (likeness.left_s, likeness.left_t))
+
+
+def own_words(item: Item) -> frozenset[str]:
+    """The words of the last two parts of a path."""
+    parts = owner_path(item.main.path).split(".")[-2:]
+    return frozenset(w for part in parts for w in path_tokens(part) if not w.isdigit())

@@ -1,0 +1,195 @@
+"""Where items are compared, what is known there, and what a decision says.
+
+A *region* is a pair of modules that correspond. Its decisions are pairs, ties (families that fit together in an order
+that nothing tells) and, from the pass before, the partners of other blocks and the units that kept their names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from lit_wsl.matching.likeness import foreign, own_name
+from lit_wsl.matching.tree import Family, Item, owner_path, place_in, relative
+from lit_wsl.matching.words import counted, numbers_along, path_tokens, split_numbers
+from lit_wsl.structure.description import Shape
+
+BLOCK = 64  # tensors; larger regions teach nothing about their like
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What is known of the two sides as wholes.
+
+    Attributes:
+        ties: How many names each tied source tensor has.
+        ordered: Whether the source has an order of registration.
+        execution: When the target runs each of its tensors, by ordinal.
+        twins: Ordinals of source tensors, and of the target's tensors of the same path and shape.
+        heads: Ordinals of the target's matrices at its ends (:func:`ends_of`).
+    """
+
+    ties: Mapping[str, int] = field(default_factory=dict)
+    ordered: bool = True
+    execution: tuple[int | None, ...] = ()
+    heads: frozenset[int] = frozenset()
+    twins: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where items are compared: below ``source`` and ``target``.
+
+    Attributes:
+        source: Root of the source's side.
+        target: Root of the target's side.
+        complete: Whether both sides have the same number of elements, so that everything must find a partner.
+        shapes: How many tensors of each shape (up to order and ones) the whole models have, source and target.
+    """
+
+    source: Item
+    target: Item
+    complete: bool
+    shapes: tuple[Counter[Shape], Counter[Shape]] | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Equal for regions of the same structure, which are solved once."""
+        return self.source.structure, self.target.structure
+
+    @cached_property
+    def _counters(self) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+        return numbers_along(self.names[0]), numbers_along(self.names[1])
+
+    def same_numbers(self, path: str) -> bool:
+        """Whether every number along a path counts the same things on both sides."""
+        return all(self._counters[0].get(place) == self._counters[1].get(place) for place, _ in counted(path))
+
+    def like_numbers(self, path: str) -> bool:
+        """Whether the numbers along a path are those of the other side, or among them: nothing is counted from one."""
+        there = [
+            (self._counters[0].get(place, set()), self._counters[1].get(place, set())) for place, _ in counted(path)
+        ]
+        return all(a <= b or b <= a for a, b in there)
+
+    @cached_property
+    def names(self) -> tuple[list[str], list[str]]:
+        """The paths of all tensors below, source and target."""
+        return tuple([relative(t, root) for t in root.tensors] for root in (self.source, self.target))  # type: ignore
+
+    @cached_property
+    def words(self) -> tuple[Counter[str], Counter[str]]:
+        """How many tensors have each word in their path, source and target."""
+        return _word_counts(self.source), _word_counts(self.target)
+
+
+def _word_counts(root: Item) -> Counter[str]:
+    return Counter(w for t in root.tensors for w in set(path_tokens(relative(t, root))) if not w.isdigit())
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A decided pair: what belongs together, and by which kind of evidence."""
+
+    source: Item
+    target: Item
+    cell: str
+    margin: float = 1.0
+    first: bool = True  # of its family: the others follow from it, so they don't vote
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Families of both sides that belong together in an order that neither paths nor words tell; equally many."""
+
+    sources: tuple[Family, ...]
+    targets: tuple[Family, ...]
+    reason: str = "same shapes, and neither names nor order decide between them"
+
+    @property
+    def rank(self) -> int:
+        """Whether it is about matrices or vectors."""
+        return min(self.sources[0].members[0].rank, 2)
+
+
+@dataclass
+class Decision:
+    """What a class decided; members in none of the lists stay open for other steps."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    ties: list[Tie] = field(default_factory=list)
+    closed: list[Item] = field(default_factory=list)
+
+
+class Roles:
+    """Partners by their places in blocks of one list, where they were certain.
+
+    In the first block of a stage ``conv3`` and ``downsample`` may have one shape, so nothing there tells which is
+    which; in the next block there is no ``downsample``, and ``conv3`` is certain.
+    """
+
+    def __init__(self) -> None:
+        self._regions: dict[tuple[int, int], tuple[Region, set[tuple[str, str]]]] = {}
+
+    def teach(self, region: Region, s: Item, t: Item) -> None:
+        """Remember a certain pair."""
+        if max(len(region.source.tensors), len(region.target.tensors)) <= BLOCK:
+            places = (place_in(s, region.source), place_in(t, region.target))
+            self._regions.setdefault(region.key, (region, set()))[1].add(places)
+
+    def partners(self, region: Region, s: Item, t: Item) -> bool:
+        """Whether two places were partners in other blocks of this make, and neither had another partner."""
+        a, b = place_in(s, region.source), place_in(t, region.target)
+        known = {
+            pair
+            for key, (other, pairs) in self._regions.items()
+            if key != region.key and _same_make(region, other)
+            for pair in pairs
+            if a == pair[0] or b == pair[1]
+        }
+        return known == {(a, b)}
+
+
+def _same_make(a: Region, b: Region) -> bool:
+    """Whether both stand in the same lists, and one's tensors are, in order, among the other's on both sides."""
+    lists = [(split_numbers(r.source.path)[0], split_numbers(r.target.path)[0]) for r in (a, b)]
+    return lists[0] == lists[1] and all(
+        _within(x, y) or _within(y, x) for x, y in ((a.names[0], b.names[0]), (a.names[1], b.names[1]))
+    )
+
+
+def _within(a: Sequence[str], b: Sequence[str]) -> bool:
+    rest = iter(b)
+    return all(name in rest for name in a)
+
+
+class Renames:
+    """How many units have another name on the other side, and how many the very same, by the names without numbers."""
+
+    def __init__(self) -> None:
+        self._names: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
+
+    def teach(self, s: Item, t: Item) -> None:
+        """Remember a pair."""
+        names = own_name(s), own_name(t)
+        if all(names):
+            self._names.add(names)
+
+    def others(self, s: Item, t: Item) -> tuple[int, int]:
+        """How many other units were renamed, and how many kept their names."""
+        names = own_name(s), own_name(t)
+        renamed = Counter(a != b for a, b in self._names if (a, b) != names)
+        return renamed[True], renamed[False]
+
+
+def other_name(s: Item, t: Item, region: Region) -> str:
+    """Whether the names of two units have nothing in common: their own names, or all below the region."""
+    if not foreign(own_name(s), own_name(t)):
+        return ""
+    whole = [
+        tuple(w for w in path_tokens(owner_path(relative(i.main, r))) if not w.isdigit())
+        for i, r in ((s, region.source), (t, region.target))
+    ]
+    return "other name" if foreign(whole[0], whole[1]) else "other own name"
