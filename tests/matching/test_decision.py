@@ -141,7 +141,8 @@ def test_another_part_of_the_same_size_is_another_part_where_the_others_kept_the
         return named(embed=nn.Linear(5, 8), lift=nn.Linear(8, 12), lower=nn.Linear(12, 8), **{gate: nn.Linear(8, 3)})
 
     right, wrong, left = fill(net("mixing"), net("routing"), lambda name: None if "routing" in name else name)
-    assert not wrong and len(right) == 6
+    assert not wrong
+    assert len(right) == 6
     assert left == {"routing.weight", "routing.bias"}
 
 
