@@ -90,10 +90,10 @@ class LossMeter:
         return found
 
     def gradients(self, state: Mapping[str, Tensor], number: int) -> list[float]:
-        """Norm of the loss's gradient on each piece of a batch."""
+        """Norm of the loss's gradient on each of the smallest pieces of a batch."""
         batch, size = self._batches[number], self.size(number)
         found = []
-        for start, stop in pieces(size):
+        for start, stop in pieces(size, size):
             part = cut(batch, start, stop, size)
             with self._ready(state, number), torch.enable_grad():
                 weights = [p for p in self.model.parameters() if p.is_floating_point()]
@@ -201,7 +201,7 @@ def cut(batch: Any, start: int, stop: int, size: int) -> Any:
     return tree_map(part, batch)
 
 
-def pieces(count: int) -> Sequence[tuple[int, int]]:
+def pieces(count: int, most: int = PIECES) -> Sequence[tuple[int, int]]:
     """Where to cut a batch; no piece has fewer than two samples."""
-    step = max(2, -(-count // PIECES))
+    step = max(2, -(-count // most))
     return [(start, min(start + step, count)) for start in range(0, count, step) if count - start >= 2 or start == 0]
