@@ -227,7 +227,7 @@ def _judge(
     choice = Search(trials, SEARCH).find()
     better, risks = judge.test(choice)
     while better != choice and budget.left():
-        choice = better
+        choice = min(better, Search(trials, 1.0).climb(better), key=lambda c: trials.mean(c, trials.size))
         better, risks = judge.test(choice)
     best = trials.losses(choice)
     if not _falls(bench.fresh, best, meter):

@@ -167,11 +167,11 @@ class Search:
 
     def _improve(self, choice: Choice) -> Choice:
         """A choice that no change of one decision, or of those of one layer group, makes better."""
-        choice = self._climb(choice)
+        choice = self.climb(choice)
         for group in self._groups():
             if self.left and len(group) == 1 and group[0].which not in self.confirmed:
                 better = self._best([choice, *self._jointly(choice, group[0])])
-                choice = self._climb(better) if self.score(better) < self.score(choice) else choice
+                choice = self.climb(better) if self.score(better) < self.score(choice) else choice
         return choice
 
     def _groups(self) -> list[list[Part]]:
@@ -205,7 +205,7 @@ class Search:
         options = range(len(self.space.decisions[decision].options))
         return [(*choice[:decision], o, *choice[decision + 1 :]) for o in options]
 
-    def _climb(self, choice: Choice, among: Sequence[int] | None = None) -> Choice:
+    def climb(self, choice: Choice, among: Sequence[int] | None = None) -> Choice:
         """Change one decision after the other until nothing gets better."""
         places = [
             d for d in (range(len(choice)) if among is None else among) if len(self.space.decisions[d].options) > 1
@@ -226,13 +226,13 @@ class Search:
     def _switch_on(self, choice: Choice, groups: Sequence[list[Part]]) -> Choice:
         """Look at each layer group with all others off, then switch them on, the one that helps most first."""
         lit_parts = {part.which for group in groups for part in group}
-        choice = self._climb(choice, [d for d in range(len(choice)) if d not in lit_parts])
+        choice = self.climb(choice, [d for d in range(len(choice)) if d not in lit_parts])
         alone = [self._ranked(self._lit(choice, group)) for group in groups]
         for number in sorted(range(len(groups)), key=lambda k: self.score(alone[k][0])):
             group, own = groups[number], {d for part in groups[number] for d in part.decisions}
             meant = [tuple(o[d] if d in own else c for d, c in enumerate(choice)) for o in alone[number][:KEPT]]
             choice = self._best([*meant, *self._beside(meant, group)])
-            choice = self._climb(choice, self.space.others_of(group[0]))
+            choice = self.climb(choice, self.space.others_of(group[0]))
             if all(choice[d] == alone[number][0][d] for d in own):
                 self.confirmed.add(group[0].which)
         return choice
