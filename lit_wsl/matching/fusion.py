@@ -65,7 +65,7 @@ def order_of_parts(whole: str, parts: Sequence[str]) -> PartOrder:
     """
     labels = _labels(parts)
     unknown = PartOrder(tuple(range(len(parts))), UNKNOWN, "nothing tells in which order the parts stand")
-    return _spelled(whole, labels) or _by_formula(labels) or _by_number(labels) or unknown
+    return _spelled(whole, labels) or _by_formula(labels) or _by_number(whole, labels) or unknown
 
 
 def _labels(parts: Sequence[str]) -> list[str]:
@@ -118,10 +118,13 @@ def _by_formula(labels: Sequence[str]) -> PartOrder | None:
     return PartOrder(_sorted_by(["qkv".index(initial) for initial in initials]), FORMULA, reason)
 
 
-def _by_number(labels: Sequence[str]) -> PartOrder | None:
+def _by_number(whole: str, labels: Sequence[str]) -> PartOrder | None:
     """Parts that are called alike but for a number, where the number is part of a word (``w1``, ``wi_0``)."""
     if not all(label.isdigit() for label in labels) or len(set(labels)) < len(labels):
         return None
+    own = path_tokens(owner_path(whole).rpartition(".")[2])
+    if any(len(word) > 1 and set(word) <= set("qkv") for word in own):
+        return None  # it spells other parts
     return PartOrder(_sorted_by([int(label) for label in labels]), NUMBERED, "the parts are numbered")
 
 
