@@ -11,7 +11,7 @@ was right):
 4. **numbers**: members of a family go by their numbers, if both sides have the same, or count as they stand.
 5. **exclusion**: the last one left, where everything else was decided by the steps before.
 6. **order**: what is left goes by its place among the decided siblings of the same module, if the source has an order,
-   if nothing dissents, and if so much agrees that it can't be chance.
+   if nothing dissents, and if chance would hardly make so much agree.
 
 Everything else stays open.
 """
@@ -117,9 +117,8 @@ class ClassSolver:
 
     def judged(self, p: Pair, region: Region) -> str:
         """The cell of a pair, by whether the names of the two have anything in common, and whether others have."""
-        if p.cell in (PATH, TIED) or not self.names or max(p.source.level, p.target.level) == 2:
-            return p.cell
-        if min(region.source.level, region.target.level) < 2:
+        units = max(p.source.level, p.target.level) < 2 == min(region.source.level, region.target.level)
+        if p.cell in (PATH, TIED) or not self.names or not units:
             return p.cell
         kind = other_name(p.source, p.target, region)
         if not kind:
@@ -259,7 +258,7 @@ class ClassSolver:
     ) -> None:
         n, m = len(fs), len(ft)
         if n == m == 1:
-            if sure or _alike(fs[0], ft[0]):
+            if sure or fs[0].pattern == ft[0].pattern:
                 if fixed and called_otherwise(fs[0].members[0], ft[0].members[0]):
                     out.ties.append(Tie(tuple(_literal(fs)), tuple(_literal(ft)), OTHER_WORDS))
                     return
@@ -471,10 +470,6 @@ def is_strong(item: Item) -> bool:
 def _unique(s: Item, t: Item, region: Region) -> bool:
     assert region.shapes is not None
     return all(counts[shape_key(i.main.shape)] == 1 for counts, i in zip(region.shapes, (s, t)))
-
-
-def _alike(f: Family, g: Family) -> bool:
-    return f.pattern == g.pattern
 
 
 def number_map(f: Family, g: Family, ordered: bool) -> tuple[tuple[Item, ...], str] | None:
