@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lit_wsl.matching.decision import OTHER_NAME, TURNED, ClassSolver, is_named, is_strong
+from lit_wsl.matching.decision import OTHER_NAME, TIED, TURNED, ClassSolver, is_named, is_strong
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spells_parts
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import SURE, agreement, order_cell
@@ -271,7 +271,7 @@ class RegionMatch:
 
     def _parts_twins(self, p: Pair) -> bool:
         """Whether a tensor of either has its very path and shape on the other side, but outside of the pair."""
-        if p.source.virtual or p.target.virtual:
+        if p.source.virtual or p.target.virtual or p.cell == TIED or not self.aligner.classes.names:
             return False
         twins, inside = self.aligner.twins, {t.start for t in p.target.tensors}
         if any(twins.get(s.start, p.target.start) not in inside for s in p.source.tensors):

@@ -73,6 +73,7 @@ OTHER_NAME = "the only ones of this size, but their names have nothing in common
 OTHER_HEAD = "the only ones of this size, but called after different things: it may be another head"
 Key = tuple[Any, ...]
 NUMBERS, ASCENDING, EXCLUSION = "numbers", "ascending", "exclusion"
+FEW = 2  # units of the same name say nothing yet of the two models
 
 
 def is_named(cell: str) -> bool:
@@ -126,7 +127,7 @@ class ClassSolver:
         if same_role(owner_path(p.source.main.path), owner_path(p.target.main.path)):
             return p.cell if is_named(p.cell) or p.cell.startswith((ORDER, ROLE)) else SAME_ROLE
         renamed, kept = self.renames.others(p.source, p.target)
-        kind += " among kept" if kept > renamed else ""
+        kind += " among kept" if kept > renamed + FEW else ""
         return f"{p.cell}, {kind}" if is_named(p.cell) or p.cell.startswith((ORDER, ROLE)) else kind
 
     def _solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
@@ -225,7 +226,7 @@ class ClassSolver:
 
     def _other_head(self, s: Item, t: Item, region: Region) -> bool:
         """Whether two units stand at the end of their models and are called after different things."""
-        if t.start not in self.heads or max(s.level, t.level) == 2:
+        if not self.names or t.start not in self.heads or max(s.level, t.level) == 2:
             return False
         if any(part.isdigit() for i in (s, t) for part in owner_path(i.main.path).split(".")):
             return False

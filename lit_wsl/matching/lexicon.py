@@ -36,8 +36,8 @@ def table() -> dict[str, list[str]]:
 def roles_of(path: str) -> frozenset[str]:
     """What the end of a path is known for; the longest known end counts.
 
-    >>> sorted(roles_of("layers.3.mlp.fc2"))
-    ['mlp/fc2']
+    >>> sorted(roles_of("layers.3.mlp.query_key_value"))
+    ['attention/qkv']
     """
     words = path_tokens(path)
     return next((known for k in range(len(words)) if (known := _roles().get(words[k:]))), frozenset())

@@ -145,11 +145,8 @@ def own_name(item: Item) -> tuple[str, ...]:
 def foreign(a: Sequence[str], b: Sequence[str]) -> bool:
     """Whether two names share no word. Names that say no more than a kind, of a norm or a last layer, agree."""
     a, b = ([w for w in words if len(w) > 1 or w in FORMULA] for words in (a, b))  # a letter may stand for anything
-    telling = [[w for w in words if not _is_general(w)] for words in (a, b)]
-    if not any(telling):
+    if all(_is_general(w) for w in (*a, *b)):
         return False
-    if all(telling):
-        a, b = telling
     return bool(a and b) and liken(a, b).shared == 0.0
 
 
