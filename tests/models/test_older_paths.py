@@ -257,3 +257,8 @@ def test_a_spec_of_then_permutes_today(models: tuple[Old, New, torch.Tensor]) ->
     moved.load_state_dict(apply_permutation(spec, spec.random_permutations(seed=1), old.state_dict()))
     assert not torch.equal(moved.fc1.weight, old.fc1.weight)
     torch.testing.assert_close(moved(x), old(x))
+
+
+def test_an_older_module_does_not_hide_the_names_of_the_package_above_it():
+    importlib.import_module("lit_wsl.transfer.plan")
+    assert importlib.import_module("lit_wsl.transfer").PlanEntry is importlib.import_module("lit_wsl.plan").PlanEntry
