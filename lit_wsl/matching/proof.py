@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -209,7 +209,7 @@ class _Prover:
                 trial = self.run(candidate.entries)
             except Exception:  # a variant that can't run is no answer
                 continue
-            score = self._progress(candidate, trial)
+            score = self._progress(candidate, trial, set(candidate.entries) - set(plan.entries))
             if score > best_score:
                 best, best_run, best_score, chosen, tie = candidate, trial, score, variant, False
             elif score == best_score and chosen is not None:
@@ -220,9 +220,13 @@ class _Prover:
             return plan, run, ""
         return best, best_run, f"decided by function: {chosen.reason}"
 
-    def _progress(self, plan: TransferPlan, run: Run) -> tuple[bool, int]:
-        """How far two runs agree: the outputs, then the number of modules up to the first that differs."""
-        return self.proven(run), len(self._agreeing(plan, run))
+    def _progress(self, plan: TransferPlan, run: Run, tried: Collection[PlanEntry] = ()) -> tuple[bool, int]:
+        """How far two runs agree: the outputs, then the number of modules up to the first that differs.
+
+        A module that is tried does not count: with the weights of any partner it computes what this partner computes.
+        """
+        own = {_module(t) for e in tried for t in e.targets}
+        return self.proven(run), sum(path not in own for path in self._agreeing(plan, run))
 
     def _comparisons(self, plan: TransferPlan, run: Run) -> Iterator[tuple[bool, str]]:
         """Modules of the new model in order of execution, and whether their partner computed the same."""
