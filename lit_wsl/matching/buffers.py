@@ -106,7 +106,7 @@ def match_buffers(
     taken = {s.name for s, _, _ in found}
     filled = {t.name for _, t, _ in found}
     free = [s for s in buffers_s if s.name not in taken]
-    twins = twins_of(free, buffers_t)
+    twins = twins_of(free, buffers_t, within=True)
     found += [
         (twins[t.name], t, SAME_PATH)
         for t in buffers_t

@@ -48,6 +48,7 @@ ENDS = frozenset(  # what the last layer is called in any model, so that it says
     )
 )
 KINDS = frozenset(("bn", "ln", "gn", "conv", "convolution", "embed", "embedding", "embeddings", "weight"))
+CONTAINERS = frozenset(("backbone", "model", "net", "module", "decoder"))
 SIDES = frozenset(("pre", "post", "before", "after"))  # says that the other words name a neighbour
 
 
@@ -133,13 +134,16 @@ def leads(shared: np.ndarray) -> list[tuple[int, int, float]]:
     return found
 
 
-def own_name(item: Item) -> tuple[str, ...]:
-    """The words of the last part of a path that has any, without numbers."""
+def own_name(item: Item, parts: int = 1) -> tuple[str, ...]:
+    """The words of the last parts of a path that have any, without numbers."""
+    found: tuple[str, ...] = ()
     for part in reversed(owner_path(item.main.path).split(".")):
         words = tuple(w for w in path_tokens(part) if not w.isdigit())
-        if words:
-            return words
-    return ()
+        found = (*words, *found)
+        parts -= bool(words)
+        if not parts:
+            break
+    return found
 
 
 def foreign(a: Sequence[str], b: Sequence[str]) -> bool:
@@ -147,6 +151,9 @@ def foreign(a: Sequence[str], b: Sequence[str]) -> bool:
     a, b = ([w for w in words if len(w) > 1 or w in FORMULA] for words in (a, b))  # a letter may stand for anything
     if all(_is_general(w) for w in (*a, *b)):
         return False
+    telling = [[w for w in words if not _is_general(w) or w in CONTAINERS] for words in (a, b)]
+    if all(telling):
+        a, b = telling
     return bool(a and b) and liken(a, b).shared == 0.0
 
 

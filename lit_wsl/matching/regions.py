@@ -188,6 +188,8 @@ def other_name(s: Item, t: Item, region: Region) -> str:
     """Whether the names of two units have nothing in common: their own names, or all below the region."""
     if not foreign(own_name(s), own_name(t)):
         return ""
+    if not foreign(own_name(s, 2), own_name(t)) or not foreign(own_name(s), own_name(t, 2)):
+        return ""  # one is wrapped: query.base_layer and query
     whole = [
         tuple(w for w in path_tokens(owner_path(relative(i.main, r))) if not w.isdigit())
         for i, r in ((s, region.source), (t, region.target))

@@ -198,3 +198,23 @@ def test_an_average_beside_the_weights_takes_no_part(spelled):
     right, wrong, _ = fill(old, new, renamed(entry="stem"), with_average)
     assert not wrong
     assert {"head.weight", "head.bias"} <= right
+
+
+def test_a_wrapped_layer_is_still_the_layer_that_it_is_called():
+    def net(wrap):
+        layers = {name: nn.Linear(8, width) for name, width in (("query", 4), ("value", 6), ("up", 9), ("down", 5))}
+        return named(**{n: nn.ModuleDict({"base_layer": m}) if wrap and n == "query" else m for n, m in layers.items()})
+
+    _, wrong, left = fill(net(wrap=True), net(wrap=False), lambda name: name.replace("query.", "query.base_layer."))
+    assert not wrong
+    assert not left
+
+
+def test_statistics_of_a_longer_list_go_to_the_layer_of_their_number():
+    def net(layers):
+        return named(list=nn.ModuleList(nn.BatchNorm1d(6, affine=False) for _ in range(layers)), stem=nn.Linear(5, 8))
+
+    right, wrong, left = fill(net(3), net(5), lambda name: None if name[:6] in ("list.3", "list.4") else name)
+    assert not wrong
+    assert {"list.0.running_mean", "list.2.running_var"} <= right
+    assert all(name[:6] in ("list.3", "list.4") or "num_batches" in name for name in left)
