@@ -31,7 +31,7 @@ from lit_wsl.matching.order import SURE, agreement, order_cell
 from lit_wsl.matching.regions import Decision, Pair, Region, Renames, Roles, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
-from lit_wsl.matching.tree import Item, TreeBuilder, families_of, relative, role_of, same_kind, shape_key
+from lit_wsl.matching.tree import Item, TreeBuilder, relative, role_of, same_kind, shape_key
 from lit_wsl.plan.operations import Operation
 
 MAX_CANDIDATES = 16
@@ -387,11 +387,7 @@ class RegionMatch:
                     for p in decision.pairs:
                         p = replace(p, cell=self.aligner.classes.judged(p, self.region))
                         if not may_load(p.cell):
-                            one = (
-                                families_of([p.source], self.region.source),
-                                families_of([p.target], self.region.target),
-                            )
-                            self._doubt(Tie(tuple(one[0]), tuple(one[1]), OTHER_NAME))
+                            self._doubt(Tie.of(p.source, p.target, self.region, OTHER_NAME))
                             continue
                         self._take_pair(replace(p, first=False))
                         self.aligner.gathered.roles.teach(self.region, p.source, p.target)

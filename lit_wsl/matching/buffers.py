@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lit_wsl.matching.scoring import near
-from lit_wsl.matching.words import counted, numbers_along, token_similarity
+from lit_wsl.matching.words import count_alike, numbers_along, token_similarity
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, tokenize
 
 FOLLOWS, SAME_PATH = "buffer of a matched module", "buffer at the same path"
@@ -150,9 +150,7 @@ def twins_of(
     for t in target:
         path = paths_t[t.name]
         twin = by_path.get(path)
-        along = [[counter.get(place, set()) for counter in numbers] for place, _ in counted(path)]
-        alike = all(a == b or (within and (a <= b or b <= a)) for a, b in along)
-        if twin is not None and twin.shape == t.shape and alike:
+        if twin is not None and twin.shape == t.shape and count_alike(path, numbers, within=within):
             found[t.name] = twin
     return found
 

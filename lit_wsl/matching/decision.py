@@ -111,8 +111,7 @@ class ClassSolver:
             if may_load(cell):
                 kept.append(replace(p, cell=cell))
             else:
-                sides = (families_of([p.source], region.source), families_of([p.target], region.target))
-                out.ties.append(Tie(tuple(sides[0]), tuple(sides[1]), OTHER_NAME))
+                out.ties.append(Tie.of(p.source, p.target, region, OTHER_NAME))
         out.pairs = kept
         return out
 
@@ -187,13 +186,7 @@ class ClassSolver:
         if self.costs.of(s, t) is None:
             return
         if self._other_head(s, t, region):
-            out.ties.append(
-                Tie(
-                    tuple(_literal(families_of([s], region.source))),
-                    tuple(_literal(families_of([t], region.target))),
-                    OTHER_HEAD,
-                )
-            )
+            out.ties.append(Tie.of(s, t, region, OTHER_HEAD))
             return
         paths = relative(s, region.source), relative(t, region.target)
         if paths[0] == paths[1] and region.same_numbers(paths[0]) and s.profile == t.profile:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from lit_wsl.matching.likeness import foreign, own_name
-from lit_wsl.matching.tree import Family, Item, owner_path, place_in, relative
-from lit_wsl.matching.words import counted, numbers_along, path_tokens, split_numbers
+from lit_wsl.matching.tree import Family, Item, families_of, owner_path, place_in, relative
+from lit_wsl.matching.words import count_alike, numbers_along, path_tokens, split_numbers
 from lit_wsl.structure.description import Shape
 
 BLOCK = 64  # tensors; larger regions teach nothing about their like
@@ -65,14 +65,11 @@ class Region:
 
     def same_numbers(self, path: str) -> bool:
         """Whether every number along a path counts the same things on both sides."""
-        return all(self._counters[0].get(place) == self._counters[1].get(place) for place, _ in counted(path))
+        return count_alike(path, self._counters)
 
     def like_numbers(self, path: str) -> bool:
         """Whether the numbers along a path are those of the other side, or among them: nothing is counted from one."""
-        there = [
-            (self._counters[0].get(place, set()), self._counters[1].get(place, set())) for place, _ in counted(path)
-        ]
-        return all(a <= b or b <= a for a, b in there)
+        return count_alike(path, self._counters, within=True)
 
     @cached_property
     def names(self) -> tuple[list[str], list[str]]:
@@ -107,6 +104,11 @@ class Tie:
     sources: tuple[Family, ...]
     targets: tuple[Family, ...]
     reason: str = "same shapes, and neither names nor order decide between them"
+
+    @classmethod
+    def of(cls, s: Item, t: Item, region: Region, reason: str) -> Tie:
+        """Two items that belong together or to nothing."""
+        return cls(tuple(families_of([s], region.source)), tuple(families_of([t], region.target)), reason)
 
     @property
     def rank(self) -> int:

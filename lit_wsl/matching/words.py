@@ -8,7 +8,7 @@ learned from the tensors whose partner is already certain (:class:`Dictionary`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -73,6 +73,12 @@ def numbers_along(paths: Iterable[str]) -> dict[str, set[str]]:
         for place, number in counted(path):
             found.setdefault(place, set()).add(number)
     return found
+
+
+def count_alike(path: str, numbers: Sequence[Mapping[str, set[str]]], *, within: bool = False) -> bool:
+    """Whether the numbers along a path are the same on both sides, or (``within``) those of one among the other's."""
+    along = [[side.get(place, set()) for side in numbers] for place, _ in counted(path)]
+    return all(a == b or (within and (a <= b or b <= a)) for a, b in along)
 
 
 def is_abbreviation(short: str, long: str) -> bool:
