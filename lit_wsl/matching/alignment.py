@@ -35,6 +35,7 @@ from lit_wsl.matching.tree import Item, TreeBuilder, relative, role_of, same_kin
 from lit_wsl.plan.operations import Operation
 
 MAX_CANDIDATES = 16
+RUN_OTHERWISE = "the model registers these in one order and runs them in another"
 REPEATED_WEIGHT = 1000
 Profile = tuple[object, ...]
 
@@ -377,10 +378,11 @@ class RegionMatch:
             if len(tie.sources) != len(tie.targets) or len(tie.sources) == 1 or tie.reason == TURNED:
                 self._doubt(tie)
                 continue
-            follows = self.aligner.ordered and not self._runs_otherwise(tie)
             elsewhere = self.aligner.elsewhere(self.region)
-            cell = order_cell(self.certain, tie, self.ties, elsewhere) if follows else None
-            if cell is not None and may_load(cell):
+            cell = order_cell(self.certain, tie, self.ties, elsewhere) if self.aligner.ordered else None
+            if cell is not None and may_load(cell) and self._runs_otherwise(tie):
+                self._doubt(replace(tie, reason=RUN_OTHERWISE))
+            elif cell is not None and may_load(cell):
                 for f, g in zip(tie.sources, tie.targets):
                     decision = Decision()
                     self.aligner.classes._zip(f, g, cell, decision)

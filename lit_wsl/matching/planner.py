@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from lit_wsl.matching.alignment import Aligner, Evidence, Match
+from lit_wsl.matching.alignment import RUN_OTHERWISE, Aligner, Evidence, Match
 from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds, twins_of
 from lit_wsl.matching.decision import ends_of
 from lit_wsl.matching.entries import EntryWriter
@@ -372,7 +372,8 @@ def _with_execution_order(
         if any(t.name in matched for t in ts) or any(s.name in used for s in ss)
     ):
         return first  # the two orders contradict each other somewhere, so neither may add to the other
-    extra = tuple(m for m in second.matches if not any(t.name in matched for t in m[1]))
+    settled = matched | {t.name for targets, _, why in first.doubts if why == RUN_OTHERWISE for t in targets}
+    extra = tuple(m for m in second.matches if not any(t.name in settled for t in m[1]))
     decided = matched | {t.name for _, targets, _ in extra for t in targets}
     doubts = tuple(d for d in first.doubts if not all(t.name in decided for t in d[0]))
     return Alignment((*first.matches, *extra), doubts, second.dictionary)
