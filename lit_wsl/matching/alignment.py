@@ -31,7 +31,7 @@ from lit_wsl.matching.order import SURE, agreement, order_cell
 from lit_wsl.matching.regions import Decision, Pair, Region, Renames, Roles, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
-from lit_wsl.matching.tree import Item, TreeBuilder, relative, role_of, same_kind, shape_key
+from lit_wsl.matching.tree import Item, TreeBuilder, role_of, same_kind, shape_key
 from lit_wsl.plan.operations import Operation
 
 MAX_CANDIDATES = 16
@@ -274,22 +274,13 @@ class RegionMatch:
         """Whether a tensor of either has its very path and shape on the other side, but outside of the pair."""
         if p.source.virtual or p.target.virtual or p.cell == TIED or not self.aligner.classes.names:
             return False
-        twins, inside = self.aligner.twins, {t.start for t in p.target.tensors}
-        if any(twins.get(s.start, p.target.start) not in inside for s in p.source.tensors):
-            return True
-        backwards, inside = self.aligner.sources_of, {s.start for s in p.source.tensors}
-        if any(backwards.get(t.start, p.source.start) not in inside for t in p.target.tensors):
-            return True
-        roots = self.region.source, self.region.target
-        for side, (here, there) in enumerate(((p.source, p.target), (p.target, p.source))):
-            inside = {t.start for t in there.tensors}
-            for tensor in here.tensors:
-                path = relative(tensor, roots[side])
-                twin = self._places[1 - side].get(path)
-                apart = twin is not None and twin.shape == tensor.shape and twin.start not in inside
-                if apart and self.region.like_numbers(path):
-                    return True
-        return False
+        within = [{t.start for t in item.tensors} for item in (p.source, p.target)]
+        return any(
+            other not in within[1 - side]
+            for side in (0, 1)
+            for start in within[side]
+            for other in self._twins[side].get(start, ())
+        )
 
     def _coincides(self, p: Pair) -> bool:
         """Whether two small modules of other names may be of one size by chance: others could fill the largest part."""
@@ -304,10 +295,20 @@ class RegionMatch:
         )
 
     @cached_property
-    def _places(self) -> tuple[dict[str, Item], dict[str, Item]]:
-        """The tensors below, by their paths, source and target."""
-        source, target = self.region.source, self.region.target
-        return {relative(t, source): t for t in source.tensors}, {relative(t, target): t for t in target.tensors}
+    def _twins(self) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+        """Of either side's tensors those of the same shape and path on the other, as a whole or seen from here."""
+        found: tuple[dict[int, set[int]], dict[int, set[int]]] = (defaultdict(set), defaultdict(set))
+        theirs = dict(zip(self.region.names[1], self.region.target.tensors))
+        for path, s in zip(self.region.names[0], self.region.source.tensors):
+            t = theirs.get(path)
+            if t is not None and t.shape == s.shape and self.region.like_numbers(path):
+                found[0][s.start].add(t.start)
+                found[1][t.start].add(s.start)
+        for side, known in enumerate((self.aligner.twins, self.aligner.sources_of)):
+            for t in (self.region.source, self.region.target)[side].tensors:
+                if t.start in known:
+                    found[side][t.start].add(known[t.start])
+        return found
 
     def _unsettled(self, p: Pair) -> bool:
         """Whether the name of either spells parts, or one may be a part of what was left open."""
