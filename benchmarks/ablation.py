@@ -1,6 +1,6 @@
 """What each rule of the matching adds: switched off one at a time, over pairs whose truth is known.
 
-    python -m benchmarks.ablation --split fit --pairs 50 --json benchmarks/results/ablation.json
+    python -m benchmarks.ablation --split first --pairs 50 --json benchmarks/results/ablation.json
     python -m benchmarks.ablation --gauntlet ''          the pairs of public implementations, by name
 
 Three sorts of rules: *kinds* of evidence (a decision of that kind is not taken, and the tensors go on to what comes
@@ -32,7 +32,7 @@ import lit_wsl.matching
 from benchmarks.refactors.__main__ import quiet
 from benchmarks.refactors.operators import REGIMES, Regime
 from benchmarks.refactors.pair import Pair, drawn_pair, run
-from benchmarks.refactors.structures import Split
+from benchmarks.refactors.structures import SPLITS, Split
 from lit_wsl.errors import LitWslError
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.risks import _TOLD
@@ -263,7 +263,7 @@ def markdown(counts: dict[str, Counter[str]], chosen: Sequence[Rule], total: int
 def main(argv: list[str] | None = None) -> int:
     """Switch every rule off in turn, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
-    parser.add_argument("--split", choices=("fit", "validate"), default="fit")
+    parser.add_argument("--split", choices=SPLITS, default="first")
     parser.add_argument("--regime", choices=(*REGIMES, "all"), default="all")
     parser.add_argument("--pairs", type=int, default=50, help="pairs per regime, each without and with a sample")
     parser.add_argument("--seed", type=int, default=0)

@@ -9,6 +9,6 @@
     pair.py          one pair, built and scored
     report.py        many pairs, summed up
 
-Words, structures and operators are split into ``fit`` (look at it as you like) and ``validate`` (never look at what
-fails there while rules are being written; only the counts are read).
+Words, structures and operators are split into ``first`` and ``second`` (look at them as you like) and ``validate``
+(never look at what fails there while rules are being written; only the counts are read).
 """

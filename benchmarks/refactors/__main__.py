@@ -21,15 +21,15 @@ from benchmarks.refactors.operators import REGIMES, Regime
 from benchmarks.refactors.pair import Pair, Result, drawn_pair, run
 from benchmarks.refactors.report import Summary, markdown, table_text
 from benchmarks.refactors.shrink import differences, shrink
-from benchmarks.refactors.structures import Split
-from benchmarks.refactors.vocabulary import use_lexicon_of
+from benchmarks.refactors.structures import SPLITS, Split
+from benchmarks.refactors.vocabulary import other, use_lexicon_of
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.refactors", description="Random refactors, truth known."
     )
-    parser.add_argument("--split", choices=("fit", "validate"), default="fit")
+    parser.add_argument("--split", choices=SPLITS, default="first")
     parser.add_argument("--regime", choices=(*REGIMES, "all"), default="all")
     parser.add_argument("--sample", action="store_true", help="give a sample call of the new model")
     parser.add_argument("--both", action="store_true", help="every regime without and with a sample")
@@ -49,7 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def results(options: argparse.Namespace, regime: str, sample: bool) -> Iterator[Result]:
     """The pairs of one regime, in the order of their seeds."""
-    use_lexicon_of(None if options.own_words else "validate" if options.split == "fit" else "fit")
+    use_lexicon_of(None if options.own_words else other(options.split))
     score = partial(_score, options.split, regime, sample, options.structure, options.operator)
     seeds = range(options.seed, options.seed + options.pairs)
     if options.workers < 2:

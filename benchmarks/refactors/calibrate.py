@@ -1,9 +1,10 @@
-"""What each kind of evidence is worth: decisions counted right and wrong on the part of the corpus to fit on.
+"""What each kind of evidence is worth: decisions counted right and wrong on the parts of the corpus to look at.
 
     python -m benchmarks.refactors.calibrate            writes lit_wsl/matching/risks.json
 
 Every entry of a plan names the kind of its evidence. Entries of one family (names without their numbers) are one
-decision. So that kinds which the package does not trust are counted too, the limit of risk is lifted while counting.
+decision. Each part is judged with the words of the other. So that kinds which the package does not trust are counted
+too, the limit of risk is lifted while counting.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ import lit_wsl.matching
 from benchmarks.refactors.operators import REGIMES, Regime
 from benchmarks.refactors.pair import Result, drawn_pair, run
 from benchmarks.refactors.report import upper_bound
-from benchmarks.refactors.vocabulary import use_lexicon_of
+from benchmarks.refactors.structures import Split
+from benchmarks.refactors.vocabulary import other, use_lexicon_of
 
 TABLE = Path(lit_wsl.matching.__file__).with_name("risks.json")
 GATE = "may_load"  # what asks whether a kind of evidence is trusted
+PARTS: tuple[Split, ...] = ("first", "second")
 Cells = dict[str, Counter[str]]
 
 
@@ -57,20 +60,22 @@ def without_limit() -> Iterator[None]:
 
 
 def count(pairs: int, seed: int, workers: int) -> Cells:
-    """Decisions over all regimes, with and without a sample."""
+    """Decisions over both parts and all regimes, with and without a sample."""
     cells: Cells = defaultdict(Counter)
     seeds = range(seed, seed + pairs)
-    wanted = [(regime, sample, number) for regime in REGIMES for sample in (False, True) for number in seeds]
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        for found in pool.imap_unordered(_decided, wanted, chunksize=10):
-            for evidence, verdict in found:
-                cells[evidence][verdict] += 1
+    for split in PARTS:
+        use_lexicon_of(other(split))
+        wanted = [(split, regime, sample, number) for regime in REGIMES for sample in (False, True) for number in seeds]
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            for found in pool.imap_unordered(_decided, wanted, chunksize=10):
+                for evidence, verdict in found:
+                    cells[evidence][verdict] += 1
     return cells
 
 
-def _decided(wanted: tuple[Regime, bool, int]) -> list[tuple[str, str]]:
-    regime, sample, number = wanted
-    return list(decisions(run(drawn_pair("fit", regime, number, sample=sample))))
+def _decided(wanted: tuple[Split, Regime, bool, int]) -> list[tuple[str, str]]:
+    split, regime, sample, number = wanted
+    return list(decisions(run(drawn_pair(split, regime, number, sample=sample))))
 
 
 def table_of(cells: Cells) -> dict[str, dict[str, int]]:
@@ -79,7 +84,7 @@ def table_of(cells: Cells) -> dict[str, dict[str, int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.refactors.calibrate", description=__doc__)
-    parser.add_argument("--pairs", type=int, default=200, help="pairs per regime, each with and without a sample")
+    parser.add_argument("--pairs", type=int, default=200, help="pairs per part and regime, with and without a sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="print, write nothing")
@@ -87,7 +92,6 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    use_lexicon_of("validate")
     cells = count(options.pairs, options.seed, options.workers)
     with without_limit():
         # what follows from a decision that is not taken says nothing about those that are, so these stay as counted

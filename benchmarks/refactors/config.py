@@ -19,6 +19,7 @@ from benchmarks.refactors.vocabulary import Words, draw_words
 FileKind = Literal["state_dict", "sorted", "safetensors"]
 SOURCE, TARGET = 0, 1
 _LENGTH = ("prune_", "insert_")
+_STREAM: dict[Split, str] = {"first": "fit", "second": "validate", "validate": "third"}  # names that seeds have kept
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Config:
 
 def draw(split: Split, regime: Regime, seed: int, *, sample: bool = False, attempt: int = 0) -> Config:
     """A random pair of one part of the corpus. Attempts differ; some cannot be written (two names in one place)."""
-    name = f"{split}/{regime}/{seed}/{attempt}"
+    name = f"{_STREAM[split]}/{regime}/{seed}/{attempt}"
     rng = random.Random(name)
     structure = rng.choice(sorted((s for s in STRUCTURES.values() if s.split == split), key=lambda s: s.name))
     words: tuple[Words, Words] = ({}, {})

@@ -20,7 +20,7 @@ Regime = Literal["in_order", "safetensors", "shuffled", "everything"]
 REGIMES: tuple[Regime, ...] = ("in_order", "safetensors", "shuffled", "everything")
 Stage = Literal["content", "layout", "places", "names", "order"]
 STAGES: tuple[Stage, ...] = ("content", "layout", "places", "names", "order")
-Which = Literal["fit", "validate", "both"]
+Which = Literal["first", "second", "validate", "both"]  # ``both``: of every part
 Where = Literal["any", "source", "target"]
 Apply = Callable[[Side, random.Random], bool]
 
@@ -119,10 +119,10 @@ def _pruned(keep: Callable[[int], list[int]]) -> Apply:
     return apply
 
 
-operator("fit", "content", LAST, name="prune_front")(_pruned(lambda n: list(range(1, n))))
-operator("fit", "content", LAST, name="prune_end")(_pruned(lambda n: list(range(n - 1))))
-operator("validate", "content", LAST, name="prune_middle")(_pruned(lambda n: [i for i in range(n) if i != n // 2]))
-operator("validate", "content", LAST, name="prune_every_second")(_pruned(lambda n: list(range(0, n, 2))))
+operator("first", "content", LAST, name="prune_front")(_pruned(lambda n: list(range(1, n))))
+operator("first", "content", LAST, name="prune_end")(_pruned(lambda n: list(range(n - 1))))
+operator("second", "content", LAST, name="prune_middle")(_pruned(lambda n: [i for i in range(n) if i != n // 2]))
+operator("second", "content", LAST, name="prune_every_second")(_pruned(lambda n: list(range(0, n, 2))))
 
 
 def _inserted(at: Callable[[int], list[int]]) -> Apply:
@@ -152,9 +152,9 @@ def _inserted(at: Callable[[int], list[int]]) -> Apply:
     return apply
 
 
-operator("fit", "content", LAST, name="insert_front")(_inserted(lambda n: [0]))
-operator("validate", "content", LAST, name="insert_middle")(_inserted(lambda n: [max(1, n // 2)]))
-operator("validate", "content", LAST, name="insert_every_second")(_inserted(lambda n: list(range(1, 2 * n, 2))))
+operator("first", "content", LAST, name="insert_front")(_inserted(lambda n: [0]))
+operator("second", "content", LAST, name="insert_middle")(_inserted(lambda n: [max(1, n // 2)]))
+operator("second", "content", LAST, name="insert_every_second")(_inserted(lambda n: list(range(1, 2 * n, 2))))
 
 
 def _copy(leaf: Leaf, mark: str, path: Path) -> Leaf:
@@ -175,10 +175,10 @@ def _copied(pairs: Iterable[tuple[str, str]]) -> Apply:
     return apply
 
 
-operator("fit", "content", LAST, "source", name="average_beside")(
+operator("first", "content", LAST, "source", name="average_beside")(
     _copied([("model", "ema_model"), ("net", "net_ema"), ("model", "model_ema.module"), ("network", "shadow")])
 )
-operator("validate", "content", LAST, "source", name="teacher_beside")(
+operator("second", "content", LAST, "source", name="teacher_beside")(
     _copied([("student", "teacher"), ("online", "target"), ("main", "frozen_copy"), ("policy", "policy_old")])
 )
 
@@ -199,10 +199,10 @@ def _foreign_head(words: Iterable[str]) -> Apply:
     return apply
 
 
-operator("fit", "content", LAST, "target", name="other_head")(
+operator("first", "content", LAST, "target", name="other_head")(
     _foreign_head(["domain_discriminator", "rotation_head", "reward_model_head", "box_regressor"])
 )
-operator("validate", "content", LAST, "target", name="head_of_another_task")(
+operator("second", "content", LAST, "target", name="head_of_another_task")(
     _foreign_head(["toxicity", "quality_scorer", "jigsaw_solver", "speaker_id", "contrast"])
 )
 
@@ -226,15 +226,15 @@ def _exchanged_part(words: Iterable[str]) -> Apply:
     return apply
 
 
-operator("fit", "content", LAST, "target", name="part_exchanged")(
+operator("first", "content", LAST, "target", name="part_exchanged")(
     _exchanged_part(["fourier", "memory_bank", "relative_bias", "router_map", "dropout_gate"])
 )
-operator("validate", "content", LAST, "target", name="part_reinvented")(
+operator("second", "content", LAST, "target", name="part_reinvented")(
     _exchanged_part(["wavelet", "hyper_net", "timestep_scale", "retrieval", "sparsity_mask"])
 )
 
 
-@operator("fit", "content", LAST, "source")
+@operator("first", "content", LAST, "source")
 def loss_network_beside(side: Side, rng: random.Random) -> bool:
     """A part of the old module that the new one has not: a few more maps of the model's own sizes."""
     linear = [leaf for leaf in side.leaves if leaf.kind == "linear" and leaf.plain]
@@ -246,7 +246,7 @@ def loss_network_beside(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "content", LAST, "source")
+@operator("second", "content", LAST, "source")
 def metric_states_beside(side: Side, rng: random.Random) -> bool:
     """What metrics and schedules write into a state dict."""
     width = side.leaves[0].sizes[0][-1]
@@ -289,7 +289,7 @@ def sizes_exchanged(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("fit", "content", LAST, "source")
+@operator("first", "content", LAST, "source")
 def averages_underscored(side: Side, rng: random.Random) -> bool:
     """Averages as one flat module holds them: every dot of a name is an underscore."""
     side.shadow = rng.choice(["ema", "model_ema", "averaged_params"])
@@ -316,10 +316,10 @@ def _resized(chosen: Callable[[Leaf], bool], dimension: int) -> Apply:
     return apply
 
 
-operator("fit", "content", LAST, name="larger_vocabulary")(
+operator("first", "content", LAST, name="larger_vocabulary")(
     _resized(lambda leaf: leaf.kind == "embedding" and leaf.role == "tokens", 0)
 )
-operator("validate", "content", LAST, name="longer_positions")(
+operator("second", "content", LAST, name="longer_positions")(
     _resized(lambda leaf: leaf.role == "pos" and leaf.kind == "table", 1)
 )
 
@@ -344,9 +344,9 @@ def _added(kind: str, words: Iterable[str], beside: tuple[str, ...]) -> Apply:
     return apply
 
 
-operator("fit", "content", LAST, name="scales_added")(
+operator("first", "content", LAST, name="scales_added")(
     _added("table", ["gamma", "layer_scale", "ls", "gate"], ("o", "bn2", "neighbour"))
 )
-operator("validate", "content", LAST, name="norms_added")(
+operator("second", "content", LAST, name="norms_added")(
     _added("norm", ["post_norm", "sandwich", "inner_norm", "ln_extra"], ("o", "fc2", "rows", "norm_mix"))
 )

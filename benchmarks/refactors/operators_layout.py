@@ -41,22 +41,22 @@ def _fuse(side: Side, roles: Sequence[str], into: str, order: Sequence[int] | No
     return done
 
 
-@operator("fit", "layout", weight=2)
+@operator("first", "layout", weight=2)
 def fuse_qkv(side: Side, rng: random.Random) -> bool:
     return _fuse(side, "qkv", "qkv")
 
 
-@operator("validate", "layout", weight=2)
+@operator("second", "layout", weight=2)
 def fuse_kv(side: Side, rng: random.Random) -> bool:
     return _fuse(side, "kv", "kv")
 
 
-@operator("fit", "layout", weight=2)
+@operator("first", "layout", weight=2)
 def fuse_gate_up(side: Side, rng: random.Random) -> bool:
     return _fuse(side, ("gate", "up"), "gate_up")
 
 
-@operator("validate", "layout", weight=2)
+@operator("second", "layout", weight=2)
 def in_projection(side: Side, rng: random.Random) -> bool:
     """``in_proj_weight`` and ``in_proj_bias``, parameters of the attention itself, beside ``out_proj``."""
     if not _fuse(side, "qkv", "=in_proj"):
@@ -65,7 +65,7 @@ def in_projection(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("fit", "layout", LAST)
+@operator("first", "layout", LAST)
 def spelled_part_order(side: Side, rng: random.Random) -> bool:
     """Fused in another order, which the whole's name spells: ``vqk``, ``kqv``."""
     order = rng.choice([(1, 0, 2), (2, 0, 1)])
@@ -73,13 +73,13 @@ def spelled_part_order(side: Side, rng: random.Random) -> bool:
     return _fuse(side, "qkv", rng.choice([f"={name}", f"=to_{name}", f"={name}_proj"]), order)
 
 
-@operator("validate", "layout", LAST)
+@operator("second", "layout", LAST)
 def up_before_gate(side: Side, rng: random.Random) -> bool:
     """The same of gated units: ``up_gate``, ``value_gate``."""
     return _fuse(side, ("gate", "up"), rng.choice(["=up_gate", "=up_gate_proj", "=up_and_gate"]), (1, 0))
 
 
-@operator("validate", "layout", LAST, weight=0.5)
+@operator("second", "layout", LAST, weight=0.5)
 def interleave_heads(side: Side, rng: random.Random) -> bool:
     """Fused by head; no shape and no name shows it."""
     if not _fuse(side, "qkv", "qkv"):
@@ -108,51 +108,51 @@ def _anything(leaf: Leaf) -> bool:
     return True
 
 
-operator("fit", "layout", weight=0.4, name="transpose_all")(_restore("transposed", "linear", _anything))
-operator("fit", "layout", weight=0.4, name="transpose_attention")(
+operator("first", "layout", weight=0.4, name="transpose_all")(_restore("transposed", "linear", _anything))
+operator("first", "layout", weight=0.4, name="transpose_attention")(
     _restore("transposed", "linear", lambda leaf: leaf.role in ATTENTION)
 )
-operator("validate", "layout", weight=0.4, name="transpose_in_lists")(
+operator("second", "layout", weight=0.4, name="transpose_in_lists")(
     _restore("transposed", "linear", lambda leaf: any(step.index is not None for step in leaf.path))
 )
-operator("validate", "layout", weight=0.4, name="transpose_feed_forward")(
+operator("second", "layout", weight=0.4, name="transpose_feed_forward")(
     _restore("transposed", "linear", lambda leaf: leaf.role in ("fc1", "fc2", "gate", "up", "down", "gate_up"))
 )
-operator("fit", "layout", LAST, weight=0.5, name="dense_kernels")(_restore("transposed:kernel", "linear", _anything))
-operator("fit", "layout", LAST, weight=0.5, name="bare_matrices")(
+operator("first", "layout", LAST, weight=0.5, name="dense_kernels")(_restore("transposed:kernel", "linear", _anything))
+operator("first", "layout", LAST, weight=0.5, name="bare_matrices")(
     _restore("bare_matrix", "linear", lambda leaf: not leaf.bias and leaf.path[-1].index is None)
 )
-operator("validate", "layout", LAST, weight=0.5, name="projections_by_heads")(
+operator("second", "layout", LAST, weight=0.5, name="projections_by_heads")(
     _restore("bare_heads", "linear", lambda leaf: leaf.role in ("q", "k", "v") and not leaf.bias)
 )
-operator("fit", "layout", weight=0.5, name="pointwise_convolutions")(_restore("pointwise", "linear", _anything))
-operator("validate", "layout", LAST, weight=0.5, name="channels_last_kernels")(
+operator("first", "layout", weight=0.5, name="pointwise_convolutions")(_restore("pointwise", "linear", _anything))
+operator("second", "layout", LAST, weight=0.5, name="channels_last_kernels")(
     _restore("channels_last", "conv2d", _anything)
 )
-operator("validate", "layout", weight=1.0, name="spectral_norm_parametrized")(
+operator("second", "layout", weight=1.0, name="spectral_norm_parametrized")(
     _restore("style:parametrized", "spectral", _anything)
 )
-operator("validate", "layout", weight=1.0, name="weight_norm_parametrized")(
+operator("second", "layout", weight=1.0, name="weight_norm_parametrized")(
     _restore("style:parametrized", "weight_norm", _anything)
 )
-operator("fit", "layout", name="gamma_and_beta")(_restore("named:gamma,beta", "norm", _anything))
-operator("validate", "layout", name="g_and_b")(_restore("named:g,b", "norm", _anything))
-operator("validate", "layout", weight=0.6, name="w_and_b")(_restore("named:w,b", "linear", _anything))
-operator("fit", "layout", weight=0.6, name="matrix_and_shift")(_restore("named:matrix,shift", "linear", _anything))
-operator("validate", "layout", name="moving_statistics")(_restore("moving", "batch_norm", _anything))
-operator("fit", "layout", name="freeze_batch_norm")(_restore("frozen", "batch_norm", _anything))
-operator("validate", "layout", name="position_as_buffer")(
+operator("first", "layout", name="gamma_and_beta")(_restore("named:gamma,beta", "norm", _anything))
+operator("second", "layout", name="g_and_b")(_restore("named:g,b", "norm", _anything))
+operator("second", "layout", weight=0.6, name="w_and_b")(_restore("named:w,b", "linear", _anything))
+operator("first", "layout", weight=0.6, name="matrix_and_shift")(_restore("named:matrix,shift", "linear", _anything))
+operator("second", "layout", name="moving_statistics")(_restore("moving", "batch_norm", _anything))
+operator("first", "layout", name="freeze_batch_norm")(_restore("frozen", "batch_norm", _anything))
+operator("second", "layout", name="position_as_buffer")(
     _restore("kind:buffer", "table", lambda leaf: leaf.role == "pos")
 )
-operator("validate", "layout", name="position_as_embedding")(
+operator("second", "layout", name="position_as_embedding")(
     _restore("embedding", "table", lambda leaf: leaf.role == "pos")
 )
-operator("validate", "layout", LAST, "source", weight=0.5, name="low_rank_adapters")(
+operator("second", "layout", LAST, "source", weight=0.5, name="low_rank_adapters")(
     _restore("lora", "linear", lambda leaf: leaf.role in ("q", "v"))
 )
 
 
-@operator("fit", "layout", weight=1.0)
+@operator("first", "layout", weight=1.0)
 def no_biases(side: Side, rng: random.Random) -> bool:
     """The maps inside lists lose their biases."""
     before = list(side.leaves)
@@ -163,13 +163,13 @@ def no_biases(side: Side, rng: random.Random) -> bool:
     return side.leaves != before
 
 
-@operator("fit", "layout", weight=1.5)
+@operator("first", "layout", weight=1.5)
 def stack_experts(side: Side, rng: random.Random) -> bool:
     """One parameter for all experts, as (experts, out, in)."""
     return _stack(side, "")
 
 
-@operator("fit", "layout", LAST, weight=1.0)
+@operator("first", "layout", LAST, weight=1.0)
 def stack_experts_turned(side: Side, rng: random.Random) -> bool:
     """One parameter for all experts, as (experts, in, out)."""
     return _stack(side, "t")
@@ -200,7 +200,7 @@ def unroll_layers(side: Side, rng: random.Random) -> bool:
     return _unroll(side, rng.choice(["cell", ""]))
 
 
-@operator("validate", "layout", LAST)
+@operator("second", "layout", LAST)
 def own_cells(side: Side, rng: random.Random) -> bool:
     """A recurrent module becomes a list of hand-written cells with another order of gates."""
     return _unroll(side, "own_cell")

@@ -42,17 +42,17 @@ def _typed(word: str) -> str:
     return ".".join(p if p.isdigit() else f"{p}_layer" for p in word.split("."))
 
 
-operator("fit", "names", name="abbreviate")(_reworded(_abbreviated, 0.7))
-operator("validate", "names", name="initials")(_reworded(_initials, 0.6))
-operator("fit", "names", name="camel_case")(_reworded(_camel))
-operator("validate", "names", weight=0.7, name="say_layer")(_reworded(_typed, 0.5))
-operator("fit", "names", weight=0.7, name="short_words")(
+operator("first", "names", name="abbreviate")(_reworded(_abbreviated, 0.7))
+operator("second", "names", name="initials")(_reworded(_initials, 0.6))
+operator("first", "names", name="camel_case")(_reworded(_camel))
+operator("second", "names", weight=0.7, name="say_layer")(_reworded(_typed, 0.5))
+operator("first", "names", weight=0.7, name="short_words")(
     _reworded(lambda w: ".".join(p[:2] for p in w.split(".")), 0.5)
 )
-operator("validate", "names", weight=0.7, name="new_prefix")(_reworded(lambda w: f"my_{w}", 0.7))
+operator("second", "names", weight=0.7, name="new_prefix")(_reworded(lambda w: f"my_{w}", 0.7))
 
 
-@operator("fit", "names", LAST)
+@operator("first", "names", LAST)
 def hostile_words(side: Side, rng: random.Random) -> bool:
     """Words that say another role: somebody's joke, or another field's language."""
     misleading = ["output", "input", "weight", "norm", "post", "before", "attention", "key", "scale", "head", "embed"]
@@ -62,7 +62,7 @@ def hostile_words(side: Side, rng: random.Random) -> bool:
     return bool(roles)
 
 
-@operator("validate", "names", LAST)
+@operator("second", "names", LAST)
 def nonsense_words(side: Side, rng: random.Random) -> bool:
     """Words that say nothing."""
     roles = sorted(role for role in side.used() if side.words.get(role))
@@ -94,19 +94,19 @@ def _positional(side: Side, parents: Callable[[Path], bool]) -> bool:
     return bool(chosen)
 
 
-@operator("fit", "names", weight=1.0)
+@operator("first", "names", weight=1.0)
 def sequential_parts(side: Side, rng: random.Random) -> bool:
     """Feed-forwards and convolutions are sequences: ``mlp.0``, ``mlp.1``."""
     return _positional(side, lambda above: bool(above) and above[-1].role in ("mlp", "ff", "time", "ssm"))
 
 
-@operator("validate", "names", LAST)
+@operator("second", "names", LAST)
 def sequential_blocks(side: Side, rng: random.Random) -> bool:
     """Whole blocks are sequences: ``blocks.0.0``, ``blocks.0.1.2``."""
     return _positional(side, lambda above: bool(above) and above[-1].index is not None)
 
 
-@operator("validate", "names", LAST, weight=0.5)
+@operator("second", "names", LAST, weight=0.5)
 def sequential_model(side: Side, rng: random.Random) -> bool:
     """The top level is a sequence."""
     return _positional(side, lambda above: not above)
@@ -122,17 +122,15 @@ def _numbered(change: Callable[[Numbering, random.Random], Numbering], every: bo
     return apply
 
 
-operator("fit", "names", name="count_from_one")(_numbered(lambda n, rng: replace(n, first=1), every=True))
-operator("validate", "names", LAST, name="count_from_elsewhere")(
+operator("first", "names", name="count_from_one")(_numbered(lambda n, rng: replace(n, first=1), every=True))
+operator("second", "names", LAST, name="count_from_elsewhere")(
     _numbered(lambda n, rng: replace(n, first=rng.choice([2, 3, 9])))
 )
-operator("fit", "names", name="underscored_numbers")(_numbered(lambda n, rng: replace(n, joint="_")))
-operator("validate", "names", name="glued_numbers")(_numbered(lambda n, rng: replace(n, joint="")))
-operator("fit", "names", LAST, name="count_down")(_numbered(lambda n, rng: replace(n, down=True)))
-operator("validate", "names", LAST, name="count_down_from_one")(
-    _numbered(lambda n, rng: replace(n, down=True, first=1))
-)
-operator("validate", "names", LAST, weight=0.7, name="count_by_two")(_numbered(lambda n, rng: replace(n, stride=2)))
+operator("first", "names", name="underscored_numbers")(_numbered(lambda n, rng: replace(n, joint="_")))
+operator("second", "names", name="glued_numbers")(_numbered(lambda n, rng: replace(n, joint="")))
+operator("first", "names", LAST, name="count_down")(_numbered(lambda n, rng: replace(n, down=True)))
+operator("second", "names", LAST, name="count_down_from_one")(_numbered(lambda n, rng: replace(n, down=True, first=1)))
+operator("second", "names", LAST, weight=0.7, name="count_by_two")(_numbered(lambda n, rng: replace(n, stride=2)))
 
 
 def _shuffled(parents: Callable[[Path], bool], arrange: Callable[[list[Step], random.Random], list[Step]]) -> Apply:
@@ -175,14 +173,14 @@ def _inside_block(above: Path) -> bool:
     return any(step.index is not None for step in above)
 
 
-operator("fit", "order", UNORDERED, weight=3, name="shuffle_blocks")(_shuffled(_inside_block, _mixed))
-operator("validate", "order", UNORDERED, weight=3, name="shuffle_top")(
+operator("first", "order", UNORDERED, weight=3, name="shuffle_blocks")(_shuffled(_inside_block, _mixed))
+operator("second", "order", UNORDERED, weight=3, name="shuffle_top")(
     _shuffled(lambda above: not _inside_block(above), _mixed)
 )
-operator("validate", "order", UNORDERED, weight=1.5, name="shuffle_everything")(_shuffled(lambda above: True, _mixed))
-operator("fit", "order", UNORDERED, name="reverse_blocks")(_shuffled(_inside_block, _reversed))
-operator("validate", "order", UNORDERED, name="reverse_all")(_shuffled(lambda above: True, _reversed))
-operator("fit", "order", UNORDERED, name="register_by_role")(
+operator("second", "order", UNORDERED, weight=1.5, name="shuffle_everything")(_shuffled(lambda above: True, _mixed))
+operator("first", "order", UNORDERED, name="reverse_blocks")(_shuffled(_inside_block, _reversed))
+operator("second", "order", UNORDERED, name="reverse_all")(_shuffled(lambda above: True, _reversed))
+operator("first", "order", UNORDERED, name="register_by_role")(
     _shuffled(lambda above: True, lambda steps, rng: sorted(steps, key=lambda s: (s.role, s.index or 0)))
 )
 

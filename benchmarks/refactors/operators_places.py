@@ -24,7 +24,7 @@ CONTAINERS = (
 )
 
 
-@operator("fit", "places", weight=1.5)
+@operator("first", "places", weight=1.5)
 def flatten_containers(side: Side, rng: random.Random) -> bool:
     """Attention and feed-forward stand directly in the block."""
     before = list(side.leaves)
@@ -33,13 +33,13 @@ def flatten_containers(side: Side, rng: random.Random) -> bool:
     return side.leaves != before
 
 
-@operator("validate", "places", weight=1.5)
+@operator("second", "places", weight=1.5)
 def join_containers(side: Side, rng: random.Random) -> bool:
     """``attn.q`` becomes ``attn_q``."""
     return _glued(side, "_", lambda step: step.role in CONTAINERS)
 
 
-@operator("validate", "places", LAST)
+@operator("second", "places", LAST)
 def flat_names(side: Side, rng: random.Random) -> bool:
     """No levels inside a block at all: ``blocks.0.mlp_fc1``."""
     return _glued(side, "_", lambda step: step.index is None)
@@ -83,25 +83,25 @@ def _nested(words: Iterable[str]) -> object:
     return apply
 
 
-operator("fit", "places", name="nest_leaves")(_nested(["linear", "layer", "fn", "0"]))  # type: ignore[arg-type]
-operator("validate", "places", name="wrap_leaves")(_nested(["module", "op", "inner", "base"]))  # type: ignore[arg-type]
+operator("first", "places", name="nest_leaves")(_nested(["linear", "layer", "fn", "0"]))  # type: ignore[arg-type]
+operator("second", "places", name="wrap_leaves")(_nested(["module", "op", "inner", "base"]))  # type: ignore[arg-type]
 
 
-@operator("fit", "places", weight=1.5)
+@operator("first", "places", weight=1.5)
 def wrap(side: Side, rng: random.Random) -> bool:
     word = Step("=" + rng.choice(["model", "net", "module", "backbone"]))
     side.leaves = [leaf.moved((word, *leaf.path)) for leaf in side.leaves]
     return True
 
 
-@operator("validate", "places", weight=1.5)
+@operator("second", "places", weight=1.5)
 def wrap_twice(side: Side, rng: random.Random) -> bool:
     words = rng.choice([("module", "model"), ("_forward_module", "network"), ("lit", "core"), ("algo", "policy")])
     side.leaves = [leaf.moved((*(Step("=" + w) for w in words), *leaf.path)) for leaf in side.leaves]
     return True
 
 
-@operator("validate", "places", weight=1.5)
+@operator("second", "places", weight=1.5)
 def body_and_head(side: Side, rng: random.Random) -> bool:
     """All but the last leaf moves into a body."""
     word = Step("=" + rng.choice(["body", "feature_extractor", "encoder_body", "main"]))
@@ -110,7 +110,7 @@ def body_and_head(side: Side, rng: random.Random) -> bool:
     return len(body) > 0
 
 
-@operator("fit", "places")
+@operator("first", "places")
 def group_entry(side: Side, rng: random.Random) -> bool:
     """What stands before the first list moves into a group."""
     word = Step("=" + rng.choice(["embeddings", "entry", "prepare"]))
@@ -124,7 +124,7 @@ def _first_list(side: Side, least: int) -> tuple[Path, str] | None:
     return found[0] if found else None
 
 
-@operator("fit", "places", LAST)
+@operator("first", "places", LAST)
 def cut_list(side: Side, rng: random.Random) -> bool:
     """One list becomes two: ``blocks.0 .. 3`` to ``stages.0.blocks.0 .. 1``, ``stages.1.blocks.0 .. 1``."""
     where = _first_list(side, 2)
@@ -136,7 +136,7 @@ def cut_list(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "places", LAST)
+@operator("second", "places", LAST)
 def lists_by_name(side: Side, rng: random.Random) -> bool:
     """One list becomes named members: ``first_blocks``, ``later_blocks``."""
     where = _first_list(side, 2)
@@ -148,7 +148,7 @@ def lists_by_name(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "places", LAST)
+@operator("second", "places", LAST)
 def parallel_lists(side: Side, rng: random.Random) -> bool:
     """A list of blocks becomes a list for each part: ``attn.0``, ``mlp.0``."""
     where = _first_list(side, 1)
@@ -177,7 +177,7 @@ def _head(leaf: Leaf, above: Path) -> tuple[Path, str]:
     )
 
 
-@operator("fit", "places", LAST)
+@operator("first", "places", LAST)
 def interleaved_list(side: Side, rng: random.Random) -> bool:
     """Attention and feed-forward become members of one list: ``layers.0`` attention, ``layers.1`` feed-forward."""
     where = _first_list(side, 1)

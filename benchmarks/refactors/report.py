@@ -86,10 +86,10 @@ def table_text(table: Mapping[str, Counter[str]], title: str) -> Iterable[str]:
 
 INTRODUCTION = """\
 Tiny networks, refactored at random, with the truth known for every tensor (fused, split, turned and stacked ones
-included). Structures, operators and groups of words belong to `fit` (which rules and the table of risks may look at) or
-to `validate` (of which only counts are read); a few operators that have no second form are in both. The words are those
-of 929 models of timm, torchvision, transformers and open_clip (`harvested.json`), and for rarer roles those of
-`words.json`. Regimes: the state dict in order of registration; the same as a `.safetensors` file or sorted;
+included). Structures, operators and groups of words belong to `first` or `second` (which rules and the table of risks
+may look at) or to `validate` (of which only counts are read); a few operators that have no second form are in all. The
+words are those of 929 models of timm, torchvision, transformers and open_clip (`harvested.json`), and for rarer roles
+those of `words.json`. Regimes: the state dict in order of registration; the same as a `.safetensors` file or sorted;
 registration shuffled; everything (copies, foreign heads, pruned and inserted blocks, other layouts, misleading words,
 renumbering, any file).
 

@@ -11,7 +11,8 @@ from typing import Literal
 
 from benchmarks.refactors.network import Leaf, parse_path
 
-Split = Literal["fit", "validate"]
+Split = Literal["first", "second", "validate"]  # two to look at, one of which only counts are read
+SPLITS: tuple[Split, ...] = ("first", "second", "validate")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def structure(split: Split, *groups: str) -> Callable[[Callable[[Draft], None]],
     return register
 
 
-@structure("fit", "patches", "position", "list", "block", "attention", "mlp", "neck", "head")
+@structure("first", "patches", "position", "list", "block", "attention", "mlp", "neck", "head")
 def vision_transformer(d: Draft) -> None:
     s = d.sizes
     d.add("cls", "table", 1, 1, s.width)
@@ -111,7 +112,7 @@ def vision_transformer(d: Draft) -> None:
     d.linear("head", s.outputs, s.width)
 
 
-@structure("fit", "tokens", "list", "block", "attention", "gated", "neck", "head")
+@structure("first", "tokens", "list", "block", "attention", "gated", "neck", "head")
 def language_model(d: Draft) -> None:
     s = d.sizes
     d.add("tokens", "embedding", s.vocabulary, s.width)
@@ -125,7 +126,7 @@ def language_model(d: Draft) -> None:
     d.linear("head", s.vocabulary, s.width, bias=False)
 
 
-@structure("validate", "tokens", "position", "coder", "list", "cross", "attention", "mlp", "neck", "head")
+@structure("second", "tokens", "position", "coder", "list", "cross", "attention", "mlp", "neck", "head")
 def encoder_decoder(d: Draft) -> None:
     s = d.sizes
     d.add("tokens", "embedding", s.vocabulary, s.width)
@@ -149,7 +150,7 @@ def encoder_decoder(d: Draft) -> None:
     d.linear("head", s.vocabulary, s.width, bias=False)
 
 
-@structure("fit", "tokens", "list", "block", "attention", "experts", "gated", "neck", "head")
+@structure("first", "tokens", "list", "block", "attention", "experts", "gated", "neck", "head")
 def expert_model(d: Draft) -> None:
     s = d.sizes
     d.add("tokens", "embedding", s.vocabulary, s.width)
@@ -165,7 +166,7 @@ def expert_model(d: Draft) -> None:
     d.linear("head", s.vocabulary, s.width, bias=False)
 
 
-@structure("validate", "tokens", "list", "block", "attention", "gated", "adapter", "neck", "head")
+@structure("second", "tokens", "list", "block", "attention", "gated", "adapter", "neck", "head")
 def adapted_transformer(d: Draft) -> None:
     """Bottleneck adapters after attention and after the feed-forward."""
     s = d.sizes
@@ -184,7 +185,7 @@ def adapted_transformer(d: Draft) -> None:
     d.linear("head", s.outputs, s.width)
 
 
-@structure("validate", "patches", "list", "mixer", "mlp", "neck", "head")
+@structure("second", "patches", "list", "mixer", "mlp", "neck", "head")
 def mixer(d: Draft) -> None:
     """Mixing over one axis, then over the other, then over channels; squares throughout."""
     s = d.sizes
@@ -201,7 +202,7 @@ def mixer(d: Draft) -> None:
 
 
 @structure(
-    "validate", "tokens", "patches", "position", "modalities", "list", "block", "attention", "mlp", "neck", "projection"
+    "second", "tokens", "patches", "position", "modalities", "list", "block", "attention", "mlp", "neck", "projection"
 )
 def image_and_text(d: Draft) -> None:
     """Two towers of the same make, and a projection of each."""
@@ -221,7 +222,7 @@ def image_and_text(d: Draft) -> None:
     d.add("scale", "table")
 
 
-@structure("fit", "towers", "list", "neck", "tower_heads")
+@structure("first", "towers", "list", "neck", "tower_heads")
 def two_towers(d: Draft) -> None:
     """An actor and a critic, two streams: the same stack of linear maps twice."""
     s = d.sizes
@@ -233,7 +234,7 @@ def two_towers(d: Draft) -> None:
     d.linear("second_head", s.outputs if s.same_heads else s.outputs - 1, s.width)
 
 
-@structure("fit", "tokens", "list", "block", "attention", "mlp", "outputs", "neck")
+@structure("first", "tokens", "list", "block", "attention", "mlp", "outputs", "neck")
 def many_outputs(d: Draft) -> None:
     """One trunk, several heads, some of the same size."""
     s = d.sizes
@@ -246,7 +247,7 @@ def many_outputs(d: Draft) -> None:
     d.linear("output_c", 1, s.width)
 
 
-@structure("validate", "tokens", "list", "state_space", "neck", "head")
+@structure("second", "tokens", "list", "state_space", "neck", "head")
 def state_space(d: Draft) -> None:
     s = d.sizes
     d.add("tokens", "embedding", s.vocabulary, s.width)

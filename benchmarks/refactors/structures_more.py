@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.refactors.structures import Draft, structure
 
 
-@structure("fit", "stem", "stages", "list", "convs", "head")
+@structure("first", "stem", "stages", "list", "convs", "head")
 def residual_network(d: Draft) -> None:
     s = d.sizes
     d.conv("stem_conv", s.width, 3, bias=False)
@@ -23,7 +23,7 @@ def residual_network(d: Draft) -> None:
     d.linear("head", s.outputs, inner)
 
 
-@structure("fit", "stem", "unet", "convs", "head")
+@structure("first", "stem", "unet", "convs", "head")
 def u_net(d: Draft) -> None:
     """Down, a bottom, and up again; with one width throughout or growing ones."""
     s = d.sizes
@@ -39,7 +39,7 @@ def u_net(d: Draft) -> None:
     d.conv("head", s.outputs, widths[0], 1)
 
 
-@structure("validate", "stem", "stages", "list", "convs", "pyramid", "detection")
+@structure("second", "stem", "stages", "list", "convs", "pyramid", "detection")
 def detector(d: Draft) -> None:
     """A backbone, a pyramid with the coarsest level first, and two dense heads."""
     s = d.sizes
@@ -60,7 +60,7 @@ def detector(d: Draft) -> None:
         d.conv(f"heads/{branch}", outputs, s.width, bias=True)
 
 
-@structure("fit", "tokens", "recurrent", "neck", "head")
+@structure("first", "tokens", "recurrent", "neck", "head")
 def lstm_tagger(d: Draft) -> None:
     s = d.sizes
     d.add("tokens", "embedding", s.vocabulary, s.width)
@@ -69,7 +69,7 @@ def lstm_tagger(d: Draft) -> None:
     d.linear("head", s.outputs, s.width)
 
 
-@structure("validate", "tokens", "coder", "recurrent", "bridge", "head")
+@structure("second", "tokens", "coder", "recurrent", "bridge", "head")
 def gru_translator(d: Draft) -> None:
     """An encoder and a decoder of gated units, and a bridge between them."""
     s = d.sizes
@@ -91,7 +91,7 @@ def _recurrent(d: Draft, path: str, kind: str, layers: int) -> None:
     d.leaves[-1] = replace(leaf, pieces=pieces, sizes=leaf.sizes * layers)
 
 
-@structure("fit", "nodes", "list", "graph", "head")
+@structure("first", "nodes", "list", "graph", "head")
 def graph_network(d: Draft) -> None:
     s = d.sizes
     d.linear("nodes", s.width, 5)
@@ -105,7 +105,7 @@ def graph_network(d: Draft) -> None:
     d.linear("head", s.outputs, s.width)
 
 
-@structure("fit", "coder", "list", "gaussian", "convs")
+@structure("first", "coder", "list", "gaussian", "convs")
 def variational_autoencoder(d: Draft) -> None:
     s = d.sizes
     for i in range(s.depth):
@@ -118,7 +118,7 @@ def variational_autoencoder(d: Draft) -> None:
     d.conv("decoder/exit", 3, s.width)
 
 
-@structure("validate", "time", "unet", "diffusion", "attention", "head")
+@structure("second", "time", "unet", "diffusion", "attention", "head")
 def latent_diffusion(d: Draft) -> None:
     """Residual blocks with a time embedding, attention over an image and over a text."""
     s = d.sizes
@@ -145,7 +145,7 @@ def latent_diffusion(d: Draft) -> None:
     d.conv("head", 4, s.width)
 
 
-@structure("validate", "adversaries", "list", "convs")
+@structure("second", "adversaries", "list", "convs")
 def adversarial_pair(d: Draft) -> None:
     """Two generators of one shape and two critics with spectral norm."""
     s = d.sizes
@@ -158,7 +158,7 @@ def adversarial_pair(d: Draft) -> None:
         d.add(f"{critic}/verdict", "spectral", 1, s.width)
 
 
-@structure("validate", "coder", "list", "codec")
+@structure("second", "coder", "list", "codec")
 def neural_codec(d: Draft) -> None:
     """Weight-normed convolutions around residual codebooks that are buffers only."""
     s = d.sizes
@@ -170,7 +170,7 @@ def neural_codec(d: Draft) -> None:
         d.add(f"decoder/blocks#{i}", "weight_norm", s.width, s.width, 3)
 
 
-@structure("fit", "coder", "list", "target_network")
+@structure("first", "coder", "list", "target_network")
 def momentum_encoder(d: Draft) -> None:
     """An online and a target network, centred by batch norms that have buffers only."""
     s = d.sizes

@@ -1,8 +1,8 @@
 """Words for roles. A word group is what one code base calls the parts of one thing: its q, k, v and o, its two norms.
 
 ``harvested.json`` holds what ``harvest.py`` found in public libraries, with counts; ``words.json`` what people write by
-hand for roles that are too rare there. A group belongs to ``fit`` or to ``validate``; groups that share the word of
-their first role go together, so that neither part has seen the other's words.
+hand for roles that are too rare there. A group belongs to the ``first`` part of the corpus or to the ``second``; groups
+that share the word of their first role go together, so that neither part has seen the other's words.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def groups_of(name: str, split: Split) -> tuple[tuple[Words, float], ...]:
     """The word groups of one part of the corpus."""
     entries = _groups()[name]
     firsts = sorted({_first(words) for words, _ in entries}, key=lambda word: zlib.crc32(f"{name}/{word}".encode()))
-    mine = {word for at, word in enumerate(firsts) if (at % 2 == 0) == (split == "fit")}
+    mine = {word for at, word in enumerate(firsts) if (at % 2 == 0) == (split == "first")}
     chosen = sorted((e for e in entries if _first(e[0]) in mine), key=lambda e: json.dumps(e[0], sort_keys=True))
     return tuple(chosen or entries)
 
@@ -69,6 +69,12 @@ UNITS = (  # groups that name linear maps, convolutions, norms and tables; the o
     *("attention", "block", "convs", "cross", "gated", "gated_fused", "mlp", "neck", "patches", "stem", "tokens"),
 )
 MODULES = frozenset(("attn", "mlp", "self", "cross", "ff"))  # their parts have roles of their own
+
+
+def other(split: Split) -> Split | None:
+    """The part whose words judge a part; ``None``, which is all of them, for the part that has words of its own."""
+    others: dict[Split, Split] = {"first": "second", "second": "first"}
+    return others.get(split)
 
 
 def lexicon(split: Split | None = None) -> dict[str, list[str]]:

@@ -35,7 +35,7 @@ def _quiet() -> Iterator[None]:
 @cache
 def pairs(regime: Regime) -> list[tuple[Pair, Decisions]]:
     """Pairs with what is decided on them as they are."""
-    drawn = [drawn_pair("fit", regime, seed) for seed in range(FIRST, FIRST + FEW)]
+    drawn = [drawn_pair("first", regime, seed) for seed in range(FIRST, FIRST + FEW)]
     return [(pair, decided(pair, arrived(pair))) for pair in drawn]
 
 
@@ -73,7 +73,7 @@ def test_nothing_is_silently_wrong(regime: Regime, sample: bool) -> None:
     for seed in range(FIRST, FIRST + (FEW if sample else MANY)):
         if seed in STILL_WRONG.get(regime, ()):
             continue
-        result = run(drawn_pair("fit", regime, seed, sample=sample))
+        result = run(drawn_pair("first", regime, seed, sample=sample))
         wrong += [(result.config.seed, t.name, t.sources, t.reason) for t in result.wrong]
     assert not wrong
 
@@ -141,7 +141,7 @@ def exchanged(config: Config) -> Pair | None:
 def test_the_corpus_is_the_same_every_time() -> None:
     """A configuration is plain data, and makes the same pair again."""
     for regime in REGIMES:
-        pair = drawn_pair("validate", regime, FIRST)
+        pair = drawn_pair("second", regime, FIRST)
         again = Pair(Config.from_dict(pair.config.to_dict()))
         assert again.state.keys() == pair.state.keys()
         assert all(torch.equal(again.state[name], tensor) for name, tensor in pair.state.items())
