@@ -26,7 +26,7 @@ from lit_wsl.callbacks.lifecycle import (
 )
 from lit_wsl.callbacks.proof import Recorded, recorded_score, ways_to_prove
 from lit_wsl.callbacks.sample import find_samples, quiet
-from lit_wsl.callbacks.state_dicts import extend_state_dicts, was_given_weights
+from lit_wsl.callbacks.state_dicts import extend_state_dicts, given_while_built
 from lit_wsl.convert.optimizers import CarryOptions, OnLost
 from lit_wsl.convert.resume import Resume as Resuming
 from lit_wsl.convert.resume import ResumeOptions, is_flattened
@@ -44,9 +44,12 @@ from lit_wsl.transfer.floor import valid_floor
 from lit_wsl.transfer.memory import (
     Held,
     Memory,
+    given_by_hand,
     glance,
+    has_fresh_values,
     is_known_trained,
     marks_of,
+    note_fresh,
     note_trained,
     put_marks,
     recall,
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
 extend_state_dicts()
 watch_optimizers()
 
+_ON_PURPOSE = "give again=True, or call transfer_weights, to fill it on purpose"
 CHECKPOINT_KEY = "lit_wsl"  # what a checkpoint tells of the transfers that its weights started from
 Resume = Literal["weights", "optimizer", "all"]
 
@@ -84,9 +88,10 @@ class WeightTransferCallback(Callback):
     Nothing else changes: random generators, the order and augmentation of the data, modes, buffers, metrics and
     gradients are as they would be without the callback.
 
-    A model made by ``load_from_checkpoint`` is not filled either, nor one to which ``load_state_dict`` gave weights
-    that were saved after a transfer, in whatever process. Other weights given by ``load_state_dict`` are replaced, with
-    a warning.
+    A model made by ``load_from_checkpoint`` is not filled either, nor a module to which ``load_state_dict`` gave
+    weights that were saved after a transfer, in whatever process. Other weights that you gave a module by
+    ``load_state_dict`` are kept by an evaluation and replaced by a ``fit``; those that a LightningModule loads while it
+    is built are replaced. A warning says so.
 
     List it before callbacks that copy the model, such as ``WeightAveraging``.
 
@@ -351,13 +356,12 @@ class WeightTransferCallback(Callback):
         """Fill what was never filled, and nothing that was trained: the model remembers which is which."""
         self._take_back = None
         ranks = _ranks_of(trainer)
-        if recall(model) is None and is_known_trained(model):
-            remember(model, "trained", "an earlier run of this process")
-        memory = recall(model, self._before)
-        evaluates = trainer.state.fn != "fit" and memory is None and not self.again
-        if any(ranks.gather(evaluates and was_trained_here(model))):
+        evaluates = trainer.state.fn != "fit" and not self.again
+        _look_at_values(model)
+        memory = recall(model, self._before, given=evaluates)
+        if any(ranks.gather(evaluates and memory is None and was_trained_here(model))):
             why = f"{type(model).__name__} was trained before in this process, and this run only evaluates it"
-            self._yield_to(model, f"{why}; give again=True, or call transfer_weights, to fill it on purpose")
+            self._yield_to(model, f"{why}; {_ON_PURPOSE}")
             return
         only = self._to_fill(trainer, model, memory)
         if any(told != only for told in ranks.gather(only)):
@@ -380,6 +384,10 @@ class WeightTransferCallback(Callback):
                     self._transfer(trainer, made, only, late=late)
                     return
         assert memory is not None
+        if not memory.transfers:
+            why = f"{_given(given_by_hand(model), model)}, and this run only evaluates it; {_ON_PURPOSE}"
+            self._yield_to(model, why, say=rank_zero_warn)
+            return
         known = memory.transfers.keys() == {self._key}
         verb, trained = ("was filled from", "before") if known else ("holds weights of", "which may be trained by now")
         why = f"{type(model).__name__} {verb} {memory.words()}{' ' if known else ', '}{trained}"
@@ -412,9 +420,8 @@ class WeightTransferCallback(Callback):
     def _transfer(self, trainer: pl.Trainer, made: _Made, only: frozenset[str] | None, *, late: bool) -> None:
         """Apply, report, and resume the old training if asked to."""
         model, prepared = made.model, made.prepared
-        unknown = only is None and recall(model) is None
-        given = unknown and was_given_weights(model)
-        trained = unknown and was_trained_here(model)
+        by_hand = given_by_hand(model)
+        trained = only is None and recall(model) is None and was_trained_here(model)
         resuming, undo = None, None
         if self._resume_options is not None and trainer.state.fn == "fit" and only is None:
             options = self._resume_options
@@ -429,16 +436,20 @@ class WeightTransferCallback(Callback):
             report = finish_transfer(
                 prepared, made.source.tensors, made.target, progress=progress, ranks=made.ranks, only=only, undo=undo
             )
-        remember(model, self._key, shown(self.checkpoint), filled=only is None)
+        remember(model, self._key, shown(self.checkpoint), filled=only is None, only=only)
         if made.remark:
             report = report.with_remarks(notes=(made.remark,))
         warnings, notes = mind_copies(trainer, model, self, report.loaded, late=late)
-        if given:
+        kept = given_by_hand(model)
+        replaced = [path for path in (*by_hand, *given_while_built(model)) if path not in kept]
+        if replaced := _written(replaced, report.loaded):
             warnings += (
-                f"weights that load_state_dict gave {type(model).__name__} before were replaced by those of "
-                f"{shown(self.checkpoint)}; if they were trained, leave this callback out, or load them with "
-                "load_from_checkpoint or ckpt_path=",
+                f"{_given(replaced, model)}, now replaced by those of {shown(self.checkpoint)}; if they were trained, "
+                "leave this callback out, or load them with load_from_checkpoint or ckpt_path=",
             )
+            rank_zero_warn(f"Weight transfer: {warnings[-1]}.")
+        if kept:
+            warnings += (f"{_given(kept, model)}, and this run only evaluates it, so they were kept; {_ON_PURPOSE}",)
             rank_zero_warn(f"Weight transfer: {warnings[-1]}.")
         if trained and not self.again:
             warnings += (
@@ -504,12 +515,12 @@ class WeightTransferCallback(Callback):
         with quiet(trainer, model):
             return Source(self.checkpoint, opened, self.source_module, samples), Target.of(model, samples), remark
 
-    def _yield_to(self, model: pl.LightningModule, why: str) -> None:
+    def _yield_to(self, model: pl.LightningModule, why: str, say: Callable[[str], Any] = rank_zero_info) -> None:
         """Report that other weights win, such as those of a resumed checkpoint, or those that training made."""
         note = f"{why}; nothing was transferred from {shown(self.checkpoint)}"
         if not self._has_filled(model) or self._wins:
             self.report = report_nothing(model, shown(self.checkpoint), self.options, note)
-        rank_zero_info(f"Weight transfer: {note}.")
+        say(f"Weight transfer: {note}.")
 
 
 class _Made(NamedTuple):
@@ -525,6 +536,28 @@ class _Made(NamedTuple):
     def holds(self, apart_from: frozenset[str]) -> bool:
         """Whether the model has all the checkpoint's values already, but for some tensors."""
         return holds(self.prepared.plan, self.source.tensors, self.model, apart_from)
+
+
+def _look_at_values(model: nn.Module) -> None:
+    """Let a model remember what its values tell: that they were trained in this process, or never."""
+    memory = recall(model)
+    if memory is None and is_known_trained(model):
+        remember(model, "trained", "an earlier run of this process")
+    elif has_fresh_values(model):
+        put_marks(model, {})
+    elif memory is None and not given_by_hand(model) and not was_trained_here(model):
+        note_fresh(model)
+
+
+def _given(paths: Sequence[str], model: nn.Module) -> str:
+    shown_paths = [path or type(model).__name__ for path in paths]
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return f"{', '.join(shown_paths[:3])}{more} held weights that load_state_dict gave before"
+
+
+def _written(paths: Sequence[str], loaded: Sequence[str]) -> list[str]:
+    """Those modules into which something was loaded."""
+    return [path for path in paths if any(not path or name.startswith(f"{path}.") for name in loaded)]
 
 
 def _of_a_part(report: TransferReport, only: frozenset[str]) -> str:

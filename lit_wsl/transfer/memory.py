@@ -26,7 +26,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lit_wsl.checkpoint.remote import is_address
 from lit_wsl.transfer.ranks import held_part, is_sharded
 
-_SAMPLED = 64  # parameters of which values are looked at
 _ENDS = 32  # values at either end of each
 _MARK = "_weight_transfer"  # the attribute of a module that holds its mark
 _METADATA = "weight_transfer"  # the entry of a state dict's metadata, beside torch's version
@@ -66,12 +65,16 @@ class _Mark:
     """The parameters that a module, with all below it, held when somebody last looked.
 
     Attributes:
-        transfers: What was filled in, by key, with words for a person.
+        transfers: What was filled in, by key, with words for a person; nothing where somebody loaded a state dict of
+            unknown origin by hand.
         held: For each name the parameter, and its version when it was filled; ``None`` where it may have changed.
+        reloaded: Whether somebody has loaded a state dict of unknown origin since then.
     """
 
-    def __init__(self, transfers: Mapping[str, str], held: Mapping[str, tuple[nn.Parameter, int | None]]) -> None:
-        self.transfers = dict(transfers)
+    def __init__(
+        self, transfers: Mapping[str, str], held: Mapping[str, tuple[nn.Parameter, int | None]], reloaded: bool = False
+    ) -> None:
+        self.transfers, self.reloaded = dict(transfers), reloaded
         self.held = {name: (weakref.ref(parameter), version) for name, (parameter, version) in held.items()}
 
     def alive(self) -> Iterator[tuple[nn.Parameter, int | None]]:
@@ -92,7 +95,7 @@ class _Mark:
             copied = None if parameter is None else memo.get(id(parameter))  # a module's parameters are copied first
             if copied is not None:
                 copies[name] = copied, _version(copied) if version == _version(parameter) else None
-        return _Mark(self.transfers, copies)
+        return _Mark(self.transfers, copies, self.reloaded)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ({"transfers": self.transfers, "held": list(self.held)},)
@@ -120,7 +123,9 @@ class Memory:
         return ", ".join(dict.fromkeys(self.transfers.values()))
 
 
-def remember(model: nn.Module, key: str = "", words: str = "", *, filled: bool = False) -> None:
+def remember(
+    model: nn.Module, key: str = "", words: str = "", *, filled: bool = False, only: frozenset[str] | None = None
+) -> None:
     """Mark all tensors of a model as being what they should be: filled, trained, or left as they are on purpose.
 
     Args:
@@ -128,13 +133,20 @@ def remember(model: nn.Module, key: str = "", words: str = "", *, filled: bool =
         key: What it was filled with; empty to keep what is remembered and only look again, as at the end of a run.
         words: The same for a person.
         filled: Whether it has just been filled, so that whatever is written from now on is training.
+        only: State-dict names of what was filled, if not all; what somebody else gave stays his.
     """
     marks = _marks(model)
     versions = {id(p): version for mark in marks.values() for p, version in mark.alive()}
     transfers = {k: w for mark in marks.values() for k, w in mark.transfers.items()} | ({key: words} if key else {})
+    still_given = {
+        sub
+        for path, sub in model.named_modules()
+        if is_given(marks.get(sub)) and (not key or (only is not None and not _own_names(path, sub) & only))
+    }
+    theirs = {id(p) for sub in still_given for p in sub.parameters(recurse=False)}
     for sub in model.modules():
-        if sub is model or _holds_tensors(sub):
-            inside = dict(sub.named_parameters(remove_duplicate=False))
+        if sub not in still_given and (sub is model or _holds_tensors(sub)):
+            inside = {n: p for n, p in sub.named_parameters(remove_duplicate=False) if id(p) not in theirs}
             held = {n: (p, _version(p) if filled else versions.get(id(p))) for n, p in inside.items()}
             sub.__dict__[_MARK] = _Mark(transfers, held)
 
@@ -172,24 +184,55 @@ def read_memory(model: nn.Module, state: Mapping[str, Any], transfers: Mapping[s
         if not isinstance(known, Mapping) or not all(isinstance(v, str) for pair in known.items() for v in pair):
             continue
         found = True
-        for name, sub in model.get_submodule(path).named_modules(prefix=path):
-            inside = dict(sub.named_parameters(name, remove_duplicate=False))
-            own = dict(sub.named_parameters(name, recurse=False, remove_duplicate=False))
-            if name != path and (not _holds_tensors(sub) or any(n not in state for n in own)):
-                continue
-            start = len(name) + 1 if name else 0
-            sub.__dict__[_MARK] = _Mark(known, {n[start:]: (p, None) for n, p in inside.items() if n in state})
+        _mark_loaded(model, path, state, known)
     return found
 
 
-def recall(model: nn.Module, before: Held | None = None) -> Memory | None:
+def note_given(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Let a model remember which of its modules have just loaded a state dict of unknown origin."""
+    _mark_loaded(model, "", state, {})
+
+
+def _mark_loaded(model: nn.Module, path: str, state: Mapping[str, Any], transfers: Mapping[str, str]) -> None:
+    marks = _marks(model)
+    for name, sub in model.get_submodule(path).named_modules(prefix=path):
+        inside = dict(sub.named_parameters(name, remove_duplicate=False))
+        own = dict(sub.named_parameters(name, recurse=False, remove_duplicate=False))
+        if (name != path or not transfers) and (not _holds_tensors(sub) or any(n not in state for n in own)):
+            continue
+        if not transfers and sub in marks and not is_given(marks[sub]):
+            marks[sub].reloaded = True  # with what it was before it was filled, or what training made of it
+            continue
+        start = len(name) + 1 if name else 0
+        sub.__dict__[_MARK] = _Mark(transfers, {n[start:]: (p, None) for n, p in inside.items() if n in state})
+
+
+def is_given(mark: _Mark | None) -> bool:
+    """Whether a mark says that somebody loaded a state dict of unknown origin by hand, and nothing was filled since."""
+    return mark is not None and not mark.transfers
+
+
+def given_by_hand(model: nn.Module) -> list[str]:
+    """The outermost modules into which somebody loaded a state dict of unknown origin by hand, by path."""
+    given = {sub for sub, mark in _marks(model).items() if is_given(mark)}
+    found: list[str] = []
+    for path, sub in model.named_modules():
+        holders = [inner for inner in sub.modules() if _holds_tensors(inner)]
+        inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
+        if holders and given.issuperset(holders) and not inside:
+            found.append(path)
+    return found
+
+
+def recall(model: nn.Module, before: Held | None = None, *, given: bool = False) -> Memory | None:
     """What a model remembers; ``None`` if no part of it was ever filled.
 
     Args:
         model: The model.
         before: Its parameters before its own hooks ran (:func:`glance`): what these exchanged is built anew.
+        given: Whether what somebody loaded by hand, its origin unknown, counts as filled.
     """
-    marks = _marks(model)
+    marks = {sub: mark for sub, mark in _marks(model).items() if given or not is_given(mark)}
     if not marks:
         return None
     held = [(parameter, version) for mark in marks.values() for parameter, version in mark.alive()]
@@ -247,6 +290,14 @@ def _is_built_anew(
     )
 
 
+def _own_names(path: str, module: nn.Module) -> set[str]:
+    return {
+        name
+        for own in (module.named_parameters, module.named_buffers)
+        for name, _ in own(path, recurse=False, remove_duplicate=False)
+    }
+
+
 def _holds_tensors(module: nn.Module) -> bool:
     return any(t is not None for own in (module._parameters, module._buffers) for t in own.values())
 
@@ -263,11 +314,20 @@ def note_trained(model: nn.Module) -> None:
 
 
 def is_known_trained(model: nn.Module) -> bool:
-    """Whether a new model holds what :func:`note_trained` was told of in this process; if not, it is fresh."""
-    own = _fingerprint(model)
-    if own not in _trained:
-        _fresh.add(own)
-    return own in _trained
+    """Whether a model holds what :func:`note_trained` was told of in this process."""
+    return _fingerprint(model) in _trained
+
+
+def note_fresh(model: nn.Module) -> None:
+    """Know the weights of a new model again when it, or its twin, is given them back."""
+    if not is_known_trained(model):
+        _fresh.add(_fingerprint(model))
+
+
+def has_fresh_values(model: nn.Module) -> bool:
+    """Whether a model was given back what it was made with, by hand, as for the next fold of a cross-validation."""
+    given = any(is_given(mark) or mark.reloaded for mark in _marks(model).values())
+    return given and _fingerprint(model) in _fresh
 
 
 _stepped: Any = WeakIdKeyDictionary()  # parameters over which an optimizer of this process has stepped
@@ -300,10 +360,10 @@ def was_trained_here(model: nn.Module) -> bool:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """A digest of a few values of some parameters; training changes all of them."""
+    """A digest of a few values of each parameter; training changes all of them."""
     digest = hashlib.sha256()
     parameters = sorted((name, p) for name, p in model.named_parameters() if not (p.is_meta or is_lazy(p)))
-    for name, parameter in parameters[:: max(1, len(parameters) // _SAMPLED)]:
+    for name, parameter in parameters:
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
         with suppress(RuntimeError, TypeError, NotImplementedError):  # kinds of tensors that have no plain values
             flat = held_part(parameter).detach().reshape(-1)

@@ -90,16 +90,96 @@ def test_layers_that_the_file_does_not_have_are_filled(world, elsewhere):
     assert same({n: t for n, t in start.items() if n not in head}, {n: state[n] for n in start if n not in head})
 
 
-def test_weights_of_unknown_origin_are_replaced_with_a_warning(world):
+def built(world):
     model = world.model()
     if isinstance(model, InConfigureModel):
         model.configure_model()
-    model.load_state_dict(dict(model.state_dict()))
-    transfer = world.transfer()
-    with pytest.warns(UserWarning, match="load_state_dict gave"):
-        _, start = world.run("test", model, transfer)
-    assert same(start, world.old)
+    return model
+
+
+def plain(module):
+    """Weights as a script without this package, or another format, would save them."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def test_weights_of_unknown_origin_are_kept_by_an_evaluation_and_replaced_by_a_fit(world):
+    model, transfer = built(world), world.transfer()
+    model.load_state_dict(plain(built(world)))
+    for what in ("validate", "test"):
+        with pytest.warns(UserWarning, match="held weights that load_state_dict gave before"):
+            world.check_kept(what, model, transfer)
+    assert "again=True" in transfer.report.notes[0]
+    with pytest.warns(UserWarning, match="load_state_dict gave before, now replaced"):
+        world.check_fit(model, transfer)
     assert any("load_from_checkpoint" in warning for warning in transfer.report.warnings)
+    world.check_kept("test", model, transfer)
+    assert world.wrong == []
+
+
+def test_weights_of_unknown_origin_are_replaced_where_it_is_asked_for(world):
+    model = built(world)
+    model.load_state_dict(plain(built(world)))
+    with pytest.warns(UserWarning, match="now replaced"):
+        _, start = world.run("test", model, world.transfer(again=True))
+    assert same(start, world.old)
+
+
+def test_a_trained_backbone_that_was_saved_alone_is_kept_in_a_new_model(world, elsewhere):
+    trained = world.model()
+    world.check_fit(trained, world.transfer())
+    torch.save(trained.net["stem"].state_dict(), world.folder / "stem.pt")
+    for what in ("test", "fit"):
+        elsewhere()
+        model, transfer = built(world), world.transfer()
+        model.net["stem"].load_state_dict(torch.load(world.folder / "stem.pt"))
+        _, start = world.run(what, model, transfer)
+        for name, value in weights(trained).items():
+            assert torch.equal(start[name], value if name.startswith("net.stem") else world.old[name]), (what, name)
+        world.check_kept("test", model, transfer)
+    assert world.wrong == []
+
+
+def test_a_backbone_of_unknown_origin_is_kept_by_an_evaluation_and_the_rest_is_filled(world):
+    model, transfer = built(world), world.transfer()
+    given = plain(built(world).net["stem"])
+    model.net["stem"].load_state_dict(given)
+    with pytest.warns(UserWarning, match="net.stem held weights that load_state_dict gave before, .* kept"):
+        _, start = world.run("validate", model, transfer)
+    for name, old in world.old.items():
+        assert torch.equal(start[name], given.get(name.removeprefix("net.stem."), old)), name
+    with pytest.warns(UserWarning, match="net.stem held weights that load_state_dict gave before, now replaced"):
+        _, start = world.run("fit", model, transfer)
+    assert same(start, world.old)
+
+
+def test_what_a_model_loads_while_it_is_built_is_replaced_with_a_warning(world):
+    class Pretrained(InInit):
+        """As with the published weights of a library."""
+
+        def __init__(self):
+            super().__init__()
+            self.net["body"].load_state_dict(plain(nn.Linear(10, 7)))
+
+    for what in ("test", "fit"):
+        with pytest.warns(UserWarning, match="net.body held weights that load_state_dict gave before, now replaced"):
+            _, start = world.run(what, Pretrained(), world.transfer())
+        assert same(start, world.old)
+
+
+def test_a_model_that_is_given_its_first_weights_again_is_filled_again(world):
+    """The folds of a cross-validation with one model."""
+    model = built(world)
+    first = plain(model)
+    for _ in range(2):
+        model.load_state_dict(first)
+        transfer = world.transfer()
+        world.check_fit(model, transfer)
+        best = plain(model)
+        world.run("fit", model, world.transfer())
+        model.load_state_dict(best)
+        world.check_kept("test", model, transfer)
+        world.check_kept("fit", model, transfer)
+    assert world.wrong == []
 
 
 def test_a_fit_in_processes_of_its_own_returns_what_it_remembers(world, elsewhere):
