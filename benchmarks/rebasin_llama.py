@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.rebasin import AxisSpec, PermutationGroup, PermutationSpec, compose_permutations, weight_matching
-from lit_wsl.rebasin.spec.apply import permute_tensor
+from lit_wsl.rebasin.spec.spec import permute_tensor
 
 
 def llama_spec(layers: int, width: int, hidden: int, heads: int, kv: int, dim: int, vocabulary: int) -> PermutationSpec:

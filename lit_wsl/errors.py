@@ -7,7 +7,9 @@ that Python has a class for derive from it too: a wrong value is a ``ValueError`
 
 from __future__ import annotations
 
+import html
 import re
+from abc import abstractmethod
 from collections.abc import Iterable
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -77,3 +79,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
     near = get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+class Summarised:
+    """Shows its :meth:`summary` in a notebook, and prints it."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """What it is, in a few lines."""
+
+    def __str__(self) -> str:
+        return printable(self.summary())
+
+    def _repr_html_(self) -> str:
+        return f'<pre style="line-height: 1.3">{html.escape(printable(self.summary()))}</pre>'

@@ -107,7 +107,7 @@ FACES = {  # what a user calls has an option for each thing that a user may want
     "lit_wsl.mapper.weight_mapper.from_state_dict",
     "lit_wsl.rebasin.matching.activations.activation_matching",
     "lit_wsl.rebasin.matching.activations.joint_matching",
-    "lit_wsl.rebasin.matching.best.best_matching",
+    "lit_wsl.rebasin.matching.activations.best_matching",
     "lit_wsl.rebasin.matching.many.match_many",
     "lit_wsl.rebasin.matching.weights.weight_matching",
     "lit_wsl.rebasin.merging.barrier.interpolation_curve",

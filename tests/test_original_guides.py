@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from lit_wsl.checkpoint import load_checkpoint_as_dict
 from lit_wsl.errors import MappingError
 from lit_wsl.mapper import WeightMapper
-from lit_wsl.models.checkpoint import load_checkpoint_as_dict
-from lit_wsl.models.weight_renamer import WeightRenamer
+from lit_wsl.renamer import WeightRenamer
 
 
 class OldModel(nn.Module):

@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-import lit_wsl.matching.lexicon
+import lit_wsl.matching.likeness
 from benchmarks.refactors.structures import Split
 
 HERE = Path(__file__).parent
 HARVESTED = HERE / "harvested.json"
-LEXICON = Path(lit_wsl.matching.lexicon.__file__).with_name("lexicon.json")
+LEXICON = Path(lit_wsl.matching.likeness.__file__).with_name("lexicon.json")
 BY_HAND = HERE / "words.json"
 
 Words = dict[str, str]
@@ -94,8 +94,8 @@ def lexicon(split: Split | None = None) -> dict[str, list[str]]:
 def use_lexicon_of(split: Split | None) -> None:
     """Let the matching know the words of one part only, so that the other is judged with words that it never saw."""
     known = lexicon(split)
-    lit_wsl.matching.lexicon.table = lambda: known  # type: ignore[assignment]
-    lit_wsl.matching.lexicon.forget()
+    lit_wsl.matching.likeness.table = lambda: known  # type: ignore[assignment]
+    lit_wsl.matching.likeness.forget()
 
 
 def draw_words(name: str, split: Split, rng: random.Random) -> Words:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lit_wsl.callbacks.sample import NoSampleError, places, to_model
 from lit_wsl.checkpoint import Checkpoint
-from lit_wsl.structure.preserving import preserved_objects, preserved_rng
+from lit_wsl.structure.running import preserved_objects, preserved_rng
 from lit_wsl.transfer.api import OnData
 
 if TYPE_CHECKING:

@@ -46,8 +46,7 @@ from lit_wsl.rebasin.job_model import (
 )
 from lit_wsl.rebasin.responses import has_batch_statistics
 from lit_wsl.rebasin.spec.spec import PermutationSpec
-from lit_wsl.structure.preserving import preserved_rng
-from lit_wsl.structure.running import Call
+from lit_wsl.structure.running import Call, preserved_rng
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

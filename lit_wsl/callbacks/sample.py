@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lit_wsl.structure.execution_order import Step, only_child
 from lit_wsl.structure.losses import NoDataError
-from lit_wsl.structure.preserving import preserved_objects, preserved_rng
-from lit_wsl.structure.running import Call, ways_to_call
+from lit_wsl.structure.running import Call, preserved_objects, preserved_rng, ways_to_call
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

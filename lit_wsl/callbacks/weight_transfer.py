@@ -34,9 +34,9 @@ from lit_wsl.convert.saved_optimizer import Wins
 from lit_wsl.errors import MappingError, TransferError
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.progress import transfer_progress
+from lit_wsl.report.loggers import transfer_progress
 from lit_wsl.report.report import TransferReport
-from lit_wsl.structure.lazy import is_lazy
+from lit_wsl.structure.execution_order import is_lazy
 from lit_wsl.structure.running import Call
 from lit_wsl.transfer.api import OnData, Prepared, finish_transfer, prepare_transfer
 from lit_wsl.transfer.apply import holds

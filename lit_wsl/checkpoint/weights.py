@@ -14,7 +14,7 @@ from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.document import LazyTensor
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
-from lit_wsl.structure.averages import AVERAGE_WORDS, find_average, words_of
+from lit_wsl.structure.families import AVERAGE_WORDS, find_average, words_of
 
 MAX_NAMES = 4_000_000
 MAX_MODULE_DEPTH = 300

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lit_wsl.checkpoint import atomic_save, open_checkpoint
 from lit_wsl.cli.console import fields, put_json, remark, say
-from lit_wsl.cli.models import Call, UsageError, build_model, sample_call
+from lit_wsl.cli.models import UsageError, build_model, sample_call
 from lit_wsl.cli.rebasing import load_batches, load_outputs, load_spec
 from lit_wsl.errors import LitWslError, RebasinError
 from lit_wsl.rebasin import RebaseResult, rebase, task_vector
 from lit_wsl.rebasin.job_model import MainOutputs, call_like, callee, read_run
 from lit_wsl.rebasin.merging.merge import is_continuous, is_statistic
-from lit_wsl.structure.running import ways_to_call
+from lit_wsl.structure.running import Call, ways_to_call
 
 
 def run(options: Any) -> int:

@@ -11,22 +11,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lit_wsl.cli.console import on_terminal, put_json, remark, say, shape_text
-from lit_wsl.cli.models import (
-    Call,
-    UsageError,
-    build_from,
-    build_model,
-    data_from_config,
-    matching_options,
-    sample_call,
-)
+from lit_wsl.cli.models import UsageError, build_from, build_model, data_from_config, matching_options, sample_call
 from lit_wsl.plan.coverage import Count
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.file import plan_to_document
-from lit_wsl.report.gaps import gaps
 from lit_wsl.report.report import TransferReport
-from lit_wsl.report.rows import open_questions, percent
+from lit_wsl.report.rows import gaps, open_questions, percent
 from lit_wsl.report.terminal import MappingView, ReportView, excluded_lines
+from lit_wsl.structure.running import Call
 from lit_wsl.transfer.api import OnData, prepare_transfer
 from lit_wsl.transfer.floor import likely_cause
 from lit_wsl.transfer.sides import Source, Target

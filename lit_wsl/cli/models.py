@@ -17,7 +17,7 @@ from torch import nn
 from lit_wsl.cli.console import remark
 from lit_wsl.errors import LitWslError
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.structure.lazy import is_lazy
+from lit_wsl.structure.execution_order import is_lazy
 from lit_wsl.structure.running import Call
 
 

@@ -12,19 +12,12 @@ from torch import nn
 
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.cli.console import put_json, remark, say, table
-from lit_wsl.cli.models import Call, UsageError, build_model, look_up, sample_call
-from lit_wsl.rebasin.job import (
-    MEAN_STATISTICS,
-    AlignOptions,
-    On,
-    RebasinReport,
-    align,
-    names_of,
-    write_results,
-)
+from lit_wsl.cli.models import UsageError, build_model, look_up, sample_call
+from lit_wsl.rebasin.job import MEAN_STATISTICS, AlignOptions, On, RebasinReport, align, names_of, write_results
 from lit_wsl.rebasin.job_model import UNPROVEN, Outputs, best_matcher, find_spec, prove_spec, read_run, repaired
 from lit_wsl.rebasin.responses import has_batch_statistics
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.structure.running import Call
 
 
 def run(options: Any) -> int:

@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_wsl.checkpoint.document import replace_at, with_entries
-from lit_wsl.checkpoint.plain import build_plain
+from lit_wsl.checkpoint.document import build_plain, replace_at, with_entries
 from lit_wsl.checkpoint.reader import Checkpoint, open_checkpoint
 from lit_wsl.checkpoint.records import as_mapping, contains_foreign, foreign_calls, names_of_classes
 from lit_wsl.checkpoint.saving import atomic_save, save_safetensors

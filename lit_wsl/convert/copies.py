@@ -24,8 +24,9 @@ from lit_wsl.convert.optimizers import some
 from lit_wsl.convert.saved_optimizer import NewOrder
 from lit_wsl.convert.weights import convert_tensors, old_parameters, whole_state
 from lit_wsl.errors import CheckpointError, PlanError
+from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import Cast
-from lit_wsl.plan.plan import PlanEntry, TransferPlan
+from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import describe
 from lit_wsl.structure.description import Shape
 

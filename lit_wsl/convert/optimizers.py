@@ -13,13 +13,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lit_wsl.checkpoint.document import LazyTensor
-from lit_wsl.convert.optimizer_names import REMEDY, Names, assign_names
-from lit_wsl.convert.optimizer_state import Keep, NotCarriedError, carry_state
 from lit_wsl.convert.saved_optimizer import (
+    REMEDY,
+    Names,
     NewGroup,
     NewOrder,
     SavedOptimizer,
     Wins,
+    assign_names,
     base_rate,
     differing,
     is_other_kind,
@@ -27,6 +28,7 @@ from lit_wsl.convert.saved_optimizer import (
     merge_settings,
     rate_keys,
 )
+from lit_wsl.convert.weights import Keep, NotCarriedError, carry_state
 from lit_wsl.errors import CheckpointError
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.plan import TransferPlan
@@ -95,7 +97,7 @@ def convert_optimizers(
             registration order.
         options: What the user decides.
         doubtful: Old parameters that may be buffers.
-        keep: What to hold of each value of a state, see :func:`~lit_wsl.convert.optimizer_state.carry_state`.
+        keep: What to hold of each value of a state, see :func:`~lit_wsl.convert.weights.carry_state`.
 
     Raises:
         CheckpointError: If the states cannot be carried; the message says which, why, and what to do.

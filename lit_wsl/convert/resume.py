@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_wsl.checkpoint.plain import build_plain
+from lit_wsl.checkpoint.document import build_plain
 from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.checkpoint.records import ForeignName, as_mapping, first_foreign
 from lit_wsl.convert.checkpoint import (
@@ -38,12 +38,10 @@ from lit_wsl.convert.checkpoint import (
     without_dropped,
 )
 from lit_wsl.convert.copies import CopyConverter, spell
-from lit_wsl.convert.optimizer_names import assign_names
-from lit_wsl.convert.optimizer_state import Keep, NotCarriedError
 from lit_wsl.convert.optimizers import Carried, CarryOptions, convert_optimizers
-from lit_wsl.convert.saved_optimizer import NewGroup, NewOrder, SavedOptimizer, groups_of, kind_of
+from lit_wsl.convert.saved_optimizer import NewGroup, NewOrder, SavedOptimizer, assign_names, groups_of, kind_of
 from lit_wsl.convert.schedulers import carry_schedulers
-from lit_wsl.convert.weights import doubtful_parameters, new_order, old_parameters
+from lit_wsl.convert.weights import Keep, NotCarriedError, doubtful_parameters, new_order, old_parameters
 from lit_wsl.errors import CheckpointError
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import ModelDescription

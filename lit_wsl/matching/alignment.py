@@ -27,8 +27,19 @@ from functools import cached_property
 from lit_wsl.matching.decision import OTHER_NAME, TIED, TURNED, ClassSolver, is_named, is_strong
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spells_parts
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.order import SURE, agreement, order_cell
-from lit_wsl.matching.regions import Decision, Pair, Region, Renames, Roles, Sides, Tie, other_name
+from lit_wsl.matching.regions import (
+    SURE,
+    Decision,
+    Pair,
+    Region,
+    Renames,
+    Roles,
+    Sides,
+    Tie,
+    agreement,
+    order_cell,
+    other_name,
+)
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
 from lit_wsl.matching.tree import Item, TreeBuilder, role_of, same_kind, shape_key

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from lit_wsl.matching.lexicon import same_role
 from lit_wsl.matching.likeness import (
     ENDS,
     HALF_WORDS,
@@ -39,11 +38,11 @@ from lit_wsl.matching.likeness import (
     leads,
     liken,
     own_words,
+    same_role,
     strength,
 )
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.order import ORDER
-from lit_wsl.matching.regions import Decision, Pair, Region, Renames, Roles, Sides, Tie, other_name
+from lit_wsl.matching.regions import ORDER, Decision, Pair, Region, Renames, Roles, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts
 from lit_wsl.matching.tree import (

@@ -14,13 +14,12 @@ from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds,
 from lit_wsl.matching.decision import ends_of
 from lit_wsl.matching.entries import EntryWriter
 from lit_wsl.matching.hints import hints
-from lit_wsl.matching.incompatible import IncompatiblePairs
 from lit_wsl.matching.layouts import hidden_layouts, leave_open
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.orientation import Orientation
 from lit_wsl.matching.regions import Sides
 from lit_wsl.matching.risks import margin_of, told
-from lit_wsl.matching.selection import part_of, restrict, without, without_average
+from lit_wsl.matching.selection import IncompatiblePairs, part_of, restrict, without, without_average
 from lit_wsl.matching.tree import TreeBuilder, stem_of
 from lit_wsl.matching.words import Dictionary
 from lit_wsl.plan.entries import AVERAGE, SideSummary

@@ -20,17 +20,7 @@ from lit_wsl.matching.layouts import rotating_towers
 from lit_wsl.matching.shapes import join_axis, operations_between
 from lit_wsl.matching.tree import role_of, stem_of
 from lit_wsl.plan.entries import PlanEntry
-from lit_wsl.plan.operations import (
-    Concat,
-    Operation,
-    Reorder,
-    Reshape,
-    Rotary,
-    Split,
-    Stack,
-    Transpose,
-    Unstack,
-)
+from lit_wsl.plan.operations import Concat, Operation, Reorder, Reshape, Rotary, Split, Stack, Transpose, Unstack
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 

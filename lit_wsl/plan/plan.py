@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_wsl.errors import PlanError, printable
+from lit_wsl.errors import PlanError, Summarised, printable
 from lit_wsl.plan.entries import Ambiguity as Ambiguity
 from lit_wsl.plan.entries import Candidate as Candidate
 from lit_wsl.plan.entries import PlanData, PlanEntry
@@ -20,7 +20,6 @@ from lit_wsl.plan.file import load_plan, plan_from_text, save_plan
 from lit_wsl.plan.operations import run_shapes
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
 from lit_wsl.structure.families import fold
-from lit_wsl.structure.notebook import Summarised
 
 if TYPE_CHECKING:
     from typing_extensions import Self

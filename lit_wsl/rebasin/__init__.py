@@ -5,8 +5,7 @@ from __future__ import annotations
 from lit_wsl.rebasin.inference import trace as tracing  # noqa: F401  (the module's older name)
 from lit_wsl.rebasin.inference.infer import infer_permutation_spec
 from lit_wsl.rebasin.inference.verify import Verification, verify_permutation_spec
-from lit_wsl.rebasin.matching.activations import activation_matching, joint_matching
-from lit_wsl.rebasin.matching.best import best_matching, midpoint_gap
+from lit_wsl.rebasin.matching.activations import activation_matching, best_matching, joint_matching, midpoint_gap
 from lit_wsl.rebasin.matching.many import match_many
 from lit_wsl.rebasin.matching.weights import (
     MatchingResult,
@@ -16,15 +15,19 @@ from lit_wsl.rebasin.matching.weights import (
     weight_matching_for_task_vectors,
 )
 from lit_wsl.rebasin.merging.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
-from lit_wsl.rebasin.merging.merge import average, interpolate, slerp, task_arithmetic, ties
-from lit_wsl.rebasin.merging.repair import repair
+from lit_wsl.rebasin.merging.merge import average, interpolate, repair, slerp, task_arithmetic, ties
 from lit_wsl.rebasin.rebasing.rebase import RebaseResult, rebase
 from lit_wsl.rebasin.responses import reestimate_batchnorm
-from lit_wsl.rebasin.spec.apply import apply_permutation, compose_permutations, invert_permutations
 from lit_wsl.rebasin.spec.axis import AxisSpec, AxisUse, PermutationGroup, Permutations
 from lit_wsl.rebasin.spec.builder import PermutationSpecBuilder
 from lit_wsl.rebasin.spec.registry import permutation_spec, register_permutation_spec, registered_permutation_specs
-from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof
+from lit_wsl.rebasin.spec.spec import (
+    PermutationSpec,
+    Proof,
+    apply_permutation,
+    compose_permutations,
+    invert_permutations,
+)
 
 __all__ = [
     "AxisSpec",

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 
 from lit_wsl.checkpoint import atomic_save, atomic_write_text
-from lit_wsl.errors import RebasinError
+from lit_wsl.errors import RebasinError, Summarised
 from lit_wsl.rebasin.matching.many import match_many
 from lit_wsl.rebasin.matching.weights import (
     MatchingResult,
@@ -26,9 +26,7 @@ from lit_wsl.rebasin.matching.weights import (
 )
 from lit_wsl.rebasin.merging.merge import average, is_statistic, task_arithmetic
 from lit_wsl.rebasin.metrics import VectorComparison, compare_vectors
-from lit_wsl.rebasin.spec.apply import apply_permutation
-from lit_wsl.rebasin.spec.spec import PermutationSpec
-from lit_wsl.structure.notebook import Summarised
+from lit_wsl.rebasin.spec.spec import PermutationSpec, apply_permutation
 
 On = Literal["task_vectors", "weights"]
 Merge = Literal["average", "task_arithmetic"]

@@ -17,7 +17,7 @@ from lit_wsl.rebasin.inference.infer import infer_permutation_spec
 from lit_wsl.rebasin.inference.trace import ForwardError
 from lit_wsl.rebasin.inference.verify import verify_permutation_spec
 from lit_wsl.rebasin.job import AlignOptions, Matcher, RebasinReport, under_names_of
-from lit_wsl.rebasin.matching.best import best_matching
+from lit_wsl.rebasin.matching.activations import best_matching
 from lit_wsl.rebasin.matching.many import match_many
 from lit_wsl.rebasin.matching.weights import MatchingResult, weight_matching_for_task_vectors
 from lit_wsl.rebasin.merging.merge import is_continuous

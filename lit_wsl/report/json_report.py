@@ -14,8 +14,7 @@ from lit_wsl.matching.scoring import ScoreBreakdown
 from lit_wsl.plan.coverage import Count, Coverage
 from lit_wsl.plan.entries import PlanEntry, Side, measured_dict
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.gaps import gaps
-from lit_wsl.report.rows import operation_counts
+from lit_wsl.report.rows import gaps, operation_counts
 from lit_wsl.report.scores import Material, breakdown, pairs, runner_up
 from lit_wsl.structure.description import ModelDescription
 

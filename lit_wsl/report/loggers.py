@@ -1,4 +1,4 @@
-"""Coverage for loggers: scalars for all of them, text, tables or the whole HTML page for those that can.
+"""What a run shows of a transfer: coverage for loggers, from scalars to the whole HTML page, and a progress bar.
 
 No logger's library is imported here: a logger is known by what its ``experiment`` offers, so whatever is not
 installed is never asked for.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
     from lit_wsl.report.report import TransferReport
+
 
 _log = logging.getLogger(__name__)
 PREFIX = "weight_transfer"
@@ -97,3 +99,34 @@ def _log_page(logger: Logger, report: TransferReport, step: int, page: Path | No
         experiment.log_asset(str(page), file_name=page.name)
     elif hasattr(experiment, "log_artifact") and run_id is not None:  # MLflow
         experiment.log_artifact(run_id, str(page))
+
+
+_LONG = 1 << 30  # bytes; less is done before a bar could be read
+
+
+@contextmanager
+def transfer_progress(size: int, *, enabled: bool = True) -> Iterator[Callable[[str, int], None] | None]:
+    """Show how far a transfer is, if it is long and somebody is watching.
+
+    Args:
+        size: Bytes of the model's tensors that will be filled.
+        enabled: Whether to show anything.
+
+    Yields:
+        What to call with ``("verify" | "copy", bytes)``; ``None`` where nothing is shown.
+    """
+    if not enabled or size < _LONG or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn(), TextColumn(""))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("copying weights", total=size)
+
+        def advance(stage: str, count: int) -> None:
+            if stage == "copy":
+                bars.advance(task, count)
+
+        yield advance

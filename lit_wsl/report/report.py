@@ -11,8 +11,7 @@ from torch import nn
 from lit_wsl.errors import MappingError, printable
 from lit_wsl.plan.coverage import Coverage
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.gaps import left_over
-from lit_wsl.report.rows import describe_from_plan, percent
+from lit_wsl.report.rows import describe_from_plan, left_over, percent
 from lit_wsl.structure.description import ModelDescription
 
 if TYPE_CHECKING:

@@ -28,16 +28,18 @@ from lit_wsl.errors import printable
 from lit_wsl.plan.coverage import Count, Coverage, excluded_names
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.gaps import Gap, gaps, remedy
 from lit_wsl.report.rows import (
     By,
     Confidence,
+    Gap,
     MappingRow,
     confidence,
+    gaps,
     mapping_rows,
     open_questions,
     operation_counts,
     percent,
+    remedy,
     shape_text,
 )
 from lit_wsl.structure.description import ModelDescription, ParameterGroup

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lit_wsl.structure.preserving import undisturbed
-from lit_wsl.structure.running import lent
+from lit_wsl.structure.running import lent, undisturbed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 PIECES = 4  # of a batch whose loss can't be told sample by sample, and of a sample of many elements

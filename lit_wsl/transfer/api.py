@@ -23,7 +23,7 @@ from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.plan import TransferPlan, check_plan, describe_entry, left_alone, loses_values
 from lit_wsl.report.report import TransferReport
 from lit_wsl.structure import ModelDescription
-from lit_wsl.structure.arguments import require_module, require_sample
+from lit_wsl.structure.description import require_module, require_sample
 from lit_wsl.structure.losses import Loss, LossMeter
 from lit_wsl.transfer.apply import Progress, apply_plan
 from lit_wsl.transfer.floor import check_floor, valid_floor

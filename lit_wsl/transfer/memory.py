@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lit_wsl.checkpoint.remote import is_address
+from lit_wsl.checkpoint.reader import is_address
 from lit_wsl.transfer.ranks import held_part, is_sharded
 
 _ENDS = 32  # values at either end of each

@@ -14,10 +14,16 @@ from torch import Tensor, nn
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.errors import ArgumentTypeError, MappingError
 from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
-from lit_wsl.structure.arguments import require_path
-from lit_wsl.structure.description import kinds_and_types
-from lit_wsl.structure.execution_order import first_call, meta_copy, on_meta, only_child
-from lit_wsl.structure.lazy import is_lazy, lazy_copy, take_shapes
+from lit_wsl.structure.description import kinds_and_types, require_path
+from lit_wsl.structure.execution_order import (
+    first_call,
+    is_lazy,
+    lazy_copy,
+    meta_copy,
+    on_meta,
+    only_child,
+    take_shapes,
+)
 from lit_wsl.transfer.memory import shown
 from lit_wsl.transfer.ranks import has_sharded_tensors
 

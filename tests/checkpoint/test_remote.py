@@ -14,7 +14,7 @@ import torch
 
 from lit_wsl import WeightRenamer, load_checkpoint_as_dict
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.checkpoint.remote import is_address
+from lit_wsl.checkpoint.reader import is_address
 from lit_wsl.checkpoint.saving import save_safetensors
 from lit_wsl.errors import CheckpointError
 

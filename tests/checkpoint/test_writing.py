@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lit_wsl.checkpoint import (  # fmt: skip
+from lit_wsl.checkpoint import (
     atomic,
     atomic_save,
     atomic_write_bytes,

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lit_wsl.convert.checkpoint import convert_checkpoint
-from lit_wsl.convert.optimizer_names import assign_names
-from lit_wsl.convert.optimizer_state import NotCarriedError, carry_state
 from lit_wsl.convert.optimizers import CarryOptions, convert_optimizers
-from lit_wsl.convert.saved_optimizer import NewOrder, SavedOptimizer
+from lit_wsl.convert.saved_optimizer import NewOrder, SavedOptimizer, assign_names
+from lit_wsl.convert.weights import NotCarriedError, carry_state
 from lit_wsl.errors import CheckpointError, PlanError
 from lit_wsl.plan.operations import Operation, run_operations, run_shapes
 from lit_wsl.transfer import (

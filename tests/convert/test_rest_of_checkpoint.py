@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import lr_scheduler as lrs
 
 from lit_wsl import WeightTransferCallback, transfer_weights
-from lit_wsl.checkpoint.plain import build_plain
+from lit_wsl.checkpoint.document import build_plain
 from lit_wsl.checkpoint.reader import open_checkpoint
 from lit_wsl.cli import main
 from lit_wsl.convert.checkpoint import convert_checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 
-from lit_wsl.report.progress import transfer_progress
+from lit_wsl.report.loggers import transfer_progress
 
 
 class Terminal(io.StringIO):

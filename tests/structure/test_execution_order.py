@@ -11,7 +11,7 @@ import torchmetrics
 from torch import nn
 
 from lit_wsl.structure import trace_execution_order
-from lit_wsl.structure.preserving import undisturbed
+from lit_wsl.structure.running import undisturbed
 
 
 def order(module, *args, **kwargs):

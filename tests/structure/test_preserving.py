@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from lit_wsl.structure.preserving import preserved_objects, preserved_rng
+from lit_wsl.structure.running import preserved_objects, preserved_rng
 
 
 def test_generators_anywhere_inside_are_put_back():

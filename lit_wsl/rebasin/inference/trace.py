@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.structure.preserving import undisturbed
+from lit_wsl.structure.running import undisturbed
 
 MAX_INDEX = 4_000_000
 _READERS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}

@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference.trace import named_tensors, output_tensors, traceable
-from lit_wsl.rebasin.spec.apply import apply_permutation
-from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof
+from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof, apply_permutation
 
 NOISE = float(torch.finfo(torch.float64).eps)
 MARGIN = 1e3

@@ -19,10 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 from torch import Tensor
 
-from lit_wsl.rebasin.matching.nested import Solution, TreeSolver
+from lit_wsl.rebasin.matching.assignment import Solution, TreeSolver
 from lit_wsl.rebasin.matching.objective import Similarity, Term, Tree, build_trees, dot, norm, spread, tree_roots
-from lit_wsl.rebasin.spec.apply import permute_axes
-from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.rebasin.spec.spec import PermutationSpec, permute_axes
 
 
 class Evidence:

@@ -18,12 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.matching.best import SHARES, merged_gap
+from lit_wsl.rebasin.matching.activations import SHARES, merged_gap
 from lit_wsl.rebasin.matching.objective import dot, norm
 from lit_wsl.rebasin.matching.weights import MatchingResult, identity_share, matched_names, weight_matching
 from lit_wsl.rebasin.responses import Forward, call_on_inputs, module_responses, output_axis
-from lit_wsl.rebasin.spec.apply import apply_permutation, compose_permutations, invert_permutations, permute_tensor
-from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.rebasin.spec.spec import (
+    PermutationSpec,
+    apply_permutation,
+    compose_permutations,
+    invert_permutations,
+    permute_tensor,
+)
 
 StateDict = Mapping[str, Tensor]
 

@@ -1,7 +1,7 @@
 """Weight matching: bring the units of one network into the order of another's (Ainsworth et al. 2023, Git Re-Basin).
 
 The objective is the inner product of the reference with the permuted other model, summed over all parameters. One tree
-of groups at a time is solved exactly with everything else fixed (:mod:`lit_wsl.rebasin.matching.nested`), in random
+of groups at a time is solved exactly with everything else fixed (:mod:`lit_wsl.rebasin.matching.assignment`), in random
 order, and a step is kept only if the objective, recomputed in float64, grows.
 
 From an arbitrary order of units the first steps of such a descent compare against noise and may never recover. So a
@@ -23,9 +23,8 @@ from torch import Tensor
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.matching.descent import Descent, Progress, progress_bar
 from lit_wsl.rebasin.merging.merge import is_continuous
-from lit_wsl.rebasin.spec.apply import permute_tensor
 from lit_wsl.rebasin.spec.axis import Permutations
-from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.rebasin.spec.spec import PermutationSpec, permute_tensor
 
 TaskVectors: TypeAlias = Sequence[Mapping[str, Tensor]]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchmetrics import Metric
 
 from lit_wsl.rebasin.merging.merge import interpolate
-from lit_wsl.rebasin.merging.repair import repair as repair_model
+from lit_wsl.rebasin.merging.merge import repair as repair_model
 from lit_wsl.rebasin.responses import Forward, call_on_inputs, has_batch_statistics, reestimate_batchnorm
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
@@ -136,7 +136,7 @@ def interpolation_curve(
         loss_fn: mean loss of a batch from outputs and targets.
         repair: re-estimate batch norm statistics at the inner points (see :func:`reestimate_batchnorm`).
         spec: with ``repair``, lets models without batch norms be repaired too, by rescaling their hidden units (see
-            :func:`lit_wsl.rebasin.merging.repair.repair`).
+            :func:`lit_wsl.rebasin.merging.merge.repair`).
         forward: how to call the model on a batch; the target is the batch's second part.
     """
     metric = InterpolationBarrier(points, loss_fn)

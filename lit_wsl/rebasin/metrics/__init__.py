@@ -1,14 +1,29 @@
 """Metrics of task vectors and weights: functional cores, torchmetrics classes, and the comparison of two models."""
 
-from lit_wsl.rebasin.metrics.comparison import VectorComparison, compare_vectors
-from lit_wsl.rebasin.metrics.matrices import (
+from lit_wsl.rebasin.metrics.functional import (
+    PairMoments,
     Spectrum,
+    VectorComparison,
+    angle,
+    compare_vectors,
+    cosine_similarity,
+    dot_product,
+    effective_rank,
     interaction_overlap,
+    l2_distance,
     left_subspace_overlap,
+    magnitude_ratio,
     matrix_metrics,
+    pair_moments,
+    participation_ratio,
     right_subspace_overlap,
+    sign_conflict,
+    spectral_gap,
     spectrum,
     spectrum_overlap,
+    stable_rank,
+    stack_singular_values,
+    vector_metrics,
 )
 from lit_wsl.rebasin.metrics.modules import (
     InteractionOverlap,
@@ -26,22 +41,6 @@ from lit_wsl.rebasin.metrics.modules import (
     VectorDotProduct,
     VectorL2Distance,
     task_vector_metrics,
-)
-from lit_wsl.rebasin.metrics.vectors import (
-    PairMoments,
-    angle,
-    cosine_similarity,
-    dot_product,
-    effective_rank,
-    l2_distance,
-    magnitude_ratio,
-    pair_moments,
-    participation_ratio,
-    sign_conflict,
-    spectral_gap,
-    stable_rank,
-    stack_singular_values,
-    vector_metrics,
 )
 
 __all__ = [

@@ -17,9 +17,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.metrics import vectors
-from lit_wsl.rebasin.metrics.matrices import is_matrix, matrix_metrics, spectrum
-from lit_wsl.rebasin.metrics.vectors import PairMoments, pair_moments
+from lit_wsl.rebasin.metrics import functional
+from lit_wsl.rebasin.metrics.functional import PairMoments, is_matrix, matrix_metrics, pair_moments, spectrum
 
 Vector = Tensor | Mapping[str, Tensor]
 
@@ -82,37 +81,37 @@ class _VectorMetric(Metric):
 class VectorCosineSimilarity(_VectorMetric):
     """Cosine of the angle between two vectors spread over tensors; see :func:`vectors.cosine_similarity`."""
 
-    formula = staticmethod(vectors.cosine_similarity)
+    formula = staticmethod(functional.cosine_similarity)
 
 
 class VectorL2Distance(_VectorMetric):
     """Euclidean distance; see :func:`vectors.l2_distance`."""
 
-    formula = staticmethod(vectors.l2_distance)
+    formula = staticmethod(functional.l2_distance)
 
 
 class VectorDotProduct(_VectorMetric):
     """Inner product; see :func:`vectors.dot_product`."""
 
-    formula = staticmethod(vectors.dot_product)
+    formula = staticmethod(functional.dot_product)
 
 
 class VectorAngle(_VectorMetric):
     """Angle in degrees; see :func:`vectors.angle`."""
 
-    formula = staticmethod(vectors.angle)
+    formula = staticmethod(functional.angle)
 
 
 class MagnitudeRatio(_VectorMetric):
     """Length of the second vector over that of the first; see :func:`vectors.magnitude_ratio`."""
 
-    formula = staticmethod(vectors.magnitude_ratio)
+    formula = staticmethod(functional.magnitude_ratio)
 
 
 class SignConflict(_VectorMetric):
     """Share of opposite signs; see :func:`vectors.sign_conflict`."""
 
-    formula = staticmethod(vectors.sign_conflict)
+    formula = staticmethod(functional.sign_conflict)
 
 
 class StackEffectiveRank(_VectorMetric):
@@ -121,7 +120,7 @@ class StackEffectiveRank(_VectorMetric):
     @staticmethod
     def formula(m: PairMoments) -> float:
         """Of the singular values of the stack."""
-        return vectors.effective_rank(vectors.stack_singular_values(m))
+        return functional.effective_rank(functional.stack_singular_values(m))
 
 
 class StackStableRank(_VectorMetric):
@@ -130,7 +129,7 @@ class StackStableRank(_VectorMetric):
     @staticmethod
     def formula(m: PairMoments) -> float:
         """Of the singular values of the stack."""
-        return vectors.stable_rank(vectors.stack_singular_values(m))
+        return functional.stable_rank(functional.stack_singular_values(m))
 
 
 class StackParticipationRatio(_VectorMetric):
@@ -139,7 +138,7 @@ class StackParticipationRatio(_VectorMetric):
     @staticmethod
     def formula(m: PairMoments) -> float:
         """Of the singular values of the stack."""
-        return vectors.participation_ratio(vectors.stack_singular_values(m))
+        return functional.participation_ratio(functional.stack_singular_values(m))
 
 
 class StackSpectralGap(_VectorMetric):
@@ -148,7 +147,7 @@ class StackSpectralGap(_VectorMetric):
     @staticmethod
     def formula(m: PairMoments) -> float:
         """Of the singular values of the stack."""
-        return vectors.spectral_gap(vectors.stack_singular_values(m))
+        return functional.spectral_gap(functional.stack_singular_values(m))
 
 
 _MATRIX_KEYS = ("spectrum_overlap", "left_subspace_overlap", "right_subspace_overlap", "interaction_overlap")

@@ -2,7 +2,7 @@
 
 ``new_base + moved(finetuned - old_base)``: what moves the units of the old base to those of the new one is found on the
 bases and applied to the task vector (Rinaldi et al. 2025, "Update Your Transformer to the Latest Release: Re-Basin of
-Task Vectors", permute). Beyond permuting, a task vector may be turned (:mod:`lit_wsl.rebasin.rebasing.turning`) and
+Task Vectors", permute). Beyond permuting, a task vector may be turned (:mod:`lit_wsl.rebasin.rebasing.fitting`) and
 fitted to unlabelled data (:mod:`lit_wsl.rebasin.rebasing.fitting`). How much of it arrives needs no labels either: the
 outputs of the fine-tuned model differ from the old base's, and those of the result from the new base's should alike.
 """
@@ -18,26 +18,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.matching.activations import joint_matching
-from lit_wsl.rebasin.matching.best import best_matching, midpoint_gap
+from lit_wsl.errors import RebasinError, Summarised
+from lit_wsl.rebasin.matching.activations import best_matching, joint_matching, midpoint_gap
 from lit_wsl.rebasin.matching.weights import MatchingResult, matched_names, weight_matching
 from lit_wsl.rebasin.merging.merge import is_continuous, is_statistic, task_arithmetic
-from lit_wsl.rebasin.rebasing.fitting import SAMPLES, Samples, fit_task_vector, layers
-from lit_wsl.rebasin.rebasing.turning import Maps, procrustes, turn_tensor
-from lit_wsl.rebasin.responses import (
-    Forward,
-    Listener,
-    Responses,
-    call_on_inputs,
-    channel_axis,
-    drawn,
-    output_axis,
-)
-from lit_wsl.rebasin.spec.apply import permute_axes
+from lit_wsl.rebasin.rebasing.fitting import SAMPLES, Maps, Samples, fit_task_vector, layers, procrustes, turn_tensor
+from lit_wsl.rebasin.responses import Forward, Listener, Responses, call_on_inputs, channel_axis, drawn, output_axis
 from lit_wsl.rebasin.spec.axis import Permutations
-from lit_wsl.rebasin.spec.spec import PermutationSpec
-from lit_wsl.structure.notebook import Summarised
+from lit_wsl.rebasin.spec.spec import PermutationSpec, permute_axes
 
 Method = Literal["auto", "add", "permute", "turn", "fit"]
 StateDict = Mapping[str, Tensor]

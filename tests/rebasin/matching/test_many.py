@@ -9,7 +9,7 @@ from torch import nn
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin import apply_permutation, average, infer_permutation_spec, match_many, weight_matching
-from lit_wsl.rebasin.matching.best import merged_gap, midpoint_gap
+from lit_wsl.rebasin.matching.activations import merged_gap, midpoint_gap
 from lit_wsl.rebasin.matching.objective import dot
 
 
