@@ -317,6 +317,9 @@ class Units:
             return
         root, first = np.unique(root, return_index=True)
         target = block[first]
+        self._collapse_between(root, target)
+        root, target = self.roots(root), self.roots(target)
+        root, target = root[root != target], target[root != target]
         self._freeze_between(root, target)
         stuck = self._frozen[target]
         self.freeze(root[stuck], "its block stays")
@@ -326,6 +329,16 @@ class Units:
         self._link[root] = target
         if not np.array_equal(self.roots(block), self.roots(units.ravel()[apart])):
             self.unify(block, units.ravel()[apart])
+
+    def _collapse_between(self, units: Array, target: Array) -> None:
+        """Units are about to stand for a block further out than theirs: the blocks in between stay within it, too."""
+        levels = list(self.outwards(units))
+        depth = np.full(len(units), -1)
+        for level, blocks in enumerate(levels):
+            depth[blocks == target] = level
+        for level in range(int(depth.max(initial=0))):
+            between = depth > level
+            self.collapse(levels[level][between], target[between])
 
     def _freeze_between(self, units: Array, target: Array) -> None:
         """Units are about to stand for another block than theirs: if neither is inside the other, both stay.
