@@ -5,10 +5,10 @@
 
 For every architecture, randomly initialised: infer the spec from one forward pass (timed, not verified), then apply
 three random elements of the *whole* group to float64 weights whose biases, gains and statistics were perturbed, and
-compare the outputs. ``kept`` means: all groups at once, nothing dropped, relative difference below 1e-5. ``coverage`` is the
-share of the elements of the parameters *that the forward pass uses* which some group moves; parameters that are not
-used (auxiliary heads in evaluation mode) cannot be permuted meaningfully and are left out, all others count, also those
-that no permutation could move (a class bias, a scalar).
+compare the outputs. ``kept`` means: all groups at once, nothing dropped, relative difference below 1e-5. ``coverage``
+is the share of the elements of the parameters *that the forward pass uses* which some group moves; parameters that are
+not used (auxiliary heads in evaluation mode) cannot be permuted meaningfully and are left out, all others count, also
+those that no permutation could move (a class bias, a scalar).
 """
 
 from __future__ import annotations

@@ -172,6 +172,7 @@ def filled(run: Run, node: Node) -> Label:
     "log_sigmoid_forward",
     "rrelu_with_noise",
     "floor_divide",
+    *("leaky_relu", "ldexp"),  # torch 2.10 does not tag these two
     "special_ndtr",
     "complex",
     "polar",

@@ -1,10 +1,10 @@
 """Prove a permutation spec on a model: random elements of the whole group must leave the outputs as they are.
 
 What keeps the outputs is a subgroup. If it is not the whole group, a uniformly drawn element lies in it with a
-probability of at most one half (one over its index), so twenty draws bring the risk that a wrong spec passes below 1e-6,
-whatever is wrong with it: the parities of two large groups that are coupled, too. Before them comes an element that is
-not uniform: it moves every group and every nested row, each by an odd permutation, and what is wrong with one group
-alone is seen at once.
+probability of at most one half (one over its index), so twenty draws bring the risk that a wrong spec passes below
+1e-6, whatever is wrong with it: the parities of two large groups that are coupled, too. Before them comes an element
+that is not uniform: it moves every group and every nested row, each by an odd permutation, and what is wrong with one
+group alone is seen at once.
 """
 
 from __future__ import annotations
