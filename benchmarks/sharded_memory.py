@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,9 @@ def resume(path: Path, gigabytes: float) -> Measured:
     import torch.distributed as dist
 
     from lit_wsl.checkpoint import open_checkpoint
-    from lit_wsl.convert.resume import convert_for_shards, load_into_optimizers
+    from lit_wsl.convert.engines import Sharded
+    from lit_wsl.convert.optimizers import convert_optimizers
+    from lit_wsl.convert.weights import old_parameters
 
     model, plan = in_shards(gigabytes)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -256,8 +258,10 @@ def resume(path: Path, gigabytes: float) -> Measured:
     checkpoint = open_checkpoint(path.with_suffix(".training"))
 
     def work() -> None:
-        content, _ = convert_for_shards(run, model, checkpoint, plan, "optimizer")  # type: ignore[arg-type]
-        load_into_optimizers(run.optimizers, content["optimizer_states"])
+        engine, old = Sharded(run, model, plan), old_parameters(checkpoint, plan)  # type: ignore[arg-type]
+        order = replace(engine.order(), groups=engine.groups)
+        states = checkpoint.unread["optimizer_states"]
+        engine.load(convert_optimizers(states, plan, old, order, keep=engine.keep).states)
 
     held = held_bytes(model)
     result = measure("resume", gigabytes, work, held, dist.get_rank(), made=2 * held)

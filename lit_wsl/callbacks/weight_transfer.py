@@ -27,9 +27,10 @@ from lit_wsl.callbacks.lifecycle import (
 from lit_wsl.callbacks.proof import Recorded, recorded_score, ways_to_prove
 from lit_wsl.callbacks.sample import find_samples, quiet
 from lit_wsl.callbacks.state_dicts import extend_state_dicts, given_while_built
+from lit_wsl.convert.engines import is_flattened
 from lit_wsl.convert.optimizers import CarryOptions, OnLost
 from lit_wsl.convert.resume import Resume as Resuming
-from lit_wsl.convert.resume import ResumeOptions, is_flattened
+from lit_wsl.convert.resume import ResumeOptions
 from lit_wsl.convert.saved_optimizer import Wins
 from lit_wsl.errors import MappingError, TransferError
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
@@ -482,7 +483,7 @@ class WeightTransferCallback(Callback):
         announce(trainer, self.report, verbose=self.verbose)
 
     def _failed(self, trainer: pl.Trainer, undo: UndoLog, error: BaseException) -> BaseException:
-        """Put back what was there before a resume that cannot be; what an engine has flattened since can't be."""
+        """Put back what was there before a resume that cannot be; what was flattened since may be out of reach."""
         flattened = self.report.loaded if self.report is not None and is_flattened(trainer.strategy.model) else ()
         self._resuming, self._filled, self._fresh = None, None, False
         told = undo.take_back(error, flattened)

@@ -9,21 +9,17 @@ also epoch and step, loops, callbacks and the datamodule.
 :class:`Resume` checks what the file alone tells before a weight moves, and then works at the places where Lightning
 restores a checkpoint: module, datamodule and callbacks once the model is built; loops, optimizers and schedulers after
 every ``on_fit_start``, since callbacks regroup parameters there. What of it depends on where the parameters lie is in
-three engines: each process holds the whole model; its part of each tensor; or a part of tensors that have been
-flattened into one.
+the engines of ``engines.py``.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -38,21 +34,28 @@ from lit_wsl.convert.checkpoint import (
     without_dropped,
 )
 from lit_wsl.convert.copies import CopyConverter, spell
+from lit_wsl.convert.engines import (
+    Engine,
+    Flattened,
+    Sharded,
+    Whole,
+    is_flattened,
+    name_before_wrapping,
+    whole_tensors,
+)
 from lit_wsl.convert.optimizers import Carried, CarryOptions, convert_optimizers
-from lit_wsl.convert.saved_optimizer import NewGroup, NewOrder, SavedOptimizer, assign_names, groups_of, kind_of
+from lit_wsl.convert.saved_optimizer import SavedOptimizer, assign_names
 from lit_wsl.convert.schedulers import carry_schedulers
-from lit_wsl.convert.weights import Keep, NotCarriedError, doubtful_parameters, new_order, old_parameters
+from lit_wsl.convert.weights import doubtful_parameters, new_order, old_parameters
 from lit_wsl.errors import CheckpointError
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import ModelDescription
 from lit_wsl.transfer.apply import copy_into
-from lit_wsl.transfer.ranks import Ranks, has_sharded_tensors, is_sharded
+from lit_wsl.transfer.ranks import Ranks, has_sharded_tensors
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-
-Layout = list[list[NewGroup]]
 
 _OLDEST = "0.9.0"  # a version of Lightning before all its migrations
 
@@ -77,6 +80,9 @@ class WayBack(Protocol):
 
     def later(self, name: str, put_back: Callable[[], None]) -> None:
         """Remember one thing."""
+
+    def moved(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back into these what was remembered of others of their names."""
 
 
 class Resume:
@@ -264,10 +270,10 @@ class Resume:
         def restore_training_state() -> None:
             self.abandon(keep_content=True)
             try:
-                remarks = self._restore_training(undo, restore)
+                remarks = self.ranks.together(lambda: self._restore_training(undo, restore))
             except BaseException as error:
                 connector._loaded_checkpoint = {}
-                raise failed(error) from error.__cause__
+                raise self._undone(error, undo, failed) from error.__cause__
             done(remarks)
 
         connector.restore_training_state = restore_training_state  # type: ignore[method-assign]
@@ -290,8 +296,20 @@ class Resume:
                 self.abandon()
                 raise failed(error) from error.__cause__
 
+    def _undone(
+        self, error: BaseException, undo: WayBack, failed: Callable[[BaseException], BaseException]
+    ) -> BaseException:
+        """Take everything back, on all processes at once; a model that was flattened since is made whole for it."""
+        engine = self.trainer.strategy.model
+        if not is_flattened(engine):
+            return failed(error)
+        with whole_tensors(engine) as whole:
+            undo.moved(whole)
+            return failed(error)
+
     def _put_buffers_back(self) -> None:
         for name, buffer in self.model.named_buffers():
+            name = name_before_wrapping(name)
             if name in self._buffers:
                 copy_into(buffer, self._buffers[name])
 
@@ -299,7 +317,9 @@ class Resume:
         """Something else failed before training state was restored: everything is as it was before the transfer."""
         if self._uninstall is not None and self._failed is not None:
             self.abandon()
-            self._failed(error)
+            told = self._failed(error)
+            if told is not error:  # the error of another is not ours to replace
+                warnings.warn(f"Weight transfer: {told}", stacklevel=2)
 
     def abandon(self, *, keep_content: bool = False) -> None:
         """Leave nothing behind in the trainer."""
@@ -480,150 +500,4 @@ def _remember(trainer: pl.Trainer, undo: WayBack) -> None:
         undo.later("precision plugin", partial(plugin.load_state_dict, state))
 
 
-# -- where the parameters lie ------------------------------------------------------------------------------------------
-
-
-class Engine(Protocol):
-    """What depends on how a strategy holds the model."""
-
-    groups: Layout
-    keep: Keep | None
-
-    def order(self) -> NewOrder:
-        """The order of the new model's parameters."""
-
-    def load(self, states: Sequence[dict[str, Any]]) -> None:
-        """Give the optimizers their states."""
-
-
-class Whole:
-    """Each process holds the whole model."""
-
-    keep: Keep | None = None
-
-    def __init__(self, trainer: pl.Trainer, model: pl.LightningModule, plan: TransferPlan) -> None:
-        self.trainer = trainer
-        self.groups = groups_of(trainer.optimizers, model)
-        self.order = partial(new_order, plan, model)
-
-    def load(self, states: Sequence[dict[str, Any]]) -> None:
-        """As Lightning does, devices included."""
-        self.trainer.strategy.load_optimizer_state_dict({"optimizer_states": states})
-
-
-class Sharded(Whole):
-    """FSDP2, tensor parallelism: each rank keeps its part of each tensor.
-
-    The states of the old optimizer are read one value of one parameter after the other, go through the operations of
-    the plan, and are cut to the part that this rank holds of the parameter; the rest is let go before the next is read.
-    So no rank ever holds the whole optimizer, and nothing is sent between ranks.
-    """
-
-    def __init__(self, trainer: pl.Trainer, model: pl.LightningModule, plan: TransferPlan) -> None:
-        super().__init__(trainer, model, plan)
-        self.keep = partial(part_of, dict(model.named_parameters(remove_duplicate=False)))
-
-    def load(self, states: Sequence[dict[str, Any]]) -> None:
-        """Lightning does this while it reads a file of its own."""
-        for optimizer, state in zip(self.trainer.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-
-
-def part_of(parameters: Mapping[str, nn.Parameter], name: str, key: str, value: Tensor) -> Tensor:
-    """What this rank holds of a value of a parameter's state: one value per weight lies as the weights lie."""
-    parameter = parameters[name]
-    kind = kind_of(key, value, tuple(parameter.shape))
-    if kind == "same":
-        dtype = parameter.dtype if parameter.is_floating_point() else value.dtype
-        held = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        copy_into(held, value)
-        return held
-    if kind != "scalar" and is_sharded(parameter):
-        raise NotCarriedError(
-            f"{key!r} {tuple(value.shape)} is a mean over rows or columns, of which it is not known how the optimizer "
-            "keeps it for a sharded parameter"
-        )
-    return value.clone()
-
-
-class Flattened:
-    """``FSDPStrategy``, which has flattened the parameters: through torch's own whole form.
-
-    ``FullyShardedDataParallel`` takes optimizer states whole, by name, and cuts them itself. It asks for all of them on
-    every rank, so unlike in :class:`Sharded` each rank goes through whole states; those that are only renamed lie over
-    the mapped file. Making one, and loading, are collective calls.
-    """
-
-    keep: Keep | None = None
-
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], target: ModelDescription) -> None:
-        self.model, self.optimizers, self.target = model, optimizers, target
-        with _whole_states(model) as fsdp:
-            told = [fsdp.optim_state_dict(model, optimizer)["param_groups"] for optimizer in optimizers]
-        self.groups: Layout = [
-            [NewGroup(tuple(group["params"]), {k: v for k, v in group.items() if k != "params"}) for group in groups]
-            for groups in told
-        ]
-
-    def order(self) -> NewOrder:
-        """The order in which the parameters were registered; where they have been joined, that of the joined ones."""
-        from torch.distributed.fsdp import FlatParameter
-
-        if any(
-            isinstance(p, FlatParameter) for o in self.optimizers for group in o.param_groups for p in group["params"]
-        ):
-            return NewOrder(
-                tuple(name for groups in self.groups for group in groups for name in group.names), known=True
-            )
-        return NewOrder(tuple(info.name for info in self.target.parameters if info.kind == "parameter"), known=True)
-
-    def load(self, states: Sequence[dict[str, Any]]) -> None:
-        """Give the optimizers their parts of whole states.
-
-        Raises:
-            CheckpointError: If torch cannot cut them, as where only some of the parameters that it has joined have a
-                state.
-        """
-        for optimizer, state, groups in zip(self.optimizers, states, self.groups, strict=True):
-            keys = [key for group in state["param_groups"] for key in group["params"]]
-            name = dict(zip(keys, (name for group in groups for name in group.names), strict=True))
-            named = {
-                "state": {name[key]: value for key, value in state["state"].items()},
-                "param_groups": [{**g, "params": [name[key] for key in g["params"]]} for g in state["param_groups"]],
-            }
-            try:
-                with _whole_states(self.model) as fsdp:
-                    optimizer.load_state_dict(fsdp.optim_state_dict_to_load(self.model, optimizer, named))
-            except (ValueError, KeyError, RuntimeError) as error:
-                raise CheckpointError(
-                    f"FullyShardedDataParallel does not take the optimizer's states: {error}. With "
-                    "FSDPStrategy(use_orig_params=True) parameters that it joins may have states of their own."
-                ) from error
-
-
-def is_flattened(engine: object) -> bool:
-    """Whether a strategy's model is a ``FullyShardedDataParallel``."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    return isinstance(engine, FullyShardedDataParallel)
-
-
-@contextmanager
-def _whole_states(engine: Any) -> Iterator[Any]:
-    from torch.distributed.fsdp import (
-        FullOptimStateDictConfig,
-        FullStateDictConfig,
-        FullyShardedDataParallel,
-        StateDictType,
-    )
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch would rather have us use FSDP2
-        configs = FullStateDictConfig(), FullOptimStateDictConfig(rank0_only=False)
-        with FullyShardedDataParallel.state_dict_type(engine, StateDictType.FULL_STATE_DICT, *configs):
-            yield FullyShardedDataParallel
-
-
-__all__ = ["Resume", "ResumeOptions", "is_flattened"]
+__all__ = ["Resume", "ResumeOptions"]

@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -43,6 +43,7 @@ class UndoLog:
         self._left, self._spare, self._spill = memory, memory if spare is None else spare, spill
         self._steps: list[tuple[str, Callable[[], None]]] = []
         self._file: Any = None
+        self._moved: Mapping[str, Tensor] = {}
         self.lost = 0
         self.lost_names: list[str] = []
 
@@ -75,7 +76,7 @@ class UndoLog:
             self._spare -= 0 if must else target.nbytes
             with _plainly():
                 value = target.detach().clone()
-            self.later(name, lambda: _put_back(target, value))
+            self.later(name, lambda: _put_back(self._moved.get(name, target), value))
             return
         if must or self._spill:
             try:
@@ -100,6 +101,10 @@ class UndoLog:
         """
         self._steps.append((name, put_back))
 
+    def moved(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back into these what was remembered of others of their names, as when an engine has replaced them."""
+        self._moved = dict(tensors)
+
     def _write(self, target: Tensor, name: str) -> None:
         self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115  closed with the log
         file, start = self._file, self._file.seek(0, os.SEEK_END)
@@ -111,7 +116,7 @@ class UndoLog:
         def put_back() -> None:
             file.seek(start)
             content = torch.frombuffer(bytearray(file.read(size)), dtype=torch.uint8)
-            _put_back(target, content.view(dtype).reshape(shape))
+            _put_back(self._moved.get(name, target), content.view(dtype).reshape(shape))
 
         self.later(name, put_back)
 
@@ -131,17 +136,19 @@ class UndoLog:
                     failed.append(name)
         return tuple(failed)
 
-    def take_back(self, error: BaseException, lost: tuple[str, ...] = ()) -> BaseException:
+    def take_back(self, error: BaseException, lost: Iterable[str] = ()) -> BaseException:
         """Put everything back after an error; what to raise then.
 
         Args:
             error: What went wrong.
-            lost: Names of tensors that are no longer where they were when they were remembered.
+            lost: Names of tensors that are no longer where they were when they were remembered, unless it is known
+                where they are.
 
         Returns:
             The error, or where something is not as it was a :class:`TransferError` that names it.
         """
-        return admit_loss(error, (*self.restore(), *self.lost_names, *lost))
+        gone = [name for name in lost if name not in self._moved]
+        return admit_loss(error, (*self.restore(), *self.lost_names, *gone))
 
 
 def admit_loss(error: BaseException, names: tuple[str, ...], *, whole: bool = False) -> BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import enable_wrap, wrap
 
-from lit_wsl.errors import TransferError
+from lit_wsl.errors import LitWslError
+from lit_wsl.transfer.memory import recall
 
 
 class OnCpu(FSDPStrategy):
@@ -107,18 +109,50 @@ def wrapped_in_configure_model(folder: Path) -> dict[str, Any]:
     return _fit(folder, Wrapping(""))
 
 
-def a_late_refusal(folder: Path) -> dict[str, Any]:
+def _late_refusal(folder: Path, **options: Any) -> dict[str, Any]:
     """Optimizers are compared when they exist: the model is flattened by then."""
-    old = old_model()
+    old, model = old_model(), Lit("init")
+    before = {name: t.detach().clone() for name, t in model.net.state_dict().items()}
     state = torch.optim.SGD(old.parameters(), lr=0.1, momentum=0.9).state_dict()
     path = save(folder / "old.ckpt", {"state_dict": old.state_dict(), "optimizer_states": [state], "lr_schedulers": []})
-    callback = transfer(path, resume="optimizer")
+    callback, strategy = transfer(path, resume="optimizer"), OnCpu(process_group_backend="gloo", **options)
     try:
-        strategy = OnCpu(process_group_backend="gloo")
-        quiet_trainer(folder, callback, strategy=strategy, logger=False).fit(Lit("init"), data())
-    except TransferError as error:
-        return {"message": str(error), "not_restored": list(error.not_restored), "report": callback.report is None}
+        quiet_trainer(folder, callback, strategy=strategy, logger=False).fit(model, data())
+    except LitWslError as error:
+        filled = len(differing(strategy.before_wrapping, before))
+        with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):
+            tensors = (*model.net.named_buffers(), *model.net.named_parameters())
+            state = {name.replace("_fsdp_wrapped_module.", ""): t for name, t in tensors}
+            wrong = differing(state, {name: before[name] for name in state})
+        told = {"message": str(error), "report": callback.report is None, "remembers": recall(model) is not None}
+        return {**told, "filled": filled, "compared": len(state), "wrong": wrong}
     return {"message": ""}
+
+
+def a_late_refusal(folder: Path) -> dict[str, Any]:
+    return _late_refusal(folder)
+
+
+def a_late_refusal_by_parts(folder: Path) -> dict[str, Any]:
+    return _late_refusal(folder, auto_wrap_policy={Body, Experts}, use_orig_params=False)
+
+
+def a_callback_fails(folder: Path) -> dict[str, Any]:
+    """Other callbacks fail on one process alone, so nothing that takes all of them can be done."""
+    path, _ = save_old(folder)
+    old = old_model()
+    state = torch.optim.AdamW(old.parameters()).state_dict()
+    content = {"state_dict": old.state_dict(), "optimizer_states": [state], "lr_schedulers": []}
+    callback = transfer(save(path, content), resume="optimizer")
+    strategy = OnCpu(process_group_backend="gloo")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            quiet_trainer(folder, callback, Stop(), strategy=strategy, logger=False).fit(Lit("init"), data())
+        except Wrapped:
+            told = [str(w.message) for w in caught]
+            return {"report": callback.report is None, "said": any("NOT as it was" in text for text in told)}
+    return {"report": None}
 
 
 def made_on_meta(folder: Path) -> dict[str, Any]:

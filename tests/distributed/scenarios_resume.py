@@ -315,10 +315,10 @@ def fsdp1_flat(folder: Path) -> dict[str, Any]:
 
 
 def fails_on_rank_one(folder: Path) -> dict[str, Any]:
-    import lit_wsl.convert.resume as resuming
+    import lit_wsl.convert.engines as engines
 
     path, _, _ = old_in_one_process(folder, transformer(), tokens)
-    part, calls = resuming.part_of, []
+    part, calls = engines.part_of, []
 
     def fails(*args: Any) -> Tensor:
         calls.append(1)
@@ -326,13 +326,13 @@ def fails_on_rank_one(folder: Path) -> dict[str, Any]:
             raise OSError("the disk went away")
         return part(*args)
 
-    resuming.part_of = fails
+    engines.part_of = fails
     model = Lit(NewTransformer, "fsdp2")
     trainer = sharded_trainer(folder, "fsdp2", transfer(path, plan=transformers_plan(), resume="all"))
     try:
         trainer.fit(model, Data(tokens))
     finally:
-        resuming.part_of = part
+        engines.part_of = part
     return {}
 
 

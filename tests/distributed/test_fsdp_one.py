@@ -45,12 +45,24 @@ def test_flattened_parameters_are_refused_on_all_ranks_with_the_remedy(results, 
     assert "on a real device" in message
 
 
-def test_a_refusal_after_the_wrapping_says_that_the_model_is_not_as_it_was(results):
-    for rank in results["a_late_refusal"]:
+@pytest.mark.parametrize("name", ["a_late_refusal", "a_late_refusal_by_parts"])
+def test_a_refusal_after_the_wrapping_leaves_the_model_as_it_was(results, name):
+    for rank in results[name]:
         assert "another kind" in rank["message"], rank
-        assert "NOT as it was" in rank["message"]
-        assert {name.partition(".")[0] for name in rank["not_restored"]} == {"net"}
+        assert "NOT as it was" not in rank["message"]
+        assert rank["filled"] > 0
+        assert rank["compared"] > 10
+        assert rank["wrong"] == []
         assert rank["report"]
+        assert not rank["remembers"]
+
+
+def test_another_callbacks_failure_after_the_wrapping_leaves_no_report_and_says_that_the_model_is_not_as_it_was(
+    results,
+):
+    for rank in results["a_callback_fails"]:
+        assert rank["report"] is True, rank
+        assert rank["said"] is True, rank
 
 
 def test_partitioned_parameters_of_deepspeed_are_refused():
