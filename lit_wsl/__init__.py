@@ -44,22 +44,15 @@ __version__: str
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = _version()
+        from lit_wsl.files import package_version
+
+        value: Any = package_version()
     elif name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     else:
         value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("lit_wsl")
-    except PackageNotFoundError:  # a checkout on the path, not installed
-        return "0+unknown"
 
 
 def __dir__() -> list[str]:

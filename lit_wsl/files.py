@@ -196,3 +196,13 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
         CheckpointError: if it cannot be written; the old file is whole.
     """
     atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def package_version() -> str:
+    """The version of this package that is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lit_wsl")
+    except PackageNotFoundError:  # a checkout on the path, not installed
+        return "0+unknown"

@@ -29,9 +29,9 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Print it and exit."""
-        from lit_wsl import __version__
+        from lit_wsl.files import package_version
 
-        print(f"{parser.prog} {__version__}")
+        print(f"{parser.prog} {package_version()}")
         parser.exit()
 
 

@@ -33,7 +33,7 @@ from lit_wsl.convert.weights import (
     old_parameters,
 )
 from lit_wsl.errors import CheckpointError, PlanError
-from lit_wsl.plan.coverage import Coverage, measure_coverage
+from lit_wsl.plan.coverage import Conversion, Coverage, measure_coverage
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import ModelDescription, describe
 from lit_wsl.structure.description import ParameterInfo
@@ -108,25 +108,6 @@ def gather_optimizers(entries: dict[Hashable, Any]) -> None:
 
 ARGUMENTS = frozenset({"hyper_parameters", "datamodule_hyper_parameters"})  # what nothing restores
 TRAINING = frozenset({"optimizer_states", "lr_schedulers", "callbacks"})  # what ``save_weights_only`` leaves out
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion did.
-
-    Attributes:
-        tensors: Number of tensors in the new state dict.
-        optimizers: Number of optimizers whose states were carried.
-        states: Number of parameters that have an optimizer state in the new checkpoint.
-        notes: Remarks, one line each.
-        coverage: What of both models the plan moves; ``None`` where a plan without shapes doesn't tell.
-    """
-
-    tensors: int
-    optimizers: int
-    states: int
-    notes: tuple[str, ...] = ()
-    coverage: Coverage | None = None
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lit_wsl.plan.entries import ITS_PLACE, LEFT_ALONE, OUTSIDE, Side
-from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.plan.entries import ITS_PLACE, LEFT_ALONE, OUTSIDE, PlanData, Side
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
 
@@ -103,6 +102,25 @@ class Coverage:
         return max(count.share if count.of_elements else 0.0 for count in self.both)
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        tensors: Number of tensors in the new state dict.
+        optimizers: Number of optimizers whose states were carried.
+        states: Number of parameters that have an optimizer state in the new checkpoint.
+        notes: Remarks, one line each.
+        coverage: What of both models the plan moves; ``None`` where a plan without shapes doesn't tell.
+    """
+
+    tensors: int
+    optimizers: int
+    states: int
+    notes: tuple[str, ...] = ()
+    coverage: Coverage | None = None
+
+
 def _count(infos: Iterable[ParameterInfo], moved: frozenset[str]) -> Count:
     listed = list(infos)
     hit = [info for info in listed if info.name in moved]
@@ -134,7 +152,7 @@ def _row_of(info: ParameterInfo, trunk: tuple[str, ...]) -> str:
     return ".".join(inside) or "(root)"
 
 
-def excluded_names(plan: TransferPlan, side: Side, described: ModelDescription) -> frozenset[str]:
+def excluded_names(plan: PlanData, side: Side, described: ModelDescription) -> frozenset[str]:
     """The tensors of a side that nobody asked for: they keep what they have, and are neither missing nor unused.
 
     Buffers under ``buffers="exclude"``, and what ``only``, ``skip`` and ``source_prefix`` leave out.
@@ -147,7 +165,7 @@ def excluded_names(plan: TransferPlan, side: Side, described: ModelDescription) 
     return frozenset(names - {described.tied.get(name, name) for name in used})
 
 
-def measure_coverage(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> Coverage:
+def measure_coverage(plan: PlanData, source: ModelDescription, target: ModelDescription) -> Coverage:
     """Count what a plan moves.
 
     Args:

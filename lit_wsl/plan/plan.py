@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lit_wsl.errors import PlanError, Summarised, printable
+from lit_wsl.plan.coverage import Conversion
 from lit_wsl.plan.entries import Ambiguity as Ambiguity
 from lit_wsl.plan.entries import Candidate as Candidate
 from lit_wsl.plan.entries import PlanData, PlanEntry
@@ -24,9 +26,8 @@ from lit_wsl.structure.families import fold
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from lit_wsl.convert.checkpoint import Conversion
 
-
+CONVERTER = "lit_wsl.convert.checkpoint:convert_checkpoint"  # the one arrow up: a name, looked up when it is called
 SHOWN = 12  # families of entries in a plan's summary
 
 
@@ -107,9 +108,8 @@ class TransferPlan(Summarised, PlanData):
             CheckpointError: If a file cannot be read or written, or an optimizer's state cannot be carried.
             PlanError: If the plan does not fit.
         """
-        from lit_wsl.convert.checkpoint import convert_checkpoint
-
-        return convert_checkpoint(source, destination, self, **options)
+        done: Conversion = resolve_name(CONVERTER)(source, destination, self, **options)
+        return done
 
 
 _REMEDY = (

@@ -107,7 +107,7 @@ class _Table:
 
 def page_data(material: Material) -> dict[str, Any]:
     """What the page draws, as compact plain data: names once, everything else by number."""
-    from lit_wsl import __version__
+    from lit_wsl.files import package_version
 
     plan = material.plan
     shapes, texts, badges = _Table(), _Table(), _Table()
@@ -128,7 +128,7 @@ def page_data(material: Material) -> dict[str, Any]:
     elif len(material.questioned) < len(plan.entries):
         notes.append(f"runners-up are named for the {len(material.questioned):,} mappings with the smallest margins")
     return {
-        "version": __version__,
+        "version": package_version(),
         "labels": {"source": plan.source.label, "target": plan.target.label},
         "options": dict(plan.options),
         "proof": plan.proof,

@@ -50,7 +50,7 @@ def report_dict(
     Returns:
         Data that fits ``lit_wsl/report/assets/schema.json``; the same input gives the same data.
     """
-    from lit_wsl import __version__
+    from lit_wsl.files import package_version
 
     material = Material.gather(
         result, source=source, target=target, coverage=coverage, options=options, warnings=warnings, notes=notes
@@ -64,7 +64,7 @@ def report_dict(
     return {
         "format": "lit_wsl.report",
         "version": VERSION,
-        "lit_wsl": __version__,
+        "lit_wsl": package_version(),
         "models": {"source": asdict(plan.source), "target": asdict(plan.target)},
         "applied": bool(getattr(result, "applied", False)),
         "options": dict(plan.options),
