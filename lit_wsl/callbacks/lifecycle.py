@@ -80,9 +80,6 @@ def when_whole(strategy: Strategy, run: Callable[[], None], needs_memory: Callab
         run: What to do.
         needs_memory: Whether the model's tensors have no memory yet, so that ``run`` must wait until the strategy
             has given them some (tensors on the meta device, sharded).
-
-    Returns:
-        A function that takes the request back.
     """
     installed = vars(strategy).get("setup")
     queue: list[tuple[Callable[[], None], Callable[[], bool]]] | None = getattr(installed, "lit_wsl_queue", None)
@@ -188,9 +185,6 @@ def mind_copies(
         ours: Our callback.
         names: The tensors that were filled.
         late: Whether the transfer came after all callbacks had been set up.
-
-    Returns:
-        Warnings and notes for the report.
     """
     warnings, notes = [], []
     for shadow in shadows(trainer, model, ours):
@@ -210,14 +204,7 @@ REPORT_FILE = "weight_transfer.json"
 
 
 def report_nothing(model: pl.LightningModule, label: str, options: MatchingOptions, note: str) -> TransferReport:
-    """The report of a transfer that was not made, since other weights win.
-
-    Args:
-        model: The model, which may not be built yet.
-        label: What the weights would have come from.
-        options: How they would have been matched.
-        note: Why nothing was done.
-    """
+    """The report of a transfer that was not made, since other weights win."""
     source = SideSummary(label, 0, 0, 0, 0, "")
     try:
         target = describe(model)
@@ -243,11 +230,7 @@ def announce(trainer: pl.Trainer, report: TransferReport, *, verbose: bool) -> N
 
 
 def write_report(trainer: pl.Trainer, report: TransferReport | None) -> Path | None:
-    """Write the report, if there is one, into the run's folder, as JSON and as a page; on all ranks.
-
-    Returns:
-        The page, if one was written.
-    """
+    """Write the report, if there is one, into the run's folder, as JSON and as a page; on all ranks."""
     directory = trainer.log_dir  # a collective call
     if report is None or not trainer.is_global_zero or directory is None or getattr(trainer, "fast_dev_run", False):
         return None

@@ -70,14 +70,6 @@ def ways_to_prove(
 ) -> tuple[list[OnData], str]:
     """Ways to measure the module's loss on its own data, the best first.
 
-    Args:
-        trainer: The trainer.
-        module: The model, whose parameters exist.
-        stage: ``fit``, ``validate``, ``test`` or ``predict``.
-        score: What the old run monitored.
-        count: Most batches.
-        seconds: Most time.
-
     Returns:
         The ways, and one line saying why there are none if there are none.
     """

@@ -56,11 +56,6 @@ def find_samples(trainer: pl.Trainer, module: pl.LightningModule, stage: str) ->
     The sample comes from the datamodule, from the loaders of the model or of the ``fit`` call, or from
     ``example_input_array``, in that order; batch transfer hooks are applied to it.
 
-    Args:
-        trainer: The trainer.
-        module: The model, whose parameters exist.
-        stage: ``fit``, ``validate``, ``test`` or ``predict``.
-
     Returns:
         The calls, and one line saying why there are none if there are none.
     """

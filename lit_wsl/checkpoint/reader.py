@@ -132,10 +132,6 @@ MAX_INDEX = 256 << 20
 def read_folder(path: Path, read_file: ReadFile) -> Document:
     """Read a folder by what lies in it.
 
-    Args:
-        path: the folder, or the ``*.index.json`` in it.
-        read_file: reads one shard.
-
     Raises:
         CheckpointError: naming what the folder lacks.
     """

@@ -28,9 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments: The arguments without the program's name; by default those of the process.
-
-    Returns:
-        The exit code.
     """
     try:
         from lit_wsl.cli.parser import build_parser

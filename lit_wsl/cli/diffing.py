@@ -62,14 +62,7 @@ def run(options: Any) -> int:
 def compare(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], *, tolerance: float = 0.0, step: Any = None
 ) -> list[Difference]:
-    """Compare two state dicts, tensor by tensor, in the order of the first.
-
-    Args:
-        first: A state dict.
-        second: Another.
-        tolerance: Largest absolute difference taken for equal.
-        step: Called with what is done and the total.
-    """
+    """Compare two state dicts, tensor by tensor, in the order of the first."""
     names = [*first, *(name for name in second if name not in first)]
     found = []
     for number, name in enumerate(names, 1):

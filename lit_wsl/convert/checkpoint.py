@@ -263,11 +263,7 @@ def convert_document(
     keep: Kept | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, Conversion]:
-    """Convert the whole content of a checkpoint in memory; arguments as :func:`convert_checkpoint`.
-
-    Returns:
-        The new content, and what was done.
-    """
+    """Convert the whole content of a checkpoint in memory; arguments as :func:`convert_checkpoint`."""
     keep = keep or Kept()
     document = without_dropped(checkpoint.document(), keep.drop, str(checkpoint.path))
     tree = as_mapping(document)

@@ -65,9 +65,6 @@ def carry_state(
             value is read. Everything by default.
         wide: Which keys have more than one element for some parameter, see :class:`SavedOptimizer`.
 
-    Returns:
-        One state for each target.
-
     Raises:
         NotCarriedError: If the mathematics does not allow it.
     """

@@ -63,13 +63,6 @@ def adapt_plan(
 ) -> TransferPlan:
     """Add the adaptations that the user asked for to a lossless plan.
 
-    Args:
-        plan: The outcome of the lossless matching.
-        source: The checkpoint's side.
-        target: The model's side.
-        options: The options; ``adapt`` names what may be done.
-        match: Makes a lossless plan of two descriptions.
-
     Returns:
         The plan with entries for what was adapted and a note for each tensor; the plan as it is, with a note why, for
         what was asked for and cannot be done.

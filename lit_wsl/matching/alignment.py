@@ -207,12 +207,7 @@ class Aligner:
 
 
 class RegionMatch:
-    """Matches the inside of a pair.
-
-    Args:
-        aligner: What is known of the pair of models.
-        region: Where.
-    """
+    """Matches the inside of a pair."""
 
     def __init__(self, aligner: Aligner, region: Region) -> None:
         self.aligner = aligner

@@ -54,9 +54,6 @@ def _pattern(name: str) -> str:
 def open_questions(plan: TransferPlan) -> Iterator[list[Variant]]:
     """For each set of ambiguous targets that share candidates, the ways to assign them.
 
-    Args:
-        plan: The plan with its ambiguities.
-
     Yields:
         The variants of one question, the most likely first.
     """
@@ -203,9 +200,6 @@ def layout_variants(plan: TransferPlan, modules: Sequence[str]) -> Iterator[list
     Args:
         plan: The plan.
         modules: Paths of target modules, nearest to the difference last.
-
-    Yields:
-        The variants that are alternatives to one another.
     """
     suspects = [
         e for e in plan.entries if e.kind == "parameter" and any(owner_path(t) in set(modules) for t in e.targets)

@@ -25,14 +25,6 @@ def split_kinds(
     own name (its last part) and shape only buffers of the target have is a buffer too. What is a buffer on one side
     and a parameter on the other, and modules that hold nothing but buffers (frozen norms, norms without weights,
     codebooks), are aligned like weights: they have nothing to follow.
-
-    Args:
-        source: The source's side.
-        target: The target's side.
-        alone: Whether buffers with nothing to follow are aligned.
-
-    Returns:
-        Source weights, source buffers, target weights, target buffers.
     """
     leaves_t = {i.leaf for i in target.parameters if i.kind == "parameter"}
     as_buffer: set[tuple[str, tuple[int, ...]]] = set()
@@ -82,9 +74,6 @@ def match_buffers(
         buffers_s: What is left of the source.
         buffers_t: Buffers of the target; of modules that hold nothing else, all that are open.
         units: Modules of the target that hold weights: their buffers come with these, or not at all.
-
-    Returns:
-        ``(source, target, evidence)``, one to one, shapes equal.
     """
     homes: tuple[dict[str, Counter[str]], dict[str, Counter[str]]] = (defaultdict(Counter), defaultdict(Counter))
     for s, t in pairs:

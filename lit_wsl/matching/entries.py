@@ -18,14 +18,7 @@ Sources = Sequence[tuple[Sequence[ParameterInfo], tuple[Operation, ...]]]
 
 
 class EntryWriter:
-    """Collects matches and doubts, scores them, applies the threshold and explains the rest.
-
-    Args:
-        source: The source's side.
-        target: The target's side.
-        options: How to match.
-        dictionary: What was learned about names.
-    """
+    """Collects matches and doubts, scores them, applies the threshold and explains the rest."""
 
     def __init__(
         self, source: ModelDescription, target: ModelDescription, options: MatchingOptions, dictionary: Dictionary

@@ -198,9 +198,6 @@ def find_fusions(
             is made of them.
         turned: Whether the pair stores its matrices the other way round.
         ordered: Whether the source has an order of registration.
-
-    Returns:
-        Fusions that use no unit twice.
     """
     found: list[Fusion] = []
     gone: set[int] = set()
@@ -283,13 +280,7 @@ def _sets_of_parts(whole: Family, families: Sequence[Family]) -> Iterator[tuple[
 
 
 def spells_parts(whole: Item, partner: Item, region: Region) -> bool:
-    """Whether a unit's name spells siblings on the other side that would make it up: ``gate_up`` where there are both.
-
-    Args:
-        whole: A unit of either side.
-        partner: What it would be paired with.
-        region: Where both stand.
-    """
+    """Whether a unit's name spells siblings on the other side that would make it up: ``gate_up``, where both are."""
     root = region.source if any(whole is u for u in _units(region.target)) else region.target
     units = [u for u in _units(root) if u.rank >= 2 and u is not partner and u.numel < whole.numel]
     if len(units) > MAX_UNITS:

@@ -15,13 +15,7 @@ MAX_DEPTH = 6  # modules above a copy of the model
 
 
 def hints(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> tuple[str, ...]:
-    """Remarks on adapters that were not merged, packed weights, and several copies of what the model needs.
-
-    Args:
-        plan: The plan.
-        source: The checkpoint's side.
-        target: The model's side.
-    """
+    """Remarks on adapters that were not merged, packed weights, and several copies of what the model needs."""
     open_s = {u.name for u in plan.unmatched_source}
     if not open_s:
         return ()

@@ -77,11 +77,7 @@ def _exchanges(one: object, other: object) -> int:
 
 
 class LossJudge:
-    """Tests what a search has found.
-
-    Args:
-        trials: Measures choices.
-    """
+    """Tests what a search has found."""
 
     def __init__(self, trials: Trials) -> None:
         self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
@@ -169,13 +165,6 @@ def judge_by_loss(
     seconds: float = 60.0,
 ) -> TransferPlan:
     """Check a plan by the model's own loss, and let the loss decide what names and shapes leave open.
-
-    Args:
-        plan: The plan.
-        sides: The checkpoint's side, the model's side.
-        tensors: The checkpoint's tensors.
-        meter: Measures the model's loss.
-        seconds: Most time that trials may take.
 
     Returns:
         The plan with what was decided, ``proof``, ``proof_by`` and ``measured``.

@@ -42,11 +42,6 @@ PATCHES = f"patches may be flattened as (c, p, p) or (p, p, c), which names and 
 def hidden_layouts(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> dict[str, str]:
     """Entries that are right only under a convention that nothing shows.
 
-    Args:
-        plan: The plan.
-        source: The checkpoint's side.
-        target: The model's side.
-
     Returns:
         First target of each such entry -> the reason, in the plan's order.
     """
@@ -134,12 +129,7 @@ def rotating_towers(source: ModelDescription, target: ModelDescription) -> Calla
 
 
 class _Inputs:
-    """What a model reads, and where: words that it looks up, or the patches of a picture.
-
-    Args:
-        source: The checkpoint's side.
-        target: The model's side.
-    """
+    """What a model reads, and where: words that it looks up, or the patches of a picture."""
 
     def __init__(self, source: ModelDescription, target: ModelDescription) -> None:
         self.target = target

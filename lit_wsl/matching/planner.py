@@ -41,9 +41,6 @@ _LENGTH, _DIRECTION = "_g", "_v"  # as torch.nn.utils.weight_norm and many ports
 def factor_roles(infos: Iterable[ParameterInfo]) -> dict[str, int]:
     """The tensors that are factors of a weight, and which one.
 
-    Args:
-        infos: One side's tensors.
-
     Returns:
         Name -> place among the factors; of weight norm 0 is the length, 1 the direction; 2 is what is scaled or masked.
 

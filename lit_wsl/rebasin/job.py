@@ -270,9 +270,6 @@ def write_results(report: RebasinReport, folder: str | Path, *, weights: bool = 
         folder: where to; it is made if it does not exist.
         weights: False for the JSON only.
 
-    Returns:
-        The report with :attr:`RebasinReport.files` filled in.
-
     Raises:
         CheckpointError: a file cannot be written.
     """
@@ -330,11 +327,6 @@ def names_of(paths: Sequence[str | Path]) -> list[str]:
 
 def under_names_of(own: Mapping[str, Any], state: StateDict, what: str) -> dict[str, Tensor]:
     """The tensors of a state dict under the model's names: as they are, or less or plus one prefix, in any shape.
-
-    Args:
-        own: the model's tensors by name.
-        state: a state dict or an opened checkpoint.
-        what: for messages: which file it is.
 
     Raises:
         RebasinError: no name and shape is one of the model's.

@@ -319,13 +319,6 @@ def repaired(
 ) -> tuple[dict[str, Tensor], str]:
     """The merged state dict with batch norm statistics estimated anew, and a remark that says so.
 
-    Args:
-        module: The model, not changed.
-        merged: The merged state dict.
-        batches: Training batches.
-        call: How the model was called on a sample.
-        max_batches: Stop after so many.
-
     Raises:
         RebasinError: There is no batch, or the model does not take one.
     """

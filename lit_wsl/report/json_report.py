@@ -92,11 +92,6 @@ def report_dict(
 def save_json(result: Any, path: str | os.PathLike[str], **details: Any) -> Path:
     """Write :func:`report_dict` to a file, atomically.
 
-    Args:
-        result: See :func:`report_dict`.
-        path: The file to write.
-        details: The keyword arguments of :func:`report_dict`.
-
     Raises:
         CheckpointError: If the file cannot be written.
     """

@@ -352,12 +352,7 @@ def gaps(plan: TransferPlan, side: Side, source: ModelDescription, target: Model
 
 
 class _Rivals:
-    """The tensors of a side by kind and rank, the free ones alone where there are any.
-
-    Args:
-        side: The side.
-        free: Names of its tensors without a partner.
-    """
+    """The tensors of a side by kind and rank, the free ones alone where there are any."""
 
     def __init__(self, side: ModelDescription, free: frozenset[str]) -> None:
         self._free: dict[tuple[str, int], list[ParameterInfo]] = {}

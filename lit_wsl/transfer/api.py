@@ -206,9 +206,6 @@ def prepare_transfer(
         min_coverage: The floor.
         ranks: The processes that fill the model together.
         data: Ways to prove the mapping on data; the first that works is used.
-
-    Returns:
-        The checked transfer.
     """
     prepared = ranks.once(lambda: _plan_transfer(source, target, options, plan, min_coverage, data))
     ranks.together(lambda: None if ranks.is_zero else check_plan(prepared.plan, source.file, target.description))

@@ -264,9 +264,6 @@ def apply_plan(
         only: Names of the targets that may be written, where others of the plan have been trained since.
         undo: A log of the caller's that is to remember all that is overwritten, so that the caller can take it back.
 
-    Returns:
-        What was noticed on the way.
-
     Raises:
         TransferError: If something fails; the model is as it was before, bit for bit, or the message and the error's
             ``not_restored`` name the tensors that are not. Errors that are no ``Exception``, and what the handlers of

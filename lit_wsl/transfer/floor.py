@@ -52,13 +52,7 @@ def check_floor(
 
 
 def likely_cause(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> str:
-    """Say in one or two sentences why so little matched, from names and shapes.
-
-    Args:
-        plan: The plan that fell short.
-        source: The checkpoint's side.
-        target: The model's side.
-    """
+    """Say in one or two sentences why so little matched, from names and shapes."""
     ours = [i for i in target.parameters if i.kind == "parameter"]
     theirs = [i for i in source.parameters if i.kind == "parameter"]
     if not theirs:

@@ -152,13 +152,7 @@ def remember(
 
 
 def write_memory(model: nn.Module, state: Any, prefix: str = "") -> None:
-    """Let a state dict tell what the model was filled with; nothing for a model that was not.
-
-    Args:
-        model: The model.
-        state: What its ``state_dict`` gave.
-        prefix: What stands before the model's names in it.
-    """
+    """Let a state dict tell what the model was filled with; nothing for a model that was not."""
     metadata = getattr(state, "_metadata", None)
     transfers = {k: w for mark in _marks(model).values() for k, w in mark.transfers.items()}
     if metadata is not None and transfers:
@@ -172,9 +166,6 @@ def read_memory(model: nn.Module, state: Mapping[str, Any], transfers: Mapping[s
         model: The model.
         state: The state dict.
         transfers: What to remember where the state dict itself tells nothing.
-
-    Returns:
-        Whether there was something to remember.
     """
     told = {p: e.get(_METADATA) for p, e in (getattr(state, "_metadata", None) or {}).items() if isinstance(e, dict)}
     if transfers is not None:

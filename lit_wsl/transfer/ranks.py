@@ -202,10 +202,6 @@ def local_part(value: Tensor, like: Tensor) -> Tensor:
 
     ``Shard(dim)`` follows ``torch.chunk``; placements apply from the first mesh dimension to the last.
 
-    Args:
-        value: The whole tensor.
-        like: A ``DTensor`` of the same global shape.
-
     Raises:
         TransferError: If a placement is a partial sum.
     """
@@ -241,11 +237,6 @@ def check_same_source(ranks: Ranks, tensors: Mapping[str, Tensor], names: Sequen
 
     A few values of a few tensors are compared; training changes all of them.
 
-    Args:
-        ranks: The processes.
-        tensors: The checkpoint's tensors by name.
-        names: Those that are going to be used.
-
     Raises:
         TransferError: If the ranks read different values; the message names the ranks and a tensor.
     """
@@ -275,10 +266,6 @@ def refuse_wrapped(model: nn.Module, strategy: object = None) -> None:
 
     Such a model is filled before it is wrapped, which happens by itself where its modules are made in ``__init__``,
     ``setup`` or ``configure_model`` on a real device.
-
-    Args:
-        model: The model to fill.
-        strategy: Lightning's strategy, where there is one.
 
     Raises:
         TransferError: If it is wrapped by ``FullyShardedDataParallel`` or by DeepSpeed.

@@ -63,11 +63,6 @@ class UndoLog:
     def remember(self, target: Tensor, *, must: bool, name: str = "") -> None:
         """Keep a target's value.
 
-        Args:
-            target: What is overwritten next.
-            must: Whether the write may fail.
-            name: What the target is called, for the error.
-
         Raises:
             TransferError: If it must be remembered, and there is no room for it on the disk either.
         """
@@ -143,9 +138,6 @@ class UndoLog:
             error: What went wrong.
             lost: Names of tensors that are no longer where they were when they were remembered, unless it is known
                 where they are.
-
-        Returns:
-            The error, or where something is not as it was a :class:`TransferError` that names it.
         """
         gone = [name for name in lost if name not in self._moved]
         return admit_loss(error, (*self.restore(), *self.lost_names, *gone))

@@ -34,9 +34,6 @@ def crossed_slots(run: Run, group_of: Array, colour: np.ndarray) -> list[Array]:
         run: A finished run.
         group_of: Group of each unit, -1 for none.
         colour: Colour of each unit: within a group only units of one colour change places.
-
-    Returns:
-        Arrays of units that must stay.
     """
     found = []
     for move in run.moves:

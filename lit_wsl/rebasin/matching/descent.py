@@ -110,10 +110,6 @@ class PresentOrder:
 
     No permuted copy is kept: what a step compares is gathered when it is compared, along the axes that were moved so
     far. Besides the tensors themselves only index vectors live on.
-
-    Args:
-        spec: permutation spec.
-        tensors: the tensors as they came; not changed.
     """
 
     def __init__(self, spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> None:
@@ -214,11 +210,7 @@ class Progress:
 
 @contextmanager
 def progress_bar(enabled: bool | None = None) -> Iterator[Progress]:
-    """A transient progress bar on stderr.
-
-    Args:
-        enabled: by default only if stderr is a terminal.
-    """
+    """A transient progress bar on stderr."""
     console = Console(stderr=True)
     disable = not console.is_terminal if enabled is None else not enabled
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -165,12 +165,7 @@ class Term:
     trees: tuple[str, ...]
 
     def rows(self, tensor: Tensor, only: Mapping[int, Tensor] | None = None) -> Tensor:
-        """The tensor as ``(ancestors, product of the sizes, entries per unit)`` in float32 (float64 stays).
-
-        Args:
-            tensor: the tensor of that name.
-            only: further limits on other axes.
-        """
+        """The tensor as ``(ancestors, product of the sizes, entries per unit)`` in float32 (float64 stays)."""
         for axis, index in {**self.only, **(only or {})}.items():
             tensor = tensor.index_select(axis, index.to(tensor.device))
         if tensor.dtype not in (torch.float32, torch.float64):

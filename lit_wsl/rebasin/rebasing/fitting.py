@@ -175,13 +175,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 class Samples:
-    """Inputs ``(features, samples)`` and responses ``(channels, samples)`` of layers, at the same positions each time.
-
-    Args:
-        responses: the model and the batches.
-        quota: positions kept of each call of a layer.
-        seed: of the positions drawn.
-    """
+    """Inputs ``(features, samples)`` and responses ``(channels, samples)`` of layers, at the same positions."""
 
     def __init__(self, responses: Responses, quota: int, seed: int) -> None:
         self.responses, self.quota, self.seed = responses, quota, seed
