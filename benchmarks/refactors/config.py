@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import benchmarks.refactors.forms_validate
 import benchmarks.refactors.operators_layout
 import benchmarks.refactors.operators_names
 import benchmarks.refactors.operators_places
-import benchmarks.refactors.structures_more  # noqa: F401
+import benchmarks.refactors.operators_validate
+import benchmarks.refactors.operators_validate_names
+import benchmarks.refactors.structures_more
+import benchmarks.refactors.structures_validate  # noqa: F401
 from benchmarks.refactors.network import Side
 from benchmarks.refactors.operators import OPERATORS, STAGES, Operator, Regime
 from benchmarks.refactors.structures import STRUCTURES, Draft, Sizes, Split

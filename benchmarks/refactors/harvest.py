@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,20 +166,25 @@ def traced(candidate: Candidate) -> Trace:
     with torch.device("meta"):
         model = candidate.build().eval()
     for call in candidate.calls:
-        with contextlib.suppress(Exception):
+        try:
             return Trace.of(model, call)
+        except TimeoutError:
+            raise
+        except Exception:
+            continue
     return Trace.of(model, None)
 
 
-def harvest(libraries: list[str], each: int) -> dict[str, Any]:
+def harvest(libraries: Mapping[str, Callable[[int], Iterator[Candidate]]], each: int) -> dict[str, Any]:
+    """Build the models of some libraries and count their groups of words."""
     counts: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     families: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     models: Counter[str] = Counter()
     called: Counter[str] = Counter()
     failed: list[str] = []
-    for library in libraries:
+    for library, models_of in libraries.items():
         start = time.perf_counter()
-        for candidate in LIBRARIES[library](each):
+        for candidate in models_of(each):
             try:
                 with at_most(30), torch.no_grad():
                     trace = traced(candidate)
@@ -223,7 +228,8 @@ def main() -> int:
     logging.disable(logging.ERROR)
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     torch.set_num_threads(1)
-    result = harvest(options.library or list(LIBRARIES), options.each)
+    chosen = options.library or list(LIBRARIES)
+    result = harvest({name: LIBRARIES[name] for name in chosen}, options.each)
     for group, entries in result["groups"].items():
         print(f"{group}: {len(entries)} groups of words, e.g. {[e['words'] for e in entries[:3]]}")
     if not options.dry:

@@ -78,12 +78,18 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Numbering:
-    """How the members of a list are written: ``blocks.0``, ``block_1``, ``layer3``; from where, up or down."""
+    """How a list's members are written: ``blocks.0``, ``block_01``, ``layer3``, ``unit_c``; from where, up or down."""
 
     joint: str = "."
     first: int = 0
     down: bool = False
     stride: int = 1
+    digits: int = 1
+    letters: bool = False
+
+    def written(self, place: int) -> str:
+        number = self.first + self.stride * place
+        return "abcdefghijklmnopqrstuvwxyz"[number] if self.letters else f"{number:0{self.digits}}"
 
 
 @dataclass
@@ -115,8 +121,8 @@ class Side:
                 continue
             style = self.numbering.get(step.role, Numbering())
             place = last[path[:depth], step.role] - step.index if style.down else step.index
-            number = style.first + style.stride * place
-            parts.append(f"{word}{style.joint}{number}" if word else str(number))
+            number = style.written(place)
+            parts.append(f"{word}{style.joint}{number}" if word else number)
         return ".".join(part for part in parts if part)
 
     def used(self) -> set[str]:
@@ -161,6 +167,7 @@ class Net(nn.Module):
             form = form_of(leaf)
             self._plant(name, form)
             self.placed.append(Placed(name, leaf, form))
+        self._tie()
         self._calls: list[Callable[[], Any]] = [
             p.form.run for p in sorted(self.placed, key=lambda p: p.leaf.when) if p.form.run is not None
         ]
@@ -185,6 +192,14 @@ class Net(nn.Module):
                 node.register_parameter(last + suffix, tensor)
             else:
                 node.register_buffer(last + suffix, tensor)
+
+    def _tie(self) -> None:
+        """Maps that share the parameter of a table of the same identity."""
+        tables = {p.leaf.pieces: p.form.module for p in self.placed if p.leaf.kind == "embedding"}
+        for placed in self.placed:
+            table, module = tables.get(placed.leaf.pieces), placed.form.module
+            if placed.leaf.layout == "tied" and isinstance(table, nn.Embedding) and module is not None:
+                module.weight = table.weight
 
     def forward(self, x: Tensor) -> Tensor:
         for call in self._calls:
@@ -244,29 +259,27 @@ def _differ(one: Leaf, other: Leaf) -> bool:
     return one.kind == other.kind and one.sizes == other.sizes and not set(one.pieces) & set(other.pieces)
 
 
-def true_tensors(net: Net, known: frozenset[str] | None = None) -> dict[str, Tensor | None]:
-    """What every tensor of a side holds, by name; ``None`` where a piece is not among the known ones."""
+def true_tensors(net: Net, known: frozenset[tuple[str, str]] | None = None) -> dict[str, Tensor | None]:
+    """What every tensor of a side holds, by name; ``None`` where a part of it is not among the known ones."""
     held: dict[str, Tensor | None] = {}
     for placed in net.placed:
         for slot in placed.form.slots:
             name = placed.name + slot.suffix
-            there = known is None or all(piece in known for piece, _, _ in slot.of)
+            there = known is None or all((piece, tensor) in known for piece, tensor, _ in slot.of)
             held[name] = slot.value() if there else None
     return {name: held[name] for name in net.state_dict() if name in held}
 
 
-def pieces_of(net: Net) -> frozenset[str]:
-    """Everything that a side knows."""
-    return frozenset(piece for placed in net.placed for slot in placed.form.slots for piece, _, _ in slot.of)
+def pieces_of(net: Net) -> frozenset[tuple[str, str]]:
+    """Everything that a side knows: tensors of pieces."""
+    return frozenset((piece, of) for placed in net.placed for slot in placed.form.slots for piece, of, _ in slot.of)
 
 
 def randomise(net: Net) -> dict[str, Tensor]:
     """Give every tensor a value that nothing else has; returns a copy."""
     from benchmarks.refactors.forms import drawn
 
-    before = {}
     with torch.no_grad():
         for name, tensor in net.state_dict(keep_vars=True).items():
             tensor.copy_(drawn("fresh " + name, tuple(tensor.shape), tensor.dtype))
-            before[name] = tensor.detach().clone()
-    return before
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}

@@ -207,10 +207,11 @@ def _same_values(held: Tensor, truth: Tensor) -> bool:
 
 
 def _unseen(side: Side) -> set[str]:
-    """Pieces whose layout nothing shows: turned squares, unless another turned one is no square; interleaved parts."""
+    """Pieces whose layout nothing shows: turned squares, unless another turned one is no square; mixed parts."""
     turned = [leaf for leaf in side.leaves if leaf.layout == "transposed"]
     shown = any(sum(size[0] for size in leaf.sizes) != leaf.sizes[0][1] for leaf in turned)
-    hidden = [leaf for leaf in side.leaves if leaf.layout == "interleaved"] + ([] if shown else turned)
+    mixed = ("interleaved", "reordered", "channels_within")
+    hidden = [leaf for leaf in side.leaves if leaf.layout in mixed] + ([] if shown else turned)
     return {piece for leaf in hidden for piece in leaf.pieces}
 
 

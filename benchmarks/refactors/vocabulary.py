@@ -2,7 +2,8 @@
 
 ``harvested.json`` holds what ``harvest.py`` found in public libraries, with counts; ``words.json`` what people write by
 hand for roles that are too rare there. A group belongs to the ``first`` part of the corpus or to the ``second``; groups
-that share the word of their first role go together, so that neither part has seen the other's words.
+that share the word of their first role go together, so that neither part has seen the other's words. The part that
+validates has two such files of its own, from other packages.
 """
 
 from __future__ import annotations
@@ -21,25 +22,44 @@ from benchmarks.refactors.structures import Split
 
 HERE = Path(__file__).parent
 HARVESTED = HERE / "harvested.json"
+HARVESTED_VALIDATE = HERE / "harvested_validate.json"
 LEXICON = Path(lit_wsl.matching.likeness.__file__).with_name("lexicon.json")
 BY_HAND = HERE / "words.json"
+BY_HAND_VALIDATE = HERE / "words_validate.json"
+ENOUGH = 8  # groups of words that a role has at least, before those that another part knows are left out
 
 Words = dict[str, str]
 
 
-@cache
-def _groups() -> Mapping[str, list[tuple[Words, float]]]:
+def _read(by_hand: Path, harvested: Path) -> dict[str, dict[str, tuple[Words, float]]]:
     """Every group of words with its weight: how often code says it, dampened."""
     found: dict[str, dict[str, tuple[Words, float]]] = {}
-    for name, entries in json.loads(BY_HAND.read_text()).items():
+    for name, entries in json.loads(by_hand.read_text()).items():
         for words in entries:
             found.setdefault(name, {})[json.dumps(words, sort_keys=True)] = (words, 1.0)
-    if HARVESTED.exists():
-        for name, entries in json.loads(HARVESTED.read_text())["groups"].items():
+    if harvested.exists():
+        for name, entries in json.loads(harvested.read_text())["groups"].items():
             for entry in entries:
                 weight = 1 + math.log(sum(entry["counts"].values()))
                 found.setdefault(name, {})[json.dumps(entry["words"], sort_keys=True)] = (entry["words"], weight)
-    return {name: _agreed(list(entries.values())) for name, entries in found.items()}
+    return found
+
+
+@cache
+def _groups() -> Mapping[str, list[tuple[Words, float]]]:
+    """The groups of the parts to look at."""
+    return {name: _agreed(list(entries.values())) for name, entries in _read(BY_HAND, HARVESTED).items()}
+
+
+@cache
+def _groups_validate() -> Mapping[str, list[tuple[Words, float]]]:
+    """The groups of the part that validates, without those that are word for word in the others."""
+    known, found = _read(BY_HAND, HARVESTED), _read(BY_HAND_VALIDATE, HARVESTED_VALIDATE)
+    chosen = {}
+    for name, entries in found.items():
+        fresh = [entry for key, entry in entries.items() if key not in known.get(name, {})]
+        chosen[name] = _agreed(fresh if len(fresh) >= ENOUGH else list(entries.values()))
+    return chosen
 
 
 def _agreed(entries: list[tuple[Words, float]]) -> list[tuple[Words, float]]:
@@ -54,6 +74,8 @@ def _agreed(entries: list[tuple[Words, float]]) -> list[tuple[Words, float]]:
 @cache
 def groups_of(name: str, split: Split) -> tuple[tuple[Words, float], ...]:
     """The word groups of one part of the corpus."""
+    if split == "validate":
+        return tuple(sorted(_groups_validate()[name], key=lambda e: json.dumps(e[0], sort_keys=True)))
     entries = _groups()[name]
     firsts = sorted({_first(words) for words, _ in entries}, key=lambda word: zlib.crc32(f"{name}/{word}".encode()))
     mine = {word for at, word in enumerate(firsts) if (at % 2 == 0) == (split == "first")}
