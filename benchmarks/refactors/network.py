@@ -89,7 +89,7 @@ class Numbering:
 
     def written(self, place: int) -> str:
         number = self.first + self.stride * place
-        return "abcdefghijklmnopqrstuvwxyz"[number] if self.letters else f"{number:0{self.digits}}"
+        return chr(ord("a") + number) if self.letters and number < 26 else f"{number:0{self.digits}}"
 
 
 @dataclass

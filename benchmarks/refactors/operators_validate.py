@@ -22,7 +22,7 @@ def numbered(leaf: Leaf) -> bool:
 # Content: copies and strangers --------------------------------------------------------------------------------------
 
 
-@operator("validate", "content", LAST, "source")
+@operator("validate", "content", LAST, "source", 1.5)
 def numbered_averages(side: Side, rng: random.Random) -> bool:
     """Averages as an optimiser or an average of parameters keeps them: a list, in the order of the parameters."""
     above = rng.choice(["ema.shadow_params", "averager.params", "optimizer_ema.averages"])
@@ -37,7 +37,7 @@ def _shapes(leaf: Leaf) -> list[tuple[int, ...]]:
     return [weight, (out,)] if leaf.bias else [weight]
 
 
-@operator("validate", "content", LAST, "source")
+@operator("validate", "content", LAST, "source", 1.5)
 def frozen_part_beside(side: Side, rng: random.Random) -> bool:
     """A frozen copy of one part, for a loss or a distillation."""
     parts = sorted({leaf.path[0].role for leaf in side.leaves})
@@ -48,12 +48,12 @@ def frozen_part_beside(side: Side, rng: random.Random) -> bool:
     return True
 
 
-operator("validate", "content", LAST, "source", name="swa_model_beside")(
+operator("validate", "content", LAST, "source", 1.5, name="swa_model_beside")(
     _copied([("", "swa_model.module"), ("generator", "generator_ema"), ("", "best_model"), ("current", "previous")])
 )
 
 
-@operator("validate", "content", LAST)
+@operator("validate", "content", LAST, weight=1.5)
 def auxiliary_head(side: Side, rng: random.Random) -> bool:
     """A second head of the same size for an auxiliary loss, before the true one."""
     word = rng.choice(["aux_classifier", "auxiliary", "deep_supervision", "aux_logits", "intermediate_head"])
@@ -65,7 +65,7 @@ def auxiliary_head(side: Side, rng: random.Random) -> bool:
     return False
 
 
-@operator("validate", "content", LAST)
+@operator("validate", "content", LAST, weight=1.5)
 def learned_tokens(side: Side, rng: random.Random) -> bool:
     """Parameters of the model's width that one of the two code bases has: masks, registers, prompts, a null class."""
     width = next((leaf.sizes[0][-1] for leaf in side.leaves if leaf.kind in ("embedding", "norm")), 0)
@@ -76,7 +76,7 @@ def learned_tokens(side: Side, rng: random.Random) -> bool:
     return width > 0
 
 
-@operator("validate", "content", LAST)
+@operator("validate", "content", LAST, weight=1.5)
 def constants_as_buffers(side: Side, rng: random.Random) -> bool:
     """Masks and frequencies that one code base registers in every attention, and the other computes."""
     name, size = rng.choice([("mask", (1, 1, 7, 7)), ("inv_freq", (4,)), ("relative_index", (7, 7)), ("slopes", (2,))])
@@ -94,7 +94,7 @@ def constants_as_buffers(side: Side, rng: random.Random) -> bool:
     return bool(seen)
 
 
-@operator("validate", "content", LAST, "any")
+@operator("validate", "content", LAST, weight=1.5)
 def probes_of_the_same_size(side: Side, rng: random.Random) -> bool:
     """An unrelated module with maps of the model's own sizes."""
     linear = [leaf for leaf in side.leaves if leaf.kind == "linear" and leaf.plain]
@@ -104,11 +104,11 @@ def probes_of_the_same_size(side: Side, rng: random.Random) -> bool:
     return bool(linear)
 
 
-operator("validate", "content", LAST, name="prune_inner")(_pruned(lambda n: sorted({0, n - 1})))
-operator("validate", "content", LAST, name="insert_end")(_inserted(lambda n: [n]))
+operator("validate", "content", LAST, weight=1.5, name="prune_inner")(_pruned(lambda n: sorted({0, n - 1})))
+operator("validate", "content", LAST, weight=1.5, name="insert_end")(_inserted(lambda n: [n]))
 
 
-@operator("validate", "content", LAST)
+@operator("validate", "content", LAST, weight=1.5)
 def padded_vocabulary(side: Side, rng: random.Random) -> bool:
     """Rows added to the table of tokens and to what predicts them, up to a round number."""
     rows = {leaf.sizes[0][0] for leaf in side.leaves if leaf.kind == "embedding" and leaf.sizes[0][0] > 12}
@@ -117,12 +117,12 @@ def padded_vocabulary(side: Side, rng: random.Random) -> bool:
     )
 
 
-operator("validate", "content", LAST, name="another_number_of_outputs")(
+operator("validate", "content", LAST, weight=1.5, name="another_number_of_outputs")(
     _resized(
         lambda leaf: leaf.role in ("head", "relevance", "kind", "segment", "map", "quantiles", "forecast", "voice"), 0
     )
 )
-operator("validate", "content", LAST, name="another_number_of_inputs")(
+operator("validate", "content", LAST, weight=1.5, name="another_number_of_inputs")(
     _resized(lambda leaf: leaf.role in ("stem_conv", "tubelets", "entry", "sub1", "strokes", "frame_conv", "eye1"), 1)
 )
 

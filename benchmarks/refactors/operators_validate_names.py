@@ -79,6 +79,9 @@ def joined_stages(side: Side, rng: random.Random) -> bool:
     (above, roles), members = next(iter(places.items()))
     outer_role, inner_role = roles.split("/")
     at = len(above)
+    within = [leaf for leaf in side.leaves if leaf.path[:at] == above and leaf.path[at].role == outer_role]
+    if any(leaf.path[at + 1].role != inner_role for leaf in within):
+        return False  # what stands beside the inner lists would change its place in the order
     members.sort()
     side.leaves = [
         leaf.moved((*above, Step(inner_role, members.index((o.index, i.index))), *leaf.path[at + 2 :]))  # type: ignore[arg-type]
@@ -154,6 +157,61 @@ def numbered(leaf: Leaf) -> bool:
     return any(step.index is not None for step in leaf.path)
 
 
+@operator("validate", "places", LAST, weight=1.0)
+def numbered_stages(side: Side, rng: random.Random) -> bool:
+    """A list becomes stages of uneven length: ``blocks.0 .. 3`` to ``layer1.0``, ``layer2.0``, ``layer2.1``..."""
+    lists = [(key, many) for key, many in lists_of(side).items() if many > 1]
+    if not lists:
+        return False
+    (above, role), many = rng.choice(lists)
+    cuts = [0, *sorted(rng.sample(range(1, many), min(many - 1, rng.choice([1, 2])))), many]
+    word, at = rng.choice(["layer", "stage", "level_", "block", "group"]), len(above)
+    side.leaves = [
+        leaf.moved((*above, _staged(word, cuts, step.index), *leaf.path[at + 1 :]))
+        if len(leaf.path) > at
+        and leaf.path[:at] == above
+        and (step := leaf.path[at]).role == role
+        and step.index is not None
+        else leaf
+        for leaf in side.leaves
+    ]
+    return True
+
+
+def _staged(word: str, cuts: list[int], index: int) -> Step:
+    stage = max(n for n, cut in enumerate(cuts) if cut <= index)
+    return Step(f"={word}{stage + 1}.{index - cuts[stage]}")
+
+
+@operator("validate", "places", weight=1.5)
+def halves_in_modules(side: Side, rng: random.Random) -> bool:
+    """``attn.query`` becomes ``attn.self.query`` and ``attn.out`` ``attn.output.out``; of feed-forwards alike."""
+    inner, outer = rng.choice(
+        [("self", "output"), ("core", "projection"), ("inner", "outer"), ("intermediate", "output")]
+    )
+    chosen = rng.choice([("qkv", ("o",)), (("fc1", "gate", "up"), ("fc2", "down"))])
+    levels = {role: Step(f"={word}") for roles, word in zip(chosen, (inner, outer)) for role in roles}
+    before = list(side.leaves)
+    side.leaves = [
+        leaf.moved((*leaf.parent, levels[leaf.role], leaf.path[-1])) if leaf.role in levels else leaf
+        for leaf in side.leaves
+    ]
+    return side.leaves != before
+
+
+@operator("validate", "places", weight=1.0)
+def lists_in_a_container(side: Side, rng: random.Random) -> bool:
+    """The lists at the top stand in a body of their own; what comes before and after them does not."""
+    word = Step(rng.choice(["=transformer", "=encoder_body", "=trunk_net", "=core", "=main_stack"]))
+    before = list(side.leaves)
+    places = [n for n, leaf in enumerate(side.leaves) if leaf.path[0].index is not None]
+    if not places or len(places) == len(side.leaves):
+        return False
+    between = range(places[0], places[-1] + 1)
+    side.leaves = [leaf.moved((word, *leaf.path)) if n in between else leaf for n, leaf in enumerate(side.leaves)]
+    return side.leaves != before
+
+
 @operator("validate", "places", weight=1.0)
 def parts_in_a_dict(side: Side, rng: random.Random) -> bool:
     """All heads and branches stand in one container, as in a ``ModuleDict``."""
@@ -184,7 +242,7 @@ LONG = {
     "attn": "attention", "att": "attention", "mha": "multi_head_attention", "proj": "projection", "emb": "embedding",
     "embed": "embedding", "enc": "encoder", "dec": "decoder", "conv": "convolution", "fc": "fully_connected",
     "ln": "layer_norm", "bn": "batch_norm", "ff": "feed_forward", "ffn": "feed_forward_network", "pos": "position",
-    "lin": "linear", "q": "query", "k": "key", "v": "value", "o": "output", "norm": "normalization", "w": "weight",
+    "lin": "linear", "q": "query", "k": "key", "v": "value", "o": "output", "norm": "normalization",
     "mlp": "multilayer_perceptron", "out": "output", "in": "input", "dw": "depthwise", "pw": "pointwise",
     "cls": "classification", "reg": "regression", "seg": "segmentation", "rel": "relative", "se": "squeeze_excite",
     "adv": "advantage", "val": "value", "msa": "multiple_alignment", "tri": "triangle", "grn": "gated_residual_network",
@@ -199,17 +257,20 @@ ORDINAL = ("zeroth", "first", "second", "third", "fourth", "fifth", "sixth")
 
 
 def _translated(table: dict[str, str]) -> Callable[[str], str]:
-    """Every word of a name that is in the table."""
-    return lambda word: re.sub(r"[A-Za-z]+", lambda m: table.get(m.group(), m.group()), word.replace("_", "~")).replace(
-        "~", "_"
-    )
+    """Every word of a name that is in the table; a letter that is a level of its own stays."""
+
+    def level(part: str) -> str:
+        return re.sub(r"[A-Za-z]+", lambda m: table.get(m.group(), m.group()), part.replace("_", "~")).replace("~", "_")
+
+    return lambda word: ".".join(level(part) if len(part) > 1 or part == word else part for part in word.split("."))
 
 
 def _singular(word: str) -> str:
     parts = []
     for part in word.split("."):
         plural = part.endswith("s") and not part.endswith("ss") and len(part) > 3
-        parts.append(part[:-1] if plural else f"{part}s" if part.isalpha() and len(part) > 2 else part)
+        singular = part.isalpha() and len(part) > 2 and not part.endswith("s")
+        parts.append(part[:-1] if plural else f"{part}s" if singular else part)
     return ".".join(parts)
 
 
@@ -260,6 +321,23 @@ def norms_named_after_parts(side: Side, rng: random.Random) -> bool:
                 side.words[leaf.role] = pattern.format(word)
                 done = True
     return done
+
+
+@operator("validate", "names", weight=1.0)
+def norms_counted(side: Side, rng: random.Random) -> bool:
+    """The norms of a block are counted in the order in which they stand: ``norm_0``, ``norm_1``."""
+    word, first = rng.choice(["norm_", "ln", "layer_norm_", "n"]), rng.choice([0, 1])
+    places: dict[Path, list[Step]] = {}
+    for leaf in side.leaves:
+        if leaf.kind in NORMS and numbered(leaf) and leaf.path[-1].index is None:
+            places.setdefault(leaf.parent, []).append(leaf.path[-1])
+    side.leaves = [
+        leaf.moved((*leaf.parent, Step(f"={word}{first + places[leaf.parent].index(leaf.path[-1])}")))
+        if leaf.kind in NORMS and leaf.path[-1] in places.get(leaf.parent, ())
+        else leaf
+        for leaf in side.leaves
+    ]
+    return bool(places)
 
 
 @operator("validate", "names", weight=1.5)

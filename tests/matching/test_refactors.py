@@ -17,11 +17,13 @@ from benchmarks.refactors.config import Config
 from benchmarks.refactors.network import ClashError
 from benchmarks.refactors.operators import REGIMES, Regime
 from benchmarks.refactors.pair import Pair, drawn_pair, run
-from benchmarks.refactors.structures import SPLITS, Split
+from benchmarks.refactors.structures import SPLITS, STRUCTURES, Split
+from benchmarks.refactors.vocabulary import ENOUGH, groups_of
 from lit_wsl import TransferPlan, transfer_weights
 
 # Pairs that are still wrong: defects in view, not forgiven. The list may only shrink.
 STILL_WRONG: dict[Regime, set[int]] = {"in_order": {9000}, "everything": {9010}}
+LOOKED_AT = {group for structure in STRUCTURES.values() if structure.split != "validate" for group in structure.groups}
 FIRST, MANY, FEW = 9000, 20, 8  # the first seed; pairs per regime for what is cheap, and for what is done many times
 Decisions = dict[str, tuple[tuple[str, ...], tuple[Any, ...]]]
 
@@ -162,3 +164,13 @@ def test_what_a_pair_asks_for_is_in_its_file(split: Split, regime: Regime) -> No
         for name, tensor in pair.truth.items():
             assert tensor is None or there.issuperset(tensor.double().flatten().tolist()), (pair.config.seed, name)
         pair.new(torch.zeros(1))
+
+
+def test_the_part_that_validates_has_words_of_its_own() -> None:
+    """Enough for each of its roles, and none that are word for word those of the parts that are looked at."""
+    groups = {group for structure in STRUCTURES.values() if structure.split == "validate" for group in structure.groups}
+    for group in sorted(groups):
+        own = [words for words, _ in groups_of(group, "validate")]
+        assert len(own) >= ENOUGH, group
+        known = [words for split in SPLITS[:2] for words, _ in groups_of(group, split)] if group in LOOKED_AT else []
+        assert not [words for words in own if words in known], group
