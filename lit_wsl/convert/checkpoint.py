@@ -38,13 +38,15 @@ from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import ModelDescription, describe
 from lit_wsl.structure.description import ParameterInfo
 from lit_wsl.transfer.floor import check_floor, valid_floor
+from lit_wsl.transfer.memory import shown
 
 
 def remembered_files(callbacks: Any) -> list[str]:
     """Checkpoints that callbacks remember hold the old model still, so that ``ckpt_path="best"`` would not load."""
     states = callbacks.values() if isinstance(callbacks, Mapping) else ()
     best = [state.get("best_model_path") for state in states if isinstance(state, Mapping)]
-    return [f"ModelCheckpoint remembers {path}, a file of the old model; convert it too" for path in best if path]
+    files = [shown(path) for path in best if path]
+    return [f"ModelCheckpoint remembers {file}, a file of the old model; convert it too" for file in files]
 
 
 def find_optimizers(tree: Mapping[Any, Any]) -> list[tuple[Any, ...]]:
