@@ -65,6 +65,13 @@ def depends(factor: Array) -> frozenset[int]:
     return frozenset(axis for axis, size in enumerate(factor.shape) if size > 1)
 
 
+def _matrix(factor: Array, gone: Sequence[int], keep: Sequence[int]) -> Array:
+    """One row for each place on the axes ``keep``, one column for each on the axes ``gone``."""
+    rest = [axis for axis in range(factor.ndim) if axis not in gone and axis not in keep]
+    rows = int(np.prod([factor.shape[a] for a in keep]))
+    return np.ascontiguousarray(factor.transpose([*keep, *gone, *rest])).reshape(rows, -1)
+
+
 def compress(factor: Array) -> Array:
     """Size 1 on every axis along which the units are equal."""
     for axis, size in enumerate(factor.shape):
@@ -190,9 +197,7 @@ class Algebra:
 
     def _blocks(self, factor: Array, gone: Sequence[int], keep: Sequence[int]) -> Array | None:
         """One block for each place on the axes ``keep``, frozen or not; None if the units are in other blocks."""
-        rest = [axis for axis in range(factor.ndim) if axis not in gone and axis not in keep]
-        rows = int(np.prod([factor.shape[a] for a in keep]))
-        matrix = np.ascontiguousarray(factor.transpose([*keep, *gone, *rest])).reshape(rows, -1)
+        matrix = _matrix(factor, gone, keep)
         shape = [factor.shape[axis] if axis in keep else 1 for axis in range(factor.ndim)]
         across = bound_across(self.units, matrix)
         found = release(self.units, matrix) if across else blocks_of_rows(self.units, matrix)
@@ -297,7 +302,7 @@ class Algebra:
             before = self.units.losses
             if not self.units.losses > before:
                 self._note_unaligned(aligned)
-            aligned = self._pin_where_fixed(aligned, reason)
+            aligned = self._pin_where_fixed(self._with_bindings(aligned), reason)
             factors = self._reconcile([factor for label in aligned for factor in label.factors], reason)
             if self.units.losses == before:
                 return self.settle(replace(result, factors=tuple(factors)))
@@ -315,6 +320,26 @@ class Algebra:
                     beyond = depends(other) - mine
                     if mine < depends(other) and any(label.shape[axis] > 1 for axis in beyond):
                         self.unaligned.append((label, factor, other))
+
+    def _with_bindings(self, labels: Sequence[Label]) -> list[Label]:
+        """Labels with the blocks that units are bound to beside them, where other operands make the units leave these."""
+        found = []
+        for label in labels:
+            others = [depends(f) for one in labels if one is not label for f in one.factors]
+            factors = list(label.factors)
+            for factor in factors:
+                mine = depends(factor)
+                if any(self._across(factor, mine - other) for other in others if mine & other and mine - other):
+                    around = self.units.find(self.units.parents(factor))
+                    if around.any():
+                        factors.append(compress(around))
+            found.append(label if len(factors) == len(label.factors) else replace(label, factors=tuple(factors)))
+        return found
+
+    def _across(self, factor: Array, along: Iterable[int]) -> bool:
+        """Whether fibres of a factor along some axes run across the blocks that its units are bound to."""
+        gone, keep = self._sides(factor, along)
+        return bool(gone and keep) and bound_across(self.units, _matrix(factor, gone, keep))
 
     def _pin_where_fixed(self, labels: Sequence[Label], reason: str) -> list[Label]:
         """Where one operand moves along an axis and another varies there without moving, nothing may move."""

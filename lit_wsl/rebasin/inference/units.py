@@ -448,10 +448,17 @@ def bound_across(units: Units, matrix: Array) -> bool:
 
 
 def release(units: Units, matrix: Array) -> Array:
-    """The units of each row become one and the same, in no block."""
+    """The units of each row become one and the same, in no block but the innermost one that they are all bound to."""
     live = units.find(matrix) != FIXED
     made = np.where(live.any(axis=1), units.fresh(len(matrix)), FIXED)
+    around, below = np.zeros(len(matrix), dtype=np.int64), matrix
+    for above in units.outwards(matrix):
+        low = np.where(live, above, np.iinfo(np.int64).max).min(axis=1)
+        high = np.where(live & units.bound(below), above, FIXED).max(axis=1)
+        around = np.where((around == FIXED) & (low == high), high, around)
+        below = above
     units.collapse(matrix[live], np.broadcast_to(made[:, None], matrix.shape)[live])
+    units.bind(made[around != FIXED], around[around != FIXED])
     frozen = ~live.all(axis=1)
     units.freeze(made[frozen], "stays in some blocks of another axis")
     return units.find(made)

@@ -59,6 +59,30 @@ def spectral(net, x):
     return net.b(F.gelu(torch.fft.irfft(kept, n=x.shape[-1])).mT)
 
 
+def spectral_2d(net, x):
+    x = net.a(x)
+    modes = torch.fft.rfft2(x)
+    kept = torch.zeros(*modes.shape, dtype=modes.dtype)
+    kept[:, :, :2, :2] = torch.einsum("bixy,ioxy->boxy", modes[:, :, :2, :2], net.low)
+    kept[:, :, -2:, :2] = torch.einsum("bixy,ioxy->boxy", modes[:, :, -2:, :2], net.high)
+    return net.b(F.gelu(torch.fft.irfft2(kept, s=x.shape[-2:]) + net.c(x)))
+
+
+def block_spectral(net, x):
+    x = net.a(x)
+    modes = torch.fft.rfft(x, dim=1).unflatten(-1, (2, 3))
+    real, imaginary = modes.real, modes.imag
+    w, v = net.w, net.v
+    one = F.relu(torch.einsum("bnki,kio->bnko", real, w[0]) - torch.einsum("bnki,kio->bnko", imaginary, w[1]))
+    two = F.relu(torch.einsum("bnki,kio->bnko", imaginary, w[0]) + torch.einsum("bnki,kio->bnko", real, w[1]))
+    out = torch.stack([torch.einsum("bnki,kio->bnko", one, v[0]), torch.einsum("bnki,kio->bnko", two, v[1])], -1)
+    return net.b(torch.fft.irfft(torch.view_as_complex(out).flatten(2), n=x.shape[1], dim=1))
+
+
+def biaffine(net, x):
+    return net.b(torch.einsum("bih,khd,bjd->bijk", net.a(x).relu(), net.u, net.c(x).relu()).tanh())
+
+
 def scattered(net, x, edges):
     h = net.a(x).relu()
     return net.b(torch.zeros_like(h).index_add_(0, edges[1], h[edges[0]]))
@@ -160,6 +184,29 @@ CASES = {
         lambda: {"e": nn.EmbeddingBag(20, 6), "b": nn.Linear(6, 2)},
         (torch.randint(0, 20, (3, 4)),),
         "e.weight:1 b.weight:1",
+    ),
+    "FNO 2d": (
+        spectral_2d,
+        lambda: {
+            **pixels(),
+            "c": nn.Conv2d(6, 6, 1),
+            "low": torch.randn(6, 6, 2, 2, dtype=torch.cfloat),
+            "high": torch.randn(6, 6, 2, 2, dtype=torch.cfloat),
+        },
+        (IMAGE,),
+        f"{ENDS} c.weight:0 c.weight:1 low:0 low:1 high:0 high:1",
+    ),
+    "AFNO": (
+        block_spectral,
+        lambda: {**ends(), "w": torch.randn(2, 2, 3, 3), "v": torch.randn(2, 2, 3, 3)},
+        (STEPS,),
+        f"{ENDS} w:1 w:2 w:3 v:1 v:2 v:3",
+    ),
+    "biaffine": (
+        biaffine,
+        lambda: {"a": nn.Linear(3, 5), "c": nn.Linear(3, 6), "u": torch.randn(4, 5, 6), "b": nn.Linear(4, 2)},
+        (STEPS,),
+        f"{ENDS} c.weight:0 u:0 u:1 u:2",
     ),
     "bilinear": (
         lambda n, x: n.b(n.m(n.a(x), n.c(x)).relu()),
