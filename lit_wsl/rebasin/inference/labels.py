@@ -322,7 +322,7 @@ class Algebra:
                         self.unaligned.append((label, factor, other))
 
     def _with_bindings(self, labels: Sequence[Label]) -> list[Label]:
-        """Labels with the blocks beside them that units are bound to, where other operands make the units leave these."""
+        """Labels with the blocks beside them that units are bound to, where other operands make units leave these."""
         found = []
         for label in labels:
             others = [depends(f) for one in labels if one is not label for f in one.factors]
