@@ -16,7 +16,7 @@ from lit_wsl.checkpoint.records import as_mapping
 from lit_wsl.convert.saved_optimizer import NOTHING, NewOrder, kind_of
 from lit_wsl.errors import CheckpointError, PlanError
 from lit_wsl.plan.entries import PlanEntry
-from lit_wsl.plan.file import registration_order
+from lit_wsl.plan.notation import registration_order
 from lit_wsl.plan.operations import (
     Cast,
     Concat,

@@ -25,18 +25,13 @@ entries of a line is a list of ``[count, value]`` pairs.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import heapq
-import itertools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, get_args
 
 from lit_wsl.errors import CheckpointError, PlanError
 from lit_wsl.files import atomic_write_text
@@ -53,500 +48,10 @@ from lit_wsl.plan.entries import (
     Unmatched,
     measured_dict,
 )
-from lit_wsl.plan.notation import Budget, Pattern, expand, fold_list, is_plain, parse_side
+from lit_wsl.plan.fields import Fields, parse_json, parse_yaml, shown
+from lit_wsl.plan.notation import ORDERS, Budget, Line, Order, Pattern, expand, fold_rows, parse_side, unfold_order
 from lit_wsl.plan.operations import OPERATIONS, Operation, operation_from_dict, run_shapes
 from lit_wsl.structure.description import Kind, Shape
-from lit_wsl.structure.families import Family, Slot, fold, ranges
-
-T = TypeVar("T")
-_MISSING: Any = object()
-
-
-def shown(value: object) -> str:
-    """A value in a message, cut to a readable length."""
-    if isinstance(value, (list, tuple, dict)) and len(value) > 20:
-        return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def reject(message: str) -> PlanError:
-    """An error whose message ends with one full stop."""
-    return PlanError(message.rstrip(".") + ".")
-
-
-class Fields:
-    """A mapping of the document and where it stands.
-
-    Args:
-        value: What should be a mapping with text as keys.
-        where: What to call it in messages; converted to text only when a message is made.
-    """
-
-    def __init__(self, value: Any, where: object) -> None:
-        self.where = where
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise reject(f"{where} must be a mapping with text as keys, got {shown(value)}")
-        self.value = value
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.value
-
-    def error(self, key: str, message: str) -> PlanError:
-        """An error about one field."""
-        return reject(f"{self.where}: field {key!r} {message}")
-
-    def allow(self, *keys: str) -> None:
-        """Refuse all other keys."""
-        for key in self.value:
-            if key not in keys:
-                near = difflib.get_close_matches(key[:100], keys, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise reject(f"{self.where}: unknown field {shown(key)}{hint} Allowed are {', '.join(keys)}")
-
-    def get(self, key: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
-        """A field of one of the given types."""
-        value = self.value.get(key, default)
-        if value is _MISSING:
-            raise self.error(key, f"is missing; it must be {wanted}")
-        if value is not default and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise self.error(key, f"must be {wanted}, got {shown(value)}")
-        return value
-
-    def string(self, key: str, default: str = _MISSING) -> str:
-        """Text."""
-        return self.get(key, default, (str,), "text")
-
-    def integer(self, key: str, default: int = _MISSING) -> int:
-        """A count."""
-        value = self.get(key, default, (int,), "a whole number")
-        if value < 0:
-            raise self.error(key, f"must not be negative, got {value}")
-        return value
-
-    def share(self, key: str, default: float = _MISSING) -> float:
-        """A number from 0 to 1; the last digits may be off, as scores are sums."""
-        value = self.get(key, default, (int, float), "a number from 0 to 1")
-        if not (math.isfinite(value) and -1e-6 <= value <= 1 + 1e-6):
-            raise self.error(key, f"must be a number from 0 to 1, got {shown(value)}")
-        return float(value)
-
-    def choice(self, key: str, allowed: Sequence[str], default: Any = _MISSING) -> Any:
-        """One of the allowed words."""
-        wanted = f"one of {', '.join(map(repr, allowed))}"
-        value = self.get(key, default, (str,), wanted)
-        if value not in allowed:
-            raise self.error(key, f"must be {wanted}, got {shown(value)}")
-        return value
-
-    def sequence(self, key: str, default: list[Any] | None = None) -> list[Any]:
-        """A list."""
-        return self.get(key, _MISSING if default is None else default, (list,), "a list")
-
-    def strings(self, key: str, default: list[Any] | None = None) -> list[str]:
-        """A list of text."""
-        values = self.sequence(key, default)
-        if not all(isinstance(value, str) for value in values):
-            raise self.error(key, f"must be a list of text, got {shown(values)}")
-        return values
-
-    def names(self, key: str) -> str | tuple[str, ...]:
-        """A pattern, or a list of exact names."""
-        value = self.get(key, _MISSING, (str, list), "a pattern, or a list of exact names")
-        if isinstance(value, str):
-            return value
-        if not value:
-            raise self.error(key, "must give at least one name")
-        return tuple(self.strings(key))
-
-    def mapping(self, key: str, default: dict[str, Any] = _MISSING) -> Fields:
-        """A mapping."""
-        return Fields(self.get(key, default, (dict,), "a mapping"), f"{self.where}, {key}")
-
-    def plain_mapping(self, key: str, default: dict[str, Any] = _MISSING) -> dict[str, Any]:
-        """A mapping of plain data: text, numbers, lists and mappings."""
-        value = self.get(key, default, (dict,), "a mapping")
-        todo: list[Any] = [value]
-        while todo:
-            item = todo.pop()
-            if isinstance(item, dict):
-                if not all(isinstance(k, str) for k in item):
-                    raise self.error(key, "must have text as keys")
-                todo += item.values()
-            elif isinstance(item, list):
-                todo += item
-            elif not (
-                item is None or isinstance(item, (str, int)) or (isinstance(item, float) and math.isfinite(item))
-            ):
-                raise self.error(key, f"must be plain data, got {shown(item)}")
-        return value
-
-    def runs(self, key: str, count: int, read: Callable[[Fields, str], T], default: T) -> list[T]:
-        """One value for all entries of a line, or ``[count, value]`` pairs; read by a method of this class."""
-        value = self.value.get(key, _MISSING)
-        if value is _MISSING:
-            return [default] * count
-        if not isinstance(value, list):
-            return [read(self, key)] * count
-        values: list[T] = []
-        for pair in value:
-            if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int or pair[0] < 1:
-                raise self.error(key, f"takes a value, or [count, value] pairs; got {shown(pair)}")
-            if len(values) + pair[0] > count:
-                raise self.error(key, f"gives more than {count} values, one for each entry of the line")
-            values += [read(Fields({key: pair[1]}, self.where), key)] * pair[0]
-        if len(values) != count:
-            raise self.error(key, f"gives {len(values)} values, but the line stands for {count} entries")
-        return values
-
-    def named(self, work: Callable[[], T]) -> T:
-        """Do some work, and say where it was if it fails."""
-        try:
-            return work()
-        except PlanError as error:
-            text = str(error)
-            raise error if text.startswith(str(self.where)) else reject(f"{self.where}: {text}") from error
-
-
-MAX_YAML_BYTES = 8 * 2**20  # PyYAML needs about a second per MiB
-MAX_YAML_DEPTH = 64
-
-
-def parse_json(text: str) -> Any:
-    """Parse JSON; keys that stand twice and numbers that are none are refused.
-
-    Raises:
-        PlanError: If it is not valid JSON.
-    """
-
-    def constant(name: str) -> Any:
-        raise PlanError(f"{name} is not allowed in a plan.")
-
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(found)
-        if len(made) != len(found):
-            keys = [key for key, _ in found]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise PlanError(f"the key {shown(twice)} stands twice in one mapping; keep one.")
-        return made
-
-    try:
-        return json.loads(text, parse_constant=constant, object_pairs_hook=pairs)
-    except json.JSONDecodeError as error:
-        raise PlanError(f"it is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno}).") from error
-    except RecursionError as error:
-        raise PlanError("it is nested too deeply for a plan.") from error
-    except PlanError:
-        raise
-    except ValueError as error:  # integers of thousands of digits
-        raise PlanError(f"it is not valid JSON: {error}.") from error
-
-
-def _line(event: Any) -> int:
-    return event.start_mark.line + 1
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML with the safe loader; aliases and deep nesting are refused before anything is built.
-
-    Raises:
-        PlanError: If it is not valid YAML.
-    """
-    import yaml
-
-    if len(text) > MAX_YAML_BYTES:
-        raise PlanError(f"it is too large for YAML (at most {MAX_YAML_BYTES:,} characters); save it as JSON.")
-    base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-    class Loader(base):
-        """The safe loader, without keys that stand twice."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
-            if len(set(keys)) != len(keys):
-                twice = next(key for key in keys if keys.count(key) > 1)
-                raise PlanError(f"the key {shown(twice)} stands twice in one mapping; keep one.")
-            return super().construct_mapping(node, deep=deep)
-
-    try:
-        depth = 0
-        for event in yaml.parse(text, Loader=base):  # flat, so nesting cannot exhaust the stack here
-            if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
-                depth += 1
-            elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
-                depth -= 1
-            elif isinstance(event, yaml.AliasEvent):  # a few of them can stand for billions of values
-                raise PlanError(f"line {_line(event)}: aliases (*name) are not allowed in a plan.")
-            if depth > MAX_YAML_DEPTH:
-                raise PlanError("it is nested too deeply for a plan.")
-        return yaml.load(text, Loader=Loader)  # a subclass of the safe loader
-    except yaml.YAMLError as error:
-        raise PlanError(f"it is not valid YAML: {' '.join(str(error).split())[:300]}.") from error
-    except RecursionError as error:
-        raise PlanError("it is nested too deeply for a plan.") from error
-    except PlanError:
-        raise
-    except ValueError as error:  # dates that don't exist, numbers of thousands of digits
-        raise reject(f"it is not valid YAML: {error}") from error
-
-
-Order = Literal["tree", "sorted", "listed"]
-ORDERS: tuple[Order, ...] = get_args(Order)
-_INDEX = re.compile(r"(?<![^_/])\d+(?![^_/])")
-_BRACKETS = re.compile(r"\[[^\]]*\]")
-_GUARD = "\0"  # put before digits that must not be folded; no plain name holds it
-
-
-@dataclass(frozen=True)
-class Line:
-    """What one line of a plan file stands for.
-
-    Attributes:
-        sides: For each side of the rows either a pattern, or the exact names where they cannot be one.
-        members: Positions of the rows, in the order in which the patterns expand.
-    """
-
-    sides: tuple[str | tuple[str, ...], ...]
-    members: tuple[int, ...]
-
-
-def fold_rows(rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable]) -> tuple[list[Line], Order]:
-    """Fold rows into lines.
-
-    Args:
-        rows: For each row its sides, and for each side its names: sources and targets, or a single name. The first
-            name of the last side places the row.
-        keys: What must be equal within a line (operations, shapes), one per row.
-
-    Returns:
-        The lines, and how their rows are ordered: ``tree`` (by modules, see :func:`registration_order`), ``sorted``
-        (by name) or ``listed`` (line by line; less is folded then).
-    """
-    names = [row[-1][0] for row in rows]
-    described = _Names(names)
-    lines, plain = _fold_plain(rows, keys, described.guarded())
-    in_order = list(range(len(rows)))
-    lines.sort(key=lambda line: min(line.members))
-    if unfold_order("tree", lines, names) == in_order:
-        return lines, "tree"
-    ranks = described.ranks()
-    tree = sorted(lines, key=lambda line: (ranks[line.members[0]], min(line.members)))
-    if unfold_order("tree", tree, names) == in_order:
-        return tree, "tree"
-    if unfold_order("sorted", lines, names) == in_order:
-        return lines, "sorted"
-    whole = [line for line in lines if _is_run(line.members)]
-    single = [Line(plain[m], (m,)) for line in lines if not _is_run(line.members) for m in line.members]
-    return sorted(whole + single, key=lambda line: line.members[0]), "listed"
-
-
-def unfold_order(order: Order, lines: Sequence[Line], names: Sequence[str]) -> list[int]:
-    """The rows of lines in their order; ``names`` places them."""
-    members = [member for line in lines for member in line.members]
-    if order == "tree":
-        return [members[i] for i in registration_order([names[m] for m in members])]
-    return sorted(members, key=lambda m: names[m]) if order == "sorted" else members
-
-
-def registration_order(names: Sequence[str]) -> list[int]:
-    """Order names as a model would register them, going only by their order of appearance.
-
-    Modules register their tensors depth first, so the names of a module stand together, children in the order in which
-    they first appear; numbered children ascend, as those of ``ModuleList`` and ``Sequential`` do.
-
-    Returns:
-        Positions in ``names``.
-
-    >>> names = ["b.0.q", "b.1.q", "b.0.k", "b.1.k", "head"]
-    >>> [names[i] for i in registration_order(names)]
-    ['b.0.q', 'b.0.k', 'b.1.q', 'b.1.k', 'head']
-    """
-    root: dict[str | None, Any] = {}
-    for position, name in enumerate(names):
-        node = root
-        for component in name.split("."):
-            node = node.setdefault(component, {})
-        node.setdefault(None, []).append(position)
-    ordered: list[int] = []
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        ordered += node.get(None, ())
-        children = [component for component in node if component is not None]
-        if any(map(_is_number, children)):
-            first = next(i for i, component in enumerate(children) if _is_number(component))
-            numbers = sorted(filter(_is_number, children), key=int)
-            others = [component for component in children if not _is_number(component)]
-            children = others[:first] + numbers + others[first:]
-        stack.extend(node[component] for component in reversed(children))
-    return ordered
-
-
-def _is_number(text: str) -> bool:
-    return text.isdecimal() and text.isascii() and len(text) <= 12
-
-
-def _is_run(members: Sequence[int]) -> bool:
-    return all(b == a + 1 for a, b in itertools.pairwise(members))
-
-
-def _fold_plain(
-    rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable], guarded: Sequence[str]
-) -> tuple[list[Line], list[tuple[str | tuple[str, ...], ...]]]:
-    """Fold the rows whose names can stand in patterns; give also what each row would look like alone."""
-    lines: list[Line] = []
-    alone: list[tuple[str | tuple[str, ...], ...]] = []
-    positions: list[int] = []
-    flat: list[tuple[str, ...]] = []
-    flat_keys: list[Hashable] = []
-    shapes_of: list[tuple[tuple[int, ...], tuple[str, ...]]] = []  # names per side, and the contents of brackets
-    for position, (row, key) in enumerate(zip(rows, keys)):
-        if not all(names and all(map(is_plain, names)) for names in row):
-            alone.append(row)
-            lines.append(Line(row, (position,)))
-            continue
-        sides = [fold_list(names) for names in row]
-        alone.append(tuple(", ".join(side) for side in sides))
-        if len(row[-1]) == 1:
-            sides[-1] = [guarded[position]]
-        texts = [text for side in sides for text in side]
-        brackets: tuple[str, ...] = ()
-        if any("[" in text for text in texts):
-            brackets = tuple(match for text in texts for match in _BRACKETS.findall(text))
-            texts = [_BRACKETS.sub("[]", text) for text in texts]
-        positions.append(position)
-        flat.append(tuple(texts))
-        shapes_of.append((tuple(map(len, sides)), brackets))
-        flat_keys.append((shapes_of[-1], key))
-    for family in fold(flat, flat_keys):
-        counts, brackets = shapes_of[family.members[0]]
-        texts = _written(family, brackets)
-        sides_text, start = [], 0
-        for count in counts:
-            sides_text.append(", ".join(texts[start : start + count]))
-            start += count
-        lines.append(Line(tuple(sides_text), tuple(positions[m] for m in family.members)))
-    return lines, alone
-
-
-def _written(family: Family, brackets: Sequence[str]) -> list[str]:
-    """The patterns of a family, with letters where there are several variables and with the brackets put back."""
-    letters = [f"{letter}:" for letter in _letters(len(family.variables))]
-    contents = iter(brackets)
-
-    def slot(piece: Slot) -> str:
-        letter = letters[piece.variable] if len(letters) > 1 else ""
-        return f"{{{letter}{ranges([piece.at(v) for v in family.variables[piece.variable]])}}}"
-
-    texts = ["".join(p if isinstance(p, str) else slot(p) for p in template) for template in family.templates]
-    return [re.sub(r"\[\]", lambda _: next(contents), text).replace(_GUARD, "") for text in texts]
-
-
-def _letters(count: int) -> list[str]:
-    """As many names in alphabetical order, the usual ``i, j, k`` first."""
-    return (
-        [chr(ord("i") + n) for n in range(count)]
-        if count <= 18
-        else [f"v{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(count)]
-    )
-
-
-@functools.lru_cache(maxsize=65536)  # a model has few different components
-def _skeleton(component: str, kept: frozenset[str] = frozenset()) -> str:
-    skeleton = _INDEX.sub("#", component) if any(map(str.isdigit, component)) else component
-    return component if skeleton in kept else skeleton
-
-
-class _Names:
-    """The names that place the rows, cut into components, and what their order says about the model.
-
-    Attributes:
-        kept: Skeletons such as ``conv_#`` whose numbered siblings don't stand together (``conv_1, norm_1, conv_2``):
-            folded, they would not come back in order.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.rows = [name.split(".") for name in names]
-        self.partings: list[tuple[list[str], list[str], int]] = []  # consecutive names, and the depth where they part
-        for a, b in itertools.pairwise(self.rows):
-            for depth, (x, y) in enumerate(zip(a, b)):
-                if x != y:
-                    self.partings.append((a, b, depth))
-                    break
-        self.kept = self._interleaved()
-
-    def _interleaved(self) -> frozenset[str]:
-        closed: dict[tuple[str, ...], dict[str, None]] = {}
-        interleaved: dict[str, None] = {}
-        for a, b, depth in self.partings:
-            old, new = _skeleton(a[depth]), _skeleton(b[depth])
-            if old != new:
-                seen = closed.setdefault(tuple(a[:depth]), {})
-                seen[old] = None
-                if new in seen and "#" in new and new != "#":
-                    interleaved[new] = None
-        return frozenset(interleaved)
-
-    def guarded(self) -> list[str]:
-        """The names, with a guard before the digits that must stay as they are."""
-        if not self.kept:
-            return [".".join(row) for row in self.rows]
-        return [
-            ".".join(re.sub(r"(?=\d)", _GUARD, part) if _skeleton(part) in self.kept else part for part in row)
-            for row in self.rows
-        ]
-
-    def ranks(self) -> list[tuple[int, ...]]:
-        """For each name its place in the tree of skeletons, whose children are in an order that suits every instance.
-
-        Layers may differ: the first has ``attn, mlp.up, norm``, later ones ``attn, mlp.experts, norm``. The order of a
-        module's children is merged from all modules of its kind (a topological sort; first come, first served).
-        """
-        skeletons = [tuple(_skeleton(part, self.kept) for part in row) for row in self.rows]
-        unique = dict.fromkeys(skeletons)
-        children: dict[tuple[str, ...], dict[str, None]] = {}
-        after: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
-        for skeleton in unique:
-            for depth, part in enumerate(skeleton):
-                children.setdefault(skeleton[:depth], {})[part] = None
-        for a, b, depth in self.partings:
-            old, new = _skeleton(a[depth], self.kept), _skeleton(b[depth], self.kept)
-            if old != new:
-                parent = tuple(_skeleton(part, self.kept) for part in a[:depth])
-                after.setdefault(parent, {}).setdefault(old, {})[new] = None
-        rank = {
-            (*parent, part): place
-            for parent, found in children.items()
-            for place, part in enumerate(_merged(list(found), after.get(parent, {})))
-        }
-        placed = {s: tuple(rank[s[: depth + 1]] for depth in range(len(s))) for s in unique}
-        return [placed[skeleton] for skeleton in skeletons]
-
-
-def _merged(items: list[str], after: dict[str, dict[str, None]]) -> list[str]:
-    """Topological order, earliest item first where there is a choice; items of a cycle stay as they were."""
-    place = {item: number for number, item in enumerate(items)}
-    blockers = dict.fromkeys(items, 0)
-    for followers in after.values():
-        for follower in followers:
-            blockers[follower] += 1
-    free = [place[item] for item, count in blockers.items() if count == 0]
-    heapq.heapify(free)
-    done: dict[str, None] = {}
-    for fallback in items:
-        if not free and fallback not in done:  # only a cycle is left
-            free = [place[fallback]]
-        while free:
-            item = items[heapq.heappop(free)]
-            if item in done:
-                continue
-            done[item] = None
-            for follower in after.get(item, ()):
-                blockers[follower] -= 1
-                if blockers[follower] == 0:
-                    heapq.heappush(free, place[follower])
-    return list(done)
-
 
 FORMAT = "lit_wsl.plan"
 VERSION = 1
@@ -572,8 +77,8 @@ def plan_to_document(plan: PlanData) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "source": _summary(plan.source),
-        "target": _summary(plan.target),
+        "source": dataclasses.asdict(plan.source),
+        "target": dataclasses.asdict(plan.target),
         "proof": plan.proof,
         **({"proof_by": plan.proof_by} if plan.proof_by else {}),
         **({"measured": measured_dict(plan.measured)} if plan.measured is not None else {}),
@@ -588,17 +93,6 @@ def plan_to_document(plan: PlanData) -> dict[str, Any]:
 def _most_common(values: Any, otherwise: Any) -> Any:
     counts = Counter(values)  # keeps the order of appearance, so ties are always decided alike
     return max(counts, key=counts.__getitem__) if counts else otherwise
-
-
-def _summary(side: SideSummary) -> dict[str, Any]:
-    return {
-        "label": side.label,
-        "parameters": side.parameters,
-        "parameter_elements": side.parameter_elements,
-        "buffers": side.buffers,
-        "buffer_elements": side.buffer_elements,
-        "fingerprint": side.fingerprint,
-    }
 
 
 def _sorted_keys(value: Any) -> Any:
@@ -863,18 +357,8 @@ class _PlanReader:
     def read(self) -> dict[str, Any]:
         document = self.document
         document.allow(
-            "format",
-            "version",
-            "source",
-            "target",
-            "proof",
-            "proof_by",
-            "measured",
-            "options",
-            "notes",
-            "order",
-            "defaults",
-            *SECTIONS,
+            *("format", "version", "source", "target", "proof", "proof_by", "measured", "options", "notes"),
+            *("order", "defaults", *SECTIONS),
         )
         version = document.integer("version", 1)
         if version > VERSION:
@@ -1094,7 +578,7 @@ def _target_shapes(
     derived = derived_shapes(operations, shapes, targets)
     if derived is None:
         try:
-            got: object = [list(s) for s in _run(operations, shapes)]
+            got: object = [list(s) for s in run_shapes(operations, shapes)]
         except (PlanError, IndexError, ValueError) as error:
             raise fields.error("ops", f"does not fit the sources: {error}") from error
         raise fields.error("ops", f"gives {len(got)} tensors for {targets} targets")  # type: ignore[arg-type]
@@ -1106,9 +590,3 @@ def _target_shapes(
     if given and derived and given != derived:
         raise fields.error("target_shapes", f"is {list(given)}, but the operations give {list(derived)}")
     return given
-
-
-def _run(operations: tuple[Operation, ...], shapes: tuple[Shape, ...]) -> list[Shape]:
-    from lit_wsl.plan.operations import run_shapes
-
-    return run_shapes(operations, shapes)

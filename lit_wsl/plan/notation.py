@@ -1,4 +1,4 @@
-"""The notation of plan files for names that repeat: written, parsed, and expanded within bounds.
+"""The notation of plan files for names that repeat: folded, written, parsed, and expanded within bounds.
 
 One line of a plan stands for many names. Braces run through the entries of a family, one entry for each value;
 brackets run within one entry, whose operation splits, joins or stacks several tensors::
@@ -12,14 +12,18 @@ brackets run within one entry, whose operation splits, joins or stacks several t
 
 from __future__ import annotations
 
+import functools
+import heapq
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from lit_wsl.errors import PlanError
-from lit_wsl.structure.families import ranges
+from lit_wsl.plan.fields import shown
+from lit_wsl.structure.families import Family, Slot, fold, ranges
 
 MAX_NAMES = 2_000_000
 MAX_CHARACTERS = 100_000_000
@@ -79,7 +83,7 @@ def parse_side(text: str, budget: Budget) -> list[Pattern]:
     """
     patterns = [_parse_pattern(part.strip(), budget) for part in _split_commas(text)]
     if any(not pattern for pattern in patterns):
-        raise PlanError(f"{_shown(text)} holds an empty name.")
+        raise PlanError(f"{shown(text)} holds an empty name.")
     return patterns
 
 
@@ -106,14 +110,14 @@ def _parse_pattern(text: str, budget: Budget) -> Pattern:
         variable, values, alternatives, plain = match.groups()
         if plain is not None:
             if not is_plain(plain):
-                raise PlanError(f"{_shown(plain)} holds a space, or is too long for a name.")
+                raise PlanError(f"{shown(plain)} holds a space, or is too long for a name.")
             pieces.append(plain)
         elif values is not None:
             pieces.append(Running(_parse_ranges(values, budget), variable or ""))
         else:
             pieces.append(Running(_parse_alternatives(alternatives, budget), None))
     if end != len(text):
-        raise PlanError(f"{_shown(text)}: a bracket or brace is not closed, or stands inside another.")
+        raise PlanError(f"{shown(text)}: a bracket or brace is not closed, or stands inside another.")
     return tuple(pieces)
 
 
@@ -122,13 +126,13 @@ def _parse_ranges(text: str, budget: Budget) -> tuple[str, ...]:
     for item in text.split(","):
         match = _RANGE.fullmatch(item.strip())
         if match is None:
-            raise PlanError(f"{{{_shown(text)}}} is not a range such as {{0..11}}, {{0..9..3}} or {{0..3,7}}.")
+            raise PlanError(f"{{{shown(text)}}} is not a range such as {{0..11}}, {{0..9..3}} or {{0..3,7}}.")
         first, last, step = match.groups()
         start, stop = int(first), int(last if last is not None else first)
         stride = int(step) if step is not None else 1
         numbers = range(start, stop + (1 if stride > 0 else -1), stride)
         if not numbers:
-            raise PlanError(f"{{{_shown(text)}}} holds a range without values.")
+            raise PlanError(f"{{{shown(text)}}} holds a range without values.")
         budget.spend(len(numbers))
         values += map(str, numbers)
     return tuple(values)
@@ -139,7 +143,7 @@ def _parse_alternatives(text: str, budget: Budget) -> tuple[str, ...]:
     if all(_RANGE.fullmatch(item) for item in items):
         return _parse_ranges(text, budget)
     if any(not is_plain(item) for item in items):
-        raise PlanError(f"[{_shown(text)}] is not a list such as [q,k,v] or a range such as [0..7].")
+        raise PlanError(f"[{shown(text)}] is not a list such as [q,k,v] or a range such as [0..7].")
     budget.spend(len(items))
     return tuple(items)
 
@@ -228,5 +232,259 @@ def _alternatives(values: Sequence[str]) -> str:
     return ranges([int(value) for value in values]) if numeric else ",".join(values)
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
+Order = Literal["tree", "sorted", "listed"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+_INDEX = re.compile(r"(?<![^_/])\d+(?![^_/])")
+_BRACKETS = re.compile(r"\[[^\]]*\]")
+_GUARD = "\0"  # put before digits that must not be folded; no plain name holds it
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one line of a plan file stands for.
+
+    Attributes:
+        sides: For each side of the rows either a pattern, or the exact names where they cannot be one.
+        members: Positions of the rows, in the order in which the patterns expand.
+    """
+
+    sides: tuple[str | tuple[str, ...], ...]
+    members: tuple[int, ...]
+
+
+def fold_rows(rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable]) -> tuple[list[Line], Order]:
+    """Fold rows into lines.
+
+    Args:
+        rows: For each row its sides, and for each side its names: sources and targets, or a single name. The first
+            name of the last side places the row.
+        keys: What must be equal within a line (operations, shapes), one per row.
+
+    Returns:
+        The lines, and how their rows are ordered: ``tree`` (by modules, see :func:`registration_order`), ``sorted``
+        (by name) or ``listed`` (line by line; less is folded then).
+    """
+    names = [row[-1][0] for row in rows]
+    described = _Names(names)
+    lines, plain = _fold_plain(rows, keys, described.guarded())
+    in_order = list(range(len(rows)))
+    lines.sort(key=lambda line: min(line.members))
+    if unfold_order("tree", lines, names) == in_order:
+        return lines, "tree"
+    ranks = described.ranks()
+    tree = sorted(lines, key=lambda line: (ranks[line.members[0]], min(line.members)))
+    if unfold_order("tree", tree, names) == in_order:
+        return tree, "tree"
+    if unfold_order("sorted", lines, names) == in_order:
+        return lines, "sorted"
+    whole = [line for line in lines if _is_run(line.members)]
+    single = [Line(plain[m], (m,)) for line in lines if not _is_run(line.members) for m in line.members]
+    return sorted(whole + single, key=lambda line: line.members[0]), "listed"
+
+
+def unfold_order(order: Order, lines: Sequence[Line], names: Sequence[str]) -> list[int]:
+    """The rows of lines in their order; ``names`` places them."""
+    members = [member for line in lines for member in line.members]
+    if order == "tree":
+        return [members[i] for i in registration_order([names[m] for m in members])]
+    return sorted(members, key=lambda m: names[m]) if order == "sorted" else members
+
+
+def registration_order(names: Sequence[str]) -> list[int]:
+    """Order names as a model would register them, going only by their order of appearance.
+
+    Modules register their tensors depth first, so the names of a module stand together, children in the order in which
+    they first appear; numbered children ascend, as those of ``ModuleList`` and ``Sequential`` do.
+
+    Returns:
+        Positions in ``names``.
+
+    >>> names = ["b.0.q", "b.1.q", "b.0.k", "b.1.k", "head"]
+    >>> [names[i] for i in registration_order(names)]
+    ['b.0.q', 'b.0.k', 'b.1.q', 'b.1.k', 'head']
+    """
+    root: dict[str | None, Any] = {}
+    for position, name in enumerate(names):
+        node = root
+        for component in name.split("."):
+            node = node.setdefault(component, {})
+        node.setdefault(None, []).append(position)
+    ordered: list[int] = []
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        ordered += node.get(None, ())
+        children = [component for component in node if component is not None]
+        if any(map(_is_number, children)):
+            first = next(i for i, component in enumerate(children) if _is_number(component))
+            numbers = sorted(filter(_is_number, children), key=int)
+            others = [component for component in children if not _is_number(component)]
+            children = others[:first] + numbers + others[first:]
+        stack.extend(node[component] for component in reversed(children))
+    return ordered
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and text.isascii() and len(text) <= 12
+
+
+def _is_run(members: Sequence[int]) -> bool:
+    return all(b == a + 1 for a, b in itertools.pairwise(members))
+
+
+def _fold_plain(
+    rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable], guarded: Sequence[str]
+) -> tuple[list[Line], list[tuple[str | tuple[str, ...], ...]]]:
+    """Fold the rows whose names can stand in patterns; give also what each row would look like alone."""
+    lines: list[Line] = []
+    alone: list[tuple[str | tuple[str, ...], ...]] = []
+    positions: list[int] = []
+    flat: list[tuple[str, ...]] = []
+    flat_keys: list[Hashable] = []
+    shapes_of: list[tuple[tuple[int, ...], tuple[str, ...]]] = []  # names per side, and the contents of brackets
+    for position, (row, key) in enumerate(zip(rows, keys)):
+        if not all(names and all(map(is_plain, names)) for names in row):
+            alone.append(row)
+            lines.append(Line(row, (position,)))
+            continue
+        sides = [fold_list(names) for names in row]
+        alone.append(tuple(", ".join(side) for side in sides))
+        if len(row[-1]) == 1:
+            sides[-1] = [guarded[position]]
+        texts = [text for side in sides for text in side]
+        brackets: tuple[str, ...] = ()
+        if any("[" in text for text in texts):
+            brackets = tuple(match for text in texts for match in _BRACKETS.findall(text))
+            texts = [_BRACKETS.sub("[]", text) for text in texts]
+        positions.append(position)
+        flat.append(tuple(texts))
+        shapes_of.append((tuple(map(len, sides)), brackets))
+        flat_keys.append((shapes_of[-1], key))
+    for family in fold(flat, flat_keys):
+        counts, brackets = shapes_of[family.members[0]]
+        texts = _written(family, brackets)
+        sides_text, start = [], 0
+        for count in counts:
+            sides_text.append(", ".join(texts[start : start + count]))
+            start += count
+        lines.append(Line(tuple(sides_text), tuple(positions[m] for m in family.members)))
+    return lines, alone
+
+
+def _written(family: Family, brackets: Sequence[str]) -> list[str]:
+    """The patterns of a family, with letters where there are several variables and with the brackets put back."""
+    letters = [f"{letter}:" for letter in _letters(len(family.variables))]
+    contents = iter(brackets)
+
+    def slot(piece: Slot) -> str:
+        letter = letters[piece.variable] if len(letters) > 1 else ""
+        return f"{{{letter}{ranges([piece.at(v) for v in family.variables[piece.variable]])}}}"
+
+    texts = ["".join(p if isinstance(p, str) else slot(p) for p in template) for template in family.templates]
+    return [re.sub(r"\[\]", lambda _: next(contents), text).replace(_GUARD, "") for text in texts]
+
+
+def _letters(count: int) -> list[str]:
+    """As many names in alphabetical order, the usual ``i, j, k`` first."""
+    return (
+        [chr(ord("i") + n) for n in range(count)]
+        if count <= 18
+        else [f"v{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(count)]
+    )
+
+
+@functools.lru_cache(maxsize=65536)  # a model has few different components
+def _skeleton(component: str, kept: frozenset[str] = frozenset()) -> str:
+    skeleton = _INDEX.sub("#", component) if any(map(str.isdigit, component)) else component
+    return component if skeleton in kept else skeleton
+
+
+class _Names:
+    """The names that place the rows, cut into components, and what their order says about the model.
+
+    Attributes:
+        kept: Skeletons such as ``conv_#`` whose numbered siblings don't stand together (``conv_1, norm_1, conv_2``):
+            folded, they would not come back in order.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.rows = [name.split(".") for name in names]
+        self.partings: list[tuple[list[str], list[str], int]] = []  # consecutive names, and the depth where they part
+        for a, b in itertools.pairwise(self.rows):
+            for depth, (x, y) in enumerate(zip(a, b)):
+                if x != y:
+                    self.partings.append((a, b, depth))
+                    break
+        self.kept = self._interleaved()
+
+    def _interleaved(self) -> frozenset[str]:
+        closed: dict[tuple[str, ...], dict[str, None]] = {}
+        interleaved: dict[str, None] = {}
+        for a, b, depth in self.partings:
+            old, new = _skeleton(a[depth]), _skeleton(b[depth])
+            if old != new:
+                seen = closed.setdefault(tuple(a[:depth]), {})
+                seen[old] = None
+                if new in seen and "#" in new and new != "#":
+                    interleaved[new] = None
+        return frozenset(interleaved)
+
+    def guarded(self) -> list[str]:
+        """The names, with a guard before the digits that must stay as they are."""
+        if not self.kept:
+            return [".".join(row) for row in self.rows]
+        return [
+            ".".join(re.sub(r"(?=\d)", _GUARD, part) if _skeleton(part) in self.kept else part for part in row)
+            for row in self.rows
+        ]
+
+    def ranks(self) -> list[tuple[int, ...]]:
+        """For each name its place in the tree of skeletons, whose children are in an order that suits every instance.
+
+        Layers may differ: the first has ``attn, mlp.up, norm``, later ones ``attn, mlp.experts, norm``. The order of a
+        module's children is merged from all modules of its kind (a topological sort; first come, first served).
+        """
+        skeletons = [tuple(_skeleton(part, self.kept) for part in row) for row in self.rows]
+        unique = dict.fromkeys(skeletons)
+        children: dict[tuple[str, ...], dict[str, None]] = {}
+        after: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
+        for skeleton in unique:
+            for depth, part in enumerate(skeleton):
+                children.setdefault(skeleton[:depth], {})[part] = None
+        for a, b, depth in self.partings:
+            old, new = _skeleton(a[depth], self.kept), _skeleton(b[depth], self.kept)
+            if old != new:
+                parent = tuple(_skeleton(part, self.kept) for part in a[:depth])
+                after.setdefault(parent, {}).setdefault(old, {})[new] = None
+        rank = {
+            (*parent, part): place
+            for parent, found in children.items()
+            for place, part in enumerate(_merged(list(found), after.get(parent, {})))
+        }
+        placed = {s: tuple(rank[s[: depth + 1]] for depth in range(len(s))) for s in unique}
+        return [placed[skeleton] for skeleton in skeletons]
+
+
+def _merged(items: list[str], after: dict[str, dict[str, None]]) -> list[str]:
+    """Topological order, earliest item first where there is a choice; items of a cycle stay as they were."""
+    place = {item: number for number, item in enumerate(items)}
+    blockers = dict.fromkeys(items, 0)
+    for followers in after.values():
+        for follower in followers:
+            blockers[follower] += 1
+    free = [place[item] for item, count in blockers.items() if count == 0]
+    heapq.heapify(free)
+    done: dict[str, None] = {}
+    for fallback in items:
+        if not free and fallback not in done:  # only a cycle is left
+            free = [place[fallback]]
+        while free:
+            item = items[heapq.heappop(free)]
+            if item in done:
+                continue
+            done[item] = None
+            for follower in after.get(item, ()):
+                blockers[follower] -= 1
+                if blockers[follower] == 0:
+                    heapq.heappush(free, place[follower])
+    return list(done)
