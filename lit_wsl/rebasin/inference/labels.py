@@ -213,6 +213,8 @@ class Algebra:
         gone, keep = self._sides(factor, along)
         if not gone:
             return
+        if (bound := self._left(factor, gone, keep)) is not None:
+            self.fix(bound, gone, reason)
         inner = self._blocks(factor, gone, keep) if keep else None
         if inner is not None and self.units.find(inner).any():
             factor = compress(self.units.find(factor))
@@ -234,12 +236,17 @@ class Algebra:
             if named is not None:
                 self.units.freeze(named, reason)
 
-    def pin(self, factor: Array, along: Iterable[int], reason: str) -> Array | None:
-        """The order along some axes stays, and these axes are used up: what remains are whole blocks."""
+    def pin(self, factor: Array, along: Iterable[int], reason: str, blocks_stay: bool = True) -> Array | None:
+        """The order along some axes stays, and these axes are used up: what remains are whole blocks.
+
+        Blocks that units are bound to along these axes stay, too, but for ``blocks_stay=False``.
+        """
         factor = compress(self.units.find(factor))
         gone, keep = self._sides(factor, along)
         if not gone:
             return factor
+        if blocks_stay and (bound := self._left(factor, gone, keep)) is not None:
+            self.pin(bound, gone, reason)
         block = self._blocks(factor, gone, keep) if keep else None
         block = None if block is None else self.units.find(block)
         if block is None or not block.any():
@@ -247,6 +254,12 @@ class Algebra:
             return None
         self.units.collapse(factor, block)
         return self.units.find(block)
+
+    def _left(self, factor: Array, gone: Sequence[int], keep: Sequence[int]) -> Array | None:
+        """The blocks that units are bound to, where the units are about to leave them; None where they are not."""
+        if not keep or not bound_across(self.units, _matrix(factor, gone, keep)):
+            return None
+        return self.units.find(self.units.parents(factor))
 
     def pinned(self, label: Label, along: Iterable[int], reason: str) -> Label:
         """A label with the order along some axes fixed."""
@@ -268,8 +281,10 @@ class Algebra:
         """Labels by expert end where rows are mixed: from there on the units are the same for all experts."""
         if label.segmented is None or (axes is not None and label.segmented not in set(axes)):
             return label
-        pinned = self.pinned(label, [label.segmented], "rows of different experts are mixed")
-        return replace(pinned, segmented=None)
+        mixed = "rows of different experts are mixed"
+        factors = [self.pin(factor, [label.segmented], mixed, blocks_stay=False) for factor in label.factors]
+        kept = tuple(factor for factor in factors if factor is not None)
+        return self.settle(replace(label, factors=kept, segmented=None))
 
     def sign(self, label: Label, operand: int) -> None:
         """Note that the current computation used the units of a label."""
@@ -329,17 +344,15 @@ class Algebra:
             factors = list(label.factors)
             for factor in factors:
                 mine = depends(factor)
-                if any(self._across(factor, mine - other) for other in others if mine & other and mine - other):
-                    around = self.units.find(self.units.parents(factor))
-                    if around.any():
+                for along in (mine - other for other in others if mine & other and mine - other):
+                    if label.segmented in along:  # experts do not label rows
+                        continue
+                    around = self._left(factor, *self._sides(factor, along))
+                    if around is not None and around.any():
                         factors.append(compress(around))
+                        break
             found.append(label if len(factors) == len(label.factors) else replace(label, factors=tuple(factors)))
         return found
-
-    def _across(self, factor: Array, along: Iterable[int]) -> bool:
-        """Whether fibres of a factor along some axes run across the blocks that its units are bound to."""
-        gone, keep = self._sides(factor, along)
-        return bool(gone and keep) and bound_across(self.units, _matrix(factor, gone, keep))
 
     def _pin_where_fixed(self, labels: Sequence[Label], reason: str) -> list[Label]:
         """Where one operand moves along an axis and another varies there without moving, nothing may move."""

@@ -12,7 +12,7 @@ from lit_wsl.rebasin.inference.labels import Algebra, Label, depends
 from lit_wsl.rebasin.inference.rules_shape import axes_of, moved, reshape_label, take
 from lit_wsl.rebasin.inference.run import READING, Joint, Run, pattern, rule
 from lit_wsl.rebasin.inference.trace import Node, Ref, flat_refs, tensor_args
-from lit_wsl.rebasin.inference.units import FIXED, Array
+from lit_wsl.rebasin.inference.units import FIXED, Array, distinct
 
 _FEW = 8
 
@@ -204,12 +204,23 @@ def reduction(run: Run, node: Node) -> Label | Sequence[Label]:
     label = run.label(node.args["self"])
     dims = _dims(node.args.get("dim"), label.ndim)
     outs = list(flat_refs(node.outs))
-    run.algebra.sign(run.algebra.settle(label), 0)
+    settled = run.algebra.settle(label)
+    run.algebra.sign(settled, 0)
     positions = node.name in ("aten.argmax", "aten.argmin") or (len(outs) == 2 and "indices" in _return_names(node))
-    if positions:
+    named = settled.factors[0].ravel() if positions and _alone(settled, dims) else None
+    if positions and named is None:
         label = run.algebra.pinned(label, dims, "its positions are counted")
     result = run.algebra.reduce(label, dims, keepdim=bool(node.args.get("keepdim", False)))
-    return [result if run.shape(out) == result.shape else Label(run.shape(out)) for out in outs]
+    results = [result if run.shape(out) == result.shape else Label(run.shape(out)) for out in outs]
+    if named is not None:  # the position names a unit
+        results[-1] = replace(results[-1], values=named)
+    return results
+
+
+def _alone(label: Label, dims: Sequence[int]) -> bool:
+    """Whether one factor of one axis is all that moves a tensor, and each unit stands at one place."""
+    found = len(label.factors) == 1 == len(dims) and depends(label.factors[0]) == set(dims)
+    return found and len(distinct(label.factors[0])) == label.factors[0].size
 
 
 def _return_names(node: Node) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lit_wsl.rebasin.inference.labels import MAX_LABEL, Label, compress, depends, lifted
 from lit_wsl.rebasin.inference.rules_compute import ORDER, ask_for_joint
+from lit_wsl.rebasin.inference.rules_shape import permute_label
 from lit_wsl.rebasin.inference.run import ROUTING_RULES, SEGMENT_RULES, Run, rule, unknown
 from lit_wsl.rebasin.inference.trace import Node, Ref, flat_refs
 from lit_wsl.rebasin.inference.units import Array
@@ -28,7 +29,9 @@ SEGMENT_RULES.update(
 
 
 ROUTING_RULES.update(
-    f"aten.{name}" for name in ("histc", "bincount", "cumsum", "_grouped_mm", "index", "scatter", "scatter_")
+    f"aten.{name}"
+    for name in ("histc", "bincount", "cumsum", "_grouped_mm", "index", "index_select", "embedding")
+    + ("gather", "take_along_dim", "scatter", "scatter_")
 )
 
 
@@ -123,18 +126,29 @@ def grouped_product(run: Run, node: Node) -> Sequence[Label]:
     return [Label(shape, factors, tainted=True, routed=True, segmented=0)]
 
 
-def index_by_expert(run: Run, node: Node) -> Label | None:
-    """Weights or biases picked by the experts that rows were sent to."""
-    refs = node.args["indices"]
-    if len(refs) != 1 or not isinstance(refs[0], Ref):
+def index_by_expert(run: Run, node: Node, index: Any, table: Any) -> Label | None:
+    """Weights or biases picked by the experts that rows were sent to; None if the index names none."""
+    if not isinstance(index, Ref):
         return None
-    chosen, table = run.label(refs[0]), run.algebra.settle(run.label(node.args["self"]))
-    if chosen.values is None or chosen.ndim != 1 or len(chosen.values) != table.shape[0]:
+    chosen, label = run.label(index), run.algebra.settle(run.label(table))
+    if chosen.values is None or not label.ndim or len(chosen.values) != label.shape[0]:
         return None
-    ask_for_joint(run, table, 0)
-    _meet(run, table, chosen.values)
-    factors = tuple(f for f in table.factors if depends(f) != {0})
-    return Label(run.shape(node.outs[0]), factors, tainted=True, routed=True, segmented=0)
+    if chosen.ndim == 1:
+        ask_for_joint(run, label, 0)
+        _meet(run, label, chosen.values)
+        factors = tuple(f for f in label.factors if depends(f) != {0})
+        return Label(run.shape(node.outs[0]), factors, tainted=True, routed=True, segmented=0)
+    # Several experts for each row: what is inside of them is labelled alike for all.
+    _meet(run, label, chosen.values)
+    kept = _any_expert(run, label, 0)
+    factors = tuple(f.reshape((1,) * chosen.ndim + f.shape[1:]) for f in kept.factors)
+    return Label(run.shape(node.outs[0]), factors, tainted=True)
+
+
+def _any_expert(run: Run, label: Label, dim: int) -> Label:
+    """What labels of all experts have in common: the experts themselves are where the routing says."""
+    factors = [f for f in label.factors if depends(f) != {dim}]
+    return run.algebra.unsegmented(replace(label, factors=tuple(factors), segmented=dim))
 
 
 PICKED = "picked by positions that depend on the input"
@@ -202,7 +216,8 @@ def _freeze_index(run: Run, ref: Any) -> None:
 @rule("index", "_unsafe_index", moves=True)
 def index(run: Run, node: Node) -> Sequence[Label]:
     """``self[indices]``."""
-    routed = index_by_expert(run, node)
+    refs = node.args["indices"]
+    routed = index_by_expert(run, node, refs[0], node.args["self"]) if len(refs) == 1 else None
     if routed is not None:
         return [routed]
     found = index_arrays(run, node, node.args["indices"])
@@ -221,6 +236,10 @@ def _indexed(run: Run, node: Node, label: Label, arrays: Sequence[Array | None],
 def index_select(run: Run, node: Node) -> Sequence[Label]:
     """Positions of one axis; rows of a table."""
     table = node.name == "aten.embedding"
+    if table or (node.args["dim"] == 0 and run.label(node.args["index"]).ndim == 1):
+        names = ("indices", "weight") if table else ("index", "self")
+        if (routed := index_by_expert(run, node, *(node.args[name] for name in names))) is not None:
+            return [routed]
     found = index_arrays(run, node, [node.args["indices" if table else "index"]])
     if found is None:
         return unknown(run, node)
@@ -234,7 +253,14 @@ def gather(run: Run, node: Node) -> Sequence[Label]:
     """Other positions along one axis for each place."""
     label = run.algebra.settle(run.label(node.args["self"]))
     dim = int(node.args["dim"]) % max(label.ndim, 1)
-    label = run.algebra.pinned(label, [dim], PICKED)
+    named = run.label(node.args["index"]).values
+    if named is not None and len(named) == label.shape[dim]:
+        # What experts gave, picked by who was chosen: they may change places with the router's rows.
+        _meet(run, permute_label(label, [dim, *(a for a in range(label.ndim) if a != dim)]), named)
+        label = _any_expert(run, label, dim)
+    else:
+        run.algebra.freeze_named(run.label(node.args["index"]))
+        label = run.algebra.pinned(label, [dim], PICKED)
     shape = run.shape(node.outs[0])
     factors = tuple(f[tuple(slice(0, n if f.shape[a] > 1 else 1) for a, n in enumerate(shape))] for f in label.factors)
     picked = run.algebra.settle(run.label(node.args["index"]))

@@ -228,6 +228,11 @@ def _tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
             yield from _tensors(getattr(value, item.name), depth - 1)
 
 
+def all_output_tensors(output: Any) -> list[Tensor]:
+    """The tensors that a model returned, positions and masks too."""
+    return list(_tensors(output))
+
+
 def output_tensors(output: Any) -> list[Tensor]:
     """The tensors that a model returned, floating and complex ones only."""
     return [tensor for tensor in _tensors(output) if tensor.is_floating_point() or tensor.is_complex()]
@@ -285,7 +290,7 @@ def trace_forward(
     try:
         with Escapes(recorder), recorder:
             output = model(*example_args, **(example_kwargs or {}))
-        found = output_tensors(outputs(output) if outputs else output)
+        found = all_output_tensors(outputs(output) if outputs else output)
     except RebasinError:
         raise
     except Exception as error:

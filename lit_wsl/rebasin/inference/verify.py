@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.inference.trace import named_tensors, output_tensors, traceable
+from lit_wsl.rebasin.inference.trace import all_output_tensors, named_tensors, traceable
 from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof, apply_permutation
 
 NOISE = float(torch.finfo(torch.float64).eps)
@@ -160,7 +160,10 @@ class _Function:
         torch.manual_seed(0)
         with double_default(), _DoubleKernels():
             output = functional_call(self.model, full, args, kwargs, tie_weights=False)
-        return [_double(tensor.detach()) for tensor in output_tensors(self.outputs(output) if self.outputs else output)]
+        found = [tensor.detach() for tensor in all_output_tensors(self.outputs(output) if self.outputs else output)]
+        if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in found):
+            raise RebasinError("The model returned no floating tensor, so there is nothing to compare.")
+        return [_double(tensor) if tensor.is_complex() else tensor.double() for tensor in found]
 
 
 @contextmanager
@@ -286,8 +289,6 @@ class _Proving:
     def __init__(self, function: _Function, state: dict[str, Tensor], seed: int, risk: float) -> None:
         self.function, self.state, self.seed, self.risk = function, state, seed, risk
         self.before = function.vary_inputs(state, seed)
-        if not self.before:
-            raise RebasinError("The model returned no floating tensor, so there is nothing to compare.")
         noise = relative_difference(self.before, self._nudged())
         self.tolerance = min(max(FLOOR, MARGIN * noise), CEILING)
 

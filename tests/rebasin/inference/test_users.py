@@ -11,7 +11,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lit_wsl.rebasin import apply_permutation, infer_permutation_spec
+from lit_wsl.rebasin import (
+    PermutationSpecBuilder,
+    apply_permutation,
+    infer_permutation_spec,
+    verify_permutation_spec,
+)
 
 EDGES, IMAGE = torch.randint(0, 6, (2, 14), generator=torch.Generator().manual_seed(0)), torch.randn(2, 3, 8, 8)
 
@@ -83,6 +88,39 @@ def biaffine(net, x):
     return net.b(torch.einsum("bih,khd,bjd->bijk", net.a(x).relu(), net.u, net.c(x).relu()).tanh())
 
 
+def one_expert(net, x):
+    x = net.a(x)
+    gain, chosen = net.r(x).softmax(-1).max(-1)
+    hidden = (torch.einsum("bhd,bd->bh", net.w[chosen], x) + net.c[chosen]).relu()
+    return net.b(torch.einsum("bdh,bh->bd", net.v[chosen], hidden) * gain[:, None] + x)
+
+
+def two_experts(net, x):
+    x = net.a(x)
+    gain, chosen = net.r(x).softmax(-1).topk(2, -1)
+    hidden = torch.einsum("bd,bkhd->bkh", x, net.w[chosen]) + net.c[chosen]
+    return net.b((torch.einsum("bkh,bkdh->bkd", hidden.relu(), net.v[chosen]) * gain[..., None]).sum(1))
+
+
+def gathered_experts(net, x):
+    x = net.a(x)
+    gain, chosen = net.r(x).softmax(-1).topk(2, -1)
+    out = torch.einsum("beh,edh->bed", (torch.einsum("bd,ehd->beh", x, net.w) + net.c).relu(), net.v)
+    picked = out.gather(1, chosen[..., None].expand(-1, -1, out.shape[-1]))
+    return net.b((picked * gain[..., None]).sum(1))
+
+
+def experts() -> dict[str, nn.Module | Tensor]:
+    parts = {"w": torch.randn(4, 5, 6), "c": torch.randn(4, 5), "v": torch.randn(4, 6, 5)}
+    return {**ends(), "r": nn.Linear(6, 4), **parts}
+
+
+def codebook(net, x):
+    z = net.a(x)
+    chosen = torch.cdist(z, net.codes.weight).argmin(-1)
+    return net.b(z + (net.codes(chosen) - z).detach())
+
+
 def scattered(net, x, edges):
     h = net.a(x).relu()
     return net.b(torch.zeros_like(h).index_add_(0, edges[1], h[edges[0]]))
@@ -114,6 +152,7 @@ def chain(norm) -> dict[str, nn.Module]:
 
 ROWS, NODES, STEPS = torch.randn(4, 3), torch.randn(6, 3), torch.randn(3, 4, 3)
 ENDS = "a.weight:0 b.weight:1"
+EXPERTS = f"{ENDS} a.bias:0 r.weight:0 r.weight:1 r.bias:0 w:0 w:1 w:2 c:0 c:1 v:0 v:1 v:2"
 WEIGHT = "parametrizations.weight."
 CASES = {
     "GRU, batch first": (
@@ -185,6 +224,15 @@ CASES = {
         (torch.randint(0, 20, (3, 4)),),
         "e.weight:1 b.weight:1",
     ),
+    "one expert by advanced indexing": (one_expert, experts, (ROWS,), EXPERTS),
+    "two experts by advanced indexing": (two_experts, experts, (ROWS,), EXPERTS),
+    "experts' outputs gathered": (gathered_experts, experts, (ROWS,), EXPERTS),
+    "codebook": (
+        codebook,
+        lambda: {**ends(), "codes": nn.Embedding(5, 6)},
+        (ROWS,),
+        f"{ENDS} codes.weight:0 codes.weight:1",
+    ),
     "FNO 2d": (
         spectral_2d,
         lambda: {
@@ -252,3 +300,21 @@ def test_what_is_movable_moves_and_keeps_the_function(name):
             other = copy.deepcopy(model)
             other.load_state_dict(apply_permutation(spec, spec.random_permutations(seed), state))
             torch.testing.assert_close(other(*args), before, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [False, True])
+def test_positions_that_are_computed_with_or_returned_keep_their_order(number):
+    def forward(net, x):
+        chosen = net.r(net.a(x)).argmax(-1)
+        return (net.b(net.a(x)) + chosen[:, None] if number else net.b(net.a(x))), chosen
+
+    model = Net(forward, **ends(), r=nn.Linear(6, 4)).eval()
+    spec = infer_permutation_spec(model, (ROWS,), verify=False)
+    assert 0 not in spec.axes["r.weight"]
+    assert set(spec.axes["a.weight"]) == {0}
+
+
+def test_a_wrong_order_of_what_is_only_returned_as_positions_does_not_pass():
+    model = Net(lambda net, x: (net.b(net.a(x)), net.r(x).argmax(-1)), **ends(), r=nn.Linear(3, 4)).eval()
+    wrong = PermutationSpecBuilder(model).linear("r", "P", None).build()
+    assert verify_permutation_spec(wrong, model, (ROWS,)).dropped == ("P",)
