@@ -61,7 +61,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
     from rich.table import Table
     from rich.text import Text
 
-    from lit_wsl.report.terminal import Wrapped
+    from lit_wsl.report.drawing import Wrapped
 
     laid_out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, title in enumerate(header):

@@ -12,9 +12,10 @@ from lit_wsl.errors import printable
 from lit_wsl.plan.coverage import Coverage, excluded_names
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.drawing import as_html
 from lit_wsl.report.report import TransferReport
 from lit_wsl.report.rows import describe_from_plan, percent
-from lit_wsl.report.terminal import MappingView, ReportView, as_html
+from lit_wsl.report.terminal import MappingView, ReportView
 
 
 class MappingResult(Mapping[str, str]):

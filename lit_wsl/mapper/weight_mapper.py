@@ -306,7 +306,7 @@ class MappingViews(ABC):
         yield ReportView(report, "Mapping", modules=False, mapping=MappingView(report.plan, max_rows=10))
 
     def _repr_html_(self) -> str:
-        from lit_wsl.report.terminal import as_html
+        from lit_wsl.report.drawing import as_html
 
         return as_html(self)
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_wsl.report.terminal import ReportView, as_html, markdown, module_rows, plain
+from lit_wsl.report.drawing import as_html, plain
+from lit_wsl.report.terminal import ReportView, markdown, module_rows
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger

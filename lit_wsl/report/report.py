@@ -185,7 +185,8 @@ class TransferReport:
         return printable(f"<TransferReport {sides}: {state}{share} of the model, {counts}>")
 
     def __str__(self) -> str:
-        from lit_wsl.report.terminal import ReportView, plain
+        from lit_wsl.report.drawing import plain
+        from lit_wsl.report.terminal import ReportView
 
         return plain(ReportView(self))
 
@@ -195,6 +196,7 @@ class TransferReport:
         yield ReportView(self)
 
     def _repr_html_(self) -> str:
-        from lit_wsl.report.terminal import ReportView, as_html
+        from lit_wsl.report.drawing import as_html
+        from lit_wsl.report.terminal import ReportView
 
         return as_html(ReportView(self))

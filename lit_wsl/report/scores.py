@@ -22,8 +22,8 @@ from lit_wsl.matching.words import Dictionary
 from lit_wsl.plan.coverage import Coverage, measure_coverage
 from lit_wsl.plan.entries import PlanEntry, Side
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.drawing import COLOURS, LEGEND, Bar, View, Wrapped, score_text
 from lit_wsl.report.rows import confidence, describe_from_plan, shape_text
-from lit_wsl.report.terminal import COLOURS, LEGEND, Bar, View, Wrapped, score_text
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 
 MOST_EXPLAINED = 600  # steps of a report with a runner-up each; of more, the least certain ones

@@ -1,26 +1,18 @@
 """What people read of a transfer or a mapping: the same lines and tables in a terminal, a log file and a notebook.
 
-Each view is a rich renderable: ``console.print(ReportView(report))``; :func:`plain`, :func:`markdown` and
-:func:`as_html` give it other forms. Nothing is said by colour alone, and all of it can be read at 80 columns, where
-names that don't fit beside each other stand below each other. Control characters of names are escaped.
+Each view is a rich renderable, ``console.print(ReportView(report))``; :func:`markdown` gives the same to loggers.
 """
 
 from __future__ import annotations
 
-import io
-import re
 import sys
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.jupyter import JupyterMixin
-from rich.measure import Measurement
-from rich.segment import Segment
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -28,9 +20,9 @@ from lit_wsl.errors import printable
 from lit_wsl.plan.coverage import Count, Coverage, excluded_names
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.drawing import COLOURS, LEGEND, View, Wrapped, plain, score_text
 from lit_wsl.report.rows import (
     By,
-    Confidence,
     Gap,
     MappingRow,
     confidence,
@@ -45,124 +37,10 @@ from lit_wsl.report.rows import (
 from lit_wsl.structure.description import ModelDescription, ParameterGroup
 from lit_wsl.structure.families import fold
 
-COLOURS: dict[Confidence, str] = {"high": "green", "medium": "yellow", "low": "red"}
-MARKS: dict[Confidence, str] = {"high": "", "medium": "?", "low": "!"}
 MOST_ROWS = 20  # of the coverage by module; what is loaded in full is left out first
 _SHOWN = 8  # families of tensors listed per kind of gap; the JSON report has them all
 _NEAREST = 3  # nearest partners named per reason
 _CANDIDATES = 4  # names of targets and candidates listed per open question
-LEGEND = "score: no mark above 0.8, ? from 0.6 to 0.8, ! below 0.6"
-
-
-# what stands in, column for column, where the encoding of a log file lacks the character
-_STAND_INS = str.maketrans("→█░├└│─×●○", ">#.|`|-x*o")
-
-
-class View(JupyterMixin, ABC):
-    """A rich renderable for a terminal, a log file of any encoding, or a notebook."""
-
-    @abstractmethod
-    def _draw(self, width: int) -> Iterator[RenderableType]:
-        """Yield what is shown in so many columns, in any characters."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        encoding = console.encoding
-        for segment in console.render(Group(*self._draw(options.max_width)), options):
-            text = segment.text if segment.control else _encodable(printable(segment.text), encoding)
-            yield Segment(text, segment.style, segment.control)
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
-
-
-def _encodable(text: str, encoding: str) -> str:
-    """The text itself, or with stand-ins for what the encoding lacks: ``?`` where nothing is alike."""
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.translate(_STAND_INS).encode(encoding, "replace").decode(encoding)
-    except LookupError:
-        pass
-    return text
-
-
-def score_text(score: float) -> Text:
-    """A score, coloured by confidence, with a mark that says the same without colour."""
-    level = confidence(score)
-    return Text(f"{score:.2f} {MARKS[level]}".rstrip(), style=COLOURS[level])
-
-
-@dataclass(frozen=True)
-class Wrapped:
-    """Names that are broken behind dots and blanks only, what follows indented, so that words stay whole.
-
-    Attributes:
-        lines: The lines, each with names.
-        style: Their style.
-    """
-
-    lines: tuple[str, ...]
-    style: str = ""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = [piece for line in self.lines for piece in broken(line, options.max_width)]
-        yield Text("\n".join(lines), style=self.style, overflow="fold")
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        longest = max(map(len, self.lines), default=0)
-        word = max((len(piece) for line in self.lines for piece in broken(line, 1)), default=0)
-        return Measurement(min(word, options.max_width), min(longest, options.max_width))
-
-
-def pieces(line: str) -> list[str]:
-    """What a line of names may be broken into: behind blanks, and behind dots that are not those of ``{0..11}``.
-
-    >>> pieces("layers.{0..11}.0.attn + b")
-    ['layers.', '{0..11}.', '0.', 'attn ', '+ ', 'b']
-    """
-    return re.split(r"(?<=[. ])(?!\.)(?!\d+[},])", line)
-
-
-def broken(line: str, width: int) -> list[str]:
-    """A line of names as lines of at most ``width`` columns, as far as its words allow.
-
-    >>> broken("encoder.layers.0.self_attention → blocks.0.attn", 22)
-    ['encoder.layers.0.', '  self_attention →', '  blocks.0.attn']
-    """
-    lines = [""]
-    for piece in pieces(line):
-        if lines[-1].strip() and len((lines[-1] + piece).rstrip()) > width:
-            lines.append("  ")
-        lines[-1] += piece
-    return [text.rstrip() for text in lines]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A horizontal bar of shares, as wide as its cell.
-
-    Attributes:
-        share: Filled share, 0 to 1.
-        style: Colour of the filled part.
-        width: Width in characters.
-    """
-
-    share: float
-    style: str = "green"
-    width: int = 20
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = max(1, min(self.width, options.max_width))
-        filled = round(max(0.0, min(1.0, self.share)) * width)
-        if filled == width and self.share < 1.0:
-            filled -= 1  # a full bar means all
-        if filled == 0 and self.share > 0.0:
-            filled = 1
-        yield Text("█" * filled, style=self.style, no_wrap=True).append("░" * (width - filled), style="dim")
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        width = max(1, min(self.width, options.max_width))
-        return Measurement(width, width)
 
 
 NARROW_HEAD = 30  # columns that score, operation and count take
@@ -596,13 +474,6 @@ class AnalysisView(View):
 # ---- other forms of the same -----------------------------------------------------------------------------------------
 
 
-def plain(view: RenderableType, width: int = 100) -> str:
-    """A view as plain text: no colour, no trailing blanks, long lines of text whole."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    console.print(view, soft_wrap=True)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]
-
-
 def markdown(report: Reported) -> str:
     """A report as Markdown, for loggers that show text."""
     titles, rows, hidden = module_rows(report.coverage)
@@ -611,13 +482,6 @@ def markdown(report: Reported) -> str:
     lines = [*([hidden] if hidden else []), *gap_lines(report), *remark_lines(report)]
     summary = [f"{line}  " for line in summary_lines(report)]
     return printable("\n".join([*summary, "", *head, *body, "", *(f"- {line}" for line in lines)]))
-
-
-def as_html(view: RenderableType, width: int = 120) -> str:
-    """A view as a piece of HTML, in the terminal's colours."""
-    console = Console(record=True, width=width, file=io.StringIO(), legacy_windows=False)
-    console.print(view)
-    return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
 
 
 def print_report(report: Reported) -> None:

@@ -12,6 +12,7 @@ from lit_wsl.mapper import WeightMapper
 from lit_wsl.plan.coverage import measure_coverage
 from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, SideSummary
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.drawing import as_html, plain
 from lit_wsl.report.report import TransferReport
 from lit_wsl.report.rows import describe_from_plan, mapping_rows, open_questions
 from lit_wsl.report.scores import BreakdownView, options_of
@@ -19,11 +20,9 @@ from lit_wsl.report.terminal import (
     AnalysisView,
     MappingView,
     ReportView,
-    as_html,
     gap_lines,
     markdown,
     module_rows,
-    plain,
     print_report,
     remark_lines,
     summary_lines,
