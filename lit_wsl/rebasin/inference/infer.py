@@ -301,8 +301,9 @@ def infer_permutation_spec(
     spec = spec_from_trace(trace)
     spec = replace(spec, parameters=tuple(dict(model.named_parameters())))
     if verify and spec.groups:
-        from lit_wsl.rebasin.inference.verify import verify_permutation_spec
+        from lit_wsl.rebasin.inference.verify import verify_permutation_spec, with_interchangeable_slots
 
+        spec = with_interchangeable_slots(spec, model, example_args, example_kwargs, outputs)
         spec = verify_permutation_spec(spec, model, example_args, example_kwargs, outputs=outputs).spec
     return spec
 

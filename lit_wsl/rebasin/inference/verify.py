@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_wsl.errors import RebasinError
+from lit_wsl.rebasin.inference.slots import candidates, with_slots
 from lit_wsl.rebasin.inference.trace import all_output_tensors, named_tensors, traceable
 from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof, apply_permutation
 
@@ -278,6 +279,24 @@ def verify_permutation_spec(
             ) from error
 
 
+def with_interchangeable_slots(
+    spec: PermutationSpec,
+    model: nn.Module,
+    example_args: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None,
+    outputs: Callable[[Any], Any] | None,
+) -> PermutationSpec:
+    """The spec with the orders that only a trial can tell, see :mod:`lit_wsl.rebasin.inference.slots`."""
+    if next(candidates(spec), None) is None:
+        return spec
+    try:
+        with traceable(model):
+            function = _Function(model, example_args, example_kwargs, outputs)
+            return with_slots(spec, _Proving(function, perturbed_state(model), 0, RISK).keeps)
+    except Exception:  # the proof fails on it, too, and says why
+        return spec
+
+
 def draws_for(spec: PermutationSpec, risk: float) -> int:
     """Number of uniform draws that a wrong spec passes with at most this probability."""
     return max(1, math.ceil(-math.log2(risk))) if spec.groups else 0
@@ -291,6 +310,11 @@ class _Proving:
         self.before = function.vary_inputs(state, seed)
         noise = relative_difference(self.before, self._nudged())
         self.tolerance = min(max(FLOOR, MARGIN * noise), CEILING)
+
+    def keeps(self, spec: PermutationSpec, name: str) -> bool:
+        """Whether an odd permutation of one group keeps the outputs."""
+        moved = apply_permutation(spec, {name: odd_permutations(spec, self.seed)[name]}, self.state)
+        return relative_difference(self.before, self.function({**self.state, **moved})) <= self.tolerance
 
     def _nudged(self) -> list[Tensor]:
         """The outputs for weights and inputs that are moved by about their last bit."""
