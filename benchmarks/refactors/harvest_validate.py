@@ -53,6 +53,20 @@ PACKAGES = {  # package -> where its networks are
     "speechbrain": ("speechbrain.lobes.models", "speechbrain.nnet", "speechbrain.processing"),  # last: they need stubs
     "encodec": ("encodec",),
 }
+# A class is not always a whole model: what its first or last layer is called may then be the name of something else.
+MISREAD = {
+    "attention": r"pos|img|txt|bias|mlp|mask|\bq=\S*(to_k|to_v|qkv_)|\bkv=\S*to_q|qkv=(to_q |c_fc)",
+    "convs": r"(conv1|conv2)=\S*(skip|short|down|res)",
+    "gated": r"gate=\S*up",
+    "mlp": r"time",
+    "stem": r"out|get|depth|spatial|inverted|stem_conv=(q|proj) |model|head|1 stem_bn=\S*2|get_v|pointwise",
+    "tokens": r"=$|pos|bias|codebook|quant|time|indicator|fn|cath|cond|atom",
+    "neck": r"conv|bn|blocks|linear_head$|attn_|fns|net\.|proj|point|pool|post_norms|layers\.",
+    "head": r"att|qkv|=\d|=v|w2|w3|mlp\.|down|=up|block|channel|_0|encoder|=o_|\.w$|lin2",
+    "list": r"norm|activ|pool|proj|scale|shift|image|latent|heads|rgb|expert|quant|discr|degree|am_|map|fc|adapt|out",
+    "stages": r"discr|_in|_out|score|_models|mdl|feats|hg",
+    "coder": r"refiner|transformer",
+}
 STUBS = ("torchaudio", "torchaudio.transforms", "torchaudio.functional")  # imported there, and never called
 
 USUAL: dict[str, Any] = {  # what arguments without a default are called, and what they are given
@@ -192,7 +206,7 @@ def main() -> int:
     special = {"litgpt": litgpt_models, "x_transformers": x_transformers_models}
     result = harvest({name: special.get(name, partial(models, name)) for name in chosen}, 1)
     result["groups"] = {
-        name: [e for e in entries if not any(map(_foreign, e["families"])) and "weight" not in e["words"].values()]
+        name: [e for e in entries if not any(map(_foreign, e["families"])) and not misread(name, e["words"])]
         for name, entries in result["groups"].items()
     }
     for group, entries in result["groups"].items():
@@ -200,6 +214,12 @@ def main() -> int:
     text = json.dumps(result, indent=None, separators=(",", ":")).replace('{"words"', '\n{"words"')
     HARVESTED_VALIDATE.write_text(text + "\n")
     return 0
+
+
+def misread(group: str, words: dict[str, str]) -> bool:
+    """Whether words can hardly stand for the roles that they were taken for."""
+    text = " ".join(f"{role}={word}" for role, word in words.items())
+    return "weight" in words.values() or re.search(MISREAD.get(group, "$^"), text) is not None
 
 
 def _no_weights(*_: Any, **__: Any) -> Any:
