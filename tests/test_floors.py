@@ -122,7 +122,6 @@ FACES = {  # what a user calls has an option for each thing that a user may want
     "lit_wsl.report.html.save_html",
     "lit_wsl.report.json_report.report_dict",
     "lit_wsl.transfer.api.transfer_weights",
-    "lit_wsl.checkpoint.allowlist._rebuild_tensor_v3",  # the arguments that torch writes into a file
 }
 
 

@@ -47,10 +47,8 @@ from lit_wsl.transfer.memory import (
     Memory,
     given_by_hand,
     glance,
-    has_fresh_values,
-    is_known_trained,
+    look_at_values,
     marks_of,
-    note_fresh,
     note_trained,
     put_marks,
     recall,
@@ -358,7 +356,7 @@ class WeightTransferCallback(Callback):
         self._take_back = None
         ranks = _ranks_of(trainer)
         evaluates = trainer.state.fn != "fit" and not self.again
-        _look_at_values(model)
+        look_at_values(model)
         memory = recall(model, self._before, given=evaluates)
         if any(ranks.gather(evaluates and memory is None and was_trained_here(model))):
             why = f"{type(model).__name__} was trained before in this process, and this run only evaluates it"
@@ -537,17 +535,6 @@ class _Made(NamedTuple):
     def holds(self, apart_from: frozenset[str]) -> bool:
         """Whether the model has all the checkpoint's values already, but for some tensors."""
         return holds(self.prepared.plan, self.source.tensors, self.model, apart_from)
-
-
-def _look_at_values(model: nn.Module) -> None:
-    """Let a model remember what its values tell: that they were trained in this process, or never."""
-    memory = recall(model)
-    if memory is None and is_known_trained(model):
-        remember(model, "trained", "an earlier run of this process")
-    elif has_fresh_values(model):
-        put_marks(model, {})
-    elif memory is None and not given_by_hand(model) and not was_trained_here(model):
-        note_fresh(model)
 
 
 def _given(paths: Sequence[str], model: nn.Module) -> str:

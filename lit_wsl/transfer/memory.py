@@ -304,21 +304,19 @@ def note_trained(model: nn.Module) -> None:
         _trained.add(own)
 
 
-def is_known_trained(model: nn.Module) -> bool:
-    """Whether a model holds what :func:`note_trained` was told of in this process."""
-    return _fingerprint(model) in _trained
+def look_at_values(model: nn.Module) -> None:
+    """Let a model remember what its values tell: that they were trained in this process, or never.
 
-
-def note_fresh(model: nn.Module) -> None:
-    """Know the weights of a new model again when it, or its twin, is given them back."""
-    if not is_known_trained(model):
-        _fresh.add(_fingerprint(model))
-
-
-def has_fresh_values(model: nn.Module) -> bool:
-    """Whether a model was given back what it was made with, by hand, as for the next fold of a cross-validation."""
-    given = any(is_given(mark) or mark.reloaded for mark in _marks(model).values())
-    return given and _fingerprint(model) in _fresh
+    Fresh values are known again when the model, or its twin, is given them back by hand, as for the next fold of a
+    cross-validation.
+    """
+    memory, own = recall(model), _fingerprint(model)
+    if memory is None and own in _trained:
+        remember(model, "trained", "an earlier run of this process")
+    elif own in _fresh and any(is_given(mark) or mark.reloaded for mark in _marks(model).values()):
+        put_marks(model, {})
+    elif memory is None and not given_by_hand(model) and not was_trained_here(model):
+        _fresh.add(own)
 
 
 _stepped: Any = WeakIdKeyDictionary()  # parameters over which an optimizer of this process has stepped

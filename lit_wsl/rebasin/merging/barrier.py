@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torchmetrics import Metric
 
 from lit_wsl.rebasin.merging.merge import interpolate
 from lit_wsl.rebasin.merging.merge import repair as repair_model
-from lit_wsl.rebasin.responses import Forward, call_on_inputs, has_batch_statistics, reestimate_batchnorm
+from lit_wsl.rebasin.responses import Forward, Responses, call_on_inputs, has_batch_statistics, reestimate_batchnorm
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -140,12 +139,12 @@ def interpolation_curve(
         forward: how to call the model on a batch; the target is the batch's second part.
     """
     metric = InterpolationBarrier(points, loss_fn)
-    probe = copy.deepcopy(model).eval()
-    device = next((p.device for p in probe.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     metric.to(device)
+    responses = Responses(model, batches, forward)
     for point in range(points):
         alpha = point / (points - 1)
-        probe.load_state_dict(interpolate(a, b, alpha))
+        probe = responses.under(interpolate(a, b, alpha))
         if repair and 0 < point < points - 1:
             if spec is None or has_batch_statistics(probe):
                 reestimate_batchnorm(probe, _moved(batches, device), forward=forward)
