@@ -85,6 +85,20 @@ def test_statistics_of_the_merged_model_come_from_data(work):
     assert any("4 training batches" in note for note in report["notes"])
 
 
+def test_models_count_by_their_weights(work, capsys):
+    folder, _ = work
+    assert run(folder, "two", "Two", "--outputs", f"{folder}/nets.py:logits", "--merge", "average", "-o",
+               folder / "out", "--merge-weights", 1, 3) == 0  # fmt: skip
+    merged = torch.load(folder / "out" / "rebasin_merged.ckpt", weights_only=True)["state_dict"]
+    (aligned,) = (folder / "out").glob("*aligned*")
+    aligned = torch.load(aligned, weights_only=True)["state_dict"]
+    first = torch.load(folder / "two0.pt", weights_only=True)
+    for name, tensor in first.items():
+        torch.testing.assert_close(merged[name], (tensor + 3 * aligned[name]) / 4)
+    assert run(folder, "two", "Two", "--merge", "average", "-o", folder / "other", "--merge-weights", 1, 2, 3) == 2
+    assert "merge_weights" in capsys.readouterr().err
+
+
 def test_the_mean_of_statistics_only_when_told(work, capsys):
     folder, _ = work
     assert run(folder, "net", "net", "--merge", "average", "--repair-batches", "0", "-o", folder / "out") == 0

@@ -162,6 +162,20 @@ def test_merged_model_is_the_mean_with_statistics_estimated_anew(tmp_path, runs)
     assert any("3 training batches" in note for note in report["notes"])
 
 
+def test_models_count_by_their_weights(tmp_path, runs):
+    """The reference first, then this run."""
+    base, reference = runs
+    model = Net()
+    callback = RebasinCallback(base, reference, merge="average", merge_weights=[1, 3])
+    trainer(tmp_path, callback).fit(model, data(2))
+    report = read(tmp_path)
+    merged = torch.load(tmp_path / "root" / report["files"]["merged"], weights_only=True)["state_dict"]
+    aligned = torch.load(tmp_path / "root" / report["files"]["aligned/run"], weights_only=True)["state_dict"]
+    other = torch.load(reference, weights_only=True)["state_dict"]
+    for name in ("net.0.weight", "net.6.bias"):
+        torch.testing.assert_close(merged[name], (other[name] + 3 * aligned[name]) / 4)
+
+
 def test_task_arithmetic_adds_task_vectors(tmp_path, runs):
     base, reference = runs
     model = Net()
