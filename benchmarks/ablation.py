@@ -126,7 +126,7 @@ GUARDS = (
     ("which way round a matrix is stored", (("Orientation.judge", as_they_are),)),
     ("layouts that nothing shows", (("hidden_layouts", always({})),)),
     ("order of execution", (("_with_execution_order", first(0)),)),
-    ("least score", (("MatchingOptions.floor", lambda _: property(lambda self: 0.0)),)),
+    ("minimum score", (("MatchingOptions.floor", lambda _: property(lambda self: 0.0)),)),
     ("risks", (("may_load", always(True)),)),
 )
 MEANS = (

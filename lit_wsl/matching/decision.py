@@ -8,7 +8,7 @@ was right):
 1. **path**: the same path with equal sets of numbers along it; never given away.
 2. **words**: the words that tell an item from its rivals lead over every rival, from both sides.
 3. **alone**: the only one of its size, where both sides hold the same number of elements.
-4. **numbers**: members of a family go by their numbers, if both sides have the same, or count as they stand.
+4. **numbers**: members of a family are paired by number, if both sides have the same, or by their place.
 5. **exclusion**: the last one left, where everything else was decided by the steps before.
 6. **order**: what is left goes by its place among the decided siblings of the same module, if the source has an order,
    if nothing dissents, and if chance would hardly make so much agree.
