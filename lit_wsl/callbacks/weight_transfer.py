@@ -32,7 +32,7 @@ from lit_wsl.convert.optimizers import CarryOptions, OnLost
 from lit_wsl.convert.resume import Resume as Resuming
 from lit_wsl.convert.resume import ResumeOptions
 from lit_wsl.convert.saved_optimizer import Wins
-from lit_wsl.errors import MappingError, TransferError
+from lit_wsl.errors import MappingError, TransferError, did_you_mean
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.loggers import transfer_progress
@@ -191,7 +191,10 @@ class WeightTransferCallback(Callback):
             ("proof", proof, ("auto", "off")),
         ):
             if value not in allowed:
-                raise MappingError(f"{option} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+                known = ", ".join(map(repr, allowed))
+                raise MappingError(
+                    f"{option} must be one of {known}; got {value!r}.{did_you_mean(str(value), allowed)}"
+                )
         if proof_batches < 1 or not proof_seconds >= 0:
             raise MappingError(
                 "proof_batches must be at least 1 and proof_seconds at least 0; "

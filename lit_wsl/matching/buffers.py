@@ -111,15 +111,9 @@ def _counters_with_their_statistics(
     filled = {t.name for _, t, _ in found}
 
     def alone(info: ParameterInfo) -> bool:
-        return _is_counter(info) and any(
-            not _is_counter(other) and other.name not in filled for other in groups[info.module_path]
-        )
+        return info.counts and any(not other.counts and other.name not in filled for other in groups[info.module_path])
 
     return [(s, t, reason) for s, t, reason in found if not alone(t)]
-
-
-def _is_counter(info: ParameterInfo) -> bool:
-    return not info.shape and not info.dtype.is_floating_point and not info.dtype.is_complex
 
 
 def twins_of(

@@ -179,6 +179,8 @@ class EntryWriter:
             return f"no tensor of the {other} has this shape"
         if key not in free:
             return f"all tensors of the {other} with this shape belong elsewhere"
+        if info.kind == "buffer" and info.counts:
+            return "a counter is loaded only together with the statistics that it counts for"
         rivals = [i.name for i in self._free(key, other)]
         return (
             f"nothing singles out one of the {len(rivals)} free tensors of this shape ({', '.join(rivals[:3])}"

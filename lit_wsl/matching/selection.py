@@ -150,7 +150,7 @@ def selected(target: ModelDescription, options: MatchingOptions) -> frozenset[st
     for option, patterns in (("only", options.only), ("skip", options.skip)):
         for pattern in patterns:
             if not any(_matches(name, (pattern,)) for name in (*names, *target.tied)):
-                raise MappingError(f"{option}: no tensor of {target.label} matches {pattern!r}, e.g. {names[0]!r}.")
+                raise MappingError(f"{option}: no tensor of {target.label} matches {pattern!r}; one is {names[0]!r}.")
     return frozenset((chosen[0] if options.only else set(names)) - chosen[1])
 
 

@@ -11,12 +11,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.jupyter import JupyterMixin
 from rich.measure import Measurement
 from rich.segment import Segment
-from rich.text import Text
+from rich.style import Style
+from rich.text import Text as RichText
 
 from lit_wsl.errors import printable
 from lit_wsl.report.rows import Confidence, confidence
@@ -26,6 +28,17 @@ MARKS: dict[Confidence, str] = {"high": "", "medium": "?", "low": "!"}
 LEGEND = "score: no mark above 0.8, ? from 0.6 to 0.8, ! below 0.6"
 # what stands in, column for column, where the encoding of a log file lacks the character
 _STAND_INS = str.maketrans("→█░├└│─×●○", ">#.|`|-x*o")
+
+
+class Text(RichText):
+    """Text that shows every control character escaped, also those that rich would take out."""
+
+    def __init__(self, text: str = "", style: str | Style = "", **how: Any) -> None:
+        super().__init__(printable(text), style, **how)
+
+    def append(self, text: RichText | str, style: str | Style | None = None) -> RichText:
+        """Add text."""
+        return super().append(printable(text) if isinstance(text, str) else text, style)
 
 
 class View(JupyterMixin, ABC):

@@ -13,7 +13,6 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
-from rich.text import Text
 
 from lit_wsl.errors import MappingError
 from lit_wsl.matching.options import MatchingOptions
@@ -22,7 +21,7 @@ from lit_wsl.matching.words import Dictionary
 from lit_wsl.plan.coverage import Coverage, measure_coverage
 from lit_wsl.plan.entries import PlanEntry, Side
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.drawing import COLOURS, LEGEND, Bar, View, Wrapped, score_text
+from lit_wsl.report.drawing import COLOURS, LEGEND, Bar, Text, View, Wrapped, score_text
 from lit_wsl.report.rows import confidence, describe_from_plan, shape_text
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 

@@ -14,13 +14,12 @@ from typing import Protocol
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from lit_wsl.errors import printable
 from lit_wsl.plan.coverage import Count, Coverage, excluded_names
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.drawing import COLOURS, LEGEND, View, Wrapped, plain, score_text
+from lit_wsl.report.drawing import COLOURS, LEGEND, Text, View, Wrapped, plain, score_text
 from lit_wsl.report.rows import (
     By,
     Gap,
@@ -199,11 +198,13 @@ def _aside_lines(report: Reported) -> list[str]:
 
 def _buffer_lines(report: Reported) -> list[str]:
     """How many buffers were loaded; and where they are excluded, what that means."""
-    of = report.coverage.target_buffers
-    excluded = excluded_lines(report.plan, report.sides[1])
-    if excluded or not of.of_tensors:
-        return [f"{'buffers:' if number == 0 else '':8} {line}" for number, line in enumerate(excluded)]
-    return [f"buffers: {_amount(of)}"]
+    of, target = report.coverage.target_buffers, report.sides[1]
+    lines = excluded_lines(report.plan, target)
+    if not lines and of.of_tensors:
+        filled = {name for entry in report.plan for name in entry.targets}
+        norms = [group for group in target.groups if any(info.name in filled for info in group.parameters)]
+        lines = [_amount(of), *_without_statistics(norms, {u.name for u in report.plan.unmatched_target})]
+    return [f"{'buffers:' if number == 0 else '':8} {line}" for number, line in enumerate(lines)]
 
 
 def excluded_lines(plan: TransferPlan, target: ModelDescription) -> list[str]:
@@ -212,19 +213,25 @@ def excluded_lines(plan: TransferPlan, target: ModelDescription) -> list[str]:
     left = excluded_names(plan, "target", target) & {info.name for info in every}
     if not left:
         return []
-    lines = [f"{len(left)} of {len(every)} excluded: the model keeps its own"]
-    norms = [group for group in target.groups if _keeps_statistics(group, left)]
-    if norms:
-        modules = "1 module lacks its" if len(norms) == 1 else f"{len(norms)} modules lack their"
-        lines.append(f"{modules} running statistics: in eval mode the model")
-        lines.append("predicts like an untrained one until it has trained")
-    return lines
+    return [f"{len(left)} of {len(every)} excluded: the model keeps its own", *_without_statistics(target.groups, left)]
+
+
+def _without_statistics(groups: Sequence[ParameterGroup], left: Set[str]) -> list[str]:
+    """What it means that some modules have none of their running statistics from the checkpoint."""
+    norms = [group for group in groups if _keeps_statistics(group, left)]
+    if not norms:
+        return []
+    modules = "1 module lacks its" if len(norms) == 1 else f"{len(norms)} modules lack their"
+    return [
+        f"{modules} running statistics: in eval mode the model",
+        "predicts like an untrained one until it has trained",
+    ]
 
 
 def _keeps_statistics(group: ParameterGroup, excluded: Set[str]) -> bool:
     """Whether a module's running statistics, vectors beside a counter, are excluded."""
     own = [info for info in group.buffers if info.name in excluded]
-    return any(not info.shape and not info.dtype.is_floating_point for info in own) and any(i.shape for i in own)
+    return any(info.counts for info in own) and any(i.shape for i in own)
 
 
 def plan_lines(plan: TransferPlan) -> list[str]:
@@ -284,7 +291,8 @@ def _listed(title: str, found: Sequence[Gap], limit: int | None) -> list[str]:
         lines += [f"    why: {reason}"] if reason else []
         near = [gap.nearest for gap in shown if gap.nearest is not None]
         if near:
-            lines.append(f"    nearest: {', '.join(f'{i.name} {shape_text(i.shape)}' for i in near[:_NEAREST])}")
+            told = dict.fromkeys(f"{i.name} {shape_text(i.shape)}" for i in near)
+            lines.append(f"    nearest: {', '.join(list(told)[:_NEAREST])}")
         lines += [f"    try: {advice}" for advice in dict.fromkeys(gap.advice for gap in shown) if advice]
     more = len(ordered) - limit if limit is not None else 0
     return lines + ([f"  and for {more} more reasons"] if more > 0 else [])

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.drawing import View, pieces
+from lit_wsl.report.drawing import Text, View, pieces
 from lit_wsl.report.rows import count_text, shape_text
 from lit_wsl.structure.description import ModelDescription, ModuleNode, ParameterGroup
 from lit_wsl.structure.families import fold_names, ranges

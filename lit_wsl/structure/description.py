@@ -164,6 +164,11 @@ class ParameterInfo:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def counts(self) -> bool:
+        """Whether it is a number that counts something, as ``num_batches_tracked`` does."""
+        return not self.shape and not self.dtype.is_floating_point and not self.dtype.is_complex
+
     @cached_property
     def tokens(self) -> tuple[str, ...]:
         """The name cut into lower-case words and numbers, see :func:`tokenize`."""
