@@ -48,6 +48,27 @@ def test_help_teaches_by_examples(command, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("map old.ckpt --modl nets:New", "Did you mean '--model'?"),
+        (
+            "map old.ckpt --buffers lenent",
+            "--buffers must be one of 'exclude', 'lenient', 'strict'; got 'lenent'. Did you",
+        ),
+        ("map old.ckpt --threshold high", "--threshold: Expected a float. Got value: high"),
+        ("mapp old.ckpt", "Did you mean 'map'?"),
+        ("map", "required: checkpoint"),
+    ],
+)
+def test_wrong_usage_is_said_in_two_lines_with_what_was_meant(arguments, words, capsys):
+    assert main(arguments.split()) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.splitlines()) == 2
+    assert "typing" not in said
+
+
+@pytest.mark.parametrize(
     "arguments", [[], ["inspekt"], ["inspect"], ["map", "x", "--threshold", "high"], ["inspect", "x", "--no-such"]]
 )
 def test_wrong_usage_is_exit_code_2(arguments, capsys):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lit_wsl.cli.console import remark
-from lit_wsl.errors import LitWslError
+from lit_wsl.errors import LitWslError, did_you_mean
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.structure.execution_order import is_lazy
 from lit_wsl.structure.running import Call
@@ -129,7 +129,7 @@ def look_up(path: str) -> Any:
     except LitWslError:
         raise
     except AttributeError as error:
-        raise UsageError(f"{place} has no {name!r}.") from error
+        raise UsageError(f"{place} has no {name!r}.{did_you_mean(part, dir(found))}") from error
     except Exception as error:
         raise UsageError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
     return found

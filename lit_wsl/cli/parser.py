@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from dataclasses import MISSING, fields
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from lit_wsl.errors import did_you_mean, printable
 from lit_wsl.matching.options import MatchingOptions
 
 
@@ -35,13 +37,44 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Parser(ArgumentParser):
+    """Says what is wrong in a line or two, without the page of usage and without types."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and where the options are explained; exit code 2."""
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        prog = parser.prog.replace(" [options]", "")
+        print(printable(f"{prog}: {_plainly(message, parser)}\n({prog} --help explains the options)"), file=sys.stderr)
+        self.exit(2)
+
+
+def _plainly(message: str, parser: ArgumentParser) -> str:
+    """A message of the parser in the command's own words, with what was probably meant."""
+    key = re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.S)
+    if key is not None:
+        option = "--" + key[1].replace("_", "-")
+        choice = re.match(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", key[2], re.S)
+        if choice is None:
+            what = re.sub(r"typing\.|<class '([^']+)'>", lambda found: found[1] or "", key[2])
+            return f"{option}: {what}"
+        meant = did_you_mean(choice[2], re.findall(r"'([^']+)'", choice[1]))
+        return f"{option} must be one of {choice[1]}; got {choice[2]!r}.{meant}"
+    unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message, re.I)
+    known = [option for action in parser._actions for option in action.option_strings]
+    choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+    if choice is not None:
+        unknown, known = choice, re.findall(r"[\w-]+", choice[2])
+    meant = did_you_mean(unknown[1], known) if unknown is not None else ""
+    return f"{message}.{meant}" if meant else re.sub(r"(required: )\w+\.", r"\1", message)
+
+
 def _parser(description: str) -> ArgumentParser:
-    return ArgumentParser(description=description.strip(), formatter_class=_HelpFormatter)
+    return _Parser(description=description.strip(), formatter_class=_HelpFormatter)
 
 
 def build_parser() -> ArgumentParser:
     """The parser of ``lit-wsl`` with all its commands."""
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="lit-wsl",
         formatter_class=_HelpFormatter,
         description=TOP,
