@@ -160,10 +160,11 @@ operator("validate", "layout", weight=0.6, name="biases_outside_lists")(_biases(
 
 @operator("validate", "layout", LAST, weight=0.7)
 def parts_in_another_order(side: Side, rng: random.Random) -> bool:
-    """Fused as keys, values, queries or the like under a plain name: what only the code shows."""
-    if not _fuse(side, "qkv", "qkv", rng.choice([(1, 2, 0), (2, 1, 0), (1, 0, 2)])):
+    """Fused as keys, values, queries or the like, under a name that spells no order: what only the code shows."""
+    role = rng.choice(["=in_proj", "=c_attn", "=fused_proj", "=W_pack", "=projections", "=input_map"])
+    if not _fuse(side, "qkv", role, rng.choice([(1, 2, 0), (2, 1, 0), (1, 0, 2)])):
         return False
-    side.leaves = [replace(leaf, layout="reordered") if leaf.role == "qkv" else leaf for leaf in side.leaves]
+    side.leaves = [replace(leaf, layout="reordered") if leaf.role == role else leaf for leaf in side.leaves]
     return True
 
 

@@ -30,9 +30,10 @@ class Judged:
         name: Its name.
         verdict: ``right``; ``wrong`` (something that is not its own, or its own in a wrong layout); ``unseen`` (its
             own, in a layout that neither names nor shapes show: a square that is stored transposed under a Linear's
-            own names, parts that are interleaved by head); ``assumed`` (from the member of its own name and number,
-            but of a list that has more or fewer members, of which another than the last was dropped or added);
-            ``missing``, ``open`` (left alone, a choice is listed); ``nothing`` (left alone, and rightly so).
+            own names, parts that are interleaved by head, parts of a whole in an order that its name does not spell);
+            ``assumed`` (from the member of its own name and number, but of a list that has more or fewer members, of
+            which another than the last was dropped or added); ``missing``, ``open`` (left alone, a choice is listed);
+            ``nothing`` (left alone, and rightly so).
         layout: Whether what is wrong holds the right values in the wrong places.
         buffer: Whether it is a buffer.
         sources: What it was filled from.
@@ -145,7 +146,8 @@ class Pair:
             verdict = "wrong"
         layout = verdict == "wrong" and truth is not None and _same_values(held, truth)
         entry = report.plan.by_target.get(name)
-        if layout and name in self._unseen:
+        mixed = verdict == "wrong" and entry is not None and set(entry.sources) <= self._mixed.get(name, set())
+        if (layout and name in self._unseen) or mixed:
             verdict = "unseen"
         elif verdict == "wrong" and entry and self._other_length and _same_member(entry.sources, name):
             verdict = "assumed"
@@ -169,6 +171,17 @@ class Pair:
     @property
     def _other_length(self) -> bool:
         return any(change.operator.startswith(("prune_", "insert_")) for change in self.config.changes)
+
+    @cached_property
+    def _mixed(self) -> dict[str, set[str]]:
+        """For tensors of the new model, what holds their parts in an order that nothing shows."""
+        found: dict[str, set[str]] = {}
+        for old in (placed for placed in self.old.placed if placed.leaf.layout == "reordered"):
+            held = {old.name + slot.suffix for slot in old.form.slots}
+            for new in (placed for placed in self.new.placed if set(placed.leaf.pieces) <= set(old.leaf.pieces)):
+                for slot in new.form.slots:
+                    found.setdefault(new.name + slot.suffix, set()).update(held)
+        return found
 
     @cached_property
     def _unseen(self) -> set[str]:

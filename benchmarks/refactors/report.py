@@ -96,10 +96,11 @@ registration shuffled; everything (copies, foreign heads, pruned and inserted bl
 renumbering, any file).
 
 Tensors of the new model: right, silently wrong (a wrong layout included), unseen (its own in a layout that neither
-names nor shapes show: squares stored transposed under a Linear's own names, parts interleaved by head), assumed (from
-the member of the same name and number, but of a list of another length, of which not the last one was dropped or
-added), open (left alone, the choice is listed), missing, and nothing (left alone, and rightly so). `right` is the share
-of tensors that have a source; the bound is one-sided, 95 % (Clopper and Pearson).
+names nor shapes show: squares stored transposed under a Linear's own names, parts interleaved by head, parts in an
+order that the whole's name does not spell), assumed (from the member of the same name and number, but of a list of
+another length, of which not the last one was dropped or added), open (left alone, the choice is listed), missing, and
+nothing (left alone, and rightly so). `right` is the share of tensors that have a source; the bound is one-sided, 95 %
+(Clopper and Pearson).
 """
 
 
