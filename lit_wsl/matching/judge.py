@@ -1,9 +1,9 @@
 """Proof on data: the model's own loss decides what names and shapes leave open.
 
 Decisions (:mod:`lit_wsl.matching.space`) are searched (:mod:`lit_wsl.matching.search`), what is found is tested. All
-candidates see the same samples; one is taken only if every rival is worse in paired tests over the samples, at a risk
-of ``RISK`` shared by all that was tried. Close rivals get a second witness, the norm of the loss's gradient, which is
-small only where training has stopped, and then more batches.
+candidates see the same samples; one is taken only if every rival is worse in paired tests over the samples
+(:mod:`lit_wsl.matching.witnesses`), at a risk of ``RISK`` shared by all that was tried. Close rivals are compared on
+batches that the search has not seen, with the loss's gradient as a second witness.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from scipy.special import bdtr, stdtr
+from scipy.special import stdtr
 from torch import Tensor, nn
 
 from lit_wsl.matching.entries import cast_between
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.search import Budget, Choice, Search, Trials
 from lit_wsl.matching.space import Space, is_doubtful
+from lit_wsl.matching.witnesses import risk_by_gradient, risk_of
 from lit_wsl.plan.entries import Ambiguity, Candidate, Decided, Measured, PlanEntry, Proof, ProofBy
 from lit_wsl.plan.operations import run_operations
 from lit_wsl.plan.plan import TransferPlan
@@ -37,37 +38,6 @@ REFUTED = "the loss on data refutes what names and shapes say, and does not say 
 STILL_OPEN = "the loss on data does not decide between the candidates"
 
 
-def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -> float:
-    """Risk of calling a rival worse although it is not.
-
-    The better of two paired tests, one-sided, counted as two: Student's t, and the sign test, which a few samples with
-    a loss far from the others' do not disturb.
-
-    Args:
-        rival: Losses of the rival, sample by sample.
-        best: Losses of the candidate on the same samples.
-        floor: Differences below count as rounding.
-
-    >>> risk_of([2.0, 2.1, 1.9, 2.2], [1.0, 1.2, 0.9, 1.1]) < 0.001
-    True
-    >>> risk_of([1.0, 1.0], [1.0, 1.0])
-    1.0
-    """
-    gaps = [a - b for a, b in zip(rival, best)]
-    n = len(gaps)
-    if n < 3 or not all(map(math.isfinite, gaps)):
-        return 0.0 if any(math.isinf(a) or math.isnan(a) for a in rival) and all(map(math.isfinite, best)) else 1.0
-    mean = sum(gaps) / n
-    spread = math.sqrt(sum((g - mean) ** 2 for g in gaps) / (n - 1))
-    if mean <= floor:
-        return 1.0
-    spread = max(spread, floor, 1e-3 * mean)
-    told = [g for g in gaps if abs(g) > floor]
-    student = float(stdtr(n - 1, -mean / (spread / math.sqrt(n))))
-    sign = float(bdtr(sum(g < 0 for g in told), len(told), 0.5)) if told else 1.0
-    return min(1.0, 2 * student, 2 * sign)
-
-
 def _exchanges(one: object, other: object) -> int:
     """How many members two orders of the same members have in other places; none if they are no such orders."""
     if not isinstance(one, tuple) or not isinstance(other, tuple):
@@ -81,6 +51,7 @@ class LossJudge:
 
     def __init__(self, trials: Trials) -> None:
         self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
+        self.rounds = 0
 
     def rivals(self, choice: Choice) -> dict[int, list[Choice]]:
         """The other options of each decision, the rest as chosen, that change least.
@@ -99,61 +70,106 @@ class LossJudge:
         return {d: others for d, others in out.items() if others}
 
     def test(self, choice: Choice) -> tuple[Choice, dict[Choice, float]]:
-        """Compare a choice with its rivals on more and more samples, until all are worse or nothing is left.
+        """Compare a choice with its rivals: on the batch that it was found on, then on fresh ones.
+
+        The risk of one wrong answer is shared. A third goes to the first batch, where all that the search has tried
+        could have been taken; the rest to the fresh batches, which only the remaining rivals are compared on.
 
         Returns:
             The choice, another one if a rival turned out better; the risk of each rival.
         """
+        self.rounds += 1
         rivals = [r for group in self.rivals(choice).values() for r in group]
-        count = max(len(self.trials.tried), len(rivals), 1)
-        level = RISK / count / 4
-        rounding = 1e-6 * max(abs(self.score(choice)), 1e-6)
-        risks: dict[Choice, float] = {}
-        trials, close, samples, batch = self.trials, list(rivals), 0, 0
-        known: dict[Choice, list[float]] = {}
-        while close and self.budget.left():
-            samples = trials.more(samples)
-            if batch == 0:
-                known = {c: trials.losses(c, samples) for c in (choice, *close) if c == choice or self.budget.left()}
-            elif trials.meter.has(batch) and self.budget.has_room(len(close) + 1):
-                known = {c: [*known[c], *trials.losses(c, batch=batch)] for c in (choice, *close)}
-            else:
-                break
-            close = [c for c in close if c in known]
-            means = {c: sum(known[c]) / len(known[c]) for c in close}
-            least = min(close, key=lambda c: means[c])
-            if risk_of(known[choice], known[least], rounding) < level:
-                return least, {}
-            for c in close:
-                risks[c] = risk_of(known[c], known[choice], rounding)
-            close = [c for c in close if risks[c] >= level]
-            if samples >= trials.size:
-                close = self._by_gradient(choice, close, known, risks, level) if batch == 0 else close
-                batch += 1
-        return choice, {c: min(1.0, risks.get(c, 1.0) * count * 4) for c in rivals}
+        better, risks = self._on_first_batch(choice, rivals)
+        close = [c for c in rivals if risks.get(c, 1.0) >= RISK]
+        if better == choice and close:
+            better, fresh = self._on_fresh_batches(choice, sorted(close, key=lambda c: risks.get(c, 1.0)))
+            risks |= fresh
+        return (choice, {c: risks.get(c, 1.0) for c in rivals}) if better == choice else (better, {})
 
-    def _by_gradient(
-        self,
-        choice: Choice,
-        close: Sequence[Choice],
-        known: Mapping[Choice, list[float]],
-        risks: dict[Choice, float],
-        level: float,
-    ) -> list[Choice]:
-        """Rivals that remain when the norm of the gradient has been heard, where the loss does not speak for them."""
-        flat: list[float] = []
-        for c in close:
-            if sum(known[c]) <= sum(known[choice]) or not self.budget.left():
+    def _on_first_batch(self, choice: Choice, rivals: Sequence[Choice]) -> tuple[Choice, dict[Choice, float]]:
+        """Risks after more and more samples of the batch that the search has seen."""
+        trials, samples, close = self.trials, 0, list(rivals)
+        looks = 1 + math.ceil(math.log2(max(trials.size / trials.least, 1)))
+        shares = 3 * looks * max(len(trials.tried), len(rivals), 1) * self._again
+        risks: dict[Choice, float] = {}
+        while close and self.budget.left() and samples < trials.size:
+            samples = trials.more(samples)
+            known = {c: trials.losses(c, samples) for c in (choice, *close) if c == choice or self.budget.left()}
+            close = [c for c in close if c in known]
+            least = min(close, key=lambda c: sum(known[c]), default=choice)
+            if shares * risk_of(known[choice], known[least], self.rounding) < RISK:
+                return least, {}
+            risks |= {c: min(1.0, shares * risk_of(known[c], known[choice], self.rounding)) for c in close}
+            close = [c for c in close if risks[c] >= RISK]
+        return choice, risks
+
+    def _on_fresh_batches(self, choice: Choice, close: Sequence[Choice]) -> tuple[Choice, dict[Choice, float]]:
+        """Risks after one, two, four, ... batches that the search has not seen; of the only batch if there is no other.
+
+        Look k has 1 / k (k + 1) of the risk, and each of the two tests half of that.
+        """
+        has, first = self.trials.meter.has, int(self.trials.meter.has(1))
+        close = close[: max(0, self.budget.room - 1)]
+        shares = 3 * len(close if first else self.trials.tried) * self._again
+        known: dict[Choice, _Seen] = {c: _Seen() for c in (choice, *close)}
+        risks: dict[Choice, float] = {}
+        number, looks = first, 0
+        while close and has(number) and self.budget.room > len(close) and self.budget.left():
+            for c in (choice, *close):
+                known[c].add(self.trials, c, number)
+            number += 1
+            seen = number - first
+            if seen & (seen - 1) and has(number) and self.budget.room > len(close):
                 continue
+            looks += 1
+            share = shares * looks * (looks + 1)
+            least = min(close, key=lambda c: sum(known[c].losses))
+            if share * risk_of(known[choice].losses, known[least].losses, self.rounding) < RISK:
+                return least, {}
+            risks |= {c: min(1.0, share * known[c].risk(known[choice], self.rounding)) for c in close}
+            close = [c for c in close if risks[c] >= RISK]
+        return choice, risks
+
+    @property
+    def _again(self) -> int:
+        """How the risk is shared by repeated tests, should a rival turn out better: a half, a sixth, ..."""
+        return self.rounds * (self.rounds + 1) // 2
+
+    @property
+    def rounding(self) -> float:
+        """Differences of losses that count as rounding."""
+        return 1e-6 * max(abs(min(map(self.score, self.trials.tried))), 1e-6)
+
+
+@dataclass
+class _Seen:
+    """What was measured of a choice on some batches, piece by piece."""
+
+    losses: list[float] = field(default_factory=list)
+    slopes: list[Tensor] = field(default_factory=list)
+
+    def add(self, trials: Trials, choice: Choice, number: int) -> None:
+        """Measure another batch: with gradients, where the model has some."""
+        meter = trials.meter
+        if meter.has_slopes:
             try:
-                flat = flat or self.trials.meter.gradients(self.trials.state(choice), 0)
-                steep = self.trials.meter.gradients(self.trials.state(c), 0)
-            except (RuntimeError, ValueError):  # no gradient here
-                break
-            if min((*steep, *flat), default=0.0) > 0.0:
-                risk = risk_of([math.log(v) for v in steep], [math.log(v) for v in flat], 1e-4)
-                risks[c] = min(risks[c], risk)
-        return [c for c in close if risks[c] >= level]
+                measured = meter.slopes(trials.state(choice), number)
+            except (RuntimeError, ValueError):
+                meter.has_slopes = False
+            else:
+                self.losses += [loss for loss, _ in measured]
+                self.slopes += [slope for _, slope in measured]
+                return
+        self.losses += trials.losses(choice, batch=number) if number else trials.losses(choice)
+
+    def risk(self, best: _Seen, rounding: float) -> float:
+        """Risk of calling this one worse than another, by the loss or by all witnesses."""
+        risk = risk_of(self.losses, best.losses, rounding)
+        if len(self.slopes) == len(self.losses) == len(best.slopes):
+            sides = [(torch.tensor(seen.losses), torch.stack(seen.slopes)) for seen in (self, best)]
+            risk = min(risk, risk_by_gradient(*sides))
+        return risk
 
 
 def judge_by_loss(

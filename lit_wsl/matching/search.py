@@ -42,9 +42,10 @@ class Budget:
         """Whether another trial may be made within a share of the budget."""
         return self.in_time(share) and self.meter.passes < share * self.passes
 
-    def has_room(self, passes: int) -> bool:
-        """Whether so many passes are left."""
-        return self.meter.passes + passes <= self.passes
+    @property
+    def room(self) -> int:
+        """Whole passes that are left."""
+        return max(0, int(self.passes - self.meter.passes))
 
     def in_time(self, share: float = 1.0) -> bool:
         """Whether there is time for another trial."""

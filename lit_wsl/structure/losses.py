@@ -18,6 +18,7 @@ from lit_wsl.structure.running import lent, undisturbed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 PIECES = 4  # of a batch whose loss can't be told sample by sample, and of a sample of many elements
+FOLD = 1 << 14  # elements of a gradient that is kept
 MANY = 32  # elements of a sample that is told in pieces
 
 
@@ -44,6 +45,7 @@ class LossMeter:
         self._source = iter(batches)
         self._batches: list[Any] = []
         self._in_pieces = False
+        self.has_slopes = True  # until the loss was seen to have no gradient
         self._guarded = True  # until a whole pass was seen to write to none of the model's tensors
 
     def has(self, number: int) -> bool:
@@ -88,8 +90,8 @@ class LossMeter:
             self.passes += (last - first) / max(size, 1)
         return found
 
-    def gradients(self, state: Mapping[str, Tensor], number: int) -> list[float]:
-        """Norm of the loss's gradient on each of the smallest pieces of a batch."""
+    def slopes(self, state: Mapping[str, Tensor], number: int) -> list[tuple[float, Tensor]]:
+        """Loss and gradient of each of the smallest pieces of a batch; long gradients are folded, see :func:`folded`."""
         batch, size = self._batches[number], self.size(number)
         found = []
         for start, stop in pieces(size, size):
@@ -100,7 +102,7 @@ class LossMeter:
                     weight.requires_grad_(True)
                 value = self.loss(self.model, part)
                 slopes = torch.autograd.grad(value, weights, allow_unused=True)
-                found.append(math.sqrt(sum(float(g.detach().double().pow(2).sum()) for g in slopes if g is not None)))
+                found.append((float(value.detach()), folded(slopes, weights)))
             self.passes += (stop - start) / max(size, 1)
         return found
 
@@ -121,6 +123,19 @@ class LossMeter:
             torch.manual_seed(seed)
             yield
             self._guarded = self._guarded and wrote()
+
+
+def folded(slopes: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
+    """A gradient as one vector of at most ``FOLD`` elements: chunks of it added up with random signs.
+
+    Products of two folded gradients are those of the gradients, but for an error of mean zero (count sketch).
+    """
+    flat = torch.cat([(torch.zeros_like(w) if g is None else g.detach()).flatten() for g, w in zip(slopes, weights)])
+    if flat.numel() > FOLD:
+        rows = nn.functional.pad(flat, (0, -flat.numel() % FOLD)).view(-1, FOLD)
+        signs = torch.randint(2, (len(rows), 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        flat = (rows * signs.to(rows)).sum(0)
+    return flat.float().cpu()
 
 
 class _Elements(TorchFunctionMode):

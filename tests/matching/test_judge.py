@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl import TransferPlan, transfer_weights
-from lit_wsl.matching.judge import judge_by_loss, risk_of
+from lit_wsl.matching.judge import judge_by_loss
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
+from lit_wsl.matching.witnesses import risk_of
 from lit_wsl.plan.operations import Reorder, Rotary
 from lit_wsl.structure.description import describe
 from lit_wsl.structure.losses import LossMeter
@@ -119,7 +120,7 @@ def test_a_measurement_leaves_nothing_behind(points):
     first = meter.losses(lent, 0)
     assert first == meter.losses(lent, 0) != meter.losses({}, 0)
     assert len(first) == 16
-    meter.gradients(lent, 0)
+    meter.slopes(lent, 0)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
     assert net.training
