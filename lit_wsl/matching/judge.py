@@ -32,6 +32,7 @@ from lit_wsl.structure.running import hindrance
 
 RISK = 0.01  # of one wrong decision among all rivals tried
 PASSES = 60.0  # most forward passes of a whole batch that trials may take; with what else is measured, 64
+FEW = 2  # rivals whose gradients are measured
 SEARCH = 0.7  # share of them that the search may take
 BY_LOSS = "the loss on data decides it"
 REFUTED = "the loss on data refutes what names and shapes say, and does not say what is right"
@@ -52,6 +53,7 @@ class LossJudge:
     def __init__(self, trials: Trials) -> None:
         self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
         self.rounds = 0
+        self.rounding = 0.0  # differences of losses below count as none
 
     def rivals(self, choice: Choice) -> dict[int, list[Choice]]:
         """The other options of each decision, the rest as chosen, that change least.
@@ -79,6 +81,7 @@ class LossJudge:
             The choice, another one if a rival turned out better; the risk of each rival.
         """
         self.rounds += 1
+        self.rounding = 1e-6 * max(abs(self.score(choice)), 1e-6)
         rivals = [r for group in self.rivals(choice).values() for r in group]
         better, risks = self._on_first_batch(choice, rivals)
         close = [c for c in rivals if risks.get(c, 1.0) >= RISK]
@@ -107,7 +110,7 @@ class LossJudge:
     def _on_fresh_batches(self, choice: Choice, close: Sequence[Choice]) -> tuple[Choice, dict[Choice, float]]:
         """Risks after one, two, four, ... batches that the search has not seen; of the only batch if there is no other.
 
-        Look k has 1 / k (k + 1) of the risk, and each of the two tests half of that.
+        The last look has three quarters of the risk, the k-th before it 1 / 2**(k + 2), each of two tests half of that.
         """
         has, first = self.trials.meter.has, int(self.trials.meter.has(1))
         close = close[: max(0, self.budget.room - 1)]
@@ -117,13 +120,14 @@ class LossJudge:
         number, looks = first, 0
         while close and has(number) and self.budget.room > len(close) and self.budget.left():
             for c in (choice, *close):
-                known[c].add(self.trials, c, number)
+                known[c].add(self.trials, c, number, slopes=len(close) <= FEW)
             number += 1
             seen = number - first
-            if seen & (seen - 1) and has(number) and self.budget.room > len(close):
+            last = not (has(number) and self.budget.room > len(close))
+            if seen & (seen - 1) and not last:
                 continue
             looks += 1
-            share = shares * looks * (looks + 1)
+            share = shares * (4 / 3 if last else 2 ** (looks + 2))
             least = min(close, key=lambda c: sum(known[c].losses))
             if share * risk_of(known[choice].losses, known[least].losses, self.rounding) < RISK:
                 return least, {}
@@ -136,29 +140,26 @@ class LossJudge:
         """How the risk is shared by repeated tests, should a rival turn out better: a half, a sixth, ..."""
         return self.rounds * (self.rounds + 1) // 2
 
-    @property
-    def rounding(self) -> float:
-        """Differences of losses that count as rounding."""
-        return 1e-6 * max(abs(min(map(self.score, self.trials.tried))), 1e-6)
-
 
 @dataclass
 class _Seen:
     """What was measured of a choice on some batches, piece by piece."""
 
     losses: list[float] = field(default_factory=list)
+    pieces: list[float] = field(default_factory=list)  # what gradients were taken of
     slopes: list[Tensor] = field(default_factory=list)
 
-    def add(self, trials: Trials, choice: Choice, number: int) -> None:
-        """Measure another batch: with gradients, where the model has some."""
+    def add(self, trials: Trials, choice: Choice, number: int, slopes: bool) -> None:
+        """Measure another batch, with gradients or without."""
         meter = trials.meter
-        if meter.has_slopes:
+        if slopes and meter.has_slopes:
             try:
                 measured = meter.slopes(trials.state(choice), number)
             except (RuntimeError, ValueError):
                 meter.has_slopes = False
             else:
-                self.losses += [loss for loss, _ in measured]
+                self.losses += [loss for losses, _ in measured for loss in losses]
+                self.pieces += [sum(losses) / len(losses) for losses, _ in measured]
                 self.slopes += [slope for _, slope in measured]
                 return
         self.losses += trials.losses(choice, batch=number) if number else trials.losses(choice)
@@ -166,8 +167,8 @@ class _Seen:
     def risk(self, best: _Seen, rounding: float) -> float:
         """Risk of calling this one worse than another, by the loss or by all witnesses."""
         risk = risk_of(self.losses, best.losses, rounding)
-        if len(self.slopes) == len(self.losses) == len(best.slopes):
-            sides = [(torch.tensor(seen.losses), torch.stack(seen.slopes)) for seen in (self, best)]
+        if self.slopes and len(self.slopes) == len(best.slopes):
+            sides = [(torch.tensor(seen.pieces), torch.stack(seen.slopes)) for seen in (self, best)]
             risk = min(risk, risk_by_gradient(*sides))
         return risk
 

@@ -90,19 +90,20 @@ class LossMeter:
             self.passes += (last - first) / max(size, 1)
         return found
 
-    def slopes(self, state: Mapping[str, Tensor], number: int) -> list[tuple[float, Tensor]]:
-        """Loss and gradient of each of the smallest pieces of a batch; long gradients are folded, see :func:`folded`."""
+    def slopes(self, state: Mapping[str, Tensor], number: int) -> list[tuple[list[float], Tensor]]:
+        """Losses and gradient, folded if it is long, of each of the smallest pieces of a batch."""
         batch, size = self._batches[number], self.size(number)
         found = []
         for start, stop in pieces(size, size):
             part = cut(batch, start, stop, size)
-            with self._ready(state, number), torch.enable_grad():
+            with self._ready(state, number), torch.enable_grad(), _Elements() as seen:
                 weights = [p for p in self.model.parameters() if p.is_floating_point()]
                 for weight in weights:
                     weight.requires_grad_(True)
                 value = self.loss(self.model, part)
                 slopes = torch.autograd.grad(value, weights, allow_unused=True)
-                found.append((float(value.detach()), folded(slopes, weights)))
+                total = float(value.detach())
+                found.append((seen.by_sample(total, stop - start) or [total], folded(slopes, weights)))
             self.passes += (stop - start) / max(size, 1)
         return found
 
