@@ -188,9 +188,10 @@ def judge_by_loss(
     """
     try:
         reason = hindrance(meter.model) or ("" if meter.has(0) else "there is no batch")
-        return (
-            _untested(plan, reason) if reason else _judge(plan, sides, tensors, meter, Budget(seconds, PASSES, meter))
-        )
+        if reason:
+            return _untested(plan, reason)
+        with meter.session():
+            return _judge(plan, sides, tensors, meter, Budget(seconds, PASSES, meter))
     except Exception as error:  # whatever a step raises
         kind = "" if isinstance(error, NoDataError) else f"{type(error).__name__}: "
         return _untested(plan, f"{kind}{error}".splitlines()[0][:160])

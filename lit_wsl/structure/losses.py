@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lit_wsl.structure.running import lent, undisturbed
+from lit_wsl.structure.running import lent, preserved_rng, undisturbed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 PIECES = 4  # of a batch whose loss can't be told sample by sample, and of a sample of many elements
@@ -47,6 +47,8 @@ class LossMeter:
         self._in_pieces = False
         self.has_slopes = True  # until the loss was seen to have no gradient
         self._guarded = True  # until a whole pass was seen to write to none of the model's tensors
+        self._idle = False  # whether that pass left the modules' attributes alone, too
+        self._inside = False
 
     def has(self, number: int) -> bool:
         """Whether there is a batch of this number."""
@@ -96,7 +98,7 @@ class LossMeter:
         found = []
         for start, stop in pieces(size, size):
             part = cut(batch, start, stop, size)
-            with self._ready(state, number), torch.enable_grad(), _Elements() as seen:
+            with self._ready(state, number, slopes=True), torch.enable_grad(), _Elements() as seen:
                 weights = [p for p in self.model.parameters() if p.is_floating_point()]
                 for weight in weights:
                     weight.requires_grad_(True)
@@ -117,13 +119,38 @@ class LossMeter:
         return found or [float(value.detach())]
 
     @contextmanager
-    def _ready(self, state: Mapping[str, Tensor], seed: int) -> Iterator[None]:
+    def session(self) -> Iterator[None]:
+        """One guard around many measurements: those of a loss that changes nothing need little of their own."""
+        with undisturbed(self.model, guard=False):
+            self._inside = True
+            try:
+                yield
+            finally:
+                self._inside = False
+
+    @contextmanager
+    def _ready(self, state: Mapping[str, Tensor], seed: int, slopes: bool = False) -> Iterator[None]:
         """The model in eval mode with lent weights and known random numbers."""
+        if self._inside and self._idle and not slopes:
+            with lent(self.model, state), preserved_rng(self.model):
+                torch.manual_seed(seed)
+                yield
+            return
         with lent(self.model, state), undisturbed(self.model, guard=self._guarded) as wrote:
             self.model.eval()
+            before = _attributes(self.model) if self._guarded else []
             torch.manual_seed(seed)
             yield
-            self._guarded = self._guarded and wrote()
+            if self._guarded:
+                self._guarded = wrote()
+                self._idle = not self._guarded and before == _attributes(self.model)
+
+
+def _attributes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Which objects the attributes of a model's modules hold, and the lists and dicts among them."""
+    values = [value for sub in model.modules() for value in vars(sub).values()]
+    inside = (v.values() if isinstance(v, dict) else v if isinstance(v, (list, tuple)) else () for v in values)
+    return [tuple(map(id, values)), *(tuple(map(id, items)) for items in inside)]
 
 
 def folded(slopes: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
