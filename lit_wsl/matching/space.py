@@ -9,16 +9,16 @@ blocks. A decision holds for all copies in a region: if one block has it so, all
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise, permutations
+from itertools import pairwise, permutations
 from typing import Any
 
+from lit_wsl.matching.covers import MAX_OPTIONS, Cover, components, covers, fits, joins
+from lit_wsl.matching.layers import Region, Unit, core, regions
 from lit_wsl.matching.layouts import rotating_towers
-from lit_wsl.matching.shapes import join_axis, operations_between
-from lit_wsl.matching.tree import role_of, stem_of
+from lit_wsl.matching.shapes import operations_between
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import Concat, Operation, Reorder, Reshape, Rotary, Split, Stack, Transpose, Unstack
 from lit_wsl.plan.plan import TransferPlan
@@ -26,210 +26,7 @@ from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 
 ORDER_MARGIN = 0.25  # more than what order alone gives
 
-MAX_OPTIONS = 64
-
 Pick = Callable[["int | None"], Any]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What moves together: the tensors of one layer, the largest first, over all copies.
-
-    names[tensor][copy] is a tuple of names (several where copies are nested in the copy, such as experts).
-    """
-
-    path: str
-    names: tuple[tuple[tuple[str, ...], ...], ...]
-    shapes: tuple[Shape, ...]
-
-    @property
-    def times(self) -> int:
-        """How many copies of it are nested in each copy."""
-        return len(self.names[0][0])
-
-    @property
-    def all_names(self) -> list[str]:
-        """Names of all its tensors in all copies."""
-        return [n for copies in self.names for own in copies for n in own]
-
-    @property
-    def main(self) -> Shape:
-        """Shape of its largest tensor, with the copies that are nested in each copy in front."""
-        return (self.times, *self.shapes[0]) if self.times > 1 else self.shapes[0]
-
-
-@dataclass(frozen=True)
-class Region:
-    """Subtrees that are alike: the paths of the copies, and the layers of each."""
-
-    copies: tuple[str, ...]
-    units: tuple[Unit, ...]
-
-    @property
-    def names(self) -> set[str]:
-        """Names of all that is in it."""
-        return {n for u in self.units for n in u.all_names}
-
-    @property
-    def elements(self) -> int:
-        """Number of elements of one copy."""
-        return sum(math.prod(s) * u.times for u in self.units for s in u.shapes)
-
-
-def regions(side: ModelDescription) -> list[Region]:
-    """Sets of subtrees that are alike, with what is in them, and what stands outside of all."""
-    shapes = {i.name: i.shape for i in side.parameters if i.kind == "parameter"}
-    tree: dict = {}
-    for name in shapes:
-        node = tree
-        *above, leaf = name.split(".")
-        for part in above:
-            node = node.setdefault(part, {})
-        node[leaf] = name
-    found: list[Region] = []
-    outside: list[str] = []
-
-    def walk(node: dict) -> None:
-        groups = _alike(node, shapes)
-        inside = {k for members in groups for k in members}
-        for members in groups:
-            prefixes = [_prefix(node[m]) for m in members]
-            units = _units(node[members[0]], shapes, prefixes)
-            found.append(Region(tuple(prefixes), tuple(units)))
-        for key, child in node.items():
-            if key in inside:
-                continue
-            if isinstance(child, dict):
-                walk(child)
-            else:
-                outside.append(child)
-
-    walk(tree)
-    units = [
-        Unit(path, tuple(((n,),) for n in names), tuple(shapes[n] for n in names))
-        for path, names in _layers(outside, shapes)
-    ]
-    return [Region(("",), tuple(units)), *found]
-
-
-def _names(node: Any) -> Iterator[str]:
-    """Names below a node of the tree of names."""
-    if isinstance(node, str):
-        yield node
-    else:
-        for child in node.values():
-            yield from _names(child)
-
-
-def _prefix(node: Any) -> str:
-    """Common path of a subtree's names, with its dot."""
-    names = list(_names(node))
-    parts = [n.split(".") for n in names]
-    depth = 0
-    while all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
-        depth += 1
-    return ".".join(parts[0][:depth]) + "."
-
-
-def _alike(node: dict, shapes: Mapping[str, Shape]) -> list[list[str]]:
-    groups: dict = {}
-    for key, child in node.items():
-        if not isinstance(child, dict):
-            continue
-        prefix = _prefix(child)
-        names = list(_names(child))
-        if not any(len(_core(shapes[n])) >= 2 for n in names):
-            continue
-        rel = tuple(sorted((n[len(prefix) :], shapes[n]) for n in names))
-        if len(_layers(names, shapes)) >= 2:
-            groups.setdefault(rel, []).append(key)
-    return [members for members in groups.values() if len(members) >= 2]
-
-
-def _units(node: dict, shapes: Mapping[str, Shape], prefixes: Sequence[str]) -> list[Unit]:
-    """Layers inside the first of some copies; nested copies become layers of several."""
-    own = prefixes[0]
-    nested: dict[str, tuple[str, ...]] = {}
-    skip: set[str] = set()
-
-    def walk(n: dict) -> None:
-        for members in _alike(n, shapes):
-            inner = [_prefix(n[m]) for m in members]
-            for name in _names(n[members[0]]):
-                nested[name] = tuple(p + name[len(inner[0]) :] for p in inner)
-            skip.update(name for m in members[1:] for name in _names(n[m]))
-        for child in n.values():
-            if isinstance(child, dict):
-                walk(child)
-
-    walk(node)
-    names = [n for n in _names(node) if n not in skip]
-    out = []
-    for path, members in _layers(names, shapes):
-        table = tuple(
-            tuple(tuple(p + full[len(own) :] for full in nested.get(n, (n,))) for p in prefixes) for n in members
-        )
-        out.append(Unit(path[len(own) :] if path.startswith(own) else path, table, tuple(shapes[n] for n in members)))
-    return out
-
-
-def _layers(names: Sequence[str], shapes: Mapping[str, Shape]) -> list[tuple[str, list[str]]]:
-    """Names grouped into layers: a weight and its bias."""
-    modules: dict[str, list[str]] = {}
-    for n in names:
-        modules.setdefault(n.rpartition(".")[0], []).append(n)
-    found: list[tuple[str, list[str]]] = []
-    for path, members in modules.items():
-        groups: dict[str, list[str]] = {}
-        for n in members:
-            leaf = n.rpartition(".")[2]
-            groups.setdefault(stem_of(leaf), []).append(n)
-        big = [n for n in members if len(_core(shapes[n])) >= 2]
-        if len(groups) > 1 and len(big) == 1 and path:
-            dims = set(shapes[big[0]])
-            rest = [n for n in members if n not in big]
-            if all(len(_core(shapes[n])) == 1 and _core(shapes[n])[0] in dims for n in rest):
-                groups = {"": members}
-        for stem, group in groups.items():
-            group = sorted(group, key=lambda n: (-math.prod(shapes[n]), role_of(n) == "bias"))
-            found.append((f"{path}.{stem}" if stem and path else path or stem, group))
-    return found
-
-
-def _core(shape: Shape) -> Shape:
-    return tuple(d for d in shape if d != 1)
-
-
-# ---- pairing ---------------------------------------------------------------------------------------------------------
-
-
-def _single(s: Unit, t: Unit) -> list[tuple[int, int]] | None:
-    """Which tensor of one layer goes to which of another, or None."""
-    if len(s.shapes) != len(t.shapes) or operations_between(s.main, t.main) is None:
-        return None
-    if s.times != t.times and min(s.times, t.times) != 1:
-        return None
-    pairs = [(0, 0)]
-    free = list(range(1, len(t.shapes)))
-    for k in range(1, len(s.shapes)):
-        shape = (s.times, *s.shapes[k]) if s.times > 1 else s.shapes[k]
-        fit = [j for j in free if _core(shape) == _core((t.times, *t.shapes[j]) if t.times > 1 else t.shapes[j])]
-        if not fit:
-            return None
-        best = next((j for j in fit if role_of(t.names[j][0][0]) == role_of(s.names[k][0][0])), fit[0])
-        free.remove(best)
-        pairs.append((k, best))
-    return pairs
-
-
-def _joins(whole: Unit, parts: Sequence[Unit]) -> tuple[int, bool] | None:
-    if whole.times != 1 or any(p.times != 1 for p in parts) or len({len(p.shapes) for p in parts}) != 1:
-        return None
-    if len(whole.shapes) != len(parts[0].shapes):
-        return None
-    if len(whole.shapes[0]) != 2:
-        return None
-    return join_axis(whole.shapes[0], [p.shapes[0] for p in parts])
 
 
 @dataclass
@@ -239,73 +36,6 @@ class Decision:
     text: str
     options: list  # of anything; the first is the best guess
     labels: list[str]
-
-
-Cover = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (wholes or sources, targets)
-
-
-def covers(source: Sequence[Unit], target: Sequence[Unit], limit: int = MAX_OPTIONS) -> list[Cover]:
-    """All ways to assign the layers of one side to those of the other, each used once; parts may make up a whole."""
-    fuse = len(source) >= len(target)
-    wholes, parts = (target, source) if fuse else (source, target)
-    found: list[Cover] = []
-    spare = len(parts) - len(wholes)
-
-    def options(w: int, free: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        for p in free:
-            s, t = (parts[p], wholes[w]) if fuse else (wholes[w], parts[p])
-            if _single(s, t) is not None:
-                yield (p,)
-        for m in range(2, min(4, spare + 1) + 1):
-            for group in combinations(free, m):
-                if _joins(wholes[w], [parts[p] for p in group]) is not None:
-                    yield group
-
-    def recurse(w: int, free: tuple[int, ...], chosen: list) -> None:
-        if len(found) > limit:
-            return
-        if w == len(wholes):
-            if not free:
-                found.append(tuple((g, (i,)) if fuse else ((i,), g) for i, g in enumerate(chosen)))
-            return
-        for group in options(w, free):
-            recurse(w + 1, tuple(p for p in free if p not in group), [*chosen, group])
-
-    recurse(0, tuple(range(len(parts))), [])
-    return found
-
-
-def _components(source: Sequence[Unit], target: Sequence[Unit]) -> list[tuple[list[Unit], list[Unit]]]:
-    """Layers that may take one another's place, directly or in a whole."""
-    s_n, t_n = len(source), len(target)
-    link = list(range(s_n + t_n))
-
-    def find(i: int) -> int:
-        while link[i] != i:
-            i = link[i]
-        return i
-
-    def join(i: int, j: int) -> None:
-        link[find(i)] = find(j)
-
-    for i, s in enumerate(source):
-        for j, t in enumerate(target):
-            if _single(s, t) is not None:
-                join(i, s_n + j)
-    for wholes, parts, offset_w, offset_p in ((target, source, s_n, 0), (source, target, 0, s_n)):
-        for w, whole in enumerate(wholes):
-            fitting = [p for p in range(len(parts)) if len(parts[p].shapes[0]) == 2 == len(whole.shapes[0])]
-            for m in (2, 3, 4):
-                for group in combinations(fitting, m):
-                    if _joins(whole, [parts[p] for p in group]) is not None:
-                        for p in group:
-                            join(offset_w + w, offset_p + p)
-    groups: dict[int, tuple[list[Unit], list[Unit]]] = {}
-    for i, s in enumerate(source):
-        groups.setdefault(find(i), ([], []))[0].append(s)
-    for j, t in enumerate(target):
-        groups.setdefault(find(s_n + j), ([], []))[1].append(t)
-    return [g for g in groups.values() if g[0] and g[1]]
 
 
 _QK = re.compile(r"(^|[^a-z])w?[qk]([^a-z]|$)|quer|key")
@@ -346,7 +76,7 @@ class Part:
     @property
     def has_matrices(self) -> bool:
         """Whether its layers take part in a residual stream as branches: what multiplies more than one axis."""
-        return any(len(_core(u.main)) >= 2 for u in self.target)
+        return any(len(core(u.main)) >= 2 for u in self.target)
 
     def decisions_of(self, cover: Cover) -> list[int]:
         """Its own decisions that say more of one way to assign its layers."""
@@ -398,7 +128,7 @@ class Space:
         self.hidden, self._gate_count = self._cells()
         self.regions = self._pair_regions(regions(source), regions(target))
         for k, (a, b) in enumerate(self.regions):
-            parts = [Part(k, s, t) for s, t in _components(a.units, b.units)]
+            parts = [Part(k, s, t) for s, t in components(a.units, b.units)]
             told = [self._tell(part) for part in parts]
             self._number(k, a, b, any(told))
             layers = [(u, t) for part in parts for u in (*part.source, *part.target) for t in part.target]
@@ -448,7 +178,7 @@ class Space:
             (i, j)
             for j, t in enumerate(part.target)
             for i, s in enumerate(part.source)
-            if _single(s, t) is not None and self._claimed([s], [t]) and _speaks(s, t, part.source, part.target)
+            if fits(s, t) is not None and self._claimed([s], [t]) and _speaks(s, t, part.source, part.target)
         ]
         spelled = [
             cover
@@ -637,7 +367,7 @@ class Space:
 
     def _one(self, s: Unit, t: Unit, a: int, b: int, turn: bool, pick: Pick) -> list[PlanEntry]:
         out = []
-        for i, j in _single(s, t) or []:
+        for i, j in fits(s, t) or []:
             names_s, names_t = s.names[i][a], t.names[j][b]
             rows = self._row_ops(s, t, i, pick)
             if s.times == t.times:
@@ -676,7 +406,7 @@ class Space:
         parts = [parts[i] for i in pick(part.order[key])]
         heads = pick(part.heads.get(key)) or 1
         whole = part.target[cover[1][0]] if join else part.source[cover[0][0]]
-        found = _joins(whole, parts)
+        found = joins(whole, parts)
         assert found is not None
         out = []
         for j, whole_shape in enumerate(whole.shapes):
@@ -752,8 +482,8 @@ def _listed(order: Sequence[int]) -> str:
 
 
 def _is_square(unit: Unit) -> bool:
-    core = _core(unit.shapes[0])
-    return (len(core) == 2 or (len(core) == 3 and not _is_kernel(unit))) and core[-1] == core[-2]
+    shape = core(unit.shapes[0])
+    return (len(shape) == 2 or (len(shape) == 3 and not _is_kernel(unit))) and shape[-1] == shape[-2]
 
 
 def _is_kernel(unit: Unit) -> bool:
@@ -775,8 +505,8 @@ def _words(unit: Unit) -> set[str]:
 def _speaks(s: Unit, t: Unit, sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:
     """Whether two layers have more words in common than either has with another layer that would fit."""
     common = len(_words(s) & _words(t))
-    others = [len(_words(o) & _words(t)) for o in sources if o is not s and _single(o, t) is not None]
-    others += [len(_words(s) & _words(o)) for o in targets if o is not t and _single(s, o) is not None]
+    others = [len(_words(o) & _words(t)) for o in sources if o is not s and fits(o, t) is not None]
+    others += [len(_words(s) & _words(o)) for o in targets if o is not t and fits(s, o) is not None]
     return common > max(others, default=0)
 
 

@@ -1,0 +1,181 @@
+"""The layers of one side of a transfer, in regions: subtrees that are alike (blocks, towers), and what is outside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lit_wsl.matching.tree import role_of, stem_of
+from lit_wsl.structure.description import ModelDescription, Shape
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What moves together: the tensors of one layer, the largest first, over all copies.
+
+    names[tensor][copy] is a tuple of names (several where copies are nested in the copy, such as experts).
+    """
+
+    path: str
+    names: tuple[tuple[tuple[str, ...], ...], ...]
+    shapes: tuple[Shape, ...]
+
+    @property
+    def times(self) -> int:
+        """How many copies of it are nested in each copy."""
+        return len(self.names[0][0])
+
+    @property
+    def all_names(self) -> list[str]:
+        """Names of all its tensors in all copies."""
+        return [n for copies in self.names for own in copies for n in own]
+
+    @property
+    def main(self) -> Shape:
+        """Shape of its largest tensor, with the copies that are nested in each copy in front."""
+        return (self.times, *self.shapes[0]) if self.times > 1 else self.shapes[0]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Subtrees that are alike: the paths of the copies, and the layers of each."""
+
+    copies: tuple[str, ...]
+    units: tuple[Unit, ...]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all that is in it."""
+        return {n for u in self.units for n in u.all_names}
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of one copy."""
+        return sum(math.prod(s) * u.times for u in self.units for s in u.shapes)
+
+
+def regions(side: ModelDescription) -> list[Region]:
+    """Sets of subtrees that are alike, with what is in them, and what stands outside of all."""
+    shapes = {i.name: i.shape for i in side.parameters if i.kind == "parameter"}
+    tree: dict = {}
+    for name in shapes:
+        node = tree
+        *above, leaf = name.split(".")
+        for part in above:
+            node = node.setdefault(part, {})
+        node[leaf] = name
+    found: list[Region] = []
+    outside: list[str] = []
+
+    def walk(node: dict) -> None:
+        groups = _alike(node, shapes)
+        inside = {k for members in groups for k in members}
+        for members in groups:
+            prefixes = [_prefix(node[m]) for m in members]
+            units = _units(node[members[0]], shapes, prefixes)
+            found.append(Region(tuple(prefixes), tuple(units)))
+        for key, child in node.items():
+            if key in inside:
+                continue
+            if isinstance(child, dict):
+                walk(child)
+            else:
+                outside.append(child)
+
+    walk(tree)
+    units = [
+        Unit(path, tuple(((n,),) for n in names), tuple(shapes[n] for n in names))
+        for path, names in _layers(outside, shapes)
+    ]
+    return [Region(("",), tuple(units)), *found]
+
+
+def _names(node: Any) -> Iterator[str]:
+    """Names below a node of the tree of names."""
+    if isinstance(node, str):
+        yield node
+    else:
+        for child in node.values():
+            yield from _names(child)
+
+
+def _prefix(node: Any) -> str:
+    """Common path of a subtree's names, with its dot."""
+    names = list(_names(node))
+    parts = [n.split(".") for n in names]
+    depth = 0
+    while all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
+        depth += 1
+    return ".".join(parts[0][:depth]) + "."
+
+
+def _alike(node: dict, shapes: Mapping[str, Shape]) -> list[list[str]]:
+    groups: dict = {}
+    for key, child in node.items():
+        if not isinstance(child, dict):
+            continue
+        prefix = _prefix(child)
+        names = list(_names(child))
+        if not any(len(core(shapes[n])) >= 2 for n in names):
+            continue
+        rel = tuple(sorted((n[len(prefix) :], shapes[n]) for n in names))
+        if len(_layers(names, shapes)) >= 2:
+            groups.setdefault(rel, []).append(key)
+    return [members for members in groups.values() if len(members) >= 2]
+
+
+def _units(node: dict, shapes: Mapping[str, Shape], prefixes: Sequence[str]) -> list[Unit]:
+    """Layers inside the first of some copies; nested copies become layers of several."""
+    own = prefixes[0]
+    nested: dict[str, tuple[str, ...]] = {}
+    skip: set[str] = set()
+
+    def walk(n: dict) -> None:
+        for members in _alike(n, shapes):
+            inner = [_prefix(n[m]) for m in members]
+            for name in _names(n[members[0]]):
+                nested[name] = tuple(p + name[len(inner[0]) :] for p in inner)
+            skip.update(name for m in members[1:] for name in _names(n[m]))
+        for child in n.values():
+            if isinstance(child, dict):
+                walk(child)
+
+    walk(node)
+    names = [n for n in _names(node) if n not in skip]
+    out = []
+    for path, members in _layers(names, shapes):
+        table = tuple(
+            tuple(tuple(p + full[len(own) :] for full in nested.get(n, (n,))) for p in prefixes) for n in members
+        )
+        out.append(Unit(path[len(own) :] if path.startswith(own) else path, table, tuple(shapes[n] for n in members)))
+    return out
+
+
+def _layers(names: Sequence[str], shapes: Mapping[str, Shape]) -> list[tuple[str, list[str]]]:
+    """Names grouped into layers: a weight and its bias."""
+    modules: dict[str, list[str]] = {}
+    for n in names:
+        modules.setdefault(n.rpartition(".")[0], []).append(n)
+    found: list[tuple[str, list[str]]] = []
+    for path, members in modules.items():
+        groups: dict[str, list[str]] = {}
+        for n in members:
+            leaf = n.rpartition(".")[2]
+            groups.setdefault(stem_of(leaf), []).append(n)
+        big = [n for n in members if len(core(shapes[n])) >= 2]
+        if len(groups) > 1 and len(big) == 1 and path:
+            dims = set(shapes[big[0]])
+            rest = [n for n in members if n not in big]
+            if all(len(core(shapes[n])) == 1 and core(shapes[n])[0] in dims for n in rest):
+                groups = {"": members}
+        for stem, group in groups.items():
+            group = sorted(group, key=lambda n: (-math.prod(shapes[n]), role_of(n) == "bias"))
+            found.append((f"{path}.{stem}" if stem and path else path or stem, group))
+    return found
+
+
+def core(shape: Shape) -> Shape:
+    """A shape without axes of length one."""
+    return tuple(d for d in shape if d != 1)

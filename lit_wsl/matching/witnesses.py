@@ -1,0 +1,88 @@
+"""Paired tests: is a rival worse than a candidate on the same samples, and at what risk of being wrong?
+
+Three witnesses tell of a mapping, sample by sample: the loss; the norm of its gradient; and how far the mean gradient
+is from zero, which it is only where training has stopped. The first is enough where it is significant. Where it is not,
+all three together may be, if none speaks against it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from scipy.special import bdtr, stdtr
+from torch import Tensor
+
+FEWEST = 8  # pieces that three witnesses are heard on
+AGREES = 0.1  # risk at which each single witness has to agree
+
+
+def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -> float:
+    """Risk of calling a rival worse although it is not.
+
+    The better of two paired tests, one-sided, counted as two: Student's t, and the sign test, which a few samples with
+    a loss far from the others' do not disturb.
+
+    Args:
+        rival: Losses of the rival, sample by sample.
+        best: Losses of the candidate on the same samples.
+        floor: Differences below count as rounding.
+
+    >>> risk_of([2.0, 2.1, 1.9, 2.2], [1.0, 1.2, 0.9, 1.1]) < 0.001
+    True
+    >>> risk_of([1.0, 1.0], [1.0, 1.0])
+    1.0
+    """
+    gaps = [a - b for a, b in zip(rival, best)]
+    n = len(gaps)
+    if n < 3 or not all(map(math.isfinite, gaps)):
+        return 0.0 if any(math.isinf(a) or math.isnan(a) for a in rival) and all(map(math.isfinite, best)) else 1.0
+    mean = sum(gaps) / n
+    spread = math.sqrt(sum((g - mean) ** 2 for g in gaps) / (n - 1))
+    if mean <= floor:
+        return 1.0
+    spread = max(spread, floor, 1e-3 * mean)
+    told = [g for g in gaps if abs(g) > floor]
+    student = float(stdtr(n - 1, -mean / (spread / math.sqrt(n))))
+    sign = float(bdtr(sum(g < 0 for g in told), len(told), 0.5)) if told else 1.0
+    return min(1.0, 2 * student, 2 * sign)
+
+
+def risk_by_gradient(rival: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor]) -> float:
+    """The same by loss, norm of the gradient and mean gradient together, each in units of its own spread.
+
+    Args:
+        rival: Losses ``(n,)`` and gradients ``(n, d)`` of the rival on n pieces of data.
+        best: Those of the candidate on the same pieces.
+
+    Returns:
+        The risk by Student's t of the sum of the three; one where a witness does not agree.
+    """
+    if len(rival[0]) < FEWEST:
+        return 1.0
+    gaps = [
+        rival[0].double() - best[0].double(),
+        rival[1].double().norm(dim=1).log() - best[1].double().norm(dim=1).log(),
+        _size_of_mean(rival[1].double()) - _size_of_mean(best[1].double()),
+    ]
+    gaps = [gap / gap.std() for gap in gaps]
+    if not all(bool(gap.isfinite().all()) and _student(gap) < AGREES for gap in gaps):
+        return 1.0
+    return _student(torch.stack(gaps).sum(0))
+
+
+def _size_of_mean(slopes: Tensor) -> Tensor:
+    """Pseudo-values of the jackknife, ``(n,)``, whose mean is the squared norm of the expected gradient.
+
+    The squared norm of a mean of samples is more than that, by their own spread; products of different samples are not.
+    """
+    n = len(slopes)
+    products = (slopes @ slopes.sum(0) - slopes.pow(2).sum(1)) / (n - 1)
+    return 2 * products - products.mean()
+
+
+def _student(values: Tensor) -> float:
+    n = len(values)
+    spread = float(values.std()) / math.sqrt(n)
+    return float(stdtr(n - 1, -float(values.mean()) / spread)) if spread > 0 else 1.0
