@@ -22,7 +22,7 @@ from lit_wsl.matching.entries import cast_between
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.search import Budget, Choice, Search, Trials
 from lit_wsl.matching.space import Space, is_doubtful
-from lit_wsl.matching.witnesses import risk_by_gradient, risk_of
+from lit_wsl.matching.witnesses import is_at_rest, risk_by_gradient, risk_of
 from lit_wsl.plan.entries import Ambiguity, Candidate, Decided, Measured, PlanEntry, Proof, ProofBy
 from lit_wsl.plan.operations import run_operations
 from lit_wsl.plan.plan import TransferPlan
@@ -135,6 +135,13 @@ class LossJudge:
             close = [c for c in close if risks[c] >= RISK]
         return choice, risks
 
+    def is_at_rest(self, choice: Choice) -> bool:
+        """Whether training could have stopped at a choice; what the gradient can't tell is taken for no."""
+        try:
+            return is_at_rest(torch.stack([s for _, s in self.trials.meter.slopes(self.trials.state(choice), 0)]))
+        except (RuntimeError, ValueError):
+            return False
+
     @property
     def _again(self) -> int:
         """How the risk is shared by repeated tests, should a rival turn out better: a half, a sixth, ..."""
@@ -237,7 +244,9 @@ def _judge(
         choice = min(better, Search(trials, 1.0).climb(better), key=lambda c: trials.mean(c, trials.size))
         better, risks = judge.test(choice)
     best = trials.losses(choice)
-    if not _falls(bench.fresh, best, meter):
+    is_open = any(risk >= RISK for risk in risks.values())
+    # Where much makes no difference, the search may have ended far from the truth, and all that was decided is void.
+    if not _falls(bench.fresh, best, meter) or (is_open and not judge.is_at_rest(choice)):
         return _as_planned(plan, bench, questioned, trials)
     decisions = tuple(sorted(_decided(judge, choice, risks), key=lambda d: d.risk))
     judged = _with_answers(plan, judge, choice, risks, sides)

@@ -195,7 +195,7 @@ class Search:
             pool = sorted(scores, key=scores.__getitem__) or pool
             if samples >= (most or trials.screen):
                 break
-            pool = pool[: max(KEPT, -(-len(pool) // 4))]
+            pool = pool[: max(KEPT, -(-len(pool) // (8 if len(pool) > JOINT // 2 else 4)))]
             samples = trials.more(samples)
         return pool
 
