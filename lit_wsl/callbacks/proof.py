@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lit_wsl.callbacks.sample import NoSampleError, places, to_model
 from lit_wsl.checkpoint import Checkpoint
+from lit_wsl.matching.judge import PASSES
+from lit_wsl.report.loggers import proof_progress
 from lit_wsl.structure.running import preserved_objects, preserved_rng
 from lit_wsl.transfer.api import OnData
 
@@ -66,7 +68,14 @@ def recorded_score(tensors: object) -> Recorded | None:
 
 
 def ways_to_prove(
-    trainer: pl.Trainer, module: pl.LightningModule, stage: str, score: Recorded | None, count: int, seconds: float
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    stage: str,
+    score: Recorded | None,
+    *,
+    count: int = 8,
+    seconds: float = 60.0,
+    verbose: bool = True,
 ) -> tuple[list[OnData], str]:
     """Ways to measure the module's loss on its own data, the best first.
 
@@ -85,7 +94,8 @@ def ways_to_prove(
                 logged: dict[str, Any] = {}
                 loss = partial(_step_loss, step=step, logged=logged, score=score)
                 world = partial(_world, trainer, module, logged)
-                ways.append(OnData(loss, _batches(trainer, module, owner, name), count, seconds, world))
+                shown = partial(proof_progress, PASSES, enabled=verbose and trainer.is_global_zero)
+                ways.append(OnData(loss, _batches(trainer, module, owner, name), count, seconds, world, shown))
     return ways, "" if ways else "not tested on data: there is no step with a loss, or no data"
 
 

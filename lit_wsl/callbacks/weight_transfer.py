@@ -502,7 +502,15 @@ class WeightTransferCallback(Callback):
             return [], "not tested on data: a model spread over several processes is not run by one of them"
         if not ranks.is_zero:
             return [], ""
-        return ways_to_prove(trainer, model, stage, self._recorded, self.proof_batches, self.proof_seconds)
+        return ways_to_prove(
+            trainer,
+            model,
+            stage,
+            self._recorded,
+            count=self.proof_batches,
+            seconds=self.proof_seconds,
+            verbose=self.verbose,
+        )
 
     def _sides(
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, ranks: Ranks

@@ -79,7 +79,7 @@ def _data(model: nn.Module, data_module: Any) -> list[OnData]:
     trainer._data_connector.attach_data(model, datamodule=data_module)  # what Trainer.fit begins with
     data_module.prepare_data()
     data_module.setup("fit")
-    ways, why = ways_to_prove(trainer, model, "fit", None, 8, 60.0)
+    ways, why = ways_to_prove(trainer, model, "fit", None)
     if why:
         remark(f"note: {why}")
     return ways

@@ -102,6 +102,29 @@ def _log_page(logger: Logger, report: TransferReport, step: int, page: Path | No
         experiment.log_artifact(run_id, str(page))
 
 
+@contextmanager
+def proof_progress(most: float, *, enabled: bool = True) -> Iterator[Callable[[float], None] | None]:
+    """Show how far a proof on data is, if somebody is watching.
+
+    Args:
+        most: Most forward passes that it may take.
+        enabled: Whether to show anything.
+
+    Yields:
+        What to call with the passes so far; ``None`` where nothing is shown.
+    """
+    if not enabled or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("proof on data", total=most)
+        yield lambda passes: bars.update(task, completed=passes)
+
+
 _LONG = 1 << 30  # bytes; less is done before a bar could be read
 
 

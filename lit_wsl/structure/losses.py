@@ -35,11 +35,19 @@ class LossMeter:
         model: The model; it is put back after every pass, whatever the loss does.
         loss: ``loss(model, batch)``, a scalar, the lower the better.
         batches: The batches.
+        watch: Called with the number of passes so far after each measurement.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, batches: Iterable[Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batches: Iterable[Any],
+        watch: Callable[[float], None] | None = None,
+    ) -> None:
         self.model = model
         self.loss = loss
+        self.watch = watch
         self.passes = 0.0
         self.elements = 1  # losses of one sample that the model's is the mean of
         self._source = iter(batches)
@@ -80,7 +88,7 @@ class LossMeter:
         count = stop - start
         if not self._in_pieces:
             values = self._run(state, cut(batch, start, stop, size), count, number)
-            self.passes += count / max(size, 1)
+            self._spend(count / max(size, 1))
             if len(values) > 1 or count < 2:
                 return values
             self._in_pieces = True
@@ -89,7 +97,7 @@ class LossMeter:
         found = []
         for first, last in pieces(count):
             found += self._run(state, cut(batch, start + first, start + last, size), 0, number)[:1]
-            self.passes += (last - first) / max(size, 1)
+            self._spend((last - first) / max(size, 1))
         return found
 
     def slopes(self, state: Mapping[str, Tensor], number: int) -> list[tuple[list[float], Tensor]]:
@@ -106,8 +114,13 @@ class LossMeter:
                 slopes = torch.autograd.grad(value, weights, allow_unused=True)
                 total = float(value.detach())
                 found.append((seen.by_sample(total, stop - start) or [total], folded(slopes, weights)))
-            self.passes += (stop - start) / max(size, 1)
+            self._spend((stop - start) / max(size, 1))
         return found
+
+    def _spend(self, passes: float) -> None:
+        self.passes += passes
+        if self.watch is not None:
+            self.watch(self.passes)
 
     def _run(self, state: Mapping[str, Tensor], batch: Any, samples: int, seed: int) -> list[float]:
         with self._ready(state, seed), torch.no_grad(), _Elements() as seen:

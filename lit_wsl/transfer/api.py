@@ -43,6 +43,7 @@ class OnData:
         count: Most batches.
         seconds: Most time.
         world: What to stand in while the loss is measured.
+        shown: Shows how far the trials are; yields what to call with the passes so far, or ``None``.
     """
 
     loss: Loss
@@ -50,6 +51,7 @@ class OnData:
     count: int = 8
     seconds: float = 60.0
     world: Callable[[], AbstractContextManager[Any]] = nullcontext
+    shown: Callable[[], AbstractContextManager[Callable[[float], None] | None]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -264,8 +266,8 @@ def _prove_on_data(plan: TransferPlan, source: Source, target: Target, data: Seq
     sides = source.description, target.description
     failed: list[TransferPlan] = []
     for way in data:
-        meter = LossMeter(target.model, way.loss, islice(way.batches, way.count))
-        with way.world():
+        with way.shown() as watch, way.world():
+            meter = LossMeter(target.model, way.loss, islice(way.batches, way.count), watch)
             judged = judge_by_loss(plan, sides, source.tensors, meter, seconds=way.seconds)
         if judged.measured is not None:
             return judged

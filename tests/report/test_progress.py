@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 
-from lit_wsl.report.loggers import transfer_progress
+from lit_wsl.report.loggers import proof_progress, transfer_progress
 
 
 class Terminal(io.StringIO):
@@ -27,3 +27,15 @@ def test_it_shows_on_a_terminal_for_long_transfers_only(monkeypatch):
     with transfer_progress(2 << 30) as progress:
         assert progress is None
     assert pipe.getvalue() == ""
+
+
+def test_a_proof_shows_how_far_it_is_on_a_terminal_only(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with proof_progress(60.0) as watch:
+        watch(15.0)
+    assert "proof on data" in terminal.getvalue()
+    assert "25%" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with proof_progress(60.0) as watch:
+        assert watch is None

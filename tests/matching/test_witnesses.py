@@ -1,0 +1,60 @@
+"""The three witnesses of a mapping: the loss, the norm of its gradient, the size of its mean."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lit_wsl.matching.witnesses import is_at_rest, risk_by_gradient
+from lit_wsl.structure.losses import FOLD, folded
+
+
+def pieces(weight, seed=0, count=64, batch=2):
+    """Losses and gradients of ``|w - x|^2 / 2`` on pieces of standard normal data, whose best w is zero."""
+    x = torch.randn(count, batch, len(weight), generator=torch.Generator().manual_seed(seed))
+    gaps = weight - x
+    return gaps.pow(2).sum(-1).mean(-1) / 2, gaps.mean(1)
+
+
+def test_away_from_the_minimum_all_three_witnesses_agree_and_are_significant():
+    away, best = pieces(torch.full((20,), 0.4)), pieces(torch.zeros(20))
+    assert risk_by_gradient(away, best) < 1e-4
+    assert risk_by_gradient(best, away) == 1.0
+    assert risk_by_gradient(best, best) == 1.0
+
+
+def test_one_witness_that_speaks_against_is_enough_to_leave_it_open():
+    (losses, slopes), best = pieces(torch.full((20,), 0.4)), pieces(torch.zeros(20))
+    assert risk_by_gradient((-losses, slopes), best) == 1.0
+    assert risk_by_gradient((losses, slopes / 100), best) == 1.0
+
+
+def test_of_two_weights_equally_far_away_neither_is_called_worse_more_often_than_the_risk_says():
+    torch.manual_seed(0)
+    false = 0
+    for seed in range(300):
+        step = torch.randn(20) * 0.2
+        false += risk_by_gradient(pieces(step, seed), pieces(-step, seed)) < 0.05
+    assert false <= 0.05 * 300 + 3 * math.sqrt(0.05 * 300)
+
+
+def test_a_gradient_is_at_rest_where_the_noise_of_a_batch_hides_its_mean():
+    assert is_at_rest(pieces(torch.zeros(200), count=16)[1])
+    assert not is_at_rest(pieces(torch.full((200,), 0.5), count=16)[1])
+    assert not is_at_rest(pieces(torch.zeros(200), count=4)[1])  # too few to tell
+
+
+def test_folded_gradients_keep_their_products():
+    weights = [nn.Parameter(torch.zeros(3, FOLD)), nn.Parameter(torch.zeros(7)), nn.Parameter(torch.zeros(11))]
+    torch.manual_seed(0)
+    long = [[torch.randn(w.shape) for w in weights[:2]] + [None] for _ in range(2)]
+    flat = [torch.cat([g.flatten() for g in slopes[:2]]) for slopes in long]
+    a, b = (folded(slopes, weights) for slopes in long)
+    assert len(a) == FOLD
+    assert float(a @ a) == pytest.approx(float(flat[0] @ flat[0]), rel=0.05)
+    assert abs(float(a @ b) - float(flat[0] @ flat[1])) < 0.05 * float(flat[0].norm() * flat[1].norm())
+    short = folded([torch.ones(7)], weights[1:2])
+    assert torch.equal(short, torch.ones(7))
