@@ -142,8 +142,7 @@ class Search:
 
     def __init__(self, trials: Trials, share: float) -> None:
         self.trials, self.space, self.score, self.share = trials, trials.space, trials.score, share
-        self.confirmed: set[int] = set()  # layer groups that were decided with all others on
-        self.numbered: set[int] = set()  # regions of which a layer group is on, so that the copies' order was looked at
+        self.confirmed: set[int] = set()  # layer groups of which alone and together the same looks best
 
     @property
     def left(self) -> bool:
@@ -195,7 +194,7 @@ class Search:
             pool = sorted(scores, key=scores.__getitem__) or pool
             if samples >= (most or trials.screen):
                 break
-            pool = pool[: max(KEPT, -(-len(pool) // (8 if len(pool) > JOINT // 2 else 4)))]
+            pool = pool[: max(KEPT, -(-len(pool) // 4))]
             samples = trials.more(samples)
         return pool
 
@@ -206,13 +205,6 @@ class Search:
         """A choice with all options of one decision."""
         options = range(len(self.space.decisions[decision].options))
         return [(*choice[:decision], o, *choice[decision + 1 :]) for o in options]
-
-    def _near(self, choice: Choice, decision: int) -> list[Choice]:
-        """The same, where heads change with all rotary rows: these turn within the heads."""
-        found = self._with(choice, decision)
-        if self.space.rotary is not None and any(decision in part.heads.values() for part in self.space.parts):
-            found = [c for one in found for c in self._with(one, self.space.rotary)]
-        return found
 
     def climb(self, choice: Choice, among: Sequence[int] | None = None) -> Choice:
         """Change one decision after the other until nothing gets better."""
@@ -225,7 +217,7 @@ class Search:
                 since += 1
                 if choice[d] == OFF or not self.left:
                     continue
-                better = self._best([choice, *self._near(choice, d)])
+                better = self._best([choice, *self._with(choice, d)])
                 if better != choice and self.score(better) < self.score(choice):
                     choice, since = better, 0
             if since >= len(places):
@@ -233,20 +225,17 @@ class Search:
         return choice
 
     def _switch_on(self, choice: Choice, groups: Sequence[list[Part]]) -> Choice:
-        """Switch the layer groups on, one after the other, the one with the fewest ways first."""
-        inside = {d for part in self.space.parts if self.space.copies(part) > 1 for d in part.decisions}
-        choice = self.climb(choice, [d for d in range(len(choice)) if d not in inside and choice[d] != OFF])
-        ways = [self._lit(choice, group) for group in groups]
-        for number in sorted(range(len(groups)), key=lambda k: len(ways[k])):
-            group = groups[number]
-            others = self.space.others_of(group[0])
-            found = self._ranked(self._lit(choice, group))[:KEPT]
-            self.numbered.add(group[0].region)
-            for d in others:
-                found = self._ranked([c for one in found for c in self._near(one, d)])[:KEPT]
-            choice = self.climb(found[0], others)
-        if groups:
-            self.confirmed.add(group[0].which)
+        """Look at each layer group with all others off, then switch them on, the one that helps most first."""
+        lit_parts = {part.which for group in groups for part in group}
+        choice = self.climb(choice, [d for d in range(len(choice)) if d not in lit_parts])
+        alone = [self._ranked(self._lit(choice, group)) for group in groups]
+        for number in sorted(range(len(groups)), key=lambda k: self.score(alone[k][0])):
+            group, own = groups[number], {d for part in groups[number] for d in part.decisions}
+            meant = [tuple(o[d] if d in own else c for d, c in enumerate(choice)) for o in alone[number][:KEPT]]
+            choice = self._best([*meant, *self._beside(meant, group)])
+            choice = self.climb(choice, self.space.others_of(group[0]))
+            if all(choice[d] == alone[number][0][d] for d in own):
+                self.confirmed.add(group[0].which)
         return choice
 
     def _lit(self, choice: Choice, group: Sequence[Part]) -> list[Choice]:
@@ -261,8 +250,6 @@ class Search:
         numbering = self.space.numbering.get(group[0].region)
         for d in self.space.others_of(group[0]):
             options = self._with(choices[0], d)
-            if d == numbering and group[0].region in self.numbered:
-                continue
             if d == numbering and len(choices) * len(options) > JOINT // 4:  # the same, or counted backwards
                 ends = {0, self.space.backwards(d)}
                 if len(choices) * len(ends) * self.trials.least <= 2 * JOINT:
