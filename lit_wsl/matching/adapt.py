@@ -22,8 +22,7 @@ from lit_wsl.matching.adapt_proposals import (
     resize_position_embedding,
 )
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.scoring import score_pair
-from lit_wsl.matching.words import Dictionary
+from lit_wsl.matching.scoring import Context, score_pair
 from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, SideSummary, Unmatched
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
@@ -231,12 +230,11 @@ def _entry(
     plain = [plan.by_source[info.name][0] for info in change.made]
     targets = tuple(entry.targets[0] for entry in plain)
     given = [source[name] for name in change.sources]
+    context = Context((e.sources, e.targets) for e in plan if e.kind == "parameter")
     scores = []
     for made, name in zip(change.made, targets):
         real = source.by_name.get(made.name, made)
-        scores.append(
-            score_pair(real, target[name], options, operation=True, parents=1.0, dictionary=Dictionary()).total
-        )
+        scores.append(score_pair(real, target[name], options, operation=True, context=context).total)
     return PlanEntry(
         sources=change.sources,
         targets=targets,

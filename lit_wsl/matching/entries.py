@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.scoring import score_pair
+from lit_wsl.matching.scoring import Context, score_pair
 from lit_wsl.matching.tree import shape_key
-from lit_wsl.matching.words import Dictionary, split_numbers
+from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, Unmatched
 from lit_wsl.plan.operations import Cast, FanOut, Operation
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
@@ -21,12 +21,12 @@ class EntryWriter:
     """Collects matches and doubts, scores them, applies the threshold and explains the rest."""
 
     def __init__(
-        self, source: ModelDescription, target: ModelDescription, options: MatchingOptions, dictionary: Dictionary
+        self, source: ModelDescription, target: ModelDescription, options: MatchingOptions, context: Context
     ) -> None:
         self.source = source
         self.target = target
         self.options = options
-        self.dictionary = dictionary
+        self.context = context
         self._entries: dict[str, tuple[PlanEntry, tuple[ParameterInfo, ...], tuple[ParameterInfo, ...]]] = {}
         self._doubts: list[Ambiguity] = []
         self._reasons: dict[str, str] = {}
@@ -88,12 +88,11 @@ class EntryWriter:
             pairs = [(s, targets[min(i, len(targets) - 1)]) for i, s in enumerate(sources)]
         total = 0.0
         for s, t in pairs[:MAX_CANDIDATES]:
-            key = (split_numbers(s.name)[0], split_numbers(t.name)[0], s.shape == t.shape, bool(operations))
+            families = split_numbers(s.name)[0], split_numbers(t.name)[0]
+            key = (*families, s.shape == t.shape, bool(operations), self.context.parents(s.name, t.name))
             if key not in self._scores:
-                breakdown = score_pair(
-                    s, t, self.options, operation=bool(operations), parents=1.0, dictionary=self.dictionary
-                )
-                self._scores[key] = breakdown.total
+                found = score_pair(s, t, self.options, operation=bool(operations), context=self.context)
+                self._scores[key] = found.total
             total += self._scores[key]
         return total / len(pairs[:MAX_CANDIDATES])
 

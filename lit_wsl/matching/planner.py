@@ -19,9 +19,9 @@ from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.orientation import Orientation
 from lit_wsl.matching.regions import Sides
 from lit_wsl.matching.risks import margin_of, told
+from lit_wsl.matching.scoring import Context
 from lit_wsl.matching.selection import IncompatiblePairs, part_of, restrict, without, without_average
 from lit_wsl.matching.tree import TreeBuilder, stem_of
-from lit_wsl.matching.words import Dictionary
 from lit_wsl.plan.entries import AVERAGE, SideSummary
 from lit_wsl.plan.operations import Operation, Transpose
 from lit_wsl.plan.plan import TransferPlan
@@ -90,12 +90,10 @@ class Alignment:
     Attributes:
         matches: Source tensors, target tensors, the match.
         doubts: Target tensors, candidates (source tensors and operations), the reason.
-        dictionary: What the matches tell about names.
     """
 
     matches: tuple[Matched, ...]
     doubts: tuple[tuple[tuple[ParameterInfo, ...], Sources, str], ...]
-    dictionary: Dictionary
 
 
 def build_plan(
@@ -206,7 +204,8 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
     alignment = align(weights_s, weights_t, options, known, ordered=ordered)
     if target.has_execution_order:
         alignment = _with_execution_order(alignment, weights_s, weights_t, options, ordered)
-    writer = EntryWriter(source, target, options, alignment.dictionary)
+    names = ([[info.name for info in side] for side in match[:2]] for match in alignment.matches)
+    writer = EntryWriter(source, target, options, Context((s, t) for s, t in names))
     orientation = Orientation(
         [(sources, targets, match.operations) for sources, targets, match in alignment.matches],
         [(targets, candidates) for targets, candidates, _ in alignment.doubts],
@@ -280,7 +279,7 @@ def align(
 ) -> Alignment:
     """Align two sides, twice: the first time tells what order, orientation and other blocks are worth."""
     if not source or not target:
-        return Alignment((), (), Dictionary())
+        return Alignment((), ())
     builder = TreeBuilder()
     root_s, order_s = builder.build(source)
     root_t, order_t = builder.build(target)
@@ -303,7 +302,7 @@ def align(
         )
         for d in unsure
     )
-    return Alignment(companions_together(matches, source, target), doubts, Dictionary.of(_names(matches)))
+    return Alignment(companions_together(matches, source, target), doubts)
 
 
 def companions_together(
@@ -372,7 +371,7 @@ def _with_execution_order(
     extra = tuple(m for m in second.matches if not any(t.name in settled for t in m[1]))
     decided = matched | {t.name for _, targets, _ in extra for t in targets}
     doubts = tuple(d for d in first.doubts if not all(t.name in decided for t in d[0]))
-    return Alignment((*first.matches, *extra), doubts, second.dictionary)
+    return Alignment((*first.matches, *extra), doubts)
 
 
 def _doubt_contradictions(first: Alignment, second: Alignment) -> Alignment:
@@ -386,15 +385,10 @@ def _doubt_contradictions(first: Alignment, second: Alignment) -> Alignment:
             doubts.append((targets, ((sources, match.operations), *rivals), reason))
         else:
             kept.append((sources, targets, match))
-    return Alignment(tuple(kept), (*first.doubts, *doubts), first.dictionary)
+    return Alignment(tuple(kept), (*first.doubts, *doubts))
 
 
 def _by_execution(infos: Sequence[ParameterInfo]) -> list[ParameterInfo]:
     """Sort by execution order; tensors the sample never reached go last."""
     late = len(infos) + max((i.execution_order or 0 for i in infos), default=0)
     return sorted(infos, key=lambda i: (late if i.execution_order is None else i.execution_order, i.index))
-
-
-def _names(matches: Sequence[Matched]) -> Iterator[tuple[str, str]]:
-    """Names of the matches of one tensor with one."""
-    return ((ss[0].name, ts[0].name) for ss, ts, _ in matches if len(ss) == len(ts) == 1)

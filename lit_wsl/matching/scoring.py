@@ -6,7 +6,8 @@ are; whether a pair is loaded is decided by the alignment of the whole models an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
@@ -35,7 +36,7 @@ class ScoreBreakdown:
         name_parts: ``token`` (Jaccard), ``edit`` (Levenshtein), ``substring`` (longest common), ``type``.
         hierarchy_parts: ``depth``, ``path``, ``parents`` and ``order``; parts without evidence are absent.
         weights: Weights of shape, name and hierarchy, summing to 1.
-        parents: The parents' match, ``None`` without context.
+        parents: The parents' match (:meth:`Context.parents`), ``None`` without context.
         total: ``sum(weights * parts)``; in context 80 % of it and 20 % ``parents``.
     """
 
@@ -49,6 +50,49 @@ class ScoreBreakdown:
     weights: Mapping[str, float] = field(default_factory=dict)
     parents: float | None = None
     total: float = 0.0
+
+
+class Context:
+    """What the matches of two models tell about any pair of their tensors: which words and modules became which.
+
+    Args:
+        matches: The names of the sources and the targets of each match.
+    """
+
+    def __init__(self, matches: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
+        rows = list(matches)
+        self.dictionary = Dictionary.of((s[0], t[0]) for s, t in rows if len(s) == len(t) == 1)
+        self._moved = sorted({(s, t) for sources, targets in rows for s in sources for t in targets})
+        self._sources = [s for s, _ in self._moved]
+        self._targets = sorted(t for _, t in self._moved)
+        self._known: dict[tuple[str, str], float | None] = {}
+
+    def parents(self, source: str, target: str) -> float | None:
+        """How far the modules around two tensors' groups correspond, 0 to 1.
+
+        The matches from inside the one into the other, as a share of all matches of that one of them which has fewer:
+        1 where everything in one module became part of the other. ``None`` if neither has any.
+        """
+        around = _around(source), _around(target)
+        if around not in self._known:
+            s, t = around
+            inside = self._moved[slice(*_range(self._sources, s))]
+            first, last = _range(self._targets, t)
+            counts = [count for count in (len(inside), last - first) if count]
+            both = sum(name.startswith(t) for _, name in inside)
+            self._known[around] = both / min(counts) if counts else None
+        return self._known[around]
+
+
+def _around(name: str) -> str:
+    """Path of the module around a tensor's group, with a dot behind it; nothing for the whole model."""
+    path = name.rpartition(".")[0].rpartition(".")[0]
+    return f"{path}." if path else ""
+
+
+def _range(names: Sequence[str], prefix: str) -> tuple[int, int]:
+    """Which of the sorted names start with this."""
+    return (bisect_left(names, prefix), bisect_left(names, prefix[:-1] + "/")) if prefix else (0, len(names))
 
 
 def shape_score(source: Shape, target: Shape, *, buffer: bool = False, operation: bool = False) -> float:
@@ -92,28 +136,22 @@ def name_parts(source: str, target: str, dictionary: Dictionary | None = None) -
     }
 
 
-def hierarchy_parts(
-    source: ParameterInfo, target: ParameterInfo, *, parents: float | None = None, order: float | None = None
-) -> dict[str, float]:
+def hierarchy_parts(source: ParameterInfo, target: ParameterInfo, parents: float | None = None) -> dict[str, float]:
     """Score two places in the hierarchy.
 
     Args:
         source: The checkpoint's tensor.
         target: The model's tensor.
-        parents: Share of the ancestors that correspond under the alignment; without it the share of equal path parts.
-        order: Agreement of the places in order, 0 to 1, where both sides have one.
+        parents: How far the modules around both correspond; without it the share of equal path parts.
     """
     ps, pt = source.module_path.split("."), target.module_path.split(".")
     deepest = max(source.depth, target.depth)
-    parts = {
+    common = len(set(ps) & set(pt)) / max(1, len(set(ps) | set(pt)))
+    return {
         "depth": 1.0 - abs(source.depth - target.depth) / deepest if deepest else 1.0,
         "path": best_pairs_similarity(ps, pt) if ps != pt else 1.0,
+        "parents": common if parents is None else parents,
     }
-    common = len(set(ps) & set(pt)) / max(1, len(set(ps) | set(pt)))
-    parts["parents"] = common if parents is None else parents
-    if order is not None:
-        parts["order"] = order
-    return parts
 
 
 def score_pair(
@@ -122,9 +160,7 @@ def score_pair(
     options: MatchingOptions | None = None,
     *,
     operation: bool = False,
-    parents: float | None = None,
-    order: float | None = None,
-    dictionary: Dictionary | None = None,
+    context: Context | None = None,
 ) -> ScoreBreakdown:
     """Score one pair of tensors.
 
@@ -133,9 +169,7 @@ def score_pair(
         target: The model's tensor.
         options: Weights and buffer mode.
         operation: Whether a lossless operation takes the one into the other.
-        parents: How far the parents correspond under the alignment, 0 to 1.
-        order: Agreement of the places in order, 0 to 1.
-        dictionary: Translations of words learned from this pair of models.
+        context: What the matches around tell.
 
     Returns:
         The breakdown; ``total`` is the score.
@@ -148,22 +182,12 @@ def score_pair(
     buffer = source.kind == target.kind == "buffer"
     buffer &= options.buffers == "lenient" or near(source.shape, target.shape, options.shape_tolerance)
     shape = shape_score(source.shape, target.shape, buffer=buffer, operation=operation)
-    names = name_parts(source.name, target.name, dictionary)
-    places = hierarchy_parts(source, target, parents=parents, order=order)
+    parents = context.parents(source.name, target.name) if context else None
+    names = name_parts(source.name, target.name, context.dictionary if context else None)
+    places = hierarchy_parts(source, target, parents)
     name = sum(NAME_PARTS[k] * v for k, v in names.items())
     hierarchy = sum(places.values()) / len(places)
     weights = options.score_weights
     base = weights["shape"] * shape + weights["name"] * name + weights["hierarchy"] * hierarchy
     total = base if parents is None else (1 - CONTEXT_SHARE) * base + CONTEXT_SHARE * parents
-    return ScoreBreakdown(
-        source.name,
-        target.name,
-        shape,
-        name,
-        hierarchy,
-        names,
-        places,
-        weights,
-        parents,
-        total,
-    )
+    return ScoreBreakdown(source.name, target.name, shape, name, hierarchy, names, places, weights, parents, total)

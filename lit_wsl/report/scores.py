@@ -16,8 +16,7 @@ from rich.table import Table
 
 from lit_wsl.errors import MappingError
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.scoring import ScoreBreakdown, score_pair
-from lit_wsl.matching.words import Dictionary
+from lit_wsl.matching.scoring import Context, ScoreBreakdown, score_pair
 from lit_wsl.plan.coverage import Coverage, measure_coverage
 from lit_wsl.plan.entries import PlanEntry, Side
 from lit_wsl.plan.plan import TransferPlan
@@ -26,7 +25,6 @@ from lit_wsl.report.rows import confidence, describe_from_plan, shape_text
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 
 MOST_EXPLAINED = 600  # steps of a report with a runner-up each; of more, the least certain ones
-_CERTAIN = 0.3  # minimum margin of a step that words are learned from, as in the matching itself
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,9 @@ class Material:
         return _last_place(self.source), _last_place(self.target)
 
     @cached_property
-    def dictionary(self) -> Dictionary:
-        """Words of the source that stand for words of the target, learned from the plan; families count once."""
-        return Dictionary.of(
-            (entry.sources[0], entry.targets[0])
-            for entry in self.plan.entries
-            if len(entry.sources) == len(entry.targets) == 1 and entry.margin >= _CERTAIN and entry.kind == "parameter"
-        )
+    def context(self) -> Context:
+        """What the plan's steps tell of one another."""
+        return Context((entry.sources, entry.targets) for entry in self.plan.entries if entry.kind == "parameter")
 
     @cached_property
     def module_pairs(self) -> frozenset[tuple[str, str]]:
@@ -72,17 +66,6 @@ class Material:
             (source.rpartition(".")[0], target.rpartition(".")[0])
             for entry in self.plan.entries
             for source, target in pairs(entry)
-        )
-
-    @cached_property
-    def candidate_pairs(self) -> frozenset[tuple[str, str]]:
-        """Paths of the modules of what is ambiguous and of its candidates, which are scored as if they were matched."""
-        return frozenset(
-            (source.rpartition(".")[0], target.rpartition(".")[0])
-            for question in self.plan.ambiguous
-            for candidate in question.candidates
-            for source in candidate.sources
-            for target in question.targets
         )
 
     @cached_property
@@ -120,16 +103,7 @@ class Material:
         The agreement in execution order, where both sides have one, is shown among the parts of the hierarchy; it is
         evidence for the alignment and no part of the sum.
         """
-        modules = source.module_path, target.module_path
-        together = modules in self.module_pairs or modules in self.candidate_pairs
-        found = score_pair(
-            source,
-            target,
-            self.options,
-            operation=operation,
-            parents=1.0 if together else 0.0,
-            dictionary=self.dictionary,
-        )
+        found = score_pair(source, target, self.options, operation=operation, context=self.context)
         order = order_agreement(self, source, target)
         if order is None:
             return found
