@@ -150,6 +150,7 @@ def _differing(units: Array, places: Array, group_of: Array, colour: np.ndarray)
 Place = tuple[int, int]
 DIFFERS = "differs between the blocks of another axis"
 CROSSING = "used in blocks that overlap"
+ALONE = "no other unit is used alike"
 UNUSED = "not used in the example call"
 _NOWHERE = np.iinfo(np.int64).max
 
@@ -191,9 +192,14 @@ class Grouping:
         for number, names in self.run.trace.parameters.items():
             for name in names:
                 shapes[name] = self.run.shape_of(number)
-                if why := self._why(number):
+                if why := {**self._alone(number, axes.get(name, {})), **self._why(number)}:
                     frozen[name] = why
         return PermutationSpec(groups, axes, shapes=shapes, frozen=frozen)
+
+    def _alone(self, number: int, moved: Mapping[int, AxisSpec]) -> dict[int, str]:
+        """Axes on which nothing moves all positions."""
+        sizes = enumerate(self.run.shape_of(number))
+        return {a: ALONE for a, n in sizes if n > 1 and not (a in moved and bool(moved[a].touched.all()))}
 
     def _why(self, number: int) -> dict[int, str]:
         why = {}

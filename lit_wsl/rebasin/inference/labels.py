@@ -34,6 +34,8 @@ class Label:
         segments: For row offsets of a grouped product: the unit of each segment.
         origin: The parameter this tensor is a view or a rescaling of.
         settled: State of the units for which these very factors are known to be settled.
+        history: What was cut and turned on axes that nothing moves, as a number: parts of one tensor that were treated
+            differently there are told apart where they are put side by side.
         segmented: An axis of routed rows on which the factors have one place for each *expert*, not for each row: what
             a row is labelled by depends on the expert it was sent to, and the label covers experts that got no row.
     """
@@ -48,6 +50,7 @@ class Label:
     origin: int | None = None
     segmented: int | None = None
     settled: tuple[int, tuple[Array, ...]] | None = None
+    history: int = 0
 
     def __post_init__(self) -> None:
         """Values vary everywhere unless something else is said."""

@@ -12,7 +12,7 @@ from lit_wsl.rebasin.inference.labels import Algebra, Label, depends
 from lit_wsl.rebasin.inference.rules_shape import axes_of, moved, reshape_label, take
 from lit_wsl.rebasin.inference.run import READING, Joint, Run, pattern, rule
 from lit_wsl.rebasin.inference.trace import Node, Ref, flat_refs, tensor_args
-from lit_wsl.rebasin.inference.units import FIXED, Array, distinct
+from lit_wsl.rebasin.inference.units import FIXED, Array, distinct, mix
 
 _FEW = 8
 
@@ -50,6 +50,10 @@ def cat_labels(algebra: Algebra, labels: Sequence[Label], dim: int, apart: bool 
     else moves along it.
     """
     labels = [algebra.settle(label, single=True) for label in labels]
+    if len({label.history for label in labels if label.factors}) > 1:
+        for label in labels:
+            for factor in label.factors if label.history else ():
+                algebra.units.sign(factor, mix(7331, label.history))
     shape = list(labels[0].shape)
     shape[dim] = sum(label.shape[dim] for label in labels)
     tainted, routed = any(label.tainted for label in labels), any(label.routed for label in labels)

@@ -14,7 +14,7 @@ import numpy as np
 from lit_wsl.rebasin.inference.labels import MAX_LABEL, Algebra, Label, compress, depends, lifted
 from lit_wsl.rebasin.inference.run import Run, rule, unknown
 from lit_wsl.rebasin.inference.trace import Node
-from lit_wsl.rebasin.inference.units import Array
+from lit_wsl.rebasin.inference.units import Array, mix
 
 
 def moved(
@@ -194,7 +194,10 @@ def squeeze(run: Run, node: Node) -> Label:
 def permute(run: Run, node: Node) -> Label:
     """Axes in another order."""
     label = run.label(node.args["self"])
-    return permute_label(label, permutation_of(node, label.ndim))
+    order = permutation_of(node, label.ndim)
+    still = [a for a in order if label.shape[a] > 1 and not any(a in depends(f) for f in label.factors)]
+    turned = permute_label(label, order)
+    return turned if still == sorted(still) else replace(turned, history=mix(label.history, -3, *still))
 
 
 def permutation_of(node: Node, ndim: int) -> list[int]:
@@ -250,13 +253,22 @@ def take(label: Label, dim: int, index: Array | slice) -> Label:
     return moved(label, shape, pick, label.varies)
 
 
+def cut(label: Label, before: Label, dim: int, *how: int) -> Label:
+    """A label with a note of what was done to one of its axes before, unless units stand there and are followed."""
+    if any(dim in depends(factor) for factor in before.factors):
+        return label
+    return replace(label, history=mix(before.history, dim, *how))
+
+
 @rule("slice", "narrow", moves=True)
 def slices(run: Run, node: Node) -> Label:
     """A slice of one axis."""
     label, args = run.label(node.args["self"]), node.args
     dim = axes_of(args["dim"], label.ndim)[0]
     label = run.algebra.unsegmented(label, [dim])
-    return take(label, dim, slice(args.get("start"), args.get("end"), args.get("step", 1)))
+    where = slice(args.get("start"), args.get("end"), args.get("step", 1)).indices(label.shape[dim])
+    taken = take(label, dim, slice(*where))
+    return taken if taken.shape == label.shape else cut(taken, label, dim, *where)
 
 
 def select_label(label: Label, dim: int, index: int) -> Label:
@@ -292,7 +304,7 @@ def select(run: Run, node: Node) -> Label:
         run.algebra.freeze(label, "selected by a computed position")
         return Label(run.shape(node.outs[0]))
     ask_for_stack(run, label, dim)
-    return select_label(label, dim, index)
+    return cut(select_label(label, dim, index), label, dim, index)
 
 
 @rule("unbind", moves=True)
@@ -301,7 +313,7 @@ def unbind(run: Run, node: Node) -> list[Label]:
     label = run.label(node.args["self"])
     dim = axes_of(node.args["dim"], label.ndim)[0]
     ask_for_stack(run, label, dim)
-    return [select_label(label, dim, index) for index in range(label.shape[dim])]
+    return [cut(select_label(label, dim, index), label, dim, index) for index in range(label.shape[dim])]
 
 
 @rule(
@@ -322,7 +334,7 @@ def split(run: Run, node: Node) -> list[Label]:
     parts, start = [], 0
     for out in node.outs:
         size = run.shape(out)[dim]
-        parts.append(take(label, dim, slice(start, start + size)))
+        parts.append(cut(take(label, dim, slice(start, start + size)), label, dim, start, size))
         start += size
     return parts
 
@@ -332,7 +344,10 @@ def flip(run: Run, node: Node) -> Label:
     """Axes backwards."""
     label = run.label(node.args["self"])
     dims = tuple(axes_of(node.args["dims"], label.ndim))
-    return moved(label, label.shape, lambda f: np.flip(f, dims), label.varies)
+    turned = moved(label, label.shape, lambda f: np.flip(f, dims), label.varies)
+    for dim in dims:
+        turned = cut(turned, replace(label, history=turned.history), dim, -1)
+    return turned
 
 
 @rule("roll", moves=True)
@@ -344,7 +359,10 @@ def roll(run: Run, node: Node) -> Label:
         run.algebra.freeze(label, "rolled as a whole")
         return Label(label.shape)
     dims = axes_of(node.args["dims"], label.ndim)
-    return moved(label, label.shape, lambda f: np.roll(f, tuple(shifts), tuple(dims)), label.varies)
+    turned = moved(label, label.shape, lambda f: np.roll(f, tuple(shifts), tuple(dims)), label.varies)
+    for dim, shift in zip(dims, shifts, strict=True):
+        turned = cut(turned, replace(label, history=turned.history), dim, -2, int(shift))
+    return turned
 
 
 @rule("repeat", moves=True)

@@ -121,6 +121,18 @@ def codebook(net, x):
     return net.b(z + (net.codes(chosen) - z).detach())
 
 
+def shifted(net, x):
+    h = net.a(x)
+    out = torch.zeros_like(h)
+    out[:, 1:, :2], out[:, :-1, 2:4], out[:, :, 4:] = h[:, :-1, :2], h[:, 1:, 2:4], h[:, :, 4:]
+    return net.b(out.relu())
+
+
+def shifted_beside(net, x):
+    h = net.a(x)
+    return net.b(torch.cat([h[:, :-1, :3], h[:, 1:, 3:]], -1).relu())
+
+
 def scattered(net, x, edges):
     h = net.a(x).relu()
     return net.b(torch.zeros_like(h).index_add_(0, edges[1], h[edges[0]]))
@@ -233,6 +245,8 @@ CASES = {
         (ROWS,),
         f"{ENDS} codes.weight:0 codes.weight:1",
     ),
+    "channels shifted in time": (shifted, ends, (STEPS,), ENDS),
+    "channels shifted in time, side by side": (shifted_beside, ends, (STEPS,), ENDS),
     "FNO 2d": (
         spectral_2d,
         lambda: {
@@ -318,3 +332,13 @@ def test_a_wrong_order_of_what_is_only_returned_as_positions_does_not_pass():
     model = Net(lambda net, x: (net.b(net.a(x)), net.r(x).argmax(-1)), **ends(), r=nn.Linear(3, 4)).eval()
     wrong = PermutationSpecBuilder(model).linear("r", "P", None).build()
     assert verify_permutation_spec(wrong, model, (ROWS,)).dropped == ("P",)
+
+
+def test_what_nothing_moves_is_listed_with_a_reason():
+    model = Net(lambda net, x: net.b(torch.cat([net.a(x).relu(), x[:, :1]], 1)), a=nn.Linear(3, 6), b=nn.Linear(7, 2))
+    spec = infer_permutation_spec(model.eval(), (ROWS,))
+    for name, shape in spec.shapes.items():
+        for axis, size in enumerate(shape):
+            moved = spec.axes.get(name, {}).get(axis)
+            if size > 1 and (moved is None or not bool(moved.touched.all())):
+                assert spec.frozen[name][axis]
