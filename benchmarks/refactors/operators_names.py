@@ -12,26 +12,25 @@ from benchmarks.refactors.operators import LAST, UNORDERED, Apply, lists_of, ope
 
 
 def _reworded(change: Callable[[str], str], share: float = 1.0) -> Apply:
-    """Change the words of the roles in use, one by one."""
+    """Change names of attributes, each wherever it occurs: a role may be two attributes deep (``conv.0.norm``)."""
 
     def apply(side: Side, rng: random.Random) -> bool:
-        done = False
-        for role in sorted(side.used()):
-            word = side.words.get(role)
-            if word and rng.random() < share and change(word) != word:
-                side.words[role] = change(word)
-                done = True
-        return done
+        words = {role: side.words[role] for role in sorted(side.used()) if side.words.get(role)}
+        parts = sorted({part for word in words.values() for part in word.split(".") if not part.isdigit()})
+        changed = {part: change(part) for part in parts if rng.random() < share}
+        after = {role: ".".join(changed.get(p, p) for p in word.split(".")) for role, word in words.items()}
+        side.words.update(after)
+        return after != words
 
     return apply
 
 
 def _abbreviated(word: str) -> str:
-    return ".".join(p if len(p) < 5 else p[0] + re.sub("[aeiou]", "", p[1:]) for p in word.split("."))
+    return word if len(word) < 5 else word[0] + re.sub("[aeiou]", "", word[1:])
 
 
 def _initials(word: str) -> str:
-    return ".".join("".join(w[0] for w in p.split("_") if w) if "_" in p.strip("_") else p for p in word.split("."))
+    return "".join(w[0] for w in word.split("_") if w) if "_" in word.strip("_") else word
 
 
 def _camel(word: str) -> str:
@@ -39,16 +38,14 @@ def _camel(word: str) -> str:
 
 
 def _typed(word: str) -> str:
-    return ".".join(p if p.isdigit() else f"{p}_layer" for p in word.split("."))
+    return f"{word}_layer"
 
 
 operator("first", "names", name="abbreviate")(_reworded(_abbreviated, 0.7))
 operator("second", "names", name="initials")(_reworded(_initials, 0.6))
 operator("first", "names", name="camel_case")(_reworded(_camel))
 operator("second", "names", weight=0.7, name="say_layer")(_reworded(_typed, 0.5))
-operator("first", "names", weight=0.7, name="short_words")(
-    _reworded(lambda w: ".".join(p[:2] for p in w.split(".")), 0.5)
-)
+operator("first", "names", weight=0.7, name="short_words")(_reworded(lambda w: w[:2], 0.5))
 operator("second", "names", weight=0.7, name="new_prefix")(_reworded(lambda w: f"my_{w}", 0.7))
 
 

@@ -25,21 +25,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from lit_wsl.matching.decision import OTHER_NAME, TIED, TURNED, ClassSolver, is_named, is_strong
-from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spells_parts
+from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.regions import (
-    SURE,
-    Decision,
-    Pair,
-    Region,
-    Renames,
-    Roles,
-    Sides,
-    Tie,
-    agreement,
-    order_cell,
-    other_name,
-)
+from lit_wsl.matching.order import Kept, agreement, kept_elsewhere, order_cell
+from lit_wsl.matching.regions import Decision, Learned, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
 from lit_wsl.matching.tree import Item, TreeBuilder, role_of, same_kind, shape_key
@@ -117,15 +106,13 @@ class Evidence:
         exact_matrices: Matched non-square matrices of the same shape.
         turned_matrices: Matched matrices that only fit transposed.
         agreement: By region, how well the order of its decided siblings agrees.
-        roles: What blocks were certain of.
-        renames: Which units kept their names.
+        learned: What pairs tell of others.
     """
 
     exact_matrices: int = 0
     turned_matrices: int = 0
-    agreement: dict[tuple[int, int], float] = field(default_factory=dict)
-    roles: Roles = field(default_factory=Roles)
-    renames: Renames = field(default_factory=Renames)
+    agreement: dict[tuple[int, int], Kept] = field(default_factory=dict)
+    learned: Learned = field(default_factory=Learned)
 
 
 class Aligner:
@@ -151,8 +138,8 @@ class Aligner:
         self.gathered = Evidence()
         self.turned = evidence.turned_matrices > evidence.exact_matrices
         self.costs = PairCosts(forbidden, self.turned)
-        self.classes = ClassSolver(options, self.costs, sides, evidence.roles, evidence.renames)
-        self.agreement: dict[tuple[int, int], float] = {}
+        self.classes = ClassSolver(options, self.costs, sides, evidence.learned)
+        self.agreement: dict[tuple[int, int], Kept] = {}
         self._memo: dict[tuple[int, int], tuple[int, int, Outcome]] = {}
 
     def align(self, source: Item, target: Item) -> Outcome:
@@ -161,11 +148,10 @@ class Aligner:
         region = Region(source, target, source.numel == target.numel, (shapes[0], shapes[1]))
         return RegionMatch(self, region).solve([source], [target])
 
-    def elsewhere(self, region: Region) -> float:
-        """What the best other region told about order in the pass before; -1 if any dissents."""
-        others = [a for key, a in self.evidence.agreement.items() if key != region.key]
-        best = max(others, default=1.0)
-        return best if min(others, default=1.0) > 0 else 1.0 if best >= SURE else -1.0
+    def elsewhere(self, region: Region) -> str:
+        """Whether other regions kept their order, as the pass before saw it."""
+        others = [kept for key, kept in self.evidence.agreement.items() if key != region.key]
+        return kept_elsewhere(region.in_list, others)
 
     def inside(self, s: Item, t: Item) -> tuple[Outcome, int, int]:
         """What two corresponding items hold, and by how much it is shifted."""
@@ -207,7 +193,12 @@ class Aligner:
 
 
 class RegionMatch:
-    """Matches the inside of a pair."""
+    """Matches the inside of a pair.
+
+    Args:
+        aligner: What is known of the pair of models.
+        region: Where.
+    """
 
     def __init__(self, aligner: Aligner, region: Region) -> None:
         self.aligner = aligner
@@ -227,7 +218,7 @@ class RegionMatch:
             if level == "tensor":
                 units_s, units_t = _tensors(units_s), _tensors(units_t)
             units_s, units_t = self._match_level(units_s, units_t)
-        self.aligner.agreement[self.region.key] = agreement(self.certain)
+        self.aligner.agreement[self.region.key] = Kept(self.region.in_list, agreement(self.certain))
         self._settle_ties()
         return self.out
 
@@ -325,7 +316,7 @@ class RegionMatch:
         """Whether the name of either spells parts that stand on the other side: then it is a whole, and no pair."""
         if max(s.level, t.level) == 2 or s.rank < 2:
             return False
-        return spells_parts(s, t, self.region) or spells_parts(t, s, self.region)
+        return spell_otherwise(s, t) or spells_parts(s, t, self.region) or spells_parts(t, s, self.region)
 
     def _take(self, decision: Decision, s: list[Item], t: list[Item]) -> tuple[list[Item], list[Item]]:
         gone = {id(i) for i in decision.closed}
@@ -341,11 +332,14 @@ class RegionMatch:
         outcome, ds, dt = self.aligner.inside(p.source, p.target)
         self.out.inside.append((outcome, ds, dt, p.cell))
         self.out.pairs.append((p.source, p.target))
-        if max(p.source.level, p.target.level) < 2 <= min(self.region.source.level, self.region.target.level):
-            self.aligner.gathered.renames.teach(p.source, p.target)
+        learned = self.aligner.gathered.learned
+        if min(self.region.source.level, self.region.target.level) >= 2:
+            learned.renames.teach(self.region, p.source, p.target)
+            if p.first and may_load(p.cell):
+                learned.rows.teach(self.region, p.source, p.target, named=is_named(p.cell))
         if p.first and may_load(p.cell):
             self.certain.append(p)
-            self.aligner.gathered.roles.teach(self.region, p.source, p.target)
+            self.aligner.gathered.learned.roles.teach(self.region, p.source, p.target)
 
     def _take_fusion(self, fusion: Fusion, units_s: list[Item], units_t: list[Item]) -> None:
         self.out.matches += [Match(step.sources, step.targets, step.operations, fusion.cell) for step in fusion.steps]
@@ -399,7 +393,7 @@ class RegionMatch:
                             self._doubt(Tie.of(p.source, p.target, self.region, OTHER_NAME))
                             continue
                         self._take_pair(replace(p, first=False))
-                        self.aligner.gathered.roles.teach(self.region, p.source, p.target)
+                        self.aligner.gathered.learned.roles.teach(self.region, p.source, p.target)
                     for inner in decision.ties:
                         self._doubt(inner)
             else:

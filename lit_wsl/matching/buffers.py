@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lit_wsl.matching.scoring import near
-from lit_wsl.matching.words import count_alike, numbers_along, token_similarity
+from lit_wsl.matching.words import ABBREVIATION, count_alike, numbers_along, token_similarity
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, tokenize
 
 FOLLOWS, SAME_PATH = "buffer of a matched module", "buffer at the same path"
@@ -22,14 +22,30 @@ def split_kinds(
     """Tell what is aligned like weights from the buffers that follow them, on both sides.
 
     A bare state dict doesn't say which tensors are buffers. Where the target knows, it helps: a source tensor whose
-    own name (its last part) and shape only buffers of the target have is a buffer too. What is a buffer on one side
-    and a parameter on the other, and modules that hold nothing but buffers (frozen norms, norms without weights,
-    codebooks), are aligned like weights: they have nothing to follow.
+    own name (its last part) and shape only buffers of the target have is a buffer too, and so is one whose name the
+    target does not have, but shares a word with such a name (``moving_mean``, ``running_mean``). What is a buffer on
+    one side and a parameter on the other, and modules that hold nothing but buffers (frozen norms, norms without
+    weights, codebooks), are aligned like weights: they have nothing to follow.
+
+    Args:
+        source: The source's side.
+        target: The target's side.
+        alone: Whether buffers with nothing to follow are aligned.
+
+    Returns:
+        Source weights, source buffers, target weights, target buffers.
     """
     leaves_t = {i.leaf for i in target.parameters if i.kind == "parameter"}
     as_buffer: set[tuple[str, tuple[int, ...]]] = set()
     if not source.is_module and target.is_module:
-        as_buffer = {(i.leaf, i.shape) for i in target.parameters if i.kind == "buffer" and i.leaf not in leaves_t}
+        known = {(i.leaf, i.shape) for i in target.parameters if i.kind == "buffer" and i.leaf not in leaves_t}
+        named = {leaf for leaf, _ in known} | leaves_t
+        unknown = {(i.leaf, i.shape) for i in source.parameters if i.leaf not in named}
+        as_buffer = known | {
+            (leaf, shape)
+            for leaf, shape in unknown
+            if any(shape == other and _leaf_similarity(leaf, name) >= ABBREVIATION for name, other in known)
+        }
     buffers = (
         [i for i in source.parameters if i.kind == "buffer" or (i.leaf, i.shape) in as_buffer],
         [i for i in target.parameters if i.kind == "buffer"],
@@ -74,6 +90,9 @@ def match_buffers(
         buffers_s: What is left of the source.
         buffers_t: Buffers of the target; of modules that hold nothing else, all that are open.
         units: Modules of the target that hold weights: their buffers come with these, or not at all.
+
+    Returns:
+        ``(source, target, evidence)``, one to one, shapes equal.
     """
     homes: tuple[dict[str, Counter[str]], dict[str, Counter[str]]] = (defaultdict(Counter), defaultdict(Counter))
     for s, t in pairs:
@@ -154,13 +173,12 @@ def _within_module(
     for t in targets:
         alike = [s for s in free if s.shape == t.shape and s.dtype.is_floating_point == t.dtype.is_floating_point]
         same = [s for s in alike if s.leaf == t.leaf]
-        if not same and len(alike) > 1:
+        if not same and any(o.shape == t.shape and o is not t for o in targets):
             scored = sorted(alike, key=lambda s: (-_leaf_similarity(s.leaf, t.leaf), s.index))
-            best, second = (_leaf_similarity(s.leaf, t.leaf) for s in scored[:2])
+            best, second = (*(_leaf_similarity(s.leaf, t.leaf) for s in scored[:2]), 0.0, 0.0)[:2]
             same = scored[:1] if best > second else []
         elif not same:
-            rivals = [o for o in targets if o.shape == t.shape and o is not t]
-            same = alike if not rivals else []
+            same = alike if len(alike) == 1 else []
         if same:
             pairs.append((t, same[0]))
             free.remove(same[0])

@@ -42,7 +42,8 @@ from lit_wsl.matching.likeness import (
     strength,
 )
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.regions import ORDER, Decision, Pair, Region, Renames, Roles, Sides, Tie, other_name
+from lit_wsl.matching.order import ORDER
+from lit_wsl.matching.regions import Decision, Learned, Pair, Region, Sides, Tie, ascending, other_name
 from lit_wsl.matching.risks import may_load
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts
 from lit_wsl.matching.tree import (
@@ -87,19 +88,16 @@ class ClassSolver:
         options: How to match; ``shape_only`` ignores names.
         costs: What pairs cost by structure and shapes.
         sides: What is known of the two sides as wholes.
-        roles: What other blocks were certain of, in the pass before.
+        learned: What the pass before learned.
     """
 
-    def __init__(
-        self, options: MatchingOptions, costs: PairCosts, sides: Sides, roles: Roles, renames: Renames
-    ) -> None:
-        self.renames = renames
+    def __init__(self, options: MatchingOptions, costs: PairCosts, sides: Sides, learned: Learned) -> None:
+        self.learned = learned
         self.names = options.strategy != "shape_only"
         self.costs = costs
         self.ties = sides.ties
         self.heads = sides.heads
         self.ordered = sides.ordered
-        self.roles = roles
 
     def solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
         """Decide a class: members in registration order, and where they stand."""
@@ -115,18 +113,29 @@ class ClassSolver:
         return out
 
     def judged(self, p: Pair, region: Region) -> str:
-        """The cell of a pair, by whether the names of the two have anything in common, and whether others have."""
-        units = max(p.source.level, p.target.level) < 2 == min(region.source.level, region.target.level)
-        if p.cell in (PATH, TIED) or not self.names or not units:
+        """The cell of a pair, by whether names and order agree with it too."""
+        if p.cell in (PATH, TIED) or not self.names or min(region.source.level, region.target.level) < 2:
             return p.cell
+        by_names = is_named(p.cell) or p.cell.startswith((ORDER, ROLE))
         kind = other_name(p.source, p.target, region)
-        if not kind:
-            return p.cell
-        if same_role(owner_path(p.source.main.path), owner_path(p.target.main.path)):
-            return p.cell if is_named(p.cell) or p.cell.startswith((ORDER, ROLE)) else SAME_ROLE
-        renamed, kept = self.renames.others(p.source, p.target)
-        kind += " among kept" if kept > renamed + FEW else ""
-        return f"{p.cell}, {kind}" if is_named(p.cell) or p.cell.startswith((ORDER, ROLE)) else kind
+        if kind and max(p.source.level, p.target.level) < 2:
+            if same_role(owner_path(p.source.main.path), owner_path(p.target.main.path)):
+                kind = "" if by_names else SAME_ROLE
+            else:
+                kind += self._around(p, region)
+        if by_names:
+            return f"{p.cell}, {kind}" if kind else p.cell
+        order = self.learned.rows.agree(region, p.source, p.target) if self.ordered else "unordered"
+        return ", ".join(filter(None, (kind or p.cell, order)))
+
+    def _around(self, p: Pair, region: Region) -> str:
+        """What makes another name telling: units at an end may be other heads, and siblings that kept theirs."""
+        at_end = p.source.rank >= 2 and not any(c.isdigit() for i in (p.source, p.target) for c in i.path)
+        renamed, kept = self.learned.renames.siblings(region, p.source, p.target)
+        if kept > 1 and not renamed:
+            return " at an end among kept siblings" if at_end else " among kept siblings"
+        renamed, kept = self.learned.renames.others(p.source, p.target)
+        return " at an end" * at_end + " among kept" * (kept > renamed + FEW)
 
     def _solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
         if (
@@ -145,7 +154,34 @@ class ClassSolver:
             return out
         for a, b, balanced in parts:
             self._solve_part(a, b, balanced, region, out)
+        if len(parts) > 1 and self.names and not self.costs.turned:
+            self._leave_turned(out, region)
         return out
+
+    def _leave_turned(self, out: Decision, region: Region) -> None:
+        """Leave open what would fit crosswise if one side stored its matrices the other way round.
+
+        The matrices of a feed-forward, (24, 8) and (8, 24), fit theirs as they are and each the other's turned. Names
+        tell which it is, and order may.
+        """
+        nameless: dict[tuple[int, ...], list[Pair]] = {}
+        for p in out.pairs:
+            if p.source.level < 2 and len(p.target.main.shape) == 2 and not (is_named(p.cell) or p.cell == ROLE):
+                nameless.setdefault(p.target.main.shape, []).append(p)
+        for shape, mine in nameless.items():
+            others = nameless.get(shape[::-1], [])
+            if shape[0] <= shape[1] or not others:
+                continue
+            firsts = [min((p.source.start, p.target.start) for p in pairs) for pairs in (mine, others)]
+            if self.ordered and ascending(sorted(firsts)):
+                continue
+            gone = {id(p) for p in (*mine, *others)}
+            out.pairs = [p for p in out.pairs if id(p) not in gone]
+            fs, ft = (
+                _literal(families_of([getattr(p, side) for p in (*mine, *others)], root))
+                for side, root in (("source", region.source), ("target", region.target))
+            )
+            out.ties.append(Tie(tuple(fs), tuple(ft), TURNED))
 
     def _named_turned(self, s: list[Item], t: list[Item], region: Region) -> bool:
         """Whether names single out a partner that would have to be transposed, where the shapes say another."""
@@ -197,7 +233,7 @@ class ClassSolver:
             telling = [[w for w in ws if w not in ENDS] for ws in words]
             words = telling if any(telling) else words
             likeness = liken(words[0], words[1])
-            if paths[0] != paths[1] and likeness.best < 2:
+            if paths[0] != paths[1] and (likeness.best < 2 or likeness.only_layers):
                 return
             cell = ALONE + ", other inside"
         elif is_strong(s) and s.profile == t.profile:
@@ -305,7 +341,7 @@ class ClassSolver:
             for j, g in enumerate(ft):
                 (s, *more_s), (t, *more_t) = f.members, g.members
                 alone = not more_s and not more_t
-                if alone and self.costs.of(s, t) is not None and self.roles.partners(region, s, t):
+                if alone and self.costs.of(s, t) is not None and self.learned.roles.partners(region, s, t):
                     found.append((i, j))
         return found
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
+from lit_wsl.matching.likeness import GENERAL
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.shapes import join_axis, transpose_shape
 from lit_wsl.matching.tree import (
@@ -65,7 +66,7 @@ def order_of_parts(whole: str, parts: Sequence[str]) -> PartOrder:
     """
     labels = _labels(parts)
     unknown = PartOrder(tuple(range(len(parts))), UNKNOWN, "nothing tells in which order the parts stand")
-    return _spelled(whole, labels) or _by_formula(labels) or _by_number(whole, labels) or unknown
+    return _spelled(whole, labels) or _by_formula(whole, labels) or _by_number(whole, labels) or unknown
 
 
 def _labels(parts: Sequence[str]) -> list[str]:
@@ -99,18 +100,22 @@ def _spelled(name: str, labels: Sequence[str]) -> PartOrder | None:
             return PartOrder(order, SPELLED, reason)
     if any(label.isdigit() for label in labels):
         return None  # a number on both sides says nothing
+    known = [set(path_tokens(label)) for label in labels]
     places = []
-    for label in labels:
-        words = path_tokens(label)
-        hits = [k for k, tok in enumerate(tokens) if any(token_similarity(w, tok) >= ABBREVIATION for w in words)]
+    for words in known:
+        telling = {w for w in words if sum(w in others for others in known) == 1} - GENERAL
+        hits = [k for k, tok in enumerate(tokens) if any(token_similarity(w, tok) >= ABBREVIATION for w in telling)]
         places.append(hits[-1] if hits else -1)
     if min(places) < 0 or len(set(places)) < len(places):
         return None
     return PartOrder(_sorted_by(places), SPELLED, reason)
 
 
-def _by_formula(labels: Sequence[str]) -> PartOrder | None:
+def _by_formula(whole: str, labels: Sequence[str]) -> PartOrder | None:
     """Attention(Q, K, V): queries before keys before values."""
+    own = path_tokens(owner_path(whole).rpartition(".")[2])
+    if any(token_similarity(word, part) >= ABBREVIATION for word in own for part in ("query", "key", "value")):
+        return None  # it is one of the three
     initials = [label[:1] for label in labels]
     if sorted(initials) not in (["k", "q", "v"], ["k", "v"], ["k", "q"]):
         return None
@@ -123,8 +128,9 @@ def _by_number(whole: str, labels: Sequence[str]) -> PartOrder | None:
     if not all(label.isdigit() for label in labels) or len(set(labels)) < len(labels):
         return None
     own = path_tokens(owner_path(whole).rpartition(".")[2])
-    if any(len(word) > 1 and set(word) <= set("qkv") for word in own):
-        return None  # it spells other parts
+    telling = [word for word in own if len(word) > 1 and word not in GENERAL]
+    if len(telling) > 1 or any(set(word) <= set("qkv") for word in telling):
+        return None  # it spells other parts, and nothing tells which number is which
     return PartOrder(_sorted_by([int(label) for label in labels]), NUMBERED, "the parts are numbered")
 
 
@@ -279,6 +285,15 @@ def _sets_of_parts(whole: Family, families: Sequence[Family]) -> Iterator[tuple[
                         yield subset
 
 
+def spell_otherwise(s: Item, t: Item) -> bool:
+    """Whether the names of two units spell the same parts in another order: ``qkv`` and ``kqv``."""
+    spelled = [
+        {word for word in path_tokens(owner_path(i.main.path)) if len(word) > 1 and set(word) <= set("qkv")}
+        for i in (s, t)
+    ]
+    return any(sorted(a) == sorted(b) for a in spelled[0] for b in spelled[1]) and not spelled[0] & spelled[1]
+
+
 def spells_parts(whole: Item, partner: Item, region: Region) -> bool:
     """Whether a unit's name spells siblings on the other side that would make it up: ``gate_up``, where both are."""
     root = region.source if any(whole is u for u in _units(region.target)) else region.target
@@ -316,6 +331,8 @@ def _judge(whole: Family, parts: tuple[Family, ...], families: list[Family], riv
     around_w = [w for w in path_tokens(_ancestor(name, 1)) if not w.isdigit()]
     around_p = [w for w in path_tokens(_ancestor(parts[0].members[0].path, 1)) if not w.isdigit()]
     near = best_pairs_similarity(around_w[-2:], around_p[-2:])
+    if order.strength == NUMBERED and not near:
+        order = PartOrder(order.order, UNKNOWN, "numbers alone don't tell that these are the parts")
     in_place = _in_place(whole, parts, families, rivals)
     return _Choice(tuple(parts[i] for i in order.order), order, near, in_place)
 

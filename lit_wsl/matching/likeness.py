@@ -62,7 +62,7 @@ def forget() -> None:
 
 
 WORDS, HALF_WORDS, PART_WORDS = "words", "half words", "some words"
-LETTERS, NEAR_WORDS = "letters", "neighbour's words"
+LETTERS, NEAR_WORDS, LAYER_WORDS = "letters", "neighbour's words", "words for any layer"
 FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter may stand for anything
 ENDS = frozenset(  # what the last layer is called in any model, so that it says nothing about what it is for
     (
@@ -95,6 +95,9 @@ ENDS = frozenset(  # what the last layer is called in any model, so that it says
 )
 KINDS = frozenset(("bn", "ln", "gn", "conv", "convolution", "embed", "embedding", "embeddings", "weight"))
 CONTAINERS = frozenset(("backbone", "model", "net", "module", "decoder"))
+LAYERS = KINDS | {"fc", "linear", "lin", "proj", "projection", "dense", "layer", "to", "module", "net", "model"}
+LITTLE = 0.1  # what a word for any layer says, beside words that say which
+GENERAL = (ENDS | KINDS | {"and"}) - {"decoder"}  # words that name a kind of layer, or a place that any model has
 SIDES = frozenset(("pre", "post", "before", "after"))  # says that the other words name a neighbour
 
 
@@ -128,6 +131,7 @@ class Likeness:
     left_s: tuple[str, ...]
     left_t: tuple[str, ...]
     only_near: bool = False
+    only_layers: bool = False
 
     @property
     def kind(self) -> str:
@@ -135,6 +139,8 @@ class Likeness:
         left = {*self.left_s, *self.left_t}
         if (self.only_near and left) or left & SIDES:
             return NEAR_WORDS
+        if self.only_layers and left:
+            return LAYER_WORDS
         if self.best == 1:
             return LETTERS
         return PART_WORDS if self.left_s and self.left_t else HALF_WORDS if self.left_s or self.left_t else WORDS
@@ -145,7 +151,7 @@ def liken(
 ) -> Likeness:
     """Pair the words of two lists one to one, the strongest first."""
     scored = sorted(
-        (-value, -kind, i, j)
+        (-value * (LITTLE if {x, y} <= LAYERS else 1.0), -kind, i, j)
         for i, x in enumerate(a)
         for j, y in enumerate(b)
         for value, kind in [strength(x, y)]
@@ -153,7 +159,7 @@ def liken(
     )
     used_a: set[int] = set()
     used_b: set[int] = set()
-    shared, best, near = 0.0, 0, True
+    shared, best, near, layers = 0.0, 0, True, True
     for value, kind, i, j in scored:
         if i not in used_a and j not in used_b:
             used_a.add(i)
@@ -161,11 +167,12 @@ def liken(
             shared -= value
             best = max(best, -kind)
             near = near and (a[i] in near_a or b[j] in near_b)
+            layers = layers and {a[i], b[j]} <= LAYERS
     left_a, left_b = (
         tuple(w for i, w in enumerate(a) if i not in used_a),
         tuple(w for j, w in enumerate(b) if j not in used_b),
     )
-    return Likeness(shared, best, left_a, left_b, bool(used_a) and near)
+    return Likeness(shared, best, left_a, left_b, bool(used_a) and near, bool(used_a) and layers)
 
 
 def leads(shared: np.ndarray) -> list[tuple[int, int, float]]:
@@ -183,7 +190,7 @@ def leads(shared: np.ndarray) -> list[tuple[int, int, float]]:
 def own_name(item: Item, parts: int = 1) -> tuple[str, ...]:
     """The words of the last parts of a path that have any, without numbers."""
     found: tuple[str, ...] = ()
-    for part in reversed(owner_path(item.main.path).split(".")):
+    for part in reversed((owner_path(item.main.path) if item.level < 2 else item.path).split(".")):
         words = tuple(w for w in path_tokens(part) if not w.isdigit())
         found = (*words, *found)
         parts -= bool(words)

@@ -1,9 +1,9 @@
 """Which way round a square matrix is stored: a verdict of its own, beside the question whose partner it is.
 
 A linear map may be stored as (out, in) or as (in, out). Matrices that are not square show it; a square one is stored
-like the others of its make: the same kind of tensor of the same code base (module class, own name). Where none of its
-make shows it and something says that the make changed (a bare parameter became a module's weight, heads were stored
-apart, something else is transposed), it is open.
+like those beside it, in the module that it stands in, or like those of its class, where the classes of both sides are
+known. Where neither shows it and something says that the make changed (a bare parameter became a module's weight, heads
+were stored apart, something else is transposed), it is open.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Orientation:
         for sources, targets, _ in matches:
             if len(sources) == len(targets) == 1:
                 self._see(sources[0], targets[0], certain=True)
+            else:
+                self.turned = self.turned or _joined_across(sources, targets)
         for targets, candidates in doubts:
             for sources, _ in candidates:
                 if len(sources) == len(targets) == 1:
@@ -63,12 +65,11 @@ class Orientation:
             return None, OTHER_CONVOLUTION
         if len(sources) == len(targets) == 1:
             return self._judge_pair(sources[0], targets[0], operations)
-        parts, whole = (targets, sources) if len(targets) > 1 else (sources, targets)
+        parts = targets if len(targets) > 1 else sources
         fused = any(isinstance(op, (Split, Concat)) for op in operations)
         if fused and all(len(p.shape) == 2 and p.shape[0] == p.shape[1] for p in parts):
             wanted = self._verdict(sources[0], targets[0])
-            along = whole[0].shape[0] if whole[0].shape[0] != parts[0].shape[0] else -1
-            if wanted is None or (wanted is False and along == -1):
+            if wanted is None or (wanted is False and _joined_across(sources, targets)):
                 return None, OPEN
         return operations, ""
 
@@ -99,11 +100,16 @@ class Orientation:
         for make in _makes(s, t):  # the nearest make that shows anything
             seen = self._seen.get(make)
             if seen:
-                verdict = next(iter(seen)) if len(seen) == 1 else None
-                # what fits as it is may fit by chance, where others of the kind fit only turned
-                return None if verdict is False and True in self._seen[_makes(s, t)[1]] else verdict
+                return next(iter(seen)) if len(seen) == 1 else None
         same_make = _leaf(s) == _leaf(t) and len(_core(s.shape)) == len(_core(t.shape))
         return False if same_make and not self.turned else None
+
+
+def _joined_across(sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]) -> bool:
+    """Whether square parts make up a whole along its last axis, as matrices stored (in, out) do."""
+    parts, whole = (targets, sources) if len(targets) > 1 else (sources, targets)
+    square = all(len(p.shape) == 2 and p.shape[0] == p.shape[1] for p in parts)
+    return square and len(whole[0].shape) == 2 and whole[0].shape[0] == parts[0].shape[0]
 
 
 def _core(shape: Shape) -> Shape:
@@ -121,11 +127,13 @@ def _make(info: ParameterInfo) -> Make:
 
 
 def _makes(s: ParameterInfo, t: ParameterInfo) -> tuple[Make, ...]:
-    """What a pair of matrices shares its orientation with, the nearest first: its kind in its list, its kind."""
+    """What a pair of matrices shares its orientation with, the nearest first.
+
+    The matrices of the module that it stands in, on both sides; all of its kind, where the kinds of both are known.
+    """
     both = (_make(s), _make(t))
-    place = split_numbers(t.module_path)[0]
-    lists = tuple(place[: place.index("#")]) if "#" in place else ()
-    return (lists, *both), both, _make(t)
+    around = tuple(split_numbers(i.module_path.rpartition(".")[0])[0] for i in (s, t))
+    return ((around, *both), both) if s.module_type and t.module_type else ((around, *both),)
 
 
 def _is_table(info: ParameterInfo) -> bool:

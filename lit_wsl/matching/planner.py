@@ -16,12 +16,13 @@ from lit_wsl.matching.entries import EntryWriter
 from lit_wsl.matching.hints import hints
 from lit_wsl.matching.layouts import hidden_layouts, leave_open
 from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.order import ORDER
 from lit_wsl.matching.orientation import Orientation
 from lit_wsl.matching.regions import Sides
 from lit_wsl.matching.risks import margin_of, told
 from lit_wsl.matching.scoring import Context
 from lit_wsl.matching.selection import IncompatiblePairs, part_of, restrict, without, without_average
-from lit_wsl.matching.tree import TreeBuilder, stem_of
+from lit_wsl.matching.tree import TreeBuilder, layer_kind, stem_of
 from lit_wsl.plan.entries import AVERAGE, SideSummary
 from lit_wsl.plan.operations import Operation, Transpose
 from lit_wsl.plan.plan import TransferPlan
@@ -40,6 +41,9 @@ _LENGTH, _DIRECTION = "_g", "_v"  # as torch.nn.utils.weight_norm and many ports
 
 def factor_roles(infos: Iterable[ParameterInfo]) -> dict[str, int]:
     """The tensors that are factors of a weight, and which one.
+
+    Args:
+        infos: One side's tensors.
 
     Returns:
         Name -> place among the factors; of weight norm 0 is the length, 1 the direction; 2 is what is scaled or masked.
@@ -155,7 +159,8 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
     whole, inside = source, part_of(source, options.source_prefix)
     source, note = without_average(inside, target)
     for side in (source, target):
-        renamed = {i.name: _plain_name(i.name) for i in side.parameters if "parametrizations." in i.name}
+        renamed = _plain_leaves(side.parameters)
+        renamed |= {i.name: _plain_name(i.name) for i in side.parameters if "parametrizations." in i.name}
         if len({i.name for i in side.parameters if i.name not in renamed} | set(renamed.values())) < len(
             side.parameters
         ):
@@ -187,6 +192,30 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
         unmatched_source=tuple(replace(u, name=back[0](u.name)) for u in plan.unmatched_source),
         unmatched_target=tuple(replace(u, name=back[1](u.name)) for u in plan.unmatched_target),
     )
+
+
+def _plain_leaves(infos: Sequence[ParameterInfo]) -> dict[str, str]:
+    """Names of scales and shifts, and the same as ``weight`` and ``bias``: what a norm calls its own is no evidence.
+
+    Only for modules that hold one scale, or a scale and a shift, and nothing below: ``gamma`` beside other modules is
+    something else. Matrices keep their names, which may tell how they are stored.
+    """
+    own: dict[str, list[ParameterInfo]] = {}
+    for info in infos:
+        own.setdefault(info.module_path, []).append(info)
+    above = {path[:k] for path in own for k, c in enumerate(path) if c == "."}
+    found: dict[str, str] = {}
+    for path, members in own.items():
+        kinds = {i.leaf: layer_kind(i.leaf) for i in members if len(i.shape) == 1}
+        named = {kind: leaf for leaf, kind in kinds.items() if kind}
+        count = sum(bool(kind) for kind in kinds.values())
+        if path in above or not path or "scale" not in named or count != len(named):
+            continue
+        if any(len(i.shape) > 1 for i in members):
+            continue
+        plain = {named["scale"]: "weight", named.get("shift", ""): "bias"}
+        found |= {i.name: f"{path}.{plain[i.leaf]}" for i in members if plain.get(i.leaf, i.leaf) != i.leaf}
+    return found
 
 
 def _plain_name(name: str) -> str:
@@ -380,7 +409,7 @@ def _doubt_contradictions(first: Alignment, second: Alignment) -> Alignment:
     kept, doubts = [], []
     for sources, targets, match in first.matches:
         rivals = [theirs[t.name] for t in targets if t.name in theirs and theirs[t.name][0] != sources]
-        if rivals and "order" in match.cell:
+        if rivals and match.cell.startswith(ORDER):
             reason = "the orders of registration and of execution contradict each other"
             doubts.append((targets, ((sources, match.operations), *rivals), reason))
         else:

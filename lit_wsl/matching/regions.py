@@ -2,16 +2,12 @@
 
 A *region* is a pair of modules that correspond. Its decisions are pairs, ties (families that fit together in an order
 that nothing tells) and, from the pass before, the partners of other blocks and the units that kept their names.
-
-The order of its decided siblings is evidence for the others. Whether a level was reordered is one hidden fact: so much
-of a region must agree that it can't be chance, and nothing may dissent.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -67,6 +63,11 @@ class Region:
     @cached_property
     def _counters(self) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
         return numbers_along(self.names[0]), numbers_along(self.names[1])
+
+    @property
+    def in_list(self) -> bool:
+        """Whether the source's side stands in a numbered list."""
+        return any(c.isdigit() for c in self.source.path)
 
     def same_numbers(self, path: str) -> bool:
         """Whether every number along a path counts the same things on both sides."""
@@ -173,107 +174,90 @@ def _within(a: Sequence[str], b: Sequence[str]) -> bool:
 
 
 class Renames:
-    """How many units have another name on the other side, and how many the very same, by the names without numbers."""
+    """Which units and modules have another name on the other side, by the names without numbers."""
 
     def __init__(self) -> None:
-        self._names: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
+        self._names: dict[tuple[int, int], set[Names]] = {}
 
-    def teach(self, s: Item, t: Item) -> None:
+    def teach(self, region: Region, s: Item, t: Item) -> None:
         """Remember a pair."""
         names = own_name(s), own_name(t)
         if all(names):
-            self._names.add(names)
+            self._names.setdefault(region.key, set()).add(names)
 
     def others(self, s: Item, t: Item) -> tuple[int, int]:
-        """How many other units were renamed, and how many kept their names."""
-        names = own_name(s), own_name(t)
-        renamed = Counter(a != b for a, b in self._names if (a, b) != names)
-        return renamed[True], renamed[False]
+        """How many others were renamed anywhere, and how many kept their names."""
+        return _counted(self._names.values(), (own_name(s), own_name(t)))
+
+    def siblings(self, region: Region, s: Item, t: Item) -> tuple[int, int]:
+        """The same, of what stands in the same module."""
+        return _counted([self._names.get(region.key, set())], (own_name(s), own_name(t)))
+
+
+Names = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+def _counted(known: Iterable[set[Names]], names: Names) -> tuple[int, int]:
+    renamed = Counter(a != b for a, b in set().union(*known) if (a, b) != names)
+    return renamed[True], renamed[False]
+
+
+class Rows:
+    """The order of decided pairs, by region: whether another pair stands among them alike on both sides."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, int, bool], set[tuple[int, int]]] = {}
+
+    def teach(self, region: Region, s: Item, t: Item, *, named: bool) -> None:
+        """Remember a decided pair, and whether names decided it."""
+        for kind in {named, False}:
+            self._rows.setdefault((*region.key, kind), set()).add(_place(region, s, t))
+
+    def agree(self, region: Region, s: Item, t: Item) -> str:
+        """Whether a pair stands among others alike; empty if they are too few.
+
+        Those that names decided come first: ``in order``, ``against order``, or ``reordered`` if they don't agree among
+        themselves; of all that are decided it is ``in line`` or ``out of line``.
+        """
+        mine = _place(region, s, t)
+        for named, words in ((True, ("in order", "against order")), (False, ("in line", "out of line"))):
+            others = sorted(self._rows.get((*region.key, named), set()) - {mine})
+            if len(others) >= 2:
+                if not ascending(others):
+                    return "reordered"
+                return words[0] if ascending(sorted([*others, mine])) else words[1]
+        return ""
+
+
+def _place(region: Region, s: Item, t: Item) -> tuple[int, int]:
+    return s.start - region.source.start, t.start - region.target.start
+
+
+def ascending(row: Sequence[tuple[int, int]]) -> bool:
+    """Whether pairs of places, sorted by the first, are sorted by the second too."""
+    return all(a[1] < b[1] for a, b in pairwise(row))
+
+
+@dataclass
+class Learned:
+    """What a pass over the models tells the next: partners in other blocks, renames, order of what names paired."""
+
+    roles: Roles = field(default_factory=Roles)
+    renames: Renames = field(default_factory=Renames)
+    rows: Rows = field(default_factory=Rows)
 
 
 def other_name(s: Item, t: Item, region: Region) -> str:
-    """Whether the names of two units have nothing in common: their own names, or all below the region."""
+    """Whether the names of two items have nothing in common: their own names, or all below the region."""
     if not foreign(own_name(s), own_name(t)):
         return ""
     if not foreign(own_name(s, 2), own_name(t)) or not foreign(own_name(s), own_name(t, 2)):
         return ""  # one is wrapped: query.base_layer and query
     whole = [
         tuple(w for w in path_tokens(owner_path(relative(i.main, r))) if not w.isdigit())
+        if i.level < 2
+        else tuple(w for w in path_tokens(relative(i, r)) if not w.isdigit())
         for i, r in ((s, region.source), (t, region.target))
     ]
-    return "other name" if foreign(whole[0], whole[1]) else "other own name"
-
-
-ORDER, ORDER_BACKED, ORDER_OF_KIND, ORDER_ALONE = "order", "order, as elsewhere", "order of a kind", "order alone"
-SURE, SOME = 12, 6  # in one of so many orders as much would agree by chance
-
-
-def order_cell(certain: Sequence[Pair], tie: Tie, others: Sequence[Tie], elsewhere: float) -> str | None:
-    """The cell of a tie that goes by order; ``None`` if a decided sibling dissents.
-
-    What counts is in one of how many orders of the siblings as much would agree by chance: if decided and tied siblings
-    alternate alike on both sides, it is not chance.
-
-    Args:
-        certain: Decided siblings.
-        tie: The tie.
-        others: All ties of the region, in which order is followed alike.
-        elsewhere: The same of the best other region; -1 if any of them dissents.
-    """
-    mine = [(f.start, g.start) for f, g in zip(tie.sources, tie.targets)]
-    decided = [(p.source.start, p.target.start) for p in certain]
-    more = [o for o in others if o is not tie]
-    tied = [(f.start, g.start) for o in more for f, g in zip(o.sources, o.targets)]
-    row = sorted([*decided, *tied, *mine])
-    if not _ascending(row):
-        return _order_of_a_kind(certain, tie, elsewhere)
-    siblings = min(
-        len({_beside(p.source, [f.members[0] for f in tie.sources]) for p in certain}),
-        len({_beside(p.target, [g.members[0] for g in tie.targets]) for p in certain}),
-    )
-    chance = math.exp(min(math.lgamma(siblings + len(mine) + 1) - math.lgamma(len(mine) + 1), 20)) + 1e-6
-    if chance >= (SURE if elsewhere > 0 else 2 * SURE):
-        return ORDER
-    if chance >= SOME / 2 and chance * elsewhere >= 5 * SURE:
-        return ORDER_BACKED
-    return ORDER_ALONE
-
-
-def _beside(item: Item, tied: Sequence[Item]) -> str:
-    """The module that an item stands in, as seen from where the tied items part: modules move as a whole."""
-    around = [i.path.split(".")[:-1] for i in tied]
-    depth = next((k for k, names in enumerate(zip(*around)) if len(set(names)) > 1), min(map(len, around)))
-    return ".".join(item.path.split(".")[: depth + 1])
-
-
-def _order_of_a_kind(certain: Sequence[Pair], tie: Tie, elsewhere: float) -> str | None:
-    """The cell of vectors that one side registers apart from its matrices, which themselves follow one order."""
-    matrices = sorted((p.source.start, p.target.start) for p in certain if p.source.rank >= 2)
-    mine = [(f.start, g.start) for f, g in zip(tie.sources, tie.targets)]
-    if not _ascending(
-        sorted([*((p.source.start, p.target.start) for p in certain if min(p.source.rank, 2) == tie.rank), *mine])
-    ):
-        return None
-    if tie.rank >= 2 or not _ascending(matrices) or not matrices:
-        return ORDER_ALONE
-    apart = any(
-        max(v[k] for v in mine) < min(m[k] for m in matrices) or min(v[k] for v in mine) > max(m[k] for m in matrices)
-        for k in (0, 1)
-    )
-    chance = math.factorial(min(len(matrices), 10))
-    if apart and elsewhere > 0 and chance >= SOME and chance * elsewhere >= SURE:
-        return ORDER_OF_KIND
-    return ORDER_ALONE
-
-
-def _ascending(row: Sequence[tuple[int, int]]) -> bool:
-    return all(a[1] < b[1] for a, b in pairwise(row))
-
-
-def agreement(certain: Sequence[Pair]) -> float:
-    """In one of how many orders the decided siblings of a region would agree by chance; -1 if they don't agree."""
-    places = [(p.source.start, p.target.start, p.source.rank < 2) for p in certain]
-    if _ascending(sorted((s, t) for s, t, _ in places)):
-        return math.exp(min(math.lgamma(len(certain) + 1), 20))
-    apart = [sorted((s, t) for s, t, vector in places if vector == kind) for kind in (True, False)]
-    return 1.0 if all(map(_ascending, apart)) else -1.0
+    own = "" if foreign(whole[0], whole[1]) else "own "
+    return f"other {own}{'module ' * (max(s.level, t.level) == 2)}name"

@@ -7,24 +7,29 @@ from functools import cache, lru_cache
 from importlib import resources
 from math import sqrt
 
-RISK_LIMIT = 0.15  # a kind is loaded if, with 95 % confidence, fewer of its decisions than this are wrong
-OTHER_NAMES = 0.04  # the same where the names speak against the pair
+RISK_LIMIT = 0.04  # a kind is loaded if, with 95 % confidence, fewer of its decisions than this are wrong
+ENOUGH = 30  # decisions, to say anything of a kind; if all of them were right, that is enough
 
 
 def may_load(cell: str) -> bool:
-    """Whether pairs of a kind of evidence are loaded, or stay open.
+    """Whether pairs of a kind of evidence are loaded, or stay open."""
+    right, wrong = counted(cell)
+    return (right >= ENOUGH and not wrong) or bound(wrong, right + wrong) < RISK_LIMIT
 
-    A variety that was too rarely counted to tell (``words, other own name``) goes by the kind that it is of. A kind
-    that itself was too rarely counted is loaded if it was never wrong, but not in a region that is incomplete.
+
+@lru_cache(maxsize=100_000)
+def counted(cell: str) -> tuple[int, int]:
+    """How often a kind of evidence was right and wrong.
+
+    A variety that was too rarely counted to tell (``words, other own name``) goes by the kind that it is of, with all
+    the varieties of that.
     """
-    limit = OTHER_NAMES if "other " in cell and "name" in cell else RISK_LIMIT
-    kind = cell
-    while kind:
-        counts = table().get(kind)
-        if counts is not None and bound(0, counts["right"] + counts["wrong"]) < limit:
-            return bound(counts["wrong"], counts["right"] + counts["wrong"]) < limit
-        cell, kind = kind, kind.rpartition(", ")[0]
-    return not cell.startswith("open ") and not table().get(cell, {}).get("wrong", 0)
+    row = table().get(cell, {"right": 0, "wrong": 0})
+    while row["right"] + row["wrong"] < ENOUGH and ", " in cell:
+        cell = cell.rpartition(", ")[0]
+        rows = [row for name, row in table().items() if name == cell or name.startswith(cell + ", ")]
+        row = {verdict: sum(row[verdict] for row in rows) for verdict in ("right", "wrong")}
+    return row["right"], row["wrong"]
 
 
 @lru_cache(maxsize=100_000)
@@ -36,15 +41,15 @@ def weakest(a: str, b: str) -> str:
 
 
 def _risk(cell: str) -> tuple[float, str]:
-    counts = table().get(cell)
-    return (bound(counts["wrong"], counts["right"] + counts["wrong"]) if counts else 1.0, cell)
+    right, wrong = counted(cell)
+    return bound(wrong, right + wrong), cell
 
 
 def margin_of(cell: str) -> float:
     """How far a kind of evidence sets a pair apart from its rivals, 0 to 1, for those who sort by it."""
     if cell in ("path", "tied", "words", "alone", "numbers"):
         return 1.0
-    return 0.2 if "order" in cell or cell.startswith("open") else 0.5
+    return 0.2 if cell.startswith(("order", "open")) else 0.5
 
 
 _TOLD = {
@@ -54,14 +59,17 @@ _TOLD = {
     "half words": "their names single them out, though one side says more",
     "some words": "some words of their names single them out",
     "letters": "the letters of the formula in their names single them out",
+    "words for any layer": "only words for a kind of layer in their names agree",
     "alone": "the only ones of this size and structure on both sides",
     "distinct shape": "matrices of a shape that nothing else has",
     "much structure": "the only ones of this structure",
     "exclusion": "the last ones left, all others being decided",
     "as in other blocks": "as in other blocks of this make",
     "both count": "told apart by a count on both sides",
-    "order": "decided by order: so many decided siblings agree that it can't be chance",
-    "order, as elsewhere": "decided by order, as far as here and elsewhere decided siblings agree",
+    "order among many": "decided by order: three or more decided siblings stand alike around them",
+    "order among two": "decided by order: two decided siblings stand alike around them",
+    "order beside one": "decided by order: a decided sibling stands alike beside them",
+    "order alone": "decided by order alone",
     "order of a kind": "decided by order among their kind, which one side registers apart",
     "parts spelled": "the name spells the order of the parts",
     "parts formula": "queries, keys, values stand in the order of the formula",
@@ -80,10 +88,8 @@ def told(cell: str) -> str:
     """A kind of evidence in words, and how often it was wrong where it was counted."""
     base, _, more = cell.partition(", ")
     text = _TOLD.get(cell) or ", ".join(filter(None, (_TOLD.get(base, base), more)))
-    counts = table().get(cell)
-    if counts is None:
-        return text
-    return f"{text} (wrong in {counts['wrong']:,} of {counts['right'] + counts['wrong']:,} counted decisions)"
+    right, wrong = counted(cell)
+    return f"{text} (wrong in {wrong:,} of {right + wrong:,} counted decisions)" if right + wrong else text
 
 
 @cache

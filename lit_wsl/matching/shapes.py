@@ -109,6 +109,8 @@ class PairCosts:
         """Cost of pairing two items by structure and shapes; ``None`` where they can't correspond."""
         if self.forbidden(s.path, t.path):
             return None
+        if s.virtual and t.virtual:
+            return None  # stacked on both sides, so neither holds a stack
         if s.level == t.level == 0:
             if not same_kind(s, t):
                 return None

@@ -197,6 +197,16 @@ def kind_of(name: str) -> str:
     return "" if shift == scale else "shift" if shift else "scale"
 
 
+def layer_kind(leaf: str) -> str:
+    """``scale`` or ``shift`` if a layer may call its own weight or bias so: by a word of these, or by a letter.
+
+    >>> layer_kind("gamma"), layer_kind("b"), layer_kind("gamma_1")
+    ('scale', 'shift', '')
+    """
+    leaf = leaf.lower()
+    return "scale" if leaf in _SCALES or leaf in ("w", "g") else "shift" if leaf in _SHIFTS or leaf == "b" else ""
+
+
 def same_kind(s: Item, t: Item) -> bool:
     """Whether a tensor may become another by kind: no weight becomes a bias, nor rows of a matrix biases."""
     kinds = {kind_of(s.path), kind_of(t.path)}

@@ -7,6 +7,7 @@ learned from the tensors whose partner is already certain (:class:`Dictionary`).
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ def counted(path: str) -> tuple[tuple[str, str], ...]:
     for k, part in enumerate(parts):
         digits = "".join(c for c in part if c.isdigit())
         if digits:
-            stem = "".join("#" if c.isdigit() else c for c in part)
+            stem = re.sub(r"\d+", "#", part)  # 9 and 10 are counted in one place
             found.append((".".join((*parts[:k], stem)), digits))
     return tuple(found)
 
