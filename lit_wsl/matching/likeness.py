@@ -51,8 +51,11 @@ def roles_of(path: str) -> frozenset[str]:
 
 
 def same_role(a: str, b: str) -> bool:
-    """Whether the names of two units are known for one role."""
-    return bool(roles_of(a) & roles_of(b))
+    """Whether the names of two units are known for one role, and none of the two for another beside it."""
+    ours, theirs = roles_of(a), roles_of(b)
+    return bool(ours & theirs) and not any(
+        r != o and r.partition("/")[0] == o.partition("/")[0] for r in ours - theirs for o in theirs
+    )
 
 
 def forget() -> None:

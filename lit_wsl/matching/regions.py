@@ -260,4 +260,5 @@ def other_name(s: Item, t: Item, region: Region) -> str:
         for i, r in ((s, region.source), (t, region.target))
     ]
     own = "" if foreign(whole[0], whole[1]) else "own "
-    return f"other {own}{'module ' * (max(s.level, t.level) == 2)}name"
+    module = ("small " if len(s.tensors) < 4 else "") + "module " if max(s.level, t.level) == 2 else ""
+    return f"other {own}{module}name"
