@@ -24,12 +24,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lit_wsl.matching.decision import OTHER_NAME, TIED, TURNED, ClassSolver, is_named, is_strong
+from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named, is_strong
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import Kept, agreement, kept_elsewhere, order_cell
 from lit_wsl.matching.regions import Decision, Learned, Pair, Region, Sides, Tie, other_name
-from lit_wsl.matching.risks import may_load, weakest
+from lit_wsl.matching.risks import may_load, refusal, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
 from lit_wsl.matching.tree import Item, TreeBuilder, role_of, same_kind, shape_key
 from lit_wsl.plan.operations import Operation
@@ -390,7 +390,7 @@ class RegionMatch:
                     for p in decision.pairs:
                         p = replace(p, cell=self.aligner.classes.judged(p, self.region))
                         if not may_load(p.cell):
-                            self._doubt(Tie.of(p.source, p.target, self.region, OTHER_NAME))
+                            self._doubt(Tie.of(p.source, p.target, self.region, refusal(p.cell)))
                             continue
                         self._take_pair(replace(p, first=False))
                         self.aligner.gathered.learned.roles.teach(self.region, p.source, p.target)

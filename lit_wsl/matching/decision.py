@@ -44,7 +44,7 @@ from lit_wsl.matching.likeness import (
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER
 from lit_wsl.matching.regions import Decision, Learned, Pair, Region, Sides, Tie, ascending, other_name
-from lit_wsl.matching.risks import may_load
+from lit_wsl.matching.risks import may_load, refusal
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts
 from lit_wsl.matching.tree import (
     Family,
@@ -69,7 +69,6 @@ ROLE, COUNT = "as in other blocks", "both count"
 OTHER_WORDS = "the last ones left of their size, but their names fit others better"
 SAME_ROLE = "same role"
 TURNED = "the shapes fit as they are, but the names say that matrices are stored the other way round"
-OTHER_NAME = "the only ones of this size, but their names have nothing in common: it may be another part"
 OTHER_HEAD = "the only ones of this size, but called after different things: it may be another head"
 Key = tuple[Any, ...]
 NUMBERS, ASCENDING, EXCLUSION = "numbers", "ascending", "exclusion"
@@ -108,7 +107,7 @@ class ClassSolver:
             if may_load(cell):
                 kept.append(replace(p, cell=cell))
             else:
-                out.ties.append(Tie.of(p.source, p.target, region, OTHER_NAME))
+                out.ties.append(Tie.of(p.source, p.target, region, refusal(cell)))
         out.pairs = kept
         return out
 
@@ -123,10 +122,10 @@ class ClassSolver:
                 kind = "" if by_names else SAME_ROLE
             else:
                 kind += self._around(p, region)
-        if by_names:
-            return f"{p.cell}, {kind}" if kind else p.cell
-        order = self.learned.rows.agree(region, p.source, p.target) if self.ordered else "unordered"
-        return ", ".join(filter(None, (kind or p.cell, order)))
+        order = ""
+        if not by_names:
+            order = self.learned.rows.agree(region, p.source, p.target) if self.ordered else "unordered"
+        return ", ".join(filter(None, (p.cell, kind, order)))
 
     def _around(self, p: Pair, region: Region) -> str:
         """What makes another name telling: units at an end may be other heads, and siblings that kept theirs."""

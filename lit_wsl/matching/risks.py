@@ -74,22 +74,47 @@ _TOLD = {
     "parts spelled": "the name spells the order of the parts",
     "parts formula": "queries, keys, values stand in the order of the formula",
     "parts numbered": "the parts are numbered",
-    "other name": "the only ones left of their size, as many others of these models have other names too",
-    "other own name": "the only ones left of their size, in modules of alike names",
-    "other name among kept": "the only ones left of their size, but their names have nothing in common",
-    "other own name among kept": "the only ones left of their size, but their own names have nothing in common",
-    "same role": "the only ones left of their size, and public code calls one role by both names",
     "open words": "their names agree word for word, among others of the size",
     "open own name": "their own names agree, among others of the size",
 }
 
 
+_VARIETIES = {
+    "other inside": "with other shapes inside",
+    "same role": "public code calls one role by both names",
+    "by place": "by place",
+    "ascending": "numbers ascending on both sides",
+    "unordered": "in a source without an order",
+    "in order": "in order among those that names paired",
+    "against order": "against the order of those that names paired",
+    "in line": "in order among the others",
+    "out of line": "against the order of the others",
+    "reordered": "where others were reordered",
+    "as elsewhere": "other levels of this kind kept their order",
+    "as somewhere else": "another level of this kind kept its order",
+    "as on other levels": "levels of another kind kept their order",
+}
+
+
 def told(cell: str) -> str:
     """A kind of evidence in words, and how often it was wrong where it was counted."""
-    base, _, more = cell.partition(", ")
-    text = _TOLD.get(cell) or ", ".join(filter(None, (_TOLD.get(base, base), more)))
+    base, *varieties = cell.split(", ")
+    text = "; ".join([_TOLD.get(base, base), *(_variety(v) for v in varieties)])
     right, wrong = counted(cell)
     return f"{text} (wrong in {wrong:,} of {right + wrong:,} counted decisions)" if right + wrong else text
+
+
+def refusal(cell: str) -> str:
+    """Why a pair stays open that a kind of evidence speaks for."""
+    return f"too little speaks for it: {told(cell)}"
+
+
+def _variety(variety: str) -> str:
+    name, found, more = variety.partition("name")
+    if not found:
+        return _VARIETIES.get(variety, variety)
+    names = "their own names" if "own" in name else "their names"
+    return " ".join(filter(None, (names, "have nothing in common", more.strip())))
 
 
 @cache
