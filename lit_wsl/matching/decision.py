@@ -115,7 +115,8 @@ class ClassSolver:
         """The cell of a pair, by whether names and order agree with it too."""
         if p.cell in (PATH, TIED) or not self.names or min(region.source.level, region.target.level) < 2:
             return p.cell
-        by_names = is_named(p.cell) or p.cell.startswith((ORDER, ROLE))
+        by_order = p.cell.startswith(ORDER)
+        by_names = is_named(p.cell) or by_order or p.cell.startswith(ROLE)
         kind = other_name(p.source, p.target, region)
         if kind and max(p.source.level, p.target.level) < 2:
             if same_role(owner_path(p.source.main.path), owner_path(p.target.main.path)):
@@ -123,7 +124,7 @@ class ClassSolver:
             else:
                 kind += self._around(p, region)
         order = ""
-        if not by_names:
+        if not is_named(p.cell) and not by_order:
             order = self.learned.rows.agree(region, p.source, p.target) if self.ordered else "unordered"
         return ", ".join(filter(None, (p.cell, kind, order)))
 

@@ -98,7 +98,25 @@ ENDS = frozenset(  # what the last layer is called in any model, so that it says
 )
 KINDS = frozenset(("bn", "ln", "gn", "conv", "convolution", "embed", "embedding", "embeddings", "weight"))
 CONTAINERS = frozenset(("backbone", "model", "net", "module", "decoder"))
-LAYERS = KINDS | {"fc", "linear", "lin", "proj", "projection", "dense", "layer", "to", "module", "net", "model"}
+LAYERS = {
+    "bn",
+    "ln",
+    "gn",
+    "conv",
+    "convolution",
+    "weight",
+    "fc",
+    "linear",
+    "lin",
+    "proj",
+    "projection",
+    "dense",
+    "layer",
+    "to",
+    "module",
+    "net",
+    "model",
+}
 LITTLE = 0.1  # what a word for any layer says, beside words that say which
 GENERAL = (ENDS | KINDS | {"and"}) - {"decoder"}  # words that name a kind of layer, or a place that any model has
 SIDES = frozenset(("pre", "post", "before", "after"))  # says that the other words name a neighbour

@@ -8,7 +8,7 @@ from importlib import resources
 from math import sqrt
 
 RISK_LIMIT = 0.05  # a kind is loaded if, with 95 % confidence, fewer of its decisions than this are wrong
-ENOUGH = 30  # decisions, to say anything of a kind; if all of them were right, that is enough
+ENOUGH = 20  # decisions, to say anything of a kind; if all of them were right, that is enough
 
 
 def may_load(cell: str) -> bool:
