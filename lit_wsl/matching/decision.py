@@ -104,7 +104,7 @@ class ClassSolver:
         kept: list[Pair] = []
         for p in out.pairs:
             cell = self.judged(p, region)
-            if may_load(cell):
+            if p.cell == TIED or may_load(cell):
                 kept.append(replace(p, cell=cell))
             else:
                 out.ties.append(Tie.of(p.source, p.target, region, refusal(cell)))
@@ -130,12 +130,15 @@ class ClassSolver:
 
     def _around(self, p: Pair, region: Region) -> str:
         """What makes another name telling: units at an end may be other heads, and siblings that kept theirs."""
-        at_end = p.source.rank >= 2 and not any(c.isdigit() for i in (p.source, p.target) for c in i.path)
+        end = ""
+        if p.source.rank >= 2 and not any(c.isdigit() for i in (p.source, p.target) for c in i.path):
+            heads = [own_words(i) <= ENDS for i in (p.source, p.target)]
+            end = " at a head" if heads[0] != heads[1] else " at an end"
         renamed, kept = self.learned.renames.siblings(region, p.source, p.target)
         if kept > 1 and not renamed:
-            return " at an end among kept siblings" if at_end else " among kept siblings"
+            return f"{end} among kept siblings"
         renamed, kept = self.learned.renames.others(p.source, p.target)
-        return " at an end" * at_end + " among kept" * (kept > renamed + FEW)
+        return end + " among kept" * (kept > renamed + FEW)
 
     def _solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
         if (
@@ -341,7 +344,9 @@ class ClassSolver:
             for j, g in enumerate(ft):
                 (s, *more_s), (t, *more_t) = f.members, g.members
                 alone = not more_s and not more_t
-                if alone and self.costs.of(s, t) is not None and self.learned.roles.partners(region, s, t):
+                if not alone or self.costs.of(s, t) is None or not self.learned.roles.partners(region, s, t):
+                    continue
+                if may_load(self.judged(Pair(s, t, ROLE), region)):
                     found.append((i, j))
         return found
 

@@ -25,10 +25,10 @@ def counted(cell: str) -> tuple[int, int]:
     the varieties of that.
     """
     row = table().get(cell, {"right": 0, "wrong": 0})
-    while row["right"] + row["wrong"] < ENOUGH and ", " in cell:
-        cell = cell.rpartition(", ")[0]
+    while row["right"] + row["wrong"] < ENOUGH and cell:
         rows = [row for name, row in table().items() if name == cell or name.startswith(cell + ", ")]
         row = {verdict: sum(row[verdict] for row in rows) for verdict in ("right", "wrong")}
+        cell = cell.rpartition(", ")[0]
     return row["right"], row["wrong"]
 
 
