@@ -29,6 +29,7 @@ from lit_wsl.matching.words import ABBREVIATION, best_pairs_similarity, path_tok
 from lit_wsl.plan.operations import Concat, Operation, Permute, Split, Stack, Transpose
 from lit_wsl.structure.description import Shape
 
+GATE = "gate"  # stands before up, and its matrix is numbered first (Shazeer, GLU Variants Improve Transformer, 2020)
 SPELLED, FORMULA, NUMBERED, UNKNOWN = 1.0, 0.9, 0.7, 0.0
 
 
@@ -129,7 +130,7 @@ def _by_number(whole: str, labels: Sequence[str]) -> PartOrder | None:
         return None
     own = path_tokens(owner_path(whole).rpartition(".")[2])
     telling = [word for word in own if len(word) > 1 and word not in GENERAL]
-    if len(telling) > 1 or any(set(word) <= set("qkv") for word in telling):
+    if (len(telling) > 1 and telling[0] != GATE) or any(set(word) <= set("qkv") for word in telling):
         return None  # it spells other parts, and nothing tells which number is which
     return PartOrder(_sorted_by([int(label) for label in labels]), NUMBERED, "the parts are numbered")
 
