@@ -67,7 +67,6 @@ PATH, TIED = "path", "tied"
 ALONE, DISTINCT, STRONG = "alone", "distinct shape", "much structure"
 ROLE, COUNT = "as in other blocks", "both count"
 OTHER_WORDS = "the last ones left of their size, but their names fit others better"
-SAME_ROLE = "same role"
 TURNED = "the shapes fit as they are, but the names say that matrices are stored the other way round"
 OTHER_HEAD = "the only ones of this size, but called after different things: it may be another head"
 Key = tuple[Any, ...]
@@ -115,16 +114,14 @@ class ClassSolver:
         """The cell of a pair, by whether names and order agree with it too."""
         if p.cell in (PATH, TIED) or not self.names or min(region.source.level, region.target.level) < 2:
             return p.cell
-        by_order = p.cell.startswith(ORDER)
-        by_names = is_named(p.cell) or by_order or p.cell.startswith(ROLE)
         kind = other_name(p.source, p.target, region)
         if kind and max(p.source.level, p.target.level) < 2:
             if same_role(owner_path(p.source.main.path), owner_path(p.target.main.path)):
-                kind = "" if by_names else SAME_ROLE
+                kind = ""
             else:
                 kind += self._around(p, region)
         order = ""
-        if not is_named(p.cell) and not by_order:
+        if not is_named(p.cell) and not p.cell.startswith(ORDER):
             order = self.learned.rows.agree(region, p.source, p.target) if self.ordered else "unordered"
         return ", ".join(filter(None, (p.cell, kind, order)))
 

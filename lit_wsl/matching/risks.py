@@ -81,7 +81,6 @@ _TOLD = {
 
 _VARIETIES = {
     "other inside": "with other shapes inside",
-    "same role": "public code calls one role by both names",
     "by place": "by place",
     "ascending": "numbers ascending on both sides",
     "unordered": "in a source without an order",
