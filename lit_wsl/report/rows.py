@@ -386,9 +386,9 @@ def _advice(
         return ""
     places = [(_module(side), _module_of(item)) for side, item in ((source, old), (target, new))]
     axis, rank = differing[0], len(new.shape)
-    if axis == 0 and rank <= 2 and all(own == order[-1] for order, own in places):
+    if axis == 0 and rank <= 2 and all(order and own == order[-1] for order, own in places):
         wanted, what = "partial_head", "copies the rows that both have"
-    elif axis == 1 and rank == 4 and all(own == order[0] for order, own in places):
+    elif axis == 1 and rank == 4 and all(order and own == order[0] for order, own in places):
         wanted, what = "new_input_channels", "adapts the first convolution to the other number of channels"
     else:
         return ""
@@ -396,8 +396,9 @@ def _advice(
 
 
 def _module(side: ModelDescription) -> list[str]:
-    """Paths of the modules that hold parameters, in order."""
-    return list(dict.fromkeys(info.module_path for info in side.parameters if info.kind == "parameter"))
+    """Paths of the modules that hold matrices, in order: no norm is a head."""
+    matrices = (info for info in side.parameters if info.kind == "parameter" and len(info.shape) >= 2)
+    return list(dict.fromkeys(info.module_path for info in matrices))
 
 
 def _module_of(item: Unmatched | ParameterInfo) -> str:

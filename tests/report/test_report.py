@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from lit_wsl import TransferReport
+from lit_wsl import TransferReport, transfer_weights
 from lit_wsl.errors import CoverageError, MappingError
 from lit_wsl.plan.coverage import measure_coverage
 from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, SideSummary, Unmatched
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.json_report import SCHEMA
 from lit_wsl.report.loggers import scalars
+from lit_wsl.report.rows import gaps
 from lit_wsl.structure import describe
 from lit_wsl.transfer.floor import check_floor, likely_cause, valid_floor
 
@@ -207,3 +208,12 @@ def test_the_most_likely_cause_is_named():
     assert "no trainable weights" in cause({"n": torch.tensor(1)}, conv(8))
     plan, source, target = parts(ambiguous=[Ambiguity(tuple(Wrapped().state_dict()), ())])
     assert "ambiguous" in likely_cause(plan, source, target)
+
+
+def test_the_bias_of_a_last_norm_is_no_head():
+    """What copies rows is said beside a head of another size, and not beside a norm that happens to stand last."""
+    old, new = (nn.Sequential(nn.Linear(5, 6), nn.Linear(6, n), nn.BatchNorm1d(m)) for n, m in ((3, 8), (7, 9)))
+    report = transfer_weights(new, old.state_dict(), min_coverage=0.0)
+    advice = {g.pattern: g.advice for g in gaps(report.plan, "target", describe(old.state_dict()), describe(new))}
+    assert "partial_head" in advice["1.weight"] and "partial_head" in advice["1.bias"]
+    assert not advice["2.weight"] and not advice["2.bias"]
