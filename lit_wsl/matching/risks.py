@@ -7,8 +7,8 @@ from functools import cache, lru_cache
 from importlib import resources
 from math import sqrt
 
-RISK_LIMIT = 0.05  # a kind is loaded if, with 95 % confidence, fewer of its decisions than this are wrong
-ENOUGH = 20  # decisions, to say anything of a kind; if all of them were right, that is enough
+RISK_LIMIT = 0.15  # a kind is loaded if, with 95 % confidence, fewer of its decisions than this are wrong
+ENOUGH = 12  # decisions, to say anything of a kind; if all of them were right, that is enough
 
 
 def may_load(cell: str) -> bool:
