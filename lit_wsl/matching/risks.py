@@ -7,14 +7,15 @@ from functools import cache, lru_cache
 from importlib import resources
 from math import sqrt
 
-RISK_LIMIT = 0.15  # a kind is loaded if, with 95 % confidence, fewer of its decisions than this are wrong
-ENOUGH = 12  # decisions, to say anything of a kind; if all of them were right, that is enough
+RISK_LIMIT, ENOUGH = 0.15, 12  # of a kind's decisions may be wrong, with 95 % confidence; so many right ones suffice
+BY_ORDER = 0.05, 40  # the same where order decides: a source may stand in an order that says nothing, and not show it
 
 
 def may_load(cell: str) -> bool:
     """Whether pairs of a kind of evidence are loaded, or stay open."""
     right, wrong = counted(cell)
-    return (right >= ENOUGH and not wrong) or bound(wrong, right + wrong) < RISK_LIMIT
+    limit, enough = BY_ORDER if cell.startswith("order") else (RISK_LIMIT, ENOUGH)
+    return (right >= enough and not wrong) or bound(wrong, right + wrong) < limit
 
 
 @lru_cache(maxsize=100_000)
