@@ -7,7 +7,7 @@ from functools import cache, lru_cache
 from importlib import resources
 from math import sqrt
 
-RISK_LIMIT, ENOUGH = 0.15, 12  # of a kind's decisions may be wrong, with 95 % confidence; so many right ones suffice
+RISK_LIMIT, ENOUGH = 0.15, 12  # a kind loads if it is wrong less often, with 95 % confidence, or never in so many
 BY_ORDER = 0.05, 40  # the same where order decides: a source may stand in an order that says nothing, and not show it
 
 

@@ -102,7 +102,8 @@ def plain(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def test_weights_of_unknown_origin_are_kept_by_an_evaluation_and_replaced_by_a_fit(world):
+def test_weights_of_unknown_origin_are_kept_by_an_evaluation_and_replaced_by_a_fit(world, elsewhere):
+    elsewhere()  # other tests train models of the same seeds in this process
     model, transfer = built(world), world.transfer()
     model.load_state_dict(plain(built(world)))
     for what in ("validate", "test"):
@@ -116,7 +117,8 @@ def test_weights_of_unknown_origin_are_kept_by_an_evaluation_and_replaced_by_a_f
     assert world.wrong == []
 
 
-def test_weights_of_unknown_origin_are_replaced_where_it_is_asked_for(world):
+def test_weights_of_unknown_origin_are_replaced_where_it_is_asked_for(world, elsewhere):
+    elsewhere()  # other tests train models of the same seeds in this process
     model = built(world)
     model.load_state_dict(plain(built(world)))
     with pytest.warns(UserWarning, match="now replaced"):
@@ -139,7 +141,8 @@ def test_a_trained_backbone_that_was_saved_alone_is_kept_in_a_new_model(world, e
     assert world.wrong == []
 
 
-def test_a_backbone_of_unknown_origin_is_kept_by_an_evaluation_and_the_rest_is_filled(world):
+def test_a_backbone_of_unknown_origin_is_kept_by_an_evaluation_and_the_rest_is_filled(world, elsewhere):
+    elsewhere()  # other tests train models of the same seeds in this process
     model, transfer = built(world), world.transfer()
     given = plain(built(world).net["stem"])
     model.net["stem"].load_state_dict(given)
