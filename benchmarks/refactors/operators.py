@@ -84,6 +84,20 @@ def lists_of(side: Side) -> dict[tuple[Path, str], int]:
     return found
 
 
+def registered(side: Side, arrange: Callable[[Path, list[Step]], list[Step]]) -> bool:
+    """Register the members of every module in the order that ``arrange`` gives them; what is below stays together."""
+    before = list(side.leaves)
+    orders: dict[Path, list[Step]] = {}
+    for leaf in side.leaves:
+        for depth, step in enumerate(leaf.path):
+            steps = orders.setdefault(leaf.path[:depth], [])
+            if step not in steps:
+                steps.append(step)
+    arranged = {above: arrange(above, steps) for above, steps in orders.items()}
+    side.leaves.sort(key=lambda leaf: [arranged[leaf.path[:depth]].index(step) for depth, step in enumerate(leaf.path)])
+    return side.leaves != before
+
+
 def renumbered(side: Side, where: tuple[Path, str], number: Callable[[int], int | None]) -> None:
     """Give the members of a list other numbers; ``None`` takes one out."""
     above, role = where

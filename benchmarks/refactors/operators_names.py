@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from benchmarks.refactors.network import Numbering, Path, Side, Step
-from benchmarks.refactors.operators import LAST, UNORDERED, Apply, lists_of, operator
+from benchmarks.refactors.operators import LAST, UNORDERED, Apply, lists_of, operator, registered
 
 
 def _reworded(change: Callable[[str], str], share: float = 1.0) -> Apply:
@@ -134,22 +134,10 @@ def _shuffled(parents: Callable[[Path], bool], arrange: Callable[[list[Step], ra
     """Register the members of some modules in another order; what stands below them stays together."""
 
     def apply(side: Side, rng: random.Random) -> bool:
-        before = list(side.leaves)
         seed = rng.random()
-        orders: dict[Path, list[Step]] = {}
-        for leaf in side.leaves:
-            for depth, step in enumerate(leaf.path):
-                steps = orders.setdefault(leaf.path[:depth], [])
-                if step not in steps:
-                    steps.append(step)
-        arranged = {
-            above: arrange(list(steps), random.Random(seed)) if parents(above) else steps
-            for above, steps in orders.items()
-        }
-        side.leaves.sort(
-            key=lambda leaf: [arranged[leaf.path[:depth]].index(step) for depth, step in enumerate(leaf.path)]
+        return registered(
+            side, lambda above, steps: arrange(list(steps), random.Random(seed)) if parents(above) else steps
         )
-        return side.leaves != before
 
     return apply
 

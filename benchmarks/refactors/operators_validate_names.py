@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from benchmarks.refactors.network import Leaf, Path, Side, Step
-from benchmarks.refactors.operators import LAST, UNORDERED, lists_of, operator
+from benchmarks.refactors.operators import LAST, UNORDERED, lists_of, operator, registered
 from benchmarks.refactors.operators_names import _numbered, _reworded, _shuffled
 from benchmarks.refactors.operators_places import _word
 
@@ -409,19 +409,9 @@ def _put(chosen: Callable[[Path, Step, list[Step]], bool], first: bool) -> Calla
     """Some members of every module are registered before or after all others; ``chosen`` sees path, step, siblings."""
 
     def apply(side: Side, rng: random.Random) -> bool:
-        before = list(side.leaves)
-        orders: dict[Path, list[Step]] = {}
-        for leaf in side.leaves:
-            for depth, step in enumerate(leaf.path):
-                steps = orders.setdefault(leaf.path[:depth], [])
-                if step not in steps:
-                    steps.append(step)
-        arranged = {
-            above: sorted(steps, key=lambda step: chosen(above, step, steps) != first)
-            for above, steps in orders.items()
-        }
-        side.leaves.sort(key=lambda leaf: [arranged[leaf.path[:n]].index(step) for n, step in enumerate(leaf.path)])
-        return side.leaves != before
+        return registered(
+            side, lambda above, steps: sorted(steps, key=lambda step: chosen(above, step, steps) != first)
+        )
 
     return apply
 

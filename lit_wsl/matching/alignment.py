@@ -139,7 +139,6 @@ class Aligner:
         self.turned = evidence.turned_matrices > evidence.exact_matrices
         self.costs = PairCosts(forbidden, self.turned)
         self.classes = ClassSolver(options, self.costs, sides, evidence.learned)
-        self.agreement: dict[tuple[int, int], Kept] = {}
         self._memo: dict[tuple[int, int], tuple[int, int, Outcome]] = {}
 
     def align(self, source: Item, target: Item) -> Outcome:
@@ -218,7 +217,7 @@ class RegionMatch:
             if level == "tensor":
                 units_s, units_t = _tensors(units_s), _tensors(units_t)
             units_s, units_t = self._match_level(units_s, units_t)
-        self.aligner.agreement[self.region.key] = Kept(self.region.in_list, agreement(self.certain))
+        self.aligner.gathered.agreement[self.region.key] = Kept(self.region.in_list, agreement(self.certain))
         self._settle_ties()
         return self.out
 
@@ -381,9 +380,11 @@ class RegionMatch:
                 continue
             elsewhere = self.aligner.elsewhere(self.region)
             cell = order_cell(self.certain, tie, self.ties, elsewhere) if self.aligner.ordered else None
-            if cell is not None and may_load(cell) and self._runs_otherwise(tie):
+            if cell is None or not may_load(cell):
+                self._doubt(tie)
+            elif self._runs_otherwise(tie):
                 self._doubt(replace(tie, reason=RUN_OTHERWISE))
-            elif cell is not None and may_load(cell):
+            else:
                 for f, g in zip(tie.sources, tie.targets):
                     decision = Decision()
                     self.aligner.classes._zip(f, g, cell, decision)
@@ -396,8 +397,6 @@ class RegionMatch:
                         self.aligner.gathered.learned.roles.teach(self.region, p.source, p.target)
                     for inner in decision.ties:
                         self._doubt(inner)
-            else:
-                self._doubt(tie)
 
     def _runs_otherwise(self, tie: Tie) -> bool:
         """Whether the target runs the tie's items in another order than it registers them."""

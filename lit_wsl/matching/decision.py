@@ -10,8 +10,8 @@ was right):
 3. **alone**: the only one of its size, where both sides hold the same number of elements.
 4. **numbers**: members of a family are paired by number, if both sides have the same, or by their place.
 5. **exclusion**: the last one left, where everything else was decided by the steps before.
-6. **order**: what is left goes by its place among the decided siblings of the same module, if the source has an order,
-   if nothing dissents, and if chance would hardly make so much agree.
+6. **order**: what is left goes by its place among the decided siblings of the same module, if the source has an order
+   and nothing on its level dissents.
 
 Everything else stays open.
 """
@@ -60,7 +60,7 @@ from lit_wsl.matching.tree import (
     telling_words,
 )
 from lit_wsl.matching.tree import literal as _literal
-from lit_wsl.matching.words import path_tokens
+from lit_wsl.matching.words import path_tokens, plain_words
 from lit_wsl.structure.description import ParameterInfo
 
 PATH, TIED = "path", "tied"
@@ -229,8 +229,8 @@ class ClassSolver:
         elif region.complete and (s.profile == t.profile or max(s.level, t.level) < 2):
             cell = ALONE
         elif region.complete and max(s.level, t.level) == 2:
-            words = [[w for w in path_tokens(p) if not w.isdigit()] for p in paths]
-            telling = [[w for w in ws if w not in ENDS] for ws in words]
+            words = [plain_words(p) for p in paths]
+            telling = [tuple(w for w in ws if w not in ENDS) for ws in words]
             words = telling if any(telling) else words
             likeness = liken(words[0], words[1])
             if paths[0] != paths[1] and (likeness.best < 2 or likeness.only_layers):
@@ -239,7 +239,7 @@ class ClassSolver:
         elif is_strong(s) and s.profile == t.profile:
             cell = STRONG
         else:
-            words = [[w for w in path_tokens(p) if not w.isdigit()] for p in paths]
+            words = [plain_words(p) for p in paths]
             likeness = liken(words[0], words[1])
             if likeness.shared and likeness.kind == WORDS:
                 cell = "open " + WORDS

@@ -25,7 +25,14 @@ from lit_wsl.matching.tree import (
     role_of,
     uniform,
 )
-from lit_wsl.matching.words import ABBREVIATION, best_pairs_similarity, path_tokens, split_numbers, token_similarity
+from lit_wsl.matching.words import (
+    ABBREVIATION,
+    best_pairs_similarity,
+    path_tokens,
+    plain_words,
+    split_numbers,
+    token_similarity,
+)
 from lit_wsl.plan.operations import Concat, Operation, Permute, Split, Stack, Transpose
 from lit_wsl.structure.description import Shape
 
@@ -89,7 +96,7 @@ def _shared_letters(words: Sequence[str]) -> int:
 def _spelled(name: str, labels: Sequence[str]) -> PartOrder | None:
     """The order in which a name spells its parts: by initials in one word, by numbers, or by words."""
     *_, above, own = ("", "", *owner_path(name).split("."))
-    tokens = (*(t for t in path_tokens(above) if not t.isdigit()), *path_tokens(own))
+    tokens = (*plain_words(above), *path_tokens(own))
     reason = "the name spells the order of the parts"
     initials = [label[0] for label in labels]
     for order in permutations(range(len(labels))):
@@ -329,8 +336,7 @@ def _judge(whole: Family, parts: tuple[Family, ...], families: list[Family], riv
     order = order_of_parts(name, [p.members[0].path for p in parts])
     if order.strength == NUMBERED and _siblings(parts[0], families) > len(parts):
         order = PartOrder(order.order, UNKNOWN, "numbers alone don't tell which of the siblings are the parts")
-    around_w = [w for w in path_tokens(_ancestor(name, 1)) if not w.isdigit()]
-    around_p = [w for w in path_tokens(_ancestor(parts[0].members[0].path, 1)) if not w.isdigit()]
+    around_w, around_p = (plain_words(_ancestor(path, 1)) for path in (name, parts[0].members[0].path))
     near = best_pairs_similarity(around_w[-2:], around_p[-2:])
     if order.strength == NUMBERED and not near:
         order = PartOrder(order.order, UNKNOWN, "numbers alone don't tell that these are the parts")

@@ -19,7 +19,7 @@ from importlib import resources
 import numpy as np
 
 from lit_wsl.matching.tree import Item, owner_path
-from lit_wsl.matching.words import is_abbreviation, path_tokens
+from lit_wsl.matching.words import is_abbreviation, path_tokens, plain_words
 
 
 @cache
@@ -212,7 +212,7 @@ def own_name(item: Item, parts: int = 1) -> tuple[str, ...]:
     """The words of the last parts of a path that have any, without numbers."""
     found: tuple[str, ...] = ()
     for part in reversed((owner_path(item.main.path) if item.level < 2 else item.path).split(".")):
-        words = tuple(w for w in path_tokens(part) if not w.isdigit())
+        words = plain_words(part)
         found = (*words, *found)
         parts -= bool(words)
         if not parts:
@@ -238,14 +238,14 @@ def _is_general(word: str) -> bool:
 
 def called_alike(s: Item, t: Item) -> bool:
     """Whether the last parts of two paths say the same."""
-    own = [[w for w in path_tokens(owner_path(i.main.path).rpartition(".")[2]) if not w.isdigit()] for i in (s, t)]
+    own = [plain_words(owner_path(i.main.path).rpartition(".")[2]) for i in (s, t)]
     telling = all(set(words) - ENDS for words in own)
     return telling and liken(own[0], own[1]).kind == WORDS
 
 
 def called_otherwise(s: Item, t: Item) -> bool:
     """Whether both have names of their own that don't agree: where the others kept theirs, it is another thing."""
-    own = [[w for w in path_tokens(owner_path(i.main.path).rpartition(".")[2]) if not w.isdigit()] for i in (s, t)]
+    own = [plain_words(owner_path(i.main.path).rpartition(".")[2]) for i in (s, t)]
     likeness = liken(own[0], own[1])
     return all(any(len(w) > 2 for w in left) for left in (likeness.left_s, likeness.left_t))
 
@@ -253,4 +253,4 @@ def called_otherwise(s: Item, t: Item) -> bool:
 def own_words(item: Item) -> frozenset[str]:
     """The words of the last two parts of a path."""
     parts = owner_path(item.main.path).split(".")[-2:]
-    return frozenset(w for part in parts for w in path_tokens(part) if not w.isdigit())
+    return frozenset(w for part in parts for w in plain_words(part))

@@ -319,7 +319,6 @@ def align(
     sides = Sides(ties or {}, ordered, executed, ends_of(order_t), twins)
     aligner = Aligner(options, builder, Evidence(), forbidden, sides)
     aligner.align(root_s, root_t)
-    aligner.gathered.agreement = aligner.agreement
     outcome = Aligner(options, builder, aligner.gathered, forbidden, sides).align(root_s, root_t)
     flat, unsure = outcome.flat()
     matches = tuple((tuple(order_s[p] for p in m.sources), tuple(order_t[p] for p in m.targets), m) for m in flat)

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from lit_wsl.matching.likeness import foreign, own_name
 from lit_wsl.matching.tree import Family, Item, families_of, owner_path, place_in, relative
-from lit_wsl.matching.words import count_alike, numbers_along, path_tokens, split_numbers
+from lit_wsl.matching.words import count_alike, numbers_along, plain_words, split_numbers
 from lit_wsl.structure.description import Shape
 
 BLOCK = 64  # tensors; larger regions teach nothing about their like
@@ -89,7 +89,7 @@ class Region:
 
 
 def _word_counts(root: Item) -> Counter[str]:
-    return Counter(w for t in root.tensors for w in set(path_tokens(relative(t, root))) if not w.isdigit())
+    return Counter(w for t in root.tensors for w in set(plain_words(relative(t, root))))
 
 
 @dataclass(frozen=True)
@@ -254,9 +254,7 @@ def other_name(s: Item, t: Item, region: Region) -> str:
     if not foreign(own_name(s, 2), own_name(t)) or not foreign(own_name(s), own_name(t, 2)):
         return ""  # one is wrapped: query.base_layer and query
     whole = [
-        tuple(w for w in path_tokens(owner_path(relative(i.main, r))) if not w.isdigit())
-        if i.level < 2
-        else tuple(w for w in path_tokens(relative(i, r)) if not w.isdigit())
+        plain_words(owner_path(relative(i.main, r)) if i.level < 2 else relative(i, r))
         for i, r in ((s, region.source), (t, region.target))
     ]
     own = "" if foreign(whole[0], whole[1]) else "own "

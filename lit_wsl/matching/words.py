@@ -39,6 +39,15 @@ def path_tokens(path: str) -> tuple[str, ...]:
     return tuple(_ORDINALS.get(token, token) for token in tokenize(path))
 
 
+def plain_words(path: str) -> tuple[str, ...]:
+    """Tokens of a dotted path without the numbers.
+
+    >>> plain_words("blocks.0.norm_before")
+    ('blocks', 'norm', 'before')
+    """
+    return tuple(token for token in path_tokens(path) if not token.isdigit())
+
+
 @lru_cache(maxsize=200_000)
 def split_numbers(path: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Cut a path into its pattern (numbers replaced by ``#``) and its numbers.

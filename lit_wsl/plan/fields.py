@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from lit_wsl.errors import PlanError
 
@@ -180,9 +180,7 @@ def parse_json(text: str) -> Any:
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(found)
         if len(made) != len(found):
-            keys = [key for key, _ in found]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise PlanError(f"the key {shown(twice)} stands twice in one mapping; keep one.")
+            _refuse_twice([key for key, _ in found])
         return made
 
     try:
@@ -195,6 +193,11 @@ def parse_json(text: str) -> Any:
         raise
     except ValueError as error:  # integers of thousands of digits
         raise PlanError(f"it is not valid JSON: {error}.") from error
+
+
+def _refuse_twice(keys: list[str]) -> NoReturn:
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise PlanError(f"the key {shown(twice)} stands twice in one mapping; keep one.")
 
 
 def _line(event: Any) -> int:
@@ -219,8 +222,7 @@ def parse_yaml(text: str) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
             if len(set(keys)) != len(keys):
-                twice = next(key for key in keys if keys.count(key) > 1)
-                raise PlanError(f"the key {shown(twice)} stands twice in one mapping; keep one.")
+                _refuse_twice(keys)
             return super().construct_mapping(node, deep=deep)
 
     try:
