@@ -9,7 +9,6 @@
     pair.py          one pair, built and scored
     report.py        many pairs, summed up
 
-Words, structures and operators are split into ``first`` and ``second`` (look at them as you like) and ``validate``
-(never look at what fails there while rules are being written; only the counts are read). What belongs to the latter
-alone stands in files called ``*_validate``.
+Words, structures and operators are split into ``first``, ``second`` and ``third``; look at them as you like. What
+belongs to the last alone stands in files called ``*_third``.
 """

@@ -2,8 +2,8 @@
 
 ``harvested.json`` holds what ``harvest.py`` found in public libraries, with counts; ``words.json`` what people write by
 hand for roles that are too rare there. A group belongs to the ``first`` part of the corpus or to the ``second``; groups
-that share the word of their first role go together, so that neither part has seen the other's words. The part that
-validates has two such files of its own, from other packages.
+that share the word of their first role go together, so that neither part has seen the other's words. The third part
+has two such files of its own, from other packages.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from benchmarks.refactors.structures import Split
 
 HERE = Path(__file__).parent
 HARVESTED = HERE / "harvested.json"
-HARVESTED_VALIDATE = HERE / "harvested_validate.json"
+HARVESTED_THIRD = HERE / "harvested_third.json"
 LEXICON = Path(lit_wsl.matching.likeness.__file__).with_name("lexicon.json")
 BY_HAND = HERE / "words.json"
-BY_HAND_VALIDATE = HERE / "words_validate.json"
+BY_HAND_THIRD = HERE / "words_third.json"
 ENOUGH = 8  # groups of words that a role has at least, before those that another part knows are left out
 
 Words = dict[str, str]
@@ -52,9 +52,9 @@ def _groups() -> Mapping[str, list[tuple[Words, float]]]:
 
 
 @cache
-def _groups_validate() -> Mapping[str, list[tuple[Words, float]]]:
-    """The groups of the part that validates, without those that are word for word in the others."""
-    known, found = _read(BY_HAND, HARVESTED), _read(BY_HAND_VALIDATE, HARVESTED_VALIDATE)
+def _groups_third() -> Mapping[str, list[tuple[Words, float]]]:
+    """The groups of the third part, without those that are word for word in the others."""
+    known, found = _read(BY_HAND, HARVESTED), _read(BY_HAND_THIRD, HARVESTED_THIRD)
     chosen = {}
     for name, entries in found.items():
         fresh = [entry for key, entry in entries.items() if key not in known.get(name, {})]
@@ -74,8 +74,8 @@ def _agreed(entries: list[tuple[Words, float]]) -> list[tuple[Words, float]]:
 @cache
 def groups_of(name: str, split: Split) -> tuple[tuple[Words, float], ...]:
     """The word groups of one part of the corpus."""
-    if split == "validate":
-        return tuple(sorted(_groups_validate()[name], key=lambda e: json.dumps(e[0], sort_keys=True)))
+    if split == "third":
+        return tuple(sorted(_groups_third()[name], key=lambda e: json.dumps(e[0], sort_keys=True)))
     entries = _groups()[name]
     firsts = sorted({_first(words) for words, _ in entries}, key=lambda word: zlib.crc32(f"{name}/{word}".encode()))
     mine = {word for at, word in enumerate(firsts) if (at % 2 == 0) == (split == "first")}

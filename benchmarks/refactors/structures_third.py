@@ -1,4 +1,4 @@
-"""Networks of the part that validates: speech, points, video, recommenders, proteins, trackers, flows and others."""
+"""Networks of the third part: speech, points, video, recommenders, proteins, trackers, flows and others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from benchmarks.refactors.structures import Draft, structure
 
 
-@structure("validate", "subsampling", "list", "conformer", "attention", "mlp", "head")
+@structure("third", "subsampling", "list", "conformer", "attention", "mlp", "head")
 def speech_recogniser(d: Draft) -> None:
     """Convolution between two half feed-forwards, attention with relative positions."""
     s = d.sizes
@@ -34,7 +34,7 @@ def speech_recogniser(d: Draft) -> None:
     d.linear("head", s.vocabulary, s.width)
 
 
-@structure("validate", "tokens", "coder", "list", "post_block", "attention", "predictor", "mel")
+@structure("third", "tokens", "coder", "list", "post_block", "attention", "predictor", "mel")
 def speech_synthesiser(d: Draft) -> None:
     """Blocks with convolutions as feed-forward; predictors of duration, pitch and energy, all of one make."""
     s = d.sizes
@@ -66,7 +66,7 @@ def speech_synthesiser(d: Draft) -> None:
         d.add(f"post#{i}/post_bn", "batch_norm", out)
 
 
-@structure("validate", "points")
+@structure("third", "points")
 def point_network(d: Draft) -> None:
     """Set abstraction and feature propagation: convolutions and their norms stand in lists beside each other."""
     s = d.sizes
@@ -89,7 +89,7 @@ def point_network(d: Draft) -> None:
     d.add("label2", "conv1d", s.outputs, s.width, 1)
 
 
-@structure("validate", "video", "list", "block", "attention", "mlp", "neck", "head")
+@structure("third", "video", "list", "block", "attention", "mlp", "neck", "head")
 def video_transformer(d: Draft) -> None:
     """Attention over time, then over space."""
     s = d.sizes
@@ -107,7 +107,7 @@ def video_transformer(d: Draft) -> None:
     d.linear("head", s.outputs, s.width)
 
 
-@structure("validate", "recommender")
+@structure("third", "recommender")
 def recommender(d: Draft) -> None:
     """Many tables, a cross network of squares and a deep tower."""
     s = d.sizes
@@ -123,7 +123,7 @@ def recommender(d: Draft) -> None:
     d.linear("click", 1, 2 * s.width)
 
 
-@structure("validate", "list", "evoformer", "triangle", "attention", "mlp")
+@structure("third", "list", "evoformer", "triangle", "attention", "mlp")
 def protein_network(d: Draft) -> None:
     """Attention over rows and columns with a bias from pairs, triangle updates and triangle attention."""
     s = d.sizes
@@ -162,7 +162,7 @@ def protein_network(d: Draft) -> None:
         transition(f"{at}/pair_transition")
 
 
-@structure("validate", "list", "convs", "tracker")
+@structure("third", "list", "convs", "tracker")
 def siamese_tracker(d: Draft) -> None:
     """One trunk for template and search region, two correlation heads of one make."""
     s = d.sizes
@@ -179,7 +179,7 @@ def siamese_tracker(d: Draft) -> None:
         d.conv(f"{branch}/map", outputs, s.width, 1)
 
 
-@structure("validate", "flow")
+@structure("third", "flow")
 def coupling_flow(d: Draft) -> None:
     """Scales of a normalising flow: a norm with data-dependent values, a mixing matrix, a coupling."""
     s = d.sizes
@@ -195,7 +195,7 @@ def coupling_flow(d: Draft) -> None:
         d.conv(f"scales#{j}/prior", s.width, s.width // 2)
 
 
-@structure("validate", "upscaler")
+@structure("third", "upscaler")
 def super_resolution(d: Draft) -> None:
     """Residual in residual dense blocks."""
     s = d.sizes
@@ -212,7 +212,7 @@ def super_resolution(d: Draft) -> None:
     d.conv("exit2", 3, s.width)
 
 
-@structure("validate", "hyper", "list")
+@structure("third", "hyper", "list")
 def hyper_network(d: Draft) -> None:
     """One network writes the weights of another from a table of tasks."""
     s = d.sizes
@@ -229,7 +229,7 @@ def hyper_network(d: Draft) -> None:
     d.linear("reader/reader_out", s.outputs, s.width)
 
 
-@structure("validate", "tokens", "memory")
+@structure("third", "tokens", "memory")
 def memory_network(d: Draft) -> None:
     """A controller that reads from a memory and writes to it, through maps of one shape."""
     s = d.sizes
@@ -243,7 +243,7 @@ def memory_network(d: Draft) -> None:
     d.linear("answer", s.outputs, 2 * s.width)
 
 
-@structure("validate", "density", "list")
+@structure("third", "density", "list")
 def density_network(d: Draft) -> None:
     """A mixture of densities over a recurrent trunk."""
     s = d.sizes
@@ -263,7 +263,7 @@ def _layers(d: Draft, path: str, kind: str, layers: int) -> None:
     d.leaves[-1] = replace(leaf, pieces=tuple(f"{path}~{n}" for n in range(layers)), sizes=leaf.sizes * layers)
 
 
-@structure("validate", "stem", "stages", "list", "convs", "tasks")
+@structure("third", "stem", "stages", "list", "convs", "tasks")
 def many_decoders(d: Draft) -> None:
     """One encoder, and a decoder of the same make for each of three tasks."""
     s = d.sizes
@@ -279,7 +279,7 @@ def many_decoders(d: Draft) -> None:
         d.conv(f"{task}/read", outputs, s.width, 1, bias=True)
 
 
-@structure("validate", "tokens", "retrieval", "list", "block", "attention", "mlp")
+@structure("third", "tokens", "retrieval", "list", "block", "attention", "mlp")
 def retriever(d: Draft) -> None:
     """Two towers that embed apart, and a cross encoder that reads both together."""
     s = d.sizes
@@ -292,7 +292,7 @@ def retriever(d: Draft) -> None:
     d.linear("relevance", 1, s.width)
 
 
-@structure("validate", "series", "list", "mlp")
+@structure("third", "series", "list", "mlp")
 def series_mixer(d: Draft) -> None:
     """Maps over time and over features by turns."""
     s = d.sizes
@@ -307,7 +307,7 @@ def series_mixer(d: Draft) -> None:
     d.linear("forecast", s.outputs, s.width)
 
 
-@structure("validate", "basis")
+@structure("third", "basis")
 def basis_forecaster(d: Draft) -> None:
     """Stacks of blocks that each explain a part of the past and add one of the future."""
     s = d.sizes
@@ -320,7 +320,7 @@ def basis_forecaster(d: Draft) -> None:
             d.linear(f"{at}/future", s.width if s.same_heads else s.outputs, s.hidden, bias=False)
 
 
-@structure("validate", "fusion", "residual_unit", "attention")
+@structure("third", "fusion", "residual_unit", "attention")
 def fusion_forecaster(d: Draft) -> None:
     """Gated residual units everywhere, between a recurrent encoder and decoder and attention."""
     s = d.sizes
@@ -344,7 +344,7 @@ def fusion_forecaster(d: Draft) -> None:
     d.linear("quantiles", s.outputs, s.width)
 
 
-@structure("validate", "stem", "stages", "convs", "set_prediction", "coder", "list", "cross", "attention", "mlp")
+@structure("third", "stem", "stages", "convs", "set_prediction", "coder", "list", "cross", "attention", "mlp")
 def query_detector(d: Draft) -> None:
     """Queries that read an image: a trunk of convolutions, an encoder, a decoder, two heads."""
     s = d.sizes
@@ -373,7 +373,7 @@ def query_detector(d: Draft) -> None:
         d.linear(f"box#{i}", 4 if i == 2 else s.width, s.width)
 
 
-@structure("validate", "latent_reader", "list", "attention", "gated", "head")
+@structure("third", "latent_reader", "list", "attention", "gated", "head")
 def latent_reader(d: Draft) -> None:
     """A few latents read a long input, think, and are read by queries."""
     s = d.sizes
@@ -398,7 +398,7 @@ def latent_reader(d: Draft) -> None:
     d.linear("head", s.outputs, s.width)
 
 
-@structure("validate", "styles")
+@structure("third", "styles")
 def style_generator(d: Draft) -> None:
     """A mapping network, and blocks whose convolutions are modulated by it."""
     s = d.sizes
@@ -415,7 +415,7 @@ def style_generator(d: Draft) -> None:
         d.conv(f"painter/levels#{j}/colour/kernel", 3, s.width, 1)
 
 
-@structure("validate", "stem", "stages", "list", "mobile", "head")
+@structure("third", "stem", "stages", "list", "mobile", "head")
 def mobile_network(d: Draft) -> None:
     """Inverted residuals with squeeze and excitation."""
     s = d.sizes
@@ -437,7 +437,7 @@ def mobile_network(d: Draft) -> None:
     d.linear("head", s.outputs, s.hidden)
 
 
-@structure("validate", "agent")
+@structure("third", "agent")
 def dueling_agent(d: Draft) -> None:
     """Pixels to two streams, and twin critics over actions."""
     s = d.sizes
@@ -452,7 +452,7 @@ def dueling_agent(d: Draft) -> None:
         d.linear(f"{critic}/critic_out", 1, s.width)
 
 
-@structure("validate", "tokens", "coder", "list", "cross", "attention", "mlp", "neck", "head")
+@structure("third", "tokens", "coder", "list", "cross", "attention", "mlp", "neck", "head")
 def tied_translator(d: Draft) -> None:
     """The last map is the table of tokens, which encoder and decoder share."""
     s = d.sizes
@@ -476,7 +476,7 @@ def tied_translator(d: Draft) -> None:
     d.leaves[-1] = replace(d.leaves[-1], pieces=("tokens",), layout="tied")
 
 
-@structure("validate", "speaker", "list")
+@structure("third", "speaker", "list")
 def speaker_network(d: Draft) -> None:
     """Dilated convolutions in groups of channels, one after another, and pooling by attention."""
     s = d.sizes

@@ -1,4 +1,4 @@
-"""Operators of the part that validates: what is there, and how it is stored."""
+"""Operators of the third part: what is there, and how it is stored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def numbered(leaf: Leaf) -> bool:
 # Content: copies and strangers --------------------------------------------------------------------------------------
 
 
-@operator("validate", "content", LAST, "source", 1.5)
+@operator("third", "content", LAST, "source", 1.5)
 def numbered_averages(side: Side, rng: random.Random) -> bool:
     """Averages as an optimiser or an average of parameters keeps them: a list, in the order of the parameters."""
     above = rng.choice(["ema.shadow_params", "averager.params", "optimizer_ema.averages"])
@@ -37,7 +37,7 @@ def _shapes(leaf: Leaf) -> list[tuple[int, ...]]:
     return [weight, (out,)] if leaf.bias else [weight]
 
 
-@operator("validate", "content", LAST, "source", 1.5)
+@operator("third", "content", LAST, "source", 1.5)
 def frozen_part_beside(side: Side, rng: random.Random) -> bool:
     """A frozen copy of one part, for a loss or a distillation."""
     parts = sorted({leaf.path[0].role for leaf in side.leaves})
@@ -48,12 +48,12 @@ def frozen_part_beside(side: Side, rng: random.Random) -> bool:
     return True
 
 
-operator("validate", "content", LAST, "source", 1.5, name="swa_model_beside")(
+operator("third", "content", LAST, "source", 1.5, name="swa_model_beside")(
     _copied([("", "swa_model.module"), ("generator", "generator_ema"), ("", "best_model"), ("current", "previous")])
 )
 
 
-@operator("validate", "content", LAST, weight=1.5)
+@operator("third", "content", LAST, weight=1.5)
 def auxiliary_head(side: Side, rng: random.Random) -> bool:
     """A second head of the same size for an auxiliary loss, before the true one."""
     word = rng.choice(["aux_classifier", "auxiliary", "deep_supervision", "aux_logits", "intermediate_head"])
@@ -65,7 +65,7 @@ def auxiliary_head(side: Side, rng: random.Random) -> bool:
     return False
 
 
-@operator("validate", "content", LAST, weight=1.5)
+@operator("third", "content", LAST, weight=1.5)
 def learned_tokens(side: Side, rng: random.Random) -> bool:
     """Parameters of the model's width that one of the two code bases has: masks, registers, prompts, a null class."""
     width = next((leaf.sizes[0][-1] for leaf in side.leaves if leaf.kind in ("embedding", "norm")), 0)
@@ -76,7 +76,7 @@ def learned_tokens(side: Side, rng: random.Random) -> bool:
     return width > 0
 
 
-@operator("validate", "content", LAST, weight=1.5)
+@operator("third", "content", LAST, weight=1.5)
 def constants_as_buffers(side: Side, rng: random.Random) -> bool:
     """Masks and frequencies that one code base registers in every attention, and the other computes."""
     name, size = rng.choice([("mask", (1, 1, 7, 7)), ("inv_freq", (4,)), ("relative_index", (7, 7)), ("slopes", (2,))])
@@ -94,7 +94,7 @@ def constants_as_buffers(side: Side, rng: random.Random) -> bool:
     return bool(seen)
 
 
-@operator("validate", "content", LAST, weight=1.5)
+@operator("third", "content", LAST, weight=1.5)
 def probes_of_the_same_size(side: Side, rng: random.Random) -> bool:
     """An unrelated module with maps of the model's own sizes."""
     linear = [leaf for leaf in side.leaves if leaf.kind == "linear" and leaf.plain]
@@ -104,11 +104,11 @@ def probes_of_the_same_size(side: Side, rng: random.Random) -> bool:
     return bool(linear)
 
 
-operator("validate", "content", LAST, weight=1.5, name="prune_inner")(_pruned(lambda n: sorted({0, n - 1})))
-operator("validate", "content", LAST, weight=1.5, name="insert_end")(_inserted(lambda n: [n]))
+operator("third", "content", LAST, weight=1.5, name="prune_inner")(_pruned(lambda n: sorted({0, n - 1})))
+operator("third", "content", LAST, weight=1.5, name="insert_end")(_inserted(lambda n: [n]))
 
 
-@operator("validate", "content", LAST, weight=1.5)
+@operator("third", "content", LAST, weight=1.5)
 def padded_vocabulary(side: Side, rng: random.Random) -> bool:
     """Rows added to the table of tokens and to what predicts them, up to a round number."""
     rows = {leaf.sizes[0][0] for leaf in side.leaves if leaf.kind == "embedding" and leaf.sizes[0][0] > 12}
@@ -117,12 +117,12 @@ def padded_vocabulary(side: Side, rng: random.Random) -> bool:
     )
 
 
-operator("validate", "content", LAST, weight=1.5, name="another_number_of_outputs")(
+operator("third", "content", LAST, weight=1.5, name="another_number_of_outputs")(
     _resized(
         lambda leaf: leaf.role in ("head", "relevance", "kind", "segment", "map", "quantiles", "forecast", "voice"), 0
     )
 )
-operator("validate", "content", LAST, weight=1.5, name="another_number_of_inputs")(
+operator("third", "content", LAST, weight=1.5, name="another_number_of_inputs")(
     _resized(lambda leaf: leaf.role in ("stem_conv", "tubelets", "entry", "sub1", "strokes", "frame_conv", "eye1"), 1)
 )
 
@@ -130,7 +130,7 @@ operator("validate", "content", LAST, weight=1.5, name="another_number_of_inputs
 # Layout -------------------------------------------------------------------------------------------------------------
 
 
-@operator("validate", "layout", weight=1.0)
+@operator("third", "layout", weight=1.0)
 def norms_without_shift(side: Side, rng: random.Random) -> bool:
     """Layer norms become RMS norms, or the other way round."""
     norms = [leaf for leaf in side.leaves if leaf.kind == "norm" and leaf.plain]
@@ -153,12 +153,12 @@ def _biases(chosen: Same, bias: bool) -> Apply:
     return apply
 
 
-operator("validate", "layout", name="biases_in_attention")(_biases(lambda leaf: leaf.role in "qkv", True))
-operator("validate", "layout", name="no_biases_before_norms")(_biases(lambda leaf: leaf.kind != "linear", False))
-operator("validate", "layout", weight=0.6, name="biases_outside_lists")(_biases(lambda leaf: not numbered(leaf), True))
+operator("third", "layout", name="biases_in_attention")(_biases(lambda leaf: leaf.role in "qkv", True))
+operator("third", "layout", name="no_biases_before_norms")(_biases(lambda leaf: leaf.kind != "linear", False))
+operator("third", "layout", weight=0.6, name="biases_outside_lists")(_biases(lambda leaf: not numbered(leaf), True))
 
 
-@operator("validate", "layout", LAST, weight=0.7)
+@operator("third", "layout", LAST, weight=0.7)
 def parts_in_another_order(side: Side, rng: random.Random) -> bool:
     """Fused as keys, values, queries or the like, under a name that spells no order: what only the code shows."""
     role = rng.choice(["=in_proj", "=c_attn", "=fused_proj", "=W_pack", "=projections", "=input_map"])
@@ -168,7 +168,7 @@ def parts_in_another_order(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "layout", weight=1.5)
+@operator("third", "layout", weight=1.5)
 def fuse_qk(side: Side, rng: random.Random) -> bool:
     """Queries and keys in one map, values in another."""
     same = all(a.sizes == b.sizes for a, b in zip(_of(side, "q"), _of(side, "k")))
@@ -179,7 +179,7 @@ def _of(side: Side, role: str) -> list[Leaf]:
     return [leaf for leaf in side.leaves if leaf.role == role]
 
 
-@operator("validate", "layout", weight=1.0)
+@operator("third", "layout", weight=1.0)
 def fuse_twins(side: Side, rng: random.Random) -> bool:
     """Two maps of the same input in one: both sides of a triangle, mean and spread, a map and its gate."""
     pairs = [("left", "right"), ("mean", "spread"), ("past", "future"), ("left_gate", "right_gate")]
@@ -188,7 +188,7 @@ def fuse_twins(side: Side, rng: random.Random) -> bool:
     return any(fused)
 
 
-@operator("validate", "layout", LAST, weight=1.0)
+@operator("third", "layout", LAST, weight=1.0)
 def parts_along_an_axis(side: Side, rng: random.Random) -> bool:
     """Queries, keys and values as one parameter of (3, out, in)."""
     sizes = {leaf.sizes for leaf in side.leaves if leaf.role in ("q", "k", "v")}
@@ -198,7 +198,7 @@ def parts_along_an_axis(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "layout", LAST, weight=1.0)
+@operator("third", "layout", LAST, weight=1.0)
 def heads_as_modules(side: Side, rng: random.Random) -> bool:
     """Every head has maps of its own: ``heads.0.query``."""
     word = rng.choice(["=heads", "=head_list", "=attn_heads"])
@@ -220,35 +220,35 @@ def heads_as_modules(side: Side, rng: random.Random) -> bool:
     return bool(done)
 
 
-operator("validate", "layout", weight=0.6, name="maps_as_convolutions_1d")(
+operator("third", "layout", weight=0.6, name="maps_as_convolutions_1d")(
     _restore("pointwise_1d", "linear", lambda leaf: numbered(leaf))
 )
-operator("validate", "layout", weight=0.8, name="convolutions_as_maps")(
+operator("third", "layout", weight=0.8, name="convolutions_as_maps")(
     _restore("flat", "conv2d", lambda leaf: leaf.sizes[0][2] == 1)
 )
-operator("validate", "layout", weight=0.8, name="patches_as_maps")(_restore("flat", "conv3d", lambda leaf: True))
-operator("validate", "layout", weight=0.6, name="one_dimension_as_two")(_restore("as_2d", "conv1d", lambda leaf: True))
-operator("validate", "layout", LAST, weight=0.6, name="kernels_1d_turned")(
+operator("third", "layout", weight=0.8, name="patches_as_maps")(_restore("flat", "conv3d", lambda leaf: True))
+operator("third", "layout", weight=0.6, name="one_dimension_as_two")(_restore("as_2d", "conv1d", lambda leaf: True))
+operator("third", "layout", LAST, weight=0.6, name="kernels_1d_turned")(
     _restore("channels_last", "conv1d", lambda leaf: leaf.sizes[0][1] > 1)
 )
-operator("validate", "layout", name="tables_squeezed")(
+operator("third", "layout", name="tables_squeezed")(
     _restore("squeezed", "table", lambda leaf: 1 in leaf.sizes[0] and len(leaf.sizes[0]) > 1)
 )
-operator("validate", "layout", name="tables_broadcast")(
+operator("third", "layout", name="tables_broadcast")(
     _restore("broadcast", "table", lambda leaf: len(leaf.sizes[0]) < 3)
 )
-operator("validate", "layout", LAST, "source", name="uncounted_batches")(
+operator("third", "layout", LAST, "source", name="uncounted_batches")(
     _restore("uncounted", "batch_norm", lambda leaf: True)
 )
 
 
-@operator("validate", "layout", weight=0.8)
+@operator("third", "layout", weight=0.8)
 def constants_kept(side: Side, rng: random.Random) -> bool:
     """Tables that are learned on one side are buffers on the other."""
     return _restore("kind:buffer", "table", lambda leaf: True)(side, rng)
 
 
-@operator("validate", "layout", LAST, weight=1.0)
+@operator("third", "layout", LAST, weight=1.0)
 def port_from_flax(side: Side, rng: random.Random) -> bool:
     """Another framework's words and layouts throughout: ``kernel``, ``scale``, ``mean``, ``var``, ``embedding``."""
     layouts = {
@@ -268,7 +268,7 @@ def port_from_flax(side: Side, rng: random.Random) -> bool:
     return side.leaves != before
 
 
-@operator("validate", "layout", weight=2)
+@operator("third", "layout", weight=2)
 def untied(side: Side, rng: random.Random) -> bool:
     """The last map has a parameter of its own, as long as the table."""
     tied = [leaf for leaf in side.leaves if leaf.layout == "tied"]
@@ -276,7 +276,7 @@ def untied(side: Side, rng: random.Random) -> bool:
     return bool(tied)
 
 
-@operator("validate", "layout", where="source", weight=2)
+@operator("third", "layout", where="source", weight=2)
 def tied_once_in_the_file(side: Side, rng: random.Random) -> bool:
     """The file holds a shared parameter under the name of the table alone."""
     tied = [leaf for leaf in side.leaves if leaf.layout == "tied"]

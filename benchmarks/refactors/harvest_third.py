@@ -1,9 +1,9 @@
-"""Harvest the words of the part that validates: from other public packages than those of ``harvest.py``.
+"""Harvest the words of the third part: from other public packages than those of ``harvest.py``.
 
-    python -m benchmarks.refactors.harvest_validate      where the packages below are installed beside the benchmarks'
+    python -m benchmarks.refactors.harvest_third      where the packages below are installed beside the benchmarks'
 
 These packages have no list of models by name. Their classes are built on the meta device instead, from their own
-defaults and a table of usual arguments; what cannot be built so is left out. The result is ``harvested_validate.json``.
+defaults and a table of usual arguments; what cannot be built so is left out. The result is ``harvested_third.json``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 
 import benchmarks.torchvision_guard  # noqa: F401  (before torchvision)
 from benchmarks.refactors.harvest import Call, Candidate, harvest
-from benchmarks.refactors.vocabulary import HARVESTED_VALIDATE
+from benchmarks.refactors.vocabulary import HARVESTED_THIRD
 
 PACKAGES = {  # package -> where its networks are
     "diffusers": ("diffusers.models",),
@@ -212,7 +212,7 @@ def main() -> int:
     for group, entries in result["groups"].items():
         print(f"{group}: {len(entries)} groups of words, e.g. {[e['words'] for e in entries[:3]]}")
     text = json.dumps(result, indent=None, separators=(",", ":")).replace('{"words"', '\n{"words"')
-    HARVESTED_VALIDATE.write_text(text + "\n")
+    HARVESTED_THIRD.write_text(text + "\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Operators of the part that validates: where modules stand, their names, and the order of their registration."""
+"""Operators of the third part: where modules stand, their names, and the order of their registration."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def _in_members(side: Side, word: str) -> bool:
     return side.leaves != before
 
 
-@operator("validate", "places", weight=1.5)
+@operator("third", "places", weight=1.5)
 def level_in_members(side: Side, rng: random.Random) -> bool:
     """``blocks.0.attn`` becomes ``blocks.0.layer.attn``: what wrappers of checkpointing and compilation do."""
     return _in_members(side, rng.choice(["=layer", "=_checkpoint_wrapped_module", "=_orig_mod", "=block", "=fn"]))
 
 
-@operator("validate", "places", weight=1.5)
+@operator("third", "places", weight=1.5)
 def hoisted_members(side: Side, rng: random.Random) -> bool:
     """The members of one container stand on the level above: heads outside of ``heads``, maps outside of attention."""
     above: Counter[Path] = Counter(leaf.parent for leaf in side.leaves if leaf.path[-1].index is None)
@@ -63,7 +63,7 @@ def hoisted_members(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "places", weight=1.0)
+@operator("third", "places", weight=1.0)
 def joined_stages(side: Side, rng: random.Random) -> bool:
     """Lists in a list become one long list: ``stages.1.blocks.0`` becomes ``blocks.3``."""
     places: dict[tuple[Path, str], list[tuple[int, int]]] = {}
@@ -96,7 +96,7 @@ def joined_stages(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "places", LAST, weight=1.0)
+@operator("third", "places", LAST, weight=1.0)
 def norms_in_lists(side: Side, rng: random.Random) -> bool:
     """The norms of a list's members stand in a list of their own, as in ``bns.0``, after the others."""
     lists = [key for key, many in lists_of(side).items() if many > 1]
@@ -117,7 +117,7 @@ def norms_in_lists(side: Side, rng: random.Random) -> bool:
     return bool(moved)
 
 
-@operator("validate", "places", weight=1.5)
+@operator("third", "places", weight=1.5)
 def norm_goes_inside(side: Side, rng: random.Random) -> bool:
     """A norm moves into the module that it stands before: ``attn.norm``, and the rest perhaps into ``attn.fn``."""
     word, inner = rng.choice([("norm", ""), ("norm", "fn"), ("layer_norm", ""), ("pre_norm", "module"), ("ln", "net")])
@@ -141,7 +141,7 @@ def norm_goes_inside(side: Side, rng: random.Random) -> bool:
     return bool(entered)
 
 
-@operator("validate", "places", weight=1.0)
+@operator("third", "places", weight=1.0)
 def last_norm_in_the_head(side: Side, rng: random.Random) -> bool:
     """The last norm and the last map form a head: ``head.norm``, ``head.fc``."""
     *rest, norm, head = side.leaves if len(side.leaves) > 1 else (*side.leaves, *side.leaves)
@@ -157,7 +157,7 @@ def numbered(leaf: Leaf) -> bool:
     return any(step.index is not None for step in leaf.path)
 
 
-@operator("validate", "places", LAST, weight=1.0)
+@operator("third", "places", LAST, weight=1.0)
 def numbered_stages(side: Side, rng: random.Random) -> bool:
     """A list becomes stages of uneven length: ``blocks.0 .. 3`` to ``layer1.0``, ``layer2.0``, ``layer2.1``..."""
     lists = [(key, many) for key, many in lists_of(side).items() if many > 1]
@@ -183,7 +183,7 @@ def _staged(word: str, cuts: list[int], index: int) -> Step:
     return Step(f"={word}{stage + 1}.{index - cuts[stage]}")
 
 
-@operator("validate", "places", weight=1.5)
+@operator("third", "places", weight=1.5)
 def halves_in_modules(side: Side, rng: random.Random) -> bool:
     """``attn.query`` becomes ``attn.self.query`` and ``attn.out`` ``attn.output.out``; of feed-forwards alike."""
     inner, outer = rng.choice(
@@ -199,7 +199,7 @@ def halves_in_modules(side: Side, rng: random.Random) -> bool:
     return side.leaves != before
 
 
-@operator("validate", "places", weight=1.0)
+@operator("third", "places", weight=1.0)
 def lists_in_a_container(side: Side, rng: random.Random) -> bool:
     """The lists at the top stand in a body of their own; what comes before and after them does not."""
     word = Step(rng.choice(["=transformer", "=encoder_body", "=trunk_net", "=core", "=main_stack"]))
@@ -212,7 +212,7 @@ def lists_in_a_container(side: Side, rng: random.Random) -> bool:
     return side.leaves != before
 
 
-@operator("validate", "places", weight=1.0)
+@operator("third", "places", weight=1.0)
 def parts_in_a_dict(side: Side, rng: random.Random) -> bool:
     """All heads and branches stand in one container, as in a ``ModuleDict``."""
     word = Step(rng.choice(["=heads", "=branches", "=decoders", "=parts"]))
@@ -223,7 +223,7 @@ def parts_in_a_dict(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "places", LAST, weight=0.7)
+@operator("third", "places", LAST, weight=0.7)
 def names_repeat_the_level(side: Side, rng: random.Random) -> bool:
     """``attention.query`` becomes ``attention.attention_query``, as scopes of variables do."""
     done = False
@@ -289,22 +289,22 @@ def _reversed_words(word: str) -> str:
     return ".".join("_".join(reversed(part.split("_"))) if "_" in part.strip("_") else part for part in word.split("."))
 
 
-operator("validate", "names", name="spelled_out")(_reworded(_translated(LONG), 0.9))
-operator("validate", "names", weight=0.8, name="british_spelling")(
+operator("third", "names", name="spelled_out")(_reworded(_translated(LONG), 0.9))
+operator("third", "names", weight=0.8, name="british_spelling")(
     _reworded(_translated({word: other for word, other in BRITISH.items() if word != "layer"}))
 )
-operator("validate", "names", name="plural_and_singular")(_reworded(_singular, 0.7))
-operator("validate", "names", name="pascal_case")(_reworded(_pascal))
-operator("validate", "names", name="ordinal_words")(_reworded(_ordinal))
-operator("validate", "names", name="words_turned_round")(_reworded(_reversed_words, 0.8))
-operator("validate", "names", weight=0.7, name="private_names")(_reworded(lambda w: f"_{w}", 0.6))
-operator("validate", "names", weight=0.7, name="versioned_names")(
+operator("third", "names", name="plural_and_singular")(_reworded(_singular, 0.7))
+operator("third", "names", name="pascal_case")(_reworded(_pascal))
+operator("third", "names", name="ordinal_words")(_reworded(_ordinal))
+operator("third", "names", name="words_turned_round")(_reworded(_reversed_words, 0.8))
+operator("third", "names", weight=0.7, name="private_names")(_reworded(lambda w: f"_{w}", 0.6))
+operator("third", "names", weight=0.7, name="versioned_names")(
     _reworded(lambda w: w if w.rpartition(".")[2].isdigit() else f"{w}_v2", 0.5)
 )
-operator("validate", "names", name="no_underscores")(_reworded(lambda w: w.replace("_", ""), 0.8))
+operator("third", "names", name="no_underscores")(_reworded(lambda w: w.replace("_", ""), 0.8))
 
 
-@operator("validate", "names", weight=1.0)
+@operator("third", "names", weight=1.0)
 def norms_named_after_parts(side: Side, rng: random.Random) -> bool:
     """``norm1`` and ``norm2`` are called after what they stand before, or after what they stand behind."""
     style = rng.choice(["{}_norm", "pre_{}_norm", "norm_{}", "{}_layer_norm", "ln_{}", "before_{}"])
@@ -323,7 +323,7 @@ def norms_named_after_parts(side: Side, rng: random.Random) -> bool:
     return done
 
 
-@operator("validate", "names", weight=1.0)
+@operator("third", "names", weight=1.0)
 def norms_counted(side: Side, rng: random.Random) -> bool:
     """The norms of a block are counted in the order in which they stand: ``norm_0``, ``norm_1``."""
     word, first = rng.choice(["norm_", "ln", "layer_norm_", "n"]), rng.choice([0, 1])
@@ -340,7 +340,7 @@ def norms_counted(side: Side, rng: random.Random) -> bool:
     return bool(places)
 
 
-@operator("validate", "names", weight=1.5)
+@operator("third", "names", weight=1.5)
 def sequences_with_gaps(side: Side, rng: random.Random) -> bool:
     """Members of some modules are called by their place, and what holds no weights takes places too: 0, 3, 6."""
     gap = rng.choice([1, 2, 2])
@@ -373,7 +373,7 @@ def sequences_with_gaps(side: Side, rng: random.Random) -> bool:
     return bool(named)
 
 
-@operator("validate", "names", LAST, weight=0.5)
+@operator("third", "names", LAST, weight=0.5)
 def counted_by_kind(side: Side, rng: random.Random) -> bool:
     """Every layer is called after its kind and counted through the model: ``dense_4``, ``batch_normalization_2``."""
     kinds = {
@@ -391,13 +391,13 @@ def counted_by_kind(side: Side, rng: random.Random) -> bool:
     return bool(counts)
 
 
-operator("validate", "names", weight=1.0, name="padded_numbers")(
+operator("third", "names", weight=1.0, name="padded_numbers")(
     _numbered(lambda n, rng: replace(n, joint=rng.choice(["_", ""]), digits=2), every=True)
 )
-operator("validate", "names", LAST, weight=0.7, name="letters_for_numbers")(
+operator("third", "names", LAST, weight=0.7, name="letters_for_numbers")(
     _numbered(lambda n, rng: replace(n, joint="_", letters=True))
 )
-operator("validate", "names", LAST, weight=0.7, name="count_by_tens")(
+operator("third", "names", LAST, weight=0.7, name="count_by_tens")(
     _numbered(lambda n, rng: replace(n, first=10, stride=10))
 )
 
@@ -424,16 +424,16 @@ def _second_half(above: Path, step: Step, steps: list[Step]) -> bool:
     return not above and steps.index(step) >= (len(steps) + 1) // 2
 
 
-operator("validate", "order", UNORDERED, weight=1.5, name="norms_registered_last")(_put(_is_norm_word, False))
-operator("validate", "order", UNORDERED, weight=1.0, name="norms_registered_first")(_put(_is_norm_word, True))
-operator("validate", "order", UNORDERED, weight=1.5, name="decoder_registered_first")(_put(_second_half, True))
-operator("validate", "order", UNORDERED, weight=1.5, name="inputs_registered_last")(
+operator("third", "order", UNORDERED, weight=1.5, name="norms_registered_last")(_put(_is_norm_word, False))
+operator("third", "order", UNORDERED, weight=1.0, name="norms_registered_first")(_put(_is_norm_word, True))
+operator("third", "order", UNORDERED, weight=1.5, name="decoder_registered_first")(_put(_second_half, True))
+operator("third", "order", UNORDERED, weight=1.5, name="inputs_registered_last")(
     _put(lambda above, step, steps: not above and step == steps[0], False)
 )
-operator("validate", "order", UNORDERED, weight=1.0, name="output_map_registered_first")(
+operator("third", "order", UNORDERED, weight=1.0, name="output_map_registered_first")(
     _put(lambda above, step, steps: step.role in ("o", "fc2", "down", *HEADS), True)
 )
-operator("validate", "order", UNORDERED, weight=1.0, name="attention_after_feed_forward")(
+operator("third", "order", UNORDERED, weight=1.0, name="attention_after_feed_forward")(
     _put(lambda above, step, steps: step.role in ("attn", "self", "mha", "over_time", "attend"), False)
 )
 
@@ -442,7 +442,7 @@ def _by_name(side: Side) -> Callable[[Step], str]:
     return lambda step: _word(side, step)
 
 
-@operator("validate", "order", UNORDERED, weight=1.0)
+@operator("third", "order", UNORDERED, weight=1.0)
 def registered_by_alphabet(side: Side, rng: random.Random) -> bool:
     """Members are registered in the order of their names, as code that is kept sorted does."""
     word = _by_name(side)
