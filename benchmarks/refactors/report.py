@@ -86,8 +86,8 @@ def table_text(table: Mapping[str, Counter[str]], title: str) -> Iterable[str]:
 
 INTRODUCTION = """\
 Tiny networks, refactored at random, with the truth known for every tensor (fused, split, turned and stacked ones
-included). Structures, operators and groups of words belong to `first`, `second` or `third`; a few operators that have no
-second form are in all. The words are those of 929 models of timm, torchvision, transformers and open_clip
+included). Structures, operators and groups of words belong to `first`, `second` or `third`; a few operators that have
+no second form are in all. The words are those of 929 models of timm, torchvision, transformers and open_clip
 (`harvested.json`), and for rarer roles those of `words.json`; `third` has words of its own, of 1,991 classes of 21
 other packages, among them diffusers, vit-pytorch, monai, torch_geometric, spandrel and speechbrain, and by hand
 (`harvested_third.json`, `words_third.json`). Regimes: the state dict in order of registration; the same as a
