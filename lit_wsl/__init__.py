@@ -5,11 +5,11 @@ The public names are looked up when they are first used, so that ``import lit_ws
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lit_wsl import former_paths
-from lit_wsl.callbacks.state_dicts import extend_state_dicts
 from lit_wsl.errors import LitWslError
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from lit_wsl.transfer.api import transfer_weights as transfer_weights
 
 former_paths.install()
-extend_state_dicts()  # where Lightning was imported first; else the callback does it
+if "lightning.pytorch" in sys.modules:  # else the callback does it
+    from lit_wsl.callbacks.state_dicts import extend_state_dicts
+
+    extend_state_dicts()
 
 _HOMES = {
     "MappingResult": "lit_wsl.mapper",

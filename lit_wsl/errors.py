@@ -7,7 +7,6 @@ that Python has a class for derive from it too: a wrong value is a ``ValueError`
 
 from __future__ import annotations
 
-import html
 import re
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -92,4 +91,6 @@ class Summarised:
         return printable(self.summary())
 
     def _repr_html_(self) -> str:
-        return f'<pre style="line-height: 1.3">{html.escape(printable(self.summary()))}</pre>'
+        from html import escape
+
+        return f'<pre style="line-height: 1.3">{escape(printable(self.summary()))}</pre>'

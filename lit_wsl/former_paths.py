@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:  # importing it takes longer than the package does
+    from importlib.abc import Loader
 
 FORMER_PATHS = {
     "lit_wsl.callbacks.resume": "lit_wsl.convert.resume",
@@ -57,18 +59,20 @@ FORMER_PATHS = {
 }
 
 
-class _FormerPaths(MetaPathFinder, Loader):
+class _FormerPaths:
     """Finds the module that stands under its new path; asked last, so it never shadows a real one."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in FORMER_PATHS else None
+        return ModuleSpec(fullname, cast("Loader", self)) if fullname in FORMER_PATHS else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return import_module(FORMER_PATHS[spec.name])
 
     def exec_module(self, module: ModuleType) -> None:
+        from importlib.util import find_spec
+
         # import_module ran it under its own name; the machinery wrote the former name's spec on it
         module.__spec__ = find_spec(module.__name__)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -14,7 +15,8 @@ from conversion_models import NewTransformer, OldTransformer, fit, tokens, trans
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lit_wsl.cli import main
+from lit_wsl.cli import COMMANDS, main
+from lit_wsl.cli.parser import build_parser
 from lit_wsl.transfer import TransferPlan
 
 MODELS = str(Path(__file__).parent / "helpers" / "conversion_models.py")
@@ -85,6 +87,23 @@ def test_both_ways_to_start_it_are_the_same_and_quick_to_help(tmp_path):
     assert outputs[0] == outputs[1]
     check = "import sys; from lit_wsl.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_has_the_same_options_whether_the_others_are_there_or_not(command):
+    def options(parser):
+        sub = parser._subcommands_action._name_parser_map[command]
+        return [(action.option_strings, action.dest, action.help) for action in sub._actions]
+
+    assert options(build_parser([command, "x"])) == options(build_parser())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_shells_complete_the_names_of_files(command):
+    sub = build_parser()._subcommands_action._name_parser_map[command]
+    files = [a.dest for a in sub._actions if "_files" in getattr(a, "complete", {}).values()]
+    assert any(not action.option_strings and action.dest in files for action in sub._actions)
+    assert {a.dest for a in sub._actions if a.metavar in ("FILE", "FOLDER")} <= set(files)
 
 
 def test_without_jsonargparse_it_says_what_to_install(monkeypatch, capsys):
@@ -423,6 +442,20 @@ def test_a_plan_is_written_as_json_or_yaml_only(trained, tmp_path, capsys):
         assert run("map", trained / "old.ckpt", "--model", f"{MODELS}:NewTransformer", "--plan", tmp_path / name) == 2
         assert ".json or a .yaml" in capsys.readouterr().err
         assert not (tmp_path / name).exists()
+
+
+def test_no_report_is_written_over_a_checkpoint(trained, tmp_path, capsys):
+    a, b = (shutil.copy(trained / "old.ckpt", tmp_path / name) for name in ("a.ckpt", "b.ckpt"))
+    before = a.read_bytes()
+    for words in (
+        ("inspect", b, "--json", a),
+        ("diff", b, b, "--json", a),
+        ("rebasin", "--json", a, b, b),  # --json alone prints, but takes what comes next for its file
+        ("map", b, "--model", f"{MODELS}:NewTransformer", "--html", a),
+    ):
+        assert run(*words) == 2
+        assert "a.ckpt: it is written to a ." in capsys.readouterr().err
+        assert a.read_bytes() == before
 
 
 def test_convert_matches_and_converts_in_one_step(trained, tmp_path, capsys):

@@ -143,6 +143,15 @@ def test_importing_the_package_starts_nothing_heavy():
     assert out.stdout.strip().endswith("[]"), out.stdout
 
 
+def test_importing_the_package_takes_the_interpreters_time_only():
+    code = (
+        "import sys, typing, re, importlib.machinery, collections.abc; before = set(sys.modules); import lit_wsl; "
+        "print([m for m in sys.modules if m not in before and not m.startswith('lit_wsl')])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert out.stdout.strip() == "[]"
+
+
 # ---- the commands, with a stub in place of Python's installer ---------------------------------
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

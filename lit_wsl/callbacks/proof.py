@@ -1,7 +1,7 @@
 """Proof on data in a Trainer: the module's own step on batches of its own data, so that the run cannot tell.
 
 The step is ``training_step`` on training batches, in eval mode: the right weights stand near a minimum of the training
-loss only. Where that does not work, ``validation_step`` on validation batches. What the step logs goes nowhere, but is
+loss only. Where that does not work, ``validation_step`` on validation batches. What the step logs is discarded, but is
 read where the step returns nothing. No loader of the run is iterated: items are read from its data set, spread over the
 whole of it, and collated as the loader would.
 """
@@ -141,7 +141,7 @@ def _number(value: Any) -> Tensor | None:
 
 @contextmanager
 def _world(trainer: pl.Trainer, module: pl.LightningModule, logged: dict[str, Any]) -> Iterator[None]:
-    """What a step finds around it: a log that goes nowhere else, loggers that take anything, no other process."""
+    """What a step finds around it: a log that is kept apart, loggers that take anything, no other process."""
     from lightning.pytorch.loggers.logger import DummyLogger
 
     def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:

@@ -41,10 +41,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return WRONG
     try:
-        options = build_parser().parse_args(list(arguments) if arguments is not None else None)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        options = build_parser(given).parse_args(given)
     except SystemExit as end:  # --help, --version, wrong usage
         return end.code if isinstance(end.code, int) else WRONG
     return _run(options)
+
+
+def _check_outputs(command: str, settings: object) -> None:
+    """Refuse to write a result over something else, such as a checkpoint that was named behind ``--json``."""
+    kinds = {"json": ((".json",), ".json file (--json - prints it)"), "html": ((".html", ".htm"), ".html file")}
+    if command == "map":
+        kinds["plan"] = (".json", ".yaml", ".yml"), ".json or a .yaml file"
+    for option, (suffixes, words) in kinds.items():
+        file = getattr(settings, option, None)
+        if file is None or file == "-" or file.lower().endswith(suffixes):
+            continue
+        if os.path.isfile(file) or not os.path.exists(file):  # and not /dev/stderr
+            from lit_wsl.cli.models import UsageError
+
+            raise UsageError(f"--{option} {file}: it is written to a {words}.")
 
 
 def _run(options: object) -> int:
@@ -56,6 +72,7 @@ def _run(options: object) -> int:
     chosen: str = options.subcommand  # type: ignore[attr-defined]
     settings = getattr(options, chosen)
     try:
+        _check_outputs(chosen, settings)
         code = import_module(COMMANDS[chosen]).run(settings)
         sys.stdout.flush()
         return int(code)

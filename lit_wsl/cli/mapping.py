@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lit_wsl.cli.console import on_terminal, put_json, remark, say, shape_text
-from lit_wsl.cli.models import UsageError, build_from, build_model, data_from_config, matching_options, sample_call
+from lit_wsl.cli.models import build_from, build_model, data_from_config, matching_options, sample_call
 from lit_wsl.plan.coverage import Count
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.file import plan_to_document
@@ -26,8 +25,6 @@ from lit_wsl.transfer.sides import Source, Target
 
 def run(options: Any) -> int:
     """Run the command."""
-    if options.plan and Path(options.plan).suffix.lower() not in (".json", ".yaml", ".yml"):
-        raise UsageError(f"--plan {options.plan}: write a plan to a .json or a .yaml file.")
     old = build_from(options.source_model, options.source_model_args) if options.source_model else None
     data_module = data_from_config(options.config) if options.config and options.proof == "auto" else None
     model = build_model(options, meta=options.sample is None and data_module is None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Literal, NoReturn, get_origin, get_type_hints
 
@@ -72,8 +73,13 @@ def _parser(description: str) -> ArgumentParser:
     return _Parser(description=description.strip(), formatter_class=_HelpFormatter)
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of ``lit-wsl`` with all its commands."""
+def build_parser(arguments: Sequence[str] = ()) -> ArgumentParser:
+    """The parser of ``lit-wsl``.
+
+    Args:
+        arguments: What it will parse; commands that these do not name first are listed, but get no options.
+    """
+    first = next(iter(arguments), "")
     parser = _Parser(
         prog="lit-wsl",
         formatter_class=_HelpFormatter,
@@ -81,7 +87,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subcommands(required=True)
-    for name, make, line in (
+    table = (
         ("inspect", _inspect, "what is in a checkpoint, without running any code in it"),
         ("map", _map, "match a checkpoint to a model and write the plan"),
         ("convert", _convert, "write a checkpoint for the new model that training resumes from"),
@@ -89,12 +95,25 @@ def build_parser() -> ArgumentParser:
         ("diff", _diff, "which tensors of two checkpoints differ, and by how much"),
         ("rebasin", _rebasin, "align models that differ by the order of their units, compare and merge them"),
         ("rebase", _rebase, "carry a fine-tuning to another release of its pretrained model"),
-    ):
-        sub = make()
+    )
+    one_only = first in ("-h", "--help", "--version", *(name for name, *_ in table))
+    for name, make, line in table:
+        sub = _parser("") if one_only and name != first else make()
         sub.add_argument("--debug", action="store_true", help="show where an error came from")
+        for action in sub._actions:
+            if action.metavar in ("FILE", "FOLDER") or not action.option_strings:
+                vars(action)["complete"] = COMPLETE_FILES
         commands.add_subcommand(name, sub, help=line)
     return parser
 
+
+COMPLETE_FILES = {  # what shtab calls FILE, for completion in shells
+    "bash": "_shtab_compgen_files",
+    "zsh": "_files",
+    "tcsh": "f",
+    "fish": "(__fish_complete_path (commandline -ct))",
+    "powershell": "_shtab_powershell_compgen_files",
+}
 
 TOP = """
 Put the weights of one model into another: modules renamed, regrouped, wrapped, fused, split.

@@ -205,7 +205,7 @@ def prepare_transfer(
         target: The model to fill.
         options: How to match.
         plan: A plan to replay instead of matching.
-        min_coverage: The floor.
+        min_coverage: Minimum share, 0 to 1, of the elements that must find a place.
         ranks: The processes that fill the model together.
         data: Ways to prove the mapping on data; the first that works is used.
     """
