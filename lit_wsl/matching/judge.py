@@ -18,17 +18,18 @@ import torch
 from scipy.special import stdtr
 from torch import Tensor, nn
 
+from lit_wsl.matching.balance import Balance
 from lit_wsl.matching.entries import cast_between
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.search import Budget, Choice, Search, Trials
-from lit_wsl.matching.space import Space, is_doubtful
-from lit_wsl.matching.witnesses import is_at_rest, risk_by_gradient, risk_of
+from lit_wsl.matching.space import Space, filled, is_doubtful
+from lit_wsl.matching.symmetries import Gradients
+from lit_wsl.matching.witnesses import AGREES, is_at_rest, risk_by_gradient, risk_of
 from lit_wsl.plan.entries import Ambiguity, Candidate, Decided, Measured, PlanEntry, Proof, ProofBy
-from lit_wsl.plan.operations import run_operations
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription
 from lit_wsl.structure.losses import LossMeter, NoDataError
-from lit_wsl.structure.running import hindrance
+from lit_wsl.structure.running import hindrance, shaken_state
 
 RISK = 0.01  # of one wrong decision among all rivals tried
 PASSES = 60.0  # most forward passes of a whole batch that trials may take; with what else is measured, 64
@@ -88,13 +89,15 @@ class LossJudge:
         if better == choice and close:
             better, fresh = self._on_fresh_batches(choice, sorted(close, key=lambda c: risks.get(c, 1.0)))
             risks |= fresh
+        if better == choice:
+            risks |= self._by_balance(choice, [c for c in rivals if risks.get(c, 1.0) >= RISK])
         return (choice, {c: risks.get(c, 1.0) for c in rivals}) if better == choice else (better, {})
 
     def _on_first_batch(self, choice: Choice, rivals: Sequence[Choice]) -> tuple[Choice, dict[Choice, float]]:
         """Risks after more and more samples of the batch that the search has seen."""
         trials, samples, close = self.trials, 0, list(rivals)
         looks = 1 + math.ceil(math.log2(max(trials.size / trials.least, 1)))
-        shares = 3 * looks * max(len(trials.tried), len(rivals), 1) * self._again
+        shares = 3 * looks * max(trials.tried, len(rivals), 1) * self._again
         risks: dict[Choice, float] = {}
         while close and self.budget.left() and samples < trials.size:
             samples = trials.more(samples)
@@ -114,7 +117,7 @@ class LossJudge:
         """
         has, first = self.trials.meter.has, int(self.trials.meter.has(1))
         close = close[: max(0, self.budget.room - 1)]
-        shares = 3 * len(close if first else self.trials.tried) * self._again
+        shares = 3 * (len(close) if first else self.trials.tried) * self._again
         known: dict[Choice, _Seen] = {c: _Seen() for c in (choice, *close)}
         risks: dict[Choice, float] = {}
         number, looks = first, 0
@@ -134,6 +137,17 @@ class LossJudge:
             risks |= {c: min(1.0, share * known[c].risk(known[choice], self.rounding)) for c in close}
             close = [c for c in close if risks[c] >= RISK]
         return choice, risks
+
+    def _by_balance(self, choice: Choice, close: Sequence[Choice]) -> dict[Choice, float]:
+        """Risks by what training left in the weights, where the loss does not speak against it."""
+        balance, trials = self.trials.balance, self.trials
+        if balance is None:
+            return {}
+        own, found = trials.losses(choice), {}
+        for c in close:
+            if risk_of(own, trials.losses(c), self.rounding) > AGREES:
+                found[c] = min(1.0, 3 * trials.tried * self._again * balance.risk(c, choice))
+        return {c: risk for c, risk in found.items() if risk < RISK}
 
     def is_at_rest(self, choice: Choice) -> bool:
         """Whether training could have stopped at a choice; what the gradient can't tell is taken for no."""
@@ -236,6 +250,7 @@ def _judge(
     if not space.is_open:
         return _as_planned(plan, bench, [e for e in plan if is_doubtful(e)])
     trials = Trials(space, tensors, meter, fixed, budget)
+    trials.balance = _balance(trials, meter)
     judge = LossJudge(trials)
     questioned = [e for e in plan if asked.intersection(e.targets)]
     choice = Search(trials, SEARCH).find()
@@ -254,6 +269,16 @@ def _judge(
     return _verdict(judged, bench, final, decisions)
 
 
+def _balance(trials: Trials, meter: LossMeter) -> Balance | None:
+    """What the weights tell without a pass, seen in gradients of the model at weights that hide nothing."""
+    try:
+        weights = shaken_state(meter.model)
+        gradients = Gradients(weights, [slopes for _, slopes in meter.gradients(weights, 0)])
+        return Balance(trials.space, trials.tensors, trials.fixed, gradients, lambda: trials.budget.in_time(0.3))
+    except (RuntimeError, ValueError, KeyError):  # a loss without a gradient
+        return None
+
+
 def _as_planned(
     plan: TransferPlan,
     bench: _Bench,
@@ -267,8 +292,8 @@ def _as_planned(
     """
     losses, beaten = bench.losses(plan), False
     if trials is not None:
-        best = trials.losses(min(trials.tried, key=trials.score))
-        beaten = risk_of(losses, best) < RISK / len(trials.tried) and _falls(bench.fresh, best, bench.meter)
+        best = trials.losses(trials.best)
+        beaten = risk_of(losses, best) < RISK / trials.tried and _falls(bench.fresh, best, bench.meter)
     rises = _mean(losses) > _mean(bench.fresh) + statistics.pstdev(bench.fresh) and not _unfilled(plan)
     if not questioned or not (beaten or rises):
         return _verdict(plan, bench, losses, ())
@@ -287,13 +312,8 @@ def _unfilled(plan: TransferPlan) -> list[str]:
 
 def _values(entries: Iterable[PlanEntry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What entries put into the model; those that need the model's present values are left out."""
-    out: dict[str, Tensor] = {}
-    for entry in entries:
-        if any(op.needs_target for op in entry.operations):
-            continue
-        values = run_operations(entry.operations, [tensors[s] for s in entry.sources])
-        out.update((n, v.reshape(s).contiguous()) for n, v, s in zip(entry.targets, values, entry.target_shapes))
-    return out
+    plain = (e for e in entries if not any(op.needs_target for op in e.operations))
+    return {name: value for entry in plain for name, value in filled(entry, tensors).items()}
 
 
 def _decided(judge: LossJudge, choice: Choice, risks: Mapping[Choice, float]) -> Iterator[Decided]:

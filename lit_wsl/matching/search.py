@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from lit_wsl.matching.space import Part, Space
-from lit_wsl.plan.operations import run_operations
+from lit_wsl.matching.balance import Balance
+from lit_wsl.matching.space import Part, Space, filled
 from lit_wsl.structure.losses import MANY, LossMeter
 
 SCREEN = 8  # samples that candidates are compared on at last, fewer if each has many elements
 JOINT = 320  # most candidates that are tried jointly
 KEPT = 4  # candidates that stay to the end
+WIDE = 2048  # the same, where the weights tell most of them without a pass
+SWEEPS = 3  # over all layer groups, to find what hangs together
 OFF = -1
 
 Choice = tuple[int, ...]
@@ -72,6 +74,7 @@ class Trials:
         budget: Budget,
     ) -> None:
         self.space, self.tensors, self.meter, self.fixed, self.budget = space, tensors, meter, fixed, budget
+        self.balance: Balance | None = None  # what the weights tell without a pass, where gradients could be taken
         self.seen: dict[tuple[Choice, int, int], list[float]] = {}
         self.size = meter.size(0)
         self.screen = min(self.size, SCREEN // 2 if meter.elements >= SCREEN else SCREEN)
@@ -85,9 +88,8 @@ class Trials:
         """What a choice puts into the model; zeros for what is switched off."""
         out = dict(self.fixed)
         for entry, on in self.space.entries(choice):
-            values = run_operations(entry.operations, [self.tensors[s] for s in entry.sources])
-            for name, value, shape in zip(entry.targets, values, entry.target_shapes):
-                out[name] = value.reshape(shape).contiguous() if on else torch.zeros(shape, dtype=value.dtype)
+            for name, value in filled(entry, self.tensors).items():
+                out[name] = value if on else torch.zeros_like(value)
         return out
 
     def _measure(self, choice: Choice, batch: int, start: int, stop: int | None) -> list[float]:
@@ -127,9 +129,15 @@ class Trials:
         return self.mean(choice, self.screen)
 
     @property
-    def tried(self) -> set[Choice]:
-        """All choices that were tried."""
-        return {choice for choice, _, _ in self.seen}
+    def tried(self) -> int:
+        """How many choices were tried."""
+        return len({choice for choice, _, _ in self.seen})
+
+    @property
+    def best(self) -> Choice:
+        """The choice of the least loss among those that were measured on all samples of the screening."""
+        known = {choice for choice, _, _ in self.seen if self.known(choice, self.screen)}
+        return min(sorted(known), key=self.score)
 
 
 class Search:
@@ -151,7 +159,7 @@ class Search:
 
     def find(self) -> Choice:
         """The best choice, from several starts."""
-        start = self.space.first
+        start = self._balanced(self.space.first)
         total = math.prod(len(d.options) for d in self.space.decisions)
         if total <= JOINT:
             every = [tuple(c) for c in product(*(range(len(d.options)) for d in self.space.decisions))]
@@ -165,6 +173,22 @@ class Search:
         if not groups or self.score(found) >= self.score(none):  # nothing can be seen where layers are switched off
             found = min(found, self._improve(start), key=self.score)
         return found
+
+    def _balanced(self, choice: Choice) -> Choice:
+        """The choice that hangs together best, changing one layer group after the other."""
+        balance = self.trials.balance
+        for _ in range(SWEEPS if balance is not None else 0):
+            before = choice
+            for part in self.space.parts:
+                assert balance is not None
+                choice = max([choice, *self._jointly(choice, part)], key=lambda c: sum(balance.of(c)))
+            if choice == before:
+                break
+        return choice
+
+    def _plausible(self, choices: Sequence[Choice]) -> list[Choice]:
+        balance = self.trials.balance
+        return list(choices) if balance is None else balance.plausible(choices)
 
     def _improve(self, choice: Choice) -> Choice:
         """A choice that no change of one decision, or of those of one layer group, makes better."""
@@ -188,7 +212,8 @@ class Search:
     def _ranked(self, candidates: Iterable[Choice], most: int = 0) -> list[Choice]:
         """The best of some candidates, the very best first: all meet on a few samples, the better ones on more."""
         trials, samples = self.trials, self.trials.least
-        pool = list(dict.fromkeys(c for c in candidates if self.space.is_consistent(c))) or list(candidates)
+        candidates = list(candidates)
+        pool = self._plausible(list(dict.fromkeys(c for c in candidates if self.space.is_consistent(c))) or candidates)
         while len(pool) > 1:
             scores = {c: trials.mean(c, samples) for c in pool if self.left or trials.known(c, samples)}
             pool = sorted(scores, key=scores.__getitem__) or pool
@@ -258,16 +283,19 @@ class Search:
                 choices = [c for one in choices for c in self._with(one, d)]
         return choices
 
-    def _jointly(self, choice: Choice, part: Part) -> Iterator[Choice]:
-        """All that a layer group's own decisions can mean, each once."""
+    def _jointly(self, choice: Choice, part: Part) -> list[Choice]:
+        """All that a layer group's own decisions can mean, each once, as far as the weights hang together."""
+        found: list[Choice] = []
+        most = JOINT if self.trials.balance is None else WIDE
         for option, cover in enumerate(self.space.decisions[part.which].options):
             own = part.decisions_of(cover)
             sizes = [len(self.space.decisions[d].options) for d in own]
-            while math.prod(sizes) > JOINT:  # the rest is left to the climb
+            while math.prod(sizes) > most:  # the rest is left to the climb
                 own, sizes = own[:-1], sizes[:-1]
             for options in product(*map(range, sizes)):
                 made = list(choice)
                 made[part.which] = option
                 for d, o in zip(own, options):
                     made[d] = o
-                yield tuple(made)
+                found.append(tuple(made))
+        return self._plausible(found)

@@ -10,17 +10,30 @@ blocks. A decision holds for all copies in a region: if one block has it so, all
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 from typing import Any
+
+from torch import Tensor
 
 from lit_wsl.matching.covers import MAX_OPTIONS, Cover, components, covers, fits, joins
 from lit_wsl.matching.layers import Region, Unit, core, regions
 from lit_wsl.matching.layouts import rotating_towers
 from lit_wsl.matching.shapes import operations_between
 from lit_wsl.plan.entries import PlanEntry
-from lit_wsl.plan.operations import Concat, Operation, Reorder, Reshape, Rotary, Split, Stack, Transpose, Unstack
+from lit_wsl.plan.operations import (
+    Concat,
+    Operation,
+    Reorder,
+    Reshape,
+    Rotary,
+    Split,
+    Stack,
+    Transpose,
+    Unstack,
+    run_operations,
+)
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 
@@ -530,6 +543,12 @@ def _only_renamed(plan: TransferPlan, source: ModelDescription, target: ModelDes
     sides = [[i for i in side.parameters if i.kind == "parameter"] for side in (source, target)]
     places = [source[e.sources[0]].index for e in whole]
     return len(whole) == len(sides[0]) == len(sides[1]) and places == sorted(places)
+
+
+def filled(entry: PlanEntry, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an entry puts into the model, by name."""
+    values = run_operations(entry.operations, [tensors[s] for s in entry.sources])
+    return {n: v.reshape(s).contiguous() for n, v, s in zip(entry.targets, values, entry.target_shapes)}
 
 
 def is_doubtful(entry: PlanEntry) -> bool:

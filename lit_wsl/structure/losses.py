@@ -102,20 +102,30 @@ class LossMeter:
 
     def slopes(self, state: Mapping[str, Tensor], number: int) -> list[tuple[list[float], Tensor]]:
         """Losses and gradient, folded if it is long, of each of the smallest pieces of a batch."""
+        found = self.gradients(state, number, self.size(number))
+        return [(losses, folded(slopes.values())) for losses, slopes in found]
+
+    def gradients(
+        self, state: Mapping[str, Tensor], number: int, most: int = PIECES
+    ) -> Iterator[tuple[list[float], dict[str, Tensor]]]:
+        """Losses and gradient, by name of the parameter, of each of at most so many pieces of a batch."""
         batch, size = self._batches[number], self.size(number)
-        found = []
-        for start, stop in pieces(size, size):
+        for start, stop in pieces(size, most):
             part = cut(batch, start, stop, size)
             with self._ready(state, number, slopes=True), torch.enable_grad(), _Elements() as seen:
-                weights = [p for p in self.model.parameters() if p.is_floating_point()]
-                for weight in weights:
+                named = self.model.named_parameters(remove_duplicate=False)
+                weights = {name: p for name, p in named if p.is_floating_point()}
+                for weight in weights.values():
                     weight.requires_grad_(True)
                 value = self.loss(self.model, part)
-                slopes = torch.autograd.grad(value, weights, allow_unused=True)
+                slopes = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 total = float(value.detach())
-                found.append((seen.by_sample(total, stop - start) or [total], folded(slopes, weights)))
+                found = {
+                    name: (torch.zeros_like(weight) if slope is None else slope).detach()
+                    for (name, weight), slope in zip(weights.items(), slopes)
+                }
             self._spend((stop - start) / max(size, 1))
-        return found
+            yield seen.by_sample(total, stop - start) or [total], found
 
     def _spend(self, passes: float) -> None:
         self.passes += passes
@@ -166,12 +176,12 @@ def _attributes(model: nn.Module) -> list[tuple[int, ...]]:
     return [tuple(map(id, values)), *(tuple(map(id, items)) for items in inside)]
 
 
-def folded(slopes: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
+def folded(slopes: Iterable[Tensor]) -> Tensor:
     """A gradient as one vector of at most ``FOLD`` elements: chunks of it added up with random signs.
 
     Products of two folded gradients are those of the gradients, but for an error of mean zero (count sketch).
     """
-    flat = torch.cat([(torch.zeros_like(w) if g is None else g.detach()).flatten() for g, w in zip(slopes, weights)])
+    flat = torch.cat([g.flatten() for g in slopes])
     if flat.numel() > FOLD:
         rows = nn.functional.pad(flat, (0, -flat.numel() % FOLD)).view(-1, FOLD)
         signs = torch.randint(2, (len(rows), 1), generator=torch.Generator().manual_seed(0)) * 2 - 1

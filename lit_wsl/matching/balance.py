@@ -1,0 +1,133 @@
+"""What training leaves in the weights themselves: what can be rescaled against each other is balanced.
+
+Along a symmetry (:mod:`lit_wsl.matching.symmetries`) the loss does not change, so training keeps the difference of the
+two squared norms as it was (Du, Hu and Lee, "Algorithmic Regularization in Learning Deep Homogeneous Models", 2018):
+rows that grew have partners that grew. Where rows can be mixed with each other, as inside a head, the same holds for
+their products. Under a wrong mapping, partners have nothing to do with each other. So one gradient of the model to be
+filled, and the checkpoint's tensors, say how well a mapping hangs together, and no pass is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from scipy.special import ndtr
+from torch import Tensor
+
+from lit_wsl.matching.space import Space, filled
+from lit_wsl.matching.symmetries import FEWEST, Gradients, Relation, View, relations, stacked
+from lit_wsl.plan.entries import PlanEntry
+
+COPIES = 4  # blocks that are looked at
+MARGIN = 3.0  # standard errors by which a choice that is dropped hangs together worse than the best
+HELD = 1 << 26  # elements of what was filled that are kept
+
+
+def likeness(a: Tensor, b: Tensor) -> float:
+    """Correlation of the ranks in two vectors as a number of standard errors (Fisher's z)."""
+    if len(a) < FEWEST or bool((a == a[0]).all()) or bool((b == b[0]).all()):
+        return 0.0
+    a, b = (x.argsort().argsort().double() - (len(x) - 1) / 2 for x in (a, b))
+    return math.atanh(max(-0.999, min(0.999, float(a @ b / (a.norm() * b.norm()))))) * math.sqrt(len(a) - 3)
+
+
+def agreement(relation: Relation, left: Tensor, right: Tensor) -> float:
+    """How well the norms of partners go together, and the products of those that can be mixed, in standard errors."""
+    found = likeness(left.norm(dim=1), right.norm(dim=1))
+    if relation.mixed:
+        i, j = torch.tensor(relation.mixed).unbind(1)
+        found += likeness((left[i] * left[j]).sum(1), (right[i] * right[j]).sum(1))
+    return found
+
+
+class Balance:
+    """Says of each choice how well the norms of partners agree.
+
+    Args:
+        space: The decisions.
+        tensors: The checkpoint's tensors.
+        fixed: Values of what is not open, by name in the model.
+        gradients: Of the model to be filled.
+        in_time: Whether there is time to look at more.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        tensors: Mapping[str, Tensor],
+        fixed: Mapping[str, Tensor],
+        gradients: Gradients,
+        in_time: Callable[[], bool],
+    ) -> None:
+        self.space, self.tensors, self.fixed, self.in_time = space, tensors, fixed, in_time
+        self.regions = [ours for _, ours in space.regions]
+        self.relations = relations(self.regions, gradients)
+        self._places = [
+            (relation, copy, self._names(relation, copy))
+            for relation in self.relations
+            for copy in range(min(COPIES, len(self.regions[relation.region].copies)))
+        ]
+        self._known: dict[tuple[int, ...], float] = {}
+        self._values: dict[int, dict[str, Tensor]] = {}
+
+    def _names(self, relation: Relation, copy: int) -> list[str]:
+        units = self.regions[relation.region].units
+        return [name for v in relation.views for name in units[v.unit].names[v.tensor][copy]]
+
+    def of(self, choice: Sequence[int]) -> list[float]:
+        """The agreement of all pairs of partners in all copies, in standard errors; zero where one is not filled."""
+        entries = {t: entry for entry, on in self.space.entries(choice) if on for t in entry.targets}
+        found = []
+        for place, (relation, copy, names) in enumerate(self._places):
+            key = place, *(id(entries.get(name)) for name in names)
+            if key not in self._known:
+                there = all(name in entries or name in self.fixed for name in names)
+                if there and not self.in_time():
+                    found.append(0.0)
+                    continue
+                self._known[key] = self._agreement(relation, copy, entries) if there else 0.0
+            found.append(self._known[key])
+        return found
+
+    def _agreement(self, relation: Relation, copy: int, entries: Mapping[str, PlanEntry]) -> float:
+        units = self.regions[relation.region].units
+
+        names = self._names(relation, copy)
+        values = {n: self._filled(entries[n])[n] if n in entries else self.fixed[n] for n in names}
+
+        def side(views: Sequence[View]) -> Tensor:
+            return torch.cat([v.of(stacked(units[v.unit], v.tensor, copy, values) + v.plus) for v in views], 1)
+
+        return agreement(relation, side(relation.left), side(relation.right))
+
+    def _filled(self, entry: PlanEntry) -> dict[str, Tensor]:
+        if id(entry) not in self._values:
+            if sum(v.numel() for own in self._values.values() for v in own.values()) > HELD:
+                self._values.clear()
+            self._values[id(entry)] = filled(entry, self.tensors)
+        return self._values[id(entry)]
+
+    def lead(self, one: Sequence[int], other: Sequence[int]) -> float:
+        """By how many standard errors a choice hangs together better than another, where they differ."""
+        gaps = [a - b for a, b in zip(self.of(one), self.of(other)) if a != b]
+        return sum(gaps) / math.sqrt(2 * len(gaps)) if gaps else 0.0
+
+    def plausible(self, choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Those that do not hang together clearly worse than the best."""
+        if not self._places or len(choices) < 2:
+            return list(choices)
+        best = max(choices, key=lambda c: sum(self.of(c)))
+        return [c for c in choices if self.lead(best, c) < MARGIN]
+
+    def risk(self, rival: Sequence[int], choice: Sequence[int]) -> float:
+        """Risk of calling a rival worse by what training left in the weights.
+
+        It is heard only where the weights that both agree on show that training left balances at all.
+        """
+        pairs = list(zip(self.of(choice), self.of(rival)))
+        alike = [a for a, b in pairs if a == b and a]
+        if not alike or sum(alike) / math.sqrt(len(alike)) < MARGIN:
+            return 1.0
+        return float(ndtr(-self.lead(choice, rival)))
