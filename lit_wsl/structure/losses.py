@@ -207,7 +207,7 @@ class _Elements(TorchFunctionMode):
                     elements = func(*bound.args, **bound.kwargs)
                 except Exception:  # a loss that knows no elements
                     return result
-                self._seen.append((float(result), elements.detach().double()))
+                self._seen.append((float(result.detach()), elements.detach().double()))
         return result
 
     @property
