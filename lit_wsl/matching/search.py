@@ -26,6 +26,7 @@ JOINT = 320  # most candidates that are tried jointly
 KEPT = 4  # candidates that stay to the end
 WIDE = 2048  # the same, where the weights tell most of them without a pass
 SWEEPS = 3  # over all layer groups, to find what hangs together
+MAX_STARTS = 24  # orders of norms that this is done from
 OFF = -1
 
 Choice = tuple[int, ...]
@@ -175,14 +176,22 @@ class Search:
         return found
 
     def _balanced(self, choice: Choice) -> Choice:
-        """The choice that hangs together best, changing one layer group after the other."""
+        """The choice that hangs together best, from each order of the norms, one layer group after the other."""
         balance = self.trials.balance
-        for _ in range(SWEEPS if balance is not None else 0):
+        if balance is None:
+            return choice
+        starts = [choice]
+        for part in (part for part in self.space.parts if not part.has_matrices):
+            if len(starts) * len(part.covers) <= MAX_STARTS:
+                starts = [one for start in starts for one in self._with(start, part.which)]
+        return max((self._settled(start, balance) for start in starts), key=lambda c: sum(balance.of(c)))
+
+    def _settled(self, choice: Choice, balance: Balance) -> Choice:
+        for _ in range(SWEEPS):
             before = choice
             for part in self.space.parts:
-                assert balance is not None
                 choice = max([choice, *self._jointly(choice, part)], key=lambda c: sum(balance.of(c)))
-            if choice == before:
+            if choice == before or not self.left:
                 break
         return choice
 

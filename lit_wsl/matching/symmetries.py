@@ -165,19 +165,38 @@ class _Finder:
         for k, unit in enumerate(self.units):
             if len(unit.main) != 1 or unit.main[0] < FEWEST:
                 continue
-            fitting = [(v, c.flatten()) for v, c in self.sides if len(v.axes) == 1 and len(c) == unit.main[0]]
-            every = torch.stack([c for _, c in fitting], 1) if fitting else torch.zeros(1, 0)
-            for plus in (0.0, 1.0) if fitting else ():
+            for plus in (0.0, 1.0):
                 own = (View(k, plus=plus), *(View(k, j) for j in range(1, len(unit.shapes))))
-                charges = self._charges(*own).flatten()
-                shares = _shares(every, charges)
-                readers = (shares - 1).abs() < SLACK
-                missing = (charges - every[:, readers].sum(1)).norm() / charges.norm().clamp_min(1e-30)
-                is_clear = bool((readers | (shares.abs() < SLACK)).all())
-                if readers.any() and is_clear and float(missing) ** 2 < SLACK / 2:
-                    chosen = tuple(v for (v, _), reads in zip(fitting, readers.tolist()) if reads)
-                    yield Relation(self.number, own, chosen)
+                charges = self._charges(*own)
+                readers = self._readers(charges) or self._part(charges)
+                if readers:
+                    yield Relation(self.number, own, readers)
                     break
+
+    def _readers(self, charges: Tensor) -> tuple[View, ...]:
+        """Whole matrices whose charges add up to a norm's."""
+        fitting = [(v, c.flatten()) for v, c in self.sides if len(v.axes) == 1 and len(c) == len(charges)]
+        if not fitting:
+            return ()
+        shares = _shares(torch.stack([c for _, c in fitting], 1), charges.flatten())
+        reads = (shares - 1).abs() < SLACK
+        chosen = [side for side, one in zip(fitting, reads.tolist()) if one]
+        if not chosen or not bool((reads | (shares.abs() < SLACK)).all()):
+            return ()
+        return tuple(v for v, _ in chosen) if _is_near(sum(c for _, c in chosen), charges.flatten()) else ()
+
+    def _part(self, charges: Tensor) -> tuple[View, ...]:
+        """The rows of a fused matrix that stand before a norm, such as that of queries."""
+        for view, among in self.sides:
+            if len(view.axes) != 1 or len(among) <= len(charges):
+                continue
+            for groups in (g for g in range(1, len(charges) // 2 + 1) if not (len(charges) % g or len(among) % g)):
+                width, rows = len(charges) // groups, torch.arange(len(among)).reshape(groups, -1)
+                for start in range(0, rows.shape[1] - width + 1, width):
+                    own = rows[:, start : start + width].reshape(-1, 1)
+                    if _is_near(_added(among, own), charges):
+                        return (replace(view, rows=_tuples(own)),)
+        return ()
 
     def _partners(self) -> Iterator[Relation]:
         """Pairs of layers of which all rows of one have the charges of rows of the other."""
@@ -238,6 +257,11 @@ def _shares(every: Tensor, own: Tensor) -> Tensor:
     squares = every.mT @ every
     ridge = 1e-6 * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype)
     return torch.linalg.solve(squares + ridge, every.mT @ own)
+
+
+def _is_near(some: Tensor | float, other: Tensor) -> bool:
+    """Whether two vectors of charges are nearly the same: a norm binds its rows to each other by a little."""
+    return float((some - other).norm() / other.norm().clamp_min(1e-30)) ** 2 < SLACK / 2
 
 
 def _added(charges: Tensor, rows: Tensor | None) -> Tensor:
