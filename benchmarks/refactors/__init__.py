@@ -6,9 +6,11 @@
     operators_*.py   what a refactor does to a side
     vocabulary.py    words for the roles, harvested from real code (harvest*.py) and by hand (words*.json)
     config.py        a pair as plain data: drawn from a seed, replayable, shrinkable
+    fairness.py      whether a pair deceives by its names
     pair.py          one pair, built and scored
     report.py        many pairs, summed up
 
-Words, structures and operators are split into ``first``, ``second`` and ``third``; look at them as you like. What
-belongs to the last alone stands in files called ``*_third``.
+Words, structures and operators are split into ``first``, ``second`` and ``third`` (look at them as you like) and
+``validate`` (never look at what fails there while rules are being written; only the counts are read). What belongs to
+one of the last two alone stands in files called ``*_third`` and ``*_validate``.
 """

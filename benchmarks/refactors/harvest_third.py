@@ -17,9 +17,10 @@ import pkgutil
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -67,7 +68,13 @@ MISREAD = {
     "stages": r"discr|_in|_out|score|_models|mdl|feats|hg",
     "coder": r"refiner|transformer",
 }
-STUBS = ("torchaudio", "torchaudio.transforms", "torchaudio.functional")  # imported there, and never called
+STUBBED = ("speechbrain", "encodec", "vocos", "dac")
+STUBS = (
+    "audiotools",
+    "torchaudio",
+    "torchaudio.transforms",
+    "torchaudio.functional",
+)  # imported there, and never called
 
 USUAL: dict[str, Any] = {  # what arguments without a default are called, and what they are given
     **dict.fromkeys(("dim", "d_model", "hidden_size", "embed_dim", "n_embd", "dim_model", "width", "inner_dim"), 64),
@@ -97,13 +104,12 @@ USUAL: dict[str, Any] = {  # what arguments without a default are called, and wh
 }
 
 
-def classes_of(package: str) -> Iterator[type[nn.Module]]:
+def classes_of(package: str, places: Iterable[str]) -> Iterator[type[nn.Module]]:
     """Every module class that a package defines in the given places."""
-    if package in ("speechbrain", "encodec"):
-        for name in STUBS:
-            sys.modules.setdefault(name, MagicMock(__spec__=ModuleSpec(name, None), __version__="2.0.0"))
+    if package in STUBBED:
+        stub()
     seen: set[type] = set()
-    for place in PACKAGES[package]:
+    for place in places:
         for name in (place, *_below(place)):
             try:
                 found = vars(importlib.import_module(name))
@@ -114,6 +120,12 @@ def classes_of(package: str) -> Iterator[type[nn.Module]]:
                 if own and cls not in seen:
                     seen.add(cls)
                     yield cls
+
+
+def stub() -> None:
+    """Let what is imported and never called be there."""
+    for name in STUBS:
+        sys.modules.setdefault(name, MagicMock(__spec__=ModuleSpec(name, None), __version__="2.0.0"))
 
 
 def _below(place: str) -> list[str]:
@@ -138,9 +150,9 @@ def arguments(cls: type[nn.Module]) -> dict[str, Any] | None:
     return given
 
 
-def models(package: str, each: int) -> Iterator[Candidate]:
+def models(package: str, places: Iterable[str], each: int) -> Iterator[Candidate]:
     """The classes of a package that can be built."""
-    for cls in classes_of(package):
+    for cls in classes_of(package, places):
         try:
             given = arguments(cls)
         except (ValueError, TypeError):
@@ -167,7 +179,7 @@ def x_transformers_models(each: int) -> Iterator[Candidate]:
     """The classes that can be built alone, and whole models with the options that change names."""
     import x_transformers as x
 
-    yield from models("x_transformers", each)
+    yield from models("x_transformers", PACKAGES["x_transformers"], each)
     calls: tuple[Call, ...] = (
         lambda model: model(torch.ones(1, 8, dtype=torch.long, device="meta")),
         lambda model: model(torch.empty(1, 3, 64, 64, device="meta")),
@@ -196,30 +208,40 @@ def _calls() -> Iterator[Call]:
 CALLS = tuple(_calls())
 
 
-def main() -> int:
+SPECIAL = {"litgpt": litgpt_models, "x_transformers": x_transformers_models}
+
+
+def main(
+    packages: Mapping[str, tuple[str, ...]] = PACKAGES,
+    special: Mapping[str, Callable[[int], Iterator[Candidate]]] = SPECIAL,
+    written: Path = HARVESTED_THIRD,
+    misreadings: Mapping[str, str] = MISREAD,
+) -> int:
+    """Harvest these packages, or those of them that the command line names; some have models of their own."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     torch.set_num_threads(1)
     torch.hub.load_state_dict_from_url = _no_weights
-    chosen = sys.argv[1:] or list(PACKAGES)
-    special = {"litgpt": litgpt_models, "x_transformers": x_transformers_models}
-    result = harvest({name: special.get(name, partial(models, name)) for name in chosen}, 1)
+    chosen = sys.argv[1:] or list(packages)
+    result = harvest({name: special.get(name, partial(models, name, packages[name])) for name in chosen}, 1)
     result["groups"] = {
-        name: [e for e in entries if not any(map(_foreign, e["families"])) and not misread(name, e["words"])]
+        name: [
+            e for e in entries if not any(map(_foreign, e["families"])) and not misread(name, e["words"], misreadings)
+        ]
         for name, entries in result["groups"].items()
     }
     for group, entries in result["groups"].items():
         print(f"{group}: {len(entries)} groups of words, e.g. {[e['words'] for e in entries[:3]]}")
     text = json.dumps(result, indent=None, separators=(",", ":")).replace('{"words"', '\n{"words"')
-    HARVESTED_THIRD.write_text(text + "\n")
+    written.write_text(text + "\n")
     return 0
 
 
-def misread(group: str, words: dict[str, str]) -> bool:
+def misread(group: str, words: dict[str, str], misreadings: Mapping[str, str]) -> bool:
     """Whether words can hardly stand for the roles that they were taken for."""
     text = " ".join(f"{role}={word}" for role, word in words.items())
-    return "weight" in words.values() or re.search(MISREAD.get(group, "$^"), text) is not None
+    return "weight" in words.values() or re.search(misreadings.get(group, "$^"), text) is not None
 
 
 def _no_weights(*_: Any, **__: Any) -> Any:

@@ -194,12 +194,17 @@ class Net(nn.Module):
                 node.register_buffer(last + suffix, tensor)
 
     def _tie(self) -> None:
-        """Maps that share the parameter of a table of the same identity."""
+        """Maps that share the parameter of a table of the same identity, and modules that share all that they hold."""
         tables = {p.leaf.pieces: p.form.module for p in self.placed if p.leaf.kind == "embedding"}
         for placed in self.placed:
             table, module = tables.get(placed.leaf.pieces), placed.form.module
             if placed.leaf.layout == "tied" and isinstance(table, nn.Embedding) and module is not None:
                 module.weight = table.weight
+        whole = {(p.leaf.pieces, p.leaf.kind, p.leaf.bias): p.form.module for p in self.placed if not p.leaf.layout}
+        for placed in self.placed:
+            twin = whole.get((placed.leaf.pieces, placed.leaf.kind, placed.leaf.bias))
+            if placed.leaf.layout == "shared" and twin is not None and placed.form.module is not None:
+                placed.form.module._parameters.update(twin._parameters)
 
     def forward(self, x: Tensor) -> Tensor:
         for call in self._calls:

@@ -3,7 +3,7 @@
 ``harvested.json`` holds what ``harvest.py`` found in public libraries, with counts; ``words.json`` what people write by
 hand for roles that are too rare there. A group belongs to the ``first`` part of the corpus or to the ``second``; groups
 that share the word of their first role go together, so that neither part has seen the other's words. The third part
-has two such files of its own, from other packages.
+and the one that validates have two such files each of their own, from other packages.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from benchmarks.refactors.structures import Split
 HERE = Path(__file__).parent
 HARVESTED = HERE / "harvested.json"
 HARVESTED_THIRD = HERE / "harvested_third.json"
+HARVESTED_VALIDATE = HERE / "harvested_validate.json"
 LEXICON = Path(lit_wsl.matching.likeness.__file__).with_name("lexicon.json")
 BY_HAND = HERE / "words.json"
 BY_HAND_THIRD = HERE / "words_third.json"
+BY_HAND_VALIDATE = HERE / "words_validate.json"
 ENOUGH = 8  # groups of words that a role has at least, before those that another part knows are left out
 
 Words = dict[str, str]
@@ -51,13 +53,20 @@ def _groups() -> Mapping[str, list[tuple[Words, float]]]:
     return {name: _agreed(list(entries.values())) for name, entries in _read(BY_HAND, HARVESTED).items()}
 
 
+OWN: dict[Split, tuple[Path, Path]] = {  # parts with words of their own, in the order in which they came
+    "third": (BY_HAND_THIRD, HARVESTED_THIRD),
+    "validate": (BY_HAND_VALIDATE, HARVESTED_VALIDATE),
+}
+
+
 @cache
-def _groups_third() -> Mapping[str, list[tuple[Words, float]]]:
-    """The groups of the third part, without those that are word for word in the others."""
-    known, found = _read(BY_HAND, HARVESTED), _read(BY_HAND_THIRD, HARVESTED_THIRD)
+def _own_groups(split: Split) -> Mapping[str, list[tuple[Words, float]]]:
+    """The groups of a part with words of its own, without those that are word for word in the parts before it."""
+    parts = list(OWN)
+    known = [_read(BY_HAND, HARVESTED), *(_read(*OWN[part]) for part in parts[: parts.index(split)])]
     chosen = {}
-    for name, entries in found.items():
-        fresh = [entry for key, entry in entries.items() if key not in known.get(name, {})]
+    for name, entries in _read(*OWN[split]).items():
+        fresh = [entry for key, entry in entries.items() if not any(key in others.get(name, {}) for others in known)]
         chosen[name] = _agreed(fresh if len(fresh) >= ENOUGH else list(entries.values()))
     return chosen
 
@@ -74,8 +83,8 @@ def _agreed(entries: list[tuple[Words, float]]) -> list[tuple[Words, float]]:
 @cache
 def groups_of(name: str, split: Split) -> tuple[tuple[Words, float], ...]:
     """The word groups of one part of the corpus."""
-    if split == "third":
-        return tuple(sorted(_groups_third()[name], key=lambda e: json.dumps(e[0], sort_keys=True)))
+    if split in OWN:
+        return tuple(sorted(_own_groups(split)[name], key=lambda e: json.dumps(e[0], sort_keys=True)))
     entries = _groups()[name]
     firsts = sorted({_first(words) for words, _ in entries}, key=lambda word: zlib.crc32(f"{name}/{word}".encode()))
     mine = {word for at, word in enumerate(firsts) if (at % 2 == 0) == (split == "first")}
