@@ -210,26 +210,37 @@ def one_more_class(side: Side, rng: random.Random) -> bool:
     return last.kind in MAPS and last.plain and _resized(lambda leaf: leaf == last, 0)(side, rng)
 
 
+def _wider_inside(chosen: Callable[[Leaf], bool]) -> Apply:
+    """Another number of columns; what is then left of a layer, its bias, goes, as it would fit and mean little."""
+
+    def apply(side: Side, rng: random.Random) -> bool:
+        before = list(side.leaves)
+        side.leaves = [replace(leaf, bias=False) if chosen(leaf) else leaf for leaf in side.leaves]
+        return _resized(chosen, 1)(side, rng) and side.leaves != before
+
+    return apply
+
+
 @operator("validate", "content", LAST)
 def more_channels_in(side: Side, rng: random.Random) -> bool:
     """Pictures with more bands: the first convolution reads more of them."""
     first = next((leaf for leaf in side.leaves if leaf.kind in MAPS and len(leaf.sizes[0]) == 3), None)
-    return first is not None and first.plain and _resized(lambda leaf: leaf == first, 1)(side, rng)
+    return first is not None and first.plain and _wider_inside(lambda leaf: leaf.path == first.path)(side, rng)
 
 
 @operator("validate", "content", LAST, weight=0.7)
 def wider_feed_forward(side: Side, rng: random.Random) -> bool:
     """Every feed-forward is wider inside: nothing of its maps fits any more."""
-    before = list(side.leaves)
-    for roles, dimension in ((("fc1", "gate", "up"), 0), (("fc2", "down"), 1)):
-        _resized(lambda leaf, roles=roles: leaf.role in roles and leaf.plain, dimension)(side, random.Random(1))
-    return side.leaves != before
+    seed = rng.random()
+    wide = _resized(lambda leaf: leaf.role in ("fc1", "gate", "up") and leaf.plain, 0)(side, random.Random(seed))
+    back = _wider_inside(lambda leaf: leaf.role in ("fc2", "down") and leaf.plain)(side, random.Random(seed))
+    return wide or back
 
 
 @operator("validate", "content", LAST, weight=0.7)
 def longer_tables(side: Side, rng: random.Random) -> bool:
-    """More positions, more words: every table that isn't of the width alone has more rows."""
-    return _resized(lambda leaf: leaf.kind == "embedding" and leaf.plain and numbered(leaf) is False, 0)(side, rng)
+    """More positions, more words: every table has more rows, and so has a last map that shares its parameter."""
+    return _resized(lambda leaf: leaf.kind == "embedding" or leaf.layout == "tied", 0)(side, rng)
 
 
 # Layout: fused and split --------------------------------------------------------------------------------------------

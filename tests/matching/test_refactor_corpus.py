@@ -73,6 +73,20 @@ def test_no_drawn_pair_deceives(regime: Regime) -> None:
         assert not deceptions(pair.old, pair.new), pair.config.seed
 
 
+def test_nothing_stands_ready_that_is_not_wanted() -> None:
+    """What has no source in the old network has no namesake of its size in the file either.
+
+    Lists of other lengths are known for it: what is taken from the member of the same number counts as assumed there.
+    """
+    for seed in range(2 * PAIRS):
+        pair = drawn_pair("validate", "everything", seed)
+        if not any(change.operator.startswith(("prune_", "insert_")) for change in pair.config.changes):
+            shapes = {name: tensor.shape for name, tensor in pair.state.items()}
+            alone = {name for name, tensor in pair.truth.items() if tensor is None}
+            held = pair.new.state_dict()
+            assert not [name for name in alone if shapes.get(name) == held[name].shape], pair.config.seed
+
+
 def test_a_deception_is_seen() -> None:
     """Exchanged words deceive, at any level; counting from elsewhere does not, as it shows."""
     config = plain(STRUCTURES["radiance_field"], "exchanged")
