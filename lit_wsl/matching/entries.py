@@ -9,7 +9,7 @@ from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.scoring import Context, score_pair
 from lit_wsl.matching.tree import shape_key
 from lit_wsl.matching.words import split_numbers
-from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, Unmatched
+from lit_wsl.plan.entries import CANDIDATE, Ambiguity, Candidate, PlanEntry, Unmatched
 from lit_wsl.plan.operations import Cast, FanOut, Operation
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
@@ -159,9 +159,7 @@ class EntryWriter:
                 i.name,
                 i.shape,
                 i.kind,
-                "candidate of an ambiguous target"
-                if i.name in candidates
-                else self._why(i, shapes_t, free_t, "target"),
+                CANDIDATE if i.name in candidates else self._why(i, shapes_t, free_t, "target"),
             )
             for i in self.source.parameters
             if i.name not in used

@@ -105,6 +105,9 @@ class Ambiguity:
     reason: str = ""
 
 
+CANDIDATE = "candidate of an ambiguous target"  # why a source tensor has no partner
+
+
 @dataclass(frozen=True)
 class Unmatched:
     """A tensor of either side that found no partner.

@@ -9,7 +9,7 @@ from typing import Literal
 from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.plan.coverage import excluded_names
-from lit_wsl.plan.entries import Ambiguity, PlanEntry, Side, Unmatched
+from lit_wsl.plan.entries import CANDIDATE, Ambiguity, PlanEntry, Side, Unmatched
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 from lit_wsl.structure.families import fold
@@ -317,11 +317,18 @@ def left_over(plan: TransferPlan, side: Side, described: ModelDescription) -> tu
         settled |= {described.tied.get(name, name) for case in plan.ambiguous for name in case.targets}
     settled |= excluded_names(plan, side, described)
     known = {item.name: item for item in (plan.unmatched_source if side == "source" else plan.unmatched_target)}
-    return tuple(
-        known.get(info.name) or Unmatched(info.name, info.shape, info.kind, "not in the plan")
-        for info in described.parameters
-        if info.name not in settled
-    )
+    rivals = _candidates(plan) if side == "source" else frozenset()
+
+    def told(info: ParameterInfo) -> Unmatched:
+        why = CANDIDATE if info.name in rivals else "not in the plan"
+        return known.get(info.name) or Unmatched(info.name, info.shape, info.kind, why)
+
+    return tuple(told(info) for info in described.parameters if info.name not in settled)
+
+
+def _candidates(plan: TransferPlan) -> frozenset[str]:
+    """The sources that an ambiguous target may have."""
+    return frozenset(name for case in plan.ambiguous for one in case.candidates for name in one.sources)
 
 
 def gaps(plan: TransferPlan, side: Side, source: ModelDescription, target: ModelDescription) -> list[Gap]:
@@ -337,12 +344,13 @@ def gaps(plan: TransferPlan, side: Side, source: ModelDescription, target: Model
     left = left_over(plan, side, own)
     across: Side = "target" if side == "source" else "source"
     free = frozenset(item.name for item in left_over(plan, across, other))
-    rivals = _Rivals(other, free)
+    rivals, listed = _Rivals(other, free), _candidates(plan) if side == "source" else frozenset()
     found: list[Gap] = []
     for family in fold([(item.name,) for item in left], [(item.shape, item.kind, item.reason) for item in left]):
         members = tuple(left[m] for m in family.members)
         first = members[0]
-        nearest = rivals.nearest(first) if len(found) < MOST_LOOKED_UP else None
+        looked_up = len(found) < MOST_LOOKED_UP and first.name not in listed  # candidates stand with their targets
+        nearest = rivals.nearest(first) if looked_up else None
         advice = ""
         if nearest is not None and nearest.name in free and len(members) == 1:
             new, old = (first, nearest) if side == "target" else (nearest, first)

@@ -158,19 +158,20 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 @contextmanager
 def _preserved_modules(module: nn.Module) -> Iterator[None]:
-    """Put back what the modules' attributes refer to, and the content of lists and dicts there."""
+    """Put back what the modules' attributes refer to, and the content of containers and objects there."""
     saved: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
     restorers: list[Callable[[], None]] = []
     others: list[Any] = []
     for sub in module.modules():
         saved.append((sub, type(sub), dict(vars(sub))))
         for value in vars(sub).values():
-            if isinstance(value, dict):
-                restorers.append(_refill(value, dict(value)))
-            elif isinstance(value, (list, set, collections.deque)):
-                restorers.append(_refill(value, value.copy()))
-            elif not isinstance(value, (*_SKIP, Tensor, nn.Module)):
+            if isinstance(value, (dict, list, set, collections.deque)):
+                restorers.append(_refill(value, dict(value) if isinstance(value, dict) else value.copy()))
+                inside = value.values() if isinstance(value, dict) else value
+                others.extend(inside if len(value) <= _LIMIT else ())
+            else:
                 others.append(value)
+    others = [value for value in others if not isinstance(value, (*_SKIP, Tensor, nn.Module))]
     with preserved_objects(*others):
         try:
             yield

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from lit_wsl.structure.running import preserved_objects, preserved_rng
+from torch import nn
+
+from lit_wsl.structure.running import preserved_objects, preserved_rng, undisturbed
 
 
 def test_generators_anywhere_inside_are_put_back():
@@ -88,3 +90,32 @@ def test_state_behind_a_partial_is_found():
     with preserved_objects(partial(print, box)):
         box.count = 3
     assert box.count == 0
+
+
+def test_what_a_step_writes_down_in_its_module_is_forgotten_however_deep():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.meter, self.meters = SimpleNamespace(sum=0.0, seen=[]), {"train": SimpleNamespace(sum=0.0, seen=[])}
+            self.nested, self.rows = {"a": {"b": []}}, [[], ({"n": 0},)]
+            self.generators = [np.random.default_rng(1)]
+
+        def forward(self, x):
+            for meter in (self.meter, self.meters["train"]):
+                meter.sum += 1.0
+                meter.seen.append(1)
+            self.nested["a"]["b"].append(1)
+            self.rows[0].append(1)
+            self.rows[1][0]["n"] += 1
+            return self.generators[0].random()
+
+        def notes(self):
+            return repr((self.meter, self.meters, self.nested, self.rows))
+
+    net = Net()
+    before = net.notes()
+    with undisturbed(net):
+        first = net(None)
+        assert net.notes() != before
+    assert net.notes() == before
+    assert net(None) == first
