@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-
 from torch import nn
 
 from lit_wsl.structure.running import preserved_objects, preserved_rng, undisturbed
