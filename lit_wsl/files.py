@@ -8,6 +8,7 @@ entry is flushed too. A crash, a full disk or ``kill -9`` at any moment leaves e
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import platform
 import stat
@@ -17,12 +18,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lit_wsl.errors import CheckpointError
+from lit_wsl.errors import CheckpointError, CheckpointNotFoundError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+def not_found(path: Path) -> CheckpointNotFoundError:
+    """What to say of a file that is not there: what a relative path is relative to, and files of nearly its name."""
+    near = sorted(path.parent.glob(f"{glob.escape(path.stem)}*"))[:3] if path.parent.is_dir() else []
+    hint = f" Did you mean {', '.join(map(str, near))}?" if near else " Check the path."
+    folder = "" if path.is_absolute() else f" in {Path.cwd()}"
+    return CheckpointNotFoundError(f"{path} does not exist{folder}.{hint}")
 
 
 def begin(path: Path) -> tuple[int, Path]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -174,6 +176,8 @@ def test_a_plan_that_names_what_is_not_there(transfer, tmp_path):
 def test_no_plan_file_and_a_broken_plan_file(transfer, tmp_path):
     torch.save(Module().state_dict(), tmp_path / "old.pt")
     refuses(transfer, tmp_path / "old.pt", LitWslError, "none.json", plan=tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"none.json does not exist in {Path.cwd()}")):
+        TransferPlan.load("none.json")
     (tmp_path / "broken.json").write_text('{"entries": [')
     refuses(transfer, tmp_path / "old.pt", PlanError, "broken.json", plan=tmp_path / "broken.json")
 

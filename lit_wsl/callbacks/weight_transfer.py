@@ -37,6 +37,7 @@ from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.loggers import transfer_progress
 from lit_wsl.report.report import TransferReport
+from lit_wsl.structure.description import require_path
 from lit_wsl.structure.execution_order import is_lazy
 from lit_wsl.structure.running import Call
 from lit_wsl.transfer.api import OnData, Prepared, finish_transfer, prepare_transfer
@@ -200,6 +201,8 @@ class WeightTransferCallback(Callback):
                 "proof_batches must be at least 1 and proof_seconds at least 0; "
                 f"got {proof_batches!r} and {proof_seconds!r}."
             )
+        if isinstance(checkpoint, str):
+            require_path(checkpoint, "checkpoint")  # an empty one is told now, not when the data is ready
         self.checkpoint = checkpoint
         self.proof = proof
         self.proof_batches = proof_batches

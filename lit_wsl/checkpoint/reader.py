@@ -28,7 +28,8 @@ from lit_wsl.checkpoint.records import ForeignObject, as_mapping
 from lit_wsl.checkpoint.safetensors_file import is_safetensors, read_safetensors
 from lit_wsl.checkpoint.torch_file import read_torch_file, verify_checksums
 from lit_wsl.checkpoint.weights import Selection, Weights, select_weights
-from lit_wsl.errors import CheckpointError, CheckpointNotFoundError
+from lit_wsl.errors import CheckpointError
+from lit_wsl.files import not_found
 from lit_wsl.structure.description import memory_of, require_path
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(://|::)")
@@ -474,10 +475,7 @@ def read_document(path: Path) -> Document:
         if path.is_dir():
             return read_folder(path, read_document)
         if not path.exists():
-            near = sorted(path.parent.glob(f"{path.stem}*"))[:3] if path.parent.is_dir() else []
-            hint = f" Did you mean {', '.join(map(str, near))}?" if near else " Check the path."
-            folder = "" if path.is_absolute() else f" in {Path.cwd()}"  # what a relative path is relative to
-            raise CheckpointNotFoundError(f"{path} does not exist{folder}.{hint}")
+            raise not_found(path)
         if not path.is_file():
             raise CheckpointError(f"{path} is neither a file nor a folder (a device or pipe?).")
         head = read_head(path)

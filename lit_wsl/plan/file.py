@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lit_wsl.errors import CheckpointError, PlanError
-from lit_wsl.files import atomic_write_text
+from lit_wsl.files import atomic_write_text, not_found
 from lit_wsl.plan.entries import (
     Ambiguity,
     Candidate,
@@ -253,6 +253,8 @@ def load_plan(path: str | Path) -> dict[str, Any]:
         if size > MAX_BYTES:
             raise PlanError(f"{path}: {size:,} bytes are too many for a plan (at most {MAX_BYTES:,}).")
         text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise not_found(path) from error
     except OSError as error:
         raise CheckpointError(f"Cannot read the plan {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:

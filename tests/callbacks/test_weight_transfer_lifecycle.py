@@ -337,6 +337,11 @@ def test_a_wrong_option_names_itself(option):
         WeightTransferCallback("old.ckpt", **option)
 
 
+def test_an_empty_path_is_refused_at_once():
+    with pytest.raises(MappingError, match="checkpoint is empty"):
+        WeightTransferCallback("")
+
+
 def test_the_callback_can_be_pickled_and_copied(old, trainer_kwargs):
     callback = WeightTransferCallback(old[1])
     L.Trainer(**trainer_kwargs, callbacks=[callback]).validate(InInit(), loader())
