@@ -57,7 +57,9 @@ operator("validate", "content", LAST, "source", 1.0, name="average_of_the_genera
     _copied([("", "model_ema"), ("net_g", "net_g_ema"), ("", "ema.ema_model"), ("unet", "ema_unet"), ("", "slow_net")])
 )
 operator("validate", "content", LAST, "source", 1.0, name="teacher_in_the_module")(
-    _copied([("student", "teacher"), ("base_encoder", "momentum_encoder"), ("q_net", "k_net"), ("learner", "tutor")])
+    _copied(
+        [("student", "teacher"), ("base_encoder", "momentum_encoder"), ("online_net", "slow_net"), ("learner", "tutor")]
+    )
 )
 
 
@@ -91,7 +93,7 @@ operator("validate", "content", LAST, "target", name="part_of_another_paper")(
     _exchanged_part(["fft_mixer", "kan", "hyena_filter", "spline", "low_rank_core", "capsule"])
 )
 operator("validate", "content", LAST, weight=0.7, name="residual_gains")(
-    _added("table", ["ls.gamma", "res_scale", "skip_gain", "rezero"], ("o", "fc2", "down", "bn2", "cell_out"))
+    _added("table", ["ls.gamma", "res_scale", "skip_gain", "rezero"], ("o", "fc2", "down", "bn2"))
 )
 operator("validate", "content", LAST, weight=0.7, name="norms_behind_maps")(
     _added("norm", ["subln", "ffn_layernorm", "post_ln", "stable_norm"], ("o", "fc2", "down"))
@@ -119,8 +121,8 @@ def segment_table(side: Side, rng: random.Random) -> bool:
     """A small table beside that of the tokens: kinds of segments, of cameras, of languages."""
     for at, leaf in enumerate(side.leaves):
         if leaf.kind == "embedding":
-            word = rng.choice(["token_type_embeddings", "lang_embed", "speaker_embed", "camera_table", "domain_emb"])
-            fresh = replace(leaf, path=(*leaf.parent, Step(f"={word}")), sizes=((2, leaf.sizes[0][1]),), layout="")
+            word = rng.choice(["lang_embed", "speaker_embed", "camera_table", "domain_emb", "dialect"])
+            fresh = replace(leaf, path=(*leaf.parent, Step(f"={word}")), sizes=((3, leaf.sizes[0][1]),), layout="")
             side.leaves.insert(at + 1, replace(fresh, pieces=(f"new {word}",)))
             return True
     return False

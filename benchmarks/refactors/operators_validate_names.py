@@ -53,7 +53,9 @@ def cut_in_two(side: Side, rng: random.Random) -> bool:
     if len(roles) < 3:
         return False
     at = rng.randrange(1, len(roles))
-    words = rng.choice([("backbone", "head_net"), ("representation", "task"), ("body_net", "top"), ("lower", "upper")])
+    words = rng.choice(
+        [("backbone", "head_net"), ("representation", "task"), ("body_net", "top"), ("first_half", "second_half")]
+    )
     side.leaves = [
         leaf.moved((Step(f"={words[roles.index(leaf.path[0].role) >= at]}"), *leaf.path)) for leaf in side.leaves
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from benchmarks.refactors.network import Net, Side, names_lie, true_tensors
 from benchmarks.refactors.operators import OPERATORS, REGIMES, Operator, Regime
 from benchmarks.refactors.pair import drawn_pair
 from benchmarks.refactors.structures import SPLITS, STRUCTURES, Draft, Sizes, Structure
-from benchmarks.refactors.vocabulary import draw_words
+from benchmarks.refactors.vocabulary import draw_words, groups_of
 
 VALIDATE = [structure for structure in STRUCTURES.values() if structure.split == "validate"]
 OWN = [op for op in OPERATORS.values() if op.split == "validate"]
@@ -29,6 +30,19 @@ def plain(structure: Structure, seed: str, sizes: Sizes = SIZES) -> Config:
     for group in structure.groups:
         words |= draw_words(group, structure.split, random.Random(seed))
     return Config(structure.name, sizes, (words, dict(words)))
+
+
+def strange_names(structure: Structure) -> set[str]:
+    """What the operators call things that a structure has not."""
+    found = set()
+    for op, seed in product((op for op in OWN if op.stage == "content"), "abcdef"):
+        side = plain(structure, op.name).plain_side(TARGET)
+        known = {leaf.pieces for leaf in side.leaves}
+        if op.apply(side, random.Random(seed)):
+            added = [leaf for leaf in side.leaves if leaf.pieces not in known]
+            given = [[step.role[1:] for step in leaf.path if step.role.startswith("=")] for leaf in added]
+            found |= {words[0] for words in given if words}  # what is below it stands in a module of its own
+    return found
 
 
 def changed(op: Operator, many: int) -> Iterator[tuple[Net, Net]]:
@@ -85,6 +99,15 @@ def test_nothing_stands_ready_that_is_not_wanted() -> None:
             alone = {name for name, tensor in pair.truth.items() if tensor is None}
             held = pair.new.state_dict()
             assert not [name for name in alone if shapes.get(name) == held[name].shape], pair.config.seed
+
+
+@pytest.mark.parametrize("structure", VALIDATE, ids=lambda structure: structure.name)
+def test_strangers_have_names_of_their_own(structure: Structure) -> None:
+    """What one side alone has is not called as anything of the other might be."""
+    groups = [words for group in structure.groups for words, _ in groups_of(group, "validate")]
+    assert not strange_names(structure) & {
+        part for words in groups for word in words.values() for part in word.split(".")
+    }
 
 
 def test_a_deception_is_seen() -> None:
