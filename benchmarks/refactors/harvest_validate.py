@@ -53,7 +53,7 @@ MISREAD_HERE = {  # parts of blocks that were taken for blocks, norms before the
     "convs": r"branch|hig[nh]|_low|gm\.|\.att\.|bn1=conv2|dice|preprocess|conv2=conv3|bn_conv|lw_|rw_|inst_norm",
     "stem": r"branch|identity|dw_|path|merge|low|res_|main_|1x1|scale_|subblock|double|unit1|v=conv\.conv",
     "head": r"q_proj|se\.|=embed|fc3",
-    "list": r"spp|conv1|path|conv2_|backbones",
+    "list": r"spp|conv|path|irrev|backbones",
     "neck": r"cbr",
     "stages": r"repeat",
     "position": r"alpha",
