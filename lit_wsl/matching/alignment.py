@@ -26,16 +26,19 @@ from functools import cached_property
 
 from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named, is_strong
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
+from lit_wsl.matching.likeness import ENDS, LAYERS
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import Kept, agreement, kept_elsewhere, order_cell
-from lit_wsl.matching.regions import Decision, Learned, Pair, Region, Sides, Tie, other_name
+from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, counted_apart, other_name
 from lit_wsl.matching.risks import may_load, refusal, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
-from lit_wsl.matching.tree import Item, TreeBuilder, role_of, same_kind, shape_key
+from lit_wsl.matching.tree import Item, TreeBuilder, layer_kind, relative, role_of, same_kind, shape_key
+from lit_wsl.matching.words import plain_words
 from lit_wsl.plan.operations import Operation
 
 MAX_CANDIDATES = 16
 RUN_OTHERWISE = "the model registers these in one order and runs them in another"
+COUNTED_OTHERWISE = "numbered in one order and registered in another"
 REPEATED_WEIGHT = 1000
 Profile = tuple[object, ...]
 
@@ -210,6 +213,7 @@ class RegionMatch:
     def solve(self, sources: list[Item], targets: list[Item]) -> Outcome:
         """Decide everything in the region."""
         aligner = self.aligner
+        sources, targets = self._loosen(sources, targets)
         units_s, units_t = self._top_down(sources, targets)
         for fusion in find_fusions(units_s, units_t, self.region, aligner.turned, aligner.ordered):
             self._take_fusion(fusion, units_s, units_t)
@@ -220,6 +224,19 @@ class RegionMatch:
         self.aligner.gathered.agreement[self.region.key] = Kept(self.region.in_list, agreement(self.certain))
         self._settle_ties()
         return self.out
+
+    def _loosen(self, sources: list[Item], targets: list[Item]) -> tuple[list[Item], list[Item]]:
+        """Take norms and vectors out of the modules if these only correspond without them: code moves them freely."""
+        if not self.region.complete or max(len(self.region.source.tensors), len(self.region.target.tensors)) > BLOCK:
+            return sources, targets
+        sides = sources, targets
+        cut = [[self.aligner.builder.without_vectors(i) for i in side] for side in sides]
+        cores = [[core for core, _ in side if core is not None] for side in cut]
+        if _without_partner(*cores) >= _without_partner(*sides):
+            return sources, targets
+        self.region = replace(self.region, loose=True)
+        loose = [[*core, *(v for _, vs in side for v in vs)] for core, side in zip(cores, cut)]
+        return loose[0], loose[1]
 
     def _top_down(self, sources: list[Item], targets: list[Item]) -> tuple[list[Item], list[Item]]:
         """Pair classes of equal size from the largest down; return the units that found none."""
@@ -262,7 +279,9 @@ class RegionMatch:
         decision.pairs = [
             p
             for p in decision.pairs
-            if (is_named(p.cell) or not self._unsettled(p)) and not self._parts_twins(p) and not self._coincides(p)
+            if (is_named(p.cell) or not (self._unsettled(p) or self._changed_size(p)))
+            and not self._parts_twins(p)
+            and not self._coincides(p)
         ]
         return self._take(decision, s, t)
 
@@ -277,6 +296,33 @@ class RegionMatch:
             for start in within[side]
             for other in self._twins[side].get(start, ())
         )
+
+    def _changed_size(self, p: Pair) -> bool:
+        """Whether either has its very path on the other side with another size: it changed, and is not what fits."""
+        if max(p.source.level, p.target.level) == 2 or p.cell == TIED or not self.aligner.classes.names:
+            return False
+        for item, k in ((p.source, 0), (p.target, 1)):
+            roots = self.region.source, self.region.target
+            path = _module_or_name(relative(item.main, roots[k]))
+            twin = self._by_path[1 - k].get(path)
+            words = set(plain_words(path.rpartition(".")[2]))
+            changed = twin is not None and twin.numel != item.main.numel
+            if changed and words - LAYERS - ENDS and self.region.like_numbers(path):
+                return True
+        return False
+
+    @cached_property
+    def _by_path(self) -> tuple[dict[str, Item], dict[str, Item]]:
+        sides = zip(self.region.names, (self.region.source, self.region.target))
+        found: list[dict[str, Item]] = []
+        for names, root in sides:
+            known: dict[str, Item] = {}
+            for name, t in zip(names, root.tensors):
+                place = _module_or_name(name)
+                if place not in known or known[place].numel < t.numel:
+                    known[place] = t
+            found.append(known)
+        return found[0], found[1]
 
     def _coincides(self, p: Pair) -> bool:
         """Whether two small modules of other names may be of one size by chance: others could fill the largest part."""
@@ -384,14 +430,22 @@ class RegionMatch:
                 self._doubt(tie)
             elif self._runs_otherwise(tie):
                 self._doubt(replace(tie, reason=RUN_OTHERWISE))
+            elif any(
+                counted_apart(a, b, self.region)
+                for f, g in zip(tie.sources, tie.targets)
+                if len(f.members) == 1 == len(g.members)
+                for a, b in zip(f.members, g.members)
+            ):
+                self._doubt(replace(tie, reason=COUNTED_OTHERWISE))
             else:
                 for f, g in zip(tie.sources, tie.targets):
                     decision = Decision()
                     self.aligner.classes._zip(f, g, cell, decision)
                     for p in decision.pairs:
                         p = replace(p, cell=self.aligner.classes.judged(p, self.region))
-                        if not may_load(p.cell):
-                            self._doubt(Tie.of(p.source, p.target, self.region, refusal(p.cell)))
+                        against = self.aligner.classes.against(p, self.region)
+                        if against or not may_load(p.cell):
+                            self._doubt(Tie.of(p.source, p.target, self.region, against or refusal(p.cell)))
                             continue
                         self._take_pair(replace(p, first=False))
                         self.aligner.gathered.learned.roles.teach(self.region, p.source, p.target)
@@ -426,6 +480,18 @@ class RegionMatch:
         for targets, candidates in rows.items():
             unique = tuple(dict.fromkeys(candidates))[:MAX_CANDIDATES]
             self.out.doubts.append(Doubt(targets, unique, tie.reason))
+
+
+def _without_partner(s: Sequence[Item], t: Sequence[Item]) -> int:
+    """How many modules have none of their size on the other side."""
+    sizes = [Counter(i.numel for i in side if i.level == 2) for side in (s, t)]
+    return (sizes[0] - sizes[1]).total() + (sizes[1] - sizes[0]).total()
+
+
+def _module_or_name(name: str) -> str:
+    """The module of a weight, whatever it calls it; the name itself of any other tensor."""
+    head, _, leaf = name.rpartition(".")
+    return head if head and (layer_kind(leaf) or role_of(leaf) == "weight") else name
 
 
 def _tensors(units: Sequence[Item]) -> list[Item]:

@@ -27,15 +27,21 @@ from typing import Any
 import numpy as np
 
 from lit_wsl.matching.likeness import (
+    BLOCKS,
     ENDS,
     HALF_WORDS,
+    LAYER_WORDS,
+    LAYERS,
     NEAR_WORDS,
     PART_WORDS,
+    SHORT_WORDS,
     SIDES,
+    WEAK,
     WORDS,
     called_alike,
     called_otherwise,
     leads,
+    letters_apart,
     liken,
     own_words,
     same_role,
@@ -43,7 +49,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER
-from lit_wsl.matching.regions import Decision, Learned, Pair, Region, Sides, Tie, ascending, other_name
+from lit_wsl.matching.regions import Decision, Learned, Pair, Region, Sides, Tie, ascending, counted_apart, other_name
 from lit_wsl.matching.risks import may_load, refusal
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts
 from lit_wsl.matching.tree import (
@@ -69,14 +75,18 @@ ROLE, COUNT = "as in other blocks", "both count"
 OTHER_WORDS = "the last ones left of their size, but their names fit others better"
 TURNED = "the shapes fit as they are, but the names say that matrices are stored the other way round"
 OTHER_HEAD = "the only ones of this size, but called after different things: it may be another head"
+OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
+OTHER_LETTER = "one is called after the queries, keys or values of an attention, the other after others of these"
+OUT_OF_ORDER = "some words of their names agree, but they stand in another order than all that names are sure of"
 Key = tuple[Any, ...]
 NUMBERS, ASCENDING, EXCLUSION = "numbers", "ascending", "exclusion"
+LAYER_ONLY = "layers"  # both names say a kind of layer and no more
 FEW = 2  # units of the same name say nothing yet of the two models
 
 
 def is_named(cell: str) -> bool:
     """Whether names decided."""
-    return cell.startswith((PATH, TIED, WORDS, HALF_WORDS, PART_WORDS, "open"))
+    return cell.startswith((PATH, TIED, WORDS, SHORT_WORDS, HALF_WORDS, PART_WORDS, "open")) and LAYER_WORDS not in cell
 
 
 class ClassSolver:
@@ -103,7 +113,10 @@ class ClassSolver:
         kept: list[Pair] = []
         for p in out.pairs:
             cell = self.judged(p, region)
-            if p.cell == TIED or may_load(cell):
+            against = self.against(p, region)
+            if against:
+                out.ties.append(Tie.of(p.source, p.target, region, against))
+            elif p.cell == TIED or may_load(cell):
                 kept.append(replace(p, cell=cell))
             else:
                 out.ties.append(Tie.of(p.source, p.target, region, refusal(cell)))
@@ -124,6 +137,19 @@ class ClassSolver:
         if not is_named(p.cell) and not p.cell.startswith(ORDER):
             order = self.learned.rows.agree(region, p.source, p.target) if self.ordered else "unordered"
         return ", ".join(filter(None, (p.cell, kind, order)))
+
+    def against(self, p: Pair, region: Region) -> str:
+        """What speaks against a pair that little speaks for: numbers, letters of the formula, order."""
+        if p.cell in (PATH, TIED) or not self.names:
+            return ""
+        if letters_apart(p.source, p.target):
+            return OTHER_LETTER
+        if not (region.complete and p.cell.startswith(ALONE)) and counted_apart(p.source, p.target, region):
+            return OTHER_NUMBER
+        weak = is_named(p.cell) and p.cell.startswith(WEAK)
+        if weak and self.ordered and self.learned.rows.agree(region, p.source, p.target) == "against order":
+            return OUT_OF_ORDER
+        return ""
 
     def _around(self, p: Pair, region: Region) -> str:
         """What makes another name telling: units at an end may be other heads, and siblings that kept theirs."""
@@ -305,8 +331,15 @@ class ClassSolver:
             open_s.discard(i)
             open_t.discard(j)
             shared[i, :] = shared[:, j] = -1.0
-        for i, j, lead in leads(shared):
-            cell = kinds[i][j]
+        leading = leads(shared)
+        complete = len(leading) == n == m
+        for i, j, lead in leading:
+            cell = LAYER_WORDS if kinds[i][j] == LAYER_ONLY and not complete else kinds[i][j]
+            cell = WORDS if cell == LAYER_ONLY else cell
+            if not sure and (
+                cell == LAYER_WORDS or (cell == PART_WORDS and (fs[i].members[0].virtual or ft[j].members[0].virtual))
+            ):
+                continue
             cell = cell if sure else "open " + cell
             if not may_load(cell):
                 continue
@@ -356,10 +389,13 @@ class ClassSolver:
             for j, g in enumerate(ft):
                 if self.costs.of_families(f, g) is None:
                     continue
-                likeness = liken(words_s[i], words_t[j], near_s, near_t)
+                blocks = min(m.level for m in (f.members[0], g.members[0])) == 2
+                likeness = liken(words_s[i], words_t[j], near_s, near_t, LAYERS | BLOCKS if blocks else LAYERS)
                 shared[i, j] = likeness.shared
-                elsewhere = likeness.only_near and SIDES & set(f.words) != SIDES & set(g.words)
+                elsewhere = likeness.only_near and (region.loose or SIDES & set(f.words) != SIDES & set(g.words))
                 kinds[i][j] = NEAR_WORDS if elsewhere else likeness.kind
+                if likeness.only_layers and kinds[i][j] in (WORDS, SHORT_WORDS):
+                    kinds[i][j] = LAYER_ONLY
         return shared, kinds
 
     def _near(self, families: tuple[list[Family], list[Family]], region: Region, side: int) -> frozenset[str]:
@@ -374,7 +410,8 @@ class ClassSolver:
                 for t in m.tensors:
                     here.update(set(path_tokens(relative(t, root))))
                 if k == side:
-                    own.update(path_tokens(place_in(m, root).rpartition(".")[2]))
+                    place = place_in(m, root)
+                    own.update(path_tokens(place if region.loose else place.rpartition(".")[2]))
             outside |= {w for w, c in region.words[k].items() if c > here[w]}
         return frozenset(w for w in own if any(strength(w, o)[1] >= 2 for o in outside))
 

@@ -11,7 +11,7 @@ vouches for two units that are the only ones of their size, called by names that
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
@@ -66,6 +66,8 @@ def forget() -> None:
 
 WORDS, HALF_WORDS, PART_WORDS = "words", "half words", "some words"
 LETTERS, NEAR_WORDS, LAYER_WORDS = "letters", "neighbour's words", "words for any layer"
+SHORT_WORDS = "short words"
+WEAK = (SHORT_WORDS, HALF_WORDS, PART_WORDS, LETTERS, "open ")  # what order may overrule
 FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter may stand for anything
 ENDS = frozenset(  # what the last layer is called in any model, so that it says nothing about what it is for
     (
@@ -117,6 +119,25 @@ LAYERS = {
     "net",
     "model",
 }
+BLOCKS = {  # what modules are called that are all of one make, so that it does not say which of them
+    "attn",
+    "attention",
+    "att",
+    "mha",
+    "mlp",
+    "ffn",
+    "ff",
+    "feed",
+    "forward",
+    "block",
+    "blocks",
+    "layers",
+    "unit",
+    "units",
+    "stage",
+    "stages",
+    "modules",
+}
 LITTLE = 0.1  # what a word for any layer says, beside words that say which
 GENERAL = (ENDS | KINDS | {"and"}) - {"decoder"}  # words that name a kind of layer, or a place that any model has
 SIDES = frozenset(("pre", "post", "before", "after"))  # says that the other words name a neighbour
@@ -133,9 +154,11 @@ def strength(a: str, b: str) -> tuple[float, int]:
     if a == b:
         return 0.9, 1 + (a.isdigit() or a in FORMULA)
     short, long = sorted((a, b), key=lambda w: (len(w), w))
+    if len(short) == 2 and short in GENERAL:
+        return 0.0, 0  # the ln of a layer norm is no abbreviation of latents
     if is_abbreviation(short, long) and (long.startswith(short) or not set(short[1:]) & set("aeiou")):
         return (0.8, 2) if len(short) > 1 else (0.7, 1) if short in FORMULA else (0.0, 0)
-    if short in long and len(short) >= 3:
+    if len(short) >= 3 and long.endswith(short):
         return 0.6, 2
     stem = next((k for k, (x, y) in enumerate(zip(short, long)) if x != y), len(short))
     if stem >= 3 and stem >= 0.75 * len(short):
@@ -164,15 +187,25 @@ class Likeness:
             return LAYER_WORDS
         if self.best == 1:
             return LETTERS
-        return PART_WORDS if self.left_s and self.left_t else HALF_WORDS if self.left_s or self.left_t else WORDS
+        if self.left_s and self.left_t:
+            return PART_WORDS
+        return HALF_WORDS if left else WORDS if self.best == 3 else SHORT_WORDS
 
 
 def liken(
-    a: Sequence[str], b: Sequence[str], near_a: frozenset[str] = frozenset(), near_b: frozenset[str] = frozenset()
+    a: Sequence[str],
+    b: Sequence[str],
+    near_a: frozenset[str] = frozenset(),
+    near_b: frozenset[str] = frozenset(),
+    general: Collection[str] = LAYERS,
 ) -> Likeness:
-    """Pair the words of two lists one to one, the strongest first."""
+    """Pair the words of two lists one to one, the strongest first.
+
+    A word and its abbreviation share as much as a word and itself, so that ``enrich`` is no more like
+    ``enrich_context`` than like ``enrichment``; names of which nothing is left over share a little more.
+    """
     scored = sorted(
-        (-value * (LITTLE if {x, y} <= LAYERS else 1.0), -kind, i, j)
+        (-value * (LITTLE if _names_layer(x, y, general) else 1.0), -kind, i, j)
         for i, x in enumerate(a)
         for j, y in enumerate(b)
         for value, kind in [strength(x, y)]
@@ -180,20 +213,29 @@ def liken(
     )
     used_a: set[int] = set()
     used_b: set[int] = set()
-    shared, best, near, layers = 0.0, 0, True, True
+    shared, best, near, layers, exact = 0.0, 0, True, True, True
     for value, kind, i, j in scored:
         if i not in used_a and j not in used_b:
             used_a.add(i)
             used_b.add(j)
-            shared -= value
+            known = _names_layer(a[i], b[j], general)
+            shared += LITTLE if known else -value if kind == -1 else 1.0
             best = max(best, -kind)
+            exact = exact and kind == -3
             near = near and (a[i] in near_a or b[j] in near_b)
-            layers = layers and {a[i], b[j]} <= LAYERS
+            layers = layers and known
     left_a, left_b = (
         tuple(w for i, w in enumerate(a) if i not in used_a),
         tuple(w for j, w in enumerate(b) if j not in used_b),
     )
+    if used_a and not (left_a or left_b):
+        shared += LITTLE * (1 + exact) * (LITTLE if layers else 1.0)
     return Likeness(shared, best, left_a, left_b, bool(used_a) and near, bool(used_a) and layers)
+
+
+def _names_layer(a: str, b: str, general: Collection[str]) -> bool:
+    """Whether what two words have in common names a kind of layer: ``attention`` and ``selfattention``."""
+    return (a in general or b in general) if a != b else a in general
 
 
 def leads(shared: np.ndarray) -> list[tuple[int, int, float]]:
@@ -248,6 +290,19 @@ def called_otherwise(s: Item, t: Item) -> bool:
     own = [plain_words(owner_path(i.main.path).rpartition(".")[2]) for i in (s, t)]
     likeness = liken(own[0], own[1])
     return all(any(len(w) > 2 for w in left) for left in (likeness.left_s, likeness.left_t))
+
+
+_LETTERS = {
+    "q": frozenset(("q", "query", "queries", "wq")),
+    "k": frozenset(("k", "key", "keys", "wk")),
+    "v": frozenset(("v", "value", "values", "wv")),
+}
+
+
+def letters_apart(s: Item, t: Item) -> bool:
+    """Whether two items are called after different ones of the queries, keys and values of an attention."""
+    ours, theirs = ({k for k, names in _LETTERS.items() if names & set(own_name(i))} for i in (s, t))
+    return bool(ours and theirs) and not ours & theirs
 
 
 def own_words(item: Item) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from lit_wsl.matching.risks import margin_of, told
 from lit_wsl.matching.scoring import Context
 from lit_wsl.matching.selection import IncompatiblePairs, part_of, restrict, without, without_average
 from lit_wsl.matching.tree import TreeBuilder, layer_kind, stem_of
+from lit_wsl.matching.words import plain_words
 from lit_wsl.plan.entries import AVERAGE, SideSummary
 from lit_wsl.plan.operations import Operation, Transpose
 from lit_wsl.plan.plan import TransferPlan
@@ -230,6 +232,7 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
     ties = Counter(source.tied.values())
     known = {name: count + 1 for name, count in ties.items()}
     ordered = source.is_module or has_order(source)
+    ordered = ordered and not (by_alphabet(source.parameters) or by_alphabet(target.parameters))
     alignment = align(weights_s, weights_t, options, known, ordered=ordered)
     if target.has_execution_order:
         alignment = _with_execution_order(alignment, weights_s, weights_t, options, ordered)
@@ -296,6 +299,23 @@ def has_order(side: ModelDescription) -> bool:
         return False
     names = [info.name for info in side.parameters]
     return names != sorted(names) and names != sorted(names, key=lambda n: n.split("."))
+
+
+BY_CHANCE = 100  # one model in so many is in alphabetical order without meaning to
+
+
+def by_alphabet(infos: Sequence[ParameterInfo]) -> bool:
+    """Whether all modules of a side are registered in alphabetical order, which no other order is by chance."""
+    below: dict[str, dict[str, None]] = {}
+    for info in infos:
+        parts = info.name.split(".")[:-1]
+        for k, part in enumerate(parts):
+            below.setdefault(".".join(parts[:k]), {})[part] = None
+    levels = {names for names in map(tuple, below.values()) if not all(n.isdigit() for n in names)}
+    if any(list(names) != sorted(names) for names in levels):
+        return False
+    orders = (math.factorial(min(len({plain_words(n) for n in names}), 10)) for names in levels)
+    return math.prod(orders) >= BY_CHANCE
 
 
 def align(

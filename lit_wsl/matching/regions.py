@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from lit_wsl.matching.likeness import foreign, own_name
 from lit_wsl.matching.tree import Family, Item, families_of, owner_path, place_in, relative
-from lit_wsl.matching.words import count_alike, numbers_along, plain_words, split_numbers
+from lit_wsl.matching.words import count_alike, counted, numbers_along, plain_words, split_numbers
 from lit_wsl.structure.description import Shape
 
 BLOCK = 64  # tensors; larger regions teach nothing about their like
@@ -48,12 +48,14 @@ class Region:
         target: Root of the target's side.
         complete: Whether both sides have the same number of elements, so that everything must find a partner.
         shapes: How many tensors of each shape (up to order and ones) the whole models have, source and target.
+        loose: Whether vectors stand in other modules on the two sides, so that these say nothing about them.
     """
 
     source: Item
     target: Item
     complete: bool
     shapes: tuple[Counter[Shape], Counter[Shape]] | None = None
+    loose: bool = False
 
     @property
     def key(self) -> tuple[int, int]:
@@ -61,7 +63,8 @@ class Region:
         return self.source.structure, self.target.structure
 
     @cached_property
-    def _counters(self) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    def counters(self) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+        """The numbers that occur at each place where paths count, source and target."""
         return numbers_along(self.names[0]), numbers_along(self.names[1])
 
     @property
@@ -71,11 +74,11 @@ class Region:
 
     def same_numbers(self, path: str) -> bool:
         """Whether every number along a path counts the same things on both sides."""
-        return count_alike(path, self._counters)
+        return count_alike(path, self.counters)
 
     def like_numbers(self, path: str) -> bool:
         """Whether the numbers along a path are those of the other side, or among them: nothing is counted from one."""
-        return count_alike(path, self._counters, within=True)
+        return count_alike(path, self.counters, within=True)
 
     @cached_property
     def names(self) -> tuple[list[str], list[str]]:
@@ -245,6 +248,18 @@ class Learned:
     roles: Roles = field(default_factory=Roles)
     renames: Renames = field(default_factory=Renames)
     rows: Rows = field(default_factory=Rows)
+
+
+def counted_apart(s: Item, t: Item, region: Region) -> bool:
+    """Whether two items are counted among the same numbers, and their own numbers differ."""
+    along = []
+    for item, root, numbers in zip((s, t), (region.source, region.target), region.counters):
+        places = counted(relative(item, root))
+        along.append([(numbers.get(place, set()), number) for place, number in places])
+    varying = [[(known, number) for known, number in side if len(known) > 1] for side in along]
+    if not all(varying) or [known for known, _ in varying[0]] != [known for known, _ in varying[1]]:
+        return False
+    return varying[0] != varying[1]
 
 
 def other_name(s: Item, t: Item, region: Region) -> str:

@@ -57,6 +57,7 @@ _TOLD = {
     "path": "the same path on both sides",
     "tied": "tied in the source to all tensors of this shape",
     "words": "their names single them out",
+    "short words": "their names single them out, words being shortened",
     "half words": "their names single them out, though one side says more",
     "some words": "some words of their names single them out",
     "letters": "the letters of the formula in their names single them out",

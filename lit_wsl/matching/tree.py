@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from lit_wsl.matching.words import split_numbers
@@ -137,6 +137,21 @@ class TreeBuilder:
         numel, virtual = sum(c.numel for c in children), any(c.virtual for c in children)
         return Item(path, tuple(children), positions, numel, self._number(key), level, virtual=virtual)
 
+    def without_vectors(self, item: Item) -> tuple[Item | None, list[Item]]:
+        """A module without the vectors and norms in it, and these."""
+        if item.level < 2:
+            return (None, [item]) if item.rank < 2 else (item, [])
+        found = [self.without_vectors(c) for c in item.children]
+        vectors = [v for _, vs in found for v in vs]
+        kept = [core for core, _ in found if core is not None]
+        if not vectors or not kept:
+            return (None, vectors) if vectors else (item, [])
+        if len(kept) == 1:
+            return kept[0], vectors
+        core = self.group(item.path, kept, 2)
+        gaps = tuple(p - core.start for p in core.positions)  # what was taken out shifts the rest
+        return replace(core, structure=self._number((core.structure, gaps))), vectors
+
     def _module(self, path: str, nested: dict[str, object], order: list[ParameterInfo]) -> Item:
         own: dict[str, list[ParameterInfo]] = {}
         for key, value in nested.items():
@@ -210,6 +225,8 @@ def layer_kind(leaf: str) -> str:
 def same_kind(s: Item, t: Item) -> bool:
     """Whether a tensor may become another by kind: no weight becomes a bias, nor rows of a matrix biases."""
     kinds = {kind_of(s.path), kind_of(t.path)}
+    if role_of(s.path) == role_of(t.path) == "weight" and {len(s.shape), len(t.shape)} == {1, 2}:
+        return False  # a linear map of one output is no scale of a norm
     return kinds != {"scale", "shift"} and not ("shift" in kinds and len(kinds) == 2 and max(s.rank, t.rank) >= 2)
 
 

@@ -37,6 +37,7 @@ def find_average(shapes: Mapping[str, tuple[int, ...]]) -> Average | None:
 
     An average is a copy under a prefix. That it is the copy is told by a word of the prefix (``ema``), or by names
     that lost their dots (``shadow.net_layer_weight``, LDM's LitEma without any separator) beside names that have them.
+    With such a word it may also be a list in the order of the model (``ema.shadow_params.0``).
 
     Args:
         shapes: Name -> shape of all tensors.
@@ -51,6 +52,9 @@ def find_average(shapes: Mapping[str, tuple[int, ...]]) -> Average | None:
         flat = all("." not in name[len(prefix) :].removeprefix("module.") for name in mine)
         if len(mine) < 2 or not (told or (flat and dotted)):
             continue
+        numbered = _numbered(prefix, mine, shapes) if told else {}
+        if numbered:
+            return Average(prefix, numbered)
         keys = {_squeezed(name[len(prefix) :].removeprefix("module.")): name for name in mine}
         rest = {name: _squeezed(name) for name in shapes if not name.startswith(prefix)}
         starts: set[str] = set()
@@ -72,6 +76,21 @@ def find_average(shapes: Mapping[str, tuple[int, ...]]) -> Average | None:
         if len(pairs) * 2 > len(mine) and (told or (lost_dots and len(pairs) >= len(counted) > 1)):
             return Average(prefix, pairs)
     return None
+
+
+def _numbered(prefix: str, mine: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Model's name -> averaged name, where an average is a bare list in the order of the model's parameters."""
+    by_number = {name[len(prefix) :]: name for name in mine if shapes[name]}
+    if len(by_number) < 2 or not all(number.isdecimal() for number in by_number):
+        return {}
+    averaged = iter([by_number[number] for number in sorted(by_number, key=int)])
+    pairs: dict[str, str] = {}
+    wanted = next(averaged, None)
+    for name, shape in shapes.items():
+        if wanted is not None and not name.startswith(prefix) and shape == shapes[wanted]:
+            pairs[name] = wanted
+            wanted = next(averaged, None)
+    return pairs if wanted is None else {}
 
 
 def _prefixes(name: str) -> list[str]:
