@@ -229,13 +229,19 @@ class RegionMatch:
         """Take norms and vectors out of the modules if these only correspond without them: code moves them freely."""
         if not self.region.complete or max(len(self.region.source.tensors), len(self.region.target.tensors)) > BLOCK:
             return sources, targets
-        sides = sources, targets
-        cut = [[self.aligner.builder.without_vectors(i) for i in side] for side in sides]
-        cores = [[core for core, _ in side if core is not None] for side in cut]
-        if _without_partner(*cores) >= _without_partner(*sides):
-            return sources, targets
-        self.region = replace(self.region, loose=True)
-        loose = [[*core, *(v for _, vs in side for v in vs)] for core, side in zip(cores, cut)]
+        alone = _without_partner(sources, targets)
+        cut = [{id(i): self.aligner.builder.without_vectors(i) for i in side} for side in alone]
+        cores = [[core for core, _ in side.values() if core is not None and core.level == 2] for side in cut]
+        odd = [{id(i) for i in side} for side in _without_partner(*cores)]
+        loose: list[list[Item]] = []
+        for side, known, left in zip((sources, targets), cut, odd):
+            loose.append([])
+            for item in side:
+                core, vectors = known.get(id(item), (None, []))
+                found = core is not None and core.level == 2 and id(core) not in left and vectors
+                loose[-1] += [core, *vectors] if found and core is not None else [item]
+        if loose != [sources, targets]:
+            self.region = replace(self.region, loose=True)
         return loose[0], loose[1]
 
     def _top_down(self, sources: list[Item], targets: list[Item]) -> tuple[list[Item], list[Item]]:
@@ -482,10 +488,13 @@ class RegionMatch:
             self.out.doubts.append(Doubt(targets, unique, tie.reason))
 
 
-def _without_partner(s: Sequence[Item], t: Sequence[Item]) -> int:
-    """How many modules have none of their size on the other side."""
+def _without_partner(s: Sequence[Item], t: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """The modules of sizes that the two sides do not have equally often."""
     sizes = [Counter(i.numel for i in side if i.level == 2) for side in (s, t)]
-    return (sizes[0] - sizes[1]).total() + (sizes[1] - sizes[0]).total()
+    left: list[list[Item]] = [
+        [i for i in side if i.level == 2 and sizes[0][i.numel] != sizes[1][i.numel]] for side in (s, t)
+    ]
+    return left[0], left[1]
 
 
 def _module_or_name(name: str) -> str:

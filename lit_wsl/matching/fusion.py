@@ -19,6 +19,7 @@ from lit_wsl.matching.tree import (
     Item,
     TreeBuilder,
     families_of,
+    kind_of,
     of_size,
     owner_path,
     relative,
@@ -271,6 +272,8 @@ def _cell(
 
 def _choices(whole: Family, parts: list[Item], rivals: Sequence[Item], root: Item) -> list[_Choice]:
     """The sets of parts that a whole could be made of, each in its order; the best first."""
+    kind = kind_of(whole.members[0].main.path)
+    parts = [p for p in parts if {kind, kind_of(p.main.path)} != {"scale", "shift"}]
     families = of_size(uniform(families_of(parts, root)), len(whole.members))
     sets = {frozenset(id(p) for p in subset): subset for subset in _sets_of_parts(whole, families)}
     choices = [_judge(whole, subset, families, rivals) for subset in sets.values()]

@@ -311,7 +311,7 @@ def by_alphabet(infos: Sequence[ParameterInfo]) -> bool:
         parts = info.name.split(".")[:-1]
         for k, part in enumerate(parts):
             below.setdefault(".".join(parts[:k]), {})[part] = None
-    levels = {names for names in map(tuple, below.values()) if not all(n.isdigit() for n in names)}
+    levels = {tuple(n for n in names if len(n) > 1 and not n.isdigit()) for names in below.values()}  # letters count
     if any(list(names) != sorted(names) for names in levels):
         return False
     orders = (math.factorial(min(len({plain_words(n) for n in names}), 10)) for names in levels)
