@@ -1,11 +1,10 @@
-"""What each kind of evidence is worth: how often it was right and wrong on the parts of the corpus to look at.
+"""What each kind of evidence is worth: decisions counted right and wrong on the parts of the corpus to look at.
 
     python -m benchmarks.refactors.calibrate            writes lit_wsl/matching/risks.json
 
-Every entry of a plan names the kind of its evidence. A kind counts once in a pair of models, as wrong if it was wrong
-anywhere in it: what goes wrong in one block goes wrong in all, so tensors or layers would count one mistake many times.
-The first two parts are judged with the words of each other. The limit of risk is lifted first, so that every kind is
-counted; then what is loaded is counted again, with the limit that these counts give.
+Every entry of a plan names the kind of its evidence. Entries of one family (names without their numbers) are one
+decision. The first two parts are judged with the words of each other. The limit of risk is lifted first, so that every
+kind is counted; then what is loaded is counted again, with the limit that these counts give.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ import json
 import logging
 import multiprocessing
 import pkgutil
+import re
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +28,7 @@ import torch
 
 import lit_wsl.matching
 from benchmarks.refactors.operators import REGIMES, Regime
-from benchmarks.refactors.pair import drawn_pair, run
+from benchmarks.refactors.pair import Result, drawn_pair, run
 from benchmarks.refactors.report import upper_bound
 from benchmarks.refactors.structures import Split
 from benchmarks.refactors.vocabulary import other, use_lexicon_of
@@ -38,6 +38,15 @@ TABLE = Path(lit_wsl.matching.__file__).with_name("risks.json")
 GATE = "may_load"  # what asks whether a kind of evidence is trusted
 PARTS: tuple[Split, ...] = ("first", "second", "third")
 Cells = dict[str, Counter[str]]
+
+
+def decisions(result: Result) -> Iterable[tuple[str, str]]:
+    """The kind of evidence and the verdict of every decision of a pair: ``wrong`` if any of its tensors is."""
+    families: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for tensor in result.tensors:
+        if tensor.evidence and tensor.verdict in ("right", "wrong"):
+            families[tensor.evidence, re.sub(r"\d+", "#", tensor.name)].add(tensor.verdict)
+    return [(evidence, "wrong" if "wrong" in verdicts else "right") for (evidence, _), verdicts in families.items()]
 
 
 @contextlib.contextmanager
@@ -52,28 +61,22 @@ def without_limit() -> Iterator[None]:
 
 
 def count(pairs: int, seed: int, workers: int) -> Cells:
-    """Pairs of models in all parts and regimes, each with and without a sample."""
+    """Decisions over all parts and all regimes, with and without a sample."""
     cells: Cells = defaultdict(Counter)
     seeds = range(seed, seed + pairs)
     for split in PARTS:
         use_lexicon_of(other(split))
-        wanted = [(split, regime, number) for regime in REGIMES for number in seeds]
+        wanted = [(split, regime, sample, number) for regime in REGIMES for sample in (False, True) for number in seeds]
         with multiprocessing.get_context("fork").Pool(workers) as pool:
             for found in pool.imap_unordered(_decided, wanted, chunksize=10):
-                for evidence, verdict in found.items():
+                for evidence, verdict in found:
                     cells[evidence][verdict] += 1
     return cells
 
 
-def _decided(wanted: tuple[Split, Regime, int]) -> dict[str, str]:
-    """The kinds of evidence that decided in a pair of models, and whether all of it was right."""
-    split, regime, number = wanted
-    found: dict[str, str] = {}
-    for sample in (False, True):
-        for tensor in run(drawn_pair(split, regime, number, sample=sample)).tensors:
-            if tensor.evidence and tensor.verdict in ("right", "wrong") and found.get(tensor.evidence) != "wrong":
-                found[tensor.evidence] = tensor.verdict
-    return found
+def _decided(wanted: tuple[Split, Regime, bool, int]) -> list[tuple[str, str]]:
+    split, regime, sample, number = wanted
+    return list(decisions(run(drawn_pair(split, regime, number, sample=sample))))
 
 
 def table_of(cells: Cells) -> dict[str, dict[str, int]]:

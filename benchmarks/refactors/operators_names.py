@@ -168,6 +168,10 @@ operator("second", "order", UNORDERED, name="reverse_all")(_shuffled(lambda abov
 operator("first", "order", UNORDERED, name="register_by_role")(
     _shuffled(lambda above: True, lambda steps, rng: sorted(steps, key=lambda s: (s.role, s.index or 0)))
 )
+for _split, _name in (("first", "norms_apart"), ("second", "norms_at_the_end")):  # as torch.nn's own layers do
+    operator(_split, "order", name=_name)(  # type: ignore[arg-type]
+        _shuffled(_inside_block, lambda steps, rng: sorted(steps, key=lambda s: "norm" in s.role or "bn" in s.role))
+    )
 
 
 @operator("both", "order", LAST, "target", weight=0.7)

@@ -229,20 +229,20 @@ class RegionMatch:
         """Take norms and vectors out of the modules if these only correspond without them: code moves them freely."""
         if not self.region.complete or max(len(self.region.source.tensors), len(self.region.target.tensors)) > BLOCK:
             return sources, targets
-        alone = _without_partner(sources, targets)
-        cut = [{id(i): self.aligner.builder.without_vectors(i) for i in side} for side in alone]
-        cores = [[core for core, _ in side.values() if core is not None and core.level == 2] for side in cut]
-        odd = [{id(i) for i in side} for side in _without_partner(*cores)]
-        loose: list[list[Item]] = []
-        for side, known, left in zip((sources, targets), cut, odd):
-            loose.append([])
-            for item in side:
-                core, vectors = known.get(id(item), (None, []))
-                found = core is not None and core.level == 2 and id(core) not in left and vectors
-                loose[-1] += [core, *vectors] if found and core is not None else [item]
-        if loose != [sources, targets]:
-            self.region = replace(self.region, loose=True)
-        return loose[0], loose[1]
+        builder = self.aligner.builder
+        cut = [[builder.without_vectors(i) for i in side] for side in _without_partner(sources, targets)]
+        cores = [[core for core, _ in side if core is not None and core.level == 2] for side in cut]
+        odd = {id(core) for side in _without_partner(*cores) for core in side}
+        met = {id(core) for side in cores for core in side} - odd
+        moved = {v.profile_key for side in cut for core, vectors in side if id(core) in met for v in vectors}
+        if not moved:
+            return sources, targets
+        self.region = replace(self.region, loose=True)
+        loose: tuple[list[Item], list[Item]] = ([], [])
+        for side, items in zip(loose, (sources, targets)):
+            for core, vectors in (builder.without_vectors(i, moved) for i in items):
+                side += [*([core] if core is not None else []), *vectors]
+        return loose
 
     def _top_down(self, sources: list[Item], targets: list[Item]) -> tuple[list[Item], list[Item]]:
         """Pair classes of equal size from the largest down; return the units that found none."""

@@ -41,7 +41,6 @@ from lit_wsl.matching.likeness import (
     called_alike,
     called_otherwise,
     leads,
-    letters_apart,
     liken,
     own_words,
     same_role,
@@ -49,7 +48,18 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER
-from lit_wsl.matching.regions import Decision, Learned, Pair, Region, Sides, Tie, ascending, counted_apart, other_name
+from lit_wsl.matching.regions import (
+    Decision,
+    Learned,
+    Pair,
+    Region,
+    Sides,
+    Tie,
+    ascending,
+    counted_apart,
+    letters_apart,
+    other_name,
+)
 from lit_wsl.matching.risks import may_load, refusal
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts
 from lit_wsl.matching.tree import (
@@ -74,7 +84,7 @@ ALONE, DISTINCT, STRONG = "alone", "distinct shape", "much structure"
 ROLE, COUNT = "as in other blocks", "both count"
 OTHER_WORDS = "the last ones left of their size, but their names fit others better"
 TURNED = "the shapes fit as they are, but the names say that matrices are stored the other way round"
-OTHER_HEAD = "the only ones of this size, but called after different things: it may be another head"
+OTHER_HEAD = "they would fit, but are called after different things: it may be another head"
 OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
 OTHER_LETTER = "one is called after the queries, keys or values of an attention, the other after others of these"
 OUT_OF_ORDER = "some words of their names agree, but they stand in another order than all that names are sure of"
@@ -142,8 +152,10 @@ class ClassSolver:
         """What speaks against a pair that little speaks for: numbers, letters of the formula, order."""
         if p.cell in (PATH, TIED) or not self.names:
             return ""
-        if letters_apart(p.source, p.target):
+        if max(p.source.level, p.target.level) < 2 and letters_apart(p.source, p.target, region):
             return OTHER_LETTER
+        if p.cell.startswith(ORDER) and (" at an end" in p.cell or " at a head" in p.cell):
+            return OTHER_HEAD
         if not (region.complete and p.cell.startswith(ALONE)) and counted_apart(p.source, p.target, region):
             return OTHER_NUMBER
         weak = is_named(p.cell) and p.cell.startswith(WEAK)

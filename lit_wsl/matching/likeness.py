@@ -299,10 +299,9 @@ _LETTERS = {
 }
 
 
-def letters_apart(s: Item, t: Item) -> bool:
-    """Whether two items are called after different ones of the queries, keys and values of an attention."""
-    ours, theirs = ({k for k, names in _LETTERS.items() if names & set(own_name(i))} for i in (s, t))
-    return bool(ours and theirs) and not ours & theirs
+def letters_of(words: Collection[str]) -> frozenset[str]:
+    """Which of the queries, keys and values of an attention a name speaks of."""
+    return frozenset(k for k, names in _LETTERS.items() if names & set(words))
 
 
 def own_words(item: Item) -> frozenset[str]:

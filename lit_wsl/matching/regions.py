@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
-from lit_wsl.matching.likeness import foreign, own_name
+from lit_wsl.matching.likeness import foreign, letters_of, own_name
 from lit_wsl.matching.tree import Family, Item, families_of, owner_path, place_in, relative
 from lit_wsl.matching.words import count_alike, counted, numbers_along, plain_words, split_numbers
 from lit_wsl.structure.description import Shape
@@ -260,6 +260,24 @@ def counted_apart(s: Item, t: Item, region: Region) -> bool:
     if not all(varying) or [known for known, _ in varying[0]] != [known for known, _ in varying[1]]:
         return False
     return varying[0] != varying[1]
+
+
+def letters_apart(s: Item, t: Item, region: Region) -> bool:
+    """Whether two units are called after different ones of the queries, keys and values of an attention.
+
+    A value is one of these where queries or keys stand beside it; beside a gate it is something else.
+    """
+    ours, theirs = letters_of(own_name(s)), letters_of(own_name(t))
+    if not ours & theirs or "q" in ours | theirs:
+        return bool(ours and theirs) and not ours & theirs
+    return bool(_letters_beside(s, region.source) - ours) != bool(_letters_beside(t, region.target) - theirs)
+
+
+def _letters_beside(item: Item, root: Item) -> frozenset[str]:
+    around = owner_path(item.main.path).rpartition(".")[0]
+    beside = (owner_path(t.path).rpartition(".") for t in root.tensors)
+    words = {w for parent, _, own in beside if parent == around for w in plain_words(own)}
+    return letters_of({letter for w in words for letter in (w if set(w) <= set("qkv") else (w,))})
 
 
 def other_name(s: Item, t: Item, region: Region) -> str:

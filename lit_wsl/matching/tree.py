@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -137,11 +137,11 @@ class TreeBuilder:
         numel, virtual = sum(c.numel for c in children), any(c.virtual for c in children)
         return Item(path, tuple(children), positions, numel, self._number(key), level, virtual=virtual)
 
-    def without_vectors(self, item: Item) -> tuple[Item | None, list[Item]]:
-        """A module without the vectors and norms in it, and these."""
+    def without_vectors(self, item: Item, kinds: Container[object] | None = None) -> tuple[Item | None, list[Item]]:
+        """A module without the vectors and norms in it (or those of these profiles), and these."""
         if item.level < 2:
-            return (None, [item]) if item.rank < 2 else (item, [])
-        found = [self.without_vectors(c) for c in item.children]
+            return (None, [item]) if item.rank < 2 and (kinds is None or item.profile_key in kinds) else (item, [])
+        found = [self.without_vectors(c, kinds) for c in item.children]
         vectors = [v for _, vs in found for v in vs]
         kept = [core for core, _ in found if core is not None]
         if not vectors or not kept:

@@ -1,0 +1,179 @@
+"""What speaks against a pair: numbers, letters, order, alphabets, and what stands in another module.
+
+Each test holds one kind of refactor with known truth. Every tensor of the new model that is loaded must hold the right
+values; what nothing tells may stay open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_wsl import transfer_weights
+from lit_wsl.matching.likeness import liken
+from lit_wsl.matching.planner import by_alphabet
+from lit_wsl.structure.description import ParameterInfo
+from lit_wsl.structure.families import find_average
+
+WIDTH = 8
+
+
+class Tree(nn.Module):
+    """Modules by dotted path, registered in the order given."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for path, module in modules.items():
+            *above, own = path.split(".")
+            node: nn.Module = self
+            for part in above:
+                if part not in dict(node.named_children()):
+                    node.add_module(part, nn.Module())
+                node = node.get_submodule(part)
+            node.add_module(own, module)
+
+
+def linear(inputs: int = WIDTH, outputs: int = WIDTH, *, bias: bool = True) -> nn.Module:
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def norm(width: int = WIDTH) -> nn.Module:
+    return nn.LayerNorm(width)
+
+
+def loaded(
+    old: Mapping[str, nn.Module], new: Mapping[str, nn.Module], truth: Mapping[str, str], *, drop: str = ""
+) -> set[str]:
+    """Transfer, check that nothing is wrong, and return the new modules that were filled.
+
+    Args:
+        old: The old network.
+        new: The new network.
+        truth: New module -> the old module that it was.
+        drop: End of the names that the checkpoint leaves out.
+    """
+    source, target = Tree(old), Tree(new)
+    for tensor in (*source.state_dict().values(), *target.state_dict().values()):
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn_like(tensor))
+    state = {k: v for k, v in source.state_dict().items() if not drop or not k.endswith(drop)}
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    transfer_weights(target, state, min_coverage=0.0)
+    filled = set()
+    for name, tensor in target.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        if torch.equal(tensor, before[name]):
+            continue
+        wanted: Tensor | None = state.get(f"{truth.get(module)}.{leaf}")
+        assert wanted is not None, f"{name} should have stayed"
+        assert torch.equal(tensor, wanted), f"{name} holds something else"
+        filled.add(module)
+    return filled
+
+
+def test_members_of_a_list_are_not_exchanged_where_sizes_coincide_by_chance():
+    old = {f"groupings.{k}.{n}": m for k in (0, 1) for n, m in _stage(8 * (k + 1)).items()}
+    new = {f"grouping.{k}.{n}": m for k in (0, 1) for n, m in _stage(8 * (k + 1)).items()}
+    truth = {name: name.replace("grouping", "groupings") for name in new}
+    # without the biases of the first stage's maps, sizes of one stage are those of another
+    loaded(old, new, truth, drop="groupings.0.mlp.0.bias")
+
+
+def _stage(width: int) -> dict[str, nn.Module]:
+    return {"mlp.0": linear(4, width), "mlp.1": linear(width, 16), "norms.0": norm(16), "norms.1": norm(16)}
+
+
+@pytest.mark.parametrize("names", [("to_q", "to_k"), ("query", "value"), ("wk", "wv")])
+def test_queries_never_become_keys_or_values(names: tuple[str, str]):
+    ours, theirs = names
+    filled = loaded({f"block.{ours}": linear()}, {f"layer.{theirs}": linear()}, {})
+    assert filled == set()
+
+
+def test_a_value_beside_a_gate_is_no_value_of_an_attention():
+    old = {f"b.{n}": linear() for n in ("wq", "wk", "wv", "wo", "mlp.act_fn", "mlp.value", "mlp.output")}
+    new = {f"h.{n}": linear() for n in ("query", "key", "value", "proj", "ff.gate", "ff.up", "ff.down")}
+    truth = dict(zip(new, old))
+    assert "h.value" not in loaded(old, new, truth) or truth["h.value"] == "b.wv"
+
+
+def test_norms_may_stand_in_other_modules_than_before():
+    def block(attn: str, ff: str) -> dict[str, nn.Module]:
+        parts: dict[str, nn.Module] = {f"{attn}.{n}": linear() for n in ("q", "k", "v", "out")}
+        return parts | {f"{ff}.up": linear(WIDTH, 24), f"{ff}.down": linear(24, WIDTH)}
+
+    # a post-norm network: the norm after the attention stood in the attention, now it stands in front of what follows
+    old = {**block("attn", "ffn"), "attn.norm": norm(), "ffn.norm": norm()}
+    new = {**block("attention", "mlp"), "mlp.norm": norm(), "norm_out": norm()}
+    truth = {n: n.replace("attention", "attn").replace("mlp", "ffn") for n in new}
+    truth |= {"mlp.norm": "attn.norm", "norm_out": "ffn.norm"}
+    filled = loaded(old, new, truth)
+    assert {n for n in new if "norm" not in n} <= filled
+
+
+def test_two_heads_of_one_size_are_not_told_apart_by_their_order():
+    body = {f"layers.{k}.fc": linear(WIDTH, WIDTH * (k + 2)) for k in range(3)}
+    old = {**body, "begin": linear(32, 3), "finish": linear(32, 3)}
+    new = {**body, "end": linear(32, 3), "start": linear(32, 3)}
+    truth = {n: n for n in body} | {"end": "finish", "start": "begin"}
+    assert {"end", "start"}.isdisjoint(loaded(old, new, truth))
+
+
+def test_a_word_is_as_near_to_its_inflection_as_to_itself_beside_another_word():
+    assert liken(["enrich"], ["enrichment"]).shared > liken(["enrich"], ["context", "enrich"]).shared
+    assert liken(["enrich"], ["enrich"]).shared > liken(["enrich"], ["enrichment"]).shared
+
+
+@pytest.mark.parametrize("pair", [("reg", "foreground"), ("ln", "latents"), ("fc", "focal")])
+def test_letters_inside_a_word_are_no_abbreviation(pair: tuple[str, str]):
+    assert liken([pair[0]], [pair[1]]).shared == 0
+
+
+def test_a_word_for_a_kind_of_module_does_not_tell_which():
+    parts = ("q", "k", "v", "out")
+    old = {f"block.{a}.{p}": linear() for a in ("spatial", "time_attn") for p in parts}
+    new = {f"block.{a}.{p}": linear() for a in ("space_attention", "temporal") for p in parts}
+    truth = {
+        f"block.{b}.{p}": f"block.{a}.{p}"
+        for a, b in (("spatial", "space_attention"), ("time_attn", "temporal"))
+        for p in parts
+    }
+    loaded(dict(reversed(old.items())), new, truth)
+
+
+def test_a_map_of_one_output_is_no_norm():
+    old = {"score": linear(WIDTH, 1, bias=False)}
+    new = {"score_norm": nn.RMSNorm(WIDTH)}
+    assert loaded(old, new, {}) == set()
+
+
+def test_registration_in_alphabetical_order_says_nothing():
+    names = [
+        "attention.key.w",
+        "attention.output.w",
+        "attention.query.w",
+        "embed.w",
+        "ffn.down.w",
+        "ffn.up.w",
+        "norm.w",
+    ]
+    infos = [ParameterInfo(name, (2,)) for name in names]
+    assert by_alphabet(infos)
+    assert not by_alphabet([infos[2], *infos])
+    assert not by_alphabet([ParameterInfo(f"net.{k}.w", (2,)) for k in range(9)])
+
+
+def test_an_average_may_be_a_list_in_the_order_of_the_model():
+    shapes: dict[str, tuple[int, ...]] = {"a.weight": (2, 3), "a.mean": (2,), "b.weight": (4, 2), "b.bias": (4,)}
+    average = {"ema.shadow_params.0": (2, 3), "ema.shadow_params.1": (4, 2), "ema.shadow_params.2": (4,)}
+    found = find_average({**shapes, **average})
+    assert found is not None
+    assert found.pairs == {
+        "a.weight": "ema.shadow_params.0",
+        "b.weight": "ema.shadow_params.1",
+        "b.bias": "ema.shadow_params.2",
+    }
+    assert find_average({**shapes, "ema.shadow_params.0": (9, 9), "ema.shadow_params.1": (4, 2)}) is None
