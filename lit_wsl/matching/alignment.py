@@ -30,7 +30,7 @@ from lit_wsl.matching.likeness import ENDS, LAYERS
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import Kept, agreement, kept_elsewhere, order_cell
 from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, counted_apart, other_name
-from lit_wsl.matching.risks import may_load, refusal, weakest
+from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
 from lit_wsl.matching.tree import Item, TreeBuilder, layer_kind, relative, role_of, same_kind, shape_key
 from lit_wsl.matching.words import plain_words
@@ -448,11 +448,11 @@ class RegionMatch:
                     decision = Decision()
                     self.aligner.classes._zip(f, g, cell, decision)
                     for p in decision.pairs:
-                        p = replace(p, cell=self.aligner.classes.judged(p, self.region))
-                        against = self.aligner.classes.against(p, self.region)
-                        if against or not may_load(p.cell):
-                            self._doubt(Tie.of(p.source, p.target, self.region, against or refusal(p.cell)))
+                        why = self.aligner.classes.refused(p, self.region)
+                        if why:
+                            self._doubt(Tie.of(p.source, p.target, self.region, why))
                             continue
+                        p = replace(p, cell=self.aligner.classes.judged(p, self.region))
                         self._take_pair(replace(p, first=False))
                         self.aligner.gathered.learned.roles.teach(self.region, p.source, p.target)
                     for inner in decision.ties:

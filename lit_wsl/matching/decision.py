@@ -87,7 +87,8 @@ TURNED = "the shapes fit as they are, but the names say that matrices are stored
 OTHER_HEAD = "they would fit, but are called after different things: it may be another head"
 OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
 OTHER_LETTER = "one is called after the queries, keys or values of an attention, the other after others of these"
-OUT_OF_ORDER = "some words of their names agree, but they stand in another order than all that names are sure of"
+NEIGHBOUR = "what their names have in common names the modules beside them or any layer, and no order confirms it"
+OUT_OF_ORDER = "little speaks for it, and they stand in another order than what is decided around them"
 Key = tuple[Any, ...]
 NUMBERS, ASCENDING, EXCLUSION = "numbers", "ascending", "exclusion"
 LAYER_ONLY = "layers"  # both names say a kind of layer and no more
@@ -120,18 +121,27 @@ class ClassSolver:
     def solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
         """Decide a class: members in registration order, and where they stand."""
         out = self._solve(s, t, region)
-        kept: list[Pair] = []
-        for p in out.pairs:
-            cell = self.judged(p, region)
-            against = self.against(p, region)
-            if against:
-                out.ties.append(Tie.of(p.source, p.target, region, against))
-            elif p.cell == TIED or may_load(cell):
-                kept.append(replace(p, cell=cell))
-            else:
-                out.ties.append(Tie.of(p.source, p.target, region, refusal(cell)))
-        out.pairs = kept
+        refused = [(p, why) for p in out.pairs if (why := self.refused(p, region))]
+        left = {id(p) for p, _ in refused}
+        if refused:  # what was the last one left is so no more
+            refused += [(p, "") for p in out.pairs if id(p) not in left and p.cell.startswith(EXCLUSION)]
+            left = {id(p) for p, _ in refused}
+        out.pairs = [replace(p, cell=self.judged(p, region)) for p in out.pairs if id(p) not in left]
+        joint = [p for p, why in refused if why in ("", NEIGHBOUR, OUT_OF_ORDER)]
+        if len(joint) > 1 and len({p.source.profile_key for p in joint}) == 1:
+            fs = families_of([p.source for p in joint], region.source)
+            ft = families_of([p.target for p in joint], region.target)
+            self._tie(_literal(fs), _literal(ft), out)
+            refused = [(p, why) for p, why in refused if p not in joint]
+        out.ties += [Tie.of(p.source, p.target, region, why or OTHER_WORDS) for p, why in refused]
         return out
+
+    def refused(self, p: Pair, region: Region) -> str:
+        """Why a pair is not loaded, if so: something speaks against it, or too little for it."""
+        if p.cell == TIED:
+            return ""
+        cell = self.judged(p, region)
+        return self._against(p, cell, region) or ("" if may_load(cell) else refusal(cell))
 
     def judged(self, p: Pair, region: Region) -> str:
         """The cell of a pair, by whether names and order agree with it too."""
@@ -148,20 +158,22 @@ class ClassSolver:
             order = self.learned.rows.agree(region, p.source, p.target) if self.ordered else "unordered"
         return ", ".join(filter(None, (p.cell, kind, order)))
 
-    def against(self, p: Pair, region: Region) -> str:
+    def _against(self, p: Pair, cell: str, region: Region) -> str:
         """What speaks against a pair that little speaks for: numbers, letters of the formula, order."""
         if p.cell in (PATH, TIED) or not self.names:
             return ""
         if max(p.source.level, p.target.level) < 2 and letters_apart(p.source, p.target, region):
             return OTHER_LETTER
-        if p.cell.startswith(ORDER) and (" at an end" in p.cell or " at a head" in p.cell):
+        if p.cell.startswith(ORDER) and (" at an end" in cell or " at a head" in cell):
             return OTHER_HEAD
         if not (region.complete and p.cell.startswith(ALONE)) and counted_apart(p.source, p.target, region):
             return OTHER_NUMBER
-        weak = is_named(p.cell) and p.cell.startswith(WEAK)
-        if weak and self.ordered and self.learned.rows.agree(region, p.source, p.target) == "against order":
-            return OUT_OF_ORDER
-        return ""
+        agree = self.learned.rows.agree(region, p.source, p.target) if self.ordered else ""
+        if p.cell.removeprefix("open ").startswith((NEAR_WORDS, LAYER_WORDS)) and agree not in ("in order", "in line"):
+            return NEIGHBOUR
+        weak = (is_named(p.cell) and p.cell.startswith(WEAK)) or p.cell.startswith(EXCLUSION)
+        out = agree == "against order" or (agree == "out of line" and p.cell.startswith(EXCLUSION))
+        return OUT_OF_ORDER if weak and out else ""
 
     def _around(self, p: Pair, region: Region) -> str:
         """What makes another name telling: units at an end may be other heads, and siblings that kept theirs."""
