@@ -56,6 +56,30 @@ class Region:
         return sum(math.prod(s) * u.times for u in self.units for s in u.shapes)
 
 
+def dissolved(region: Region, stacked: bool) -> list[Unit]:
+    """The layers of a region without its copies: one by one, or each with those of all copies on top of each other."""
+    if stacked:
+        return [
+            Unit(unit.path, tuple((tuple(n for own in copies for n in own),) for copies in unit.names), unit.shapes)
+            for unit in region.units
+        ]
+    return [
+        Unit(f"{prefix}{unit.path}", tuple((copies[k],) for copies in unit.names), unit.shapes)
+        for k, prefix in enumerate(region.copies)
+        for unit in region.units
+    ]
+
+
+def single(unit: Unit) -> list[Unit]:
+    """The tensors of a layer as layers of their own."""
+    if len(unit.shapes) == 1:
+        return [unit]
+    leaves = [copies[0][0].rpartition(".")[2] for copies in unit.names]
+    return [
+        Unit(f"{unit.path}.{leaf}", (copies,), (shape,)) for leaf, copies, shape in zip(leaves, unit.names, unit.shapes)
+    ]
+
+
 def regions(side: ModelDescription) -> list[Region]:
     """Sets of subtrees that are alike, with what is in them, and what stands outside of all."""
     shapes = {i.name: i.shape for i in side.parameters if i.kind == "parameter"}

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_wsl.matching.covers import MAX_OPTIONS, Cover, components, covers, fits, joins
-from lit_wsl.matching.layers import Region, Unit, core, regions
+from lit_wsl.matching.layers import Region, Unit, core, dissolved, regions, single
 from lit_wsl.matching.layouts import rotating_towers
 from lit_wsl.matching.shapes import operations_between
 from lit_wsl.plan.entries import PlanEntry
@@ -141,7 +141,7 @@ class Space:
         self.hidden, self._gate_count = self._cells()
         self.regions = self._pair_regions(regions(source), regions(target))
         for k, (a, b) in enumerate(self.regions):
-            parts = [Part(k, s, t) for s, t in components(a.units, b.units)]
+            parts = [Part(k, s, t) for s, t in _groups(a.units, b.units)]
             told = [self._tell(part) for part in parts]
             self._number(k, a, b, any(told))
             layers = [(u, t) for part in parts for u in (*part.source, *part.target) for t in part.target]
@@ -159,8 +159,9 @@ class Space:
         return len(self.decisions) - 1
 
     def _pair_regions(self, theirs: list[Region], ours: list[Region]) -> list[tuple[Region, Region]]:
-        pairs = [(theirs[0], ours[0])]
-        free = list(ours[1:])
+        """Regions of both sides that stand for each other; the layers of others are among those outside of all."""
+        pairs = []
+        free, lonely = list(ours[1:]), []
         for a in theirs[1:]:
             fitting = [b for b in free if len(b.copies) == len(a.copies) and b.elements == a.elements]
             known = [b for b in fitting if any(self._claims.get(n, set()) & a.names for n in b.names)]
@@ -168,7 +169,10 @@ class Space:
                 b = (known or fitting)[0]
                 free.remove(b)
                 pairs.append((a, b))
-        return pairs
+            else:
+                lonely.append(a)
+        outside = [_with_dissolved(*sides) for sides in ((theirs[0], lonely, ours[0]), (ours[0], free, theirs[0]))]
+        return [(outside[0], outside[1]), *pairs]
 
     def _number(self, k: int, a: Region, b: Region, told: bool) -> None:
         """Which copy goes where: as their names tell, as they are counted in a family of names, or open."""
@@ -446,6 +450,27 @@ class Space:
             return ()
         width, rotated, to_pairs = rows
         return (Rotary(width, rotated, to_pairs, only),)
+
+
+def _with_dissolved(outside: Region, lonely: Sequence[Region], other: Region) -> Region:
+    """The layers outside of all regions, with those of regions that have no counterpart.
+
+    Copies stand on top of each other where the other side has a stack of as many.
+    """
+    units = list(outside.units)
+    for region in lonely:
+        stacks = {(len(region.copies), *shape) for unit in region.units if unit.times == 1 for shape in unit.shapes}
+        stacks |= {(n, *shape[:-2], *shape[:-3:-1]) for n, *shape in stacks}  # turned
+        units += dissolved(region, any(shape in stacks for unit in other.units for shape in unit.shapes))
+    return Region(outside.copies, tuple(units))
+
+
+def _groups(source: Sequence[Unit], target: Sequence[Unit]) -> list[tuple[list[Unit], list[Unit]]]:
+    """Layers that may take one another's place; tensor by tensor where whole layers find no partner."""
+    found = components(source, target)
+    known = {id(unit) for s, t in found for unit in (*s, *t)}
+    rest = [[one for unit in side if id(unit) not in known for one in single(unit)] for side in (source, target)]
+    return [*found, *components(rest[0], rest[1])]
 
 
 def _entry(
