@@ -64,37 +64,47 @@ class Balance:
         self.space, self.tensors, self.fixed, self.in_time = space, tensors, fixed, in_time
         self.regions = [ours for _, ours in space.regions]
         self.relations = relations(self.regions, gradients)
-        self._places = [
-            (relation, copy, self._names(relation, copy))
-            for relation in self.relations
-            for copy in range(min(COPIES, len(self.regions[relation.region].copies)))
-        ]
+        parts = {t: number for number in range(len(space.parts)) for t in self._targets(number)}
+        self._places = []
+        for relation in self.relations:
+            units = self.regions[relation.region].units
+            for copy in range(min(COPIES, len(self.regions[relation.region].copies))):
+                names = [name for v in relation.views for name in units[v.unit].names[v.tensor][copy]]
+                if all(name in parts or name in fixed for name in names):
+                    own = sorted({parts[name] for name in names if name in parts})
+                    self._places.append((relation, copy, names, own))
         self._known: dict[tuple[int, ...], float] = {}
         self._values: dict[int, dict[str, Tensor]] = {}
+        self._held = 0
+        self._said: dict[tuple[int, ...], list[float]] = {}
 
-    def _names(self, relation: Relation, copy: int) -> list[str]:
-        units = self.regions[relation.region].units
-        return [name for v in relation.views for name in units[v.unit].names[v.tensor][copy]]
+    def _targets(self, number: int) -> set[str]:
+        return {name for unit in self.space.parts[number].target for name in unit.all_names}
 
     def of(self, choice: Sequence[int]) -> list[float]:
         """The agreement of all pairs of partners in all copies, in standard errors; zero where one is not filled."""
-        entries = {t: entry for entry, on in self.space.entries(choice) if on for t in entry.targets}
+        choice = tuple(choice)
+        if choice not in self._said:
+            self._said[choice] = self._look(choice)
+        return self._said[choice]
+
+    def _look(self, choice: Sequence[int]) -> list[float]:
+        dark = {number for number, part in enumerate(self.space.parts) if choice[part.which] < 0}
+        entries = {
+            t: e for k in range(len(self.space.parts)) for e in self.space.entries_of(k, choice) for t in e.targets
+        }
         found = []
-        for place, (relation, copy, names) in enumerate(self._places):
+        for place, (relation, copy, names, parts) in enumerate(self._places):
             key = place, *(id(entries.get(name)) for name in names)
-            if key not in self._known:
-                there = all(name in entries or name in self.fixed for name in names)
-                if there and not self.in_time():
-                    found.append(0.0)
-                    continue
-                self._known[key] = self._agreement(relation, copy, entries) if there else 0.0
-            found.append(self._known[key])
+            if key not in self._known and self.in_time():
+                self._known[key] = self._agreement(relation, copy, names, entries)
+            found.append(0.0 if dark.intersection(parts) else self._known.get(key, 0.0))
         return found
 
-    def _agreement(self, relation: Relation, copy: int, entries: Mapping[str, PlanEntry]) -> float:
+    def _agreement(
+        self, relation: Relation, copy: int, names: Sequence[str], entries: Mapping[str, PlanEntry]
+    ) -> float:
         units = self.regions[relation.region].units
-
-        names = self._names(relation, copy)
         values = {n: self._filled(entries[n])[n] if n in entries else self.fixed[n] for n in names}
 
         def side(views: Sequence[View]) -> Tensor:
@@ -104,10 +114,16 @@ class Balance:
 
     def _filled(self, entry: PlanEntry) -> dict[str, Tensor]:
         if id(entry) not in self._values:
-            if sum(v.numel() for own in self._values.values() for v in own.values()) > HELD:
+            if self._held > HELD:
                 self._values.clear()
+                self._held = 0
             self._values[id(entry)] = filled(entry, self.tensors)
+            self._held += sum(value.numel() for value in self._values[id(entry)].values())
         return self._values[id(entry)]
+
+    def total(self, choice: Sequence[int]) -> float:
+        """How well a choice hangs together as a whole."""
+        return sum(self.of(choice))
 
     def lead(self, one: Sequence[int], other: Sequence[int]) -> float:
         """By how many standard errors a choice hangs together better than another, where they differ."""
@@ -118,7 +134,7 @@ class Balance:
         """Those that do not hang together clearly worse than the best."""
         if not self._places or len(choices) < 2:
             return list(choices)
-        best = max(choices, key=lambda c: sum(self.of(c)))
+        best = max(choices, key=self.total)
         return [c for c in choices if self.lead(best, c) < MARGIN]
 
     def risk(self, rival: Sequence[int], choice: Sequence[int]) -> float:

@@ -9,7 +9,7 @@ from lit_wsl.matching.layers import Unit, core
 from lit_wsl.matching.shapes import join_axis, operations_between
 from lit_wsl.matching.tree import role_of
 
-MAX_OPTIONS = 64
+MAX_OPTIONS = 512
 
 Cover = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (wholes or sources, targets)
 
@@ -35,21 +35,34 @@ def fits(s: Unit, t: Unit) -> list[tuple[int, int]] | None:
 
 def joins(whole: Unit, parts: Sequence[Unit]) -> tuple[int, bool] | None:
     """Along which axis parts make up a whole, and whether they are turned for it, or None."""
-    if whole.times != 1 or any(p.times != 1 for p in parts) or len({len(p.shapes) for p in parts}) != 1:
+    if whole.times != 1 or any(p.times != 1 for p in parts):
         return None
-    if len(whole.shapes) != len(parts[0].shapes):
+    if {len(p.shapes) for p in parts} != {len(whole.shapes)} or len(whole.shapes[0]) < 2:
         return None
-    if len(whole.shapes[0]) != 2:
+    if any(sum(p.shapes[j][0] for p in parts) != whole.shapes[j][0] for j in range(1, len(whole.shapes))):
         return None
-    return join_axis(whole.shapes[0], [p.shapes[0] for p in parts])
+    shapes = [p.shapes[0] for p in parts]
+    if len(whole.shapes[0]) == 2:
+        return join_axis(whole.shapes[0], shapes)
+    is_joined = {s[1:] for s in shapes} == {whole.shapes[0][1:]} and sum(s[0] for s in shapes) == whole.shapes[0][0]
+    return (0, False) if is_joined else None
 
 
 def covers(source: Sequence[Unit], target: Sequence[Unit], limit: int = MAX_OPTIONS) -> list[Cover]:
-    """All ways to assign the layers of one side to those of the other, each used once; parts may make up a whole."""
+    """All ways to assign the layers of one side to those of the other, each used once; parts may make up a whole.
+
+    Where these are too many, parts of one whole are taken from one module.
+    """
+    found = _covers(source, target, limit, together=False)
+    return found if len(found) <= limit else _covers(source, target, limit, together=True)
+
+
+def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, together: bool) -> list[Cover]:
     fuse = len(source) >= len(target)
     wholes, parts = (target, source) if fuse else (source, target)
     found: list[Cover] = []
     spare = len(parts) - len(wholes)
+    modules = [p.path.rpartition(".")[0] for p in parts]
 
     def options(w: int, free: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         for p in free:
@@ -58,6 +71,8 @@ def covers(source: Sequence[Unit], target: Sequence[Unit], limit: int = MAX_OPTI
                 yield (p,)
         for m in range(2, min(4, spare + 1) + 1):
             for group in combinations(free, m):
+                if together and len({modules[p] for p in group}) > 1:
+                    continue
                 if joins(wholes[w], [parts[p] for p in group]) is not None:
                     yield group
 
@@ -94,7 +109,7 @@ def components(source: Sequence[Unit], target: Sequence[Unit]) -> list[tuple[lis
                 join(i, s_n + j)
     for wholes, parts, offset_w, offset_p in ((target, source, s_n, 0), (source, target, 0, s_n)):
         for w, whole in enumerate(wholes):
-            fitting = [p for p in range(len(parts)) if len(parts[p].shapes[0]) == 2 == len(whole.shapes[0])]
+            fitting = [p for p in range(len(parts)) if len(parts[p].shapes[0]) == len(whole.shapes[0]) >= 2]
             for m in (2, 3, 4):
                 for group in combinations(fitting, m):
                     if joins(whole, [parts[p] for p in group]) is not None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lit_wsl.matching.balance import Balance
 from lit_wsl.matching.entries import cast_between
 from lit_wsl.matching.layouts import leave_open
-from lit_wsl.matching.search import Budget, Choice, Search, Trials
+from lit_wsl.matching.search import FEW_COVERS, Budget, Choice, Search, Trials
 from lit_wsl.matching.space import Space, filled, is_doubtful
 from lit_wsl.matching.symmetries import Gradients
 from lit_wsl.matching.witnesses import AGREES, is_at_rest, risk_by_gradient, risk_of
@@ -66,6 +66,8 @@ class LossJudge:
         out = {}
         for d, decision in enumerate(self.space.decisions):
             others = [(*choice[:d], o, *choice[d + 1 :]) for o in range(len(decision.options)) if o != choice[d]]
+            others = others if len(others) < FEW_COVERS else []
+            others += [c for part in self.space.parts if part.which == d for c in self.space.exchanges(choice, part)]
             changed = {c: own ^ self.space.meaning(c) for c in others if self.space.is_consistent(c)}
             places = {c: {t for e in both for t in e.targets} for c, both in changed.items() if both}
             near = {c for c in places if _exchanges(decision.options[c[d]], decision.options[choice[d]]) <= 2}

@@ -26,7 +26,9 @@ JOINT = 320  # most candidates that are tried jointly
 KEPT = 4  # candidates that stay to the end
 WIDE = 2048  # the same, where the weights tell most of them without a pass
 SWEEPS = 3  # over all layer groups, to find what hangs together
-MAX_STARTS = 24  # orders of norms that this is done from
+STARTS = 6  # ways to assign layers that are started from, where they are too many to look at each
+MAX_STARTS = 24  # orders of norms that are started from
+FEW_COVERS = 64  # ways to assign layers that are all tried
 OFF = -1
 
 Choice = tuple[int, ...]
@@ -184,13 +186,13 @@ class Search:
         for part in (part for part in self.space.parts if not part.has_matrices):
             if len(starts) * len(part.covers) <= MAX_STARTS:
                 starts = [one for start in starts for one in self._with(start, part.which)]
-        return max((self._settled(start, balance) for start in starts), key=lambda c: sum(balance.of(c)))
+        return max((self._settled(start, balance) for start in starts), key=balance.total)
 
     def _settled(self, choice: Choice, balance: Balance) -> Choice:
         for _ in range(SWEEPS):
             before = choice
             for part in self.space.parts:
-                choice = max([choice, *self._jointly(choice, part)], key=lambda c: sum(balance.of(c)))
+                choice = max([choice, *self._jointly(choice, part)], key=balance.total)
             if choice == before or not self.left:
                 break
         return choice
@@ -236,9 +238,13 @@ class Search:
         return self._ranked(candidates)[0]
 
     def _with(self, choice: Choice, decision: int) -> list[Choice]:
-        """A choice with all options of one decision."""
-        options = range(len(self.space.decisions[decision].options))
-        return [(*choice[:decision], o, *choice[decision + 1 :]) for o in options]
+        """A choice with all options of one decision; with any two layers exchanged where there are many."""
+        options = self.space.decisions[decision].options
+        part = next((part for part in self.space.parts if part.which == decision), None)
+        found = [] if part is None else list(self.space.exchanges(choice, part))
+        if part is None or len(options) <= FEW_COVERS:
+            found = [*((*choice[:decision], o, *choice[decision + 1 :]) for o in range(len(options))), *found]
+        return found or [choice]
 
     def climb(self, choice: Choice, among: Sequence[int] | None = None) -> Choice:
         """Change one decision after the other until nothing gets better."""
@@ -294,13 +300,16 @@ class Search:
 
     def _jointly(self, choice: Choice, part: Part) -> list[Choice]:
         """All that a layer group's own decisions can mean, each once, as far as the weights hang together."""
+        balance = self.trials.balance
         found: list[Choice] = []
-        most = JOINT if self.trials.balance is None else WIDE
-        for option, cover in enumerate(self.space.decisions[part.which].options):
+        most = JOINT if balance is None else WIDE
+        for option, cover in enumerate(part.covers):
             own = part.decisions_of(cover)
             sizes = [len(self.space.decisions[d].options) for d in own]
             while math.prod(sizes) > most:  # the rest is left to the climb
                 own, sizes = own[:-1], sizes[:-1]
+            if balance is not None and len(found) + math.prod(sizes) > WIDE:
+                return self._around(choice, part, balance)
             for options in product(*map(range, sizes)):
                 made = list(choice)
                 made[part.which] = option
@@ -308,3 +317,24 @@ class Search:
                     made[d] = o
                 found.append(tuple(made))
         return self._plausible(found)
+
+    def _around(self, choice: Choice, part: Part, balance: Balance) -> list[Choice]:
+        """The plausible choices around those that hang together best, where there are too many to look at each."""
+
+        def near(one: Choice) -> list[Choice]:
+            own = part.decisions_of(part.covers[one[part.which]])
+            changed = [(*one[:d], o, *one[d + 1 :]) for d in own for o in range(len(self.space.decisions[d].options))]
+            return [*changed, *self.space.exchanges(one, part)]
+
+        step = max(1, len(part.covers) // STARTS)
+        tops = set()
+        for option in range(0, len(part.covers), step):
+            one = (*choice[: part.which], option, *choice[part.which + 1 :])
+            while self.left:
+                better = max([one, *near(one)], key=balance.total)
+                if balance.total(better) <= balance.total(one):
+                    break
+                one = better
+            tops.add(one)
+        best = balance.plausible(sorted(tops))
+        return balance.plausible(list(dict.fromkeys(c for one in best for c in (one, *near(one)))))

@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, permutations
+from functools import cached_property
+from itertools import combinations, pairwise, permutations
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,8 @@ from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 ORDER_MARGIN = 0.25  # more than what order alone gives
 
 Pick = Callable[["int | None"], Any]
+CoverPair = tuple[tuple[int, ...], tuple[int, ...]]
+Exchange = tuple[int, dict[tuple[str, int], list[int]]]
 
 
 @dataclass
@@ -86,6 +89,32 @@ class Part:
             for g, h in cover
         )
 
+    def exchanges(self, cover: Cover, orders: Mapping[tuple[str, int], Sequence[int]]) -> Iterator[Exchange]:
+        """A cover with any two layers exchanged, and the orders of the parts of its wholes then."""
+        joined = len(self.source) >= len(self.target)
+        places = []
+        for pair in cover:
+            own = pair[0 if joined else 1]
+            places.append([own[i] for i in orders[self.key(pair)]] if len(own) > 1 else list(own))
+        slots = [(k, i) for k, own in enumerate(places) for i in range(len(own))]
+        for (a, i), (b, j) in combinations(slots, 2):
+            if a == b:
+                continue  # another order
+            made = [list(own) for own in places]
+            made[a][i], made[b][j] = made[b][j], made[a][i]
+            changed = tuple(
+                (tuple(sorted(own)), pair[1]) if joined else (pair[0], tuple(sorted(own)))
+                for own, pair in zip(made, cover)
+            )
+            if changed in self.numbers:
+                found = {self.key(c): [sorted(own).index(x) for x in own] for c, own in zip(changed, made) if own[1:]}
+                yield self.numbers[changed], found
+
+    @cached_property
+    def numbers(self) -> dict[Cover, int]:
+        """The number of each way to assign its layers."""
+        return {cover: number for number, cover in enumerate(self.covers)}
+
     @property
     def has_matrices(self) -> bool:
         """Whether its layers take part in a residual stream as branches: what multiplies more than one axis."""
@@ -123,6 +152,7 @@ class Space:
         self.rotary: int | None = None
         self.gates: int | None = None
         self._known: dict[tuple[int, tuple[int, ...]], list[PlanEntry]] = {}
+        self._pieces: dict[tuple[Any, ...], list[PlanEntry]] = {}
         self._buffers: tuple[dict[str, list[ParameterInfo]], dict[str, list[ParameterInfo]]] = ({}, {})
         for side, found in zip((source, target), self._buffers):
             for info in side.parameters:
@@ -229,7 +259,7 @@ class Space:
         if settled and (numbering is None or len(self.decisions[numbering].options) == 1):
             return
         shown = ", ".join(u.path for u in part.target[:4])
-        part.which = self._add(shown, list(part.covers), [part.describe(c) for c in part.covers])
+        part.which = self._add(shown, part.covers, [part.describe(c) for c in part.covers])
         self.parts.append(part)
         for cover in (pair for c in part.covers for pair in c if len(pair[0]) + len(pair[1]) > 2):
             if part.key(cover) not in part.order:
@@ -338,6 +368,27 @@ class Space:
                     return False
         return True
 
+    def exchanges(self, choice: Sequence[int], part: Part) -> Iterator[tuple[int, ...]]:
+        """A choice with any two layers of a group exchanged, the places of the others as they are."""
+        if choice[part.which] < 0:
+            return
+        orders = {key: self.decisions[d].options[choice[d]] for key, d in part.order.items()}
+        for number, changed in part.exchanges(part.covers[choice[part.which]], orders):
+            made = list(choice)
+            made[part.which] = number
+            for key, order in changed.items():
+                made[part.order[key]] = self.decisions[part.order[key]].options.index(tuple(order))
+            yield tuple(made)
+
+    def entries_of(self, number: int, choice: Sequence[int]) -> list[PlanEntry]:
+        """The entries that a choice means for a group of layers; the same objects wherever it means the same."""
+        part = self.parts[number]
+        shared = (self.numbering.get(part.region), self.rotary, self.gates)
+        key = number, tuple(choice[d] for d in (*part.decisions, *shared) if d is not None)
+        if key not in self._known:
+            self._known[key] = self._entries_of(number, choice)
+        return self._known[key]
+
     def meaning(self, choice: Sequence[int]) -> frozenset[PlanEntry]:
         """What a choice does; several may mean the same."""
         return frozenset(entry for entry, _ in self.entries(choice))
@@ -345,28 +396,33 @@ class Space:
     def entries(self, choice: Sequence[int]) -> Iterator[tuple[PlanEntry, bool]]:
         """The entries that a choice means, and whether they are switched on."""
         for number, part in enumerate(self.parts):
-            shared = [d for d in (self.numbering.get(part.region), self.rotary, self.gates) if d is not None]
-            key = number, tuple(choice[d] for d in (*part.decisions, *shared))
-            if key not in self._known:
-                self._known[key] = self._entries_of(part, choice)
             on = choice[part.which] >= 0
-            yield from ((entry, on) for entry in self._known[key])
+            yield from ((entry, on) for entry in self.entries_of(number, choice))
 
-    def _entries_of(self, part: Part, choice: Sequence[int]) -> list[PlanEntry]:
+    def _entries_of(self, number: int, choice: Sequence[int]) -> list[PlanEntry]:
         def pick(decision: int | None) -> Any:
             return None if decision is None else self.decisions[decision].options[max(choice[decision], 0)]
 
+        part = self.parts[number]
         copies = len(self.regions[part.region][0].copies)
         order = pick(self.numbering.get(part.region)) or tuple(range(copies))
         entries: list[PlanEntry] = []
         for cover in pick(part.which):
-            for k in range(copies):
-                if len(cover[0]) == len(cover[1]) == 1:
-                    s, t = part.source[cover[0][0]], part.target[cover[1][0]]
-                    entries += self._one(s, t, order[k], k, bool(pick(part.turn)), pick)
-                else:
-                    entries += self._several(part, cover, order[k], k, pick)
+            whole = part.key(cover)
+            own = (part.turn,) if len(cover[0]) == len(cover[1]) else (part.order[whole], part.heads.get(whole))
+            said = tuple(pick(d) for d in (*own, self.rotary, self.gates))
+            if (number, cover, order, said) not in self._pieces:
+                self._pieces[number, cover, order, said] = [
+                    entry for k in range(copies) for entry in self._pair(part, cover, order[k], k, pick)
+                ]
+            entries += self._pieces[number, cover, order, said]
         return entries
+
+    def _pair(self, part: Part, cover: CoverPair, a: int, b: int, pick: Pick) -> list[PlanEntry]:
+        """Entries of one part of a cover, from copy ``a`` to copy ``b``."""
+        if len(cover[0]) == len(cover[1]) == 1:
+            return self._one(part.source[cover[0][0]], part.target[cover[1][0]], a, b, bool(pick(part.turn)), pick)
+        return self._several(part, cover, a, b, pick)
 
     def _row_ops(self, s: Unit, t: Unit, tensor: int, pick: Pick) -> tuple[Operation, ...]:
         """Rotary and gate operations on the rows of one tensor."""
@@ -415,9 +471,7 @@ class Space:
             if i.leaf == j.leaf and i.shape == j.shape
         ]
 
-    def _several(
-        self, part: Part, cover: tuple[Sequence[int], Sequence[int]], a: int, b: int, pick: Pick
-    ) -> list[PlanEntry]:
+    def _several(self, part: Part, cover: CoverPair, a: int, b: int, pick: Pick) -> list[PlanEntry]:
         """Entries of a fusion, from copy ``a`` to copy ``b``: weights, biases."""
         join, key, parts = len(cover[0]) > 1, part.key(cover), part.parts(cover)
         parts = [parts[i] for i in pick(part.order[key])]
