@@ -9,7 +9,7 @@ from lit_wsl.matching.layers import Unit, core
 from lit_wsl.matching.shapes import join_axis, operations_between
 from lit_wsl.matching.tree import role_of
 
-MAX_OPTIONS = 512
+MAX_OPTIONS = 1024
 
 Cover = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (wholes or sources, targets)
 

@@ -70,6 +70,18 @@ def dissolved(region: Region, stacked: bool) -> list[Unit]:
     ]
 
 
+def apart(unit: Unit) -> list[Unit]:
+    """The copies that are nested in each copy as layers of their own."""
+    return [
+        Unit(
+            unit.names[0][0][k].rpartition(".")[0] or unit.path,
+            tuple(tuple((own[k],) for own in copies) for copies in unit.names),
+            unit.shapes,
+        )
+        for k in range(unit.times)
+    ]
+
+
 def single(unit: Unit) -> list[Unit]:
     """The tensors of a layer as layers of their own."""
     if len(unit.shapes) == 1:

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_wsl.matching.covers import MAX_OPTIONS, Cover, components, covers, fits, joins
-from lit_wsl.matching.layers import Region, Unit, core, dissolved, regions, single
+from lit_wsl.matching.layers import Region, Unit, apart, core, dissolved, regions, single
 from lit_wsl.matching.layouts import rotating_towers
 from lit_wsl.matching.shapes import operations_between
 from lit_wsl.plan.entries import PlanEntry
@@ -90,25 +90,36 @@ class Part:
         )
 
     def exchanges(self, cover: Cover, orders: Mapping[tuple[str, int], Sequence[int]]) -> Iterator[Exchange]:
-        """A cover with any two layers exchanged, and the orders of the parts of its wholes then."""
+        """A cover with any two layers exchanged, or two modules, and the orders of the parts of its wholes then."""
         joined = len(self.source) >= len(self.target)
         places = []
         for pair in cover:
             own = pair[0 if joined else 1]
             places.append([own[i] for i in orders[self.key(pair)]] if len(own) > 1 else list(own))
-        slots = [(k, i) for k, own in enumerate(places) for i in range(len(own))]
-        for (a, i), (b, j) in combinations(slots, 2):
-            if a == b:
-                continue  # another order
-            made = [list(own) for own in places]
-            made[a][i], made[b][j] = made[b][j], made[a][i]
+        for other in self._swaps:
+            made = [[other.get(i, i) for i in own] for own in places]
             changed = tuple(
                 (tuple(sorted(own)), pair[1]) if joined else (pair[0], tuple(sorted(own)))
                 for own, pair in zip(made, cover)
             )
-            if changed in self.numbers:
+            if changed != cover and changed in self.numbers:
                 found = {self.key(c): [sorted(own).index(x) for x in own] for c, own in zip(changed, made) if own[1:]}
                 yield self.numbers[changed], found
+
+    @cached_property
+    def _swaps(self) -> list[dict[int, int]]:
+        """Which layers may be exchanged: any two, and those of two modules that have layers of the same names."""
+        parts = self.source if len(self.source) >= len(self.target) else self.target
+        modules: dict[str, dict[str, int]] = {}
+        for k, unit in enumerate(parts):
+            above, _, own = unit.path.rpartition(".")
+            modules.setdefault(above, {})[own] = k
+        swaps = [{a: b, b: a} for a, b in combinations(range(len(parts)), 2)]
+        for one, other in combinations(modules.values(), 2):
+            if one.keys() == other.keys() and len(one) > 1:
+                pairs = [(one[name], other[name]) for name in one]
+                swaps.append({x: y for a, b in pairs for x, y in ((a, b), (b, a))})
+        return swaps
 
     @cached_property
     def numbers(self) -> dict[Cover, int]:
@@ -202,7 +213,10 @@ class Space:
             else:
                 lonely.append(a)
         outside = [_with_dissolved(*sides) for sides in ((theirs[0], lonely, ours[0]), (ours[0], free, theirs[0]))]
-        return [(outside[0], outside[1]), *pairs]
+        pairs = [(outside[0], outside[1]), *pairs]
+        return [
+            (Region(a.copies, _apart(a.units, b.units)), Region(b.copies, _apart(b.units, a.units))) for a, b in pairs
+        ]
 
     def _number(self, k: int, a: Region, b: Region, told: bool) -> None:
         """Which copy goes where: as their names tell, as they are counted in a family of names, or open."""
@@ -517,6 +531,16 @@ def _with_dissolved(outside: Region, lonely: Sequence[Region], other: Region) ->
         stacks |= {(n, *shape[:-2], *shape[:-3:-1]) for n, *shape in stacks}  # turned
         units += dissolved(region, any(shape in stacks for unit in other.units for shape in unit.shapes))
     return Region(outside.copies, tuple(units))
+
+
+def _apart(units: Sequence[Unit], others: Sequence[Unit]) -> tuple[Unit, ...]:
+    """Layers, those of nested copies one by one where the other side has neither such copies nor a stack of them."""
+    tensors = [one for other in others for one in single(other)]
+
+    def has_like(unit: Unit) -> bool:
+        return any(fits(one, other) is not None for one in single(unit) for other in tensors)
+
+    return tuple(one for unit in units for one in ([unit] if unit.times == 1 or has_like(unit) else apart(unit)))
 
 
 def _groups(source: Sequence[Unit], target: Sequence[Unit]) -> list[tuple[list[Unit], list[Unit]]]:

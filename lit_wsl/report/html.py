@@ -19,6 +19,7 @@ from lit_wsl.matching.scoring import ScoreBreakdown
 from lit_wsl.plan.coverage import Coverage, excluded_names
 from lit_wsl.plan.entries import PlanEntry, Side, measured_dict
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.charts import decision_chart
 from lit_wsl.report.json_report import coverage_dict
 from lit_wsl.report.rows import gaps, operation_counts, remedy, shape_text
 from lit_wsl.report.scores import Material, breakdown, pairs, runner_up
@@ -75,6 +76,7 @@ def render_html(material: Material) -> str:
         "title": html.escape(f"{plan.source.label} → {plan.target.label}"),
         "css": (_ASSETS / "report.css").read_text(encoding="utf-8"),
         "data": _embed(page_data(material)),
+        "chart": _chart(material),
         "js": (_ASSETS / "report.js").read_text(encoding="utf-8"),
     }
     page = (_ASSETS / "report.html").read_text(encoding="utf-8")
@@ -84,6 +86,17 @@ def render_html(material: Material) -> str:
         name, _, after = piece.partition("}}")
         text += [pieces[name], after]
     return "".join(text)
+
+
+def _chart(material: Material) -> str:
+    """The decisions of a proof on data, drawn."""
+    measured = material.plan.measured
+    chart = "" if measured is None else decision_chart(measured)
+    if measured is None or not chart:
+        return ""
+    losses = f"loss {measured.fresh:.4g} fresh, {measured.transferred:.4g} transferred"
+    title = f"Proof on data: {losses}, {len(measured.decisions)} decision{'s'[: len(measured.decisions) != 1]}"
+    return f'<details class="remark" id="decisions"><summary>{html.escape(title)}</summary>{chart}</details>'
 
 
 def _embed(data: Any) -> str:
