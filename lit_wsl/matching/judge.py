@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -337,7 +337,6 @@ def _with_answers(
     sides: tuple[ModelDescription, ModelDescription],
 ) -> TransferPlan:
     """The plan with the answers: what all remaining candidates agree on is filled, the rest stays as it was."""
-    source, target = sides
     chosen = {e.targets: e for e, _ in judge.space.entries(choice)}
     open_: set[str] = set()
     for rivals in judge.rivals(choice).values():
@@ -346,22 +345,36 @@ def _with_answers(
                 others = {e.targets: e for e, _ in judge.space.entries(rival)}
                 open_ |= {t for ts, e in chosen.items() if _what(others.get(ts)) != _what(e) for t in ts}
                 open_ |= {t for ts, e in others.items() if _what(chosen.get(ts)) != _what(e) for t in ts}
+    return answered(plan, list(chosen.values()), sides, open_=open_)
+
+
+def answered(
+    plan: TransferPlan,
+    answers: Sequence[PlanEntry],
+    sides: tuple[ModelDescription, ModelDescription],
+    *,
+    open_: Collection[str] = (),
+    reason: str = BY_LOSS,
+    refuted: str = "the loss refutes it",
+) -> TransferPlan:
+    """The plan with the entries that a judge has found, but for targets that it leaves open."""
+    source, target = sides
     before = {e.targets: e for e in plan}
     taken: list[PlanEntry] = []
     notes: list[str] = []
-    for targets, entry in chosen.items():
-        if open_.intersection(targets):
+    for entry in answers:
+        if set(entry.targets).intersection(open_):
             continue
-        known = before.get(targets)
+        known = before.get(entry.targets)
         if known is not None and _what(known) == _what(entry):
             taken.append(known)
             continue
         if known is not None:
-            notes.append(f"replaced, since the loss refutes it: {known.sources[0]} -> {targets[0]}")
-        cast = cast_between(source[entry.sources[0]], target[targets[0]])
-        taken.append(replace(entry, operations=(*entry.operations, *cast), reason=BY_LOSS))
+            notes.append(f"replaced, since {refuted}: {known.sources[0]} -> {entry.targets[0]}")
+        cast = cast_between(source[entry.sources[0]], target[entry.targets[0]])
+        taken.append(replace(entry, operations=(*entry.operations, *cast), reason=reason))
     filled = {t for e in taken for t in e.targets}
-    asked = {t for ts in chosen for t in ts}
+    asked = {t for e in answers for t in e.targets}
     kept = [e for e in plan if not filled.union(asked).intersection(e.targets)]
     entries = [*kept, *taken]
     filled, used = {t for e in entries for t in e.targets}, {s for e in entries for s in e.sources}
@@ -369,8 +382,8 @@ def _with_answers(
     listed = {t for a in plan.ambiguous for t in a.targets} | filled
     doubts = tuple(
         Ambiguity(e.targets, (Candidate(e.sources, 1.0, e.operations),), e.target_shapes[0], STILL_OPEN)
-        for ts, e in chosen.items()
-        if open_.intersection(ts) and not listed.intersection(ts)
+        for e in answers
+        if set(e.targets).intersection(open_) and not listed.intersection(e.targets)
     )
     shown = notes if len(notes) <= 3 else [*notes[:3], f"and {len(notes) - 3} more like these"]
     return replace(

@@ -18,18 +18,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_wsl.matching.alternatives import Variant, layout_variants, open_questions
+from lit_wsl.matching.alternatives import BY_FUNCTION, Variant, layout_variants, open_questions
+from lit_wsl.matching.judge import answered
 from lit_wsl.matching.layouts import leave_open
-from lit_wsl.matching.space import is_doubtful
+from lit_wsl.matching.search import Budget, Search, Trials
+from lit_wsl.matching.space import Space, filled, is_doubtful
 from lit_wsl.matching.tree import role_of
 from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.entries import PlanEntry, Proof
 from lit_wsl.plan.operations import run_operations
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.structure.running import Call, Run, close, comparable, hindrance, run_with, shaken_state, source_calls
+from lit_wsl.structure.description import ModelDescription, describe
+from lit_wsl.structure.losses import LossMeter
+from lit_wsl.structure.running import (
+    Call,
+    Run,
+    close,
+    comparable,
+    hindrance,
+    run_with,
+    shaken_state,
+    source_calls,
+    tensors_in,
+)
 
 MAX_TRIALS = 256
 MAX_ROUNDS = 4
+SECONDS, PASSES, JOINT = 60.0, 1024.0, 1024  # most that a search by the distance of the outputs may take
 
 
 def prove(
@@ -75,7 +90,8 @@ def _judge(
         for theirs in source_calls(old, tuple(args), dict(kwargs)):
             try:
                 reference = run_with(old, shaken, *theirs)
-                prover = _Prover(new, shaken, reference, (tuple(args), dict(kwargs)))
+                sides = describe(old), describe(new)
+                prover = _Prover(new, shaken, reference, (tuple(args), dict(kwargs)), sides)
                 first = prover.run(plan.entries)
             except Exception as error:  # whatever a forward raises
                 problem = problem or f"{type(error).__name__}: {error}".splitlines()[0][:120]
@@ -95,8 +111,16 @@ def _new_function(plan: TransferPlan) -> str:
 class _Prover:
     """Runs the new model under candidate plans and compares with the reference."""
 
-    def __init__(self, new: nn.Module, shaken: Mapping[str, Tensor], reference: Run, call: Call) -> None:
+    def __init__(
+        self,
+        new: nn.Module,
+        shaken: Mapping[str, Tensor],
+        reference: Run,
+        call: Call,
+        sides: tuple[ModelDescription, ModelDescription],
+    ) -> None:
         self.new = new
+        self.sides = sides
         self.shaken = shaken
         self.reference = reference
         self.call = call
@@ -133,6 +157,11 @@ class _Prover:
                 changed += [why] if why else []
             if self.proven(run) or len(changed) == before:
                 break
+        if not self.proven(run):
+            searched = self._search(plan)
+            if searched is not None:
+                plan, run = searched
+                changed.append("decided by function: found by the distance of the outputs")
         judged, proof, note = self._verdict(plan, run)
         return replace(
             judged,
@@ -140,6 +169,37 @@ class _Prover:
             proof_by="" if proof == "not tested" else "function",
             notes=(*judged.notes, *changed, note),
         ), run
+
+    def _search(self, plan: TransferPlan) -> tuple[TransferPlan, Run] | None:
+        """Let the distance of the outputs decide as the loss does, about the same questions; taken if it is none."""
+        space = Space(*self.sides, plan)
+        if not space.is_open:
+            return None
+        args, kwargs = self.call
+        meter = LossMeter(self.new, _distance, [(args, kwargs, self.reference.outputs)])
+        asked = {t for entry, _ in space.entries(space.first) for t in entry.targets}
+        fixed = [
+            e for e in plan if not asked.intersection(e.targets) and not any(op.needs_target for op in e.operations)
+        ]
+        values = {name: value for e in fixed for name, value in filled(e, self.shaken).items()}
+        try:
+            if not meter.has(0):
+                return None
+            with meter.session():
+                meter.losses({}, 0)
+                trials = Trials(space, self.shaken, meter, values, Budget(SECONDS, PASSES, meter))
+                choice = Search(trials, 1.0, JOINT).find()
+            found = answered(
+                plan,
+                [e for e, _ in space.entries(choice)],
+                self.sides,
+                reason=BY_FUNCTION,
+                refuted="the function refutes it",
+            )
+            run = self.run(found.entries)
+        except (RuntimeError, ValueError, TypeError):  # outputs that can't be compared
+            return None
+        return (found, run) if self.proven(run) else None
 
     def _verdict(self, plan: TransferPlan, run: Run) -> tuple[TransferPlan, Proof, str]:
         """The plan, without what may be to blame if it is refuted; its proof; and what was found, in words."""
@@ -244,6 +304,16 @@ class _Prover:
         right = max((k for k, path in enumerate(order[:wrong]) if verdicts.get(path)), default=0)
         start = max(0, min(right, wrong - 1) - 6)
         return order[start : wrong + 1]
+
+
+def _distance(model: nn.Module, batch: tuple[tuple[Any, ...], dict[str, Any], tuple[Tensor, ...]]) -> Tensor:
+    """How far a model's outputs are from those of the old one."""
+    args, kwargs, outputs = batch
+    pairs = comparable(outputs, tuple(tensors_in(model(*args, **kwargs))))
+    if not pairs:
+        raise ValueError("the models return nothing of the same shape")
+    theirs, ours = pairs[0]
+    return nn.functional.mse_loss(ours, theirs)
 
 
 def _module(name: str) -> str:

@@ -149,9 +149,11 @@ class Search:
     Args:
         trials: Measures choices.
         share: The share of the budget that the search may spend.
+        joint: Most choices that are tried one and all.
     """
 
-    def __init__(self, trials: Trials, share: float) -> None:
+    def __init__(self, trials: Trials, share: float, joint: int = JOINT) -> None:
+        self.joint = joint
         self.trials, self.space, self.score, self.share = trials, trials.space, trials.score, share
         self.confirmed: set[int] = set()  # layer groups of which alone and together the same looks best
 
@@ -164,7 +166,7 @@ class Search:
         """The best choice, from several starts."""
         start = self._balanced(self.space.first)
         total = math.prod(len(d.options) for d in self.space.decisions)
-        if total <= JOINT:
+        if total <= self.joint:
             every = [tuple(c) for c in product(*(range(len(d.options)) for d in self.space.decisions))]
             return self._ranked(every, self.trials.size)[0]
         groups = self._groups()
@@ -302,7 +304,7 @@ class Search:
         """All that a layer group's own decisions can mean, each once, as far as the weights hang together."""
         balance = self.trials.balance
         found: list[Choice] = []
-        most = JOINT if balance is None else WIDE
+        most = self.joint if balance is None else WIDE
         for option, cover in enumerate(part.covers):
             own = part.decisions_of(cover)
             sizes = [len(self.space.decisions[d].options) for d in own]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from pairs import NewEncoder, OldEncoder, randomise, sample
 from torch import nn
@@ -184,3 +185,49 @@ def test_the_function_decides_between_orders_that_contradict_each_other():
     report = transfer_weights(new, old, example_args=(x,), min_coverage=0.0)
     assert report.plan.proof == "proven"
     torch.testing.assert_close(new(x), old(x))
+
+
+class Cells(nn.Module):
+    """An LSTM by hand: gates in another order, the layers from the last to the first."""
+
+    def __init__(self, width: int, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.order = order
+        self.h = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(2))
+        self.x = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(2))
+
+    def forward(self, rows):
+        rows = rows.unbind(1)
+        for x, h in zip(reversed(self.x), reversed(self.h)):
+            state, cell, out = torch.zeros_like(rows[0]), torch.zeros_like(rows[0]), []
+            for row in rows:
+                parts = (x(row) + h(state)).chunk(4, -1)
+                into, keep, new, put = (parts[self.order.index(k)] for k in range(4))
+                cell = keep.sigmoid() * cell + into.sigmoid() * new.tanh()
+                state = put.sigmoid() * cell.tanh()
+                out.append(state)
+            rows = out
+        return torch.stack(rows, 1)
+
+
+class Stacked(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(width, width, 2, batch_first=True)
+
+    def forward(self, rows):
+        return self.rnn(rows)[0]
+
+
+@pytest.mark.parametrize("order", [(1, 3, 0, 2)])
+def test_the_distance_of_the_outputs_decides_what_no_module_tells(order):
+    torch.manual_seed(0)
+    old, new, rows = Stacked(8), Cells(8, order), torch.randn(3, 3, 8)
+    for source, target in ((old, new), (new, old)):
+        torch.manual_seed(1)
+        fresh = copy.deepcopy(target)
+        for parameter in fresh.parameters():
+            torch.nn.init.normal_(parameter)
+        report = transfer_weights(fresh, source, source_module=source, example_args=(rows,))
+        torch.testing.assert_close(fresh(rows), source(rows), rtol=1e-4, atol=1e-5)
+        assert (report.plan.proof, report.plan.proof_by) == ("proven", "function")
