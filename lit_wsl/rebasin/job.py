@@ -19,10 +19,13 @@ from lit_wsl.checkpoint import atomic_save, atomic_write_text
 from lit_wsl.errors import RebasinError, Summarised
 from lit_wsl.rebasin.matching.many import match_many
 from lit_wsl.rebasin.matching.weights import (
+    CONSTANT,
     MatchingResult,
     apply_permutation_to_task_vectors,
+    for_whole_spec,
     task_vector,
     weight_matching_for_task_vectors,
+    without_constants,
 )
 from lit_wsl.rebasin.merging.merge import average, is_statistic, task_arithmetic
 from lit_wsl.rebasin.metrics import VectorComparison, compare_vectors
@@ -417,13 +420,16 @@ def align(
         "device": options.device,
         "progress": options.progress,
     }
+    steady = without_constants(spec, *models.values())
+    if fixed := [name for name in spec.groups if name not in steady.groups]:
+        notes += (f"{len(fixed)} of {len(spec.groups)} groups stay, each {CONSTANT}: {', '.join(fixed[:5])}",)
     found = (matcher or partial(match_on_weights, spec, settings))(list(models.values()))
     aligned = {}
     for (name, comparison), on_weights in zip(before.items(), list(found)[1:]):
         compared = on_weights
         if options.on == "task_vectors":
             pair = [vectors[reference], vectors[name]]
-            compared = weight_matching_for_task_vectors(spec, pair, **settings)[1]
+            compared = for_whole_spec(spec, weight_matching_for_task_vectors(steady, pair, **settings)[1])
         (moved,) = apply_permutation_to_task_vectors(spec, [compared], [vectors[name]])
         aligned[name] = Aligned(
             before=comparison,

@@ -296,8 +296,12 @@ def infer_permutation_spec(
     >>> [(group.name, group.size) for group in spec.groups.values()]
     [('0.weight:0', 8)]
     """
-    with traceable(model):
+    with traceable(model) as wrote:
         trace = trace_forward(model, example_args, example_kwargs, outputs)
+        if wrote():  # a first call that initialises weights from data overwrites them; every later one reads them
+            model.train()  # drops what the first call cached
+            model.eval()
+            trace = trace_forward(model, example_args, example_kwargs, outputs)
     spec = spec_from_trace(trace)
     spec = replace(spec, parameters=tuple(dict(model.named_parameters())))
     if verify and spec.groups:

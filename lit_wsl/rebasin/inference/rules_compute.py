@@ -239,6 +239,13 @@ def softmax(run: Run, node: Node) -> Label:
     return run.algebra.normalise(label, [int(node.args["dim"])])
 
 
+@rule("embedding_renorm")
+def embedding_renorm(run: Run, node: Node) -> Label:
+    """Rows of a table rescaled to a largest norm, in place."""
+    run.label(node.args["indices"])
+    return run.algebra.normalise(run.label(node.args["self"]), [1])
+
+
 @rule("cumprod", "logcumsumexp", "cummax", "cummin", "kthvalue", "median", "mode")
 def ordered(run: Run, node: Node) -> list[Label]:
     """Depends on the order of positions along an axis."""

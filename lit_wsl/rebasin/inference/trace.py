@@ -249,13 +249,13 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
-    """The model undisturbed, without gradients and by plain kernels, which hide nothing.
+def traceable(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """The model undisturbed, without gradients and by plain kernels, which hide nothing; tells if it wrote to itself.
 
     Train mode is entered for a moment first: some networks cache attention biases on the way into evaluation mode.
     """
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model, guard=False))
+        wrote = stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
@@ -263,7 +263,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         model.train()
         model.eval()
-        yield
+        yield wrote
 
 
 def trace_forward(

@@ -130,6 +130,9 @@ class _Function:
         outputs: Callable[[Any], Any] | None,
     ) -> None:
         self.outputs = outputs
+        model(
+            *args, **(kwargs or {})
+        )  # the first call of some models initialises weights: here, not in what is compared
         self.model, self.args, self.kwargs = model, to_double(tuple(args)), to_double(dict(kwargs or {}))
         self.rest = {
             name: _double(buffer.detach()).clone() for name, buffer in model.named_buffers(remove_duplicate=False)

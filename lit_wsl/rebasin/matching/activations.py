@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.matching.descent import Descent, progress_bar
 from lit_wsl.rebasin.matching.objective import norm
-from lit_wsl.rebasin.matching.weights import MatchingResult, identity_share, matched_names, weight_matching
+from lit_wsl.rebasin.matching.weights import (
+    MatchingResult,
+    for_whole_spec,
+    identity_share,
+    matched_names,
+    weight_matching,
+    without_constants,
+)
 from lit_wsl.rebasin.merging.merge import average, repair
 from lit_wsl.rebasin.responses import Forward, Responses, call_on_inputs, module_responses, output_axis, same_positions
 from lit_wsl.rebasin.spec.spec import PermutationSpec, apply_permutation
@@ -63,6 +70,7 @@ def activation_matching(
     Raises:
         RebasinError: no group shows in the output of a module, or the two passes saw different data.
     """
+    whole, spec = spec, without_constants(spec, reference, other)
     drawing: dict[str, Any] = {"max_batches": max_batches, "max_samples": max_samples, "seed": seed, "forward": forward}
     a, b = (module_responses(spec, model, state, batches, **drawing) for state in (reference, other))
     same_positions(a, b)
@@ -90,16 +98,9 @@ def activation_matching(
             sweeps += 1
     permutations = dict(weights.permutations)
     certain = answers.certain and not hidden
-    return MatchingResult(
-        permutations,
-        answers.objective,
-        before,
-        identity_share(permutations),
-        sweeps,
-        not gained,
-        certain,
-        "activations",
-    )
+    share = identity_share(permutations)
+    found = MatchingResult(permutations, answers.objective, before, share, sweeps, not gained, certain, "activations")
+    return for_whole_spec(whole, found)
 
 
 def _shows(shown: PermutationSpec, answers: Descent, root: str) -> bool:
@@ -152,6 +153,7 @@ def joint_matching(
     Raises:
         RebasinError: the models do not fit the spec, or the two passes saw different data.
     """
+    whole, spec = spec, without_constants(spec, reference, other)
     names = matched_names(spec, reference, other)
     a, b = ({name: state[name] for name in names} for state in (reference, other))
     drawing: dict[str, Any] = {"max_batches": max_batches, "max_samples": max_samples, "seed": seed, "forward": forward}
@@ -167,6 +169,7 @@ def joint_matching(
     both = PermutationSpec(groups=spec.groups, axes=axes, shapes=shapes, parameters=tuple(a))
     with torch.no_grad():
         found = weight_matching(both, a, b, max_iter, seed, restarts=restarts, progress=progress)
+    found = for_whole_spec(whole, found)
     return replace(found, start=f"weights and activations (share {share:g}), {found.start}")
 
 

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.matching.activations import SHARES, merged_gap
 from lit_wsl.rebasin.matching.objective import dot, norm
-from lit_wsl.rebasin.matching.weights import MatchingResult, identity_share, matched_names, weight_matching
+from lit_wsl.rebasin.matching.weights import (
+    MatchingResult,
+    for_whole_spec,
+    identity_share,
+    matched_names,
+    weight_matching,
+    without_constants,
+)
 from lit_wsl.rebasin.responses import Forward, call_on_inputs, module_responses, output_axis
 from lit_wsl.rebasin.spec.spec import (
     PermutationSpec,
@@ -76,11 +83,12 @@ def match_many(
     """
     if len(state_dicts) < 2:
         raise RebasinError(f"{len(state_dicts)} model given: two at least can be aligned")
+    whole, spec = spec, without_constants(spec, *state_dicts)
     names = matched_names(spec, *state_dicts)
     vectors = [{name: state[name] for name in names} for state in state_dicts]
     options: dict[str, Any] = {"max_iter": max_iter, "seed": seed, "progress": progress}
     if batches is None:
-        return _common_order(spec, vectors, "weights", restarts, options)
+        return [for_whole_spec(whole, one) for one in _common_order(spec, vectors, "weights", restarts, options)]
     if model is None:
         raise RebasinError("batches say nothing without the model that takes them: give model=")
     used = list(islice(batches, max_batches))
@@ -94,7 +102,7 @@ def match_many(
     for found in candidates:
         aligned = [apply_permutation(spec, one, state) for one, state in zip(found, state_dicts)]
         gaps.append(merged_gap(model, spec, aligned, used, forward=forward))
-    return candidates[min(range(len(gaps)), key=gaps.__getitem__)]
+    return [for_whole_spec(whole, one) for one in candidates[min(range(len(gaps)), key=gaps.__getitem__)]]
 
 
 def _with_responses(

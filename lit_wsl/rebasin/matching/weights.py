@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.matching.descent import Descent, Progress, progress_bar
-from lit_wsl.rebasin.merging.merge import is_continuous
+from lit_wsl.rebasin.merging.merge import is_continuous, is_statistic
 from lit_wsl.rebasin.spec.axis import Permutations
 from lit_wsl.rebasin.spec.spec import PermutationSpec, permute_tensor
 
 TaskVectors: TypeAlias = Sequence[Mapping[str, Tensor]]
+
+CONSTANT = "moves a buffer that is the same in all models"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,8 @@ def weight_matching(
 ) -> MatchingResult:
     """Permutations that bring the units of ``other`` into the order of ``reference``.
 
-    Deterministic by seed; torch's global random state is not touched. No argument is changed.
+    Deterministic by seed; torch's global random state is not touched. No argument is changed. A group stays if it would
+    move a buffer that has the same values in both models (a mask, a table of positions): it is not trained.
 
     Args:
         spec: permutation spec of the architecture.
@@ -119,6 +122,7 @@ def weight_matching(
         >>> torch.equal(apply_permutation(spec, found, shuffled)["0.weight"], net[0].weight)
         True
     """
+    whole, spec = spec, without_constants(spec, reference, other)
     names = matched_names(spec, reference, other)
     descent = Descent(spec, {n: reference[n] for n in names}, {n: other[n] for n in names}, device=device)
     before = descent.objective
@@ -134,7 +138,39 @@ def weight_matching(
             candidate = _descend(descent, max_iter, seed + number, bar, f"restart {number}", before)
             if candidate.objective > best.objective:
                 best = candidate
-    return best
+    return for_whole_spec(whole, best)
+
+
+def without_constants(spec: PermutationSpec, *models: Mapping[str, Tensor]) -> PermutationSpec:
+    """The spec without the groups that would change a constant of the architecture.
+
+    A buffer that holds the same values in all models was not trained: a mask, frequencies, a table of positions. Moving
+    it keeps the function of one model, but the merged model would have a mixture of two orders in it, which is neither.
+    """
+    fixed: set[str] = set()
+    for name in spec.axes if spec.parameters else ():
+        if name in spec.parameters or is_statistic(name) or not _same([model.get(name) for model in models]):
+            continue
+        for group in {group for axis in spec.axes[name].values() for group in axis.groups}:
+            turned = torch.arange(spec.groups[group].size).roll(1).expand(spec.permutation_shape(group))
+            if not torch.equal(permute_tensor(spec, {group: turned}, name, models[0][name]), models[0][name]):
+                fixed.add(group)
+    return spec.without(fixed, CONSTANT) if fixed else spec
+
+
+def _same(tensors: Sequence[Tensor | None]) -> bool:
+    first, *others = tensors
+    return first is not None and all(
+        other is not None and other.shape == first.shape and torch.equal(other.to(first), first) for other in others
+    )
+
+
+def for_whole_spec(spec: PermutationSpec, found: MatchingResult) -> MatchingResult:
+    """A result for the spec with all its groups: those that were left out stay."""
+    if set(found) == set(spec.groups):
+        return found
+    permutations = {**spec.identity(), **found}
+    return replace(found, permutations=permutations, identity_share=identity_share(permutations))
 
 
 def matched_names(spec: PermutationSpec, *vectors: Mapping[str, Tensor]) -> list[str]:
