@@ -90,6 +90,16 @@ def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, together
     return found
 
 
+def _may_join(part: Unit, whole: Unit) -> bool:
+    """Whether a layer is like a whole but for one axis, which is shorter."""
+    p, w = part.shapes[0], whole.shapes[0]
+    if len(p) != len(w) or len(w) < 2 or len(part.shapes) != len(whole.shapes):
+        return False
+    if len(w) > 2:
+        return p[1:] == w[1:] and p[0] < w[0]
+    return any((a == w[0] and b < w[1]) or (b == w[1] and a < w[0]) for a, b in (p, p[::-1]))
+
+
 def components(source: Sequence[Unit], target: Sequence[Unit]) -> list[tuple[list[Unit], list[Unit]]]:
     """Layers that may take one another's place, directly or in a whole."""
     s_n, t_n = len(source), len(target)
@@ -109,7 +119,7 @@ def components(source: Sequence[Unit], target: Sequence[Unit]) -> list[tuple[lis
                 join(i, s_n + j)
     for wholes, parts, offset_w, offset_p in ((target, source, s_n, 0), (source, target, 0, s_n)):
         for w, whole in enumerate(wholes):
-            fitting = [p for p in range(len(parts)) if len(parts[p].shapes[0]) == len(whole.shapes[0]) >= 2]
+            fitting = [p for p, part in enumerate(parts) if _may_join(part, whole)]
             for m in (2, 3, 4):
                 for group in combinations(fitting, m):
                     if joins(whole, [parts[p] for p in group]) is not None:

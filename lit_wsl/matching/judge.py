@@ -22,7 +22,7 @@ from lit_wsl.matching.balance import Balance
 from lit_wsl.matching.entries import cast_between
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.search import FEW_COVERS, Budget, Choice, Search, Trials
-from lit_wsl.matching.space import Space, filled, is_doubtful
+from lit_wsl.matching.space import Space, filled, is_doubtful, is_only_renamed
 from lit_wsl.matching.symmetries import Gradients
 from lit_wsl.matching.witnesses import AGREES, is_at_rest, risk_by_gradient, risk_of
 from lit_wsl.plan.entries import Ambiguity, Candidate, Decided, Measured, PlanEntry, Proof, ProofBy
@@ -263,7 +263,9 @@ def _judge(
     best = trials.losses(choice)
     is_open = any(risk >= RISK for risk in risks.values())
     # Where much makes no difference, the search may have ended far from the truth, and all that was decided is void.
-    if not _falls(bench.fresh, best, meter) or (is_open and not judge.is_at_rest(choice)):
+    # Where every tensor stands where it stood, order is trusted as long as nothing better is found.
+    keeps = is_open and (is_only_renamed(plan, *sides) or not judge.is_at_rest(choice))
+    if keeps or not _falls(bench.fresh, best, meter):
         return _as_planned(plan, bench, questioned, trials)
     decisions = tuple(sorted(_decided(judge, choice, risks), key=lambda d: d.risk))
     judged = _with_answers(plan, judge, choice, risks, sides)

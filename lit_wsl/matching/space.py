@@ -175,10 +175,13 @@ class Space:
         for doubt in plan.ambiguous:
             if len({c.sources for c in doubt.candidates}) == 1:  # where it comes from is known, how it is laid out not
                 self._claims.update({t: set(doubt.candidates[0].sources) for t in doubt.targets})
-        self._renamed = _only_renamed(plan, source, target)
         self._told: set[str] = set()  # targets whose names, or whose place in the same code, tell their source
         self._rotates = rotating_towers(source, target)
         self._turning = False  # whether rows of queries and keys are asked about
+        self.hidden, self._gate_count = 0, 0
+        self.regions: list[tuple[Region, Region]] = []
+        if is_only_renamed(plan, source, target) and not any(map(is_doubtful, plan)):
+            return  # nothing is open
         self.hidden, self._gate_count = self._cells()
         self.regions = self._pair_regions(regions(source), regions(target))
         for k, (a, b) in enumerate(self.regions):
@@ -226,7 +229,7 @@ class Space:
         same = tuple(range(count))
         names = [[p.rstrip(".").rpartition(".")[2] for p in side.copies] for side in (a, b)]
         if all(n.isdigit() for side in names for n in side):
-            options = [same] if told or self._renamed else _numberings(count)
+            options = [same] if told else _numberings(count)
         else:
             spoken = [o for o in permutations(same) if all(names[0][o[i]] == names[1][i] for i in same)]
             options = spoken or _numberings(count)
@@ -248,8 +251,6 @@ class Space:
             if len(cover[0]) + len(cover[1]) > 2 and self._claimed(*part.units(cover)) and _spelled(*part.units(cover))
         ]
         sure = [((i,), (j,)) for i, j in told] + [(tuple(g), tuple(h)) for g, h in spelled]
-        if self._renamed:
-            sure = [pair for c in part.covers if all(self._claimed(*part.units(p)) for p in c) for pair in c]
         keeping = [c for c in part.covers if all(pair in c for pair in sure)]
         part.covers = keeping or part.covers
         part.covers.sort(key=lambda c: sum(not self._claimed(*part.units(pair)) for pair in c))
@@ -638,7 +639,7 @@ def _spelled(sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:
     )
 
 
-def _only_renamed(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> bool:
+def is_only_renamed(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> bool:
     """Whether every parameter stands where it stood and nothing is done to any: the same code under other names."""
     whole = [e for e in plan if e.kind == "parameter"]
     if plan.ambiguous or any(op.name not in ("cast", "fan_out") for e in whole for op in e.operations):

@@ -10,7 +10,8 @@ from lit_wsl.errors import printable
 from lit_wsl.plan.entries import Decided, Measured
 
 WIDTH, ROW, TOP = 900, 46, 58
-LEFT, RIGHT = 20, 760  # of the axis
+LEFT, RIGHT = 20, 660  # of the axis
+BEYOND = 1.5  # where the axis ends, in falls of the loss from the fresh model
 MOST = 40  # decisions that are drawn
 GOOD, BAD, GREY = "var(--high, #15803d)", "var(--low, #c0262d)", "var(--muted, #667085)"
 
@@ -30,10 +31,12 @@ def decision_chart(measured: Measured) -> str:
     if not drawn:
         return ""
     low, high = min(known), max(known)
+    if measured.fresh > low:  # a rival that is far worse than the fresh model stands at the end
+        high = min(high, low + BEYOND * (measured.fresh - low))
     span = (high - low) or 1.0
 
     def x(loss: float) -> float:
-        return LEFT + (RIGHT - LEFT) * (loss - low) / span
+        return LEFT + (RIGHT - LEFT) * (min(loss, high) - low) / span
 
     height = TOP + ROW * len(drawn) + 26
     left_out = len(measured.decisions) - len(drawn)
@@ -54,7 +57,15 @@ def decision_chart(measured: Measured) -> str:
     if math.isfinite(measured.fresh):
         at = x(measured.fresh)
         parts.append(_line(at, TOP - 12, at, height - 22, GREY, ' stroke-dasharray="4 4"'))
-        parts.append(_text(at, height - 8, f"fresh {measured.fresh:.4g}", GREY, anchor="middle" if at < 700 else "end"))
+        parts.append(
+            _text(
+                at,
+                height - 8,
+                f"fresh {measured.fresh:.4g}",
+                GREY,
+                anchor="middle" if 60 < at < 600 else "start" if at < 300 else "end",
+            )
+        )
     for row, decided in enumerate(drawn):
         parts += _row(decided, TOP + ROW * row, x)
     if left_out:
@@ -77,7 +88,8 @@ def _row(decided: Decided, y: int, x: Callable[[float], float]) -> list[str]:
         f'<circle cx="{here:.1f}" cy="{y + 24}" r="5" fill="{GOOD if decided.taken else GREY}">'
         f"<title>{_safe(f'{decided.answer}: {decided.loss:.5g}')}</title></circle>"
     )
-    verdict = f"risk {decided.risk:.0e}" if decided.taken else "open"
+    verdict = f"{decided.loss:.4g} against {decided.rival_loss:.4g}, "
+    verdict += f"risk {decided.risk:.0e}" if decided.taken else "open"
     parts.append(_text(RIGHT + 16, y + 28, verdict, GOOD if decided.taken else GREY))
     return parts
 

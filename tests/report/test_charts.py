@@ -26,7 +26,13 @@ def test_distances_are_those_of_the_losses_and_an_open_answer_is_not_shown_as_ta
     assert taken != left_open
     assert (rival - answer) == pytest.approx(4 * (other - same))
     texts = [t.text for t in ET.fromstring(chart).iter(f"{SVG}text")]
-    assert {"towers <b>: a -> 'x' & y", "open", "fresh 5"} <= set(texts)
+    assert {"towers <b>: a -> 'x' & y", "1 against 1.5, open", "fresh 5"} <= set(texts)
+
+
+def test_a_rival_that_is_far_worse_than_the_fresh_model_stands_at_the_end():
+    far = circles(decision_chart(Measured(2.0, 1.0, decisions=(replace(TAKEN, rival_loss=1e6), OPEN))))
+    near = circles(decision_chart(Measured(2.0, 1.0, decisions=(replace(TAKEN, rival_loss=100.0), OPEN))))
+    assert [x for x, _ in far] == [x for x, _ in near]
 
 
 def test_what_is_no_number_and_what_is_too_much_is_left_out_and_said():
