@@ -193,7 +193,6 @@ def mind_copies(
                 f"{shadow.callback} is listed before WeightTransferCallback and copied the model before the transfer, "
                 "so its copy starts from the old values; list WeightTransferCallback first"
             )
-            rank_zero_warn(f"Weight transfer: {warnings[-1]}.")
         elif late:
             shadow.feed(model, names)
             notes.append(f"the copy of the model in {shadow.callback} was given the transferred weights too")

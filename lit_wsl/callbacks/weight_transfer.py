@@ -17,7 +17,6 @@ from lit_wsl.callbacks.lifecycle import (
     announce,
     has_trained_elsewhere,
     is_whole,
-    mind_copies,
     needs_memory,
     report_nothing,
     resumed_path,
@@ -25,8 +24,9 @@ from lit_wsl.callbacks.lifecycle import (
     write_report,
 )
 from lit_wsl.callbacks.proof import Recorded, recorded_score, ways_to_prove
+from lit_wsl.callbacks.remarks import ON_PURPOSE, Before, given, remarked
 from lit_wsl.callbacks.sample import find_samples, quiet
-from lit_wsl.callbacks.state_dicts import extend_state_dicts, given_while_built
+from lit_wsl.callbacks.state_dicts import extend_state_dicts
 from lit_wsl.convert.engines import is_flattened
 from lit_wsl.convert.optimizers import CarryOptions, OnLost
 from lit_wsl.convert.resume import Resume as Resuming
@@ -61,7 +61,7 @@ from lit_wsl.transfer.memory import (
 )
 from lit_wsl.transfer.ranks import ALONE, Ranks, has_sharded_tensors, refuse_wrapped
 from lit_wsl.transfer.sides import Source, Target, open_source
-from lit_wsl.transfer.undo import UndoLog, only_filler
+from lit_wsl.transfer.undo import UndoLog, admit_loss, only_filler
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -69,7 +69,6 @@ if TYPE_CHECKING:
 extend_state_dicts()
 watch_optimizers()
 
-_ON_PURPOSE = "give again=True, or call transfer_weights, to fill it on purpose"
 CHECKPOINT_KEY = "lit_wsl"  # what a checkpoint tells of the transfers that its weights started from
 Resume = Literal["weights", "optimizer", "all"]
 
@@ -366,7 +365,7 @@ class WeightTransferCallback(Callback):
         memory = recall(model, self._before, given=evaluates)
         if any(ranks.gather(evaluates and memory is None and was_trained_here(model))):
             why = f"{type(model).__name__} was trained before in this process, and this run only evaluates it"
-            self._yield_to(model, f"{why}; {_ON_PURPOSE}")
+            self._yield_to(model, f"{why}; {ON_PURPOSE}")
             return
         only = self._to_fill(trainer, model, memory)
         if any(told != only for told in ranks.gather(only)):
@@ -390,13 +389,13 @@ class WeightTransferCallback(Callback):
                     return
         assert memory is not None
         if not memory.transfers:
-            why = f"{_given(given_by_hand(model), model)}, and this run only evaluates it; {_ON_PURPOSE}"
+            why = f"{given(given_by_hand(model), model)}, and this run only evaluates it; {ON_PURPOSE}"
             self._yield_to(model, why, say=rank_zero_warn)
             return
         known = memory.transfers.keys() == {self._key}
         verb, trained = ("was filled from", "before") if known else ("holds weights of", "which may be trained by now")
         why = f"{type(model).__name__} {verb} {memory.words()}{' ' if known else ', '}{trained}"
-        self._yield_to(model, f"{why}; give again=True, or call transfer_weights, to fill it once more on purpose")
+        self._yield_to(model, f"{why} (again=True fills it once more)")
 
     def _to_fill(self, trainer: pl.Trainer, model: pl.LightningModule, memory: Memory | None) -> frozenset[str] | None:
         """The names of the tensors to fill; ``None`` for all that the plan fills."""
@@ -424,9 +423,8 @@ class WeightTransferCallback(Callback):
 
     def _transfer(self, trainer: pl.Trainer, made: _Made, only: frozenset[str] | None, *, late: bool) -> None:
         """Apply, report, and resume the old training if asked to."""
-        model, prepared = made.model, made.prepared
-        by_hand = given_by_hand(model)
-        trained = only is None and recall(model) is None and was_trained_here(model)
+        model, prepared, file = made.model, made.prepared, shown(self.checkpoint)
+        before = Before.look(model, only, again=self.again)
         resuming, undo = None, None
         if self._resume_options is not None and trainer.state.fn == "fit" and only is None:
             options = self._resume_options
@@ -437,42 +435,35 @@ class WeightTransferCallback(Callback):
             undo.later("the report", partial(setattr, self, "report", self.report))
             undo.later("what the model remembers", partial(put_marks, model, marks_of(model)))
         size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not nn.parameter.is_lazy(t))
-        with transfer_progress(size, enabled=self.verbose and trainer.is_global_zero) as progress:
-            report = finish_transfer(
-                prepared, made.source.tensors, made.target, progress=progress, ranks=made.ranks, only=only, undo=undo
-            )
-        remember(model, self._key, shown(self.checkpoint), filled=only is None, only=only)
-        if made.remark:
-            report = report.with_remarks(notes=(made.remark,))
-        warnings, notes = mind_copies(trainer, model, self, report.loaded, late=late)
-        kept = given_by_hand(model)
-        replaced = [path for path in (*by_hand, *given_while_built(model)) if path not in kept]
-        if replaced := _written(replaced, report.loaded):
-            warnings += (
-                f"{_given(replaced, model)}, now replaced by those of {shown(self.checkpoint)}; if they were trained, "
-                "leave this callback out, or load them with load_from_checkpoint or ckpt_path=",
-            )
-            rank_zero_warn(f"Weight transfer: {warnings[-1]}.")
-        if kept:
-            warnings += (f"{_given(kept, model)}, and this run only evaluates it, so they were kept; {_ON_PURPOSE}",)
-            rank_zero_warn(f"Weight transfer: {warnings[-1]}.")
-        if trained and not self.again:
-            warnings += (
-                f"weights of {type(model).__name__} that were trained before in this process were replaced by those "
-                f"of {shown(self.checkpoint)}; if that was not intended, leave this callback out",
-            )
-            rank_zero_warn(f"Weight transfer: {warnings[-1]}.")
-        if only is not None:
-            notes += (_of_a_part(report, only),)
-            rank_zero_info(f"Weight transfer: {notes[-1]}.")
-        report = report.with_remarks(warnings=warnings, notes=notes)
-        self._filled, self._fresh = weakref.ref(model), True
-        self.report = report
-        if resuming is None or undo is None:
-            announce(trainer, report, verbose=self.verbose)
-        else:
-            self._resuming = resuming
-            resuming.begin(undo, partial(self._resumed, trainer, undo), partial(self._failed, trainer, undo), late=late)
+        report = None
+        try:
+            with transfer_progress(size, enabled=self.verbose and trainer.is_global_zero) as progress:
+                report = finish_transfer(
+                    prepared,
+                    made.source.tensors,
+                    made.target,
+                    progress=progress,
+                    ranks=made.ranks,
+                    only=only,
+                    undo=undo,
+                )
+            remember(model, self._key, file, filled=only is None, only=only)
+            if made.remark:
+                report = report.with_remarks(notes=(made.remark,))
+            told = partial(remarked, report, trainer, self, model, before, file=file, late=late)
+            self.report = made.ranks.together(told)
+            self._filled, self._fresh = weakref.ref(model), True
+            if resuming is not None and undo is not None:
+                self._resuming = resuming
+                ends = partial(self._resumed, trainer, undo), partial(self._failed, trainer, undo)
+                resuming.begin(undo, *ends, late=late)
+        except BaseException as error:
+            if resuming is not None and undo is not None:
+                resuming.abandon()
+                raise (error if _admits(error) else self._failed(trainer, undo, error)) from error.__cause__
+            raise (error if report is None else admit_loss(error, report.loaded, whole=True)) from error.__cause__
+        if resuming is None:
+            announce(trainer, self.report, verbose=self.verbose)
 
     def _resumed(self, trainer: pl.Trainer, undo: UndoLog, remarks: tuple[str, ...]) -> None:
         """Report what was restored."""
@@ -530,7 +521,8 @@ class WeightTransferCallback(Callback):
 
     def _yield_to(self, model: pl.LightningModule, why: str, say: Callable[[str], Any] = rank_zero_info) -> None:
         """Report that other weights win, such as those of a resumed checkpoint, or those that training made."""
-        note = f"{why}; nothing was transferred from {shown(self.checkpoint)}"
+        file = shown(self.checkpoint)
+        note = f"{why}; nothing was transferred" + (f" from {file}" if file not in why else "")
         if not self._has_filled(model) or self._wins:
             self.report = report_nothing(model, shown(self.checkpoint), self.options, note)
         say(f"Weight transfer: {note}.")
@@ -551,24 +543,9 @@ class _Made(NamedTuple):
         return holds(self.prepared.plan, self.source.tensors, self.model, apart_from)
 
 
-def _given(paths: Sequence[str], model: nn.Module) -> str:
-    shown_paths = [path or type(model).__name__ for path in paths]
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return f"{', '.join(shown_paths[:3])}{more} held weights that load_state_dict gave before"
-
-
-def _written(paths: Sequence[str], loaded: Sequence[str]) -> list[str]:
-    """Those modules into which something was loaded."""
-    return [path for path in paths if any(not path or name.startswith(f"{path}.") for name in loaded)]
-
-
-def _of_a_part(report: TransferReport, only: frozenset[str]) -> str:
-    """What to say of a transfer into those layers only that were built anew."""
-    filled = [name for name in report.loaded if name in only]
-    empty = sorted(only - set(filled))
-    note = f"the model was filled before; {len(filled)} tensors that are new in it since were filled, and no others"
-    left = f" ({', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''} found no source)" if empty else ""
-    return note + left
+def _admits(error: BaseException) -> bool:
+    """Whether an error has been through the undoing already, and says what could not be put back."""
+    return bool(getattr(error, "not_restored", ()))
 
 
 def _ranks_of(trainer: pl.Trainer) -> Ranks:

@@ -276,15 +276,17 @@ class Resume:
                 raise self._undone(error, undo, failed) from error.__cause__
             done(remarks)
 
-        connector.restore_training_state = restore_training_state  # type: ignore[method-assign]
-        take_back = self._count_schedulers()
+        take_back: list[Callable[[], None]] = []
 
         def uninstall() -> None:
-            take_back()
+            for one in take_back:
+                one()
             if vars(connector).get("restore_training_state") is restore_training_state:
                 del connector.restore_training_state
 
         self._uninstall, self._failed = uninstall, failed
+        connector.restore_training_state = restore_training_state  # type: ignore[method-assign]
+        take_back.append(self._count_schedulers())
         if self.options.mode == "all":
             try:
                 connector._loaded_checkpoint = self._for_lightning()

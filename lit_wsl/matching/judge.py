@@ -446,7 +446,7 @@ def _verdict(plan: TransferPlan, bench: _Bench, final: Sequence[float], decision
         proof = "not tested" if unfilled else "proven"
         note = f"proven on data: {text}" if not unfilled else f"confirmed on data, as far as it is filled: {text}"
     else:
-        proof, note = "not tested", f"not tested on data: the loss does not fall ({text})"
+        proof, note = "not tested", f"not tested on data: the loss does not clearly fall ({text})"
     proof_by: ProofBy = "" if proof == "not tested" else "data"
     if plan.proof != "not tested" and proof == "not tested":
         proof, proof_by = plan.proof, plan.proof_by
