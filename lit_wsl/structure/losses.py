@@ -112,7 +112,7 @@ class LossMeter:
         batch, size = self._batches[number], self.size(number)
         for start, stop in pieces(size, most):
             part = cut(batch, start, stop, size)
-            with self._ready(state, number, slopes=True), torch.enable_grad(), _Elements() as seen:
+            with self._ready(state, number), torch.enable_grad(), _Elements() as seen:
                 named = self.model.named_parameters(remove_duplicate=False)
                 weights = {name: p for name, p in named if p.is_floating_point()}
                 for weight in weights.values():
@@ -152,9 +152,9 @@ class LossMeter:
                 self._inside = False
 
     @contextmanager
-    def _ready(self, state: Mapping[str, Tensor], seed: int, slopes: bool = False) -> Iterator[None]:
+    def _ready(self, state: Mapping[str, Tensor], seed: int) -> Iterator[None]:
         """The model in eval mode with lent weights and known random numbers."""
-        if self._inside and self._idle and not slopes:
+        if self._inside and self._idle:
             with lent(self.model, state), preserved_rng(self.model):
                 torch.manual_seed(seed)
                 yield
