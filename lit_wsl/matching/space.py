@@ -26,6 +26,7 @@ from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import (
     Concat,
     Operation,
+    Permute,
     Reorder,
     Reshape,
     Rotary,
@@ -67,6 +68,7 @@ class Part:
         self.order: dict[tuple[str, int], int] = {}
         self.heads: dict[tuple[str, int], int] = {}
         self.turn: int | None = None
+        self.layout: int | None = None
 
     def key(self, cover: tuple[Sequence[int], Sequence[int]]) -> tuple[str, int]:
         """The whole of a fusion, and how many parts it has."""
@@ -135,12 +137,13 @@ class Part:
         """Its own decisions that say more of one way to assign its layers."""
         keys = [self.key(pair) for pair in cover if len(pair[0]) + len(pair[1]) > 2]
         found = [d for key in keys for d in (self.order[key], self.heads.get(key)) if d is not None]
-        return [*found, *([] if self.turn is None else [self.turn])]
+        return [*found, *(d for d in (self.turn, self.layout) if d is not None)]
 
     @property
     def decisions(self) -> list[int]:
         """Its own decisions, which goes where first."""
-        return [self.which, *self.order.values(), *self.heads.values(), *([] if self.turn is None else [self.turn])]
+        more = (d for d in (self.turn, self.layout) if d is not None)
+        return [self.which, *self.order.values(), *self.heads.values(), *more]
 
 
 class Space:
@@ -269,7 +272,7 @@ class Space:
         """Add a group of layers with its decisions, unless nothing is open about it."""
         if not 0 < len(part.covers) <= MAX_OPTIONS:
             return
-        settled = not any(self._open(u) for u in part.target)
+        settled = not any(self._open(u) or self._may_be_laid_out(u, part) for u in part.target)
         numbering = self.numbering.get(part.region)
         if settled and (numbering is None or len(self.decisions[numbering].options) == 1):
             return
@@ -281,6 +284,15 @@ class Space:
                 self._fusion(part, cover)
         if any(_is_square(u) and self._open(u) for u in part.target):
             part.turn = self._add(f"squares of {shown}", [False, True], ["as they are", "transposed"])
+        fused = [u for u in part.target if self._may_be_laid_out(u, part)]
+        if fused:
+            options, labels = _layouts(fused[0].shapes[0][1])
+            part.layout = self._add(f"layout of {fused[0].path}", options, labels)
+
+    def _may_be_laid_out(self, unit: Unit, part: Part) -> bool:
+        """Whether queries, keys and values in one may stand otherwise: other names, and the shape tells nothing."""
+        names = {s.path.rpartition(".")[2] for s in part.source if fits(s, unit) is not None}
+        return _is_fused(unit) and bool(names) and names != {unit.path.rpartition(".")[2]}
 
     def _fusion(self, part: Part, cover: tuple[Sequence[int], Sequence[int]]) -> None:
         key, parts = part.key(cover), part.parts(cover)
@@ -424,7 +436,11 @@ class Space:
         entries: list[PlanEntry] = []
         for cover in pick(part.which):
             whole = part.key(cover)
-            own = (part.turn,) if len(cover[0]) == len(cover[1]) else (part.order[whole], part.heads.get(whole))
+            own = (
+                (part.turn, part.layout)
+                if len(cover[0]) == len(cover[1])
+                else (part.order[whole], part.heads.get(whole))
+            )
             said = tuple(pick(d) for d in (*own, self.rotary, self.gates))
             if (number, cover, order, said) not in self._pieces:
                 self._pieces[number, cover, order, said] = [
@@ -436,7 +452,7 @@ class Space:
     def _pair(self, part: Part, cover: CoverPair, a: int, b: int, pick: Pick) -> list[PlanEntry]:
         """Entries of one part of a cover, from copy ``a`` to copy ``b``."""
         if len(cover[0]) == len(cover[1]) == 1:
-            return self._one(part.source[cover[0][0]], part.target[cover[1][0]], a, b, bool(pick(part.turn)), pick)
+            return self._one(part, cover, a, b, pick)
         return self._several(part, cover, a, b, pick)
 
     def _row_ops(self, s: Unit, t: Unit, tensor: int, pick: Pick) -> tuple[Operation, ...]:
@@ -453,14 +469,17 @@ class Space:
                 ops.append(Reorder(perm))
         return tuple(ops)
 
-    def _one(self, s: Unit, t: Unit, a: int, b: int, turn: bool, pick: Pick) -> list[PlanEntry]:
+    def _one(self, part: Part, cover: CoverPair, a: int, b: int, pick: Pick) -> list[PlanEntry]:
+        """Entries of one layer that becomes another as a whole, from copy ``a`` to copy ``b``."""
+        s, t, turn = part.source[cover[0][0]], part.target[cover[1][0]], bool(pick(part.turn))
+        layout = pick(part.layout) if _is_fused(t) else None
         out = []
         for i, j in fits(s, t) or []:
             names_s, names_t = s.names[i][a], t.names[j][b]
             rows = self._row_ops(s, t, i, pick)
             if s.times == t.times:
                 for x, y in zip(names_s, names_t):
-                    ops = (*rows, *_turned(s.shapes[i], t.shapes[j], turn))
+                    ops = (*rows, *_turned(s.shapes[i], t.shapes[j], turn), *_laid_out(t.shapes[j], layout))
                     out.append(_entry((x,), (y,), ops, (s.shapes[i],), (t.shapes[j],)))
             elif t.times == 1:  # experts into a stack
                 whole = (s.times, *s.shapes[i])
@@ -584,6 +603,33 @@ def _by_head(whole: Shape, sizes: Sequence[int], groups: int, join: bool) -> tup
     if join:
         return (Reshape((*flat, *rest), (*part, *rest)), Concat(1, heads), Reshape((*grouped, *rest), whole))
     return (Reshape(whole, (*grouped, *rest)), Split(1, heads), Reshape((*part, *rest), (*flat, *rest)))
+
+
+def _is_fused(unit: Unit) -> bool:
+    """Whether a matrix has the shape of queries, keys and values in one."""
+    shape = unit.shapes[0]
+    return len(shape) == 2 and unit.times == 1 and shape[0] == 3 * shape[1] and shape[1] > 1
+
+
+def _layouts(width: int) -> tuple[list[Any], list[str]]:
+    """Ways in which the rows of a whole can stand for another's: other orders of its parts, by part or by head."""
+    orders = list(permutations(range(3)))[1:]
+    heads = [(g, by) for g in range(2, min(width // 2, 128) + 1) if width % g == 0 for by in (True, False)]
+    labels = [f"parts {_listed(o)}" for o in orders]
+    labels += [f"from parts to {g} groups of heads" if by else f"from {g} groups of heads to parts" for g, by in heads]
+    return [None, *orders, *heads], ["as it is", *labels]
+
+
+def _laid_out(shape: Shape, layout: Any) -> tuple[Operation, ...]:
+    if layout is None:
+        return ()
+    if len(layout) == 3:
+        return (Reorder(layout),)
+    groups, by_head = layout
+    rest, width = shape[1:], shape[0] // 3 // groups
+    before, after = (3, groups, width, *rest), (groups, 3, width, *rest)
+    before, after = (before, after) if by_head else (after, before)
+    return (Reshape(shape, before), Permute((1, 0, *range(2, len(before)))), Reshape(after, shape))
 
 
 def _numberings(count: int) -> list[tuple[int, ...]]:

@@ -117,3 +117,21 @@ def test_modules_of_the_same_layers_change_places_as_a_whole():
             sources = [s for e in space.meaning(choice) for s in e.sources]
             assert sorted(sources) == sorted(s for e in before for s in e.sources)
             assert space.meaning(choice) != before
+
+
+def test_a_whole_may_be_laid_out_by_head_on_one_side_and_by_part_on_the_other():
+    old = Nets(z=nn.Linear(12, 36), k=nn.Linear(12, 12))
+    new = Nets(p=nn.Linear(12, 12), q=nn.Linear(12, 36))
+    state = old.state_dict()
+    for heads in (2, 3, 4):
+        for shape in ((3, heads), (heads, 3)):
+            truth = carried(old, {"k": "p"})
+            for leaf in ("weight", "bias"):
+                value = state[f"z.{leaf}"]
+                truth[f"q.{leaf}"] = value.reshape(*shape, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
+            assert reachable(space_of(old, new), old, truth)
+
+
+def test_nothing_is_asked_about_the_layout_of_what_has_the_same_name():
+    old, new = (Nets(inlet=nn.Linear(5, 12), qkv=nn.Linear(12, 36), proj=nn.Linear(12, 12)) for _ in range(2))
+    assert not space_of(old, new).is_open
