@@ -147,6 +147,8 @@ class LossJudge:
             return {}
         own, found = trials.losses(choice), {}
         for c in close:
+            if not (trials.known(c, trials.size) or self.budget.left()):
+                continue
             if risk_of(own, trials.losses(c), self.rounding) > AGREES:
                 found[c] = min(1.0, 3 * trials.tried * self._again * balance.risk(c, choice))
         return {c: risk for c, risk in found.items() if risk < RISK}
