@@ -257,6 +257,7 @@ def put_at(run: Run, whole: Label, part: Label, dim: int, where: Array) -> Label
 
 
 MAX_PASSES = 6
+MIDDLE = "between two levels of blocks"
 Place: TypeAlias = tuple[int, int]
 
 
@@ -315,39 +316,53 @@ def infer_permutation_spec(
 def spec_from_trace(trace: Trace) -> PermutationSpec:
     """Apply the rules to a trace until no rule asks for a finer labelling.
 
-    Finer labels that rules wish for, but can do without, are kept if more is moved with them.
+    Finer labels that rules wish for, but can do without, are kept if more moves with them; those of three levels (query
+    heads inside a key head, dimensions inside these) also with the order of the middle ones fixed.
     """
-    plain, wishes = _spec(trace, wishes=False)
-    if not wishes:
-        return plain
-    try:
-        finer, _ = _spec(trace, wishes=True)
-    except RebasinError:  # what is found cannot be written as a spec
-        return plain
-    return finer if _moved(finer) > _moved(plain) else plain
+    best, wishes = _spec(trace, wishes=False)
+    middle = frozenset(place for place, _ in wishes).intersection(o for wish in wishes for o in _places(wish)[1:])
+    for still in dict.fromkeys([frozenset[Place](), middle]) if wishes else ():
+        try:
+            finer, _ = _spec(trace, wishes=True, still=still)
+        except RebasinError:  # what is found cannot be written as a spec
+            continue
+        if _moved(finer) > _moved(best):
+            best = finer
+    return best
 
 
-def _spec(trace: Trace, wishes: bool) -> tuple[PermutationSpec, bool]:
-    """The spec, and whether rules wished for finer labels."""
+def _spec(
+    trace: Trace, wishes: bool, still: frozenset[Place] = frozenset()
+) -> tuple[PermutationSpec, list[tuple[Place, Joint]]]:
+    """The spec, and the finer labels that rules wished for; the order of some axes is fixed beforehand."""
     joints: dict[Place, Joint] = {}
     for _ in range(MAX_PASSES):
         run = Run(trace, joints=joints)
+        for place in sorted(still):
+            run.algebra.units.freeze(run.axes[place], MIDDLE)
         propagate(run)
-        asked = [*run.requests, *(run.wishes if wishes else ())]
+        wished = [wish for wish in run.wishes if wishes and not still.intersection(_places(wish))]
+        asked = [*run.requests, *wished]
         finer = refined(joints, [ask for ask in asked if ask[0] not in run.ordered])
         if finer == joints:
             # Nothing to be followed more closely: where an axis or what it is bound to stays, units may be loose.
-            still = {place for place, made in run.axes.items() if not run.algebra.units.find(made).any()}
+            fixed = {place for place, made in run.axes.items() if not run.algebra.units.find(made).any()}
             finer = {
                 (number, axis): replace(
-                    joint, bound=joint.bound and not still.intersection([(number, axis), (number, joint.outer[-1])])
+                    joint, bound=joint.bound and not fixed.intersection([(number, axis), (number, joint.outer[-1])])
                 )
                 for (number, axis), joint in joints.items()
             }
         if finer == joints:
             break
         joints = finer
-    return build_spec(run), any(place not in run.ordered for place, _ in run.wishes)
+    return build_spec(run), [wish for wish in run.wishes if wish[0] not in run.ordered]
+
+
+def _places(wish: tuple[Place, Joint]) -> list[Place]:
+    """The axis of a wish, and those around it."""
+    (number, axis), joint = wish
+    return [(number, a) for a in (axis, *joint.outer)]
 
 
 def _moved(spec: PermutationSpec) -> tuple[float, int]:

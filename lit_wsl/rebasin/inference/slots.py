@@ -4,7 +4,7 @@ Where several positions belong to one unit (the same dimension of every query he
 that they move together and keep their order, their *slots*. If two groups inside the same block have as many slots
 each, queries and keys on one side and what the heads put out on the other, the slots themselves may be interchangeable:
 a group of their own, beside the two. Nothing but the model can tell, so one odd permutation of them is tried; what
-passes is proven with everything else.
+passes is proven with everything else. Where a weight has an axis for them, the same is tried of that axis.
 """
 
 from __future__ import annotations
@@ -51,7 +51,43 @@ def with_slots(spec: PermutationSpec, keeps: Callable[[PermutationSpec, str], bo
         extended = _extended(spec, name, slots)
         if keeps(extended, name):
             spec = extended
+    for size, parent, places in on_own_axes(spec):
+        name = "{}:{}/order".format(*next(iter(places)))
+        extended = _with_axes(spec, PermutationGroup(name, size, parent), places)
+        if keeps(extended, name):
+            spec = extended
     return spec
+
+
+def on_own_axes(spec: PermutationSpec) -> Iterator[tuple[int, str, dict[Place, int]]]:
+    """Axes of equal length that stay, beside one that a group moves and one that is moved inside of it.
+
+    Query heads of weights ``(key heads, query heads, dim, width)``: their number, the group, and the axes, each with
+    the axis that the group is on.
+    """
+    found: dict[tuple[int, str], dict[Place, int]] = {}
+    for name, by_axis in spec.axes.items():
+        for outer in {axis.outer_axis for axis in by_axis.values()}:
+            around = by_axis.get(-1 if outer is None else outer)
+            if outer is None or around is None or len(around.groups) != 1 or not bool(around.touched.all()):
+                continue
+            for axis, size in enumerate(spec.shapes[name]):
+                if size > 1 and axis not in by_axis:
+                    found.setdefault((size, around.groups[0]), {})[name, axis] = outer
+    for (size, parent), places in found.items():
+        if len({name for name, _ in places}) == len(places) > 1:
+            yield size, parent, places
+
+
+def _with_axes(spec: PermutationSpec, group: PermutationGroup, places: Mapping[Place, int]) -> PermutationSpec:
+    axes = {tensor: dict(by_axis) for tensor, by_axis in spec.axes.items()}
+    for (tensor, number), outer in places.items():
+        axes[tensor][number] = AxisSpec((group.name,), torch.arange(group.size)[None], outer)
+    frozen = {
+        tensor: {axis: why for axis, why in reasons.items() if (tensor, axis) not in places}
+        for tensor, reasons in spec.frozen.items()
+    }
+    return replace(spec, groups={**spec.groups, group.name: group}, axes=axes, frozen=frozen)
 
 
 def candidates(spec: PermutationSpec) -> Iterator[Slots]:

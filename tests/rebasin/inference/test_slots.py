@@ -59,6 +59,54 @@ def test_the_order_of_query_heads_is_found_and_recovered(shared, way):
         torch.testing.assert_close(aligned[name], tensor, msg=name)
 
 
+class OnOwnAxes(nn.Module):
+    """The same with weights ``(key heads, query heads, dim, width)``, each axis of its own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.inp, self.out = nn.Linear(2, WIDTH), nn.Linear(WIDTH, 2)
+        self.q, self.o = (nn.Parameter(torch.randn(2, 3, DIM, WIDTH)) for _ in range(2))
+        self.k, self.v = (nn.Parameter(torch.randn(2, DIM, WIDTH)) for _ in range(2))
+        self.bias = nn.Parameter(torch.randn(2, 3, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        q = torch.einsum("btc,kgdc->bkgtd", x, self.q) + self.bias[:, :, None]
+        k, v = (torch.einsum("btc,kdc->bktd", x, weight) for weight in (self.k, self.v))
+        if self.way == "expand":
+            y = F.scaled_dot_product_attention(q, *(one[:, :, None].expand_as(q) for one in (k, v)))
+        else:
+            weights = torch.einsum("bkgtd,bksd->bkgts", q, k).softmax(-1)
+            y = torch.einsum("bkgts,bksd->bkgtd", weights, v)
+        if self.way == "told apart":
+            y = y * torch.arange(1.0, 4.0)[:, None, None]
+        return self.out(x + torch.einsum("bkgtd,kgdc->btc", y, self.o))
+
+
+@pytest.mark.parametrize("way", ["expand", "einsum"])
+def test_query_heads_on_an_axis_of_their_own_move_and_are_recovered(way):
+    torch.manual_seed(0)
+    model = OnOwnAxes(way).eval()
+    spec = infer_permutation_spec(model, ARGS)
+    assert not spec.dropped
+    for name in ("q", "o", "k", "v", "bias"):
+        assert set(spec.axes[name]) == set(range(model.get_parameter(name).ndim))
+    assert PermutationSpec.from_json(spec.to_json()) == spec
+    state = model.state_dict()
+    other = apply_permutation(spec, spec.random_permutations(3), state)
+    aligned = apply_permutation(spec, weight_matching(spec, state, other), other)
+    for name, tensor in state.items():
+        torch.testing.assert_close(aligned[name], tensor, msg=name)
+
+
+def test_query_heads_that_are_told_apart_keep_their_order():
+    torch.manual_seed(0)
+    spec = infer_permutation_spec(OnOwnAxes("told apart").eval(), ARGS)
+    assert not spec.dropped
+    assert set(spec.axes["q"]) == set(spec.axes["o"]) == {0, 2, 3}
+
+
 def test_gates_of_recurrent_layers_are_no_slots():
     torch.manual_seed(0)
 
