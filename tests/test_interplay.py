@@ -336,3 +336,20 @@ def test_the_best_checkpoint_of_a_run_loads_without_the_package(tmp_path):
     assert content["state_dict"].keys() == model.state_dict().keys()
     other = Lit.load_from_checkpoint(keep.best_model_path)
     assert torch.equal(other.head.weight, model.head.weight)
+
+
+def test_a_module_that_fabric_has_set_up_is_filled_and_its_checkpoints_are_read(tmp_path: Path) -> None:
+    from lightning.fabric import Fabric
+
+    torch.manual_seed(0)
+    old, fabric = Old().eval(), Fabric(accelerator="cpu", devices=1)
+    wrapped, _ = fabric.setup(Old(), torch.optim.SGD(old.parameters(), lr=0.1))
+    wrapped.load_state_dict(old.state_dict())
+    fabric.save(tmp_path / "fabric.ckpt", {"model": wrapped, "step": 3})
+    model = Lit()
+    inside = fabric.setup(model)
+    inside.mark_forward_method("training_step")
+    report = transfer_weights(inside, tmp_path / "fabric.ckpt", min_coverage=1.0)
+    assert set(report.loaded) >= {name for name, _ in model.named_parameters()}  # the model's names, not the wrapper's
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(PROBE), old(PROBE), atol=1e-6)
