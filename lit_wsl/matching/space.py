@@ -291,7 +291,10 @@ class Space:
 
     def _may_be_laid_out(self, unit: Unit, part: Part) -> bool:
         """Whether queries, keys and values in one may stand otherwise: other names, and the shape tells nothing."""
-        names = {s.path.rpartition(".")[2] for s in part.source if fits(s, unit) is not None}
+        like = [s for s in part.source if fits(s, unit) is not None]
+        if any("_hh_" in name or "_ih_" in name for u in (unit, *like) for name in u.all_names):
+            return False  # rows of gates
+        names = {s.path.rpartition(".")[2] for s in like}
         return _is_fused(unit) and bool(names) and names != {unit.path.rpartition(".")[2]}
 
     def _fusion(self, part: Part, cover: tuple[Sequence[int], Sequence[int]]) -> None:
