@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lit_wsl.matching.balance import Balance
-from lit_wsl.matching.space import Part, Space, filled
+from lit_wsl.matching.parts import Part
+from lit_wsl.matching.space import Space, filled
 from lit_wsl.structure.losses import MANY, LossMeter
 
 SCREEN = 8  # samples that candidates are compared on at last, fewer if each has many elements
