@@ -156,8 +156,10 @@ def measured_lines(plan: TransferPlan, most: int = 8) -> list[str]:
     lines = [f"loss: {measured.fresh:.4g} fresh, {measured.transferred:.4g} transferred"]
     lines[0] += f" ({measured.passes:.0f} passes, {measured.seconds:.1f} s)"
     for d in measured.decisions[:most]:
-        what = d.answer if d.taken else "open"
-        lines.append(f"  {d.question}: {what} ({d.loss:.4g}; next best {d.rival_loss:.4g}, risk {d.risk:.1g})")
+        pairs = d.answer.split("; ") if d.taken and " -> " in d.answer else []  # these name what was asked
+        more = f"; {len(pairs) - 2} more" if len(pairs) > 2 else ""
+        what = "; ".join(pairs[:2]) + more if pairs else f"{d.question}: {d.answer if d.taken else 'open'}"
+        lines.append(f"  {what} ({d.loss:.4g}; next best {d.rival_loss:.4g}, risk {d.risk:.1g})")
     if len(measured.decisions) > most:
         lines.append(f"  and {len(measured.decisions) - most} more decisions")
     return lines
