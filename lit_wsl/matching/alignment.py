@@ -32,15 +32,16 @@ from lit_wsl.matching.order import Kept, agreement, kept_elsewhere, order_cell
 from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, counted_apart, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
-from lit_wsl.matching.tree import Item, TreeBuilder, layer_kind, relative, role_of, same_kind, shape_key
+from lit_wsl.matching.tree import Item, TreeBuilder, kind_of, layer_kind, relative, role_of, same_kind, shape_key
 from lit_wsl.matching.words import plain_words
 from lit_wsl.plan.operations import Operation
+from lit_wsl.structure.description import Shape
 
 MAX_CANDIDATES = 16
 RUN_OTHERWISE = "the model registers these in one order and runs them in another"
 COUNTED_OTHERWISE = "numbered in one order and registered in another"
 REPEATED_WEIGHT = 1000
-Profile = tuple[object, ...]
+Profile = tuple[int, str, tuple[tuple[Shape, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -142,13 +143,26 @@ class Aligner:
         self.turned = evidence.turned_matrices > evidence.exact_matrices
         self.costs = PairCosts(forbidden, self.turned)
         self.classes = ClassSolver(options, self.costs, sides, evidence.learned)
+        self.by_core = False
         self._memo: dict[tuple[int, int], tuple[int, int, Outcome]] = {}
 
     def align(self, source: Item, target: Item) -> Outcome:
         """Align two whole trees."""
         shapes = tuple(Counter(shape_key(t.shape) for t in side.tensors) for side in (source, target))
-        region = Region(source, target, source.numel == target.numel, (shapes[0], shapes[1]))
+        self.by_core = source.numel != target.numel and source.core_numel == target.core_numel
+        region = replace(self.region(source, target), shapes=(shapes[0], shapes[1]))
         return RegionMatch(self, region).solve([source], [target])
+
+    def size(self, item: Item) -> int:
+        """What items are compared by; what holds several matrices and what holds none never have one size."""
+        if not self.by_core:
+            return item.numel
+        single = item.level == 2 and item.core.total() == 1  # a matrix and its norm may stand apart on the other side
+        return 2 * item.numel + 1 if single or not item.core else 2 * item.core_numel
+
+    def region(self, s: Item, t: Item) -> Region:
+        """Two items that correspond, as a place where others are compared."""
+        return Region(s, t, complete=self.size(s) == self.size(t), by_core=self.by_core)
 
     def elsewhere(self, region: Region) -> str:
         """Whether other regions kept their order, as the pass before saw it."""
@@ -179,7 +193,7 @@ class Aligner:
         inside_s, inside_t = (list(i.children) if i.level == 2 else [i] for i in (s, t))
         if inside_s == [s] and inside_t == [t]:
             inside_s, inside_t = list(s.tensors), list(t.tensors)
-        return RegionMatch(self, Region(s, t, complete=s.numel == t.numel)).solve(inside_s, inside_t)
+        return RegionMatch(self, self.region(s, t)).solve(inside_s, inside_t)
 
     def match(self, s: Item, t: Item) -> Match | None:
         """What takes one tensor into another; ``None`` if nothing does."""
@@ -248,11 +262,12 @@ class RegionMatch:
         """Pair classes of equal size from the largest down; return the units that found none."""
         pools: tuple[dict[int, list[Item]], dict[int, list[Item]]] = (defaultdict(list), defaultdict(list))
         heap: list[int] = []
+        size = self.aligner.size
 
         def put(side: int, items: Sequence[Item]) -> None:
             for item in items:
-                pools[side][item.numel].append(item)
-                heapq.heappush(heap, -item.numel)
+                pools[side][size(item)].append(item)
+                heapq.heappush(heap, -size(item))
 
         put(0, sources)
         put(1, targets)
@@ -412,7 +427,7 @@ class RegionMatch:
 
     def _match_level(self, sources: list[Item], targets: list[Item]) -> tuple[list[Item], list[Item]]:
         """Match units (or tensors) that are left, class by class."""
-        classes_s, classes_t = _by_profile(sources), _by_profile(targets)
+        classes_s, classes_t = (_by_profile(side, kinds=self.region.by_core) for side in (sources, targets))
         left_s, left_t = [], []
         for key in sorted(set(classes_s) | set(classes_t)):
             s, t = classes_s.get(key, []), classes_t.get(key, [])
@@ -507,13 +522,14 @@ def _tensors(units: Sequence[Item]) -> list[Item]:
     return [t for u in units for t in u.tensors]
 
 
-def _key(item: Item) -> Profile:
-    """Items of one key hold tensors of the same shapes."""
-    return (item.level, *item.profile_key)
+def _key(item: Item, kinds: bool) -> Profile:
+    """Items of one key hold tensors of the same shapes; of vectors also by kind, where one side has more kinds."""
+    kind = kind_of(item.path) if kinds and item.level == 0 and item.rank < 2 else ""
+    return item.level, kind, item.profile_key
 
 
-def _by_profile(items: Sequence[Item]) -> dict[Profile, list[Item]]:
+def _by_profile(items: Sequence[Item], *, kinds: bool) -> dict[Profile, list[Item]]:
     found: dict[Profile, list[Item]] = {}
     for item in items:
-        found.setdefault(_key(item), []).append(item)
+        found.setdefault(_key(item, kinds), []).append(item)
     return found

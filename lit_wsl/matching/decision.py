@@ -195,7 +195,7 @@ class ClassSolver:
         ):
             return Decision([Pair(s[0], i, TIED) for i in t])
         out = Decision()
-        parts = _parts(s, t, exact=not self.costs.turned)
+        parts = _parts(s, t, exact=not self.costs.turned, by_core=region.by_core)
         if len(parts) > 1 and self.names and self._named_turned(s, t, region):
             left = [list(x) for x in self._by_path(s, t, region, out)]
             if all(left):
@@ -274,9 +274,9 @@ class ClassSolver:
             out.ties.append(Tie.of(s, t, region, OTHER_HEAD))
             return
         paths = relative(s, region.source), relative(t, region.target)
-        if paths[0] == paths[1] and region.same_numbers(paths[0]) and s.profile == t.profile:
+        if paths[0] == paths[1] and region.same_numbers(paths[0]) and region.alike(s, t):
             cell = PATH
-        elif region.complete and (s.profile == t.profile or max(s.level, t.level) < 2):
+        elif region.complete and (region.alike(s, t) or max(s.level, t.level) < 2):
             cell = ALONE
         elif region.complete and max(s.level, t.level) == 2:
             words = [plain_words(p) for p in paths]
@@ -286,14 +286,14 @@ class ClassSolver:
             if paths[0] != paths[1] and (likeness.best < 2 or likeness.only_layers):
                 return
             cell = ALONE + ", other inside"
-        elif is_strong(s) and s.profile == t.profile:
+        elif is_strong(s) and region.alike(s, t):
             cell = STRONG
         else:
             words = [plain_words(p) for p in paths]
             likeness = liken(words[0], words[1])
             if likeness.shared and likeness.kind == WORDS:
                 cell = "open " + WORDS
-            elif region.shapes is not None and s.rank >= 2 and s.profile == t.profile and _unique(s, t, region):
+            elif region.shapes is not None and s.rank >= 2 and region.alike(s, t) and _unique(s, t, region):
                 cell = DISTINCT
             elif called_alike(s, t):
                 cell = "open own name"
@@ -463,7 +463,7 @@ class ClassSolver:
             out.ties.append(Tie(tuple(left_s), tuple(left_t)))
 
 
-def _parts(s: list[Item], t: list[Item], *, exact: bool) -> list[tuple[list[Item], list[Item], bool]]:
+def _parts(s: list[Item], t: list[Item], *, exact: bool, by_core: bool) -> list[tuple[list[Item], list[Item], bool]]:
     """Cut a class by shapes where that gives both sides equally many; the rest stays together.
 
     By exact shapes first, so that nothing is transposed without need.
@@ -471,7 +471,8 @@ def _parts(s: list[Item], t: list[Item], *, exact: bool) -> list[tuple[list[Item
     if len(s) == len(t) == 1:
         return [(s, t, True)]
     parts = []
-    for key in (_exact_shapes, _shapes) if exact else (_shapes,):
+    by_core = by_core and all(i.core for i in (*s, *t))
+    for key in (_core_shapes,) if by_core else (_exact_shapes, _shapes) if exact else (_shapes,):
         keys_s, keys_t = _by(key, s), _by(key, t)
         s, t = [], []
         for value in sorted({*keys_s, *keys_t}):
@@ -535,6 +536,10 @@ def _by(key: Callable[[Item], Key], items: Sequence[Item]) -> dict[Key, list[Ite
 
 def _exact_shapes(item: Item) -> tuple[Any, ...]:
     return tuple(sorted(Counter(tuple(d for d in t.shape if d != 1) for t in item.tensors).items()))
+
+
+def _core_shapes(item: Item) -> tuple[Any, ...]:
+    return tuple(sorted(item.core.items()))
 
 
 def _shapes(item: Item) -> tuple[Any, ...]:

@@ -29,8 +29,8 @@ def order_cell(certain: Sequence[Pair], tie: Tie, others: Sequence[Tie], elsewhe
         elsewhere: Whether other regions kept their order (:func:`kept_elsewhere`).
     """
     kind = _kind(certain, tie, others)
-    if kind is None or elsewhere == UNLIKE_ELSEWHERE:
-        return None
+    if kind is None or elsewhere == UNLIKE_ELSEWHERE or (kind == ORDER_ALONE and elsewhere != AS_ELSEWHERE):
+        return None  # blocks and what holds them are reordered apart, so other levels say nothing of this one
     return f"{kind}, {elsewhere}" if elsewhere else kind
 
 

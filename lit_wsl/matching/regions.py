@@ -48,6 +48,7 @@ class Region:
         target: Root of the target's side.
         complete: Whether both sides have the same number of elements, so that everything must find a partner.
         shapes: How many tensors of each shape (up to order and ones) the whole models have, source and target.
+        by_core: Whether only matrices are compared, as one side has biases or norms that the other does without.
         loose: Whether vectors stand in other modules on the two sides, so that these say nothing about them.
     """
 
@@ -56,6 +57,11 @@ class Region:
     complete: bool
     shapes: tuple[Counter[Shape], Counter[Shape]] | None = None
     loose: bool = False
+    by_core: bool = False
+
+    def alike(self, s: Item, t: Item) -> bool:
+        """Whether two items hold tensors of the same shapes."""
+        return s.profile == t.profile or (self.by_core and bool(s.core) and s.core == t.core)
 
     @property
     def key(self) -> tuple[int, int]:

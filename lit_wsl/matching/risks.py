@@ -26,7 +26,7 @@ def counted(cell: str) -> tuple[int, int]:
     the varieties of that.
     """
     row = table().get(cell, {"right": 0, "wrong": 0})
-    enough = BY_ORDER[1] if cell.startswith("order") else ENOUGH
+    enough = BY_ORDER[1] if cell.startswith("order among") else ENOUGH
     while cell and row["right"] + row["wrong"] < (ENOUGH if row["wrong"] else enough):
         rows = [row for name, row in table().items() if name == cell or name.startswith(cell + ", ")]
         row = {verdict: sum(row[verdict] for row in rows) for verdict in ("right", "wrong")}

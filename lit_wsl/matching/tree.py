@@ -70,6 +70,16 @@ class Item:
         return Counter(shape_key(t.shape) for t in self.tensors)
 
     @cached_property
+    def core(self) -> Counter[Shape]:
+        """The profile without the vectors: what biases and norms that come and go leave as it is."""
+        return Counter({shape: count for shape, count in self.profile.items() if len(shape) >= 2})
+
+    @cached_property
+    def core_numel(self) -> int:
+        """Number of elements below that are not in vectors."""
+        return sum(math.prod(shape) * count for shape, count in self.core.items())
+
+    @cached_property
     def profile_key(self) -> tuple[tuple[Shape, int], ...]:
         """The profile as something to compare and to look up."""
         return tuple(sorted(self.profile.items()))

@@ -72,7 +72,7 @@ def counted(path: str) -> tuple[tuple[str, str], ...]:
         digits = "".join(c for c in part if c.isdigit())
         if digits:
             stem = re.sub(r"\d+", "#", part)  # 9 and 10 are counted in one place
-            found.append((".".join((*parts[:k], stem)), digits))
+            found.append((".".join((*parts[:k], stem)), str(int(digits))))  # 00 is 0
     return tuple(found)
 
 

@@ -87,10 +87,14 @@ def _numbered(prefix: str, mine: Sequence[str], shapes: Mapping[str, tuple[int, 
     pairs: dict[str, str] = {}
     wanted = next(averaged, None)
     for name, shape in shapes.items():
-        if wanted is not None and not name.startswith(prefix) and shape == shapes[wanted]:
+        if wanted is not None and not name.startswith(prefix) and _core(shape) == _core(shapes[wanted]):
             pairs[name] = wanted
             wanted = next(averaged, None)
     return pairs if wanted is None else {}
+
+
+def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
 
 
 def _prefixes(name: str) -> list[str]:
