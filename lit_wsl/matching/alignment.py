@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -244,9 +244,11 @@ class RegionMatch:
         if not self.region.complete or max(len(self.region.source.tensors), len(self.region.target.tensors)) > BLOCK:
             return sources, targets
         builder = self.aligner.builder
-        cut = [[builder.without_vectors(i) for i in side] for side in _without_partner(sources, targets)]
+        cut = [
+            [builder.without_vectors(i) for i in side] for side in _without_partner(sources, targets, self.aligner.size)
+        ]
         cores = [[core for core, _ in side if core is not None and core.level == 2] for side in cut]
-        odd = {id(core) for side in _without_partner(*cores) for core in side}
+        odd = {id(core) for side in _without_partner(cores[0], cores[1], self.aligner.size) for core in side}
         met = {id(core) for side in cores for core in side} - odd
         moved = {v.profile_key for side in cut for core, vectors in side if id(core) in met for v in vectors}
         if not moved:
@@ -503,11 +505,13 @@ class RegionMatch:
             self.out.doubts.append(Doubt(targets, unique, tie.reason))
 
 
-def _without_partner(s: Sequence[Item], t: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+def _without_partner(
+    s: Sequence[Item], t: Sequence[Item], size: Callable[[Item], int]
+) -> tuple[list[Item], list[Item]]:
     """The modules of sizes that the two sides do not have equally often."""
-    sizes = [Counter(i.numel for i in side if i.level == 2) for side in (s, t)]
+    sizes = [Counter(size(i) for i in side if i.level == 2) for side in (s, t)]
     left: list[list[Item]] = [
-        [i for i in side if i.level == 2 and sizes[0][i.numel] != sizes[1][i.numel]] for side in (s, t)
+        [i for i in side if i.level == 2 and sizes[0][size(i)] != sizes[1][size(i)]] for side in (s, t)
     ]
     return left[0], left[1]
 
