@@ -25,11 +25,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named, is_strong
+from lit_wsl.matching.dissent import AGAINST_NAMES, counted_apart, names_dissent
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
 from lit_wsl.matching.likeness import ENDS, LAYERS
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import Kept, agreement, kept_elsewhere, order_cell
-from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, counted_apart, other_name
+from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
 from lit_wsl.matching.tree import Item, TreeBuilder, kind_of, layer_kind, relative, role_of, same_kind, shape_key
@@ -453,11 +454,12 @@ class RegionMatch:
                 self._doubt(tie)
             elif self._runs_otherwise(tie):
                 self._doubt(replace(tie, reason=RUN_OTHERWISE))
+            elif names_dissent(tie.sources, tie.targets, self.region):
+                self._doubt(replace(tie, reason=AGAINST_NAMES))
             elif any(
-                counted_apart(a, b, self.region)
+                counted_apart(f.members[0], g.members[0], self.region)
                 for f, g in zip(tie.sources, tie.targets)
                 if len(f.members) == 1 == len(g.members)
-                for a, b in zip(f.members, g.members)
             ):
                 self._doubt(replace(tie, reason=COUNTED_OTHERWISE))
             else:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from lit_wsl.matching.dissent import NEIGHBOUR, OUT_OF_ORDER, RENAMED_ALONE, against, counted_down, renamed_alone
 from lit_wsl.matching.likeness import (
     BLOCKS,
     ENDS,
@@ -56,12 +57,10 @@ from lit_wsl.matching.regions import (
     Sides,
     Tie,
     ascending,
-    counted_apart,
-    letters_apart,
     other_name,
 )
 from lit_wsl.matching.risks import may_load, refusal
-from lit_wsl.matching.shapes import TRANSPOSED, PairCosts
+from lit_wsl.matching.shapes import TRANSPOSED, PairCosts, transpose_shape
 from lit_wsl.matching.tree import (
     Family,
     Item,
@@ -72,6 +71,7 @@ from lit_wsl.matching.tree import (
     owner_path,
     place_in,
     relative,
+    role_of,
     shape_key,
     telling_words,
 )
@@ -85,10 +85,6 @@ ROLE, COUNT = "as in other blocks", "both count"
 OTHER_WORDS = "the last ones left of their size, but their names fit others better"
 TURNED = "the shapes fit as they are, but the names say that matrices are stored the other way round"
 OTHER_HEAD = "they would fit, but are called after different things: it may be another head"
-OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
-OTHER_LETTER = "one is called after the queries, keys or values of an attention, the other after others of these"
-NEIGHBOUR = "what their names have in common names the modules beside them or any layer, and no order confirms it"
-OUT_OF_ORDER = "little speaks for it, and they stand in another order than what is decided around them"
 Key = tuple[Any, ...]
 NUMBERS, ASCENDING, EXCLUSION = "numbers", "ascending", "exclusion"
 LAYER_ONLY = "layers"  # both names say a kind of layer and no more
@@ -159,21 +155,18 @@ class ClassSolver:
         return ", ".join(filter(None, (p.cell, kind, order)))
 
     def _against(self, p: Pair, cell: str, region: Region) -> str:
-        """What speaks against a pair that little speaks for: numbers, letters of the formula, order."""
+        """What speaks against a pair, for or against which names may speak at all."""
         if p.cell in (PATH, TIED) or not self.names:
             return ""
-        if max(p.source.level, p.target.level) < 2 and letters_apart(p.source, p.target, region):
-            return OTHER_LETTER
         if p.cell.startswith(ORDER) and (" at an end" in cell or " at a head" in cell):
             return OTHER_HEAD
-        if not (region.complete and p.cell.startswith(ALONE)) and counted_apart(p.source, p.target, region):
-            return OTHER_NUMBER
-        agree = self.learned.rows.agree(region, p.source, p.target) if self.ordered else ""
-        if p.cell.removeprefix("open ").startswith((NEAR_WORDS, LAYER_WORDS)) and agree not in ("in order", "in line"):
-            return NEIGHBOUR
-        weak = (is_named(p.cell) and p.cell.startswith(WEAK)) or p.cell.startswith(EXCLUSION)
-        out = agree == "against order" or (agree == "out of line" and p.cell.startswith(EXCLUSION))
-        return OUT_OF_ORDER if weak and out else ""
+        if not is_named(p.cell) and renamed_alone(p, region, self.learned):
+            return RENAMED_ALONE
+        alone, last = p.cell.startswith(ALONE), p.cell.startswith(EXCLUSION)
+        if last and self.ordered and self.learned.rows.agree(region, p.source, p.target) == "out of line":
+            return OUT_OF_ORDER
+        weak = last or (is_named(p.cell) and p.cell.startswith(WEAK))
+        return against(p, region, self.learned, certain=alone, weak=weak, ordered=self.ordered)
 
     def _around(self, p: Pair, region: Region) -> str:
         """What makes another name telling: units at an end may be other heads, and siblings that kept theirs."""
@@ -216,14 +209,15 @@ class ClassSolver:
         """
         nameless: dict[tuple[int, ...], list[Pair]] = {}
         for p in out.pairs:
-            if p.source.level < 2 and len(p.target.main.shape) == 2 and not (is_named(p.cell) or p.cell == ROLE):
+            if p.source.level < 2 and len(p.target.main.shape) in (2, 3) and not (is_named(p.cell) or p.cell == ROLE):
                 nameless.setdefault(p.target.main.shape, []).append(p)
         for shape, mine in nameless.items():
-            others = nameless.get(shape[::-1], [])
-            if shape[0] <= shape[1] or not others:
+            others = nameless.get(transpose_shape(shape), [])
+            if shape[-2] <= shape[-1] or not others:
                 continue
             firsts = [min((p.source.start, p.target.start) for p in pairs) for pairs in (mine, others)]
-            if self.ordered and ascending(sorted(firsts)):
+            kept_make = all(len({role_of(i.main.path) for i in (p.source, p.target)}) == 1 for p in (*mine, *others))
+            if self.ordered and ascending(sorted(firsts)) and kept_make:
                 continue
             gone = {id(p) for p in (*mine, *others)}
             out.pairs = [p for p in out.pairs if id(p) not in gone]
@@ -325,7 +319,9 @@ class ClassSolver:
         for i in t:
             path = relative(i, region.target)
             twin = theirs.get(path)
-            if twin is not None and self.costs.of(twin, i) is not None and region.same_numbers(path):
+            if twin is None or counted_down(twin, i, region):
+                continue
+            if self.costs.of(twin, i) is not None and region.same_numbers(path):
                 out.pairs.append(Pair(twin, i, PATH, first=not path or path[-1] in "0" or not path[-1].isdigit()))
                 taken |= {id(twin), id(i)}
         return [i for i in s if id(i) not in taken], [i for i in t if id(i) not in taken]

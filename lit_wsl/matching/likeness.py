@@ -292,18 +292,6 @@ def called_otherwise(s: Item, t: Item) -> bool:
     return all(any(len(w) > 2 for w in left) for left in (likeness.left_s, likeness.left_t))
 
 
-_LETTERS = {
-    "q": frozenset(("q", "query", "queries", "wq")),
-    "k": frozenset(("k", "key", "keys", "wk")),
-    "v": frozenset(("v", "value", "values", "wv")),
-}
-
-
-def letters_of(words: Collection[str]) -> frozenset[str]:
-    """Which of the queries, keys and values of an attention a name speaks of."""
-    return frozenset(k for k, names in _LETTERS.items() if names & set(words))
-
-
 def own_words(item: Item) -> frozenset[str]:
     """The words of the last two parts of a path."""
     parts = owner_path(item.main.path).split(".")[-2:]

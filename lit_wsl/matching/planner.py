@@ -362,6 +362,10 @@ def companions_together(
     own, is no match but a coincidence of sizes.
     """
     main_s, main_t = _mains(source), _mains(target)
+    shifts = [
+        {_unit(i): i.numel for i in side if len(i.shape) == 1 and i.leaf != "weight"} for side in (source, target)
+    ]
+    matches = [m for m in matches if not _turned_for_nothing(m, shifts[0], shifts[1])]
     single = {ts[0].name: ss[0] for ss, ts, _ in matches if len(ss) == len(ts) == 1}
     fused = {t.name for ss, ts, _ in matches if len(ss) != 1 or len(ts) != 1 for t in ts}
     kept = []
@@ -377,7 +381,20 @@ def companions_together(
     return tuple(kept)
 
 
-def _unit(info: ParameterInfo) -> tuple[str, str]:
+def _turned_for_nothing(match: Matched, ours: Mapping[Unit, int], theirs: Mapping[Unit, int]) -> bool:
+    """Whether a matrix is transposed though the biases beside it say that both sides store outputs by inputs."""
+    sources, targets, how = match
+    if not len(sources) == len(targets) == 1 or not any(op.name == "transpose" for op in how.operations):
+        return False
+    s, t = sources[0], targets[0]
+    shifts = ours.get(_unit(s)), theirs.get(_unit(t))
+    return s.shape != t.shape and shifts == (s.shape[0], t.shape[0])
+
+
+Unit = tuple[str, str]
+
+
+def _unit(info: ParameterInfo) -> Unit:
     return info.module_path, stem_of(info.leaf)
 
 

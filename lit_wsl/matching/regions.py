@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
-from lit_wsl.matching.likeness import foreign, letters_of, own_name
+from lit_wsl.matching.likeness import foreign, own_name
 from lit_wsl.matching.tree import Family, Item, families_of, owner_path, place_in, relative
 from lit_wsl.matching.words import count_alike, counted, numbers_along, plain_words, split_numbers
 from lit_wsl.structure.description import Shape
@@ -69,9 +69,19 @@ class Region:
         return self.source.structure, self.target.structure
 
     @cached_property
-    def counters(self) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-        """The numbers that occur at each place where paths count, source and target."""
+    def _counters(self) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
         return numbers_along(self.names[0]), numbers_along(self.names[1])
+
+    @cached_property
+    def lists(self) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+        """By each place where paths count the sizes of what stands there, by number; source and target."""
+        sides: tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]] = ({}, {})
+        for found, names, root in zip(sides, self.names, (self.source, self.target)):
+            for name, t in zip(names, root.tensors):
+                for place, number in counted(name):
+                    members = found.setdefault(place, {})
+                    members[number] = members.get(number, 0) + t.numel
+        return sides
 
     @property
     def in_list(self) -> bool:
@@ -80,11 +90,11 @@ class Region:
 
     def same_numbers(self, path: str) -> bool:
         """Whether every number along a path counts the same things on both sides."""
-        return count_alike(path, self.counters)
+        return count_alike(path, self._counters)
 
     def like_numbers(self, path: str) -> bool:
         """Whether the numbers along a path are those of the other side, or among them: nothing is counted from one."""
-        return count_alike(path, self.counters, within=True)
+        return count_alike(path, self._counters, within=True)
 
     @cached_property
     def names(self) -> tuple[list[str], list[str]]:
@@ -198,9 +208,13 @@ class Renames:
         """How many others were renamed anywhere, and how many kept their names."""
         return _counted(self._names.values(), (own_name(s), own_name(t)))
 
+    def beside(self, region: Region, s: Item, t: Item) -> set[Names]:
+        """The names of the pairs that stand in the same module."""
+        return self._names.get(region.key, set()) - {(own_name(s), own_name(t))}
+
     def siblings(self, region: Region, s: Item, t: Item) -> tuple[int, int]:
         """The same, of what stands in the same module."""
-        return _counted([self._names.get(region.key, set())], (own_name(s), own_name(t)))
+        return _counted([self.beside(region, s, t)], (own_name(s), own_name(t)))
 
 
 Names = tuple[tuple[str, ...], tuple[str, ...]]
@@ -254,36 +268,6 @@ class Learned:
     roles: Roles = field(default_factory=Roles)
     renames: Renames = field(default_factory=Renames)
     rows: Rows = field(default_factory=Rows)
-
-
-def counted_apart(s: Item, t: Item, region: Region) -> bool:
-    """Whether two items are counted among the same numbers, and their own numbers differ."""
-    along = []
-    for item, root, numbers in zip((s, t), (region.source, region.target), region.counters):
-        places = counted(relative(item, root))
-        along.append([(numbers.get(place, set()), number) for place, number in places])
-    varying = [[(known, number) for known, number in side if len(known) > 1] for side in along]
-    if not all(varying) or [known for known, _ in varying[0]] != [known for known, _ in varying[1]]:
-        return False
-    return varying[0] != varying[1]
-
-
-def letters_apart(s: Item, t: Item, region: Region) -> bool:
-    """Whether two units are called after different ones of the queries, keys and values of an attention.
-
-    A value is one of these where queries or keys stand beside it; beside a gate it is something else.
-    """
-    ours, theirs = letters_of(own_name(s)), letters_of(own_name(t))
-    if not ours & theirs or "q" in ours | theirs:
-        return bool(ours and theirs) and not ours & theirs
-    return bool(_letters_beside(s, region.source) - ours) != bool(_letters_beside(t, region.target) - theirs)
-
-
-def _letters_beside(item: Item, root: Item) -> frozenset[str]:
-    around = owner_path(item.main.path).rpartition(".")[0]
-    beside = (owner_path(t.path).rpartition(".") for t in root.tensors)
-    words = {w for parent, _, own in beside if parent == around for w in plain_words(own)}
-    return letters_of({letter for w in words for letter in (w if set(w) <= set("qkv") else (w,))})
 
 
 def other_name(s: Item, t: Item, region: Region) -> str:

@@ -177,3 +177,83 @@ def test_an_average_may_be_a_list_in_the_order_of_the_model():
         "b.bias": "ema.shadow_params.2",
     }
     assert find_average({**shapes, "ema.shadow_params.0": (9, 9), "ema.shadow_params.1": (4, 2)}) is None
+
+
+def check(old: Mapping[str, nn.Module], new: Mapping[str, nn.Module], truth: Mapping[str, str]) -> None:
+    """Nothing wrong, whatever the order of either side and with a checkpoint in alphabetical order."""
+    for source in (old, dict(reversed(old.items())), dict(sorted(old.items()))):
+        for target in (new, dict(reversed(new.items()))):
+            loaded(source, target, truth)
+
+
+def test_a_list_counted_down_is_seen_by_the_sizes_of_its_members():
+    widths = (32, 16, 16, 8)  # the middle ones have one size, so only the ends tell
+    old = {f"up.{k}": linear(24, w) for k, w in enumerate(widths)}
+    new = {f"up_blocks.{k}": linear(24, w) for k, w in enumerate(reversed(widths))}
+    filled = loaded(old, new, {f"up_blocks.{k}": f"up.{3 - k}" for k in range(4)})
+    assert filled.isdisjoint({"up_blocks.1", "up_blocks.2"})
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (("reset_gate", "update_gate"), ("z", "r")),
+        (("word2char", "char2word"), ("char_to_word", "word_to_char")),
+        (("x2i", "x2f"), ("forget_gate", "input_gate")),
+        (("gamma", "beta"), ("shift", "scale")),
+    ],
+)
+def test_order_does_not_decide_against_names_that_are_a_little_alike(ours: tuple[str, str], theirs: tuple[str, str]):
+    around = {"embed": linear(4, WIDTH), "hidden": linear(WIDTH, 12), "output": linear(12, 3)}
+    old = {**around, **{f"cell.{n}": linear() for n in ours}}
+    new = {**around, **{f"cell.{n}": linear() for n in theirs}}
+    truth = {n: n for n in around} | {f"cell.{theirs[1]}": f"cell.{ours[0]}", f"cell.{theirs[0]}": f"cell.{ours[1]}"}
+    loaded(old, new, truth)
+
+
+class Bare(nn.Module):
+    """Parameters without a module of their own."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+
+def test_matrices_that_only_fit_crosswise_in_another_make_stay_open():
+    old = {f"sae.{k}": Bare(W_enc=(WIDTH, 24), W_dec=(24, WIDTH)) for k in range(3)}
+    for names in (("encode", "decode"), ("decode", "encode")):
+        sizes = {"encode": linear(WIDTH, 24, bias=False), "decode": linear(24, WIDTH, bias=False)}
+        new = {f"sae.{k}.{n}": sizes[n] for k in range(3) for n in names}
+        assert loaded(old, new, {}) == set()
+
+
+def test_stacked_experts_that_only_fit_crosswise_stay_open():
+    old = {"layer": Bare(w1=(4, WIDTH, 24), w2=(4, 24, WIDTH))}
+    new = {"layer.experts": Bare(up=(4, 24, WIDTH), down=(4, WIDTH, 24))}
+    assert loaded(old, new, {}) == set()
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("cls_token", "mask_token"), ("speaker_embed", "emotion_embed")])
+def test_the_only_new_name_among_old_ones_may_be_a_new_part(ours: str, theirs: str):
+    words = ("stem", "trunk", "neck", "tail")
+    around: dict[str, nn.Module] = {word: linear(WIDTH, WIDTH * (k + 2)) for k, word in enumerate(words)}
+    old, new = {**around, ours: nn.Embedding(6, WIDTH)}, {**around, theirs: nn.Embedding(6, WIDTH)}
+    assert theirs not in loaded(old, new, {n: n for n in around})
+    assert theirs not in loaded(dict(sorted(old.items())), new, {n: n for n in around})
+
+
+def test_values_of_a_function_are_other_values():
+    assert loaded(
+        {"net": linear(), "p": Bare(log_sigma=(3,))}, {"net": linear(), "p": Bare(sigma=(3,))}, {"net": "net"}
+    ) <= {"net"}
+
+
+def test_a_kernel_along_one_axis_is_none_along_the_other():
+    old = {"a": nn.Conv2d(4, 4, (1, 7)), "b": nn.Conv2d(4, 4, (7, 1))}
+    new = {"a": nn.Conv2d(4, 4, (7, 1)), "b": nn.Conv2d(4, 4, (1, 7))}
+    check(old, new, {"a": "b", "b": "a"})
+
+
+def test_a_map_whose_biases_show_its_outputs_is_not_transposed():
+    assert "proj" not in loaded({"proj": linear(8, 32)}, {"proj": linear(32, 8)}, {})

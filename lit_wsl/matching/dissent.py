@@ -1,0 +1,167 @@
+"""What speaks against a pair that fits: numbers, letters of a formula, order, names that mean something else.
+
+A kind of evidence that is nearly always right is wrong where something contradicts it. None of these decides for a
+pair; any of them leaves it open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+from rapidfuzz.distance import Levenshtein
+
+from lit_wsl.matching.likeness import ENDS, KINDS, LAYER_WORDS, LAYERS, NEAR_WORDS, liken, own_name
+from lit_wsl.matching.regions import Learned, Pair, Region
+from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
+from lit_wsl.matching.words import best_pairs_similarity, counted, path_tokens, plain_words
+
+OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
+OTHER_DIRECTION = "the sizes of their lists say that one is counted the other way round"
+OTHER_LETTER = "one is called after the queries, keys or values of an attention, the other after others of these"
+OTHER_VALUES = "one is called after a function of the other, so that its values are others"
+RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
+NEIGHBOUR = "what their names have in common names the modules beside them or any layer, and no order confirms it"
+OUT_OF_ORDER = "little speaks for it, and they stand in another order than what is decided around them"
+AGAINST_NAMES = "their order says one thing and their names another"
+FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
+KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
+LETTERS = {"q": ("q", "query", "queries", "wq"), "k": ("k", "key", "keys", "wk"), "v": ("v", "value", "values", "wv")}
+
+
+def against(p: Pair, region: Region, learned: Learned, *, certain: bool, weak: bool, ordered: bool) -> str:
+    """What speaks against a pair; empty if nothing does.
+
+    Args:
+        p: The pair.
+        region: Where it stands.
+        learned: What the pass before learned.
+        certain: Whether it is the only one that fits where everything must find a partner.
+        weak: Whether so little speaks for it that order may overrule it.
+        ordered: Whether the source has an order.
+    """
+    units = max(p.source.level, p.target.level) < 2
+    if units and letters_apart(p.source, p.target, region):
+        return OTHER_LETTER
+    if units and _is_function(p.source, p.target):
+        return OTHER_VALUES
+    if not (region.complete and certain) and counted_apart(p.source, p.target, region):
+        return OTHER_NUMBER
+    if counted_down(p.source, p.target, region):
+        return OTHER_DIRECTION
+    agree = learned.rows.agree(region, p.source, p.target) if ordered else ""
+    if p.cell.removeprefix("open ").startswith((NEAR_WORDS, LAYER_WORDS)) and agree not in ("in order", "in line"):
+        return NEIGHBOUR
+    return OUT_OF_ORDER if weak and agree == "against order" else ""
+
+
+def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
+    """Whether all siblings kept their names and only this unit's mean different things on the two sides."""
+    if max(p.source.level, p.target.level) == 2:
+        return False
+    siblings = learned.renames.beside(region, p.source, p.target)
+    if len(siblings) < KEPT or any(_mean_otherwise(*names) for names in siblings):
+        return False
+    if set(own_name(p.source)) <= set(own_name(p.target, 2)) or set(own_name(p.target)) <= set(own_name(p.source, 2)):
+        return False  # one is wrapped
+    return _mean_otherwise(own_name(p.source), own_name(p.target))
+
+
+def _mean_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether both names hold words that tell something, and that the other one lacks."""
+    likeness, general = liken(ours, theirs), (ENDS - {"cls"}) | KINDS | LAYERS
+    return all(any(len(w) > 1 and w not in general for w in left) for left in (likeness.left_s, likeness.left_t))
+
+
+def _is_function(s: Item, t: Item) -> bool:
+    """Whether one name is the other with a function in front: ``log_sigma`` and ``sigma``."""
+    short, long = sorted(("".join(own_name(i)) for i in (s, t)), key=len)
+    return any(long == f + short for f in FUNCTIONS)
+
+
+# numbers ------------------------------------------------------------------------------------------------------------
+
+
+def counted_apart(s: Item, t: Item, region: Region) -> bool:
+    """Whether two items are counted among the same numbers, and their own numbers differ."""
+    along = _counted_along(s, t, region)
+    if not all(along) or [set(known) for known, _ in along[0]] != [set(known) for known, _ in along[1]]:
+        return False
+    return [number for _, number in along[0]] != [number for _, number in along[1]]
+
+
+def counted_down(s: Item, t: Item, region: Region) -> bool:
+    """Whether the sizes of two lists are the same only if one is read backwards, and two members don't fit that."""
+    along = _counted_along(s, t, region)
+    if len(along[0]) != 1 or len(along[1]) != 1:
+        return False
+    rows = []
+    for (sizes, number), *_ in along:
+        numbers = sorted(sizes, key=int)
+        rows.append(([sizes[n] for n in numbers], numbers.index(number)))
+    (a, at), (b, other) = rows
+    return a != b and a == b[::-1] and at + other != len(a) - 1
+
+
+def _counted_along(s: Item, t: Item, region: Region) -> tuple[list[tuple[Mapping[str, int], str]], ...]:
+    """Of two items the lists that they stand in, with the sizes of all members, and their own numbers there."""
+    along: list[list[tuple[Mapping[str, int], str]]] = []
+    for item, root, lists in zip((s, t), (region.source, region.target), region.lists):
+        places = counted(relative(item, root))
+        along.append([(lists[place], number) for place, number in places if len(lists.get(place, {})) > 1])
+    return tuple(along)
+
+
+# letters ------------------------------------------------------------------------------------------------------------
+
+
+def letters_apart(s: Item, t: Item, region: Region) -> bool:
+    """Whether two units are called after different ones of the queries, keys and values of an attention.
+
+    A value is one of these where queries or keys stand beside it; beside a gate it is something else.
+    """
+    ours, theirs = _letters_of(own_name(s)), _letters_of(own_name(t))
+    if not ours & theirs or "q" in ours | theirs:
+        return bool(ours and theirs) and not ours & theirs
+    return bool(_letters_beside(s, region.source) - ours) != bool(_letters_beside(t, region.target) - theirs)
+
+
+def _letters_of(words: Sequence[str]) -> set[str]:
+    return {letter for letter, names in LETTERS.items() if not set(names).isdisjoint(words)}
+
+
+def _letters_beside(item: Item, root: Item) -> set[str]:
+    around = owner_path(item.main.path).rpartition(".")[0]
+    beside = (owner_path(t.path).rpartition(".") for t in root.tensors)
+    words = {w for parent, _, own in beside if parent == around for w in plain_words(own)}
+    return _letters_of([letter for w in words for letter in (w if set(w) <= set("qkv") else (w,))])
+
+
+# order --------------------------------------------------------------------------------------------------------------
+
+CLEARLY = 0.2  # of 2: by so much more must two names say that they are exchanged
+
+
+def names_dissent(sources: Sequence[Family], targets: Sequence[Family], region: Region) -> bool:
+    """Whether the names of two pairs that stand in one order say that they are exchanged.
+
+    Names that are too unlike to decide may be like enough to contradict: ``reset`` and ``update`` stand before ``r``
+    and ``z``, ``word2char`` and ``char2word`` before ``char_to_word`` and ``word_to_char``.
+    """
+    words = [[_with_kinds(ws) for ws in telling_words(side)] for side in (sources, targets)]
+    if any(words[0]) and any(words[1]):
+        like = [[best_pairs_similarity(a, b) if a and b else 0.0 for b in words[1]] for a in words[0]]
+    else:
+        names = [
+            [" ".join(path_tokens(place_in(f.members[0], root))) for f in side]
+            for side, root in ((sources, region.source), (targets, region.target))
+        ]
+        like = [[Levenshtein.normalized_similarity(a, b) for b in names[1]] for a in names[0]]
+    return any(
+        like[i][j] + like[j][i] > like[i][i] + like[j][j] + CLEARLY for i, j in combinations(range(len(sources)), 2)
+    )
+
+
+def _with_kinds(words: Sequence[str]) -> list[str]:
+    """Words without numbers; what a norm calls its scale and its shift in one word each."""
+    return [layer_kind(w) if len(w) > 1 and layer_kind(w) else w for w in words if not w.isdigit()]
