@@ -14,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 from lit_wsl.matching.likeness import ENDS, KINDS, LAYER_WORDS, LAYERS, NEAR_WORDS, liken, own_name
 from lit_wsl.matching.regions import Learned, Pair, Region
 from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
-from lit_wsl.matching.words import best_pairs_similarity, counted, path_tokens, plain_words
+from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
 
 OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
 OTHER_DIRECTION = "the sizes of their lists say that one is counted the other way round"
@@ -56,11 +56,11 @@ def against(p: Pair, region: Region, learned: Learned, *, certain: bool, weak: b
 
 
 def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
-    """Whether all siblings kept their names and only this unit's mean different things on the two sides."""
+    """Whether all siblings kept their very names and only this unit's mean different things on the two sides."""
     if max(p.source.level, p.target.level) == 2:
         return False
     siblings = learned.renames.beside(region, p.source, p.target)
-    if len(siblings) < KEPT or any(_mean_otherwise(*names) for names in siblings):
+    if len(siblings) < KEPT or any(ours != theirs for ours, theirs in siblings):
         return False
     if set(own_name(p.source)) <= set(own_name(p.target, 2)) or set(own_name(p.target)) <= set(own_name(p.source, 2)):
         return False  # one is wrapped
@@ -151,11 +151,13 @@ def names_dissent(sources: Sequence[Family], targets: Sequence[Family], region: 
     words = [[_with_kinds(ws) for ws in telling_words(side)] for side in (sources, targets)]
     if any(words[0]) and any(words[1]):
         like = [[best_pairs_similarity(a, b) if a and b else 0.0 for b in words[1]] for a in words[0]]
-    else:
+    else:  # the same words on both sides of each, in another order
         names = [
-            [" ".join(path_tokens(place_in(f.members[0], root))) for f in side]
+            [" ".join(plain_words(place_in(f.members[0], root))) for f in side]
             for side, root in ((sources, region.source), (targets, region.target))
         ]
+        if any(len(set(side)) < len(side) for side in names):
+            return False
         like = [[Levenshtein.normalized_similarity(a, b) for b in names[1]] for a in names[0]]
     return any(
         like[i][j] + like[j][i] > like[i][i] + like[j][j] + CLEARLY for i, j in combinations(range(len(sources)), 2)
