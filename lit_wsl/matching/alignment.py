@@ -25,9 +25,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named, is_strong
-from lit_wsl.matching.dissent import AGAINST_NAMES, counted_apart, names_dissent
+from lit_wsl.matching.dissent import AGAINST_NAMES, names_dissent
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
 from lit_wsl.matching.likeness import ENDS, LAYERS
+from lit_wsl.matching.numbers import counted_apart
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import Kept, agreement, kept_elsewhere, order_cell
 from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, other_name

@@ -19,14 +19,12 @@ Everything else stays open.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from lit_wsl.matching.dissent import NEIGHBOUR, OUT_OF_ORDER, RENAMED_ALONE, against, counted_down, renamed_alone
+from lit_wsl.matching.dissent import NEIGHBOUR, OUT_OF_ORDER, RENAMED_ALONE, against, renamed_alone
 from lit_wsl.matching.likeness import (
     BLOCKS,
     ENDS,
@@ -47,6 +45,7 @@ from lit_wsl.matching.likeness import (
     same_role,
     strength,
 )
+from lit_wsl.matching.numbers import NUMBERS, count_of, counted_alike, counted_down, number_map, runs_apart
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER
 from lit_wsl.matching.regions import (
@@ -60,7 +59,7 @@ from lit_wsl.matching.regions import (
     other_name,
 )
 from lit_wsl.matching.risks import may_load, refusal
-from lit_wsl.matching.shapes import TRANSPOSED, PairCosts, transpose_shape
+from lit_wsl.matching.shapes import TRANSPOSED, PairCosts, cut_by_shapes, transpose_shape
 from lit_wsl.matching.tree import (
     Family,
     Item,
@@ -85,8 +84,7 @@ ROLE, COUNT = "as in other blocks", "both count"
 OTHER_WORDS = "the last ones left of their size, but their names fit others better"
 TURNED = "the shapes fit as they are, but the names say that matrices are stored the other way round"
 OTHER_HEAD = "they would fit, but are called after different things: it may be another head"
-Key = tuple[Any, ...]
-NUMBERS, ASCENDING, EXCLUSION = "numbers", "ascending", "exclusion"
+EXCLUSION = "exclusion"
 LAYER_ONLY = "layers"  # both names say a kind of layer and no more
 FEW = 2  # units of the same name say nothing yet of the two models
 
@@ -188,7 +186,7 @@ class ClassSolver:
         ):
             return Decision([Pair(s[0], i, TIED) for i in t])
         out = Decision()
-        parts = _parts(s, t, exact=not self.costs.turned, by_core=region.by_core)
+        parts = cut_by_shapes(s, t, exact=not self.costs.turned, by_core=region.by_core)
         if len(parts) > 1 and self.names and self._named_turned(s, t, region):
             left = [list(x) for x in self._by_path(s, t, region, out)]
             if all(left):
@@ -314,7 +312,7 @@ class ClassSolver:
         theirs = {relative(i, region.source): i for i in s}
         taken: set[int] = set()
         renamed = region.source.path.rpartition(".")[2] != region.target.path.rpartition(".")[2]
-        if self.ordered and renamed and _runs_apart(s, t, region):
+        if self.ordered and renamed and runs_apart(s, t, region):
             return s, t
         for i in t:
             path = relative(i, region.target)
@@ -369,8 +367,8 @@ class ClassSolver:
         if not sure or not open_s or not open_t:
             return
         left_s, left_t = [fs[i] for i in sorted(open_s)], [ft[j] for j in sorted(open_t)]
-        if _counted_alike(left_s, left_t):
-            for f, g in zip(*(sorted(side, key=lambda f: _count(f, side)) for side in (left_s, left_t))):
+        if counted_alike(left_s, left_t):
+            for f, g in zip(*(sorted(side, key=lambda f: count_of(f, side)) for side in (left_s, left_t))):
                 self._zip(f, g, COUNT, out)
             return
         if len(left_s) == len(left_t) == 1 and len(left_s[0].members) == len(left_t[0].members):
@@ -459,87 +457,10 @@ class ClassSolver:
             out.ties.append(Tie(tuple(left_s), tuple(left_t)))
 
 
-def _parts(s: list[Item], t: list[Item], *, exact: bool, by_core: bool) -> list[tuple[list[Item], list[Item], bool]]:
-    """Cut a class by shapes where that gives both sides equally many; the rest stays together.
-
-    By exact shapes first, so that nothing is transposed without need.
-    """
-    if len(s) == len(t) == 1:
-        return [(s, t, True)]
-    parts = []
-    by_core = by_core and all(i.core for i in (*s, *t))
-    for key in (_core_shapes,) if by_core else (_exact_shapes, _shapes) if exact else (_shapes,):
-        keys_s, keys_t = _by(key, s), _by(key, t)
-        s, t = [], []
-        for value in sorted({*keys_s, *keys_t}):
-            a, b = keys_s.get(value, []), keys_t.get(value, [])
-            if len(a) == len(b):
-                parts.append((a, b, True))
-            else:
-                s += a
-                t += b
-    if s and t:
-        s, t = (sorted(side, key=lambda i: i.start) for side in (s, t))
-        parts.append((s, t, len(s) == len(t)))
-    return parts
-
-
-def _runs_apart(s: Sequence[Item], t: Sequence[Item], region: Region) -> bool:
-    """Whether the members of two lists are counted alike, but registered in opposite directions."""
-    counted = [
-        {int(relative(i, root)): i.start for i in side if relative(i, root).isdigit()}
-        for side, root in ((s, region.source), (t, region.target))
-    ]
-    shared = sorted(set(counted[0]) & set(counted[1]))
-    ups = [[places[a] < places[b] for a, b in pairwise(shared)] for places in counted]
-    return bool(ups[0]) and any(all(ups[k]) and not any(ups[1 - k]) for k in (0, 1))
-
-
 def _telling(families: Sequence[Family], others: Sequence[Family]) -> list[tuple[str, ...]]:
     """The words that tell families from their rivals; where there is no rival, those that tell the other side's."""
     common = set.intersection(*(set(f.words) for f in others)) if len(families) == 1 < len(others) else set()
     return [tuple(w for w in ws if not w.isdigit() and w not in common) for ws in telling_words(families)]
-
-
-def _counted_alike(fs: Sequence[Family], ft: Sequence[Family]) -> bool:
-    """Whether nothing but a count tells either side's items apart: 1 and 2, a and b, before and after."""
-    if len(fs) != len(ft) or any(len(f.members) != 1 for f in (*fs, *ft)):
-        return False
-    return all(sorted(_count(f, side) for f in side) == list(range(len(side))) for side in (fs, ft))
-
-
-def _count(family: Family, side: Sequence[Family]) -> int:
-    """Place of a family among those of its side by what tells it from them; -1 if that is no count."""
-    telling = telling_words(side)
-    words = telling[list(side).index(family)]
-    every = sorted({w for ws in telling for w in ws})
-    if len(words) != 1 or any(len(ws) != 1 for ws in telling):
-        return -1
-    if all(w.isdigit() for w in every):
-        return sorted(map(int, every)).index(int(words[0]))
-    for row in ("abcdefgh", ("before", "after"), ("pre", "post")):
-        if set(every) == set(row[: len(every)]):
-            return row.index(words[0])
-    return -1
-
-
-def _by(key: Callable[[Item], Key], items: Sequence[Item]) -> dict[Key, list[Item]]:
-    found: dict[Key, list[Item]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
-
-
-def _exact_shapes(item: Item) -> tuple[Any, ...]:
-    return tuple(sorted(Counter(tuple(d for d in t.shape if d != 1) for t in item.tensors).items()))
-
-
-def _core_shapes(item: Item) -> tuple[Any, ...]:
-    return tuple(sorted(item.core.items()))
-
-
-def _shapes(item: Item) -> tuple[Any, ...]:
-    return item.profile_key
 
 
 def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
@@ -563,31 +484,3 @@ def is_strong(item: Item) -> bool:
 def _unique(s: Item, t: Item, region: Region) -> bool:
     assert region.shapes is not None
     return all(counts[shape_key(i.main.shape)] == 1 for counts, i in zip(region.shapes, (s, t)))
-
-
-def number_map(f: Family, g: Family, ordered: bool) -> tuple[tuple[Item, ...], str] | None:
-    """The members of ``g`` in the order of ``f``, and by which evidence; ``None`` if nothing tells."""
-    if len(f.members) != len(g.members):
-        return None
-    up_s, up_t = _direction(f.members), _direction(g.members)
-    sets = [[tuple(n[a] for n in fam.numbers) for a in fam.axes()] for fam in (f, g)]
-    whole = [[tuple(n[a] for a in fam.axes()) for n in fam.numbers] for fam in (f, g)]
-    if sorted(whole[0]) == sorted(whole[1]):
-        if ordered and up_s * up_t < 0:
-            return None  # counted down on one side
-        place = dict(zip(whole[1], g.members))
-        return tuple(place[n] for n in whole[0]), NUMBERS
-    for a in sets[0]:
-        for b in sets[1]:
-            if len(set(a)) == len(a) == len(b) and set(a) == set(b):  # chunk and number, against number
-                place_1 = dict(zip(b, g.members))
-                return tuple(place_1[n] for n in a), NUMBERS
-    if ordered and up_s == up_t == 1:
-        return g.members, ASCENDING
-    return None
-
-
-def _direction(items: Sequence[Item]) -> int:
-    """1 if items stand in the order given, -1 if the other way round, 0 if neither."""
-    steps = {a.start < b.start for a, b in pairwise(items)}
-    return (1 if steps == {True} else -1) if len(steps) == 1 else 0

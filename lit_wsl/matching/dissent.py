@@ -6,15 +6,16 @@ pair; any of them leaves it open.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.matching.likeness import ENDS, KINDS, LAYER_WORDS, LAYERS, NEAR_WORDS, liken, own_name
+from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.regions import Learned, Pair, Region
-from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
-from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
+from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, telling_words
+from lit_wsl.matching.words import best_pairs_similarity, plain_words
 
 OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
 OTHER_DIRECTION = "the sizes of their lists say that one is counted the other way round"
@@ -77,39 +78,6 @@ def _is_function(s: Item, t: Item) -> bool:
     """Whether one name is the other with a function in front: ``log_sigma`` and ``sigma``."""
     short, long = sorted(("".join(own_name(i)) for i in (s, t)), key=len)
     return any(long == f + short for f in FUNCTIONS)
-
-
-# numbers ------------------------------------------------------------------------------------------------------------
-
-
-def counted_apart(s: Item, t: Item, region: Region) -> bool:
-    """Whether two items are counted among the same numbers, and their own numbers differ."""
-    along = _counted_along(s, t, region)
-    if not all(along) or [set(known) for known, _ in along[0]] != [set(known) for known, _ in along[1]]:
-        return False
-    return [number for _, number in along[0]] != [number for _, number in along[1]]
-
-
-def counted_down(s: Item, t: Item, region: Region) -> bool:
-    """Whether the sizes of two lists are the same only if one is read backwards, and two members don't fit that."""
-    along = _counted_along(s, t, region)
-    if len(along[0]) != 1 or len(along[1]) != 1:
-        return False
-    rows = []
-    for (sizes, number), *_ in along:
-        numbers = sorted(sizes, key=int)
-        rows.append(([sizes[n] for n in numbers], numbers.index(number)))
-    (a, at), (b, other) = rows
-    return a != b and a == b[::-1] and at + other != len(a) - 1
-
-
-def _counted_along(s: Item, t: Item, region: Region) -> tuple[list[tuple[Mapping[str, int], str]], ...]:
-    """Of two items the lists that they stand in, with the sizes of all members, and their own numbers there."""
-    along: list[list[tuple[Mapping[str, int], str]]] = []
-    for item, root, lists in zip((s, t), (region.source, region.target), region.lists):
-        places = counted(relative(item, root))
-        along.append([(lists[place], number) for place, number in places if len(lists.get(place, {})) > 1])
-    return tuple(along)
 
 
 # letters ------------------------------------------------------------------------------------------------------------

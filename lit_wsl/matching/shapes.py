@@ -1,4 +1,4 @@
-"""Which lossless operation takes one shape into another, and along which axis parts make up a whole."""
+"""Which lossless operation takes one shape into another, how parts make up a whole, and classes cut by shapes."""
 
 from __future__ import annotations
 
@@ -150,3 +150,52 @@ class PairCosts:
                 return None
             total += cost
         return total / len(f.members)
+
+
+Shapes = tuple[tuple[Shape, int], ...]
+
+
+def cut_by_shapes(
+    s: list[Item], t: list[Item], *, exact: bool, by_core: bool
+) -> list[tuple[list[Item], list[Item], bool]]:
+    """Cut a class by shapes where that gives both sides equally many; the rest stays together.
+
+    By exact shapes first, so that nothing is transposed without need.
+    """
+    if len(s) == len(t) == 1:
+        return [(s, t, True)]
+    parts = []
+    by_core = by_core and all(i.core for i in (*s, *t))
+    for key in (_core_shapes,) if by_core else (_exact_shapes, _shapes) if exact else (_shapes,):
+        keys_s, keys_t = _by(key, s), _by(key, t)
+        s, t = [], []
+        for value in sorted({*keys_s, *keys_t}):
+            a, b = keys_s.get(value, []), keys_t.get(value, [])
+            if len(a) == len(b):
+                parts.append((a, b, True))
+            else:
+                s += a
+                t += b
+    if s and t:
+        s, t = (sorted(side, key=lambda i: i.start) for side in (s, t))
+        parts.append((s, t, len(s) == len(t)))
+    return parts
+
+
+def _by(key: Callable[[Item], Shapes], items: Sequence[Item]) -> dict[Shapes, list[Item]]:
+    found: dict[Shapes, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
+def _exact_shapes(item: Item) -> Shapes:
+    return tuple(sorted(Counter(tuple(d for d in t.shape if d != 1) for t in item.tensors).items()))
+
+
+def _core_shapes(item: Item) -> Shapes:
+    return tuple(sorted(item.core.items()))
+
+
+def _shapes(item: Item) -> Shapes:
+    return item.profile_key

@@ -1,0 +1,103 @@
+"""What the numbers in names tell: which member of a list became which, as far as direction and sets agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from lit_wsl.matching.regions import Region
+from lit_wsl.matching.tree import Family, Item, relative, telling_words
+from lit_wsl.matching.words import counted
+
+NUMBERS, ASCENDING = "numbers", "ascending"
+
+
+def number_map(f: Family, g: Family, ordered: bool) -> tuple[tuple[Item, ...], str] | None:
+    """The members of ``g`` in the order of ``f``, and by which evidence; ``None`` if nothing tells."""
+    if len(f.members) != len(g.members):
+        return None
+    up_s, up_t = _direction(f.members), _direction(g.members)
+    sets = [[tuple(n[a] for n in fam.numbers) for a in fam.axes()] for fam in (f, g)]
+    whole = [[tuple(n[a] for a in fam.axes()) for n in fam.numbers] for fam in (f, g)]
+    if sorted(whole[0]) == sorted(whole[1]):
+        if ordered and up_s * up_t < 0:
+            return None  # counted down on one side
+        place = dict(zip(whole[1], g.members))
+        return tuple(place[n] for n in whole[0]), NUMBERS
+    for a in sets[0]:
+        for b in sets[1]:
+            if len(set(a)) == len(a) == len(b) and set(a) == set(b):  # chunk and number, against number
+                place_1 = dict(zip(b, g.members))
+                return tuple(place_1[n] for n in a), NUMBERS
+    if ordered and up_s == up_t == 1:
+        return g.members, ASCENDING
+    return None
+
+
+def _direction(items: Sequence[Item]) -> int:
+    """1 if items stand in the order given, -1 if the other way round, 0 if neither."""
+    steps = {a.start < b.start for a, b in pairwise(items)}
+    return (1 if steps == {True} else -1) if len(steps) == 1 else 0
+
+
+def runs_apart(s: Sequence[Item], t: Sequence[Item], region: Region) -> bool:
+    """Whether the members of two lists are counted alike, but registered in opposite directions."""
+    counted = [
+        {int(relative(i, root)): i.start for i in side if relative(i, root).isdigit()}
+        for side, root in ((s, region.source), (t, region.target))
+    ]
+    shared = sorted(set(counted[0]) & set(counted[1]))
+    ups = [[places[a] < places[b] for a, b in pairwise(shared)] for places in counted]
+    return bool(ups[0]) and any(all(ups[k]) and not any(ups[1 - k]) for k in (0, 1))
+
+
+def counted_alike(fs: Sequence[Family], ft: Sequence[Family]) -> bool:
+    """Whether nothing but a count tells either side's items apart: 1 and 2, a and b, before and after."""
+    if len(fs) != len(ft) or any(len(f.members) != 1 for f in (*fs, *ft)):
+        return False
+    return all(sorted(count_of(f, side) for f in side) == list(range(len(side))) for side in (fs, ft))
+
+
+def count_of(family: Family, side: Sequence[Family]) -> int:
+    """Place of a family among those of its side by what tells it from them; -1 if that is no count."""
+    telling = telling_words(side)
+    words = telling[list(side).index(family)]
+    every = sorted({w for ws in telling for w in ws})
+    if len(words) != 1 or any(len(ws) != 1 for ws in telling):
+        return -1
+    if all(w.isdigit() for w in every):
+        return sorted(map(int, every)).index(int(words[0]))
+    for row in ("abcdefgh", ("before", "after"), ("pre", "post")):
+        if set(every) == set(row[: len(every)]):
+            return row.index(words[0])
+    return -1
+
+
+def counted_apart(s: Item, t: Item, region: Region) -> bool:
+    """Whether two items are counted among the same numbers, and their own numbers differ."""
+    along = _counted_along(s, t, region)
+    if not all(along) or [set(known) for known, _ in along[0]] != [set(known) for known, _ in along[1]]:
+        return False
+    return [number for _, number in along[0]] != [number for _, number in along[1]]
+
+
+def counted_down(s: Item, t: Item, region: Region) -> bool:
+    """Whether the sizes of two lists are the same only if one is read backwards, and two members don't fit that."""
+    along = _counted_along(s, t, region)
+    if len(along[0]) != 1 or len(along[1]) != 1:
+        return False
+    rows = []
+    for (sizes, number), *_ in along:
+        numbers = sorted(sizes, key=int)
+        rows.append(([sizes[n] for n in numbers], numbers.index(number)))
+    (a, at), (b, other) = rows
+    return a != b and a == b[::-1] and at + other != len(a) - 1
+
+
+def _counted_along(s: Item, t: Item, region: Region) -> tuple[list[tuple[Mapping[str, int], str]], ...]:
+    """Of two items the lists that they stand in, with the sizes of all members, and their own numbers there."""
+    along: list[list[tuple[Mapping[str, int], str]]] = []
+    for item, root, lists in zip((s, t), (region.source, region.target), region.lists):
+        places = counted(relative(item, root))
+        along.append([(lists[place], number) for place, number in places if len(lists.get(place, {})) > 1])
+    return tuple(along)
