@@ -185,7 +185,7 @@ class Recorder(TorchDispatchMode):
         named.update(kwargs)
         recorded = self._referred(named)
         for value in _tensors(list(named.values())):
-            if not value.is_floating_point() and not value.is_complex() and 0 < value.numel() <= MAX_INDEX:
+            if not value.is_floating_point() and not value.is_complex() and value.numel() <= MAX_INDEX:
                 self.trace.integers[(number, self.number(value))] = value.detach().clone()
         result = func(*args, **kwargs)
         for value in _tensors(result):

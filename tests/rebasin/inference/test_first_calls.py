@@ -58,3 +58,27 @@ def test_an_embedding_that_rescales_its_rows_is_left_as_it_is():
     spec = infer_permutation_spec(net, (torch.tensor([[0, 3]]),))
     assert torch.equal(net[0].weight, before)
     assert bool(spec.axes["0.weight"][1].touched.all())
+
+
+class Routed(nn.Module):
+    """Experts that take the tokens a router sends them, in a loop; a small sample leaves some without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out, self.router = nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(6, 8)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 6)) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        chosen, found = self.router(x).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            (tokens,) = torch.where(chosen == number)
+            found.index_add_(0, tokens, expert(x[tokens]))
+        return self.out(found)
+
+
+def test_an_expert_that_gets_no_token_fixes_nothing():
+    torch.manual_seed(0)
+    spec = infer_permutation_spec(Routed(), (SAMPLE,))  # five tokens for eight experts
+    assert not spec.dropped
+    assert bool(spec.axes["inp.weight"][0].touched.all())
