@@ -22,7 +22,7 @@ OTHER_DIRECTION = "the sizes of their lists say that one is counted the other wa
 OTHER_LETTER = "one is called after the queries, keys or values of an attention, the other after others of these"
 OTHER_VALUES = "one is called after a function of the other, so that its values are others"
 RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
-NEIGHBOUR = "what their names have in common names the modules beside them or any layer, and no order confirms it"
+NEIGHBOUR = "what their names have in common names the modules beside them, or any layer: that decides nothing alone"
 OUT_OF_ORDER = "little speaks for it, and they stand in another order than what is decided around them"
 AGAINST_NAMES = "their order says one thing and their names another"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
@@ -51,7 +51,8 @@ def against(p: Pair, region: Region, learned: Learned, *, certain: bool, weak: b
     if counted_down(p.source, p.target, region):
         return OTHER_DIRECTION
     agree = learned.rows.agree(region, p.source, p.target) if ordered else ""
-    if p.cell.removeprefix("open ").startswith((NEAR_WORDS, LAYER_WORDS)) and agree not in ("in order", "in line"):
+    cell = p.cell.removeprefix("open ")
+    if cell.startswith(NEAR_WORDS) or (cell.startswith(LAYER_WORDS) and agree not in ("in order", "in line")):
         return NEIGHBOUR
     return OUT_OF_ORDER if weak and agree == "against order" else ""
 

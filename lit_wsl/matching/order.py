@@ -16,7 +16,8 @@ from lit_wsl.matching.tree import Item
 ORDER = "order"
 AMONG_MANY, AMONG_TWO, BESIDE_ONE = "order among many", "order among two", "order beside one"
 ORDER_OF_KIND, ORDER_ALONE = "order of a kind", "order alone"
-AS_ELSEWHERE, UNLIKE_ELSEWHERE = "as elsewhere", "unlike elsewhere"
+AS_ELSEWHERE, AS_SOMEWHERE, UNLIKE_ELSEWHERE = "as elsewhere", "as somewhere else", "unlike elsewhere"
+NEEDED = {ORDER_ALONE: (AS_ELSEWHERE,), BESIDE_ONE: (AS_ELSEWHERE, AS_SOMEWHERE)}  # of other regions of this level
 
 
 def order_cell(certain: Sequence[Pair], tie: Tie, others: Sequence[Tie], elsewhere: str) -> str | None:
@@ -29,7 +30,9 @@ def order_cell(certain: Sequence[Pair], tie: Tie, others: Sequence[Tie], elsewhe
         elsewhere: Whether other regions kept their order (:func:`kept_elsewhere`).
     """
     kind = _kind(certain, tie, others)
-    if kind is None or elsewhere == UNLIKE_ELSEWHERE or (kind == ORDER_ALONE and elsewhere != AS_ELSEWHERE):
+    if kind is None or elsewhere == UNLIKE_ELSEWHERE:
+        return None
+    if elsewhere not in NEEDED.get(kind, (elsewhere,)):
         return None  # blocks and what holds them are reordered apart, so other levels say nothing of this one
     return f"{kind}, {elsewhere}" if elsewhere else kind
 
@@ -117,4 +120,4 @@ def kept_elsewhere(here: bool, others: Iterable[Kept]) -> str:
     if level != here:
         return "as on other levels"
     by_chance = math.prod(math.factorial(min(n, 10)) for n in told[level])
-    return AS_ELSEWHERE if by_chance >= 100 else "as somewhere else"  # in one of so many orders all of it would agree
+    return AS_ELSEWHERE if by_chance >= 100 else AS_SOMEWHERE  # in one of so many orders all of it would agree
