@@ -92,7 +92,7 @@ def use(table: dict[str, dict[str, int]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.refactors.calibrate", description=__doc__)
-    parser.add_argument("--pairs", type=int, default=100, help="pairs per part and regime, with and without a sample")
+    parser.add_argument("--pairs", type=int, default=120, help="pairs per part and regime, with and without a sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="print, write nothing")
