@@ -86,7 +86,7 @@ def _labels(parts: Sequence[str]) -> list[str]:
     if any(not label for label in labels):  # one label begins like another: keep what they share
         cut = max((p[:head].rfind(c) for p in paths for c in "._"), default=-1) + 1
         labels = [p[cut : len(p) - tail] or p[cut:] for p in paths]
-    return [label.strip("._").lower() for label in labels]
+    return [label.strip("._").lower() or path.lower() or "_" for label, path in zip(labels, paths)]
 
 
 def _shared_letters(words: Sequence[str]) -> int:

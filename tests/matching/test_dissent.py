@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_wsl import transfer_weights
+from lit_wsl.matching.fusion import order_of_parts
 from lit_wsl.matching.likeness import liken
 from lit_wsl.matching.planner import by_alphabet
 from lit_wsl.structure.description import ParameterInfo
@@ -257,3 +258,11 @@ def test_a_kernel_along_one_axis_is_none_along_the_other():
 
 def test_a_map_whose_biases_show_its_outputs_is_not_transposed():
     assert "proj" not in loaded({"proj": linear(8, 32)}, {"proj": linear(32, 8)}, {})
+
+
+@pytest.mark.parametrize(
+    "parts", [["b._.weight", "b.__.weight"], ["b.w_", "b.w"], ["b.weight_g.weight", "b.weight_.weight"]]
+)
+def test_parts_without_a_letter_of_their_own_have_no_known_order(parts: list[str]):
+    found = order_of_parts("b.qkv.weight", parts)
+    assert sorted(found.order) == [0, 1]
