@@ -161,8 +161,11 @@ class ClassSolver:
         if not is_named(p.cell) and renamed_alone(p, region, self.learned):
             return RENAMED_ALONE
         alone, last = p.cell.startswith(ALONE), p.cell.startswith(EXCLUSION)
-        if last and self.ordered and self.learned.rows.agree(region, p.source, p.target) == "out of line":
+        agree = self.learned.rows.agree(region, p.source, p.target) if last and self.ordered else ""
+        if last and agree == "out of line":
             return OUT_OF_ORDER
+        if last and "module name" in cell and agree not in ("in order", "in line"):
+            return OTHER_WORDS  # what is left of two towers, where the name of one was hardly known
         weak = last or (is_named(p.cell) and p.cell.startswith(WEAK))
         return against(p, region, self.learned, certain=alone, weak=weak, ordered=self.ordered)
 
