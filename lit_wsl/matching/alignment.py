@@ -25,10 +25,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named, is_strong
-from lit_wsl.matching.dissent import AGAINST_NAMES, names_dissent
+from lit_wsl.matching.dissent import against_order
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
 from lit_wsl.matching.likeness import ENDS, LAYERS
-from lit_wsl.matching.numbers import counted_apart
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import Kept, agreement, kept_elsewhere, order_cell
 from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, other_name
@@ -41,7 +40,6 @@ from lit_wsl.structure.description import Shape
 
 MAX_CANDIDATES = 16
 RUN_OTHERWISE = "the model registers these in one order and runs them in another"
-COUNTED_OTHERWISE = "numbered in one order and registered in another"
 REPEATED_WEIGHT = 1000
 Profile = tuple[int, str, tuple[tuple[Shape, int], ...]]
 
@@ -455,24 +453,17 @@ class RegionMatch:
                 self._doubt(tie)
             elif self._runs_otherwise(tie):
                 self._doubt(replace(tie, reason=RUN_OTHERWISE))
-            elif names_dissent(tie.sources, tie.targets, self.region):
-                self._doubt(replace(tie, reason=AGAINST_NAMES))
-            elif any(
-                counted_apart(f.members[0], g.members[0], self.region)
-                for f, g in zip(tie.sources, tie.targets)
-                if len(f.members) == 1 == len(g.members)
-            ):
-                self._doubt(replace(tie, reason=COUNTED_OTHERWISE))
+            elif why := against_order(tie, self.region):
+                self._doubt(replace(tie, reason=why))
             else:
                 for f, g in zip(tie.sources, tie.targets):
                     decision = Decision()
                     self.aligner.classes._zip(f, g, cell, decision)
                     for p in decision.pairs:
-                        why = self.aligner.classes.refused(p, self.region)
+                        p, why = self.aligner.classes.judge(p, self.region)
                         if why:
                             self._doubt(Tie.of(p.source, p.target, self.region, why))
                             continue
-                        p = replace(p, cell=self.aligner.classes.judged(p, self.region))
                         self._take_pair(replace(p, first=False))
                         self.aligner.gathered.learned.roles.teach(self.region, p.source, p.target)
                     for inner in decision.ties:

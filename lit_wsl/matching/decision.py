@@ -115,27 +115,28 @@ class ClassSolver:
     def solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
         """Decide a class: members in registration order, and where they stand."""
         out = self._solve(s, t, region)
-        refused = [(p, why) for p in out.pairs if (why := self.refused(p, region))]
-        left = {id(p) for p, _ in refused}
+        found = [self.judge(p, region) for p in out.pairs]
+        out.pairs = [p for p, why in found if not why]
+        refused = [(p, why) for p, why in found if why]
         if refused:  # what was the last one left is so no more
-            refused += [(p, "") for p in out.pairs if id(p) not in left and p.cell.startswith(EXCLUSION)]
-            left = {id(p) for p, _ in refused}
-        out.pairs = [replace(p, cell=self.judged(p, region)) for p in out.pairs if id(p) not in left]
+            refused += [(p, "") for p in out.pairs if p.cell.startswith(EXCLUSION)]
+            out.pairs = [p for p in out.pairs if not p.cell.startswith(EXCLUSION)]
         joint = [p for p, why in refused if why in ("", NEIGHBOUR, OUT_OF_ORDER)]
         if len(joint) > 1 and len({p.source.profile_key for p in joint}) == 1:
             fs = families_of([p.source for p in joint], region.source)
             ft = families_of([p.target for p in joint], region.target)
             self._tie(_literal(fs), _literal(ft), out)
-            refused = [(p, why) for p, why in refused if p not in joint]
+            refused = [(p, why) for p, why in refused if why not in ("", NEIGHBOUR, OUT_OF_ORDER)]
         out.ties += [Tie.of(p.source, p.target, region, why or OTHER_WORDS) for p, why in refused]
         return out
 
-    def refused(self, p: Pair, region: Region) -> str:
-        """Why a pair is not loaded, if so: something speaks against it, or too little for it."""
+    def judge(self, p: Pair, region: Region) -> tuple[Pair, str]:
+        """A pair with its cell, and why it is not loaded, if so: something speaks against it, or too little for it."""
         if p.cell == TIED:
-            return ""
+            return p, ""
         cell = self.judged(p, region)
-        return self._against(p, cell, region) or ("" if may_load(cell) else refusal(cell))
+        why = self._against(p, cell, region) or ("" if may_load(cell) else refusal(cell))
+        return replace(p, cell=cell), why
 
     def judged(self, p: Pair, region: Region) -> str:
         """The cell of a pair, by whether names and order agree with it too."""
@@ -161,13 +162,13 @@ class ClassSolver:
         if not is_named(p.cell) and renamed_alone(p, region, self.learned):
             return RENAMED_ALONE
         alone, last = p.cell.startswith(ALONE), p.cell.startswith(EXCLUSION)
-        agree = self.learned.rows.agree(region, p.source, p.target) if last and self.ordered else ""
+        agree = self.learned.rows.agree(region, p.source, p.target) if self.ordered else ""
         if last and agree == "out of line":
             return OUT_OF_ORDER
         if last and "module name" in cell and agree not in ("in order", "in line"):
             return OTHER_WORDS  # what is left of two towers, where the name of one was hardly known
         weak = last or (is_named(p.cell) and p.cell.startswith(WEAK))
-        return against(p, region, self.learned, certain=alone, weak=weak, ordered=self.ordered)
+        return against(p, region, agree, certain=alone, weak=weak)
 
     def _around(self, p: Pair, region: Region) -> str:
         """What makes another name telling: units at an end may be other heads, and siblings that kept theirs."""
@@ -468,15 +469,16 @@ def _telling(families: Sequence[Family], others: Sequence[Family]) -> list[tuple
 
 def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
     """Ordinals of the matrices at the ends of a model: outside of lists, and nothing takes in what they put out."""
-    matrices = [(k, i) for k, i in enumerate(infos) if len(shape_key(i.shape)) >= 2]
-    return frozenset(
-        k
-        for k, i in matrices
-        if "Embed" not in i.module_type
-        and kind_of(i.name) == "scale"
-        and i.shape[0] > 1
-        and not any(later.shape[1] == i.shape[0] for n, later in matrices if n > k)
-    )
+    found: set[int] = set()
+    taken_in: set[int] = set()
+    for k, i in reversed(list(enumerate(infos))):
+        if len(shape_key(i.shape)) < 2:
+            continue
+        is_map = "Embed" not in i.module_type and kind_of(i.name) == "scale"
+        if is_map and i.shape[0] > 1 and i.shape[0] not in taken_in:
+            found.add(k)
+        taken_in.add(i.shape[1])
+    return frozenset(found)
 
 
 def is_strong(item: Item) -> bool:

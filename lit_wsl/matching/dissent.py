@@ -13,7 +13,7 @@ from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.matching.likeness import ENDS, KINDS, LAYER_WORDS, LAYERS, NEAR_WORDS, liken, own_name
 from lit_wsl.matching.numbers import counted_apart, counted_down
-from lit_wsl.matching.regions import Learned, Pair, Region
+from lit_wsl.matching.regions import Learned, Pair, Region, Tie
 from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, plain_words
 
@@ -24,22 +24,22 @@ OTHER_VALUES = "one is called after a function of the other, so that its values 
 RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
 NEIGHBOUR = "what their names have in common names the modules beside them, or any layer: that decides nothing alone"
 OUT_OF_ORDER = "little speaks for it, and they stand in another order than what is decided around them"
+COUNTED_OTHERWISE = "numbered in one order and registered in another"
 AGAINST_NAMES = "their order says one thing and their names another"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
 KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
 LETTERS = {"q": ("q", "query", "queries", "wq"), "k": ("k", "key", "keys", "wk"), "v": ("v", "value", "values", "wv")}
 
 
-def against(p: Pair, region: Region, learned: Learned, *, certain: bool, weak: bool, ordered: bool) -> str:
+def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -> str:
     """What speaks against a pair; empty if nothing does.
 
     Args:
         p: The pair.
         region: Where it stands.
-        learned: What the pass before learned.
+        agree: Whether it stands in the order of the others (:meth:`Rows.agree`), if the source has one.
         certain: Whether it is the only one that fits where everything must find a partner.
         weak: Whether so little speaks for it that order may overrule it.
-        ordered: Whether the source has an order.
     """
     units = max(p.source.level, p.target.level) < 2
     if units and letters_apart(p.source, p.target, region):
@@ -50,7 +50,6 @@ def against(p: Pair, region: Region, learned: Learned, *, certain: bool, weak: b
         return OTHER_NUMBER
     if counted_down(p.source, p.target, region):
         return OTHER_DIRECTION
-    agree = learned.rows.agree(region, p.source, p.target) if ordered else ""
     cell = p.cell.removeprefix("open ")
     if cell.startswith(NEAR_WORDS) or (cell.startswith(LAYER_WORDS) and agree not in ("in order", "in line")):
         return NEIGHBOUR
@@ -111,7 +110,17 @@ def _letters_beside(item: Item, root: Item) -> set[str]:
 CLEARLY = 0.2  # of 2: by so much more must two names say that they are exchanged
 
 
-def names_dissent(sources: Sequence[Family], targets: Sequence[Family], region: Region) -> bool:
+def against_order(tie: Tie, region: Region) -> str:
+    """What speaks against pairing a tie in the order in which its families stand; empty if nothing does."""
+    if _names_dissent(tie.sources, tie.targets, region):
+        return AGAINST_NAMES
+    single = (
+        (f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets) if len(f.members) == 1 == len(g.members)
+    )
+    return COUNTED_OTHERWISE if any(counted_apart(s, t, region) for s, t in single) else ""
+
+
+def _names_dissent(sources: Sequence[Family], targets: Sequence[Family], region: Region) -> bool:
     """Whether the names of two pairs that stand in one order say that they are exchanged.
 
     Names that are too unlike to decide may be like enough to contradict: ``reset`` and ``update`` stand before ``r``

@@ -67,7 +67,7 @@ def forget() -> None:
 WORDS, HALF_WORDS, PART_WORDS = "words", "half words", "some words"
 LETTERS, NEAR_WORDS, LAYER_WORDS = "letters", "neighbour's words", "words for any layer"
 SHORT_WORDS = "short words"
-WEAK = (SHORT_WORDS, HALF_WORDS, PART_WORDS, LETTERS, "open ")  # what order may overrule
+WEAK = (SHORT_WORDS, HALF_WORDS, PART_WORDS, "open ")  # what order may overrule
 FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter may stand for anything
 ENDS = frozenset(  # what the last layer is called in any model, so that it says nothing about what it is for
     (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from lit_wsl.matching.regions import Region
@@ -76,28 +76,28 @@ def count_of(family: Family, side: Sequence[Family]) -> int:
 def counted_apart(s: Item, t: Item, region: Region) -> bool:
     """Whether two items are counted among the same numbers, and their own numbers differ."""
     along = _counted_along(s, t, region)
-    if not all(along) or [set(known) for known, _ in along[0]] != [set(known) for known, _ in along[1]]:
+    known = [[region.lists[k][place].keys() for place, _ in side] for k, side in enumerate(along)]
+    if not all(along) or known[0] != known[1]:
         return False
     return [number for _, number in along[0]] != [number for _, number in along[1]]
 
 
 def counted_down(s: Item, t: Item, region: Region) -> bool:
-    """Whether the sizes of two lists are the same only if one is read backwards, and two members don't fit that."""
+    """Whether two members of lists that count in opposite directions don't stand opposite to each other."""
     along = _counted_along(s, t, region)
     if len(along[0]) != 1 or len(along[1]) != 1:
         return False
-    rows = []
-    for (sizes, number), *_ in along:
-        numbers = sorted(sizes, key=int)
-        rows.append(([sizes[n] for n in numbers], numbers.index(number)))
-    (a, at), (b, other) = rows
-    return a != b and a == b[::-1] and at + other != len(a) - 1
+    (ours, number), (theirs, other) = along[0][0], along[1][0]
+    if not region.counts_down(ours, theirs):
+        return False
+    numbers = [sorted(lists[place], key=int) for lists, place in zip(region.lists, (ours, theirs))]
+    return numbers[0].index(number) + numbers[1].index(other) != len(numbers[0]) - 1
 
 
-def _counted_along(s: Item, t: Item, region: Region) -> tuple[list[tuple[Mapping[str, int], str]], ...]:
-    """Of two items the lists that they stand in, with the sizes of all members, and their own numbers there."""
-    along: list[list[tuple[Mapping[str, int], str]]] = []
-    for item, root, lists in zip((s, t), (region.source, region.target), region.lists):
-        places = counted(relative(item, root))
-        along.append([(lists[place], number) for place, number in places if len(lists.get(place, {})) > 1])
-    return tuple(along)
+def _counted_along(s: Item, t: Item, region: Region) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Of two items the places where they stand among others in a list, and their numbers there."""
+    found = [
+        [(place, number) for place, number in counted(relative(item, root)) if len(lists.get(place, {})) > 1]
+        for item, root, lists in zip((s, t), (region.source, region.target), region.lists)
+    ]
+    return found[0], found[1]

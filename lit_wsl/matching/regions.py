@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from lit_wsl.matching.likeness import foreign, own_name
 from lit_wsl.matching.tree import Family, Item, families_of, owner_path, place_in, relative
-from lit_wsl.matching.words import count_alike, counted, numbers_along, plain_words, split_numbers
+from lit_wsl.matching.words import count_alike, counted, plain_words, split_numbers
 from lit_wsl.structure.description import Shape
 
 BLOCK = 64  # tensors; larger regions teach nothing about their like
@@ -70,7 +70,7 @@ class Region:
 
     @cached_property
     def _counters(self) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-        return numbers_along(self.names[0]), numbers_along(self.names[1])
+        return tuple({place: set(members) for place, members in side.items()} for side in self.lists)  # type: ignore
 
     @cached_property
     def lists(self) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
@@ -82,6 +82,20 @@ class Region:
                     members = found.setdefault(place, {})
                     members[number] = members.get(number, 0) + t.numel
         return sides
+
+    @cached_property
+    def _backwards(self) -> dict[tuple[str, str], bool]:
+        return {}
+
+    def counts_down(self, ours: str, theirs: str) -> bool:
+        """Whether the members of two lists have the same sizes only if one is read backwards."""
+        if (ours, theirs) not in self._backwards:
+            a, b = (
+                [members[n] for n in sorted(members, key=int)]
+                for members in (self.lists[0].get(ours, {}), self.lists[1].get(theirs, {}))
+            )
+            self._backwards[ours, theirs] = a != b and a == b[::-1]
+        return self._backwards[ours, theirs]
 
     @property
     def in_list(self) -> bool:
