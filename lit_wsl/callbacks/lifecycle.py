@@ -73,14 +73,7 @@ def has_trained_elsewhere(trainer: pl.Trainer) -> bool:
 
 
 def when_whole(strategy: Strategy, run: Callable[[], None], needs_memory: Callable[[], bool]) -> Callable[[], None]:
-    """Call ``run`` once when the next ``strategy.setup`` begins; several calls queue up in the order they came.
-
-    Args:
-        strategy: The trainer's strategy.
-        run: What to do.
-        needs_memory: Whether the model's tensors have no memory yet, so that ``run`` must wait until the strategy
-            has given them some (tensors on the meta device, sharded).
-    """
+    """Call ``run`` once when the next ``strategy.setup`` begins, or where it needs memory when tensors have some."""
     installed = vars(strategy).get("setup")
     queue: list[tuple[Callable[[], None], Callable[[], bool]]] | None = getattr(installed, "lit_wsl_queue", None)
     if queue is None:
@@ -177,15 +170,7 @@ def shadows(trainer: pl.Trainer, model: nn.Module, ours: Any) -> Iterator[Shadow
 def mind_copies(
     trainer: pl.Trainer, model: nn.Module, ours: Any, names: tuple[str, ...], *, late: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Feed copies of the model that callbacks listed after ours made too early; warn about those listed before.
-
-    Args:
-        trainer: The trainer.
-        model: The model, filled.
-        ours: Our callback.
-        names: The tensors that were filled.
-        late: Whether the transfer came after all callbacks had been set up.
-    """
+    """Feed copies of the model that callbacks listed after ours made too early; warn about those listed before."""
     warnings, notes = [], []
     for shadow in shadows(trainer, model, ours):
         if shadow.listed_before:

@@ -49,17 +49,7 @@ def remarked(
     file: str,
     late: bool,
 ) -> TransferReport:
-    """The report of a filled model with its warnings and notes, which are printed too; copies get their share.
-
-    Args:
-        report: What was loaded.
-        trainer: The trainer.
-        callback: The callback that filled the model.
-        model: The model.
-        before: What it held before.
-        file: What to call the checkpoint.
-        late: Whether the other callbacks had been set up.
-    """
+    """The report of a filled model with its warnings and notes, which are printed too; copies get their share."""
     warnings, notes = mind_copies(trainer, model, callback, report.loaded, late=late)
     kept = given_by_hand(model)
     replaced = [path for path in (*before.by_hand, *given_while_built(model)) if path not in kept]

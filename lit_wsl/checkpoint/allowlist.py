@@ -399,12 +399,7 @@ def is_known(name: ForeignName) -> bool:
 
 
 def build(func: ForeignName, args: tuple[Any, ...]) -> Any:
-    """Call our own function for an allowed name.
-
-    Raises:
-        ForeignUseError: if the name is not allowed, or its arguments make it foreign.
-        RefusedError: if the arguments are of a form that no honest file has.
-    """
+    """Call our own function for an allowed name."""
     builder = BUILDERS.get((func.module, func.name))
     if builder is None:
         raise ForeignUseError

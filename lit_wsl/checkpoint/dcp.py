@@ -63,15 +63,7 @@ class _Files:
 
 
 def read_distributed(path: Path, read_file: Callable[[Path], Document]) -> Document:
-    """Read a distributed checkpoint's index; its tensors are joined when asked for.
-
-    Args:
-        path: the folder with ``.metadata``.
-        read_file: reads Lightning's ``meta.pt`` (epoch, hyper-parameters, loops) where it is present.
-
-    Raises:
-        RefusedError: if the index is damaged, names what is not there, or leaves holes in a tensor.
-    """
+    """Read a distributed checkpoint's index; its tensors are joined when asked for."""
     found = unpickle(MappedFile(path / ".metadata").data)
     index = found.value.state if isinstance(found.value, ForeignObject) else {}
     entries, places = index.get("state_dict_metadata"), index.get("storage_data")

@@ -30,13 +30,7 @@ Piece = tuple[Tensor, int, int]  # a flat vector, and the part of it that is mea
 
 
 def read_deepspeed(path: Path, read_file: ReadFile) -> Document:
-    """Read a ZeRO folder of any stage: fp32 weights where the optimizer's parts are there, else those of the module.
-
-    Raises:
-        CheckpointError: if its parts do not fit together, or the model itself was cut (tensor or pipeline
-            parallelism, experts); it names the script that DeepSpeed put beside the checkpoint.
-        RefusedError: if a file is damaged.
-    """
+    """Read a ZeRO folder of any stage: fp32 weights where the optimizer's parts are there, else those of the module."""
     folder = _tagged(path)
     models = _by_rank(folder, "model_states.pt", path)
     optimizers = _by_rank(folder, "optim_states.pt", path)

@@ -72,11 +72,7 @@ def is_address(path: str | os.PathLike[str]) -> bool:
 
 
 def bring(path: str | os.PathLike[str]) -> Local:
-    """The local form of a path; what an address names is fetched through fsspec, a folder with all that is in it.
-
-    Raises:
-        CheckpointError: If it cannot be fetched; the message has the address as it was given.
-    """
+    """The local form of a path; what an address names is fetched through fsspec, a folder with all that is in it."""
     if not is_address(path):
         local = Path(path).expanduser()
         collapsed = _COLLAPSED.match(os.fspath(path))
@@ -131,11 +127,7 @@ MAX_INDEX = 256 << 20
 
 
 def read_folder(path: Path, read_file: ReadFile) -> Document:
-    """Read a folder by what lies in it.
-
-    Raises:
-        CheckpointError: naming what the folder lacks.
-    """
+    """Read a folder by what lies in it."""
     if path.is_file():
         return _read_sharded(path, read_file)
     if (path / ".metadata").is_file():
@@ -238,9 +230,6 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
 
 def looks_like(head: bytes) -> str | None:
     """Say what a file is by its first bytes, if it is surely not a checkpoint.
-
-    Args:
-        head: at least the first 512 bytes, or all of a shorter file.
 
     Example:
         >>> looks_like(b"")
@@ -466,11 +455,7 @@ def _class_of(value: ForeignObject) -> str:
 
 
 def read_document(path: Path) -> Document:
-    """Read a file or folder by its content, whatever its name says, without running any code in it.
-
-    Raises:
-        CheckpointError: naming the file, what it looks like, and the remedy.
-    """
+    """Read a file or folder by its content, whatever its name says, without running any code in it."""
     with _errors_of(path):
         if path.is_dir():
             return read_folder(path, read_document)

@@ -52,11 +52,7 @@ def is_safetensors(head: bytes, path: Path) -> bool:
 
 
 def read_safetensors(path: Path) -> Document:
-    """Read the header of a safetensors file.
-
-    Raises:
-        RefusedError: if the file is damaged, or holds a dtype that torch does not have.
-    """
+    """Read the header of a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -78,11 +74,7 @@ def read_safetensors(path: Path) -> Document:
 
 
 def _read_larger_than_memory(path: Path) -> Document:
-    """Read a file that the library cannot map, because it is larger than memory, by a mapping that reserves none.
-
-    Raises:
-        RefusedError: if the file is damaged, or holds a dtype that torch does not have.
-    """
+    """Read a file that the library cannot map, because it is larger than memory, by a mapping that reserves none."""
     file = MappedFile(path)
     (length,) = struct.unpack_from("<Q", file.data)
     if 8 + length > len(file.data):

@@ -52,11 +52,7 @@ class Archive:
     checksums: bool = True
 
     def bytes_of(self, data: memoryview, name: str) -> memoryview:
-        """Give a member's bytes, after comparing their CRC-32 where the archive has checksums.
-
-        Raises:
-            RefusedError: if the bytes are not those that were written.
-        """
+        """Give a member's bytes, after comparing their CRC-32 where the archive has checksums."""
         member = self.members[name]
         part = data[member.offset : member.offset + member.size]
         if self.checksums and zlib.crc32(part) != member.crc:
@@ -93,14 +89,7 @@ class _View(io.RawIOBase):
 
 
 def read_archive(data: memoryview) -> Archive:
-    """Read and check the directory of a zip archive.
-
-    Args:
-        data: the bytes of the whole archive.
-
-    Raises:
-        RefusedError: if it is damaged, truncated, or not of the form that torch writes.
-    """
+    """Read and check the directory of a zip archive."""
     try:
         # zipfile keeps a reference to the view only while it is open
         with zipfile.ZipFile(_View(data)) as opened:
@@ -225,11 +214,7 @@ class MappedFile:
 
 
 def read_torch_file(path: Path) -> Document:
-    """Read a file that ``torch.save`` or ``pickle`` wrote, running none of it.
-
-    Raises:
-        RefusedError: if it is damaged or does something that no honest checkpoint does.
-    """
+    """Read a file that ``torch.save`` or ``pickle`` wrote, running none of it."""
     file = MappedFile(path)
     if file.data[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         found = read_zip(file)
@@ -269,11 +254,7 @@ def _is_plain(name: str) -> bool:
 
 
 def read_zip(file: MappedFile, start: int = 0, length: int | None = None) -> Unpickled:
-    """Read the zip form, which may be a part of a larger file (the shards of ``torch.distributed.checkpoint``).
-
-    Raises:
-        RefusedError: if it is not a sound archive of ``torch.save``.
-    """
+    """Read the zip form, which may be a part of a larger file (the shards of ``torch.distributed.checkpoint``)."""
     data = file.data[start:] if length is None else file.data[start : start + length]
     archive = read_archive(data)
     member = archive.members.get("data.pkl")
@@ -310,9 +291,6 @@ def verify_checksums(path: Path) -> int:
 
     Returns:
         The number of bytes compared; 0 for files without checksums.
-
-    Raises:
-        RefusedError: naming the part that is damaged.
     """
     file = MappedFile(path)
     if file.data[:2] != b"PK":

@@ -348,17 +348,7 @@ class Unpickled:
 
 
 def unpickle(data: memoryview | bytes, start: int = 0, load_storage: LoadStorage | None = None) -> Unpickled:
-    """Read one pickle without running any of it.
-
-    Args:
-        data: the bytes.
-        start: where the pickle begins.
-        load_storage: gives the storage of a torch persistent id from ``(dtype, key, number of elements)``;
-            without it, persistent ids are refused.
-
-    Raises:
-        RefusedError: if the pickle is damaged, or does something that no honest checkpoint does.
-    """
+    """Read one pickle without running any of it."""
     machine = _RecordUnpickler(memoryview(data), start, load_storage)
     try:
         value = machine.load()
@@ -403,9 +393,6 @@ def check_tree(root: Any) -> None:
 
     A depth-first walk without recursion. ``size[id]`` counts the values under a container as if nothing were shared;
     what is still open is an ancestor, and counts as one (a cycle).
-
-    Raises:
-        RefusedError: if a limit is passed.
     """
     if not isinstance(root, (*CONTAINERS, ForeignObject)):
         return

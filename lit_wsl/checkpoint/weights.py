@@ -50,9 +50,6 @@ def module_state_dict(root: ForeignObject) -> dict[str, Tensor]:
 
     Own parameters, then own persistent buffers, then children; a module or tensor that is used under several names is
     listed under each, as ``state_dict`` does.
-
-    Raises:
-        RefusedError: if modules contain themselves, or are nested to an astronomical size.
     """
     result: dict[str, Tensor] = {}
     stack: list[tuple[str, ForeignObject, int]] = [("", root, 0)]
@@ -85,11 +82,7 @@ def _contents(module: ForeignObject) -> tuple[dict[str, Tensor], dict[str, Forei
 
 
 def numpy_tensor(value: Any) -> Tensor | None:
-    """Give the tensor of a pickled NumPy array (not an object array), or None if the record is something else.
-
-    Raises:
-        RefusedError: if the array's data does not have the size that its shape needs.
-    """
+    """Give the tensor of a pickled NumPy array (not an object array), or None if the record is something else."""
     if not isinstance(value, ForeignObject) or not isinstance(value.func, ForeignName):
         return None
     if not value.func.module.startswith("numpy"):
@@ -332,13 +325,8 @@ def _rank(nest: Nest) -> tuple[bool, int]:
 def select_weights(tree: Any, weights: Weights = "auto") -> Selection:
     """Choose the nest with the model's weights, or with their running average.
 
-    Args:
-        tree: the content of a checkpoint.
-        weights: ``"auto"`` takes the model's weights as the file's own framework would load them; ``"model"`` never an
-            average of them; ``"ema"`` the average.
-
-    Raises:
-        CheckpointError: if there are no tensors, or no average where one is asked for.
+    ``"auto"`` takes the model's weights as the file's own framework would load them; ``"model"`` never an average of
+    them; ``"ema"`` the average.
     """
     if weights not in ("auto", "model", "ema"):
         raise CheckpointError(f"weights={weights!r} is not one of 'auto', 'model', 'ema'.")

@@ -24,11 +24,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: The arguments without the program's name; by default those of the process.
-    """
+    """Run the command."""
     try:
         from lit_wsl.cli.parser import build_parser
     except ModuleNotFoundError as error:

@@ -45,13 +45,7 @@ def fields(pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """Print a table: laid out to the width of a terminal, else one line of tab-separated cells per row.
-
-    Args:
-        header: Titles of the columns.
-        rows: Cells as text.
-        right: Numbers of the columns that hold numbers, from 0.
-    """
+    """Print a table: laid out to the width of a terminal, else one line of tab-separated cells per row."""
     if not on_terminal():
         for row in (header, *rows):
             print("\t".join(map(_cell, row)))
@@ -82,11 +76,7 @@ Step = Callable[[int, int], None]
 
 @contextmanager
 def progress(title: str) -> Iterator[Step]:
-    """A progress bar on the standard error where it is a terminal, else nothing.
-
-    Yields:
-        A function to call with what is done and the total.
-    """
+    """A progress bar on the standard error where it is a terminal, else nothing."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

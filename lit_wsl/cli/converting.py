@@ -63,11 +63,7 @@ def run(options: Any) -> int:
 
 
 def _plan(options: Any) -> TransferPlan:
-    """The plan of ``--plan``; without one, the checkpoint is matched to the model here.
-
-    Raises:
-        CoverageError: If less matches than ``--min-coverage`` asks for.
-    """
+    """The plan of ``--plan``; without one, the checkpoint is matched to the model here."""
     if options.plan is not None:
         plan = TransferPlan.load(options.plan)
         return plan.reverse() if options.reverse else plan

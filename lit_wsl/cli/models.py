@@ -72,15 +72,7 @@ def wanted(options: Any) -> bool:
 
 
 def build_model(options: Any, *, meta: bool = True) -> nn.Module:
-    """Build the model of ``--model`` or ``--config``.
-
-    Args:
-        options: The command's options.
-        meta: Whether weights are not needed: the model is then built on the meta device where it can be.
-
-    Raises:
-        UsageError: If it cannot be built; the message says why.
-    """
+    """Build the model of ``--model`` or ``--config``."""
     if options.config is not None:
         return _on_meta(lambda: _from_config(options), meta)
     if options.model is None:
@@ -110,11 +102,7 @@ def build_from(path: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def look_up(path: str) -> Any:
-    """Import what ``package.module:name`` or ``file.py:name`` names; the current folder counts as installed.
-
-    Raises:
-        UsageError: If it is not there.
-    """
+    """Import what ``package.module:name`` or ``file.py:name`` names; the current folder counts as installed."""
     place, mark, name = path.rpartition(":")
     if not mark:
         place, _, name = path.rpartition(".")
@@ -259,11 +247,7 @@ def _instantiate(path: str, arguments: Mapping[str, Any], file: str) -> nn.Modul
 
 
 def sample_call(path: str | None, model: nn.Module) -> Call | None:
-    """One call of the model: from ``--sample``, or from its ``example_input_array``.
-
-    Raises:
-        UsageError: If the function named by ``--sample`` gives no sample.
-    """
+    """One call of the model: from ``--sample``, or from its ``example_input_array``."""
     if path is not None:
         found = look_up(path)
         try:

@@ -74,11 +74,7 @@ def _parser(description: str) -> ArgumentParser:
 
 
 def build_parser(arguments: Sequence[str] = ()) -> ArgumentParser:
-    """The parser of ``lit-wsl``.
-
-    Args:
-        arguments: What it will parse; commands that these do not name first are listed, but get no options.
-    """
+    """The parser of ``lit-wsl``."""
     first = next(iter(arguments), "")
     parser = _Parser(
         prog="lit-wsl",

@@ -309,11 +309,7 @@ def convert_document(
 
 
 def without_dropped(document: Any, drop: Sequence[str], label: str) -> Any:
-    """Leave entries out of a checkpoint's content.
-
-    Raises:
-        CheckpointError: If there is no such entry: a slip of the pen must not go unnoticed.
-    """
+    """Leave entries out of a checkpoint's content."""
     if isinstance(drop, str):
         raise CheckpointError(f"drop must be a list of entries, such as [{drop!r}].")
     rest, found = drop_entries(document, drop)

@@ -481,11 +481,6 @@ def _strings_in(record: Any) -> Iterator[str]:
 def drop_entries(tree: Any, drop: Sequence[str], path: Path = ()) -> tuple[Any, set[str]]:
     """Leave entries out of a checkpoint.
 
-    Args:
-        tree: Its content, or a part of it.
-        drop: Entries by their keys joined with ``/``, with ``*`` for any text.
-        path: Where the part is.
-
     Returns:
         The rest, and which of the wishes found something.
 

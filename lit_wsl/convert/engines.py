@@ -125,12 +125,7 @@ class Flattened:
         return NewOrder(tuple(info.name for info in self.target.parameters if info.kind == "parameter"), known=True)
 
     def load(self, states: Sequence[dict[str, Any]]) -> None:
-        """Give the optimizers their parts of whole states.
-
-        Raises:
-            CheckpointError: If torch cannot cut them, as where only some of the parameters that it has joined have a
-                state.
-        """
+        """Give the optimizers their parts of whole states."""
         for optimizer, state, groups in zip(self.optimizers, states, self.groups, strict=True):
             keys = [key for group in state["param_groups"] for key in group["params"]]
             name = dict(zip(keys, (name for group in groups for name in group.names), strict=True))

@@ -87,21 +87,7 @@ def convert_optimizers(
     doubtful: Collection[str] = (),
     keep: Keep | None = None,
 ) -> Carried:
-    """Convert ``optimizer_states`` of a checkpoint.
-
-    Args:
-        saved: The state dict of each optimizer.
-        plan: From the old model's tensors to the new model's.
-        old_parameters: Names and shapes of the old model's parameters, in registration order, tied ones once.
-        new: The new model's parameters. Without groups of the new run each goes to the group of its source, in
-            registration order.
-        options: What the user decides.
-        doubtful: Old parameters that may be buffers.
-        keep: What to hold of each value of a state, see :func:`~lit_wsl.convert.weights.carry_state`.
-
-    Raises:
-        CheckpointError: If the states cannot be carried; the message says which, why, and what to do.
-    """
+    """Convert ``optimizer_states`` of a checkpoint."""
     options = options or CarryOptions()
     optimizers = [SavedOptimizer.read(data, f"optimizer {number}") for number, data in enumerate(saved)]
     names, notes = assign_names(optimizers, old_parameters, options.parameter_names, doubtful)
@@ -383,11 +369,7 @@ class _Carrier:
         return found
 
     def origin(self, number: int, position: int) -> Place | None:
-        """The old group whose settings hold for a new one.
-
-        Raises:
-            CheckpointError: If several do that contradict each other, or its optimizer is of another kind.
-        """
+        """The old group whose settings hold for a new one."""
         group = self.groups[number][position]
         places = self._sources(number, position)
         if not places:  # nothing in it comes from the checkpoint

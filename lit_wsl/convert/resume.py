@@ -121,11 +121,7 @@ class Resume:
     # -- before a weight moves -----------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse what the file alone tells to be impossible. Changes nothing.
-
-        Raises:
-            CheckpointError: If the checkpoint has no training state, or it cannot be carried; the message says why.
-        """
+        """Refuse what the file alone tells to be impossible. Changes nothing."""
         self.ranks.together(self._check)
         # moving a model to a device makes new buffers, so the way back of these is by name
         self._buffers = {n: b.detach().clone() for n, b in self.model.named_buffers() if not nn.parameter.is_lazy(b)}
@@ -255,14 +251,7 @@ class Resume:
         *,
         late: bool,
     ) -> None:
-        """Let Lightning restore the rest, now that the model is filled.
-
-        Args:
-            undo: Where ways back are registered.
-            done: Called with remarks once everything is restored.
-            failed: Called with what was raised; gives what to raise.
-            late: Whether Lightning's restoring of module and callbacks has gone by.
-        """
+        """Let Lightning restore the rest, now that the model is filled."""
         undo.later("buffers", self._put_buffers_back)
         connector = self.trainer._checkpoint_connector
         restore = connector.restore_training_state

@@ -64,11 +64,7 @@ class SavedOptimizer:
 
     @classmethod
     def read(cls, data: Any, label: str) -> SavedOptimizer:
-        """Take a state dict apart.
-
-        Raises:
-            CheckpointError: If it is not that of a ``torch.optim.Optimizer``.
-        """
+        """Take a state dict apart."""
         if not isinstance(data, Mapping) or not {"state", "param_groups"} <= set(data):
             raise CheckpointError(f"{label} is not the state of a torch optimizer: no 'state' and 'param_groups'.")
         state, groups = data["state"], data["param_groups"]
@@ -114,12 +110,6 @@ def _wide_keys(states: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
 
 def kind_of(key: str, value: Any, shape: Shape, wide: bool | None = None) -> str | None:
     """What a value of a parameter's state is, told by its shape against the parameter's.
-
-    Args:
-        key: Its key in the state.
-        value: The value.
-        shape: The parameter's shape.
-        wide: Whether this key has more than one element for some parameter of the optimizer, where that is known.
 
     Returns:
         ``"same"`` (one value per weight, as Adam's moments), ``"row"`` or ``"column"`` (means over the last axis or the
@@ -270,11 +260,6 @@ def is_other_kind(saved: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[lis
 def keys_of_state(optimizer: Optimizer, settings: Mapping[str, Any], dimensions: int) -> frozenset[str] | None:
     """What an optimizer keeps for a parameter after its first step: its twin makes that step with a small one.
 
-    Args:
-        optimizer: The optimizer; nothing of it is changed, and no hook of it is called.
-        settings: Those of the group.
-        dimensions: Number of the parameter's dimensions; some optimizers keep less for vectors.
-
     Returns:
         The keys of the state; ``None`` where the step can't be made so, as by an optimizer that needs a closure.
     """
@@ -294,11 +279,7 @@ def keys_of_state(optimizer: Optimizer, settings: Mapping[str, Any], dimensions:
 
 
 def groups_of(optimizers: Sequence[Optimizer], model: nn.Module) -> list[list[NewGroup]]:
-    """The parameter groups of real optimizers, by name.
-
-    Raises:
-        CheckpointError: If an optimizer holds a parameter that is not the model's.
-    """
+    """The parameter groups of real optimizers, by name."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), name)
@@ -336,17 +317,8 @@ def assign_names(
 ) -> tuple[list[Names], list[str]]:
     """Find the name of every index of every optimizer.
 
-    Args:
-        optimizers: The saved optimizers.
-        parameters: Names and shapes of the old model's parameters, in registration order, tied ones once.
-        given: What the user or another part of the file says: for each optimizer the names in index order, or ``None``.
-        doubtful: Those of the parameters that may be buffers, such as the class weights of a loss.
-
     Returns:
         For each optimizer and group the names in order, and remarks for the report.
-
-    Raises:
-        CheckpointError: If names and shapes contradict each other, or no assignment or several fit.
     """
     if given is not None and len(given) != len(optimizers):
         raise CheckpointError(

@@ -38,19 +38,8 @@ def carry_schedulers(
 ) -> tuple[list[Any], list[str]]:
     """The states that the schedulers of a run continue with.
 
-    Args:
-        saved: The states in the checkpoint.
-        schedulers: The run's schedulers.
-        optimizers: The run's optimizers.
-        carried: What became of the checkpoint's optimizers.
-        settings: Whose step sizes, periods, ... hold where both sides differ.
-        label: What to call the checkpoint.
-
     Returns:
         A state for each of the run's schedulers, and remarks.
-
-    Raises:
-        CheckpointError: If there are not as many, or one is of another kind.
     """
     if len(saved) != len(schedulers):
         raise CheckpointError(
@@ -150,9 +139,6 @@ def _rates_by_function(state: Mapping[str, Any], scheduler: Any, groups: Sequenc
 
     Returns:
         A remark where the run's functions give neither kind's rates.
-
-    Raises:
-        CheckpointError: If they give the checkpoint's rates, but by the other kind.
     """
     own = next((kind for kind in (LambdaLR, MultiplicativeLR) if isinstance(scheduler, kind)), None)
     functions, epoch = getattr(scheduler, "lr_lambdas", ()), state.get("last_epoch")
@@ -291,9 +277,6 @@ def schedulers_for_file(saved: Sequence[Any], carried: Carried, schedule: Wins) 
     """The states of schedulers for a converted file, where no scheduler of the new run is at hand.
 
     Schedulers stand in the order of the optimizers that they drive, as ``configure_optimizers`` gives them.
-
-    Raises:
-        CheckpointError: If optimizers or groups have changed and it is not known what their schedulers become.
     """
     if schedule == "run":
         return [], ["the new run's own schedulers start anew"] if saved else []

@@ -56,17 +56,6 @@ def carry_state(
     Values that belong to single weights (Adam's moments, momentum) go through the operations as the weights do, and
     stay bit for bit what they are. Factors (means over rows or columns) go along where rows stay rows or become
     columns as a whole. Counters and scalars must agree among sources that are joined.
-
-    Args:
-        entry: The entry of the plan.
-        states: The state of each source.
-        shapes: The shape of each source.
-        keep: What to hold of each value that is carried, such as one rank's part; the rest is let go before the next
-            value is read. Everything by default.
-        wide: Which keys have more than one element for some parameter, see :class:`SavedOptimizer`.
-
-    Raises:
-        NotCarriedError: If the mathematics does not allow it.
     """
     made: list[dict[str, Any]] = [{} for _ in entry.targets]
 
@@ -101,12 +90,7 @@ def carry_state(
 
 
 def own_memory(result: Tensor, *, shared: bool = False) -> Tensor:
-    """The tensor, contiguous and with memory of its own: ``torch.save`` writes the whole storage of a view.
-
-    Args:
-        result: What an operation gave.
-        shared: Whether it gave several results, which may be one and the same memory.
-    """
+    """The tensor, contiguous and with memory of its own: ``torch.save`` writes the whole storage of a view."""
     whole = result.untyped_storage().nbytes() == result.nbytes
     if result.is_contiguous() and whole and not shared:
         return result.detach()
@@ -275,9 +259,6 @@ def new_order(plan: TransferPlan, target: nn.Module | None = None) -> NewOrder:
 
     Without the model it is worked out from the plan, and accepted only if the fingerprint of the target, a hash over
     all names and shapes in order, proves it.
-
-    Raises:
-        CheckpointError: If the plan alone does not tell.
     """
     if target is not None:
         gradients = {name: p.requires_grad for name, p in target.named_parameters(remove_duplicate=False)}
@@ -320,11 +301,7 @@ Progress = Callable[[int, int], None]
 def convert_weights(
     checkpoint: Checkpoint, plan: TransferPlan, *, target: nn.Module | None = None, progress: Progress | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The new model's state dict, in its order, and remarks.
-
-    Raises:
-        PlanError: If the plan does not fit.
-    """
+    """The new model's state dict, in its order, and remarks."""
     notes: list[str] = []
     ordered, fresh, missing = whole_state(convert_tensors(checkpoint, plan, target, progress), plan, target)
     if fresh:
@@ -349,17 +326,9 @@ def whole_state(
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Put converted tensors in the new model's order, under tied names too, and what has no source beside them.
 
-    Args:
-        filled: What the plan made, from the weights or from a copy of some of them.
-        plan: The plan.
-        target: The new model, where it is known.
-
     Returns:
         The tensors; the names of those whose values are the target's own; those that have no value, since there is no
         target or it is on the meta device.
-
-    Raises:
-        PlanError: If the target lacks a name.
     """
     if target is None:
         proven = proven_order(plan)
@@ -419,11 +388,7 @@ def convert_tensors(
     target: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Run the plan's operations on a state dict; each result has memory of its own.
-
-    Raises:
-        PlanError: If a source is missing or has another shape than planned.
-    """
+    """Run the plan's operations on a state dict; each result has memory of its own."""
     live = dict(target.state_dict(keep_vars=True)) if target is not None else {}
     made: dict[str, Tensor] = {}
     for number, entry in enumerate(plan.entries, 1):

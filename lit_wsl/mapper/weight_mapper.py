@@ -80,12 +80,7 @@ class HierarchyNode:
 
 
 def parameters_of(side: ModelDescription, *, buffers: bool) -> Mapping[str, ParameterInfo]:
-    """Name -> tensor, in registration order.
-
-    Args:
-        side: A model.
-        buffers: Whether buffers take part.
-    """
+    """Name -> tensor, in registration order."""
     return MappingProxyType({i.name: i for i in side.parameters if buffers or i.kind == "parameter"})
 
 
@@ -124,13 +119,7 @@ def hierarchy_of(groups: Mapping[str, Group]) -> HierarchyNode:
 
 
 def execution_order(module: nn.Module, dummy_input: Any, side: str) -> tuple[dict[str, int] | None, str | None]:
-    """Execution order of one sample call, or none and the reason.
-
-    Args:
-        module: The model.
-        dummy_input: The sample call as the user wrote it; ``None`` for none.
-        side: What to call the model in the reason.
-    """
+    """Execution order of one sample call, or none and the reason."""
     if dummy_input is None:
         return None, None
     args, kwargs = as_call(dummy_input)
@@ -157,15 +146,7 @@ def as_call(dummy_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def as_module(source: ModelDescription, module: ModelDescription) -> ModelDescription:
-    """The description by the module, once it is clear that the state dict is one of this module.
-
-    Args:
-        source: The state dict.
-        module: The module that is said to have written it.
-
-    Raises:
-        MappingError: If a name or a shape says otherwise.
-    """
+    """The description by the module, once it is clear that the state dict is one of this module."""
     for info in source.parameters:
         if info.name not in module:
             raise MappingError(

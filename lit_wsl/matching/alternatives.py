@@ -52,11 +52,7 @@ def _pattern(name: str) -> str:
 
 
 def open_questions(plan: TransferPlan) -> Iterator[list[Variant]]:
-    """For each set of ambiguous targets that share candidates, the ways to assign them.
-
-    Yields:
-        The variants of one question, the most likely first.
-    """
+    """For each set of ambiguous targets that share candidates, the ways to assign them."""
     shapes = {u.name: u.shape for u in plan.unmatched_source}
     groups: dict[frozenset[str], list[Ambiguity]] = {}
     for a in plan.ambiguous:
@@ -196,10 +192,6 @@ def layout_variants(plan: TransferPlan, modules: Sequence[str]) -> Iterator[list
 
     Interleaved heads of a fused projection, flattened convolutions whose channels vary fastest, square matrices the
     other way round, and rotary halves against rotary pairs.
-
-    Args:
-        plan: The plan.
-        modules: Paths of target modules, nearest to the difference last.
     """
     suspects = [
         e for e in plan.entries if e.kind == "parameter" and any(owner_path(t) in set(modules) for t in e.targets)

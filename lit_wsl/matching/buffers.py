@@ -27,11 +27,6 @@ def split_kinds(
     one side and a parameter on the other, and modules that hold nothing but buffers (frozen norms, norms without
     weights, codebooks), are aligned like weights: they have nothing to follow.
 
-    Args:
-        source: The source's side.
-        target: The target's side.
-        alone: Whether buffers with nothing to follow are aligned.
-
     Returns:
         Source weights, source buffers, target weights, target buffers.
     """
@@ -84,13 +79,6 @@ def match_buffers(
 ) -> list[tuple[ParameterInfo, ParameterInfo, str]]:
     """Match buffers by the modules that their weights were matched to; where there are none, by the same path.
 
-    Args:
-        pairs: Matched weights.
-        known: Names of the sources that are known to be buffers.
-        buffers_s: What is left of the source.
-        buffers_t: Buffers of the target; of modules that hold nothing else, all that are open.
-        units: Modules of the target that hold weights: their buffers come with these, or not at all.
-
     Returns:
         ``(source, target, evidence)``, one to one, shapes equal.
     """
@@ -138,13 +126,7 @@ def _counters_with_their_statistics(
 def twins_of(
     source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], *, within: bool = False
 ) -> dict[str, ParameterInfo]:
-    """By the target's names the source tensors of the same path and shape, where both sides count alike along it.
-
-    Args:
-        source: The source's tensors.
-        target: The target's tensors.
-        within: Whether it is enough that what one side counts is among what the other counts.
-    """
+    """By the target's names the source tensors of the same path and shape, where both sides count alike along it."""
     paths_s, paths_t = relative_paths(source), relative_paths(target)
     numbers = numbers_along(paths_s.values()), numbers_along(paths_t.values())
     by_path = {paths_s[s.name]: s for s in source}

@@ -64,10 +64,6 @@ class PartOrder:
 def order_of_parts(whole: str, parts: Sequence[str]) -> PartOrder:
     """The order of parts by the strongest evidence there is.
 
-    Args:
-        whole: Path of the tensor or unit that the parts make up.
-        parts: Paths of the parts, in any order.
-
     >>> order_of_parts("attn.qkv.weight", ["attn.v.weight", "attn.q.weight", "attn.k.weight"]).order
     (1, 2, 0)
     >>> order_of_parts("mlp.in_proj.weight", ["mlp.left.weight", "mlp.right.weight"]).known
@@ -204,16 +200,7 @@ class _Choice:
 def find_fusions(
     sources: Sequence[Item], targets: Sequence[Item], region: Region, turned: bool, ordered: bool
 ) -> list[Fusion]:
-    """Find wholes on one side whose parts are on the other.
-
-    Args:
-        sources: Left-over units of the source, in registration order.
-        targets: Left-over units of the target, in registration order.
-        region: Where they stand. If it is not complete, numbers in the parts' names are no evidence that something else
-            is made of them.
-        turned: Whether the pair stores its matrices the other way round.
-        ordered: Whether the source has an order of registration.
-    """
+    """Find wholes on one side whose parts are on the other."""
     found: list[Fusion] = []
     gone: set[int] = set()
     for whole_is_target in (True, False):
@@ -435,11 +422,6 @@ def _join(whole: Item, parts: list[Item], whole_is_target: bool, turned: bool) -
 
 def fold_run(items: Sequence[Item], waiting: Sequence[Item], builder: TreeBuilder) -> list[Item] | None:
     """Stack repeated siblings into virtual tensors where the other side holds such stacks.
-
-    Args:
-        items: Items of one size that found no partner.
-        waiting: Items of the other side that are still open.
-        builder: Gives the virtual items their structure numbers.
 
     Returns:
         One module of virtual tensors per run of siblings, or ``None`` if the other side holds no stack of them.

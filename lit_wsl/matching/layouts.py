@@ -70,10 +70,6 @@ def hidden_layouts(plan: TransferPlan, source: ModelDescription, target: ModelDe
 def leave_open(plan: TransferPlan, reasons: Mapping[str, str]) -> TransferPlan:
     """Turn entries into ambiguities.
 
-    Args:
-        plan: The plan.
-        reasons: First target of each of them -> the reason.
-
     Returns:
         The plan without the entries, their targets listed as ambiguous, with the entry as the only candidate.
     """

@@ -44,9 +44,6 @@ _LENGTH, _DIRECTION = "_g", "_v"  # as torch.nn.utils.weight_norm and many ports
 def factor_roles(infos: Iterable[ParameterInfo]) -> dict[str, int]:
     """The tensors that are factors of a weight, and which one.
 
-    Args:
-        infos: One side's tensors.
-
     Returns:
         Name -> place among the factors; of weight norm 0 is the length, 1 the direction; 2 is what is scaled or masked.
 
@@ -110,13 +107,6 @@ def build_plan(
     assume_layouts: bool = False,
 ) -> TransferPlan:
     """Match two models by structure, order, shape and names, and write down what would be loaded.
-
-    Args:
-        source: The checkpoint's side.
-        target: The model's side.
-        options: How to match.
-        assume_layouts: As the option of this name: for looking at a mapping, and for plans that are going to be
-            proven by function. To be loaded as they are, such tensors are ambiguous.
 
     Returns:
         The plan; deterministic, and made without tensor data.

@@ -137,13 +137,7 @@ def name_parts(source: str, target: str, dictionary: Dictionary | None = None) -
 
 
 def hierarchy_parts(source: ParameterInfo, target: ParameterInfo, parents: float | None = None) -> dict[str, float]:
-    """Score two places in the hierarchy.
-
-    Args:
-        source: The checkpoint's tensor.
-        target: The model's tensor.
-        parents: How far the modules around both correspond; without it the share of equal path parts.
-    """
+    """Score two places in the hierarchy."""
     ps, pt = source.module_path.split("."), target.module_path.split(".")
     deepest = max(source.depth, target.depth)
     common = len(set(ps) & set(pt)) / max(1, len(set(ps) | set(pt)))

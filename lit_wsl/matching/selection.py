@@ -91,11 +91,7 @@ def _any_in(words: list[tuple[str, tuple[str, ...]]], tokens: tuple[str, ...]) -
 
 
 def part_of(source: ModelDescription, prefix: str | None) -> ModelDescription:
-    """The part of a source under one name.
-
-    Raises:
-        MappingError: If nothing stands under it; the message names what there is.
-    """
+    """The part of a source under one name."""
     if not prefix:
         return source
     under = prefix.rstrip(".") + "."
@@ -134,11 +130,7 @@ def without_average(source: ModelDescription, target: ModelDescription) -> tuple
 
 
 def selected(target: ModelDescription, options: MatchingOptions) -> frozenset[str]:
-    """Names of the target's tensors that may be filled.
-
-    Raises:
-        MappingError: If a pattern matches nothing.
-    """
+    """Names of the target's tensors that may be filled."""
     names = [i.name for i in target.parameters]
     aliases: dict[str, list[str]] = {}
     for alias, first in target.tied.items():

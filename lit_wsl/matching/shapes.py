@@ -23,11 +23,6 @@ def operations_between(source: Shape, target: Shape, *, transposed: bool = False
     Reshapes are taken only where the order of the elements leaves no doubt: axes of size one come and go, and a
     flattened convolution ``(O, I, H, W)`` is a matrix ``(O, I*H*W)``.
 
-    Args:
-        source: Shape in the checkpoint.
-        target: Shape in the model.
-        transposed: The pair is known to store its matrices the other way round, so square ones are transposed too.
-
     >>> operations_between((3, 8), (8, 3))
     (Transpose(dim0=0, dim1=1),)
     >>> operations_between((8, 3, 2, 2), (8, 12))

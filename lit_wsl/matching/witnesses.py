@@ -24,11 +24,6 @@ def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -
     The better of two paired tests, one-sided, counted as two: Student's t, and the sign test, which a few samples with
     a loss far from the others' do not disturb.
 
-    Args:
-        rival: Losses of the rival, sample by sample.
-        best: Losses of the candidate on the same samples.
-        floor: Differences below count as rounding.
-
     >>> risk_of([2.0, 2.1, 1.9, 2.2], [1.0, 1.2, 0.9, 1.1]) < 0.001
     True
     >>> risk_of([1.0, 1.0], [1.0, 1.0])

@@ -168,11 +168,7 @@ MAX_YAML_DEPTH = 64
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON; keys that stand twice and numbers that are none are refused.
-
-    Raises:
-        PlanError: If it is not valid JSON.
-    """
+    """Parse JSON; keys that stand twice and numbers that are none are refused."""
 
     def constant(name: str) -> Any:
         raise PlanError(f"{name} is not allowed in a plan.")
@@ -205,11 +201,7 @@ def _line(event: Any) -> int:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML with the safe loader; aliases and deep nesting are refused before anything is built.
-
-    Raises:
-        PlanError: If it is not valid YAML.
-    """
+    """Parse YAML with the safe loader; aliases and deep nesting are refused before anything is built."""
     import yaml
 
     if len(text) > MAX_YAML_BYTES:

@@ -232,21 +232,12 @@ def save_plan(plan: PlanData, path: str | Path) -> None:
     """Write a plan as JSON, or as YAML where the suffix is ``.yaml`` or ``.yml``; atomically.
 
     The same plan always gives the same bytes.
-
-    Raises:
-        PlanError: If the plan cannot be written as data (NaN scores, foreign objects in its options).
-        CheckpointError: If the file cannot be written.
     """
     atomic_write_text(path, plan_to_text(plan, yaml=Path(path).suffix.lower() in (".yaml", ".yml")))
 
 
 def load_plan(path: str | Path) -> dict[str, Any]:
-    """Read the fields of a plan from JSON or YAML, and check everything in it.
-
-    Raises:
-        PlanError: If the file is not a valid plan; the message names the entry, the field and what is allowed.
-        CheckpointError: If the file cannot be read.
-    """
+    """Read the fields of a plan from JSON or YAML, and check everything in it."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -266,11 +257,7 @@ def load_plan(path: str | Path) -> dict[str, Any]:
 
 
 def plan_to_text(plan: PlanData, *, yaml: bool = False) -> str:
-    """A plan as the text of its file.
-
-    Raises:
-        PlanError: If it holds something that is not plain data.
-    """
+    """A plan as the text of its file."""
     try:
         document = plan_to_document(plan)
         if yaml:
@@ -314,11 +301,7 @@ Rows = list[tuple[tuple[str, ...], ...]]
 
 
 def plan_from_text(text: str) -> dict[str, Any]:
-    """Read the fields of a plan from the text of a JSON or YAML file.
-
-    Raises:
-        PlanError: If it is not a valid plan; the message names the line, the entry and the field.
-    """
+    """Read the fields of a plan from the text of a JSON or YAML file."""
     document = parse_json(text) if text.lstrip()[:1] == "{" else parse_yaml(text)
     if not isinstance(document, Mapping) or document.get("format") != FORMAT:
         raise PlanError(f'this is not a plan: a plan is a mapping that starts with "format": "{FORMAT}".')

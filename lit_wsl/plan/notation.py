@@ -42,11 +42,7 @@ class Budget:
     characters: int = MAX_CHARACTERS
 
     def spend(self, names: int, characters: int = 0) -> None:
-        """Take from the budget.
-
-        Raises:
-            PlanError: If nothing is left.
-        """
+        """Take from the budget."""
         self.names -= names
         self.characters -= characters
         if self.names < 0 or self.characters < 0:
@@ -74,9 +70,6 @@ def is_plain(name: str) -> bool:
 
 def parse_side(text: str, budget: Budget) -> list[Pattern]:
     """Parse one side of an arrow: patterns separated by commas.
-
-    Raises:
-        PlanError: If a bracket is open, a range is wrong, or the ranges are too long.
 
     >>> parse_side("a.{0..1}.[q,k]", Budget())
     [('a.', Running(values=('0', '1'), variable=''), '.', Running(values=('q', 'k'), variable=None))]
@@ -152,9 +145,6 @@ def expand(sides: Sequence[Sequence[Pattern]], budget: Budget) -> Iterator[tuple
     """Give the entries that patterns stand for: for each, the names of each side.
 
     Several letters make the product of their ranges, in alphabetical order, the first letter outermost.
-
-    Raises:
-        PlanError: If ranges that walk together differ in length, or there are too many names.
     """
     lengths: dict[str, int] = {}
     inner = 0

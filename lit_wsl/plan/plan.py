@@ -118,17 +118,7 @@ _REMEDY = (
 
 
 def check_plan(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> None:
-    """Refuse a plan that does not fit both sides, naming the entry, the shapes and what to do.
-
-    Args:
-        plan: The plan.
-        source: The checkpoint's side.
-        target: The model's side.
-
-    Raises:
-        PlanError: If an entry names a tensor that is not there, was made for other shapes, changes a tensor's kind of
-            number so that values would be lost, or if two entries fill one target.
-    """
+    """Refuse a plan that does not fit both sides, naming the entry, the shapes and what to do."""
     problems = [problem for entry in plan.entries for problem in _problems(entry, source, target)]
     filled = Counter(target.tied.get(name, name) for entry in plan.entries for name in entry.targets)
     problems += [f"{name} is filled {n} times" for name, n in sorted(filled.items()) if n > 1]
@@ -227,11 +217,7 @@ def left_alone(info: ParameterInfo) -> bool:
 
 
 def reverse_entry(entry: PlanEntry) -> PlanEntry:
-    """The entry that undoes an entry.
-
-    Raises:
-        PlanError: If one of its operations changes values or rounds.
-    """
+    """The entry that undoes an entry."""
     lost = [op.name for op in entry.operations if not op.lossless]
     if lost:
         raise PlanError(
@@ -256,9 +242,6 @@ def reverse_plan(plan: TransferPlan) -> TransferPlan:
     """Reverse every entry of a plan, in the same order.
 
     What was ambiguous is not decided by turning around: its targets become unused sources.
-
-    Raises:
-        PlanError: If an entry has no inverse, or two entries use one source (each tensor can be filled only once).
     """
     for source, users in plan.by_source.items():
         if len(users) > 1:

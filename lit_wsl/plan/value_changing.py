@@ -29,11 +29,7 @@ class _Adaptation(Operation):
     why_final: ClassVar[str] = ""
 
     def reverse(self) -> Operation:
-        """Refuse: what was interpolated, summed or left out cannot be restored.
-
-        Raises:
-            PlanError: Always, with the reason.
-        """
+        """Refuse: what was interpolated, summed or left out cannot be restored."""
         raise PlanError(f"{self.name} cannot be reversed: {self.why_final}.")
 
 

@@ -94,11 +94,7 @@ class AlignOptions:
             )
 
     def shares(self, count: int) -> list[float]:
-        """How much each of so many models counts; the sum is one.
-
-        Raises:
-            RebasinError: There is another number of weights.
-        """
+        """How much each of so many models counts; the sum is one."""
         weights = self.merge_weights or (1.0,) * count
         if len(weights) != count:
             raise RebasinError(
@@ -267,14 +263,6 @@ def write_results(report: RebasinReport, folder: str | Path, *, weights: bool = 
     An aligned checkpoint has ``state_dict`` (whole weights in the reference's order, ready to merge),
     ``permutations`` (found on whole weights) and, where task vectors were compared, ``task_vector`` and
     ``task_vector_permutations``. They are for comparing only.
-
-    Args:
-        report: from :func:`align`.
-        folder: where to; it is made if it does not exist.
-        weights: False for the JSON only.
-
-    Raises:
-        CheckpointError: a file cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -329,11 +317,7 @@ def names_of(paths: Sequence[str | Path]) -> list[str]:
 
 
 def under_names_of(own: Mapping[str, Any], state: StateDict, what: str) -> dict[str, Tensor]:
-    """The tensors of a state dict under the model's names: as they are, or less or plus one prefix, in any shape.
-
-    Raises:
-        RebasinError: no name and shape is one of the model's.
-    """
+    """The tensors of a state dict under the model's names: as they are, or less or plus one prefix, in any shape."""
     renamings = {"": list(state)}
     ends = sorted({name.split(".", 1)[0] + "." for name in state if "." in name})
     renamings.update({f"less {end}": [n[len(end) :] if n.startswith(end) else "" for n in state] for end in ends})
@@ -370,20 +354,6 @@ def align(
 
     The comparison speaks of task vectors or weights as ``options.on`` says. Permutations for whole weights are found
     on whole weights in any case: only these are right for merging.
-
-    Args:
-        models: state dicts by name, the reference first.
-        pretrained: what the task vectors are taken from; not needed with ``on="weights"`` unless for task arithmetic.
-        spec: permutation spec of the architecture; None to compare without aligning.
-        options: how to match and merge.
-        parameters: names of the tensors to compare; by default the spec's, or all without a spec. Statistics of norms
-            are better left out: their scale would drown the weights.
-        reason: why there is no spec.
-        matcher: finds the permutations of whole weights, one for each model, the reference first; by default
-            :func:`weight_matching` of two and :func:`match_many` of more.
-
-    Raises:
-        RebasinError: the models don't fit each other, or something that is needed is not given.
     """
     options = options or AlignOptions()
     if len(models) < 2:

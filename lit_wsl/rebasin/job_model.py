@@ -94,9 +94,6 @@ def resolve_outputs(given: Outputs | str | None) -> Outputs | None:
 
     >>> resolve_outputs("operator.itemgetter") is __import__("operator").itemgetter
     True
-
-    Raises:
-        RebasinError: It is not there, or cannot be called.
     """
     if not isinstance(given, str):
         if given is not None and not callable(given):
@@ -128,11 +125,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, distributed tensors gathered (a collective call then), nothing shared with it.
-
-    Raises:
-        RebasinError: Parameters are cut up in a way that is not visible in the state dict.
-    """
+    """The state dict on the CPU, distributed tensors gathered (a collective call then), nothing shared with it."""
     for name, parameter in module.named_parameters():
         if (hasattr(parameter, "ds_id") and not parameter.numel()) or name.endswith("_flat_param"):
             raise RebasinError(
@@ -152,16 +145,6 @@ def read_run(module: nn.Module, state: Mapping[str, Tensor], what: str, complete
     """The tensors of a checkpoint under the model's names and in its shapes.
 
     A file may hold one name of tensors that the model ties; the others are completed from it. Buffers may be absent.
-
-    Args:
-        module: The model.
-        state: A state dict or an opened checkpoint.
-        what: For messages: which file it is.
-        complete: Whether every parameter must be there in the model's shape (a run), or what differs is left out (a
-            pretrained model with another head).
-
-    Raises:
-        RebasinError: Nothing fits, or a parameter is absent or has another shape.
     """
     own = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     found = under_names_of(own, state, what)
@@ -205,12 +188,6 @@ def find_spec(
     module: nn.Module, calls: Sequence[Call], outputs: Outputs | None, verify: bool
 ) -> tuple[Call | None, PermutationSpec | None, str | None, tuple[str, ...]]:
     """Infer a spec from the first call that works.
-
-    Args:
-        module: The model; names of the spec are those of its state dict.
-        calls: Ways to call it, the likeliest first.
-        outputs: Picks what counts from what it returns; None for :class:`MainOutputs`.
-        verify: Whether to prove the spec.
 
     Returns:
         The call, the spec, why there is none, and remarks for the reader. Never raises.
@@ -317,11 +294,7 @@ def _renamed(spec: PermutationSpec, rename: Callable[[str], str]) -> Permutation
 def repaired(
     module: nn.Module, merged: Mapping[str, Tensor], batches: Iterable[Any], call: Call | None, max_batches: int
 ) -> tuple[dict[str, Tensor], str]:
-    """The merged state dict with batch norm statistics estimated anew, and a remark that says so.
-
-    Raises:
-        RebasinError: There is no batch, or the model does not take one.
-    """
+    """The merged state dict with batch norm statistics estimated anew, and a remark that says so."""
     probe = copy.deepcopy(module)
     probe.load_state_dict(dict(merged), strict=False)
     called, _ = callee(probe)
@@ -353,19 +326,7 @@ def best_matcher(
     call: Call | None,
     outputs: Outputs | None,
 ) -> Matcher:
-    """Whole weights matched in the way that merges best on data, see :func:`best_matching` and :func:`match_many`.
-
-    Args:
-        module: The model, not changed.
-        spec: Its permutation spec.
-        options: How to match.
-        batches: Training batches.
-        call: How the model was called on a sample.
-        outputs: Picks what counts from what it returns; None for :class:`MainOutputs`.
-
-    Raises:
-        RebasinError: There is no batch, or the model does not take one.
-    """
+    """Whole weights matched in the way that merges best on data, see :func:`best_matching` and :func:`match_many`."""
     if is_sharded(module):
         raise RebasinError("the model is sharded and cannot run on one rank")
     if not batches:
@@ -389,11 +350,7 @@ def best_matcher(
 
 
 def call_like(called: nn.Module, batch: Any, call: Call | None) -> Any:
-    """Call the model on a batch in the way that worked for the sample.
-
-    Raises:
-        RebasinError: It does not take the batch.
-    """
+    """Call the model on a batch in the way that worked for the sample."""
     errors = []
     for args, kwargs in ways_to_call(called, batch):
         if call is not None and (len(args), sorted(kwargs)) != (len(call[0]), sorted(call[1])):
@@ -406,11 +363,7 @@ def call_like(called: nn.Module, batch: Any, call: Call | None) -> Any:
 
 
 def train_batches(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Any]:
-    """Training batches on the CPU, after the transfer hooks.
-
-    Raises:
-        RebasinError: The trainer has no loader any more.
-    """
+    """Training batches on the CPU, after the transfer hooks."""
     loaders = trainer.train_dataloader
     if loaders is None:
         raise RebasinError("the trainer has no training batches any more")

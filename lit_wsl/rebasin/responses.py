@@ -189,11 +189,7 @@ class Responses:
 
     @torch.no_grad()
     def run(self, state_dict: Mapping[str, Tensor], listeners: Mapping[str, Listener]) -> Iterator[Any]:
-        """Run all batches as :meth:`listen` does, and give what the model returns to each.
-
-        Raises:
-            RebasinError: there is no batch.
-        """
+        """Run all batches as :meth:`listen` does, and give what the model returns to each."""
         model = self.under(state_dict)
         hooks = [model.get_submodule(path).register_forward_hook(listen) for path, listen in listeners.items()]
         empty = True
@@ -208,11 +204,7 @@ class Responses:
             raise RebasinError("no batch to run the model on")
 
     def outputs(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
-        """Every floating output over all batches, ``(samples, channels)`` in float64.
-
-        Raises:
-            RebasinError: there is no batch, or the model returns no floating tensor.
-        """
+        """Every floating output over all batches, ``(samples, channels)`` in float64."""
         found = self.listen(state_dict, {})
         if not found:
             raise RebasinError("the model returns no floating tensor")
@@ -288,11 +280,7 @@ def module_responses(
 
 
 def same_positions(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-    """Refuse responses of two models that are not to the same data.
-
-    Raises:
-        RebasinError: the two passes saw different data.
-    """
+    """Refuse responses of two models that are not to the same data."""
     if any(a[name].shape != b[name].shape for name in a):
         raise RebasinError("the two passes over the batches saw different amounts of data: use a list or fixed loader")
 

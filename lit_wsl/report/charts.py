@@ -19,9 +19,6 @@ GOOD, BAD, GREY = "var(--high, #15803d)", "var(--low, #c0262d)", "var(--muted, #
 def decision_chart(measured: Measured) -> str:
     """An SVG with one row for each decision, on one axis of the loss.
 
-    Args:
-        measured: What a proof on data measured.
-
     Returns:
         The SVG as text; empty if nothing was decided.
     """

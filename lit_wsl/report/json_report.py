@@ -90,11 +90,7 @@ def report_dict(
 
 
 def save_json(result: Any, path: str | os.PathLike[str], **details: Any) -> Path:
-    """Write :func:`report_dict` to a file, atomically.
-
-    Raises:
-        CheckpointError: If the file cannot be written.
-    """
+    """Write :func:`report_dict` to a file, atomically."""
     path = Path(path)
     atomic_write_text(path, report_text(result, **details))
     return path

@@ -48,14 +48,7 @@ def scalars(report: TransferReport) -> dict[str, float]:
 
 
 def log_report(loggers: Iterable[Logger], report: TransferReport, step: int = 0, page: Path | None = None) -> None:
-    """Send the report to every logger; a logger that fails is warned about and does not stop the run.
-
-    Args:
-        loggers: The trainer's loggers.
-        report: The report.
-        step: The step to log at.
-        page: The HTML page of the report, for loggers that keep files.
-    """
+    """Send the report to every logger; a logger that fails is warned about and does not stop the run."""
     for logger in loggers:
         for send in (_log_scalars, _log_text, _log_page):
             try:
@@ -104,15 +97,7 @@ def _log_page(logger: Logger, report: TransferReport, step: int, page: Path | No
 
 @contextmanager
 def proof_progress(most: float, *, enabled: bool = True) -> Iterator[Callable[[float], None] | None]:
-    """Show how far a proof on data is, if somebody is watching.
-
-    Args:
-        most: Most forward passes that it may take.
-        enabled: Whether to show anything.
-
-    Yields:
-        What to call with the passes so far; ``None`` where nothing is shown.
-    """
+    """Show how far a proof on data is, if somebody is watching."""
     if not enabled or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
@@ -130,15 +115,7 @@ _LONG = 1 << 30  # bytes; less is done before a bar could be read
 
 @contextmanager
 def transfer_progress(size: int, *, enabled: bool = True) -> Iterator[Callable[[str, int], None] | None]:
-    """Show how far a transfer is, if it is long and somebody is watching.
-
-    Args:
-        size: Bytes of the model's tensors that will be filled.
-        enabled: Whether to show anything.
-
-    Yields:
-        What to call with ``("verify" | "copy", bytes)``; ``None`` where nothing is shown.
-    """
+    """Show how far a transfer is, if it is long and somebody is watching."""
     if not enabled or size < _LONG or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return

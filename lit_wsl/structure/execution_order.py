@@ -53,10 +53,6 @@ def lazy_copy(module: nn.Module) -> nn.Module:
 def take_shapes(module: nn.Module, shaped: nn.Module) -> Callable[[], None]:
     """Give lazy modules the shapes and first values of a copy that has been called.
 
-    Args:
-        module: The module, whose tensors stay the objects they are.
-        shaped: Its copy.
-
     Returns:
         What makes them lazy again.
 
@@ -291,9 +287,6 @@ def meta_copy(module: nn.Module) -> nn.Module:
 
     Engines that shard in place (``fully_shard``, ``parallelize_module``) do so through the tensors and forward hooks;
     the modules' code still is that of the whole model. What is neither module nor tensor is shared with the original.
-
-    Args:
-        module: The module, sharded or not.
 
     >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
     >>> copy = meta_copy(net)

@@ -79,9 +79,6 @@ class LossMeter:
             number: Which batch.
             start: Its first sample.
             stop: Behind its last; all by default. Samples of many elements (tokens, pixels) give several losses each.
-
-        Raises:
-            Exception: Whatever the loss raises.
         """
         batch, size = self._batches[number], self.size(number)
         stop = size if stop is None else min(stop, size)

@@ -56,14 +56,6 @@ def undisturbed(module: nn.Module, *, guard: bool = True) -> Iterator[Callable[[
     gradients and ``requires_grad``; generators of Python, NumPy and torch. Nothing is copied beforehand but buffers;
     what is overwritten is kept at the first write to it. Compiled modules run uncompiled.
 
-    Args:
-        module: The module that will run.
-        guard: Whether to watch for writes to its tensors; every operation pays for it. Without, only buffers are put
-            back, for a run that was seen to write nothing else.
-
-    Yields:
-        Whether anything was written to the module's tensors.
-
     >>> net = nn.BatchNorm1d(2)
     >>> with undisturbed(net):
     ...     _ = net.train()(torch.randn(8, 2))
@@ -213,9 +205,6 @@ def preserved_objects(*roots: Any) -> Iterator[None]:
 
     Tensors and arrays are taken for data and not looked at, neither are modules; what is inside them is another
     guard's task. Containers of many elements are data too.
-
-    Args:
-        *roots: Data sets, samplers, data modules...; ``None`` is skipped.
 
     >>> class Counting:
     ...     reads = 0

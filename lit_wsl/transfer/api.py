@@ -199,15 +199,6 @@ def prepare_transfer(
 
     Of several processes all have made the sample call, since it may communicate (a sharded model is run as a copy
     without memory, which does not); rank zero makes the plan, and the others check that it fits what they see.
-
-    Args:
-        source: Where the weights come from.
-        target: The model to fill.
-        options: How to match.
-        plan: A plan to replay instead of matching.
-        min_coverage: Minimum share, 0 to 1, of the elements that must find a place.
-        ranks: The processes that fill the model together.
-        data: Ways to prove the mapping on data; the first that works is used.
     """
     prepared = ranks.once(lambda: _plan_transfer(source, target, options, plan, min_coverage, data))
     ranks.together(lambda: None if ranks.is_zero else check_plan(prepared.plan, source.file, target.description))
@@ -285,17 +276,7 @@ def finish_transfer(
     only: frozenset[str] | None = None,
     undo: UndoLog | None = None,
 ) -> TransferReport:
-    """Apply a prepared transfer, all or nothing, and report.
-
-    Args:
-        prepared: The transfer.
-        tensors: The source's tensors.
-        target: The model.
-        progress: See :func:`~lit_wsl.transfer.apply.apply_plan`, as for what follows.
-        ranks: The processes that fill the model together.
-        only: Names of the targets that may be written; entries without any are left out of the report too.
-        undo: A log of the caller's.
-    """
+    """Apply a prepared transfer, all or nothing, and report."""
     if only is not None:
         prepared = prepared.restricted(only)
     make_lazy = target.materialise() if prepared.plan.entries else lambda: None

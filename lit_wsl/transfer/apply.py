@@ -40,12 +40,7 @@ _Array = np.ndarray  # one-dimensional
 
 
 def copy_into(target: Tensor, value: Tensor) -> None:
-    """Copy a value into a tensor of the model, in place; dtype, device, identity and ``requires_grad`` stay.
-
-    Args:
-        target: The model's tensor; of a sharded one, each rank fills the part that it holds.
-        value: A tensor of the same shape, on any device, of any dtype.
-    """
+    """Copy a value into a tensor of the model, in place; dtype, device, identity and ``requires_grad`` stay."""
     if is_sharded(target):
         copy_into_shard(target, value)
         return
@@ -254,20 +249,6 @@ def apply_plan(
 
     First every source is read and looked at and every target is checked; then everything is copied. Signals during
     the copying are answered between two tensors as long as all can be taken back, Ctrl-C when every tensor is written.
-
-    Args:
-        plan: The plan.
-        tensors: The checkpoint's tensors by name; may read them lazily.
-        model: The model to fill.
-        progress: Called with ``("verify" | "copy", bytes)`` after each entry.
-        ranks: The processes that fill the model together; what fails on one of them is undone on all.
-        only: Names of the targets that may be written, where others of the plan have been trained since.
-        undo: A log of the caller's that is to remember all that is overwritten, so that the caller can take it back.
-
-    Raises:
-        TransferError: If something fails; the model is as it was before, bit for bit, or the message and the error's
-            ``not_restored`` name the tensors that are not. Errors that are no ``Exception``, and what the handlers of
-            signals raise, come as they are where the model is as it was.
     """
     targets = live_tensors(model)
     note_progress = progress or _silent
@@ -486,11 +467,7 @@ def _sharing(targets: Mapping[str, Tensor]) -> frozenset[str]:
 
 
 def _check_shared(job: _Job, held: Mapping[str, Tensor], shared: frozenset[str]) -> None:
-    """Refuse tensors that share memory and want different values in it.
-
-    Raises:
-        TransferError: If one of them no longer has what it was given.
-    """
+    """Refuse tensors that share memory and want different values in it."""
     for entry in job.entries if shared else ():
         if shared.isdisjoint(entry.targets) or any(op.needs_target for op in entry.operations):
             continue

@@ -12,11 +12,7 @@ from lit_wsl.structure.description import ModelDescription, ParameterInfo
 
 
 def valid_floor(min_coverage: float) -> float:
-    """Give ``min_coverage`` back if it is a share.
-
-    Raises:
-        MappingError: If it is not.
-    """
+    """Give ``min_coverage`` back if it is a share."""
     if isinstance(min_coverage, bool) or not isinstance(min_coverage, (int, float)) or not 0 <= min_coverage <= 1:
         raise MappingError(f"min_coverage must be a number between 0 and 1, got {min_coverage!r}.")
     return float(min_coverage)
@@ -25,19 +21,7 @@ def valid_floor(min_coverage: float) -> float:
 def check_floor(
     plan: TransferPlan, coverage: Coverage, source: ModelDescription, target: ModelDescription, min_coverage: float
 ) -> None:
-    """Raise if fewer weights found a place than asked for.
-
-    Args:
-        plan: The plan.
-        coverage: Its coverage.
-        source: The checkpoint's side.
-        target: The model's side.
-        min_coverage: Minimum share, 0 to 1, of the checkpoint's elements that found a place or of the model's that were
-            filled, whichever is larger; buffers count unless they are excluded.
-
-    Raises:
-        CoverageError: If both shares are below; the message names the most likely cause.
-    """
+    """Raise if fewer weights found a place than asked for."""
     if coverage.floor_share >= min_coverage:
         return
     found, filled = coverage.both

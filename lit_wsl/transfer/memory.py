@@ -34,12 +34,7 @@ Held = Mapping[str, "weakref.ref[nn.Parameter]"]
 
 
 def transfer_key(source: object, *how: object) -> str:
-    """What tells one transfer from another: the source, and everything that decides what is taken from it how.
-
-    Args:
-        source: A path, an address, a state dict or a module.
-        *how: Options; a plan, or the path of one.
-    """
+    """What tells one transfer from another: the source, and everything that decides what is taken from it how."""
     parts = [_place(source), *(_place(part) if isinstance(part, (str, os.PathLike)) else repr(part) for part in how)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -126,15 +121,7 @@ class Memory:
 def remember(
     model: nn.Module, key: str = "", words: str = "", *, filled: bool = False, only: frozenset[str] | None = None
 ) -> None:
-    """Mark all tensors of a model as being what they should be: filled, trained, or left as they are on purpose.
-
-    Args:
-        model: The model.
-        key: What it was filled with; empty to keep what is remembered and only look again, as at the end of a run.
-        words: The same for a person.
-        filled: Whether it has just been filled, so that whatever is written from now on is training.
-        only: State-dict names of what was filled, if not all; what somebody else gave stays his.
-    """
+    """Mark all tensors of a model as being what they should be: filled, trained, or left as they are on purpose."""
     marks = _marks(model)
     versions = {id(p): version for mark in marks.values() for p, version in mark.alive()}
     transfers = {k: w for mark in marks.values() for k, w in mark.transfers.items()} | ({key: words} if key else {})
@@ -160,13 +147,7 @@ def write_memory(model: nn.Module, state: Any, prefix: str = "") -> None:
 
 
 def read_memory(model: nn.Module, state: Mapping[str, Any], transfers: Mapping[str, str] | None = None) -> bool:
-    """Let a model that has just loaded a state dict remember what it tells, for all modules whose tensors it has.
-
-    Args:
-        model: The model.
-        state: The state dict.
-        transfers: What to remember where the state dict itself tells nothing.
-    """
+    """Let a model that has just loaded a state dict remember what it tells, for all modules whose tensors it has."""
     told = {p: e.get(_METADATA) for p, e in (getattr(state, "_metadata", None) or {}).items() if isinstance(e, dict)}
     if transfers is not None:
         told[""] = transfers
@@ -216,13 +197,7 @@ def given_by_hand(model: nn.Module) -> list[str]:
 
 
 def recall(model: nn.Module, before: Held | None = None, *, given: bool = False) -> Memory | None:
-    """What a model remembers; ``None`` if no part of it was ever filled.
-
-    Args:
-        model: The model.
-        before: Its parameters before its own hooks ran (:func:`glance`): what these exchanged is built anew.
-        given: Whether what somebody loaded by hand, its origin unknown, counts as filled.
-    """
+    """What a model remembers; ``None`` if no part of it was ever filled."""
     marks = {sub: mark for sub, mark in _marks(model).items() if given or not is_given(mark)}
     if not marks:
         return None

@@ -61,15 +61,7 @@ class Ranks:
         return self.rank == 0
 
     def together(self, step: Callable[[], T]) -> T:
-        """Run a step on every rank; if it fails on one of them, raise the same error on all.
-
-        Args:
-            step: What to do; must not communicate itself, or a failure before its collectives would leave the
-                others waiting.
-
-        Raises:
-            LitWslError: The error of the lowest rank that failed, with the rank in the message.
-        """
+        """Run a step on every rank; if it fails on one of them, raise the same error on all."""
         try:
             result, error = step(), None
         except BaseException as raised:
@@ -78,11 +70,7 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def once(self, step: Callable[[], T]) -> T:
-        """Run a step on rank zero only and give its result to all ranks.
-
-        Raises:
-            LitWslError: The step's error, on all ranks.
-        """
+        """Run a step on rank zero only and give its result to all ranks."""
         if self.size == 1:
             return step()
         found: list[T] = []
@@ -110,14 +98,7 @@ class Ranks:
         return items[self.rank :: self.size] if self.size > 1 else items
 
     def agree(self, error: BaseException | None) -> None:
-        """Tell the other ranks whether this one failed; if any did, raise its error here too.
-
-        Args:
-            error: What went wrong on this rank, ``None`` if nothing did.
-
-        Raises:
-            LitWslError: The error of the lowest rank that failed; foreign errors come as ``TransferError``.
-        """
+        """Tell the other ranks whether this one failed; if any did, raise its error here too."""
         if self.size == 1:
             if error is not None:
                 raise error
@@ -170,13 +151,6 @@ def copy_into_shard(target: Tensor, value: Tensor) -> None:
 
     Each rank reads the slice it holds, so of a memory-mapped value nothing else is touched. Needs FSDP2's
     ``fully_shard``, ``parallelize_module``, both on one mesh, or any other ``Shard`` and ``Replicate`` placements.
-
-    Args:
-        target: The model's tensor, on any mesh.
-        value: The whole tensor, of the target's global shape, or a ``DTensor`` of the same mesh and placements.
-
-    Raises:
-        TransferError: If the target's placements are partial sums, into which nothing can be copied.
     """
     from torch.distributed.tensor import DTensor
 
@@ -201,9 +175,6 @@ def local_part(value: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that this rank holds of ``like``; a view where every placement is plain.
 
     ``Shard(dim)`` follows ``torch.chunk``; placements apply from the first mesh dimension to the last.
-
-    Raises:
-        TransferError: If a placement is a partial sum.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -236,9 +207,6 @@ def check_same_source(ranks: Ranks, tensors: Mapping[str, Tensor], names: Sequen
     """Make sure that all ranks read the same values, where each reads a file of its own: a node may have an older one.
 
     A few values of a few tensors are compared; training changes all of them.
-
-    Raises:
-        TransferError: If the ranks read different values; the message names the ranks and a tensor.
     """
     if ranks.size == 1:
         return
@@ -266,9 +234,6 @@ def refuse_wrapped(model: nn.Module, strategy: object = None) -> None:
 
     Such a model is filled before it is wrapped, which happens by itself where its modules are made in ``__init__``,
     ``setup`` or ``configure_model`` on a real device.
-
-    Raises:
-        TransferError: If it is wrapped by ``FullyShardedDataParallel`` or by DeepSpeed.
     """
     remedy = (
         "Make its modules in __init__, setup or configure_model without sharding or wrapping them there and on a real "

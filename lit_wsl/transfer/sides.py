@@ -63,12 +63,7 @@ class Source:
         old: nn.Module | None = None,
         samples: Sequence[Call] = (),
     ) -> Source:
-        """Open a source; files are opened lazily and without running code.
-
-        Raises:
-            CheckpointError: If the file cannot be read.
-            MappingError: If it is nothing of the kind.
-        """
+        """Open a source; files are opened lazily and without running code."""
         return cls(given, open_source(given, checkpoint_weights), old, samples)
 
     @property
@@ -82,9 +77,6 @@ class Source:
 
         A checkpoint may have been saved of the module, of a wrapper around it, or of a part of it; so the module is
         wrapped, or its part taken, until the names agree.
-
-        Raises:
-            MappingError: If ``old`` is not the module the checkpoint was saved from.
         """
         if self.old is None:
             return self.given if isinstance(self.given, nn.Module) else None
@@ -143,11 +135,7 @@ class Target:
 
     @classmethod
     def of(cls, model: nn.Module, samples: Sequence[Call] = ()) -> Target:
-        """Describe a model; a sharded one with the execution order of a whole copy of it on the meta device.
-
-        Raises:
-            MappingError: If the model has lazy modules, whose shapes only a sample call tells, and none works.
-        """
+        """Describe a model; a sharded one with the execution order of a whole copy of it on the meta device."""
         if samples and has_sharded_tensors(model):
             order, remark = _order_of_sharded(model, samples)
             return cls(model, describe(model, execution_order=order), samples, f"{remark}. {IN_ONE}" if remark else "")
@@ -163,12 +151,7 @@ class Target:
 
 
 def open_source(source: Given, checkpoint_weights: Which = "auto") -> Mapping[str, Tensor]:
-    """The tensors of a source by name; files are opened lazily and without running code.
-
-    Raises:
-        CheckpointError: If the file cannot be read.
-        MappingError: If it is nothing of the kind.
-    """
+    """The tensors of a source by name; files are opened lazily and without running code."""
     if isinstance(source, nn.Module):
         return {n: t.detach() for n, t in source.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     if isinstance(source, (str, os.PathLike)):

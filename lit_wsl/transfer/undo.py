@@ -61,11 +61,7 @@ class UndoLog:
             self._file = None
 
     def remember(self, target: Tensor, *, must: bool, name: str = "") -> None:
-        """Keep a target's value.
-
-        Raises:
-            TransferError: If it must be remembered, and there is no room for it on the disk either.
-        """
+        """Keep a target's value."""
         if target.nbytes <= (self._left if must else min(self._left, self._spare)):
             self._left -= target.nbytes
             self._spare -= 0 if must else target.nbytes
@@ -88,12 +84,7 @@ class UndoLog:
         self.lost_names.append(name)
 
     def later(self, name: str, put_back: Callable[[], None]) -> None:
-        """Keep a way back of any kind: of an optimizer, a scheduler, a loop.
-
-        Args:
-            name: What it puts back, for the error if that fails.
-            put_back: Makes it what it is now; called once at most.
-        """
+        """Keep a way back of any kind: of an optimizer, a scheduler, a loop."""
         self._steps.append((name, put_back))
 
     def moved(self, tensors: Mapping[str, Tensor]) -> None:
@@ -132,25 +123,13 @@ class UndoLog:
         return tuple(failed)
 
     def take_back(self, error: BaseException, lost: Iterable[str] = ()) -> BaseException:
-        """Put everything back after an error; what to raise then.
-
-        Args:
-            error: What went wrong.
-            lost: Names of tensors that are no longer where they were when they were remembered, unless it is known
-                where they are.
-        """
+        """Put everything back after an error; what to raise then."""
         gone = [name for name in lost if name not in self._moved]
         return admit_loss(error, (*self.restore(), *self.lost_names, *gone))
 
 
 def admit_loss(error: BaseException, names: tuple[str, ...], *, whole: bool = False) -> BaseException:
-    """The error itself, or a :class:`TransferError` saying what is not as it was before it.
-
-    Args:
-        error: What went wrong.
-        names: What could not be put back.
-        whole: Whether everything had been written when it came, and is left so.
-    """
+    """The error itself, or a :class:`TransferError` saying what is not as it was before it."""
     if not names:
         return error
     names = tuple(dict.fromkeys(names))
@@ -181,11 +160,7 @@ def room_on_disk(size: int) -> bool:
 
 
 def _put_back(target: Tensor, value: Tensor) -> None:
-    """Give a tensor its value again, also one whose class refuses ``copy_``, unless it has it still.
-
-    Raises:
-        TransferError: If it has another value afterwards.
-    """
+    """Give a tensor its value again, also one whose class refuses ``copy_``, unless it has it still."""
     with torch.no_grad():
         try:
             target.copy_(value)
@@ -214,12 +189,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def interrupt_later() -> Iterator[Callable[[], None]]:
-    """Hold back what signals would run, Ctrl-C first of all, while a model is half written.
-
-    Yields:
-        What answers the signals that came meanwhile, Ctrl-C apart: call it where an exception can still be undone.
-        Ctrl-C, and what is left, is answered at the end.
-    """
+    """Hold back what signals would run, Ctrl-C first of all, while a model is half written."""
     held: list[tuple[Callable[[int, Any], Any], int, Any]] = []
     before: dict[int, Any] = {}
 
@@ -263,11 +233,7 @@ _fillers_lock = threading.Lock()
 
 @contextmanager
 def only_filler(model: nn.Module) -> Iterator[None]:
-    """Refuse that two threads fill one model, or two models that share modules, at the same time.
-
-    Raises:
-        TransferError: If another thread is at it.
-    """
+    """Refuse that two threads fill one model, or two models that share modules, at the same time."""
     me, mine = threading.get_ident(), {id(sub) for sub in model.modules()}
     with _fillers_lock:
         if any(_fillers.get(key, me) != me for key in mine):

@@ -28,13 +28,7 @@ from lit_wsl.rebasin.spec.spec import PermutationSpec
 
 
 def crossed_slots(run: Run, group_of: Array, colour: np.ndarray) -> list[Array]:
-    """Units whose positions are moved in another order than those of units that they may change places with.
-
-    Args:
-        run: A finished run.
-        group_of: Group of each unit, -1 for none.
-        colour: Colour of each unit: within a group only units of one colour change places.
-    """
+    """Units whose positions are moved in another order than those of units that they may change places with."""
     found = []
     for move in run.moves:
         factors = [factor for label in move.labels.values() for factor in label.factors]
@@ -439,11 +433,7 @@ class Grouping:
 
 
 def build_spec(run: Run) -> PermutationSpec:
-    """The permutation spec of a finished run.
-
-    Raises:
-        RebasinError: The groups found cannot be written as a spec.
-    """
+    """The permutation spec of a finished run."""
     algebra = run.algebra
     for _ in range(20):
         grouping = Grouping(run)

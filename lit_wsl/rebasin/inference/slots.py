@@ -38,12 +38,7 @@ class Slots:
 
 
 def with_slots(spec: PermutationSpec, keeps: Callable[[PermutationSpec, str], bool]) -> PermutationSpec:
-    """The spec with a group for all slots that turn out to be interchangeable.
-
-    Args:
-        spec: The spec; its axes stay as they are but for the new group on them.
-        keeps: Whether an odd permutation of one group of a spec keeps the function.
-    """
+    """The spec with a group for all slots that turn out to be interchangeable."""
     for slots in candidates(spec):
         if any(len(_leaves(spec, spec.axes[name][axis])) > 1 for name, axis in slots.places):
             continue  # these axes have such a group already

@@ -275,9 +275,6 @@ def trace_forward(
     """Run ``model(*example_args, **example_kwargs)`` once and record it.
 
     The caller keeps the model undisturbed, see :func:`traceable`.
-
-    Raises:
-        ForwardError: The model or ``outputs`` fails.
     """
     recorder = Recorder()
     trace = recorder.trace

@@ -223,12 +223,7 @@ def tree_roots(spec: PermutationSpec) -> dict[str, str]:
 
 
 def build_trees(spec: PermutationSpec, tensors: Iterable[str]) -> dict[str, Tree]:
-    """All trees of a spec by the name of their root, with terms on the given tensors.
-
-    Args:
-        spec: permutation spec.
-        tensors: names of the tensors that count in the objective; all tensors of the spec are moved, though.
-    """
+    """All trees of a spec by the name of their root, with terms on the given tensors."""
     roots = tree_roots(spec)
     counted = set(tensors)
     terms: dict[str, list[Term]] = {root: [] for root in roots.values()}

@@ -251,11 +251,7 @@ _FACTOR = re.compile(r"(.*(?:^|[._])lora_?(?:embedding_)?)(a|b|down|up)((?:[._].
 
 
 def _refuse_adapters(changed: Collection[str]) -> None:
-    """Refuse low-rank adapters of which both factors differ: a mean of factors is no mean of their products.
-
-    Raises:
-        RebasinError: there is one.
-    """
+    """Refuse low-rank adapters of which both factors differ: a mean of factors is no mean of their products."""
     found = {name: match for name in sorted(changed) if (match := _FACTOR.fullmatch(name))}
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     for name, match in found.items():

@@ -50,17 +50,7 @@ def identity_maps(spec: PermutationSpec) -> dict[str, Tensor]:
 def turn_tensor(
     spec: PermutationSpec, maps: Maps, name: str, tensor: Tensor, *, scale: bool = False, skip: int | None = None
 ) -> Tensor:
-    """A tensor with its moved axes turned.
-
-    Args:
-        spec: the spec, with the tensor's axes under ``name``.
-        maps: how to turn each group.
-        name: name of the tensor.
-        tensor: the tensor.
-        scale: whether it multiplies its units one by one (the gain of a norm): a diagonal matrix, of which after
-            turning the diagonal is kept.
-        skip: an axis that stays.
-    """
+    """A tensor with its moved axes turned; one that scales units is a diagonal matrix, of which the diagonal stays."""
     for axis, axis_spec in spec.axes.get(name, {}).items():
         if axis == skip:
             continue
@@ -77,14 +67,7 @@ def procrustes(
     other: Mapping[str, Tensor],
     scales: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The maps that bring ``other``, whose units are in the reference's order as far as permutations go, nearest to it.
-
-    Args:
-        spec: has the axes of all tensors that count.
-        reference: the tensors that stay.
-        other: tensors of the same names and shapes.
-        scales: names of tensors that multiply units one by one; they have no say.
-    """
+    """The maps that bring ``other``, whose units stand in the reference's order where they can, nearest to it."""
     names = [n for n in spec.axes if n in reference and n in other and n not in scales]
     pairs = {n: (reference[n].detach().float(), other[n].detach().float()) for n in names}
     weights = {n: 1.0 / max(float(a.norm() * b.norm()), 1e-30) for n, (a, b) in pairs.items()}
@@ -230,17 +213,7 @@ def fit_task_vector(
     vector: StateDict,
     fresh: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The turned task vector, with the layers that the fine-tuning changed fitted to data.
-
-    Args:
-        spec: permutation spec of the architecture.
-        samples: the layers' inputs and responses on the batches.
-        states: whole state dicts of the new base, and of the old base and the fine-tuned model, both with their units
-            in the new base's order as far as permutations go.
-        maps: what turns the old models' units into the new base's.
-        vector: the turned task vector.
-        fresh: names of weights of layers that no base had: these answer as in the fine-tuned model.
-    """
+    """The turned task vector, with the layers that the fine-tuning changed fitted to data."""
     new, old, tuned = (samples.responses.with_statistics(state) for state in states)
     model = samples.responses.model
     paths = [p for p in layers(model) if vector.get(f"{p}.weight", torch.zeros(1)).any() or f"{p}.weight" in fresh]

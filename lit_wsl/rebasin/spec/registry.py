@@ -477,11 +477,7 @@ def _find(name: str, heads: Heads) -> SpecFactory:
 
 
 def _account(name: str, spec: PermutationSpec, state: Mapping[str, Any]) -> None:
-    """Refuse a spec that is silent about a tensor, or that moves nothing.
-
-    Raises:
-        RebasinError: It does.
-    """
+    """Refuse a spec that is silent about a tensor, or that moves nothing."""
     silent = [tensor for tensor in state if tensor not in spec.axes and tensor not in spec.frozen]
     remedy = "infer_permutation_spec(model, example_args) makes a spec for any model"
     if silent:
