@@ -112,6 +112,7 @@ class Resume:
         self.plan, self.target, self.options, self.ranks = plan, target, options, ranks
         self.notes: list[str] = []
         self._content: dict[Any, Any] = {}
+        self._ours: dict[str, Any] = {}  # what Lightning restores from
         self._buffers: dict[str, Tensor] = {}
         self._recorded: list[list[str] | None] = []
         self._configured: int | None = None  # schedulers that configure_optimizers gave
@@ -257,7 +258,11 @@ class Resume:
         restore = connector.restore_training_state
 
         def restore_training_state() -> None:
+            if connector._loaded_checkpoint and connector._loaded_checkpoint is not self._ours:
+                restore()  # a finder of learning rates or batch sizes puts back what it saved when the fit began
+                return
             self.abandon(keep_content=True)
+            connector._loaded_checkpoint = self._ours
             try:
                 remarks = self.ranks.together(lambda: self._restore_training(undo, restore))
             except BaseException as error:
@@ -278,7 +283,7 @@ class Resume:
         take_back.append(self._count_schedulers())
         if self.options.mode == "all":
             try:
-                connector._loaded_checkpoint = self._for_lightning()
+                self._ours = connector._loaded_checkpoint = self._for_lightning()
                 if late and not self.trainer.strategy.restore_checkpoint_after_setup:
                     connector.restore_model()
                     connector.restore_datamodule()

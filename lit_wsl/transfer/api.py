@@ -25,7 +25,7 @@ from lit_wsl.report.report import TransferReport
 from lit_wsl.structure import ModelDescription
 from lit_wsl.structure.description import require_module, require_sample
 from lit_wsl.structure.losses import Loss, LossMeter
-from lit_wsl.transfer.apply import Progress, apply_plan
+from lit_wsl.transfer.apply import Progress, apply_plan, live_tensors
 from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.memory import remember, shown, transfer_key
 from lit_wsl.transfer.ranks import ALONE, Ranks, check_same_source, has_sharded_tensors
@@ -203,7 +203,17 @@ def prepare_transfer(
     prepared = ranks.once(lambda: _plan_transfer(source, target, options, plan, min_coverage, data))
     ranks.together(lambda: None if ranks.is_zero else check_plan(prepared.plan, source.file, target.description))
     check_same_source(ranks, source.tensors, [name for entry in prepared.plan for name in entry.sources])
-    return replace(prepared, notes=(*prepared.notes, target.remark)) if target.remark else prepared
+    remarks = [remark for remark in (target.remark, _outside_state_dict(target.model)) if remark]
+    return replace(prepared, notes=(*prepared.notes, *remarks))
+
+
+def _outside_state_dict(model: nn.Module) -> str:
+    """Which parameters a model's own ``state_dict`` leaves out, as for a frozen part that is loaded elsewhere."""
+    inside = {id(tensor) for tensor in live_tensors(model).values()}
+    outside = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+    shown_names = f"{', '.join(outside[:5])}{', ...' if len(outside) > 5 else ''}"
+    count = f"{len(outside)} parameters are" if len(outside) > 1 else "1 parameter is"
+    return f"{count} not in the model's state_dict() and left as before: {shown_names}" if outside else ""
 
 
 def _plan_transfer(

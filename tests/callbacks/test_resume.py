@@ -16,6 +16,8 @@ from conversion_models import (
     tokens,
     transformer_plan,
 )
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from resumed_runs import Case, adamw, data, step_lr, trainer
 
 from lit_wsl import WeightTransferCallback
 from lit_wsl.errors import CheckpointError
@@ -151,3 +153,25 @@ def test_a_new_head_starts_fresh_while_the_rest_goes_on(tmp_path):
     assert state[new.net["conv_1"].weight]["step"] == 12
     assert not torch.equal(before, new.head.weight)
     assert any("head.weight" in note for note in callback.report.notes)
+
+
+@pytest.mark.parametrize("mode", ["all", "optimizer"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "finder",
+    [
+        lambda: LearningRateFinder(num_training_steps=3, update_attr=False, max_lr=0.02),
+        lambda: BatchSizeFinder(max_trials=1, steps_per_trial=1, init_val=4),
+    ],
+)
+def test_a_finder_that_puts_its_own_checkpoint_back_does_not_use_up_the_resume(finder, first, mode, tmp_path):
+    case = Case(tmp_path, adamw(schedule=step_lr))
+    transfer = WeightTransferCallback(case.path, plan=case.plan, resume=mode, verbose=False)
+    callbacks = [transfer, finder()] if first else [finder(), transfer]
+    runner = trainer(tmp_path, case.epochs[1] - (0 if mode == "all" else case.epochs[0]), *callbacks)
+    model = case.new(adamw(schedule=step_lr))
+    model.batch_size = 4
+    model.train_dataloader = lambda: torch.utils.data.DataLoader(data().dataset, 4)
+    runner.fit(model)
+    assert not case.differs(model)
+    assert "6 parameters have an optimizer state" in transfer.report.notes[-1]

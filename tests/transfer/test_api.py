@@ -353,6 +353,22 @@ def test_gradients_and_flags_are_untouched():
         assert torch.equal(p.grad, g)
 
 
+def test_what_the_models_own_state_dict_leaves_out_is_named():
+    class Adapted(Net):
+        def state_dict(self, *args, **kwargs):
+            whole = super().state_dict(*args, **kwargs)
+            return {name: tensor for name, tensor in whole.items() if not name.startswith("stem")}
+
+    new = Adapted()
+    before = copy.deepcopy(new.stem)
+    report = transfer_weights(new, trained(), min_coverage=0.0)
+    (note,) = (note for note in report.notes if "state_dict()" in note)
+    assert all(f"stem.{name}" in note for name, _ in before.named_parameters())
+    assert "head" not in note
+    assert all(torch.equal(p, q) for p, q in zip(before.parameters(), new.stem.parameters(), strict=True))
+    assert not any("state_dict()" in note for note in transfer_weights(Net(), trained()).notes)
+
+
 def test_the_public_names_are_there_and_lazily_so():
     for name in ("transfer_weights", "TransferPlan", "TransferReport", "WeightTransferCallback", "LitWslError"):
         assert name in dir(lit_wsl)
