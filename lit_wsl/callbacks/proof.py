@@ -3,16 +3,17 @@
 The step is ``training_step`` on training batches, in eval mode: the right weights stand near a minimum of the training
 loss only. Where that does not work, ``validation_step`` on validation batches. What the step logs is discarded, but is
 read where the step returns nothing. No loader of the run is iterated: items are read from its data set, spread over the
-whole of it, and collated as the loader would.
+whole of it, and collated as the loader would; a stream is read by a copy of the process.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_wsl.callbacks.sample import NoSampleError, places, to_model
+from lit_wsl.callbacks.sample import places, to_model
+from lit_wsl.callbacks.streams import NoSampleError, stream
 from lit_wsl.checkpoint import Checkpoint
 from lit_wsl.matching.judge import PASSES
 from lit_wsl.report.loggers import proof_progress
@@ -95,7 +97,8 @@ def ways_to_prove(
                 loss = partial(_step_loss, step=step, logged=logged, score=score)
                 world = partial(_world, trainer, module, logged)
                 shown = partial(proof_progress, PASSES, enabled=verbose and trainer.is_global_zero)
-                ways.append(OnData(loss, _batches(trainer, module, owner, name), count, seconds, world, shown))
+                batches = _batches(trainer, module, _Data(owner, name, seconds))
+                ways.append(OnData(loss, batches, count, seconds, world, shown))
     return ways, "" if ways else "not tested on data: there is no step with a loss, or no data"
 
 
@@ -186,59 +189,101 @@ def _alone() -> Iterator[None]:
 # ---- the data --------------------------------------------------------------------------------------------------------
 
 
-def _batches(trainer: pl.Trainer, module: pl.LightningModule, owner: Any, name: str | None) -> Iterator[Any]:
+def _batches(trainer: pl.Trainer, module: pl.LightningModule, data: _Data) -> Iterator[Any]:
     """Batches of a place that has data, taken one by one, each without a trace."""
     number = 0
-    while True:
-        with preserved_rng(module), preserved_objects(owner, getattr(trainer, "datamodule", None)):
-            torch.manual_seed(number)
+    try:
+        while True:
+            with preserved_rng(module), preserved_objects(data.owner, getattr(trainer, "datamodule", None)):
+                torch.manual_seed(number)
+                try:
+                    batch = to_model(data.batch(number), trainer, module)
+                except (NoSampleError, IndexError):
+                    if number == 0:
+                        raise
+                    return  # all of the data has been seen
+            yield batch
+            number += 1
+    finally:
+        data.close()
+
+
+class _Data:
+    """A place that has data.
+
+    Args:
+        owner: The loaders, or who makes them.
+        name: By which method.
+        seconds: How long to wait for streams.
+    """
+
+    def __init__(self, owner: Any, name: str | None, seconds: float) -> None:
+        self.owner, self.name, self.seconds = owner, name, seconds
+        self._loaders: Any = None
+        self._streams: list[Generator[Any, None, None] | None] = []  # of each loader, if it is one
+
+    def close(self) -> None:
+        """End what reads streams."""
+        for batches in self._streams:
+            if batches is not None:
+                batches.close()
+
+    def batch(self, number: int) -> Any:
+        """A batch in the form in which the loaders would give it."""
+        loaders = self._made()
+        if isinstance(loaders, (list, tuple)) and loaders and not isinstance(loaders[0], DataLoader):
+            return loaders[number]
+        places = itertools.count()
+        if isinstance(loaders, (list, tuple, dict)):
+            return tree_map(lambda loader: self._of(loader, number, next(places)), loaders)
+        return self._of(loaders, number, next(places))
+
+    def _made(self) -> Any:
+        """The loaders; a datamodule that was not set up for training is, for each batch anew."""
+        from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+        if self._loaders is not None:
+            return self._loaders
+        lasting = True
+        if self.name is None:
+            loaders = self.owner
+        else:
             try:
-                batch = to_model(_batch(_loaders(owner, name), number), trainer, module)
-            except (NoSampleError, IndexError):
-                if number == 0:
+                loaders = getattr(self.owner, self.name)()
+            except Exception:
+                if not hasattr(self.owner, "setup") or isinstance(self.owner, nn.Module):
                     raise
-                return  # all of the data has been seen
-        yield batch
-        number += 1
+                lasting = False
+                self.owner.setup("fit")
+                loaders = getattr(self.owner, self.name)()
+        if isinstance(loaders, CombinedLoader):
+            loaders = loaders.iterables
+        if self.name == "val_dataloader" and isinstance(loaders, (list, tuple)) and loaders:
+            loaders = loaders[0] if hasattr(loaders[0], "dataset") else loaders
+        self._loaders = loaders if lasting else None
+        return loaders
+
+    def _of(self, loader: Any, number: int, place: int) -> Any:
+        """A batch of one loader: of its data set, or as the loader gives them where that is not enough."""
+        if place == len(self._streams):
+            self._streams.append(None)
+            dataset = getattr(loader, "dataset", None)
+            if dataset is not None and not isinstance(dataset, IterableDataset):
+                with suppress(KeyError, TypeError, RuntimeError, ValueError, AttributeError):
+                    return _spread_batch(loader, number)
+            self._streams[place] = stream(loader, self.seconds)
+        batches = self._streams[place]
+        if batches is None:
+            return _spread_batch(loader, number)
+        batch = next(batches, None)
+        if batch is None:
+            raise NoSampleError("all of the data has been seen")
+        return batch
 
 
-def _loaders(owner: Any, name: str | None) -> Any:
-    """The loaders of a place; a datamodule that was not set up for training is, for now."""
-    from lightning.pytorch.utilities.combined_loader import CombinedLoader
-
-    if name is None:
-        loaders = owner
-    else:
-        try:
-            loaders = getattr(owner, name)()
-        except Exception:
-            if not hasattr(owner, "setup") or isinstance(owner, nn.Module):
-                raise
-            owner.setup("fit")
-            loaders = getattr(owner, name)()
-    if isinstance(loaders, CombinedLoader):
-        loaders = loaders.iterables
-    if name == "val_dataloader" and isinstance(loaders, (list, tuple)) and loaders and hasattr(loaders[0], "dataset"):
-        return loaders[0]
-    return loaders
-
-
-def _batch(loaders: Any, number: int) -> Any:
-    """A batch in the form in which ``loaders`` would give it."""
-    if isinstance(loaders, (list, tuple)) and loaders and not isinstance(loaders[0], DataLoader):
-        return loaders[number]
-    if isinstance(loaders, (list, tuple, dict)):
-        return tree_map(partial(_loader_batch, number=number), loaders)
-    return _loader_batch(loaders, number)
-
-
-def _loader_batch(loader: Any, number: int) -> Any:
-    if not hasattr(loader, "dataset"):
-        raise NoSampleError(f"a {type(loader).__name__} may not give the batch it is asked for twice")
-    dataset = loader.dataset
-    if isinstance(dataset, IterableDataset):
-        raise NoSampleError("the data set is a stream, and reading from it would take samples away from the run")
-    collate: Callable[[Any], Any] = loader.collate_fn
+def _spread_batch(loader: Any, number: int) -> Any:
+    """Items that are spread over the whole of a data set, collated as the loader would."""
+    dataset, collate = loader.dataset, loader.collate_fn
     with preserved_objects(dataset, loader.sampler, loader.batch_sampler, getattr(loader, "generator", None), collate):
         if loader.batch_sampler is None:  # the data set gives whole batches
             return collate(dataset[list(loader.sampler)[number]])

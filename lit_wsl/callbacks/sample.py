@@ -2,7 +2,7 @@
 
 The training data must come in the same order, with the same augmentations, as without us. So no loader of the run is
 iterated: two items are read from its data set and collated as it would, and whatever Python state that touches
-(generators, counters, open files) is put back.
+(generators, counters, open files) is put back. A stream is read by a copy of the process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
+from lit_wsl.callbacks.streams import NoSampleError, first_of_stream
 from lit_wsl.structure.execution_order import Step, only_child
-from lit_wsl.structure.losses import NoDataError
 from lit_wsl.structure.running import Call, preserved_objects, preserved_rng, ways_to_call
 
 if TYPE_CHECKING:
@@ -44,10 +44,6 @@ STEPS = {  # which step takes the batches of which loader
     "test_dataloader": "test_step",
     "predict_dataloader": "predict_step",
 }
-
-
-class NoSampleError(NoDataError):
-    """A place that could have had a sample has none; the reason in words."""
 
 
 def find_samples(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> tuple[list[Call], str]:
@@ -129,7 +125,7 @@ def _loader_batch(loader: Any) -> Any:
         return _first_of(loader)
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
-        raise NoSampleError("the data set is a stream, and reading from it would take a sample away from the run")
+        return first_of_stream(loader)
     collate = loader.collate_fn
     with preserved_objects(dataset, loader.sampler, loader.batch_sampler, getattr(loader, "generator", None), collate):
         if loader.batch_sampler is None:  # the data set gives whole batches
@@ -142,10 +138,8 @@ def _loader_batch(loader: Any) -> Any:
 
 
 def _first_of(loader: Any) -> Any:
-    """The first batch of a loader that is not PyTorch's, if looking at it takes nothing away."""
-    if isinstance(loader, Sequence) and len(loader):
-        return loader[0]
-    raise NoSampleError(f"a {type(loader).__name__} may not give the batch it is asked for twice")
+    """The first batch of a loader that is not PyTorch's."""
+    return loader[0] if isinstance(loader, Sequence) and len(loader) else first_of_stream(loader)
 
 
 def to_model(batch: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Any:

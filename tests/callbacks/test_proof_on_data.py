@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lit_wsl import WeightTransferCallback
 
@@ -182,6 +183,64 @@ def test_a_fit_with_proof_is_the_fit_with_the_same_weights_put_in_by_hand(tmp_pa
     assert data_a.reads == data_b.reads
     assert run_a.logged_metrics == run_b.logged_metrics
     assert a.steps == b.steps == 0
+
+
+class Passing(IterableDataset):
+    """The points one by one, endlessly, from a generator that can't be wound back; without a length."""
+
+    def __init__(self, points: Points) -> None:
+        self.points = points
+        self.rows = (points[i % len(points)] for i in itertools.count())
+
+    def __iter__(self):
+        return self.rows
+
+
+class Batches:
+    """A loader of somebody's own, all passes of which share one position."""
+
+    def __init__(self, points: Points) -> None:
+        self.batches = iter(DataLoader(Passing(points), 16))
+
+    def __iter__(self):
+        return self.batches
+
+
+@pytest.mark.parametrize("make", [lambda points: DataLoader(Passing(points), 16, num_workers=0), Batches])
+def test_a_stream_is_proven_and_the_run_loses_none_of_it(tmp_path, trained, make):
+    path = save(tmp_path / "old.ckpt", trained)
+
+    def fit(by_hand):
+        new, points = model(), Points()
+        callback = WeightTransferCallback(path, verbose=False)
+        if by_hand:
+            new.load_state_dict(truth(trained))
+        torch.manual_seed(7)
+        run = trainer(tmp_path / str(by_hand), *([] if by_hand else [callback]))
+        run.fit(new, make(points))
+        return new, run, points, torch.get_rng_state(), callback
+
+    a, b = fit(False), fit(True)
+    assert (a[4].report.plan.proof, a[4].report.plan.proof_by) == ("proven", "data")
+    for name, value in b[0].state_dict().items():
+        assert torch.equal(a[0].state_dict()[name], value), name
+    assert torch.equal(a[3], b[3])
+    assert a[2].reads == b[2].reads
+    assert a[1].logged_metrics == b[1].logged_metrics
+
+
+def test_items_that_only_their_own_sampler_can_name_are_read_as_a_stream(tmp_path, trained):
+    class Named(Points):
+        def __getitem__(self, key):
+            return super().__getitem__(int(key.removeprefix("item ")))
+
+    points = Named()
+    data = DataLoader(points, 16, sampler=[f"item {k}" for k in range(len(points))])
+    callback = WeightTransferCallback(save(tmp_path / "old.ckpt", trained), verbose=False)
+    new = model()
+    trainer(tmp_path, callback).validate(new, data, verbose=False)
+    assert holds(new, trained)
+    assert callback.report.plan.proof == "proven"
 
 
 def test_the_score_of_the_old_run_stands_beside_the_one_measured_now(tmp_path, trained):
