@@ -13,13 +13,13 @@ from collections.abc import Sequence
 DONE, NO, WRONG = 0, 1, 2
 
 COMMANDS = {
-    "inspect": "lit_wsl.cli.inspecting",
-    "map": "lit_wsl.cli.mapping",
-    "convert": "lit_wsl.cli.converting",
-    "rename": "lit_wsl.cli.renaming",
-    "diff": "lit_wsl.cli.diffing",
-    "rebasin": "lit_wsl.cli.rebasing",
-    "rebase": "lit_wsl.cli.carrying",
+    "inspect": "lit_wsl.cli.inspecting:run",
+    "map": "lit_wsl.cli.mapping:run",
+    "convert": "lit_wsl.cli.converting:run",
+    "rename": "lit_wsl.cli.renaming:run",
+    "diff": "lit_wsl.cli.diffing:run",
+    "rebasin": "lit_wsl.cli.rebasing:run",
+    "rebase": "lit_wsl.cli.rebasing:run_rebase",
 }
 
 
@@ -61,7 +61,7 @@ def _check_outputs(command: str, settings: object) -> None:
 
 def _run(options: object) -> int:
     """Run the chosen command; every error on purpose becomes a message."""
-    from importlib import import_module
+    from pkgutil import resolve_name
 
     from lit_wsl.errors import LitWslError, printable
 
@@ -69,7 +69,7 @@ def _run(options: object) -> int:
     settings = getattr(options, chosen)
     try:
         _check_outputs(chosen, settings)
-        code = import_module(COMMANDS[chosen]).run(settings)
+        code = resolve_name(COMMANDS[chosen])(settings)
         sys.stdout.flush()
         return int(code)
     except LitWslError as error:

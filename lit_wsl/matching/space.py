@@ -17,10 +17,18 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_wsl.matching.covers import MAX_OPTIONS, fits, joins
 from lit_wsl.matching.layers import Region, Unit, core, regions
 from lit_wsl.matching.layouts import rotating_towers
-from lit_wsl.matching.parts import CoverPair, Part, groups_of, taken_apart, with_dissolved
+from lit_wsl.matching.parts import (
+    MAX_OPTIONS,
+    CoverPair,
+    Part,
+    fits,
+    groups_of,
+    joins,
+    taken_apart,
+    with_dissolved,
+)
 from lit_wsl.matching.shapes import operations_between
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import (
