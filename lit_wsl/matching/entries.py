@@ -179,10 +179,10 @@ class EntryWriter:
         if info.kind == "buffer" and info.counts:
             return "a counter is loaded only together with the statistics that it counts for"
         rivals = [i.name for i in self._free(key, other)]
+        which = f"which of the {len(rivals)} free tensors" if len(rivals) > 1 else "whether the free tensor"
         return (
-            f"nothing singles out one of the {len(rivals)} free tensors of this shape ({', '.join(rivals[:3])}"
-            f"{', ...' if len(rivals) > 3 else ''}): an edited plan, source_prefix, source_module or a proof on data "
-            "decides"
+            f"nothing shows {which} of this shape ({', '.join(rivals[:3])}{', ...' if len(rivals) > 3 else ''}) "
+            "belongs here: an edited plan, source_prefix, source_module or a proof on data decides"
         )
 
     def _free(self, key: tuple[int, ...], other: str) -> list[ParameterInfo]:

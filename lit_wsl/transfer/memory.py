@@ -8,10 +8,11 @@ plain dicts, so that a module saved as a whole can be loaded where this package 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,6 +303,20 @@ def watch_optimizers() -> None:
     """Note from now on which parameters optimizers train, whoever runs them."""
     if not _watching:
         _watching.append(register_optimizer_step_post_hook(_note_step))
+        nn.Parameter.__deepcopy__ = _as_trained_as(nn.Parameter.__deepcopy__)  # type: ignore[method-assign]
+
+
+def _as_trained_as(copied: Callable[[Any, dict[int, Any]], Any]) -> Callable[[Any, dict[int, Any]], Any]:
+    """Let the copy of a trained parameter count as trained too."""
+
+    @functools.wraps(copied)
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        result = copied(self, memo)
+        if self in _stepped:
+            _stepped[result] = True
+        return result
+
+    return deepcopy
 
 
 _watching: list[Any] = []
@@ -317,8 +332,8 @@ def _note_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def was_trained_here(model: nn.Module) -> bool:
-    """Whether optimizers of this process have trained most of what is trainable in a model."""
-    trainable = [p for p in model.parameters() if p.requires_grad and not is_lazy(p)]
+    """Whether optimizers of this process have trained most of what is trainable in a model, or was before a freeze."""
+    trainable = [p for p in model.parameters() if (p.requires_grad or p in _stepped) and not is_lazy(p)]
     trained = sum(p.numel() for p in trainable if p in _stepped)
     return bool(trained) and 2 * trained >= sum(p.numel() for p in trainable)
 

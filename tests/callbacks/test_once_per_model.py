@@ -328,9 +328,12 @@ def test_weights_that_were_trained_here_are_known_in_a_new_model_that_is_made_of
     assert world.wrong == []
 
 
-def test_a_model_that_was_trained_without_the_callback_is_not_overwritten_by_an_evaluation(world):
+@pytest.mark.parametrize("then", [lambda m: m, lambda m: m.requires_grad_(False), copy.deepcopy])
+def test_a_model_that_was_trained_without_the_callback_is_not_overwritten_by_an_evaluation(world, then):
     model = world.model()
     world.run("fit", model)
+    model.trainer = None
+    model = then(model)
     trained = weights(model)
     transfer = world.transfer()
     world.run("test", model, transfer)
