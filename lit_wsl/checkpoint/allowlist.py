@@ -84,10 +84,6 @@ def _strided(storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dty
     return torch.empty(0, dtype=dtype).set_(storage.data, offset, size, stride)
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    return _strided(storage, offset, size, stride)
-
-
 def _rebuild_tensor_v2(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any = None, metadata: Any = None
 ) -> Tensor:
@@ -184,10 +180,6 @@ def _per_channel(values: Any, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-def _size(items: Any = ()) -> torch.Size:
-    return torch.Size(_sizes(items, "size"))
-
-
 def _device(kind: Any, index: Any = None) -> torch.device:
     if not isinstance(kind, str) or (index is not None and not (type(index) is int and 0 <= index < 128)):
         raise RefusedError("a device of unknown form")
@@ -203,7 +195,9 @@ def _layout(name: Any) -> torch.layout:
 
 
 TENSOR_BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor"): lambda storage, offset, size, stride, *_: _strided(
+        storage, offset, size, stride
+    ),
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
@@ -213,18 +207,14 @@ TENSOR_BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_qtensor"): _rebuild_quantized,
     ("torch.nn.parameter", "Parameter"): _rebuild_parameter,
     ("torch.serialization", "_get_layout"): _layout,
-    ("torch", "Size"): _size,
+    ("torch", "Size"): lambda items=(): torch.Size(_sizes(items, "size")),
     ("torch", "device"): _device,
 }
-
-
 CONSTANTS: dict[tuple[str, str], Any] = {
     ("torch", name): value
     for name in sorted(dir(torch))
     if isinstance(value := getattr(torch, name), (torch.dtype, torch.qscheme)) and f"torch.{name}" == str(value)
 }
-
-
 STORAGE_DTYPES: dict[tuple[str, str], torch.dtype] = {
     ("torch", "DoubleStorage"): torch.float64,
     ("torch", "FloatStorage"): torch.float32,
@@ -246,12 +236,9 @@ STORAGE_DTYPES: dict[tuple[str, str], torch.dtype] = {
     ("torch", "UntypedStorage"): torch.uint8,
     ("torch.storage", "UntypedStorage"): torch.uint8,
 }
-
-
-STORAGE_DTYPES |= {(f"torch.{where}", name): dtype for (_, name), dtype in list(STORAGE_DTYPES.items())
-                   for where in ("cuda",) if name != "UntypedStorage"}  # fmt: skip
-
-
+STORAGE_DTYPES |= {
+    ("torch.cuda", name): dtype for (_, name), dtype in STORAGE_DTYPES.items() if name != "UntypedStorage"
+}
 KEY_BUDGET = 256  # parts of one dict key; nested tuples hash in exponential time and unbounded recursion
 MAX_INT_KEY = 1 << 60  # beyond, ints can be chosen so that their hashes all collide
 
@@ -283,14 +270,6 @@ def _rebuild_from_type(func: Any, kind: Any, args: Any, state: Any = None) -> An
     return builder(*args)
 
 
-def _set(items: Any = ()) -> set[Any]:
-    return {check_key(item) for item in _members(items)}
-
-
-def _frozenset(items: Any = ()) -> frozenset[Any]:
-    return frozenset(check_key(item) for item in _members(items))
-
-
 def _members(items: Any) -> Iterable[Any]:
     if isinstance(items, (ForeignName, ForeignObject)):
         raise ForeignUseError
@@ -306,14 +285,6 @@ def _pairs(items: Any) -> list[tuple[Any, Any]]:
     if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         raise RefusedError("a dict made from something other than pairs")
     return [(check_key(key), value) for key, value in pairs]
-
-
-def _ordered_dict(items: Any = ()) -> OrderedDict[Any, Any]:
-    return OrderedDict(_pairs(items))
-
-
-def _plain_dict(items: Any = ()) -> dict[Any, Any]:
-    return dict(_pairs(items))
 
 
 def _counter(items: Any = ()) -> Counter[Any]:
@@ -335,14 +306,6 @@ def _defaultdict(factory: Any = None, items: Any = ()) -> defaultdict[Any, Any]:
     return defaultdict(known, _pairs(items))
 
 
-def _list(items: Any = ()) -> list[Any]:
-    return list(_members(items))
-
-
-def _tuple(items: Any = ()) -> tuple[Any, ...]:
-    return tuple(_members(items))
-
-
 def _complex(real: Any = 0.0, imag: Any = 0.0) -> complex:
     if not isinstance(real, (int, float)) or not isinstance(imag, (int, float)):
         raise RefusedError("a complex number made from something other than numbers")
@@ -359,14 +322,6 @@ def _octets(value: Any, encoding: Any) -> bytes:
     raise RefusedError("bytes made from something other than bytes")  # bytes(10**12) would be a memory bomb
 
 
-def _bytes(value: Any = b"", encoding: Any = None) -> bytes:
-    return _octets(value, encoding)
-
-
-def _bytearray(value: Any = b"", encoding: Any = None) -> bytearray:
-    return bytearray(_octets(value, encoding))
-
-
 def _encode(value: Any, encoding: Any = None) -> bytes:
     # pickle's protocols 0 to 2 write bytes as _codecs.encode(text, "latin1"); any other codec would be an import
     if not isinstance(value, str) or encoding != "latin1":
@@ -377,17 +332,17 @@ def _encode(value: Any, encoding: Any = None) -> bytes:
 BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     **TENSOR_BUILDERS,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): lambda items=(): OrderedDict(_pairs(items)),
     ("collections", "Counter"): _counter,
     ("collections", "defaultdict"): _defaultdict,
-    ("builtins", "dict"): _plain_dict,
-    ("builtins", "list"): _list,
-    ("builtins", "tuple"): _tuple,
-    ("builtins", "set"): _set,
-    ("builtins", "frozenset"): _frozenset,
+    ("builtins", "dict"): lambda items=(): dict(_pairs(items)),
+    ("builtins", "list"): lambda items=(): list(_members(items)),
+    ("builtins", "tuple"): lambda items=(): tuple(_members(items)),
+    ("builtins", "set"): lambda items=(): {check_key(item) for item in _members(items)},
+    ("builtins", "frozenset"): lambda items=(): frozenset(check_key(item) for item in _members(items)),
     ("builtins", "complex"): _complex,
-    ("builtins", "bytes"): _bytes,
-    ("builtins", "bytearray"): _bytearray,
+    ("builtins", "bytes"): lambda value=b"", encoding=None: _octets(value, encoding),
+    ("builtins", "bytearray"): lambda value=b"", encoding=None: bytearray(_octets(value, encoding)),
     ("_codecs", "encode"): _encode,
 }
 

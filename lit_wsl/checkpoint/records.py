@@ -117,23 +117,26 @@ def children_of(value: Any) -> Iterator[Any]:
         yield from value.children()
 
 
-def contains_foreign(root: Any) -> bool:
-    """Whether a record is anywhere inside; shared containers are looked at once."""
+def walk(root: Any) -> Iterator[Any]:
+    """Go over a value and all that is inside it; a container or record that is shared comes once."""
     seen: set[int] = set()
     stack = [root]
     while stack:
         value = stack.pop()
-        if isinstance(value, (ForeignName, ForeignObject)):
-            return True
-        if isinstance(value, (Mapping, list, tuple, set, frozenset)) and id(value) not in seen:
+        if isinstance(value, (Mapping, list, tuple, set, frozenset, ForeignObject)):
+            if id(value) in seen:
+                continue
             seen.add(id(value))
             stack.extend(children_of(value))
-    return False
+        yield value
+
+
+def contains_foreign(root: Any) -> bool:
+    """Whether a record is anywhere inside."""
+    return any(isinstance(value, (ForeignName, ForeignObject)) for value in walk(root))
 
 
 _PATHS = ("Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
-
-
 _PLAIN = {
     "builtins": ("bytearray", "complex", "frozenset", "range", "set", "slice"),
     "collections": ("ChainMap", "Counter", "OrderedDict", "defaultdict", "deque"),
@@ -152,8 +155,6 @@ _PLAIN = {
     "types": ("SimpleNamespace",),
     "zoneinfo": ("ZoneInfo._unpickle",),
 }
-
-
 _CALLS = frozenset((module, name) for module, names in _PLAIN.items() for name in names)
 _BASES = frozenset(("builtins", name) for name in ("object", "dict", "list", "tuple", "str", "int", "float", "set"))
 
@@ -177,7 +178,11 @@ def is_harmless(record: ForeignObject) -> bool:
         return True
     name = (func.module, func.name)
     if name == ("copyreg", "_reconstructor"):  # protocols 0 and 1; a base of the file's choice would be initialised
-        return len(args) == 3 and all(isinstance(a, ForeignName) for a in args[:2]) and _name(args[1]) in _BASES
+        return (
+            len(args) == 3
+            and all(isinstance(a, ForeignName) for a in args[:2])
+            and (args[1].module, args[1].name) in _BASES
+        )
     if name in (("copyreg", "__newobj__"), ("copyreg", "__newobj_ex__")):
         return bool(args) and isinstance(args[0], ForeignName)
     if name == ("_codecs", "encode"):  # how bytes are said in protocol 2
@@ -187,39 +192,14 @@ def is_harmless(record: ForeignObject) -> bool:
     return name in _CALLS
 
 
-def _name(value: ForeignName) -> tuple[str, str]:
-    return value.module, value.name
-
-
 def foreign_calls(root: Any) -> list[str]:
-    """Names of what would be called if a tree were written again and loaded, sorted; shared values are seen once."""
-    found: set[str] = set()
-    seen: set[int] = set()
-    stack = [root]
-    while stack:
-        value = stack.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, ForeignObject) and not is_harmless(value):
-            found.add(value.type_name)
-        stack.extend(children_of(value))
-    return sorted(found)
+    """Names of what would be called if a tree were written again and loaded, sorted."""
+    return sorted({v.type_name for v in walk(root) if isinstance(v, ForeignObject) and not is_harmless(v)})
 
 
 def names_of_classes(root: Any) -> set[str]:
     """The dotted names of all classes and functions that a tree names."""
-    found: set[str] = set()
-    seen: set[int] = set()
-    stack = [root]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, ForeignName):
-            found.add(str(value))
-        elif isinstance(value, (Mapping, list, tuple, set, frozenset, ForeignObject)) and id(value) not in seen:
-            seen.add(id(value))
-            stack.extend(children_of(value))
-    return found
+    return {str(value) for value in walk(root) if isinstance(value, ForeignName)}
 
 
 def first_foreign(root: Any) -> tuple[tuple[Any, ...], str] | None:

@@ -30,15 +30,10 @@ from lit_wsl.plan.operations import Operation, Transpose
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 
-_PARAMETRIZED = re.compile(
-    r"(?:.*\.)?parametrizations\.[^.]+\.original(\d+)"
-)  # as torch.nn.utils.parametrize stores them
-
-
-_ORIGINAL = "_orig"  # as torch.nn.utils.spectral_norm and prune store what they scale or mask
-
-
-_LENGTH, _DIRECTION = "_g", "_v"  # as torch.nn.utils.weight_norm and many ports of it store them
+# as torch.nn.utils.parametrize, spectral_norm and prune, and weight_norm store the factors of a weight
+_PARAMETRIZED = re.compile(r"(?:.*\.)?parametrizations\.[^.]+\.original(\d+)")
+_ORIGINAL = "_orig"
+_LENGTH, _DIRECTION = "_g", "_v"
 
 
 def factor_roles(infos: Iterable[ParameterInfo]) -> dict[str, int]:
