@@ -29,7 +29,7 @@ from lit_wsl.callbacks.streams import NoSampleError, stream
 from lit_wsl.checkpoint import Checkpoint
 from lit_wsl.matching.judge import PASSES
 from lit_wsl.report.loggers import proof_progress
-from lit_wsl.structure.running import preserved_objects, preserved_rng
+from lit_wsl.structure.running import cuda_devices, preserved_objects, preserved_rng, seed
 from lit_wsl.transfer.api import OnData
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _batches(trainer: pl.Trainer, module: pl.LightningModule, data: _Data) -> It
     try:
         while True:
             with preserved_rng(module), preserved_objects(data.owner, getattr(trainer, "datamodule", None)):
-                torch.manual_seed(number)
+                seed(number, cuda_devices(module))
                 try:
                     batch = to_model(data.batch(number), trainer, module)
                 except (NoSampleError, IndexError):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lit_wsl.structure.running import lent, preserved_rng, undisturbed
+from lit_wsl.structure.running import cuda_devices, lendable, lent, lent_to, seed, undisturbed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 PIECES = 4  # of a batch whose loss can't be told sample by sample, and of a sample of many elements
@@ -56,7 +58,7 @@ class LossMeter:
         self.has_slopes = True  # until the loss was seen to have no gradient
         self._guarded = True  # until a whole pass was seen to write to none of the model's tensors
         self._idle = False  # whether that pass left the modules' attributes alone, too
-        self._inside = False
+        self._tensors: list[tuple[str, Tensor]] | None = None  # during a session
 
     def has(self, number: int) -> bool:
         """Whether there is a batch of this number."""
@@ -129,8 +131,8 @@ class LossMeter:
         if self.watch is not None:
             self.watch(self.passes)
 
-    def _run(self, state: Mapping[str, Tensor], batch: Any, samples: int, seed: int) -> list[float]:
-        with self._ready(state, seed), torch.no_grad(), _Elements() as seen:
+    def _run(self, state: Mapping[str, Tensor], batch: Any, samples: int, number: int) -> list[float]:
+        with self._ready(state, number), torch.no_grad(), _Elements() as seen:
             value = self.loss(self.model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(f"the loss must be one number, not {type(value).__name__}")
@@ -142,24 +144,27 @@ class LossMeter:
     def session(self) -> Iterator[None]:
         """One guard around many measurements: those of a loss that changes nothing need little of their own."""
         with undisturbed(self.model, guard=False):
-            self._inside = True
+            self._tensors, self._devices = lendable(self.model), cuda_devices(self.model)
+            self._numbers = random.getstate(), numpy.random.get_state()
             try:
                 yield
             finally:
-                self._inside = False
+                self._tensors = None
 
     @contextmanager
-    def _ready(self, state: Mapping[str, Tensor], seed: int) -> Iterator[None]:
+    def _ready(self, state: Mapping[str, Tensor], number: int) -> Iterator[None]:
         """The model in eval mode with lent weights and known random numbers."""
-        if self._inside and self._idle:
-            with lent(self.model, state), preserved_rng(self.model):
-                torch.manual_seed(seed)
+        if self._tensors is not None and self._idle:
+            random.setstate(self._numbers[0])
+            numpy.random.set_state(self._numbers[1])
+            seed(number, self._devices)
+            with lent_to(self._tensors, state):
                 yield
             return
         with lent(self.model, state), undisturbed(self.model, guard=self._guarded) as wrote:
             self.model.eval()
             before = _attributes(self.model) if self._guarded else []
-            torch.manual_seed(seed)
+            seed(number, cuda_devices(self.model))
             yield
             if self._guarded:
                 self._guarded = wrote()

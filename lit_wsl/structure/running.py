@@ -35,8 +35,7 @@ def preserved_rng(module: nn.Module | None = None) -> Iterator[None]:
     """
     import numpy
 
-    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
-    devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+    devices = cuda_devices(module)
     python, arrays = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=devices):
         try:
@@ -44,6 +43,22 @@ def preserved_rng(module: nn.Module | None = None) -> Iterator[None]:
         finally:
             random.setstate(python)
             numpy.random.set_state(arrays)
+
+
+def seed(number: int, devices: Sequence[int] = ()) -> None:
+    """Seed torch's generators on the CPU and on some CUDA devices, and no others.
+
+    ``torch.manual_seed`` also seeds devices that nobody has used yet, when they are first used: by the run, then.
+    """
+    torch.default_generator.manual_seed(number)
+    for device in devices:
+        torch.cuda.default_generators[device].manual_seed(number)
+
+
+def cuda_devices(module: nn.Module | None) -> list[int]:
+    """Numbers of the CUDA devices that a module is on."""
+    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
+    return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
 
 
 @contextmanager
@@ -377,17 +392,28 @@ def lent(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     The tensors stay the objects they are, so that whoever else holds them (a layer that is in a list and in an
     unregistered attribute) sees the values too, which ``torch.func.functional_call`` would not do.
     """
+    with lent_to(lendable(module), state):
+        yield
+
+
+def lendable(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The tensors of a module that other values can be lent to, by all of their names."""
     held = {id(t) for t in (*module.parameters(), *module.buffers())}
-    own: list[tuple[Tensor, Tensor]] = []
+    return [(name, tensor) for name, tensor in module.state_dict(keep_vars=True).items() if id(tensor) in held]
+
+
+@contextmanager
+def lent_to(tensors: Sequence[tuple[str, Tensor]], state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lend tensors other values, each by the first of its names that has one."""
+    own: dict[int, tuple[Tensor, Tensor]] = {}
     try:
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if name in state and id(tensor) in held:
-                held.remove(id(tensor))
-                own.append((tensor, tensor.data))
+        for name, tensor in tensors:
+            if name in state and id(tensor) not in own:
+                own[id(tensor)] = tensor, tensor.data
                 tensor.data = state[name].to(tensor)
         yield
     finally:
-        for tensor, data in own:
+        for tensor, data in own.values():
             tensor.data = data
 
 

@@ -24,6 +24,7 @@ from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference.slots import candidates, on_own_axes, with_slots
 from lit_wsl.rebasin.inference.trace import all_output_tensors, named_tensors, traceable
 from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof, apply_permutation
+from lit_wsl.structure.running import cuda_devices, seed
 
 NOISE = float(torch.finfo(torch.float64).eps)
 MARGIN = 1e3
@@ -161,7 +162,7 @@ class _Function:
         full.update(state)
         self.model.train()  # drops attention biases that were cached in evaluation mode
         self.model.eval()
-        torch.manual_seed(0)
+        seed(0, cuda_devices(self.model))
         with double_default(), _DoubleKernels():
             output = functional_call(self.model, full, args, kwargs, tie_weights=False)
         found = [tensor.detach() for tensor in all_output_tensors(self.outputs(output) if self.outputs else output)]
