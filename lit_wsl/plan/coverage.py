@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from lit_wsl.plan.entries import ITS_PLACE, LEFT_ALONE, OUTSIDE, PlanData, Side
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
@@ -121,10 +122,24 @@ class Conversion:
     coverage: Coverage | None = None
 
 
-def _count(infos: Iterable[ParameterInfo], moved: frozenset[str]) -> Count:
+def _count(infos: Iterable[ParameterInfo], moved: Mapping[str, Fraction]) -> Count:
     listed = list(infos)
     hit = [info for info in listed if info.name in moved]
-    return Count(len(hit), len(listed), sum(i.numel for i in hit), sum(i.numel for i in listed))
+    elements = sum(int(info.numel * moved[info.name]) for info in hit)
+    return Count(len(hit), len(listed), elements, sum(i.numel for i in listed))
+
+
+def _moved(plan: PlanData, side: Side, described: ModelDescription) -> dict[str, Fraction]:
+    """Which share of each tensor a plan moves; all of it but for a head that is copied in part."""
+    moved: dict[str, Fraction] = {}
+    for entry in plan.entries:
+        share = Fraction(1)
+        for operation in entry.operations:
+            share *= operation.shares[side == "target"]
+        for name in entry.sources if side == "source" else entry.targets:
+            canonical = described.tied.get(name, name)
+            moved[canonical] = max(share, moved.get(canonical, share))
+    return moved
 
 
 def _trunk(infos: Iterable[ParameterInfo]) -> tuple[str, ...]:
@@ -173,8 +188,7 @@ def measure_coverage(plan: PlanData, source: ModelDescription, target: ModelDesc
         source: The checkpoint's side.
         target: The model's side.
     """
-    used = frozenset(source.tied.get(name, name) for entry in plan.entries for name in entry.sources)
-    filled = frozenset(target.tied.get(name, name) for entry in plan.entries for name in entry.targets)
+    used, filled = _moved(plan, "source", source), _moved(plan, "target", target)
     unsure = frozenset(name for a in plan.ambiguous for name in a.targets)
     excluded = excluded_names(plan, "target", target)
     rows: dict[str, list[ParameterInfo]] = {}
@@ -184,7 +198,7 @@ def measure_coverage(plan: PlanData, source: ModelDescription, target: ModelDesc
 
     def row(module: str, infos: list[ParameterInfo]) -> ModuleCoverage:
         doubtful = [i for i in infos if i.name in unsure and i.name not in filled]
-        missing = [i for i in infos if i.name not in filled | unsure | excluded]
+        missing = [i for i in infos if i.name not in filled and i.name not in unsure | excluded]
         return ModuleCoverage(
             module,
             _count(infos, filled),

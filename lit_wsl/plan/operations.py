@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from fractions import Fraction
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -53,6 +54,11 @@ class Operation(ABC):
         Raises:
             PlanError: If there is none.
         """
+
+    @property
+    def shares(self) -> tuple[Fraction, Fraction]:
+        """Which share of the source's elements it uses, and of the target's it fills."""
+        return Fraction(1), Fraction(1)
 
     def to_dict(self) -> dict[str, Any]:
         """The operation as plain data, ``{"op": name, ...}``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar, Literal
 
 import torch
@@ -118,6 +119,11 @@ class PartialHead(_Adaptation):
 
     def __post_init__(self) -> None:
         self._at_least(1, source=self.source, target=self.target)
+
+    @property
+    def shares(self) -> tuple[Fraction, Fraction]:  # noqa: D102
+        rows = min(self.source, self.target)
+        return Fraction(rows, self.source), Fraction(rows, self.target)
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
         if any(not s or s[0] != self.source for s in inputs):

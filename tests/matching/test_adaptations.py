@@ -305,6 +305,10 @@ def test_a_head_is_copied_in_part(classes, stem):
         assert torch.equal(tensor[rows:], before[name][rows:])
     x = torch.randn(2, 3, 9, 9)
     torch.testing.assert_close(new(x)[:, :rows], old(x)[:, :rows])
+    kept = (classes - rows) * (1 + new.fc.in_features), (10 - rows) * (1 + new.fc.in_features)
+    target, source = report.coverage.target, report.coverage.source
+    assert (target.of_elements - target.elements, source.of_elements - source.elements) == kept
+    assert target.tensor_share == source.tensor_share == 1.0
 
 
 def test_a_wider_inner_layer_is_no_head():
