@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -21,6 +21,15 @@ def printable(text: str) -> str:
     weight\x1b[2J
     """
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def listed(names: Sequence[object], most: int = 4) -> str:
+    """The first names of some, and that there are more.
+
+    >>> listed(["a", "b", "c"], 2)
+    'a, b, ...'
+    """
+    return ", ".join([*map(str, names[:most]), *(["..."] if len(names) > most else [])])
 
 
 class LitWslError(Exception):

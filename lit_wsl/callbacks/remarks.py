@@ -10,6 +10,7 @@ from torch import nn
 
 from lit_wsl.callbacks.lifecycle import mind_copies
 from lit_wsl.callbacks.state_dicts import given_while_built
+from lit_wsl.errors import listed
 from lit_wsl.report.report import TransferReport
 from lit_wsl.transfer.memory import given_by_hand, recall, was_trained_here
 
@@ -90,5 +91,5 @@ def _of_a_part(report: TransferReport, only: frozenset[str]) -> str:
     filled = [name for name in report.loaded if name in only]
     empty = sorted(only - set(filled))
     note = f"the model was filled before; {len(filled)} tensors that are new in it since were filled, and no others"
-    left = f" ({', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''} found no source)" if empty else ""
+    left = f" ({listed(empty, 5)} found no source)" if empty else ""
     return note + left

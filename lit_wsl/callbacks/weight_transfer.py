@@ -32,7 +32,7 @@ from lit_wsl.convert.optimizers import CarryOptions, OnLost
 from lit_wsl.convert.resume import Resume as Resuming
 from lit_wsl.convert.resume import ResumeOptions
 from lit_wsl.convert.saved_optimizer import Wins
-from lit_wsl.errors import MappingError, TransferError, did_you_mean
+from lit_wsl.errors import MappingError, TransferError, did_you_mean, listed
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.loggers import transfer_progress
@@ -374,7 +374,7 @@ class WeightTransferCallback(Callback):
                 "of them only. Make the model in the same way on all. Nothing was changed."
             )
         if memory is not None and memory.replaced and only is not None:
-            names = f"{', '.join(memory.replaced[:5])}{', ...' if len(memory.replaced) > 5 else ''}"
+            names = listed(memory.replaced, 5)
             rank_zero_info(f"Weight transfer: {names} were exchanged since the transfer and are left as they are.")
         resumes = self._resume_options is not None and trainer.state.fn == "fit"
         if only is None or only or resumes:

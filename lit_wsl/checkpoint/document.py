@@ -24,8 +24,6 @@ from torch import Tensor
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
 
-__all__ = ["build_plain"]
-
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:

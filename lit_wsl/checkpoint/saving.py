@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping, contains_foreign, foreign_calls
-from lit_wsl.errors import CheckpointError
+from lit_wsl.errors import CheckpointError, listed
 from lit_wsl.files import atomic
 
 
@@ -91,8 +91,8 @@ def _refuse_calls(obj: Any, path: str | os.PathLike[str]) -> None:
     if not calls:
         return
     where = [repr(place) for place in _places_of_calls(obj)]
-    inside = f" in {', '.join(where[:5])}{', ...' if where[5:] else ''}" if where else ""
-    shown = ", ".join(calls[:5]) + (", ..." if calls[5:] else "")
+    inside = f" in {listed(where, 5)}" if where else ""
+    shown = listed(calls, 5)
     raise CheckpointError(
         f"Cannot write {path}: the old file calls {shown}{inside}. Nothing of it was run, but whoever loads the new "
         "file with weights_only=False would run it. If you trust the file, keep the calls (keep_foreign=True, "

@@ -100,12 +100,3 @@ def size_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """A shape as text.
-
-    >>> shape_text((768, 3)), shape_text(())
-    ('768x3', 'scalar')
-    """
-    return "x".join(map(str, shape)) or "scalar"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.cli.console import on_terminal, progress, put_json, remark, say, shape_text, table
+from lit_wsl.cli.console import on_terminal, progress, put_json, remark, say, table
+from lit_wsl.structure.description import shape_text
 from lit_wsl.structure.families import fold
 
 CHUNK = 1 << 22  # elements compared at a time; bounds the memory

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lit_wsl.checkpoint import Checkpoint, open_checkpoint
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
-from lit_wsl.cli.console import fields, put_json, remark, say, shape_text, size_text, table
+from lit_wsl.cli.console import fields, put_json, remark, say, size_text, table
+from lit_wsl.structure.description import shape_text
 from lit_wsl.structure.families import fold
 
 

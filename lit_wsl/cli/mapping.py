@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lit_wsl.cli.console import on_terminal, put_json, remark, say, shape_text
+from lit_wsl.cli.console import on_terminal, put_json, remark, say
 from lit_wsl.cli.models import build_from, build_model, data_from_config, matching_options, sample_call
 from lit_wsl.plan.coverage import Count
 from lit_wsl.plan.entries import Side
@@ -17,6 +17,7 @@ from lit_wsl.plan.file import plan_to_document
 from lit_wsl.report.report import TransferReport
 from lit_wsl.report.rows import gaps, open_questions, percent
 from lit_wsl.report.terminal import MappingView, ReportView, excluded_lines
+from lit_wsl.structure.description import shape_text
 from lit_wsl.structure.running import Call
 from lit_wsl.transfer.api import OnData, prepare_transfer
 from lit_wsl.transfer.floor import likely_cause

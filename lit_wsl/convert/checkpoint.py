@@ -21,18 +21,17 @@ from lit_wsl.checkpoint.records import as_mapping, contains_foreign, foreign_cal
 from lit_wsl.checkpoint.saving import atomic_save, save_safetensors
 from lit_wsl.checkpoint.weights import Weights
 from lit_wsl.convert.copies import CopyConverter, drop_entries
-from lit_wsl.convert.optimizers import CarryOptions, OnLost, convert_optimizers, some
+from lit_wsl.convert.optimizers import CarryOptions, OnLost, convert_optimizers
 from lit_wsl.convert.saved_optimizer import NewGroup, Wins, groups_of
 from lit_wsl.convert.schedulers import schedulers_for_file
 from lit_wsl.convert.weights import (
     Progress,
-    convert_tensors,
     convert_weights,
     doubtful_parameters,
     new_order,
     old_parameters,
 )
-from lit_wsl.errors import CheckpointError, PlanError
+from lit_wsl.errors import CheckpointError, PlanError, listed
 from lit_wsl.plan.coverage import Conversion, Coverage, measure_coverage
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import ModelDescription, describe
@@ -303,7 +302,7 @@ def convert_document(
     classes = sorted(names_of_classes(entries))
     if classes:
         notes.append(
-            f"the new file names classes and functions that reading it with weights_only=False needs: {some(classes)}"
+            f"the new file names classes and functions that reading it with weights_only=False needs: {listed(classes)}"
         )
     return with_entries(document, entries), Conversion(len(state), carried, states, (*checkpoint.notes, *notes))
 
@@ -412,14 +411,3 @@ def _put_states(
             entries.setdefault(place[0], dict(tree[place[0]]))[place[1]] = data
         else:
             entries.setdefault(place[0], list(tree[place[0]]))[place[1]] = data
-
-
-__all__ = [
-    "Conversion",
-    "convert_checkpoint",
-    "convert_document",
-    "convert_tensors",
-    "convert_weights",
-    "lightning_optimizers",
-    "remembered_files",
-]

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from lit_wsl.checkpoint.document import LazyTensor, materialize, with_entries
 from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.checkpoint.records import ForeignObject, as_mapping, children_of
-from lit_wsl.convert.optimizers import some
 from lit_wsl.convert.saved_optimizer import NewOrder
 from lit_wsl.convert.weights import convert_tensors, old_parameters, whole_state
-from lit_wsl.errors import CheckpointError, PlanError
+from lit_wsl.errors import CheckpointError, PlanError, listed
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import Cast
 from lit_wsl.plan.plan import TransferPlan
@@ -157,7 +156,7 @@ class CopyConverter:
                 return [(n, n) for n in names]
             made.append((name, prefix + new))
         if gone:
-            self.notes.append(f"{spell(path)!r} names tensors that the new model does not have: {some(gone)}; left out")
+            self.notes.append(f"{spell(path)!r} names tensors that the new model lacks: {listed(gone)}; left out")
         return made
 
     def _convert_name(self, path: Path, value: str) -> str:
@@ -329,11 +328,11 @@ class CopyConverter:
             fresh, missing = [name for name in fresh if name in kept], [name for name in missing if name in kept]
         if fresh:
             self.notes.append(
-                f"{spell(path)!r}: {len(fresh)} tensors without a source have the model's values: {some(fresh)}"
+                f"{spell(path)!r}: {len(fresh)} tensors without a source have the model's values: {listed(fresh)}"
             )
         if missing:
             self.notes.append(
-                f"{spell(path)!r} has no value for {len(missing)} tensors of the new model: {some(missing)}"
+                f"{spell(path)!r} has no value for {len(missing)} tensors of the new model: {listed(missing)}"
             )
         return ordered
 
@@ -362,7 +361,7 @@ class CopyConverter:
             return value
         lacking = [name for name in order if name not in converted]
         if lacking:
-            text = f"lists a tensor for each parameter, and has none for {some(lacking)}."
+            text = f"lists a tensor for each parameter, and has none for {listed(lacking)}."
             self.problems.append(Problem(path, text, grave=True))
             return value
         self.notes.append(f"{spell(path)!r}, a list of tensors in the order of the parameters, was converted likewise")

@@ -29,7 +29,7 @@ from lit_wsl.convert.saved_optimizer import (
     rate_keys,
 )
 from lit_wsl.convert.weights import Keep, NotCarriedError, carry_state
-from lit_wsl.errors import CheckpointError
+from lit_wsl.errors import CheckpointError, listed
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import Shape
@@ -123,11 +123,6 @@ def _refuse_another_order(groups: Sequence[Sequence[NewGroup]], new: NewOrder) -
                     "model. If those of the old run were not either, its states cannot be told apart by their order. "
                     + REMEDY
                 )
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of some names."""
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _owners(names: Sequence[Names]) -> dict[str, list[Place]]:
@@ -328,18 +323,18 @@ class _Carrier:
         if removed:
             self.notes.append(
                 f"optimizer states of {len(removed)} parameters that the new model does not have are left out: "
-                f"{some(removed)}"
+                f"{listed(removed)}"
             )
         if untrained:
             self.notes.append(
                 f"optimizer states of {len(untrained)} parameters that no optimizer of the new run holds (frozen?) are "
-                f"left out: {some(untrained)}"
+                f"left out: {listed(untrained)}"
             )
         trained = list(dict.fromkeys(name for group_list in self.groups for name in _members(group_list)))
         fresh = [name for name in trained if name not in self.plan.by_target]
         if fresh:
             self.notes.append(
-                f"optimizer state starts anew for {len(fresh)} parameters without a source: {some(fresh)}"
+                f"optimizer state starts anew for {len(fresh)} parameters without a source: {listed(fresh)}"
             )
         waited = [
             name
@@ -351,7 +346,7 @@ class _Carrier:
         if waited:
             self.notes.append(
                 f"optimizer state starts anew for {len(waited)} parameters that no optimizer of the checkpoint holds "
-                f"(frozen?): {some(waited)}"
+                f"(frozen?): {listed(waited)}"
             )
 
     # -- groups ------------------------------------------------------------------------------------------------------
@@ -525,6 +520,3 @@ def told(where: str, key: str, old: Any, new: Any, side: Wins, option: str) -> s
 
 def _members(groups: Iterable[NewGroup]) -> list[str]:
     return [name for group in groups for name in group.names]
-
-
-__all__ = ["Carried", "CarryOptions", "NewGroup", "NewOrder", "OnLost", "convert_optimizers", "some", "told"]

@@ -494,6 +494,3 @@ def _remember(trainer: pl.Trainer, undo: WayBack) -> None:
     state = plugin.state_dict()
     if state:
         undo.later("precision plugin", partial(plugin.load_state_dict, state))
-
-
-__all__ = ["Resume", "ResumeOptions"]

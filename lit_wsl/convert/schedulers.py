@@ -334,6 +334,3 @@ def _regroup_known(
 
 def _brief(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
-
-
-__all__ = ["carry_schedulers", "kind_of_scheduler", "schedulers_for_file"]

@@ -14,7 +14,7 @@ from lit_wsl.checkpoint.document import LazyTensor, materialize
 from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.checkpoint.records import as_mapping
 from lit_wsl.convert.saved_optimizer import NOTHING, NewOrder, kind_of
-from lit_wsl.errors import CheckpointError, PlanError
+from lit_wsl.errors import CheckpointError, PlanError, listed
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.notation import registration_order
 from lit_wsl.plan.operations import (
@@ -281,9 +281,9 @@ def proven_order(plan: TransferPlan) -> list[tuple[str, str]] | None:
     ]
     loose = [(u.name, u.shape, str(u.kind)) for u in plan.unmatched_target]
     loose += [(name, a.shape, "parameter") for a in plan.ambiguous for name in a.targets]
-    for listed in (known + loose, loose + known):
-        by_module = [listed[i] for i in registration_order([name for name, _, _ in listed])]
-        for candidate in (by_module, listed):
+    for rows in (known + loose, loose + known):
+        by_module = [rows[i] for i in registration_order([name for name, _, _ in rows])]
+        for candidate in (by_module, rows):
             digest = hashlib.sha256()
             for name, shape, _ in candidate:
                 digest.update(f"{name}\0{shape}\0".encode())
@@ -305,11 +305,11 @@ def convert_weights(
     notes: list[str] = []
     ordered, fresh, missing = whole_state(convert_tensors(checkpoint, plan, target, progress), plan, target)
     if fresh:
-        notes.append(f"{len(fresh)} tensors of the new model have no source and its own fresh values: {_some(fresh)}")
+        notes.append(f"{len(fresh)} tensors of the new model have no source and its own fresh values: {listed(fresh)}")
     if missing:
         notes.append(
             f"{len(missing)} tensors of the new model are not in the new checkpoint, so it loads with strict=False "
-            f"(Lightning: strict_loading=False): {_some(missing)}"
+            f"(Lightning: strict_loading=False): {listed(missing)}"
         )
     notes += _left_over(checkpoint, plan)
     state: dict[str, Any] = OrderedDict(ordered)
@@ -361,14 +361,10 @@ def _left_over(checkpoint: Checkpoint, plan: TransferPlan) -> list[str]:
     tied = describe(checkpoint).tied
     left = [name for name in checkpoint if tied.get(name, name) not in used and name not in used]
     strange = [name for name in left if name not in known]
-    notes = [f"{len(left)} tensors of the checkpoint are not used: {_some(left)}"] if left else []
+    notes = [f"{len(left)} tensors of the checkpoint are not used: {listed(left)}"] if left else []
     if strange and (plan.unmatched_source or plan.source.fingerprint):
-        notes.append(f"the plan was made for another checkpoint: it does not know {_some(strange)}")
+        notes.append(f"the plan was made for another checkpoint: it does not know {listed(strange)}")
     return notes
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _metadata(checkpoint: Checkpoint, moved: Mapping[str, str], target: nn.Module | None) -> Any:

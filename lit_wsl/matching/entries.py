@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from lit_wsl.errors import listed
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.scoring import Context, score_pair
 from lit_wsl.matching.tree import shape_key
@@ -181,7 +182,7 @@ class EntryWriter:
         rivals = [i.name for i in self._free(key, other)]
         which = f"which of the {len(rivals)} free tensors" if len(rivals) > 1 else "whether the free tensor"
         return (
-            f"nothing shows {which} of this shape ({', '.join(rivals[:3])}{', ...' if len(rivals) > 3 else ''}) "
+            f"nothing shows {which} of this shape ({listed(rivals, 3)}) "
             "belongs here: an edited plan, source_prefix, source_module or a proof on data decides"
         )
 

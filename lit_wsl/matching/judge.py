@@ -18,6 +18,7 @@ import torch
 from scipy.special import stdtr
 from torch import Tensor, nn
 
+from lit_wsl.errors import listed
 from lit_wsl.matching.balance import Balance
 from lit_wsl.matching.entries import cast_between
 from lit_wsl.matching.layouts import leave_open
@@ -304,7 +305,7 @@ def _as_planned(
     if not questioned or not (beaten or rises):
         return _verdict(plan, bench, losses, ())
     left = leave_open(plan, {e.targets[0]: REFUTED for e in questioned})
-    shown = ", ".join(e.targets[0] for e in questioned[:3]) + (", ..." if len(questioned) > 3 else "")
+    shown = listed([e.targets[0] for e in questioned], 3)
     judged = _verdict(left, bench, bench.losses(left), ())
     note = f"REFUTED on data: loss {_mean(bench.fresh):.4g} fresh, {_mean(losses):.4g} with {shown}: withdrawn"
     return replace(judged, proof="refuted", proof_by="data", notes=(*judged.notes, note))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from lit_wsl.errors import MappingError
+from lit_wsl.errors import MappingError, listed
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.plan.entries import ITS_PLACE, LEFT_ALONE, OUTSIDE, Unmatched
 from lit_wsl.plan.plan import TransferPlan
@@ -101,7 +101,7 @@ def part_of(source: ModelDescription, prefix: str | None) -> ModelDescription:
         found = sorted({".".join(n.split(".")[:k]) for n in names for k in (1, 2) if n.count(".") >= k})
         raise MappingError(
             f"source_prefix={prefix!r}: no tensor of {source.label} stands under this name; "
-            f"there are {', '.join(found[:12])}{', ...' if len(found) > 12 else ''}."
+            f"there are {listed(found, 12)}."
         )
     inside = {i.name for i in kept}
     return replace(source, parameters=kept, tied={a: first for a, first in source.tied.items() if first in inside})

@@ -22,10 +22,10 @@ from lit_wsl.plan.coverage import Coverage, excluded_names
 from lit_wsl.plan.entries import Decided, Measured, PlanEntry, Side, measured_dict
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.json_report import coverage_dict
-from lit_wsl.report.rows import gaps, operation_counts, remedy, shape_text
+from lit_wsl.report.rows import gaps, operation_counts, remedy
 from lit_wsl.report.scores import Material, breakdown, pairs, runner_up
 from lit_wsl.report.terminal import excluded_lines
-from lit_wsl.structure.description import ModelDescription, ParameterInfo
+from lit_wsl.structure.description import ModelDescription, ParameterInfo, shape_text
 
 _ASSETS = Path(__file__).parent / "assets"
 _NAME_PARTS = ("token", "edit", "substring", "type")

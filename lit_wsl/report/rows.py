@@ -11,7 +11,7 @@ from rapidfuzz.distance import Levenshtein
 from lit_wsl.plan.coverage import excluded_names
 from lit_wsl.plan.entries import CANDIDATE, Ambiguity, PlanEntry, Side, Unmatched
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
+from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape, shape_text
 from lit_wsl.structure.families import fold
 
 Confidence = Literal["high", "medium", "low"]
@@ -52,15 +52,6 @@ class MappingRow:
     margin: float
     entries: tuple[PlanEntry, ...]
     groups: int
-
-
-def shape_text(shape: Shape) -> str:
-    """A shape as people write it.
-
-    >>> shape_text((64, 3, 7, 7)), shape_text(()), shape_text((5,))
-    ('64x3x7x7', 'scalar', '5')
-    """
-    return "x".join(map(str, shape)) if shape else "scalar"
 
 
 def count_text(number: int) -> str:

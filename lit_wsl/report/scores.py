@@ -21,8 +21,8 @@ from lit_wsl.plan.coverage import Coverage, measure_coverage
 from lit_wsl.plan.entries import PlanEntry, Side
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.drawing import COLOURS, LEGEND, Bar, Text, View, Wrapped, score_text
-from lit_wsl.report.rows import confidence, describe_from_plan, shape_text
-from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
+from lit_wsl.report.rows import confidence, describe_from_plan
+from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape, shape_text
 
 MOST_EXPLAINED = 600  # steps of a report with a runner-up each; of more, the least certain ones
 

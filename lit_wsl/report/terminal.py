@@ -31,9 +31,8 @@ from lit_wsl.report.rows import (
     operation_counts,
     percent,
     remedy,
-    shape_text,
 )
-from lit_wsl.structure.description import ModelDescription, ParameterGroup
+from lit_wsl.structure.description import ModelDescription, ParameterGroup, shape_text
 from lit_wsl.structure.families import fold
 
 MOST_ROWS = 20  # of the coverage by module; what is loaded in full is left out first

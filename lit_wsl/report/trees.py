@@ -11,8 +11,8 @@ from rich.table import Table
 
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.drawing import Text, View, pieces
-from lit_wsl.report.rows import count_text, shape_text
-from lit_wsl.structure.description import ModelDescription, ModuleNode, ParameterGroup
+from lit_wsl.report.rows import count_text
+from lit_wsl.structure.description import ModelDescription, ModuleNode, ParameterGroup, shape_text
 from lit_wsl.structure.families import fold_names, ranges
 
 

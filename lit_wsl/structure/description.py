@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +109,17 @@ def _hint(value: Any, argument: str) -> str:
 
 Shape = tuple[int, ...]
 Kind = Literal["parameter", "buffer"]
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as people write it.
+
+    >>> shape_text((64, 3, 7, 7)), shape_text(()), shape_text((5,))
+    ('64x3x7x7', 'scalar', '5')
+    """
+    return "x".join(map(str, shape)) or "scalar"
+
+
 _TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 

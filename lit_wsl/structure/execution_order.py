@@ -11,7 +11,7 @@ import inspect
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from lit_wsl.structure.running import preserved_rng, undisturbed
+from lit_wsl.structure.running import nested_tensors, preserved_rng, undisturbed
 
 _HANDLES = ("_initialize_hook", "_load_hook")  # of the hooks that a lazy module takes off at its first call
 _KINDS: dict[Any, Any] = {nn.Parameter: nn.UninitializedParameter, Tensor: nn.UninitializedBuffer}
@@ -128,23 +128,12 @@ class _FirstUse(TorchFunctionMode):
         self._seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = [name for v in _tensors((args, kwargs or {})) if (name := self._names.get(id(v))) is not None]
+        found = [name for v in nested_tensors((args, kwargs or {})) if (name := self._names.get(id(v))) is not None]
         result = func(*args, **(kwargs or {}))
-        if found and any(True for _ in _tensors(result)):
+        if found and any(True for _ in nested_tensors(result)):
             for name in found:
                 self._seen.setdefault(name)
         return result
-
-
-def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item, depth - 1)
-    elif depth and isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item, depth - 1)
 
 
 class Step(NamedTuple):

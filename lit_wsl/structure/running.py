@@ -10,7 +10,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -440,17 +440,24 @@ def _recorded(module: nn.Module, trace: Trace) -> Iterator[None]:
             handle.remove()
 
 
+def nested_tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
+    """Tensors of nested lists, tuples, mappings and dataclasses, in order; other objects are passed over."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from nested_tensors(item, depth - 1)
+    elif depth and isinstance(value, (list, tuple)):
+        for item in value:
+            yield from nested_tensors(item, depth - 1)
+    elif depth and is_dataclass(value) and not isinstance(value, type):
+        for item in fields(value):
+            yield from nested_tensors(getattr(value, item.name), depth - 1)
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The floating-point tensors in what a model returned, in order."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value.detach()
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
+    return (tensor.detach() for tensor in nested_tensors(value) if tensor.is_floating_point())
 
 
 def comparable(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

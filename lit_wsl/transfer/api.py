@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import Checkpoint
+from lit_wsl.errors import listed
 from lit_wsl.matching.judge import judge_by_loss
 from lit_wsl.matching.layouts import hidden_layouts
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
@@ -211,9 +212,8 @@ def _outside_state_dict(model: nn.Module) -> str:
     """Which parameters a model's own ``state_dict`` leaves out, as for a frozen part that is loaded elsewhere."""
     inside = {id(tensor) for tensor in live_tensors(model).values()}
     outside = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
-    shown_names = f"{', '.join(outside[:5])}{', ...' if len(outside) > 5 else ''}"
     count = f"{len(outside)} parameters are" if len(outside) > 1 else "1 parameter is"
-    return f"{count} not in the model's state_dict() and left as before: {shown_names}" if outside else ""
+    return f"{count} not in the model's state_dict() and left as before: {listed(outside, 5)}" if outside else ""
 
 
 def _plan_transfer(
@@ -345,5 +345,5 @@ def _leave_alone(plan: TransferPlan, target: ModelDescription) -> tuple[Transfer
     if len(entries) == len(plan.entries):
         return plan, []
     names = sorted({n for e in plan.entries for n in e.targets if n in packed})
-    note = f"left alone, quantised or packed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    note = f"left alone, quantised or packed: {listed(names, 5)}"
     return replace(plan, entries=entries), [note]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.structure.running import undisturbed
+from lit_wsl.structure.running import nested_tensors, undisturbed
 
 MAX_INDEX = 4_000_000
 _READERS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
@@ -184,11 +184,11 @@ class Recorder(TorchDispatchMode):
         named.update({argument.name: value for argument, value in zip(schema, args, strict=False)})
         named.update(kwargs)
         recorded = self._referred(named)
-        for value in _tensors(list(named.values())):
+        for value in nested_tensors(list(named.values())):
             if not value.is_floating_point() and not value.is_complex() and value.numel() <= MAX_INDEX:
                 self.trace.integers[(number, self.number(value))] = value.detach().clone()
         result = func(*args, **kwargs)
-        for value in _tensors(result):
+        for value in nested_tensors(result):
             if value in self._numbers and self._layout_changed(value):  # transpose_: the same object, another view
                 del self._numbers[value]
         outs = tuple(self.refer(v) for v in (result if isinstance(result, (list, tuple)) else (result,)))
@@ -196,7 +196,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _referred(self, named: dict[str, Any]) -> dict[str, Any]:
-        for value in _tensors(list(named.values())):
+        for value in nested_tensors(list(named.values())):
             if value not in self._numbers:  # a constant: nothing made it, and it is neither parameter nor input
                 self.trace.tensors[self.number(value)] = replace(self._info(value), varies=_varies(value))
         return {name: self.refer(value) for name, value in named.items()}
@@ -213,29 +213,14 @@ def _varies(tensor: Tensor) -> tuple[bool, ...] | None:
     return tuple(not torch.equal(tensor, tensor.narrow(a, 0, 1).expand_as(tensor)) for a in range(tensor.ndim))
 
 
-def _tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
-    """Tensors of nested lists, tuples, mappings and dataclasses, in order; other objects are passed over."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item, depth - 1)
-    elif depth and isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item, depth - 1)
-    elif depth and is_dataclass(value) and not isinstance(value, type):
-        for item in fields(value):
-            yield from _tensors(getattr(value, item.name), depth - 1)
-
-
 def all_output_tensors(output: Any) -> list[Tensor]:
     """The tensors that a model returned, positions and masks too."""
-    return list(_tensors(output))
+    return list(nested_tensors(output))
 
 
 def output_tensors(output: Any) -> list[Tensor]:
     """The tensors that a model returned, floating and complex ones only."""
-    return [tensor for tensor in _tensors(output) if tensor.is_floating_point() or tensor.is_complex()]
+    return [tensor for tensor in nested_tensors(output) if tensor.is_floating_point() or tensor.is_complex()]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -282,7 +267,7 @@ def trace_forward(
     for name, tensor in named_tensors(model).items():
         names.setdefault(recorder.number(tensor), []).append(name)
     trace.parameters = {number: tuple(of) for number, of in names.items()}
-    for tensor in _tensors([list(example_args), dict(example_kwargs or {})]):
+    for tensor in nested_tensors([list(example_args), dict(example_kwargs or {})]):
         trace.inputs.add(recorder.number(tensor))
     try:
         with Escapes(recorder), recorder:
