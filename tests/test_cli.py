@@ -60,6 +60,8 @@ def test_help_teaches_by_examples(command, capsys):
         ("map old.ckpt --threshold high", "--threshold: Expected a float. Got value: high"),
         ("mapp old.ckpt", "Did you mean 'map'?"),
         ("map", "required: checkpoint"),
+        ("rebase old.ckpt", "lit-wsl rebase: the following arguments are required: --base, --onto, -o/--output"),
+        ("", "name a command: inspect, map,"),
     ],
 )
 def test_wrong_usage_is_said_in_two_lines_with_what_was_meant(arguments, words, capsys):
@@ -76,6 +78,23 @@ def test_wrong_usage_is_said_in_two_lines_with_what_was_meant(arguments, words, 
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     assert run(*arguments) == 2
     assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("map nets:New --model old.ckpt", "old.ckpt is a file, not a name in Python code: write my.models:Net"),
+        ("map old.ckpt --model nets.py", "say what is meant in it: nets.py:Net"),
+        ("map old.ckpt --model net.py:New", "net.py does not exist in {here}. Did you mean nets.py?"),
+        ("map old.ckpt --config cli.yaml", "cli.yaml does not exist in {here}"),
+    ],
+)
+def test_a_path_where_a_name_belongs_is_told_from_a_name(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a.weight": torch.ones(2)}, "old.ckpt")
+    Path("nets.py").touch()
+    assert main(arguments.split()) == 2
+    assert words.format(here=tmp_path) in capsys.readouterr().err
 
 
 def test_both_ways_to_start_it_are_the_same_and_quick_to_help(tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 
 from lit_wsl.cli.console import remark
 from lit_wsl.errors import LitWslError, did_you_mean
+from lit_wsl.files import not_found
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.structure.execution_order import is_lazy
 from lit_wsl.structure.running import Call
@@ -104,6 +105,13 @@ def build_from(path: str, arguments: Mapping[str, Any]) -> nn.Module:
 def look_up(path: str) -> Any:
     """Import what ``package.module:name`` or ``file.py:name`` names; the current folder counts as installed."""
     place, mark, name = path.rpartition(":")
+    if not mark and path.endswith(".py"):
+        raise UsageError(f"{path} is a file; say what is meant in it: {path}:Net.")
+    if not mark and os.path.exists(path):
+        raise UsageError(
+            f"{path} is a file, not a name in Python code: write my.models:Net, or models.py:Net. A checkpoint comes "
+            "first, without an option."
+        )
     if not mark:
         place, _, name = path.rpartition(".")
     if not place or not name:
@@ -125,7 +133,7 @@ def look_up(path: str) -> Any:
 
 def _import_file(file: Path) -> Any:
     if not file.is_file():
-        raise UsageError(f"{file} does not exist.")
+        raise not_found(file)
     name = f"lit_wsl_user_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
@@ -170,6 +178,8 @@ def _read_config(file: str) -> Any:
 
     try:
         return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise not_found(Path(file)) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 

@@ -44,6 +44,9 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and where the options are explained; exit code 2."""
         parser: Any = getattr(ex, "subcommand_parser", None) or self
+        lacking = re.search(r"required: (\w+)\.", message)
+        if lacking is not None and self._subcommands_action is not None:
+            parser = self._subcommands_action._name_parser_map.get(lacking[1], parser)
         prog = parser.prog.replace(" [options]", "")
         print(printable(f"{prog}: {_plainly(message, parser)}\n({prog} --help explains the options)"), file=sys.stderr)
         self.exit(2)
@@ -60,13 +63,20 @@ def _plainly(message: str, parser: ArgumentParser) -> str:
             return f"{option}: {what}"
         meant = did_you_mean(choice[2], re.findall(r"'([^']+)'", choice[1]))
         return f"{option} must be one of {choice[1]}; got {choice[2]!r}.{meant}"
+    if message.startswith('expected "subcommand"'):
+        return f"name a command: {', '.join(parser._subcommands_action._name_parser_map)}."  # type: ignore[union-attr]
     unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message, re.I)
     known = [option for action in parser._actions for option in action.option_strings]
     choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
     if choice is not None:
         unknown, known = choice, re.findall(r"[\w-]+", choice[2])
     meant = did_you_mean(unknown[1], known) if unknown is not None else ""
-    return f"{message}.{meant}" if meant else re.sub(r"(required: )\w+\.", r"\1", message)
+    lacking = re.match(r"(the following arguments are required: )(.*)", message)
+    if lacking is not None:
+        spelt = {action.dest: "/".join(action.option_strings) for action in parser._actions if action.option_strings}
+        names = (name.rpartition(".")[2] for name in lacking[2].split(", "))
+        return lacking[1] + ", ".join(spelt.get(name, name) for name in names)
+    return f"{message}.{meant}" if meant else message
 
 
 def _parser(description: str) -> ArgumentParser:
