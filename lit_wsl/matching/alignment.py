@@ -33,7 +33,7 @@ from lit_wsl.matching.order import Kept, agreement, kept_elsewhere, order_cell
 from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
-from lit_wsl.matching.tree import Item, TreeBuilder, kind_of, layer_kind, relative, role_of, same_kind, shape_key
+from lit_wsl.matching.tree import Item, TreeBuilder, kind_of, owner_path, relative, role_of, same_kind, shape_key
 from lit_wsl.matching.words import plain_words
 from lit_wsl.plan.operations import Operation
 from lit_wsl.structure.description import Shape
@@ -326,7 +326,7 @@ class RegionMatch:
             return False
         for item, k in ((p.source, 0), (p.target, 1)):
             roots = self.region.source, self.region.target
-            path = _module_or_name(relative(item.main, roots[k]))
+            path = owner_path(relative(item.main, roots[k]))
             twin = self._by_path[1 - k].get(path)
             words = set(plain_words(path.rpartition(".")[2]))
             changed = twin is not None and twin.numel != item.main.numel
@@ -341,7 +341,7 @@ class RegionMatch:
         for names, root in sides:
             known: dict[str, Item] = {}
             for name, t in zip(names, root.tensors):
-                place = _module_or_name(name)
+                place = owner_path(name)
                 if place not in known or known[place].numel < t.numel:
                     known[place] = t
             found.append(known)
@@ -508,12 +508,6 @@ def _without_partner(
         [i for i in side if i.level == 2 and sizes[0][size(i)] != sizes[1][size(i)]] for side in (s, t)
     ]
     return left[0], left[1]
-
-
-def _module_or_name(name: str) -> str:
-    """The module of a weight, whatever it calls it; the name itself of any other tensor."""
-    head, _, leaf = name.rpartition(".")
-    return head if head and (layer_kind(leaf) or role_of(leaf) == "weight") else name
 
 
 def _tensors(units: Sequence[Item]) -> list[Item]:

@@ -155,22 +155,34 @@ def joint_matching(
     """
     whole, spec = spec, without_constants(spec, reference, other)
     names = matched_names(spec, reference, other)
-    a, b = ({name: state[name] for name in names} for state in (reference, other))
     drawing: dict[str, Any] = {"max_batches": max_batches, "max_samples": max_samples, "seed": seed, "forward": forward}
-    first, second = (module_responses(spec, model, state, batches, **drawing) for state in (reference, other))
-    same_positions(first, second)
-    axes, shapes = dict(spec.axes), {name: tuple(a[name].shape) for name in names}
-    for name in first:
-        axis = output_axis(model, name)
-        scale = math.sqrt(share * norm(reference[name]) * norm(other[name]) / reference[name].shape[axis])
-        answer = f"responses of {name}"
-        a[answer], b[answer] = (rows[name].to(reference[name].device) * scale for rows in (first, second))
-        axes[answer], shapes[answer] = {0: spec.axes[name][axis]}, tuple(first[name].shape)
-    both = PermutationSpec(groups=spec.groups, axes=axes, shapes=shapes, parameters=tuple(a))
+    answers = [module_responses(spec, model, state, batches, **drawing) for state in (reference, other)]
+    same_positions(*answers)
+    vectors = [{name: state[name] for name in names} for state in (reference, other)]
+    both, (a, b) = with_responses(spec, model, vectors, answers, share)
     with torch.no_grad():
         found = weight_matching(both, a, b, max_iter, seed, restarts=restarts, progress=progress)
     found = for_whole_spec(whole, found)
     return replace(found, start=f"weights and activations (share {share:g}), {found.start}")
+
+
+def with_responses(
+    spec: PermutationSpec,
+    model: nn.Module,
+    vectors: Sequence[Mapping[str, Tensor]],
+    answers: Sequence[Mapping[str, Tensor]],
+    share: float,
+) -> tuple[PermutationSpec, list[dict[str, Tensor]]]:
+    """Responses beside the weights as further tensors, scaled as :func:`joint_matching` says."""
+    axes, shapes = dict(spec.axes), {name: tuple(tensor.shape) for name, tensor in vectors[0].items()}
+    extended = [dict(vector) for vector in vectors]
+    for name in answers[0]:
+        axis, label = output_axis(model, name), f"responses of {name}"
+        for vector, rows in zip(extended, answers):
+            scale = math.sqrt(share / vector[name].shape[axis]) * norm(vector[name])
+            vector[label] = rows[name].to(vector[name].device) * scale
+        axes[label], shapes[label] = {0: spec.axes[name][axis]}, tuple(answers[0][name].shape)
+    return PermutationSpec(groups=spec.groups, axes=axes, shapes=shapes, parameters=tuple(extended[0])), extended
 
 
 #: What a unit's responses count beside its incoming weights, in the candidates that are matched on both.

@@ -8,7 +8,6 @@ in that order. One model at a time is matched to the mean of all others, which i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.matching.activations import SHARES, merged_gap
-from lit_wsl.rebasin.matching.objective import dot, norm
+from lit_wsl.rebasin.matching.activations import SHARES, merged_gap, with_responses
+from lit_wsl.rebasin.matching.objective import dot
 from lit_wsl.rebasin.matching.weights import (
     MatchingResult,
     for_whole_spec,
@@ -28,7 +27,7 @@ from lit_wsl.rebasin.matching.weights import (
     weight_matching,
     without_constants,
 )
-from lit_wsl.rebasin.responses import Forward, call_on_inputs, module_responses, output_axis
+from lit_wsl.rebasin.responses import Forward, call_on_inputs, module_responses
 from lit_wsl.rebasin.spec.spec import (
     PermutationSpec,
     apply_permutation,
@@ -95,7 +94,7 @@ def match_many(
     answers = [module_responses(spec, model, state, used, seed=seed, forward=forward) for state in state_dicts]
     candidates = [_common_order(spec, vectors, "weights", restarts, options)]
     for share in SHARES:
-        both, extended = _with_responses(spec, model, vectors, answers, share)
+        both, extended = with_responses(spec, model, vectors, answers, share)
         way = f"weights and activations (share {share:g})"
         candidates.append(_common_order(both, extended, way, restarts, options))
     gaps = []
@@ -103,25 +102,6 @@ def match_many(
         aligned = [apply_permutation(spec, one, state) for one, state in zip(found, state_dicts)]
         gaps.append(merged_gap(model, spec, aligned, used, forward=forward))
     return [for_whole_spec(whole, one) for one in candidates[min(range(len(gaps)), key=gaps.__getitem__)]]
-
-
-def _with_responses(
-    spec: PermutationSpec,
-    model: nn.Module,
-    vectors: Sequence[StateDict],
-    answers: Sequence[StateDict],
-    share: float,
-) -> tuple[PermutationSpec, list[dict[str, Tensor]]]:
-    """Responses beside the weights as further tensors, scaled as :func:`joint_matching` says."""
-    axes, shapes = dict(spec.axes), {name: tuple(tensor.shape) for name, tensor in vectors[0].items()}
-    extended = [dict(vector) for vector in vectors]
-    for name in answers[0]:
-        axis, label = output_axis(model, name), f"responses of {name}"
-        for vector, rows in zip(extended, answers):
-            scale = math.sqrt(share / vector[name].shape[axis]) * norm(vector[name])
-            vector[label] = rows[name].to(vector[name].device) * scale
-        axes[label], shapes[label] = {0: spec.axes[name][axis]}, tuple(answers[0][name].shape)
-    return PermutationSpec(groups=spec.groups, axes=axes, shapes=shapes, parameters=tuple(extended[0])), extended
 
 
 @torch.no_grad()
