@@ -13,8 +13,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_wsl import LitWslError, TransferPlan, WeightTransferCallback, transfer_weights
+from lit_wsl import (
+    LitWslError,
+    RebasinCallback,
+    TransferPlan,
+    WeightTransferCallback,
+    load_checkpoint_as_dict,
+    transfer_weights,
+)
 from lit_wsl.errors import CheckpointError, CoverageError, MappingError, PlanError, TransferError
+from lit_wsl.rebasin import infer_permutation_spec
 
 
 class Module(L.LightningModule):
@@ -198,6 +206,32 @@ def test_a_model_without_tensors(tmp_path):
 def test_a_source_of_another_kind(tmp_path):
     with pytest.raises(MappingError, match="int"):
         transfer_weights(Module(), 3)
+    with pytest.raises(MappingError, match=r"give the path of its file, or source\['state_dict'\]"):
+        transfer_weights(Module(), {"epoch": 1, "state_dict": Module().state_dict(), "hyper_parameters": {"a": 1}})
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: transfer_weights(m, m, loss=lambda m, b: m(b).sum()), "needs both: loss=.* and batches="),
+        (lambda m: transfer_weights(m, m, batches=[1]), "needs both"),
+        (lambda m: transfer_weights(m, m, loss="mse", batches=[1]), "needs both"),
+        (lambda m: transfer_weights(m, m).parameters("model"), "model must be a model"),
+        (lambda m: load_checkpoint_as_dict(""), "path is empty"),
+        (lambda m: TransferPlan.load(""), "plan is empty. Give the path of a plan"),
+        (lambda m: WeightTransferCallback(None), "checkpoint must be a path, but it is None"),
+        (lambda m: WeightTransferCallback("a.ckpt", proof_batches="all"), "proof_batches must be at least 1"),
+        (lambda m: RebasinCallback("", reference="a.ckpt"), "pretrained is empty"),
+        (lambda m: infer_permutation_spec(m, torch.ones(2, 3, 4, 4)), r"For a single argument: example_args=\(x,\)"),
+        (lambda m: infer_permutation_spec("a.ckpt", ()), "model must be a model"),
+    ],
+)
+def test_a_wrong_argument_is_told_at_once(call, words):
+    model = Module()
+    before = everything(model)
+    with pytest.raises(MappingError, match=words):
+        call(model)
+    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +244,11 @@ def test_a_source_of_another_kind(tmp_path):
         {"incompatible_pairs": [({"a"},)]},
         {"min_coverage": 1.5},
         {"adapt": ["stretch"]},
+        {"threshold": "best_match"},
+        {"weights": [0.5, 0.5]},
+        {"plan": ""},
+        {"plan": {"a": "b"}},
+        {"source_module": "old"},
     ],
 )
 def test_a_wrong_option(option, transfer, tmp_path):

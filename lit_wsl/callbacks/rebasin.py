@@ -46,6 +46,7 @@ from lit_wsl.rebasin.job_model import (
 )
 from lit_wsl.rebasin.responses import has_batch_statistics
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.structure.description import require_path
 from lit_wsl.structure.running import Call, preserved_rng
 
 if TYPE_CHECKING:
@@ -165,6 +166,9 @@ class RebasinCallback(Callback):
             raise RebasinError(f"update_model={update_model!r} is not known: 'aligned', 'merged' or None")
         if update_model == "merged" and merge is None:
             raise RebasinError("update_model='merged' needs merge='average' or merge='task_arithmetic'")
+        for name, path in (("reference", reference), ("pretrained", pretrained)):
+            if path is not None:
+                require_path(path, name)
         if isinstance(others, (str, Path)):
             others = (others,)
         if merge is not None:

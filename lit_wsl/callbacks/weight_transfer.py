@@ -37,7 +37,7 @@ from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.loggers import transfer_progress
 from lit_wsl.report.report import TransferReport
-from lit_wsl.structure.description import require_path
+from lit_wsl.structure.description import require_module, require_path
 from lit_wsl.structure.execution_order import is_lazy
 from lit_wsl.structure.running import Call
 from lit_wsl.transfer.api import OnData, Prepared, finish_transfer, prepare_transfer
@@ -60,7 +60,7 @@ from lit_wsl.transfer.memory import (
     watch_optimizers,
 )
 from lit_wsl.transfer.ranks import ALONE, Ranks, has_sharded_tensors, refuse_wrapped
-from lit_wsl.transfer.sides import Source, Target, open_source
+from lit_wsl.transfer.sides import OLD_MODEL, Source, Target, open_source
 from lit_wsl.transfer.undo import UndoLog, admit_loss, only_filler
 
 if TYPE_CHECKING:
@@ -195,13 +195,18 @@ class WeightTransferCallback(Callback):
                 raise MappingError(
                     f"{option} must be one of {known}; got {value!r}.{did_you_mean(str(value), allowed)}"
                 )
-        if proof_batches < 1 or not proof_seconds >= 0:
+        numbers = isinstance(proof_batches, int | float) and isinstance(proof_seconds, int | float)
+        if not numbers or proof_batches < 1 or not proof_seconds >= 0:
             raise MappingError(
                 "proof_batches must be at least 1 and proof_seconds at least 0; "
                 f"got {proof_batches!r} and {proof_seconds!r}."
             )
-        if isinstance(checkpoint, str):
-            require_path(checkpoint, "checkpoint")  # an empty one is told now, not when the data is ready
+        if not isinstance(checkpoint, Mapping | nn.Module):
+            require_path(checkpoint, "checkpoint")  # told now, not when the data is ready
+        if isinstance(plan, str):
+            require_path(plan, "plan")
+        if source_module is not None:
+            require_module(source_module, "source_module", OLD_MODEL)
         self.checkpoint = checkpoint
         self.proof = proof
         self.proof_batches = proof_batches

@@ -531,6 +531,7 @@ def load_checkpoint_as_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file, what it looks like, and the remedy.
     """
+    require_path(path, "path")
     local = bring(path)
     with local.called_as_given(), _errors_of(local.path):
         document = read_document(local.path)

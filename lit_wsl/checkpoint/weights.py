@@ -329,7 +329,7 @@ def select_weights(tree: Any, weights: Weights = "auto") -> Selection:
     them; ``"ema"`` the average.
     """
     if weights not in ("auto", "model", "ema"):
-        raise CheckpointError(f"weights={weights!r} is not one of 'auto', 'model', 'ema'.")
+        raise CheckpointError(f"holds no weights called {weights!r}: ask for one of 'auto', 'model', 'ema'")
     nests = find_nests(tree)
     if not nests:
         entries = [str(key)[:40] for key in as_mapping(tree) or ()][:8]
@@ -390,10 +390,7 @@ def _select_average(
     if listed is not None:
         return Selection(listed[1], f"ema:{listed[0]}")
     there = ", ".join(f"{nest.label!r} ({len(nest.tensors)} tensors)" for nest in nests[:8])
-    raise CheckpointError(
-        f"holds no averaged (EMA) weights that cover the model's; it holds {there}. Take the model's weights with "
-        "weights='model'"
-    )
+    raise CheckpointError(f"holds no averaged (EMA) weights that cover the model's; it holds {there}. Ask for 'model'")
 
 
 def _weight_averaging(tree: Any, nests: list[Nest], weights: Weights) -> Selection | None:
@@ -411,7 +408,7 @@ def _weight_averaging(tree: Any, nests: list[Nest], weights: Weights) -> Selecti
         return Selection(average, "ema:state_dict")
     note = (
         "WeightAveraging wrote this file: its 'state_dict' is the running average, as Lightning loads it; "
-        "weights='model' takes the weights of the last training step"
+        "ask for 'model' to take the weights of the last training step"
     )
     return Selection(average, "ema:state_dict", (note,))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from lit_wsl.errors import MappingError, did_you_mean
+from lit_wsl.errors import ArgumentTypeError, MappingError, did_you_mean
 
 BufferMode = Literal["exclude", "lenient", "strict"]
 Strategy = Literal["best_match", "conservative", "shape_only"]
@@ -57,12 +57,14 @@ class MatchingOptions:
     source_prefix: str | None = None
 
     def __post_init__(self) -> None:
-        given = {} if self.weights is None else {key: float(value) for key, value in sorted(self.weights.items())}
+        if not isinstance(self.weights, Mapping | None):
+            raise ArgumentTypeError(f"weights takes {dict(DEFAULT_WEIGHTS)}, or other numbers; got {self.weights!r}.")
+        given = {k: _number(f"weights[{k!r}]", v) for k, v in sorted((self.weights or {}).items())}
         for name, value in (
-            ("threshold", float(self.threshold)),
+            ("threshold", _number("threshold", self.threshold)),
             ("weights", dict(DEFAULT_WEIGHTS) if self.weights is None or given == DEFAULT_WEIGHTS else given),
             ("incompatible_pairs", tuple(_pair(pair) for pair in self.incompatible_pairs or ())),
-            ("shape_tolerance", float(self.shape_tolerance)),
+            ("shape_tolerance", _number("shape_tolerance", self.shape_tolerance)),
             ("assume_layouts", bool(self.assume_layouts)),
             *((option, _names(option, getattr(self, option))) for option in ("adapt", "only", "skip")),
         ):
@@ -127,6 +129,14 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         known = ", ".join(map(repr, allowed))
         raise MappingError(f"{option} must be one of {known}; got {value!r}.{did_you_mean(str(value), allowed)}")
+
+
+def _number(option: str, value: Any) -> float:
+    """A number, also one that is written as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(f"{option} must be a number, got {value!r}.") from None
 
 
 def _names(option: str, value: Sequence[str] | str) -> tuple[str, ...]:

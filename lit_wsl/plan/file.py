@@ -51,7 +51,7 @@ from lit_wsl.plan.entries import (
 from lit_wsl.plan.fields import Fields, parse_json, parse_yaml, shown
 from lit_wsl.plan.notation import ORDERS, Budget, Line, Order, Pattern, expand, fold_rows, parse_side, unfold_order
 from lit_wsl.plan.operations import OPERATIONS, Operation, operation_from_dict, run_shapes
-from lit_wsl.structure.description import Kind, Shape
+from lit_wsl.structure.description import Kind, Shape, require_path
 
 FORMAT = "lit_wsl.plan"
 VERSION = 1
@@ -238,6 +238,7 @@ def save_plan(plan: PlanData, path: str | Path) -> None:
 
 def load_plan(path: str | Path) -> dict[str, Any]:
     """Read the fields of a plan from JSON or YAML, and check everything in it."""
+    require_path(path, "plan")
     path = Path(path)
     try:
         size = path.stat().st_size

@@ -12,7 +12,7 @@ from lit_wsl.errors import MappingError, printable
 from lit_wsl.plan.coverage import Coverage
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.rows import describe_from_plan, left_over, percent
-from lit_wsl.structure.description import ModelDescription
+from lit_wsl.structure.description import ModelDescription, require_module
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -155,6 +155,7 @@ class TransferReport:
         >>> len(groups["loaded"]), len(groups["fresh"])
         (2, 0)
         """
+        require_module(model, "model", "")
         whole = {
             name
             for entry in self.plan.entries

@@ -23,16 +23,20 @@ from torch import Tensor, nn
 from lit_wsl.errors import ArgumentTypeError, MappingError
 
 
-def require_module(value: Any, argument: str) -> None:
+def require_module(value: Any, argument: str, hint: str | None = None) -> None:
     """Refuse what is not a model.
+
+    Args:
+        value: What was given.
+        argument: As what.
+        hint: What was probably meant, if that is not clear from the argument's name.
 
     Raises:
         ArgumentTypeError: With what was given, and where it belongs.
     """
     if not isinstance(value, nn.Module):
-        raise ArgumentTypeError(
-            f"{argument} must be a model (an nn.Module), but it is {_what(value)}.{_hint(value, argument)}"
-        )
+        meant = _hint(value, argument) if hint is None else hint
+        raise ArgumentTypeError(f"{argument} must be a model (an nn.Module), but it is {_what(value)}.{meant}")
 
 
 def require_state_dict(value: Any, argument: str) -> None:
@@ -57,7 +61,8 @@ def require_path(value: Any, argument: str) -> None:
         hint = " The path comes first, then the model." if isinstance(value, nn.Module) else ""
         raise ArgumentTypeError(f"{argument} must be a path, but it is {_what(value)}.{hint}")
     if not os.fspath(value):
-        raise MappingError(f"{argument} is empty. Give the path of the checkpoint.")
+        what = "a plan" if argument == "plan" else "the checkpoint"
+        raise MappingError(f"{argument} is empty. Give the path of {what}.")
 
 
 def require_sample(args: Any, kwargs: Any) -> None:

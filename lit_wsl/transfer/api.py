@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import Checkpoint
-from lit_wsl.errors import listed
+from lit_wsl.errors import ArgumentTypeError, listed
 from lit_wsl.matching.judge import judge_by_loss
 from lit_wsl.matching.layouts import hidden_layouts
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
@@ -30,7 +30,7 @@ from lit_wsl.transfer.apply import Progress, apply_plan, live_tensors
 from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.memory import remember, shown, transfer_key
 from lit_wsl.transfer.ranks import ALONE, Ranks, check_same_source, has_sharded_tensors
-from lit_wsl.transfer.sides import Source, Target
+from lit_wsl.transfer.sides import OLD_MODEL, Source, Target
 from lit_wsl.transfer.undo import UndoLog, only_filler
 
 
@@ -173,6 +173,12 @@ def transfer_weights(
     options = MatchingOptions.of(locals())
     require_module(model, "model")
     require_sample(example_args, example_kwargs)
+    if source_module is not None:
+        require_module(source_module, "source_module", OLD_MODEL)
+    if (loss is None) != (batches is None) or not callable(loss or print):
+        raise ArgumentTypeError(
+            "a proof on data needs both: loss=, a function of the model and a batch, and batches=, a DataLoader."
+        )
     floor = valid_floor(min_coverage)
     with only_filler(model):
         ranks = Ranks.of_model(model)

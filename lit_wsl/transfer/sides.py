@@ -32,6 +32,8 @@ IN_ONE = (
     "give it as plan="
 )
 
+OLD_MODEL = " It is the old model itself, where its code is still at hand."
+
 Given = str | Path | Mapping[str, Tensor] | nn.Module
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 Which = Literal["auto", "model", "ema"]
@@ -158,8 +160,17 @@ def open_source(source: Given, checkpoint_weights: Which = "auto") -> Mapping[st
         require_path(source, "source")
         return open_checkpoint(source, weights=checkpoint_weights)
     if isinstance(source, Mapping):
+        inner = [name for name, value in source.items() if isinstance(value, Mapping) and _has_tensors(value)]
+        if inner and not _has_tensors(source):
+            raise MappingError(
+                f"source is a whole checkpoint, not a state dict: give the path of its file, or source[{inner[0]!r}]."
+            )
         return source
     raise ArgumentTypeError(f"source must be a path, a state dict or a module, not {type(source).__name__}.")
+
+
+def _has_tensors(mapping: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in mapping.values())
 
 
 def _run_samples(model: nn.Module, samples: Sequence[Call]) -> tuple[nn.Module, dict[str, int], str]:

@@ -47,6 +47,7 @@ from lit_wsl.rebasin.inference.trace import (
 )
 from lit_wsl.rebasin.inference.units import Array
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.structure.description import require_module, require_sample
 
 
 def propagate(run: Run) -> None:
@@ -297,6 +298,8 @@ def infer_permutation_spec(
     >>> [(group.name, group.size) for group in spec.groups.values()]
     [('0.weight:0', 8)]
     """
+    require_module(model, "model", "")
+    require_sample(example_args, example_kwargs)
     with traceable(model) as wrote:
         trace = trace_forward(model, example_args, example_kwargs, outputs)
         if wrote():  # a first call that initialises weights from data overwrites them; every later one reads them

@@ -24,6 +24,7 @@ from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference.slots import candidates, on_own_axes, with_slots
 from lit_wsl.rebasin.inference.trace import all_output_tensors, named_tensors, traceable
 from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof, apply_permutation
+from lit_wsl.structure.description import require_module, require_sample
 from lit_wsl.structure.running import cuda_devices, seed
 
 NOISE = float(torch.finfo(torch.float64).eps)
@@ -270,6 +271,8 @@ def verify_permutation_spec(
     Raises:
         RebasinError: The model fails in float64, or its outputs are not finite or not repeatable.
     """
+    require_module(model, "model", "")
+    require_sample(example_args, example_kwargs)
     with traceable(model):
         try:
             function = _Function(model, example_args, example_kwargs, outputs)
