@@ -151,8 +151,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         The path of an empty temporary file, to be filled by the block.
 
     Raises:
-        CheckpointError: if the folder cannot be written or the disk is full. The old file is whole.
-        Exception: whatever the block raises that is not an ``OSError``; the old file is whole then too.
+        CheckpointError: if the folder cannot be written or the disk is full. The old file is intact.
+        Exception: whatever the block raises that is not an ``OSError``; the old file is intact then too.
 
     Example:
         >>> import tempfile, pathlib
@@ -192,7 +192,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` to ``path``, all or nothing.
 
     Raises:
-        CheckpointError: if it cannot be written; the old file is whole.
+        CheckpointError: if it cannot be written; the old file is intact.
     """
     with atomic(path) as temporary:
         temporary.write_bytes(data)
@@ -202,7 +202,7 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, all or nothing.
 
     Raises:
-        CheckpointError: if it cannot be written; the old file is whole.
+        CheckpointError: if it cannot be written; the old file is intact.
     """
     atomic_write_bytes(path, text.encode("utf-8"))
 

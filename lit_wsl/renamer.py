@@ -201,7 +201,7 @@ class WeightRenamer:
 
         Raises:
             CheckpointError: if it cannot be written, something of the file cannot be kept, or the new file would call
-                foreign functions that the old one names; the old file is whole.
+                foreign functions that the old one names; the old file is intact.
         """
         renamed = {name: self.checkpoint[original] for original, name in self._names.items()}
         if Path(path).suffix == ".safetensors":

@@ -2,9 +2,9 @@
 
 ``Trainer._run`` calls, in this order: ``DataModule.setup``, ``Callback.setup``, ``LightningModule.setup``,
 ``configure_model``, the restoring of a resumed checkpoint, ``Strategy.setup`` (device, wrapping, optimizers),
-``on_fit_start``. A model built in ``__init__`` is whole at ``Callback.setup``; one that overrides ``setup`` or
-``configure_model`` is whole only after both, and Lightning has no callback hook there, so one call of
-``Strategy.setup`` is preceded by ours.
+``on_fit_start``. A model built in ``__init__`` is complete at ``Callback.setup``; one that overrides ``setup`` or
+``configure_model`` only after both, and Lightning has no callback hook there, so one call of ``Strategy.setup`` is
+preceded by ours.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def atomic_save(obj: Any, path: str | os.PathLike[str], *, keep_foreign: bool = 
 
     Raises:
         CheckpointError: if it cannot be written, safetensors cannot hold it, or a record would call something; the old
-            file is whole.
+            file is intact.
     """
     if Path(path).suffix == ".safetensors":
         save_safetensors(obj, path)
@@ -114,7 +114,7 @@ def save_safetensors(
         metadata: the file's ``__metadata__``; ``{"format": "pt"}`` if not given.
 
     Raises:
-        CheckpointError: if a value is not a dense tensor, or the file cannot be written; the old file is whole.
+        CheckpointError: if a value is not a dense tensor, or the file cannot be written; the old file is intact.
     """
     from safetensors.torch import save_file
 

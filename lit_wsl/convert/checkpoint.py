@@ -326,7 +326,7 @@ def recorded_names(
     """What callbacks wrote down about the optimizers' groups, as ``BaseFinetuning`` does.
 
     Returns:
-        For each optimizer its old names in index order, where they are told; the groups of the new run, where they are
+        For each optimizer its old names in index order, where known; the groups of the new run, where they are
         told for all.
     """
     told: list[list[str] | None] = []

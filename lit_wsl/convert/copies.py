@@ -1,7 +1,7 @@
 """What else in a checkpoint speaks of the model's tensors: copies of the state dict, and lists of parameter names.
 
 Callbacks and users keep averages (``StochasticWeightAveraging``, an EMA), the groups that they made
-(``BaseFinetuning``), names of frozen layers. They are told by what they hold, not by whose they are: names of the
+(``BaseFinetuning``), names of frozen layers. They are recognised by content, not by owner: names of the
 file's tensors, with tensors of the same shapes beside them or without, or tensors whose shapes are those of all
 parameters in order.
 """

@@ -475,7 +475,7 @@ def memory_of(tensor: Tensor) -> object | None:
     """What two tensors have in common if and only if they are tied: the same elements of the same memory.
 
     Holds while both are alive. A tensor on the meta device has a storage too, only without bytes in it, so the ties of
-    a model that was never materialised, and of a file that was never read, are told as well.
+    a model that was never materialised, and of a file that was never read, are recognised too.
 
     Returns:
         A value to compare; ``None`` for empty tensors, and where memory says nothing (sparse, lazy, sharded).
@@ -496,7 +496,7 @@ def _infer_buffers(found: list[tuple[str, Tensor]]) -> frozenset[str]:
     Gradients need floating point, so integer and boolean tensors are buffers. A zero-dimensional integer counter
     beside one-dimensional tensors marks statistics: the vectors that are registered directly before it, after
     the (at most two) trainable vectors, are its running statistics (``running_mean``, ``running_var``). A module
-    registers its parameters before its buffers, so statistics without a counter are told by their names only.
+    registers its parameters before its buffers, so statistics without a counter are recognised by their names only.
     """
     buffers: set[str] = set()
     siblings: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
