@@ -46,7 +46,7 @@ def watch(event: str, args: tuple) -> None:
 
 
 def probe(path: Path) -> dict:
-    started = time.monotonic()
+    started = time.process_time()  # and not of other processes
     try:
         checkpoint = open_checkpoint(path)
         sums = {name: tuple(checkpoint[name].shape) for name in checkpoint}
@@ -56,7 +56,7 @@ def probe(path: Path) -> dict:
         outcome = {"tensors": len(sums), "good": good, "stubbed": list(checkpoint.stubbed)}
     except CheckpointError as error:
         outcome = {"error": str(error)[:500]}
-    outcome["seconds"] = round(time.monotonic() - started, 3)
+    outcome["seconds"] = round(time.process_time() - started, 3)
     return outcome
 
 
