@@ -96,16 +96,16 @@ class Permute(Operation):
         if sorted(self.dims) != list(range(len(self.dims))):
             raise PlanError(f"permute: dims must name each axis from 0 once, got {self.dims}.")
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         if any(len(s) != len(self.dims) for s in inputs):
             raise self._misfit(inputs, f"the order {self.dims} is for {len(self.dims)} axes")
         return [tuple(s[d] for d in self.dims) for s in inputs]
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         return [t.permute(self.dims) for t in inputs]
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         return Permute(tuple(self.dims.index(i) for i in range(len(self.dims))))
 
 
@@ -120,7 +120,7 @@ class Transpose(Operation):
     def __post_init__(self) -> None:
         self._at_least(0, dim0=self.dim0, dim1=self.dim1)
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         if any(len(s) <= max(self.dim0, self.dim1) for s in inputs):
             raise self._misfit(inputs, f"axes {self.dim0} and {self.dim1} are needed")
         out = []
@@ -130,11 +130,11 @@ class Transpose(Operation):
             out.append(tuple(t))
         return out
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         return [t.transpose(self.dim0, self.dim1) for t in inputs]
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         return self
 
 
@@ -161,7 +161,7 @@ class Reshape(Operation):
         if not is_open[0] and math.prod(self.source) != math.prod(self.target):
             raise PlanError(f"reshape from {self.source} to {self.target} changes the number of elements.")
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         return [self._shape(tuple(s), inputs) for s in inputs]
 
     def _shape(self, shape: Shape, inputs: Sequence[Shape]) -> Shape:
@@ -175,12 +175,12 @@ class Reshape(Operation):
             raise self._misfit(inputs, f"no size takes the open axis of {self.target}")
         return tuple(math.prod(shape) // known if size == -1 else size for size in self.target)
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         shapes = self.shapes([tuple(t.shape) for t in inputs])
         return [t.reshape(shape) for t, shape in zip(inputs, shapes)]
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         return Reshape(self.target, self.source)
 
 
@@ -200,10 +200,10 @@ class Cast(Operation):
             if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
                 raise PlanError(f"cast: {dtype!r} is not a torch data type such as 'float32' or 'bfloat16'.")
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         return [tuple(s) for s in inputs]
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         return [t.to(getattr(torch, self.target)) for t in inputs]
 
     @property
@@ -211,7 +211,7 @@ class Cast(Operation):
         """Whether the target holds fewer values than the source."""
         return not _holds(getattr(torch, self.source), getattr(torch, self.target))
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         if self.rounds:
             raise PlanError(
                 f"cast: {self.source} -> {self.target} rounds, which cannot be undone. To go back all the same, remove "
@@ -248,7 +248,7 @@ class Split(Operation):
         if not self.sizes:
             raise PlanError("split: sizes must give at least one size.")
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         out: list[Shape] = []
         self._bound(inputs, len(self.sizes))
         for s in inputs:
@@ -257,11 +257,11 @@ class Split(Operation):
             out += [(*s[: self.dim], size, *s[self.dim + 1 :]) for size in self.sizes]
         return out
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         return [part for t in inputs for part in t.split(list(self.sizes), dim=self.dim)]
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         return Concat(self.dim, self.sizes)
 
 
@@ -278,7 +278,7 @@ class Concat(Operation):
         if not self.sizes:
             raise PlanError("concat: sizes must give at least one size.")
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         n = len(self.sizes)
         if not inputs or len(inputs) % n:
             raise self._misfit(inputs, f"it joins runs of {n} tensors")
@@ -293,12 +293,12 @@ class Concat(Operation):
             out.append((*run[0][: self.dim], sum(self.sizes), *run[0][self.dim + 1 :]))
         return out
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         n = len(self.sizes)
         return [torch.cat(list(inputs[i : i + n]), dim=self.dim) for i in range(0, len(inputs), n)]
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         return Split(self.dim, self.sizes)
 
 
@@ -314,7 +314,7 @@ class Stack(Operation):
         self._at_least(0, dim=self.dim)
         self._at_least(1, count=self.count)
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         if not inputs or len(inputs) % self.count:
             raise self._misfit(inputs, f"it stacks runs of {self.count} tensors")
         out: list[Shape] = []
@@ -325,11 +325,11 @@ class Stack(Operation):
             out.append((*run[0][: self.dim], self.count, *run[0][self.dim :]))
         return out
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         return [torch.stack(list(inputs[i : i + self.count]), dim=self.dim) for i in range(0, len(inputs), self.count)]
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         return Unstack(self.dim, self.count)
 
 
@@ -345,7 +345,7 @@ class Unstack(Operation):
         self._at_least(0, dim=self.dim)
         self._at_least(1, count=self.count)
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         out: list[Shape] = []
         self._bound(inputs, self.count)
         for s in inputs:
@@ -354,11 +354,11 @@ class Unstack(Operation):
             out += [(*s[: self.dim], *s[self.dim + 1 :])] * self.count
         return out
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         return [part for t in inputs for part in t.unbind(self.dim)]
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         return Stack(self.dim, self.count)
 
 
@@ -372,15 +372,15 @@ class FanOut(Operation):
     def __post_init__(self) -> None:
         self._at_least(1, count=self.count)
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         self._bound(inputs, self.count)
         return [tuple(s) for s in inputs for _ in range(self.count)]
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         return [t for t in inputs for _ in range(self.count)]
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         return Tie(self.count)
 
 
@@ -394,7 +394,7 @@ class Tie(Operation):
     def __post_init__(self) -> None:
         self._at_least(1, count=self.count)
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         if not inputs or len(inputs) % self.count:
             raise self._misfit(inputs, f"it ties runs of {self.count} tensors")
         starts = range(0, len(inputs), self.count)
@@ -402,7 +402,7 @@ class Tie(Operation):
             raise self._misfit(inputs, "tensors that become one must have one shape")
         return [tuple(inputs[i]) for i in starts]
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         out = []
         for i in range(0, len(inputs), self.count):
@@ -412,7 +412,7 @@ class Tie(Operation):
             out.append(first)
         return out
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         return FanOut(self.count)
 
 
@@ -451,13 +451,13 @@ class Rotary(Operation):
         if self.width % 2 or self.width > self.head:
             raise PlanError(f"rotary: width must be even and at most the head's {self.head} rows, got {self.width}.")
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         for place, s in enumerate(inputs):
             if (not self.only or place in self.only) and (not s or s[0] % self.head):
                 raise self._misfit(inputs, f"the rows must be whole heads of {self.head}")
         return [tuple(s) for s in inputs]
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         return [self._turn(t) if not self.only or place in self.only else t for place, t in enumerate(inputs)]
 
@@ -468,7 +468,7 @@ class Rotary(Operation):
         turned = rotated.reshape(len(heads), *inner, *tensor.shape[1:]).transpose(1, 2).reshape(rotated.shape)
         return torch.cat((turned, rest), 1).reshape(tensor.shape)
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         return Rotary(self.head, self.width, not self.to_pairs, self.only)
 
 
@@ -487,16 +487,16 @@ class Reorder(Operation):
         if not self.order or sorted(self.order) != list(range(len(self.order))):
             raise PlanError(f"reorder: order must name each block from 0 once, got {self.order}.")
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         if any(not s or s[0] % len(self.order) for s in inputs):
             raise self._misfit(inputs, f"the first axis must be {len(self.order)} equal blocks")
         return [tuple(s) for s in inputs]
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         return [torch.cat([t.chunk(len(self.order))[block] for block in self.order]) for t in inputs]
 
-    def reverse(self) -> Operation:  # noqa: D102
+    def reverse(self) -> Operation:
         return Reorder(tuple(self.order.index(block) for block in range(len(self.order))))
 
 

@@ -66,7 +66,7 @@ class ResizePositionEmbedding(_Adaptation):
         if self.prefix and self.layout != "tokens":
             raise PlanError(f"{self.name}: only tables of tokens have a prefix.")
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         return [self._shape(tuple(s), inputs) for s in inputs]
 
     def _shape(self, shape: Shape, inputs: Sequence[Shape]) -> Shape:
@@ -80,7 +80,7 @@ class ResizePositionEmbedding(_Adaptation):
             raise self._misfit(inputs, f"it takes tables of 4 axes over a grid of {h}x{w}")
         return (*shape[:axis], *target, *shape[axis + 2 :])
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         return [self._resize(t) for t in inputs]
 
@@ -121,16 +121,16 @@ class PartialHead(_Adaptation):
         self._at_least(1, source=self.source, target=self.target)
 
     @property
-    def shares(self) -> tuple[Fraction, Fraction]:  # noqa: D102
+    def shares(self) -> tuple[Fraction, Fraction]:
         rows = min(self.source, self.target)
         return Fraction(rows, self.source), Fraction(rows, self.target)
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         if any(not s or s[0] != self.source for s in inputs):
             raise self._misfit(inputs, f"it takes tensors of {self.source} rows")
         return [(self.target, *s[1:]) for s in inputs]
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         wanted = self.shapes([tuple(t.shape) for t in inputs])
         if [tuple(t.shape) for t in targets] != wanted:
             raise self._misfit([tuple(t.shape) for t in targets], f"the model's tensors must have the shapes {wanted}")
@@ -170,7 +170,7 @@ class FoldBatchNorm(_Adaptation):
         if not 0.0 <= self.eps < 1.0:
             raise PlanError(f"{self.name}: eps must be at least 0 and below 1, got {self.eps!r}.")
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         vectors = int(self.bias) + 2 * int(self.affine) + 2
         if len(inputs) != 1 + vectors:
             raise self._misfit(inputs, f"it takes a weight and {vectors} vectors")
@@ -179,7 +179,7 @@ class FoldBatchNorm(_Adaptation):
             raise self._misfit(inputs, "every vector must have one value for each output channel, axis 0 of the weight")
         return [weight, weight[:1]]
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         weight, *vectors = (t.detach().double() for t in inputs)
         bias = vectors.pop(0) if self.bias else torch.zeros_like(vectors[0])
@@ -217,12 +217,12 @@ class NewInputChannels(_Adaptation):
     def __post_init__(self) -> None:
         self._at_least(1, source=self.source, target=self.target)
 
-    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:  # noqa: D102
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         if any(len(s) != 1 and (len(s) < 3 or s[1] != self.source) for s in inputs):
             raise self._misfit(inputs, f"it takes the weights of convolutions with {self.source} input channels")
         return [(s[0], self.target, *s[2:]) if len(s) > 1 else tuple(s) for s in inputs]
 
-    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:  # noqa: D102
+    def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
         return [self._adapt(t.detach()) if t.ndim > 1 else t for t in inputs]
 

@@ -19,7 +19,7 @@ from lit_wsl.cli import COMMANDS, main
 from lit_wsl.cli.parser import build_parser
 from lit_wsl.transfer import TransferPlan
 
-MODELS = str(Path(__file__).parent / "helpers" / "conversion_models.py")
+MODELS = str(Path(__file__).parents[1] / "helpers" / "conversion_models.py")
 
 
 @pytest.fixture(scope="module")
