@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import Strategy
 
+    from lit_wsl.convert.resume import Resume
+
 
 _BUILDERS = ("setup", "configure_model", "configure_sharded_model")
 
@@ -127,13 +129,13 @@ class Shadow:
     """A copy of the model that another callback keeps, such as the average of ``WeightAveraging``.
 
     Attributes:
-        callback: The callback's class name.
+        callback: The callback.
         module: The copy.
         prefix: What stands before the model's names in the copy's state dict.
         listed_before: Whether that callback is set up before ours.
     """
 
-    callback: str
+    callback: Any
     module: nn.Module
     prefix: str
     listed_before: bool
@@ -163,24 +165,30 @@ def shadows(trainer: pl.Trainer, model: nn.Module, ours: Any) -> Iterator[Shadow
             prefixes = [name[: -len(first)] for name in theirs if name == first or name.endswith("." + first)]
             for prefix in prefixes:
                 if all(theirs.get(prefix + name) == shape for name, shape in shapes.items()):
-                    yield Shadow(type(callback).__name__, value, prefix, index < place)
+                    yield Shadow(callback, value, prefix, index < place)
                     break
 
 
 def mind_copies(
-    trainer: pl.Trainer, model: nn.Module, ours: Any, names: tuple[str, ...], *, late: bool
+    trainer: pl.Trainer, model: nn.Module, ours: Any, names: tuple[str, ...], *, late: bool, resuming: Resume | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Feed copies of the model that callbacks listed after ours made too early; warn about those listed before."""
+    """Feed copies of the model that callbacks listed after ours made too early; warn about those listed before.
+
+    A copy that is restored from the checkpoint afterwards, as ``resuming`` tells, needs neither.
+    """
     warnings, notes = [], []
     for shadow in shadows(trainer, model, ours):
+        name = type(shadow.callback).__name__
+        if shadow.listed_before and resuming is not None and resuming.restores(shadow.callback):
+            continue
         if shadow.listed_before:
             warnings.append(
-                f"{shadow.callback} is listed before WeightTransferCallback and copied the model before the transfer, "
+                f"{name} is listed before WeightTransferCallback and copied the model before the transfer, "
                 "so its copy starts from the old values; list WeightTransferCallback first"
             )
         elif late:
             shadow.feed(model, names)
-            notes.append(f"the copy of the model in {shadow.callback} was given the transferred weights too")
+            notes.append(f"the copy of the model in {name} was given the transferred weights too")
     return tuple(warnings), tuple(notes)
 
 

@@ -17,6 +17,8 @@ from lit_wsl.transfer.memory import given_by_hand, recall, was_trained_here
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+    from lit_wsl.convert.resume import Resume
+
 ON_PURPOSE = "give again=True, or call transfer_weights, to fill it on purpose"
 
 
@@ -47,11 +49,12 @@ def remarked(
     model: nn.Module,
     before: Before,
     *,
-    file: str,
     late: bool,
+    resuming: Resume | None,
 ) -> TransferReport:
     """The report of a filled model with its warnings and notes, which are printed too; copies get their share."""
-    warnings, notes = mind_copies(trainer, model, callback, report.loaded, late=late)
+    file = report.plan.source.label
+    warnings, notes = mind_copies(trainer, model, callback, report.loaded, late=late, resuming=resuming)
     kept = given_by_hand(model)
     replaced = [path for path in (*before.by_hand, *given_while_built(model)) if path not in kept]
     if replaced := _written(replaced, report.loaded):

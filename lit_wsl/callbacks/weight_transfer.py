@@ -455,7 +455,7 @@ class WeightTransferCallback(Callback):
             remember(model, self._key, file, filled=only is None, only=only)
             if made.remark:
                 report = report.with_remarks(notes=(made.remark,))
-            told = partial(remarked, report, trainer, self, model, before, file=file, late=late)
+            told = partial(remarked, report, trainer, self, model, before, late=late, resuming=resuming)
             self.report = made.ranks.together(told)
             self._filled, self._fresh = weakref.ref(model), True
             if resuming is not None and undo is not None:

@@ -242,6 +242,10 @@ class Resume:
             return any(_is_state_of(c, path[1]) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return path[0] not in ARGUMENTS
 
+    def restores(self, callback: Any) -> bool:
+        """Whether a callback of the run gets its state of the checkpoint back."""
+        return self.options.mode == "all" and any(_is_state_of(callback, k) for k in self._content.get("callbacks", ()))
+
     # -- at Lightning's own places -------------------------------------------------------------------------------------
 
     def begin(

@@ -16,7 +16,7 @@ from conversion_models import (
     tokens,
     transformer_plan,
 )
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, EMAWeightAveraging, LearningRateFinder
 from resumed_runs import Case, adamw, data, step_lr, trainer
 
 from lit_wsl import WeightTransferCallback
@@ -153,6 +153,15 @@ def test_a_new_head_starts_fresh_while_the_rest_goes_on(tmp_path):
     assert state[new.net["conv_1"].weight]["step"] == 12
     assert not torch.equal(before, new.head.weight)
     assert any("head.weight" in note for note in callback.report.notes)
+
+
+def test_a_copy_that_is_restored_too_needs_no_warning_about_its_place(tmp_path):
+    case = Case(tmp_path, adamw(schedule=step_lr), callbacks=lambda: (EMAWeightAveraging(decay=0.5),))
+    model, _ = case.resumed(adamw(schedule=step_lr), last=True)
+    assert not case.differs(model)
+    assert not case.transfer.report.warnings
+    case.resumed(adamw(schedule=step_lr), last=True, resume="optimizer", epochs=1)
+    assert any("listed before" in warning for warning in case.transfer.report.warnings)
 
 
 @pytest.mark.parametrize("mode", ["all", "optimizer"])
