@@ -13,7 +13,7 @@ def test_the_example_proves_its_claims(tmp_path):
         [sys.executable, str(ROOT / "examples" / "resume_across_refactor.py"), "--output", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
     )

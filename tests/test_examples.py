@@ -18,7 +18,7 @@ def run(script: str, *args: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(ROOT / "examples" / script), *args],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
         env=env,
         stdin=subprocess.DEVNULL,
     )

@@ -66,13 +66,17 @@ def test_a_resume_that_is_broken_off_anywhere_leaves_everything_as_it_was(tmp_pa
         raised = profiled(interrupt, lambda: case.resumed(None, model=model, epochs=3))
         return before, weights(model), raised
 
+    run(Interrupt())  # imports and caches
     whole = Interrupt()
     assert run(whole)[2] is None
     assert whole.count > 300
     for at in range(0, whole.count, whole.count // RUNS):
         interrupt = Interrupt(at)
         before, after, raised = run(interrupt)
-        assert interrupt.fired
+        if not interrupt.fired:  # a few calls come and go with the clock, as a progress bar's
+            assert at > 0.95 * whole.count
+            assert raised is None
+            continue
         assert isinstance(raised, Boom)
         assert same(before, after), raised
         assert case.transfer.report is None, raised

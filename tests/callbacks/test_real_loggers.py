@@ -25,7 +25,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loggers")
     command = [sys.executable, str(SCRIPT), str(folder), *names]
     env = {**os.environ, "HOME": str(folder), "OMP_NUM_THREADS": "1"}  # no settings, no login of the user's
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=env, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "could not log" not in done.stderr, done.stderr
     return json.loads((folder / "found.json").read_text())

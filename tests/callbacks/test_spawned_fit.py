@@ -83,7 +83,7 @@ def test_a_spawned_fit_starts_from_the_old_weights_and_no_test_takes_back_what_i
     torch.save({"state_dict": old.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / "old.ckpt")
     # a script of its own, as the processes that Lightning spawns import it again
     command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"start{rank}.pt"), old.fc.weight)

@@ -70,11 +70,11 @@ def test_no_payload_of_the_corpus_runs_from_a_file_that_was_written(tmp_path):
             written.append(new)
     assert len(written) >= 60  # the weights at least are taken out of most of them
     command = [sys.executable, "-c", LOAD, *map(str, written)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / CANARY).exists()
     torch.save({"w": torch.ones(1), "evil": Trap()}, tmp_path / "proof.ckpt")  # the canary would have been seen
-    subprocess.run([*command[:3], "proof.ckpt"], cwd=tmp_path, capture_output=True, timeout=100, check=False)
+    subprocess.run([*command[:3], "proof.ckpt"], cwd=tmp_path, capture_output=True, timeout=800, check=False)
     assert (tmp_path / CANARY).exists()
 
 

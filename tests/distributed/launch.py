@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-TIMEOUT = 90  # seconds that a rank waits for the others, and that turns a hang into a failure
+TIMEOUT = 240  # seconds that a rank waits for the others, and that turns a hang into a failure
 
 
 Results = dict[str, list[Any]]
@@ -64,7 +64,7 @@ def run_files(work: Mapping[str | Path, Sequence[str]], folder: Path, size: int 
             )
         )
     try:
-        outputs = [process.communicate(timeout=TIMEOUT * 4)[0].decode() for process in processes]
+        outputs = [process.communicate(timeout=TIMEOUT * 3)[0].decode() for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:

@@ -23,7 +23,7 @@ def test_the_script_of_the_guide(tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("[0.25, 0.25, 0.25, 0.25]") == 2  # on both ranks, whose lines may run into each other
