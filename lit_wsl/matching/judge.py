@@ -60,12 +60,14 @@ class LossJudge:
     def rivals(self, choice: Choice) -> dict[int, list[Choice]]:
         """The other options of each decision, the rest as chosen, that change least.
 
-        What means the same is no rival, and what changes all that another rival does and more (three norms in a circle
-        where two exchanged are worse) was compared in the search only.
+        What names have told and the loss bears out has none. What means the same is no rival, and what changes all that
+        another rival does and more (three norms in a circle where two exchanged are worse) was compared in the search.
         """
         own = self.space.meaning(choice)
         out = {}
         for d, decision in enumerate(self.space.decisions):
+            if decision.told and choice[d] == 0:
+                continue  # what the search found better was taken
             others = [(*choice[:d], o, *choice[d + 1 :]) for o in range(len(decision.options)) if o != choice[d]]
             others = others if len(others) < FEW_COVERS else []
             others += [c for part in self.space.parts if part.which == d for c in self.space.exchanges(choice, part)]

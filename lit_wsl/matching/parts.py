@@ -9,6 +9,7 @@ from itertools import combinations
 from lit_wsl.matching.layers import Region, Unit, apart, core, dissolved, single
 from lit_wsl.matching.shapes import join_axis, operations_between
 from lit_wsl.matching.tree import role_of
+from lit_wsl.structure.description import Shape
 
 MAX_OPTIONS = 1024
 
@@ -37,18 +38,38 @@ def fits(s: Unit, t: Unit) -> list[tuple[int, int]] | None:
 
 
 def joins(whole: Unit, parts: Sequence[Unit]) -> tuple[int, bool] | None:
-    """Along which axis parts make up a whole, and whether they are turned for it, or None."""
-    if whole.times != 1 or any(p.times != 1 for p in parts):
+    """Along which axis parts make up a whole, and whether they are turned for it, or None.
+
+    Of nested copies, such as experts, each makes up a whole or a layer of a stack of wholes; the axis is that of one.
+    """
+    within = [_within(part, whole) for part in parts]
+    if None in within or len({p.times for p in parts}) > 1 or {len(p.shapes) for p in parts} != {len(whole.shapes)}:
         return None
-    if {len(p.shapes) for p in parts} != {len(whole.shapes)} or len(whole.shapes[0]) < 2:
+    shapes = within[0] or ()
+    if len(shapes[0]) < 2:
         return None
-    if any(sum(p.shapes[j][0] for p in parts) != whole.shapes[j][0] for j in range(1, len(whole.shapes))):
+    if any(sum(p.shapes[j][0] for p in parts) != shapes[j][0] for j in range(1, len(shapes))):
         return None
-    shapes = [p.shapes[0] for p in parts]
-    if len(whole.shapes[0]) == 2:
-        return join_axis(whole.shapes[0], shapes)
-    is_joined = {s[1:] for s in shapes} == {whole.shapes[0][1:]} and sum(s[0] for s in shapes) == whole.shapes[0][0]
+    own = [p.shapes[0] for p in parts]
+    if len(shapes[0]) == 2:
+        return join_axis(shapes[0], own)
+    is_joined = {s[1:] for s in own} == {shapes[0][1:]} and sum(s[0] for s in own) == shapes[0][0]
     return (0, False) if is_joined else None
+
+
+def _within(part: Unit, whole: Unit) -> tuple[Shape, ...] | None:
+    """The shapes of a whole as one copy of a part sees them, where the part is nested as often or stacked."""
+    if part.times == whole.times:
+        return whole.shapes
+    is_stack = whole.times == 1 and all(len(s) > 1 and s[0] == part.times for s in whole.shapes)
+    return tuple(s[1:] for s in whole.shapes) if is_stack else None
+
+
+def _is_part_or_whole(unit: Unit, beside: Sequence[Unit], others: Sequence[Unit]) -> bool:
+    """Whether a layer makes up one of others with some beside it, or is made up of some of the others."""
+    near = [one for one in beside if one is not unit and one.times == unit.times]
+    whole = any(joins(other, (unit, *rest)) for other in others for m in (1, 2) for rest in combinations(near, m))
+    return whole or any(joins(unit, group) for m in (2, 3) for group in combinations(others, m))
 
 
 def covers(source: Sequence[Unit], target: Sequence[Unit], limit: int = MAX_OPTIONS) -> list[Cover]:
@@ -95,7 +116,10 @@ def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, together
 
 def _may_join(part: Unit, whole: Unit) -> bool:
     """Whether a layer is like a whole but for one axis, which is shorter."""
-    p, w = part.shapes[0], whole.shapes[0]
+    within = _within(part, whole)
+    if within is None:
+        return False
+    p, w = part.shapes[0], within[0]
     if len(p) != len(w) or len(w) < 2 or len(part.shapes) != len(whole.shapes):
         return False
     if len(w) > 2:
@@ -238,11 +262,12 @@ def with_dissolved(outside: Region, lonely: Sequence[Region], other: Region) -> 
 
 
 def taken_apart(units: Sequence[Unit], others: Sequence[Unit]) -> tuple[Unit, ...]:
-    """Layers, those of nested copies one by one where the other side has neither such copies nor a stack of them."""
+    """Layers, those of nested copies one by one where the other side has none, no stack, and no part of them."""
     tensors = [one for other in others for one in single(other)]
 
     def has_like(unit: Unit) -> bool:
-        return any(fits(one, other) is not None for one in single(unit) for other in tensors)
+        alike = any(fits(one, other) is not None for one in single(unit) for other in tensors)
+        return alike or _is_part_or_whole(unit, units, others)
 
     return tuple(one for unit in units for one in ([unit] if unit.times == 1 or has_like(unit) else apart(unit)))
 

@@ -29,6 +29,7 @@ WIDE = 2048  # the same, where the weights tell most of them without a pass
 SWEEPS = 3  # over all layer groups, to find what hangs together
 STARTS = 6  # ways to assign layers that are started from, where they are too many to look at each
 MAX_STARTS = 24  # orders of norms that are started from
+IN_STEP = 0.6  # share of its budget after which nothing else is tried where gates in one order were
 FEW_COVERS = 64  # ways to assign layers that are all tried
 OFF = -1
 
@@ -170,15 +171,28 @@ class Search:
         if total <= self.joint:
             every = [tuple(c) for c in product(*(range(len(d.options)) for d in self.space.decisions))]
             return self._ranked(every, self.trials.size)[0]
+        tops = []
+        if self.space.alike:
+            tops, self.share = [self._improve(self._in_step(start))], self.share * IN_STEP
         groups = self._groups()
         dark = list(start)
         for part in (p for group in groups for p in group):
             dark[part.which] = OFF
         none = tuple(dark)
-        found = self._improve(self._switch_on(none, groups))
-        if not groups or self.score(found) >= self.score(none):  # nothing can be seen where layers are switched off
-            found = min(found, self._improve(start), key=self.score)
-        return found
+        tops.append(self._improve(self._switch_on(none, groups)))
+        if not groups or self.score(tops[-1]) >= self.score(none):  # nothing can be seen where layers are switched off
+            tops.append(self._improve(start))
+        return min(tops, key=self.score)
+
+    def _in_step(self, choice: Choice) -> Choice:
+        """The best choice in which what has as many parts has them in the same order."""
+        for own in self.space.alike:
+            same = [
+                tuple(o if d in own else c for d, c in enumerate(choice))
+                for o in range(len(self.space.decisions[own[0]].options))
+            ]
+            choice = self._best(same)
+        return choice
 
     def _balanced(self, choice: Choice) -> Choice:
         """The choice that hangs together best, from each order of the norms, one layer group after the other."""
@@ -209,9 +223,17 @@ class Search:
         choice = self.climb(choice)
         for group in self._groups():
             if self.left and len(group) == 1 and group[0].which not in self.confirmed:
-                better = self._best([choice, *self._jointly(choice, group[0])])
-                choice = self.climb(better) if self.score(better) < self.score(choice) else choice
+                choice = self._better(choice, self._jointly(choice, group[0]))
+        rotary = self.space.rotary
+        for part in self.space.parts if rotary is not None else ():
+            if self.left and rotary in self.space.others_of(part):  # its rows may hide behind a matrix that is turned
+                choice = self._better(choice, [c for o in self._jointly(choice, part) for c in self._with(o, rotary)])
         return choice
+
+    def _better(self, choice: Choice, among: Sequence[Choice]) -> Choice:
+        """The best of some choices, and what is better around it; the first if none is better."""
+        better = self._best([choice, *among[: self.joint]])
+        return self.climb(better) if self.score(better) < self.score(choice) else choice
 
     def _groups(self) -> list[list[Part]]:
         """Layers that are switched on together: of repeated blocks, if there are any, those that leave nothing open."""

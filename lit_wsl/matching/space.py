@@ -59,6 +59,7 @@ class Decision:
     text: str
     options: list  # of anything; the first is the best guess
     labels: list[str]
+    told: bool = False  # names say that it is the first, which stands unless another one is significantly better
 
 
 _QK = re.compile(r"(^|[^a-z])w?[qk]([^a-z]|$)|quer|key")
@@ -96,6 +97,7 @@ class Space:
         for doubt in plan.ambiguous:
             if len({c.sources for c in doubt.candidates}) == 1:  # where it comes from is known, how it is laid out not
                 self._claims.update({t: set(doubt.candidates[0].sources) for t in doubt.targets})
+        self._orders = {frozenset(names): names for e in plan if (names := _first_of_parts(e))}
         self._told: set[str] = set()  # targets whose names, or whose place in the same code, tell their source
         self._rotates = rotating_towers(source, target)
         self._turning = False  # whether rows of queries and keys are asked about
@@ -119,8 +121,8 @@ class Space:
         self._add_rotary()
         self._add_gates()
 
-    def _add(self, text: str, options: list[Any], labels: list[str]) -> int:
-        self.decisions.append(Decision(text, options, labels))
+    def _add(self, text: str, options: list[Any], labels: list[str], told: bool = False) -> int:
+        self.decisions.append(Decision(text, options, labels, told))
         return len(self.decisions) - 1
 
     def _pair_regions(self, theirs: list[Region], ours: list[Region]) -> list[tuple[Region, Region]]:
@@ -192,6 +194,7 @@ class Space:
         if not 0 < len(part.covers) <= MAX_OPTIONS:
             return
         settled = not any(self._open(u) or self._may_be_laid_out(u, part) for u in part.target)
+        settled = settled and all(len(g) == len(h) for c in part.covers for g, h in c)  # an order is never quite sure
         numbering = self.numbering.get(part.region)
         if settled and (numbering is None or len(self.decisions[numbering].options) == 1):
             return
@@ -205,7 +208,7 @@ class Space:
             part.turn = self._add(f"squares of {shown}", [False, True], ["as they are", "transposed"])
         fused = [u for u in part.target if self._may_be_laid_out(u, part)]
         if fused:
-            options, labels = _layouts(fused[0].shapes[0][1])
+            options, labels = _layouts(min(fused[0].shapes[0]))
             part.layout = self._add(f"layout of {fused[0].path}", options, labels)
 
     def _may_be_laid_out(self, unit: Unit, part: Part) -> bool:
@@ -219,12 +222,16 @@ class Space:
     def _fusion(self, part: Part, cover: tuple[Sequence[int], Sequence[int]]) -> None:
         key, parts = part.key(cover), part.parts(cover)
         orders = list(permutations(range(key[1])))
-        part.order[key] = self._add(f"order of the parts of {key[0]}", orders, [_listed(o) for o in orders])
-        if key[1] == 3:
+        guess = self._orders.get(frozenset(p.names[0][0][0] for p in parts), ())
+        known = tuple(next(k for k, p in enumerate(parts) if p.names[0][0][0] == name) for name in guess)
+        orders.sort(key=lambda o: o != known)
+        told = bool(known) and not any(map(self._open, part.units(cover)[1]))
+        part.order[key] = self._add(f"order of the parts of {key[0]}", orders, [_listed(o) for o in orders], told)
+        if key[1] == 3 and parts[0].times == 1:
             least = min(min(u.shapes[0]) for u in parts)
             groups = [1, *(g for g in range(2, min(least, 128) + 1) if least % g == 0 and least // g > 1)]
             labels = ["one after another", *(f"by {g} groups of heads" for g in groups[1:])]
-            part.heads[key] = self._add(f"heads of {key[0]}", groups, labels)
+            part.heads[key] = self._add(f"heads of {key[0]}", groups, labels, told)
 
     def _open(self, unit: Unit) -> bool:
         if self.hidden and unit.shapes[0][:1] == (self.hidden,):
@@ -265,7 +272,9 @@ class Space:
         return (rows, rows // width) if rows // width in (3, 4) else (0, 0)
 
     def _add_gates(self) -> None:
-        if self.hidden and any(u.shapes[0][0] == self.hidden for p in self.parts for u in p.target if u.shapes[0]):
+        pairs = [(p, pair) for p in self.parts for cover in p.covers for pair in cover]
+        alone = {p.target[h[0]].shapes[0][:1] for p, (g, h) in pairs if len(g) == len(h) == 1}
+        if self.hidden and (self.hidden,) in alone:
             orders = list(permutations(range(self._gate_count)))
             self.gates = self._add("order of the gates", orders, [_listed(o) for o in orders])
 
@@ -286,6 +295,15 @@ class Space:
         """Decisions beside those about matrices: numberings, gates, norms."""
         norms = [d for part in self.parts if not part.has_matrices for d in part.decisions]
         return [*self.numbering.values(), *([] if self.gates is None else [self.gates]), *norms]
+
+    @property
+    def alike(self) -> list[list[int]]:
+        """Decisions about the order of as many parts inside one region, as of the gates of a cell."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for part in self.parts:
+            for (_, count), d in part.order.items():
+                found.setdefault((part.region, count), []).append(d)
+        return [own for own in found.values() if len(own) > 1]
 
     def others_of(self, part: Part) -> list[int]:
         """Decisions beside its own that change what a group of layers does: its region's numbering, norms, rows."""
@@ -435,21 +453,28 @@ class Space:
         whole = part.target[cover[1][0]] if join else part.source[cover[0][0]]
         found = joins(whole, parts)
         assert found is not None
+        stacked = parts[0].times if parts[0].times > whole.times else 1
         out = []
         for j, whole_shape in enumerate(whole.shapes):
             shapes = [p.shapes[j] for p in parts]
-            axis, turned = found if len(whole_shape) == 2 else (0, False)
+            axis, turned = found if len(shapes[0]) == 2 else (0, False)
             sizes = tuple((s[::-1] if turned else s)[axis] for s in shapes)
             rotary = self._rotary_of(parts, shapes, pick)
             side = (Transpose(),) if turned else ()
+            axis += stacked > 1
             plain: tuple[Operation, ...] = (Concat(axis, sizes),) if join else (Split(axis, sizes),)
             chain = (_by_head(whole_shape, sizes, heads, join) if heads > 1 and axis == 0 else None) or plain
-            names = tuple(p.names[j][a if join else b][0] for p in parts)
-            name = (whole.names[j][b if join else a][0],)
-            if join:
-                out.append(_entry(names, name, (*rotary, *side, *chain), shapes, [whole_shape]))
-            else:
-                out.append(_entry(name, names, (*chain, *side, *rotary), [whole_shape], shapes))
+            before = (*rotary, *side, Stack(0, stacked)) if stacked > 1 else (*rotary, *side)
+            after = (Unstack(0, stacked), *side, *rotary) if stacked > 1 else (*side, *rotary)
+            ends = [s for s in shapes for _ in range(stacked)]
+            for x in range(whole.times):
+                own = [p.names[j][a if join else b] for p in parts]
+                names = tuple(n for copies in own for n in (copies if stacked > 1 else copies[x : x + 1]))
+                name = (whole.names[j][b if join else a][x],)
+                if join:
+                    out.append(_entry(names, name, (*before, *chain), ends, [whole_shape]))
+                else:
+                    out.append(_entry(name, names, (*chain, *after), [whole_shape], ends))
         return out
 
     def _rotary_of(self, parts: Sequence[Unit], shapes: Sequence[Shape], pick: Pick) -> tuple[Operation, ...]:
@@ -496,10 +521,20 @@ def _by_head(whole: Shape, sizes: Sequence[int], groups: int, join: bool) -> tup
     return (Reshape(whole, (*grouped, *rest)), Split(1, heads), Reshape((*part, *rest), (*flat, *rest)))
 
 
+def _first_of_parts(entry: PlanEntry) -> tuple[str, ...]:
+    """The parts of a fusion in their order, of a stack of fusions those of the first; nothing if heads alternate."""
+    steps = {op.name: op for op in entry.operations}
+    names = max(entry.sources, entry.targets, key=len)
+    if entry.kind != "parameter" or len(names) < 2 or "reshape" in steps or not steps.keys() & {"concat", "split"}:
+        return ()
+    stack = steps.get("stack") or steps.get("unstack")
+    return names[:: stack.count] if isinstance(stack, (Stack, Unstack)) else names
+
+
 def _is_fused(unit: Unit) -> bool:
-    """Whether a matrix has the shape of queries, keys and values in one."""
+    """Whether a matrix has the shape of queries, keys and values in one, as it is or turned."""
     shape = unit.shapes[0]
-    return len(shape) == 2 and unit.times == 1 and shape[0] == 3 * shape[1] and shape[1] > 1
+    return len(shape) == 2 and unit.times == 1 and max(shape) == 3 * min(shape) and min(shape) > 1
 
 
 def _layouts(width: int) -> tuple[list[Any], list[str]]:
@@ -514,6 +549,8 @@ def _layouts(width: int) -> tuple[list[Any], list[str]]:
 def _laid_out(shape: Shape, layout: Any) -> tuple[Operation, ...]:
     if layout is None:
         return ()
+    if len(shape) == 2 and shape[1] > shape[0]:
+        return (Transpose(), *_laid_out(shape[::-1], layout), Transpose())
     if len(layout) == 3:
         return (Reorder(layout),)
     groups, by_head = layout
