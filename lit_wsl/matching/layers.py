@@ -28,6 +28,12 @@ class Unit:
         return len(self.names[0][0])
 
     @property
+    def is_listed(self) -> bool:
+        """Whether the copies nested in each copy are counted, as experts are, and not named, as two attentions are."""
+        own = [name.split(".") for name in self.names[0][0]]
+        return all(len(set(words)) == 1 or all(w[-1:].isdigit() for w in words) for words in zip(*own))
+
+    @property
     def all_names(self) -> list[str]:
         """Names of all its tensors in all copies."""
         return [n for copies in self.names for own in copies for n in own]

@@ -11,7 +11,8 @@ from lit_wsl.matching.shapes import join_axis, operations_between
 from lit_wsl.matching.tree import role_of
 from lit_wsl.structure.description import Shape
 
-MAX_OPTIONS = 1024
+MAX_OPTIONS = 1536  # two modules of four layers have 1152
+FREE, WHOLE_BY_WHOLE, MODULE_BY_MODULE = range(3)
 
 Cover = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (wholes or sources, targets)
 CoverPair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -75,18 +76,26 @@ def _is_part_or_whole(unit: Unit, beside: Sequence[Unit], others: Sequence[Unit]
 def covers(source: Sequence[Unit], target: Sequence[Unit], limit: int = MAX_OPTIONS) -> list[Cover]:
     """All ways to assign the layers of one side to those of the other, each used once; parts may make up a whole.
 
-    Where these are too many, parts of one whole are taken from one module.
+    Where these are too many, parts of one whole are taken from one module; where they still are, the layers of a module
+    stay together.
     """
-    found = _covers(source, target, limit, together=False)
-    return found if len(found) <= limit else _covers(source, target, limit, together=True)
+    for level in (FREE, WHOLE_BY_WHOLE, MODULE_BY_MODULE):
+        found = _covers(source, target, limit, level)
+        if len(found) <= limit:
+            break
+    return found
 
 
-def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, together: bool) -> list[Cover]:
+def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, level: int) -> list[Cover]:
     fuse = len(source) >= len(target)
     wholes, parts = (target, source) if fuse else (source, target)
     found: list[Cover] = []
     spare = len(parts) - len(wholes)
-    modules = [p.path.rpartition(".")[0] for p in parts]
+    modules, homes = ([u.path.rpartition(".")[0] for u in side] for side in (parts, wholes))
+
+    def stays(group: tuple[int, ...], chosen: list) -> bool:
+        pairs = {(modules[p], homes[k]) for k, own in enumerate([*chosen, group]) for p in own}
+        return len(pairs) == len({m for m, _ in pairs}) == len({h for _, h in pairs})
 
     def options(w: int, free: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         for p in free:
@@ -95,7 +104,7 @@ def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, together
                 yield (p,)
         for m in range(2, min(4, spare + 1) + 1):
             for group in combinations(free, m):
-                if together and len({modules[p] for p in group}) > 1:
+                if level >= WHOLE_BY_WHOLE and len({modules[p] for p in group}) > 1:
                     continue
                 if joins(wholes[w], [parts[p] for p in group]) is not None:
                     yield group
@@ -108,6 +117,8 @@ def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, together
                 found.append(tuple((g, (i,)) if fuse else ((i,), g) for i, g in enumerate(chosen)))
             return
         for group in options(w, free):
+            if level == MODULE_BY_MODULE and not stays(group, chosen):
+                continue
             recurse(w + 1, tuple(p for p in free if p not in group), [*chosen, group])
 
     recurse(0, tuple(range(len(parts))), [])
@@ -263,9 +274,12 @@ def with_dissolved(outside: Region, lonely: Sequence[Region], other: Region) -> 
 
 def taken_apart(units: Sequence[Unit], others: Sequence[Unit]) -> tuple[Unit, ...]:
     """Layers, those of nested copies one by one where the other side has none, no stack, and no part of them."""
+    others = [other for other in others if other.is_listed]
     tensors = [one for other in others for one in single(other)]
 
     def has_like(unit: Unit) -> bool:
+        if not unit.is_listed:
+            return False
         alike = any(fits(one, other) is not None for one in single(unit) for other in tensors)
         return alike or _is_part_or_whole(unit, units, others)
 
