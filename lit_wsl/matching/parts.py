@@ -268,7 +268,10 @@ def with_dissolved(outside: Region, lonely: Sequence[Region], other: Region) -> 
     for region in lonely:
         stacks = {(len(region.copies), *shape) for unit in region.units if unit.times == 1 for shape in unit.shapes}
         stacks |= {(n, *shape[:-2], *shape[:-3:-1]) for n, *shape in stacks}  # turned
-        units += dissolved(region, any(shape in stacks for unit in other.units for shape in unit.shapes))
+        together = dissolved(region, True)
+        is_stacked = any(shape in stacks for unit in other.units for shape in unit.shapes)
+        is_stacked = is_stacked or any(_is_part_or_whole(unit, together, other.units) for unit in together)
+        units += together if is_stacked else dissolved(region, False)
     return Region(outside.copies, tuple(units))
 
 

@@ -97,6 +97,7 @@ class Space:
         for doubt in plan.ambiguous:
             if len({c.sources for c in doubt.candidates}) == 1:  # where it comes from is known, how it is laid out not
                 self._claims.update({t: set(doubt.candidates[0].sources) for t in doubt.targets})
+        self._turned = {t for e in plan for t in e.targets if any(op.name == "transpose" for op in e.operations)}
         self._orders = {frozenset(names): names for e in plan if (names := _first_of_parts(e))}
         self._told: set[str] = set()  # targets whose names, or whose place in the same code, tell their source
         self._rotates = rotating_towers(source, target)
@@ -194,7 +195,9 @@ class Space:
         if not 0 < len(part.covers) <= MAX_OPTIONS:
             return
         settled = not any(self._open(u) or self._may_be_laid_out(u, part) for u in part.target)
-        settled = settled and all(len(g) == len(h) for c in part.covers for g, h in c)  # an order is never quite sure
+        squares = [u for u in part.target if _is_square(u)]
+        guessed = any(len(g) != len(h) for c in part.covers for g, h in c) or bool(squares and self._turned)
+        settled = settled and not guessed  # the order of parts and the orientation of squares are never quite sure
         numbering = self.numbering.get(part.region)
         if settled and (numbering is None or len(self.decisions[numbering].options) == 1):
             return
@@ -204,8 +207,12 @@ class Space:
         for cover in (pair for c in part.covers for pair in c if len(pair[0]) + len(pair[1]) > 2):
             if part.key(cover) not in part.order:
                 self._fusion(part, cover)
-        if any(_is_square(u) and self._open(u) for u in part.target):
-            part.turn = self._add(f"squares of {shown}", [False, True], ["as they are", "transposed"])
+        told = not any(map(self._open, squares))
+        if squares and (self._turned or not told):
+            guess = any(n in self._turned for u in squares for n in u.all_names)
+            options = [guess, not guess]
+            labels = ["transposed" if turn else "as they are" for turn in options]
+            part.turn = self._add(f"squares of {shown}", options, labels, told)
         fused = [u for u in part.target if self._may_be_laid_out(u, part)]
         if fused:
             options, labels = _layouts(min(fused[0].shapes[0]))

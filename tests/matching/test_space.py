@@ -1,7 +1,10 @@
-"""What is open about two models holds the truth: copies without a counterpart, stacks, parts, layers exchanged."""
+"""The alternatives are complete: whatever two spellings of a layer differ in, one choice means the truth."""
 
 from __future__ import annotations
 
+from itertools import product
+
+import pytest
 import torch
 from torch import nn
 
@@ -10,128 +13,110 @@ from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.space import Space, filled
 from lit_wsl.structure.description import describe
 
-
-def space_of(source, target):
-    sides = describe(source), describe(target)
-    return Space(*sides, build_plan(*sides, MatchingOptions()))
+D = 6
 
 
-def reachable(space, source, truth, steps=6):
-    """Whether options and exchanges lead to the true values of all that is open, each step nearer to them."""
-    tensors = source.state_dict()
-    assert space.is_open
-
-    def wrong(choice):
-        values = {n: v for e, _ in space.entries(choice) for n, v in filled(e, tensors).items()}
-        return sum(int((truth[n] != v).sum()) for n, v in values.items())
-
-    choice = space.first
-    for _ in range(steps):
-        near = [
-            (*choice[:d], o, *choice[d + 1 :])
-            for d, decision in enumerate(space.decisions)
-            for o in range(min(len(decision.options), 64))
-        ]
-        near += [c for part in space.parts for c in space.exchanges(choice, part)]
-        near += [
-            (*c[:d], o, *c[d + 1 :])
-            for part in space.parts
-            for c in space.exchanges(choice, part)
-            for d in part.order.values()
-            for o in range(len(space.decisions[d].options))
-        ]
-        choice = min([choice, *near], key=wrong)
-    return wrong(choice) == 0
+def parameters(**shapes):
+    return nn.ParameterDict({name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()})
 
 
-def linear(*sizes):
-    return nn.ModuleList(nn.Linear(a, b) for a, b in sizes)
+class Net(nn.Module):
+    """Some layers, each a dict of names and shapes or another such tree."""
 
-
-def carried(source, pairs):
-    state = source.state_dict()
-    return {f"{b}.{leaf}": state[f"{a}.{leaf}"] for a, b in pairs.items() for leaf in ("weight", "bias")}
-
-
-class Nets(nn.Module):
-    def __init__(self, **parts: nn.Module) -> None:
+    def __init__(self, tree) -> None:
         super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
+        for name, child in tree.items():
+            self.add_module(name, Net(child) if isinstance(next(iter(child.values())), dict) else parameters(**child))
 
 
-def test_towers_of_one_side_are_looked_at_layer_by_layer_where_the_other_side_has_none():
-    old = Nets(left=linear((8, 12), (12, 12)), right=linear((8, 12), (12, 12)))
-    new = Nets(a=nn.Linear(12, 12), b=nn.Linear(8, 12), c=nn.Linear(12, 12), d=nn.Linear(8, 12))
-    truth = carried(old, {"left.0": "d", "left.1": "a", "right.0": "b", "right.1": "c"})
-    assert reachable(space_of(old, new), old, truth)
+def layer(rows, columns, bias=True):
+    return {"weight": (rows, columns), "bias": (rows,)} if bias else {"weight": (rows, columns)}
 
 
-def test_experts_find_stacks_whose_biases_are_tensors_of_their_own():
-    old = Nets(inlet=nn.Linear(5, 12), experts=nn.ModuleList(linear((12, 12), (12, 12)) for _ in range(3)))
-    new = Nets(z=nn.Linear(5, 12))
-    new.w = nn.ParameterList([torch.randn(3, 12, 12) for _ in range(2)])
-    new.v = nn.ParameterList([torch.randn(3, 12) for _ in range(2)])
-    state = old.state_dict()
-    truth = carried(old, {"inlet": "z"})
-    for own, theirs in ((0, 1), (1, 0)):
-        truth[f"w.{own}"] = torch.stack([state[f"experts.{e}.{theirs}.weight"].T for e in range(3)])
-        truth[f"v.{own}"] = torch.stack([state[f"experts.{e}.{theirs}.bias"] for e in range(3)])
-    assert reachable(space_of(old, new), old, truth)
+def parts_to_heads(x):
+    return x.reshape(3, 2, D // 2, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
 
 
-def test_convolutions_are_parts_of_a_whole_too():
-    old = Nets(gate=nn.Conv1d(8, 8, 2), value=nn.Conv1d(8, 8, 2), out=nn.Conv1d(8, 6, 1))
-    new = Nets(q=nn.Conv1d(8, 6, 1), p=nn.Conv1d(8, 16, 2))
-    state, truth = old.state_dict(), carried(old, {"out": "q"})
-    truth |= {f"p.{leaf}": torch.cat([state[f"value.{leaf}"], state[f"gate.{leaf}"]]) for leaf in ("weight", "bias")}
-    assert reachable(space_of(old, new), old, truth)
+def turned_layout():
+    """Queries, keys and values in one turned matrix one after the other, against head by head."""
+    old = Net({"block": {"mix": {"weight": (D, 3 * D), "bias": (3 * D,)}, "out": layer(D, D)}})
+    new = Net({"b": {"x": layer(D, D), "y": layer(3 * D, D)}})
+
+    def truth(s):
+        return {
+            "b.x.weight": s["block.out.weight"],
+            "b.x.bias": s["block.out.bias"],
+            "b.y.weight": parts_to_heads(s["block.mix.weight"].T),
+            "b.y.bias": parts_to_heads(s["block.mix.bias"]),
+        }
+
+    return old, new, truth
 
 
-def test_modules_of_the_same_layers_change_places_as_a_whole():
+def stacked_experts():
+    """Experts one by one, gate and up apart, against one turned stack with up in front, though its name says else."""
+    experts = {f"{k}": {"gate": layer(4, D, False), "up": layer(4, D, False)} for k in range(3)}
+    old, new = Net({"experts": experts}), Net({"e": {"gate_up": {"weight": (3, D, 8)}}})
+
+    def truth(s):
+        both = [torch.cat([s[f"experts.{k}.{n}.weight"] for n in ("up", "gate")]).T for k in range(3)]
+        return {"e.gate_up.weight": torch.stack(both)}
+
+    return old, new, truth
+
+
+def fused_experts():
+    """Experts one by one on both sides, gate and up apart and in one."""
+    experts = {f"{k}": {"gate": layer(4, D), "up": layer(4, D), "down": layer(D, 4)} for k in range(3)}
+    old = Net({"experts": experts})
+    new = Net({"e": {f"{k}": {"x": layer(8, D), "y": layer(D, 4)} for k in range(3)}})
+
+    def truth(s):
+        out = {}
+        for k, n in product(range(3), ("weight", "bias")):
+            out[f"e.{k}.x.{n}"] = torch.cat([s[f"experts.{k}.up.{n}"], s[f"experts.{k}.gate.{n}"]])
+            out[f"e.{k}.y.{n}"] = s[f"experts.{k}.down.{n}"]
+        return out
+
+    return old, new, truth
+
+
+def two_attentions():
+    """Blocks with two attentions each, whose layers stand in different orders."""
     names = ("q", "k", "v", "o")
-    old = Nets(
-        blocks=nn.ModuleList(
-            Nets(
-                one=nn.ModuleDict({n: nn.Linear(12, 12) for n in names}),
-                two=nn.ModuleDict({n: nn.Linear(12, 12) for n in names}),
-            )
-            for _ in range(2)
-        )
-    )
-    new = Nets(
-        u=nn.ModuleList(Nets(x=linear((12, 36), (12, 12)), y=linear((12, 24), (12, 12), (12, 12))) for _ in range(2))
-    )
-    state, truth = old.state_dict(), {}
-    for k in range(2):
-        truth |= carried(old, {f"blocks.{k}.two.o": f"u.{k}.x.1", f"blocks.{k}.one.o": f"u.{k}.y.1"})
-        truth |= carried(old, {f"blocks.{k}.one.q": f"u.{k}.y.2"})
-        for leaf in ("weight", "bias"):
-            truth[f"u.{k}.x.0.{leaf}"] = torch.cat([state[f"blocks.{k}.two.{n}.{leaf}"] for n in "vqk"])
-            truth[f"u.{k}.y.0.{leaf}"] = torch.cat([state[f"blocks.{k}.one.{n}.{leaf}"] for n in "vk"])
-    space = space_of(old, new)
-    assert reachable(space, old, truth)
-    for part in space.parts:
-        before = space.meaning(space.first)
-        for choice in space.exchanges(space.first, part):
-            sources = [s for e in space.meaning(choice) for s in e.sources]
-            assert sorted(sources) == sorted(s for e in before for s in e.sources)
-            assert space.meaning(choice) != before
+    old = Net({"block": {str(b): {a: {n: layer(D, D, False) for n in names} for a in ("own", "cross")} for b in "01"}})
+    new = Net({"b": {b: {a: {n: layer(D, D, False) for n in "wxyz"} for a in ("m", "n")} for b in "01"}})
+    orders = {"own": ("n", "xwzy"), "cross": ("m", "zxyw")}
+
+    def truth(s):
+        return {
+            f"b.{b}.{orders[a][0]}.{orders[a][1][k]}.weight": s[f"block.{b}.{a}.{n}.weight"]
+            for b, a, (k, n) in product("01", ("own", "cross"), enumerate(names))
+        }
+
+    return old, new, truth
 
 
-def test_a_whole_may_be_laid_out_by_head_on_one_side_and_by_part_on_the_other():
-    old = Nets(z=nn.Linear(12, 36), k=nn.Linear(12, 12))
-    new = Nets(p=nn.Linear(12, 12), q=nn.Linear(12, 36))
-    state = old.state_dict()
-    for heads in (2, 3, 4):
-        for shape in ((3, heads), (heads, 3)):
-            truth = carried(old, {"k": "p"})
-            for leaf in ("weight", "bias"):
-                value = state[f"z.{leaf}"]
-                truth[f"q.{leaf}"] = value.reshape(*shape, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
-            assert reachable(space_of(old, new), old, truth)
+@pytest.mark.parametrize("case", [turned_layout, stacked_experts, fused_experts, two_attentions])
+def test_a_choice_means_the_truth(case):
+    torch.manual_seed(0)
+    old, new, truth = case()
+    tensors = {name: value.detach() for name, value in old.state_dict().items()}
+    wanted = truth(tensors)
+    sides = describe(tensors), describe(new)
+    plan = build_plan(*sides, MatchingOptions())
+    space = Space(*sides, plan)
 
+    def means_it(number, choice):
+        made = {n: v for entry in space.entries_of(number, choice) for n, v in filled(entry, tensors).items()}
+        return bool(made) and all(torch.equal(value, wanted[name]) for name, value in made.items())
 
-def test_nothing_is_asked_about_the_layout_of_what_has_the_same_name():
-    old, new = (Nets(inlet=nn.Linear(5, 12), qkv=nn.Linear(12, 36), proj=nn.Linear(12, 12)) for _ in range(2))
-    assert not space_of(old, new).is_open
+    told = {n for e in plan for n, v in filled(e, tensors).items() if torch.equal(v, wanted[n])}
+    asked = {n for part in space.parts for unit in part.target for n in unit.all_names}
+    assert told | asked == set(wanted)
+    for number, part in enumerate(space.parts):
+        shared = [d for d in (space.numbering.get(part.region), space.rotary, space.gates) if d is not None]
+        places = [*part.decisions, *shared]
+        choices = product(*(range(len(space.decisions[d].options)) for d in places))
+        found = (tuple(dict(zip(places, own)).get(d, 0) for d in range(len(space.decisions))) for own in choices)
+        assert any(means_it(number, choice) for choice in found), part.describe(part.covers[0])
