@@ -134,7 +134,7 @@ class WeightTransferCallback(Callback):
         proof: "auto" lets the module's own loss on its training data decide what names leave open, and checks the
             whole mapping by it; "off" makes no trial.
         proof_batches: Most batches for it.
-        proof_seconds: Most seconds for it.
+        proof_seconds: Most seconds for it; on a machine where others compute, too, up to three times as many.
         verbose: Whether to print the coverage.
 
     Attributes:

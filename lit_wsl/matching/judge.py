@@ -25,7 +25,7 @@ from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.search import FEW_COVERS, Budget, Choice, Search, Trials
 from lit_wsl.matching.space import Space, filled, is_doubtful, is_only_renamed
 from lit_wsl.matching.symmetries import Gradients
-from lit_wsl.matching.witnesses import AGREES, is_at_rest, risk_by_gradient, risk_of
+from lit_wsl.matching.witnesses import AGREES, risk_by_gradient, risk_of, unrest
 from lit_wsl.plan.entries import Ambiguity, Candidate, Decided, Measured, PlanEntry, Proof, ProofBy
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription
@@ -35,6 +35,8 @@ from lit_wsl.structure.running import hindrance, shaken_state
 RISK = 0.01  # of one wrong decision among all rivals tried
 PASSES = 60.0  # most forward passes of a whole batch that trials may take; with what else is measured, 64
 FEW = 2  # rivals whose gradients are measured
+RESTLESS = 1.0  # times the noise of its batch is a gradient where training has not stopped
+FAR = 10.0  # times that it is where training never was; a model trained for some hundred steps has up to seven
 SEARCH = 0.7  # share of them that the search may take
 BY_LOSS = "the loss on data decides it"
 REFUTED = "the loss on data refutes what names and shapes say, and does not say what is right"
@@ -156,12 +158,12 @@ class LossJudge:
                 found[c] = min(1.0, 3 * trials.tried * self._again * balance.risk(c, choice))
         return {c: risk for c, risk in found.items() if risk < RISK}
 
-    def is_at_rest(self, choice: Choice) -> bool:
-        """Whether training could have stopped at a choice; what the gradient can't tell is taken for no."""
+    def unrest(self, choice: Choice) -> float:
+        """How far from a place where training could have stopped a choice is; infinite if the gradient can't tell."""
         try:
-            return is_at_rest(torch.stack([s for _, s in self.trials.meter.slopes(self.trials.state(choice), 0)]))
+            return unrest(torch.stack([s for _, s in self.trials.meter.slopes(self.trials.state(choice), 0)]))
         except (RuntimeError, ValueError):
-            return False
+            return math.inf
 
     @property
     def _again(self) -> int:
@@ -269,9 +271,13 @@ def _judge(
     is_open = any(risk >= RISK for risk in risks.values())
     # Where much makes no difference, the search may have ended far from the truth, and all that was decided is void.
     # Where every tensor stands where it stood, order is trusted as long as nothing better is found.
-    keeps = is_open and (is_only_renamed(plan, *sides) or not judge.is_at_rest(choice))
-    if keeps or not _falls(bench.fresh, best, meter):
-        return _as_planned(plan, bench, questioned, trials)
+    # And where all is decided, but the gradient is far from rest, the truth is not among what was asked.
+    renamed, unrest = is_only_renamed(plan, *sides), judge.unrest(choice)
+    keeps = unrest >= RESTLESS if is_open else RESTLESS * FAR <= unrest < math.inf
+    if (is_open and renamed) or (keeps and not renamed) or not _falls(bench.fresh, best, meter):
+        judged = _as_planned(plan, bench, questioned, trials)
+        far = f"the best mapping found is not where training ended: its gradient is {unrest:.0f} times the noise"
+        return judged if is_open or not keeps else replace(judged, notes=(*judged.notes, far))
     decisions = tuple(sorted(_decided(judge, choice, risks), key=lambda d: d.risk))
     judged = _with_answers(plan, judge, choice, risks, sides)
     final = best if all(d.taken for d in decisions) else bench.losses(judged)

@@ -67,16 +67,20 @@ def risk_by_gradient(rival: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor]) 
     return _student(torch.stack(gaps).sum(0))
 
 
-def is_at_rest(slopes: Tensor) -> bool:
-    """Whether the gradient of a batch is mostly noise, as it is where training has stopped.
+def unrest(slopes: Tensor) -> float:
+    """How many times the noise of a batch's gradient the gradient itself is: below one where training has stopped.
 
     Args:
         slopes: Gradients ``(n, d)`` on the n pieces of a batch, whose mean has the n-th part of a piece's noise; see
             the noise scale of McCandlish et al., "An Empirical Model of Large-Batch Training" (2018).
+
+    Returns:
+        The ratio of the squared norms; infinite where the pieces are too few to tell.
     """
     slopes = slopes.double()
-    common = float(_size_of_mean(slopes).mean())
-    return len(slopes) >= FEWEST and common < (float(slopes.pow(2).sum(1).mean()) - common) / len(slopes)
+    common = float(_size_of_mean(slopes).mean()) if len(slopes) >= FEWEST else math.inf
+    noise = (float(slopes.pow(2).sum(1).mean()) - common) / max(len(slopes), 1)
+    return common / noise if noise > 0 else math.inf
 
 
 def _size_of_mean(slopes: Tensor) -> Tensor:
