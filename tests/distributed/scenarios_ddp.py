@@ -146,6 +146,46 @@ def lazy_modules(folder: Path) -> dict[str, Any]:
     return _matched(folder, lazy=True)
 
 
+class Gated(runs_dist.Lit):
+    """A gate and a value, apart or in one without a name that tells their order; the target is the first input."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        layers = {"q": nn.Linear(6, 16)} if fused else {"gate": nn.Linear(6, 8), "value": nn.Linear(6, 8)}
+        self.net = nn.ModuleDict({**layers, "out": nn.Linear(8, 1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.net["q"](x).chunk(2, -1) if "q" in self.net else (self.net["value"](x), self.net["gate"](x))
+        return self.net["out"](both[0].relu() * both[1].sigmoid())
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return (self(batch[0])[:, 0] - batch[0][:, 0]).square().mean()
+
+
+def decided_on_data(folder: Path) -> dict[str, Any]:
+    """Rank zero lets the loss decide which part of a whole is the gate, on its own share of the data."""
+    rows = torch.randn(256, 6, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    old = Gated(fused=False)
+    optimizer = torch.optim.Adam(old.parameters(), 0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        old.training_step([rows], 0).backward()
+        optimizer.step()
+    path = save(folder / "gated.ckpt", {"state_dict": old.state_dict()})
+    state = {name: tensor.detach() for name, tensor in old.net.state_dict().items()}
+    expected = {f"q.{s}": torch.cat([state[f"value.{s}"], state[f"gate.{s}"]]) for s in ("weight", "bias")}
+    torch.manual_seed(100 + dist.get_rank())
+    watch, callback = Watch(), transfer(path, plan=None)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows), 32)
+    trainer(folder, callback, watch).fit(Gated(fused=True), loader)
+    return {
+        "wrong": differing({name: watch.state[name] for name in expected}, expected),
+        "before": digest(watch.state),
+        "proof": [callback.report.plan.proof, callback.report.plan.proof_by],
+    }
+
+
 def restored(folder: Path) -> dict[str, Any]:
     """A restored checkpoint wins over the transfer, on every rank."""
     path, _ = save_old(folder)

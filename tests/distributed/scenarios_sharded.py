@@ -115,9 +115,9 @@ def matched_without_a_plan(folder: Path) -> dict[str, Any]:
     torch.manual_seed(3)
     source = New()
     path = save(folder / "same.ckpt", {"state_dict": {f"net.{n}": t for n, t in source.state_dict().items()}})
-    watch = Watch()
-    trainer(folder, "fsdp2", transfer(path, plan=None), watch).fit(Lit("fsdp2"), data())
-    return {"wrong": differing(watch.state, source.state_dict())}
+    watch, callback = Watch(), transfer(path, plan=None)
+    trainer(folder, "fsdp2", callback, watch).fit(Lit("fsdp2"), data())
+    return {"wrong": differing(watch.state, source.state_dict()), "notes": list(callback.report.notes)}
 
 
 def restored(folder: Path) -> dict[str, Any]:

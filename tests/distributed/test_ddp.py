@@ -41,6 +41,13 @@ def test_the_match_of_rank_zero_serves_all(results, name):
     assert zero["missing"] == []
 
 
+def test_what_rank_zero_decides_on_data_holds_on_all(results):
+    zero, one = results["decided_on_data"]
+    assert zero.get("wrong") == [], zero
+    assert zero == one
+    assert zero["proof"] == ["proven", "data"]
+
+
 def test_trainers_of_one_device_wait_for_nobody(results):
     assert results["one_trainer_each"] == [{"equal": True}, {"equal": True}]
 

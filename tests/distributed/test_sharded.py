@@ -36,6 +36,13 @@ def test_other_ways_in(results, name):
         assert rank.get("wrong") == [], rank
 
 
+def test_a_sharded_model_is_not_tested_on_data_and_says_why(results):
+    for rank in results["matched_without_a_plan"]:
+        assert [n for n in rank["notes"] if "on data" in n] == [
+            "not tested on data: a model spread over several processes is not run by one of them"
+        ]
+
+
 def test_a_restored_checkpoint_wins(results):
     for rank in results["restored"]:
         assert rank.get("wrong") == [], rank
