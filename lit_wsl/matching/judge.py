@@ -267,7 +267,7 @@ def _judge(
     while better != choice and budget.left():
         choice = min(better, Search(trials, 1.0).climb(better), key=lambda c: trials.mean(c, trials.size))
         better, risks = judge.test(choice)
-    best = trials.losses(choice)
+    best = trials.losses(choice, at_once=True)
     is_open = any(risk >= RISK for risk in risks.values())
     # Where much makes no difference, the search may have ended far from the truth, and all that was decided is void.
     # Where every tensor stands where it stood, order is trusted as long as nothing better is found.
@@ -307,7 +307,7 @@ def _as_planned(
     """
     losses, beaten = bench.losses(plan), False
     if trials is not None:
-        best = trials.losses(trials.best)
+        best = trials.losses(trials.best, at_once=True)
         beaten = risk_of(losses, best) < RISK / trials.tried and _falls(bench.fresh, best, bench.meter)
     rises = _mean(losses) > _mean(bench.fresh) + statistics.pstdev(bench.fresh) and not _unfilled(plan)
     if not questioned or not (beaten or rises):

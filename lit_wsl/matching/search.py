@@ -33,6 +33,7 @@ IN_STEP = 0.6  # share of its budget after which nothing else is tried where gat
 FEW_COVERS = 64  # ways to assign layers that are all tried
 BUSY = 3.0  # so many times as long may a search take where others compute, too
 OFF = -1
+WHOLE = -1
 
 Choice = tuple[int, ...]
 
@@ -105,7 +106,7 @@ class Trials:
         return out
 
     def _measure(self, choice: Choice, batch: int, start: int, stop: int | None) -> list[float]:
-        key = choice, batch, start
+        key = choice, batch, WHOLE if stop is None else start
         if key not in self.seen:
             try:
                 self.seen[key] = self.meter.losses(self.state(choice), batch, start, stop)
@@ -115,9 +116,12 @@ class Trials:
                 self.seen[key] = [math.inf]
         return self.seen[key]
 
-    def losses(self, choice: Choice, samples: int = 0, batch: int = 0) -> list[float]:
-        """Losses of a choice on the first samples of the first batch, all by default, or on another batch."""
-        if batch:
+    def losses(self, choice: Choice, samples: int = 0, batch: int = 0, at_once: bool = False) -> list[float]:
+        """Losses of a choice on the first samples of the first batch, all by default, or on another batch.
+
+        At once: on all samples of the first batch in the pieces that other models of the same batch are measured in.
+        """
+        if batch or (at_once and self.meter.in_pieces):
             return self._measure(choice, batch, 0, None)
         found, done, samples = [], 0, samples or self.size
         while done < samples:

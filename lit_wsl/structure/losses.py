@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lit_wsl.structure.running import cuda_devices, lendable, lent, lent_to, seed, undisturbed
 
 Loss = Callable[[nn.Module, Any], Tensor]
-PIECES = 4  # of a batch whose loss can't be told sample by sample, and of a sample of many elements
+PIECES = 4  # of a sample of many elements, and of a batch whose gradients show a model's symmetries
+RUNS = 8  # pieces of a batch whose loss can't be told sample by sample
 FOLD = 1 << 14  # elements of a gradient that is kept
 MANY = 32  # elements of a sample that is told in pieces
 
@@ -54,7 +55,7 @@ class LossMeter:
         self.elements = 1  # losses of one sample that the model's is the mean of
         self._source = iter(batches)
         self._batches: list[Any] = []
-        self._in_pieces = False
+        self.in_pieces = False
         self.has_slopes = True  # until the loss was seen to have no gradient
         self._guarded = True  # until a whole pass was seen to write to none of the model's tensors
         self._idle = False  # whether that pass left the modules' attributes alone, too
@@ -85,16 +86,16 @@ class LossMeter:
         batch, size = self._batches[number], self.size(number)
         stop = size if stop is None else min(stop, size)
         count = stop - start
-        if not self._in_pieces:
+        if not self.in_pieces:
             values = self._run(state, cut(batch, start, stop, size), count, number)
             self._spend(count / max(size, 1))
             if len(values) > 1 or count < 2:
                 return values
-            self._in_pieces = True
-            if count < 2 * PIECES:
+            self.in_pieces = True
+            if count < 2 * RUNS:
                 return values
         found = []
-        for first, last in pieces(count):
+        for first, last in pieces(count, RUNS):
             found += self._run(state, cut(batch, start + first, start + last, size), 0, number)[:1]
             self._spend((last - first) / max(size, 1))
         return found
