@@ -19,7 +19,12 @@ import numpy as np
 from torch import nn
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.inference import rules_compute, rules_index, rules_shape  # noqa: F401  (registers the rules)
+from lit_wsl.rebasin.inference import (  # noqa: F401  (registers the rules)
+    rules_compute,
+    rules_diagonal,
+    rules_index,
+    rules_shape,
+)
 from lit_wsl.rebasin.inference.groups import build_spec
 from lit_wsl.rebasin.inference.labels import Label, depends
 from lit_wsl.rebasin.inference.rules_compute import cat_labels
@@ -45,6 +50,7 @@ from lit_wsl.rebasin.inference.trace import (
     traceable,
     written_arguments,
 )
+from lit_wsl.rebasin.inference.united import united
 from lit_wsl.rebasin.inference.units import Array
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.description import require_module, require_sample
@@ -322,25 +328,36 @@ def spec_from_trace(trace: Trace) -> PermutationSpec:
     Finer labels that rules wish for, but can do without, are kept if more moves with them; those of three levels (query
     heads inside a key head, dimensions inside these) also with the order of the middle ones fixed.
     """
-    best, wishes = _spec(trace, wishes=False)
+    best, conflicts = _best(trace, later=False)
+    if conflicts:
+        best = united(best, _best(trace, later=True)[0])
+    return best
+
+
+def _best(trace: Trace, later: bool) -> tuple[PermutationSpec, int]:
+    best, wishes, conflicts = _spec(trace, False, later)
     middle = frozenset(place for place, _ in wishes).intersection(o for wish in wishes for o in _places(wish)[1:])
     for still in dict.fromkeys([frozenset[Place](), middle]) if wishes else ():
         try:
-            finer, _ = _spec(trace, wishes=True, still=still)
+            finer, *_ = _spec(trace, True, later, still)
         except RebasinError:  # what is found cannot be written as a spec
             continue
         if _moved(finer) > _moved(best):
             best = finer
-    return best
+    return best, conflicts
 
 
 def _spec(
-    trace: Trace, wishes: bool, still: frozenset[Place] = frozenset()
-) -> tuple[PermutationSpec, list[tuple[Place, Joint]]]:
-    """The spec, and the finer labels that rules wished for; the order of some axes is fixed beforehand."""
+    trace: Trace, wishes: bool, later: bool, still: frozenset[Place] = frozenset()
+) -> tuple[PermutationSpec, list[tuple[Place, Joint]], int]:
+    """The spec, the finer labels that rules wished for, and how often two orders were in each other's way.
+
+    The order of some axes is fixed beforehand.
+    """
     joints: dict[Place, Joint] = {}
     for _ in range(MAX_PASSES):
         run = Run(trace, joints=joints)
+        run.algebra.later = later
         for place in sorted(still):
             run.algebra.units.freeze(run.axes[place], MIDDLE)
         propagate(run)
@@ -359,7 +376,8 @@ def _spec(
         if finer == joints:
             break
         joints = finer
-    return build_spec(run), [wish for wish in run.wishes if wish[0] not in run.ordered]
+    wished = [wish for wish in run.wishes if wish[0] not in run.ordered]
+    return build_spec(run), wished, run.algebra.conflicts
 
 
 def _places(wish: tuple[Place, Joint]) -> list[Place]:

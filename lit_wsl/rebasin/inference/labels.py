@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lit_wsl.rebasin.inference.units import Array, Units, blocks_of_rows, bound_across, mix, release
+from lit_wsl.rebasin.inference.units import FIXED, Array, Units, blocks_of_rows, bound_across, mix, release
 
 MAX_LABEL = 4_000_000
 
@@ -124,6 +124,10 @@ class Algebra:
     """Independent factors of one label that were put onto one axis: finer labels may help, see :class:`Joint`."""
     unaligned: list[tuple[Label, Array, Array]] = field(default_factory=list)
     """Labels of one axis that met labels on more axes: (label, its factor, the other one)."""
+    later: bool = False
+    """Which of two kinds of blocks that run across each other still move: those that were found first, or later."""
+    conflicts: int = 0
+    """How often there were such blocks."""
     _told_apart: int = 0
 
     # ---- factors -----------------------------------------------------------------------------------------------------
@@ -188,6 +192,9 @@ class Algebra:
             return None
         found = self._blocks(factor, gone, keep)
         if found is None:
+            self.conflicts += 1
+            found = self._later_blocks(factor, gone, keep)
+        if found is None:
             self.fix(factor, keep, "used in blocks that overlap")
             return None
         found = self.units.find(found)
@@ -205,6 +212,19 @@ class Algebra:
         across = bound_across(self.units, matrix)
         found = release(self.units, matrix) if across else blocks_of_rows(self.units, matrix)
         return None if found is None else found.reshape(shape)
+
+    def _later_blocks(self, factor: Array, gone: Sequence[int], keep: Sequence[int]) -> Array | None:
+        """Blocks across those that units are in, which stay then: each of the new ones runs through them alike."""
+        if not self.later:
+            return None
+        matrix = self.units.find(_matrix(factor, gone, keep))
+        live = matrix != FIXED
+        around = np.where(live, self.units.parents(matrix), FIXED)
+        if (around != around[live.any(axis=1).argmax()])[live.any(axis=1)].any():
+            return None
+        self.units.loosen(factor, "used in blocks that overlap")
+        found = self._blocks(compress(self.units.find(factor)), gone, keep)
+        return None if found is None else self.units.find(found)
 
     def fix(self, factor: Array, along: Iterable[int], reason: str) -> None:
         """The order along some axes stays.
@@ -251,6 +271,9 @@ class Algebra:
         if blocks_stay and (bound := self._left(factor, gone, keep)) is not None:
             self.pin(bound, gone, reason)
         block = self._blocks(factor, gone, keep) if keep else None
+        if keep and block is None:
+            self.conflicts += 1
+            block = self._later_blocks(factor, gone, keep)
         block = None if block is None else self.units.find(block)
         if block is None or not block.any():
             self.units.freeze(factor, reason)

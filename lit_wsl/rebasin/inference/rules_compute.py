@@ -90,7 +90,13 @@ def _pin_missing(algebra: Algebra, labels: Sequence[Label], dim: int) -> list[La
         for axis in sorted(anywhere)
         if any(label.varies[axis] and axis not in mine for label, mine in zip(labels, moving, strict=True))
     ]
-    return [algebra.fixed(label, fixed, "beside something that stays") for label in labels] if fixed else list(labels)
+    if not fixed:
+        return list(labels)
+    # Where others are moved along dim by units that know nothing of these axes (channels beside channels whose pixels
+    # were shuffled), only what is the same all along them can stand beside it.
+    flat = [any(dim in depends(f) and not depends(f) & {*fixed} for f in label.factors) for label in labels]
+    pin = algebra.pinned if any(flat) else algebra.fixed
+    return [pin(label, fixed, "beside something that stays") for label in labels]
 
 
 def _slot(label: Label, slot: frozenset[int], dim: int) -> Array | None:

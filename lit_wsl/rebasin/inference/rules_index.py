@@ -216,14 +216,32 @@ def _freeze_index(run: Run, ref: Any) -> None:
 @rule("index", "_unsafe_index", moves=True)
 def index(run: Run, node: Node) -> Sequence[Label]:
     """``self[indices]``."""
-    refs = node.args["indices"]
-    routed = index_by_expert(run, node, refs[0], node.args["self"]) if len(refs) == 1 else None
-    if routed is not None:
-        return [routed]
-    found = index_arrays(run, node, node.args["indices"])
+    refs, label = node.args["indices"], run.label(node.args["self"])
+    named = [k for k, ref in enumerate(refs) if isinstance(ref, Ref) and run.label(ref).values is not None]
+    if named == [0] and len(refs) == 1:
+        routed = index_by_expert(run, node, refs[0], node.args["self"])
+        if routed is not None:
+            return [routed]
+    elif len(named) == 1 and (picked := _picked(run, label, named[0], run.label(refs[named[0]]).values)) is not None:
+        # What experts gave, for each row that of the one it was sent to: ``outputs[arange, chosen]``.
+        found = index_arrays(run, node, [ref if k not in named else None for k, ref in enumerate(refs)])
+        if found is None:
+            return unknown(run, node)
+        found[0][named[0]] = np.zeros(run.shape(refs[named[0]]), dtype=np.int64)
+        return [_indexed(run, node, picked, *found)]
+    found = index_arrays(run, node, refs)
     if found is None:
         return unknown(run, node)
-    return [_indexed(run, node, run.label(node.args["self"]), found[0], found[1])]
+    return [_indexed(run, node, label, *found)]
+
+
+def _picked(run: Run, label: Label, dim: int, named: Array | None) -> Label | None:
+    """What is picked along an axis by who was chosen: units there change places with the router's rows."""
+    label = run.algebra.settle(label)
+    if named is None or dim >= label.ndim or len(named) != label.shape[dim]:
+        return None
+    _meet(run, permute_label(label, [dim, *(a for a in range(label.ndim) if a != dim)]), named)
+    return _any_expert(run, label, dim)
 
 
 def _indexed(run: Run, node: Node, label: Label, arrays: Sequence[Array | None], tainted: bool) -> Label:
@@ -251,21 +269,18 @@ def index_select(run: Run, node: Node) -> Sequence[Label]:
 @rule("gather", "take_along_dim")
 def gather(run: Run, node: Node) -> Sequence[Label]:
     """Other positions along one axis for each place."""
-    label = run.algebra.settle(run.label(node.args["self"]))
+    label = run.label(node.args["self"])
     dim = int(node.args["dim"]) % max(label.ndim, 1)
-    named = run.label(node.args["index"]).values
-    if named is not None and len(named) == label.shape[dim]:
-        # What experts gave, picked by who was chosen: they may change places with the router's rows.
-        _meet(run, permute_label(label, [dim, *(a for a in range(label.ndim) if a != dim)]), named)
-        label = _any_expert(run, label, dim)
-    else:
+    picked = _picked(run, label, dim, run.label(node.args["index"]).values)
+    if picked is None:
         run.algebra.freeze_named(run.label(node.args["index"]))
-        label = run.algebra.pinned(label, [dim], PICKED)
+        picked = run.algebra.pinned(label, [dim], PICKED)
+    label = picked
     shape = run.shape(node.outs[0])
     factors = tuple(f[tuple(slice(0, n if f.shape[a] > 1 else 1) for a, n in enumerate(shape))] for f in label.factors)
-    picked = run.algebra.settle(run.label(node.args["index"]))
+    where = run.algebra.settle(run.label(node.args["index"]))
     result = replace(label, shape=shape, factors=factors, varies=(True,) * len(shape), values=None)
-    return [run.algebra.join([result, replace(picked, varies=(False,) * picked.ndim)], shape)]
+    return [run.algebra.join([result, replace(where, varies=(False,) * where.ndim)], shape)]
 
 
 @rule("index_add", "index_copy", "index_reduce")

@@ -124,11 +124,12 @@ def _reshape_varies(label: Label, shape: Sequence[int]) -> tuple[bool, ...]:
 
 
 def _one_each(algebra: Algebra, before: Sequence[Array], after: list[Array]) -> list[Array]:
-    """Two independent permutations that were put onto one axis: the larger one stays, the other is frozen."""
+    """Two independent permutations that were put onto one axis: the larger one stays, or the smaller, if later."""
     if len(after) < 2 or len(after) != len(before):
         return after
     kept: list[int] = []
-    for k in sorted(range(len(after)), key=lambda k: (-after[k].size, k)):
+    order = sorted(range(len(after)), key=lambda k: (-after[k].size, k))
+    for k in reversed(order) if algebra.later else order:
         clash = [
             other
             for other in range(len(after))
@@ -138,6 +139,7 @@ def _one_each(algebra: Algebra, before: Sequence[Array], after: list[Array]) -> 
         ]
         algebra.clashes += [(before[other], before[k]) for other in clash if other < k]
         if set(clash).intersection(kept):
+            algebra.conflicts += 1
             algebra.units.freeze(before[k], "shares an axis with another independent permutation")
         else:
             kept.append(k)

@@ -121,10 +121,20 @@ class Escapes(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the call; note it if it reads values."""
+        """Run the call; note it if it reads values, but not where they are only checked."""
+        if func is nn.functional.one_hot and (known := _one_hot(*args, **(kwargs or {}))) is not None:
+            return known
         if func in _READERS and args and isinstance(args[0], Tensor):
             self.recorder.note(torch.ops.aten._local_scalar_dense.default, {"self": args[0]})
         return func(*args, **(kwargs or {}))
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor | None:
+    """``one_hot`` without its check of the positions, which reads them; None where their largest gives the size."""
+    if num_classes < 1 or tensor.dtype != torch.int64:
+        return None
+    zeros = torch.zeros(*tensor.shape, num_classes, dtype=torch.int64, device=tensor.device)
+    return zeros.scatter(-1, tensor.unsqueeze(-1), 1)
 
 
 class Recorder(TorchDispatchMode):

@@ -120,6 +120,14 @@ class Units:
         self._bound[units] = True
         self.enclose(units, blocks)
 
+    def loosen(self, units: Array, reason: str) -> None:
+        """The blocks that units are in stay, and units are only bound to them: they change places inside of them."""
+        root = distinct(self.find(units.ravel()))
+        root = root[(root != FIXED) & (self.parents(root) != FIXED) & ~self._bound[root]]
+        self.freeze(self.parents(root), reason)
+        self._bound[root] = True
+        np.add.at(self._signature, root, scramble(self.parents(root)))
+
     def enclose(self, units: Array, blocks: Array, known: bool = False) -> None:
         """Put units into blocks, and note it: two blocks may become one later on, and what was inside stays apart.
 
