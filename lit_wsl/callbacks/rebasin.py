@@ -162,6 +162,8 @@ class RebasinCallback(Callback):
             )
         if pretrained is None and (on == "task_vectors" or merge == "task_arithmetic"):
             raise RebasinError("task vectors need the pretrained checkpoint: give it, or choose on='weights'")
+        if repair_batches < 0:
+            raise RebasinError(f"repair_batches={repair_batches} is no number of batches: 0 keeps the mean statistics")
         if update_model is not None and update_model not in get_args(Update):
             raise RebasinError(f"update_model={update_model!r} is not known: 'aligned', 'merged' or None")
         if update_model == "merged" and merge is None:

@@ -88,10 +88,14 @@ class AlignOptions:
             )
         if self.max_iter < 1:
             raise RebasinError(f"max_iter={self.max_iter} leaves nothing to do: at least one sweep")
+        if self.restarts < 0:
+            raise RebasinError(f"restarts={self.restarts} is no number of further starts: 0 for none")
         if self.merge_weights is not None and (min(self.merge_weights, default=-1) < 0 or not sum(self.merge_weights)):
             raise RebasinError(
                 f"merge_weights={list(self.merge_weights)}: one weight per model, none negative and not all zero"
             )
+        if self.merge_weights is not None and self.merge is None:
+            raise RebasinError("merge_weights say nothing without a merged model: choose merge='average'")
 
     def shares(self, count: int) -> list[float]:
         """How much each of so many models counts; the sum is one."""

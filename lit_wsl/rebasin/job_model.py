@@ -20,7 +20,7 @@ from lit_wsl.rebasin.job import AlignOptions, Matcher, RebasinReport, under_name
 from lit_wsl.rebasin.matching.activations import best_matching
 from lit_wsl.rebasin.matching.many import match_many
 from lit_wsl.rebasin.matching.weights import MatchingResult, weight_matching_for_task_vectors
-from lit_wsl.rebasin.merging.merge import is_continuous
+from lit_wsl.rebasin.merging.merge import FOLD, adapter_factors, is_continuous
 from lit_wsl.rebasin.responses import reestimate_batchnorm
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.execution_order import only_child
@@ -147,6 +147,11 @@ def read_run(module: nn.Module, state: Mapping[str, Tensor], what: str, complete
     A file may hold one name of tensors that the model ties; the others are completed from it. Buffers may be absent.
     """
     own = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    if (factors := adapter_factors(state)) and not adapter_factors(own):
+        raise RebasinError(
+            f"{what} holds {len(factors)} factors of low-rank adapters that the model has no place for, such as "
+            f"{factors[0]!r} of shape {tuple(state[factors[0]].shape)}; without them it is not the fine-tuning. {FOLD}"
+        )
     found = under_names_of(own, state, what)
     tied: dict[int, list[str]] = {}
     for name, tensor in own.items():

@@ -153,7 +153,7 @@ class Responses:
         max_batches: use so many at most; None for all, which are then not kept but iterated anew each time.
 
     Raises:
-        RebasinError: there is no batch.
+        RebasinError: there is no batch, or the model does not take one.
     """
 
     def __init__(
@@ -165,7 +165,23 @@ class Responses:
     ) -> None:
         self.model = copy.deepcopy(model).eval()
         self.batches = batches if max_batches is None else list(islice(batches, max_batches))
-        self.forward = forward
+        self._given, self.forward = forward, self._forward
+
+    def _forward(self, model: nn.Module, batch: Any) -> Any:
+        """Call the model as asked for; what it does not take is said.
+
+        Raises:
+            RebasinError: the model fails on the batch.
+        """
+        try:
+            return self._given(model, batch)
+        except RebasinError:
+            raise
+        except Exception as error:
+            raise RebasinError(
+                f"{type(model).__name__} does not take a batch ({type(error).__name__}: {error}); forward= says how to "
+                "call it, forward=lambda model, batch: model(batch[0], batch[1])"
+            ) from error
 
     def under(self, state_dict: Mapping[str, Tensor]) -> nn.Module:
         """The copy of the model with these weights, in eval mode."""

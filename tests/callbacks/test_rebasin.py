@@ -366,6 +366,12 @@ def test_options_are_checked_when_it_is_made():
         RebasinCallback("a", "b", outputs="nowhere.at_all")
     with pytest.raises(RebasinError, match="update_model"):
         RebasinCallback("a", "b", update_model="merged")
+    with pytest.raises(RebasinError, match="restarts=-1"):
+        RebasinCallback("a", "b", restarts=-1)
+    with pytest.raises(RebasinError, match="repair_batches=-3"):
+        RebasinCallback("a", "b", repair_batches=-3)
+    with pytest.raises(RebasinError, match=r"merge_weights.*merge='average'"):
+        RebasinCallback("a", "b", merge_weights=[1, 2])
 
 
 def test_from_yaml(tmp_path, runs):

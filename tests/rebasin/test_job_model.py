@@ -32,6 +32,15 @@ def test_tied_names_are_completed_and_buffers_may_be_absent(gone):
     assert torch.equal(found["head.weight"], model.emb.weight)
 
 
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_adapters_that_are_not_folded_in_are_refused(prefix):
+    model = Tied()
+    adapter = {"up.lora_A.default.weight": torch.ones(2, 6), "up.lora_B.default.weight": torch.ones(6, 2)}
+    state = {f"{prefix}{name}": tensor for name, tensor in {**model.state_dict(), **adapter}.items()}
+    with pytest.raises(RebasinError, match=r"tuned.ckpt holds 2 factors.*'.*up.lora_A.*\(2, 6\).*merge_and_unload"):
+        read_run(model, state, "tuned.ckpt")
+
+
 def test_absent_and_wrongly_shaped_are_two_messages():
     model = Tied()
     with pytest.raises(RebasinError, match=r"old.ckpt lacks 2 parameters.*'up.weight' of shape \(6, 6\)"):

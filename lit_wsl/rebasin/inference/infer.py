@@ -323,18 +323,17 @@ def infer_permutation_spec(
 
 
 def spec_from_trace(trace: Trace) -> PermutationSpec:
-    """Apply the rules to a trace until no rule asks for a finer labelling.
+    """Apply the rules to a trace, and once more with the other choice where two orders were in each other's way."""
+    first, conflicts = _best(trace, later=False)
+    return united(first, _best(trace, later=True)[0]) if conflicts else first
+
+
+def _best(trace: Trace, later: bool) -> tuple[PermutationSpec, int]:
+    """The spec that the rules give once none asks for a finer labelling, and how often there was a choice.
 
     Finer labels that rules wish for, but can do without, are kept if more moves with them; those of three levels (query
     heads inside a key head, dimensions inside these) also with the order of the middle ones fixed.
     """
-    best, conflicts = _best(trace, later=False)
-    if conflicts:
-        best = united(best, _best(trace, later=True)[0])
-    return best
-
-
-def _best(trace: Trace, later: bool) -> tuple[PermutationSpec, int]:
     best, wishes, conflicts = _spec(trace, False, later)
     middle = frozenset(place for place, _ in wishes).intersection(o for wish in wishes for o in _places(wish)[1:])
     for still in dict.fromkeys([frozenset[Place](), middle]) if wishes else ():

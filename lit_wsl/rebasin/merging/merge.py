@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -136,7 +137,8 @@ def ties(
     """Trim, elect sign, merge (Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models").
 
     Of each task vector the largest elements are kept. At each place the sign with the larger sum of magnitudes is
-    elected, and the mean of the values of that sign, zeros not counted, is added to the pretrained model.
+    elected, and the mean of the values of that sign, zeros not counted, is added to the pretrained model. Real and
+    imaginary parts are elements of their own.
 
     Args:
         pretrained: the state dict that the task vectors were taken from.
@@ -166,18 +168,20 @@ def ties(
         if not parts:
             merged[name] = tensor.detach().clone()
             continue
-        values = torch.stack([part.detach().double().to(tensor.device) for part, _ in parts])
+        values = torch.stack([part.to(tensor.device, torch.float64) for part, _ in parts])
         counts = torch.tensor([w for _, w in parts], dtype=torch.float64, device=tensor.device)
-        counts = counts.reshape(-1, *[1] * tensor.ndim)
+        counts = counts.reshape(-1, *[1] * (values.ndim - 1))
         agrees = (values.sign() == (values * counts).sum(dim=0).sign()) & (values != 0)
         mean = (values * counts * agrees).sum(dim=0) / (counts * agrees).sum(dim=0).clamp_min(1e-300)
-        merged[name] = (tensor.detach().double() + scale * mean).to(tensor.dtype)
+        change = torch.view_as_complex(scale * mean) if tensor.is_complex() else scale * mean
+        merged[name] = (tensor.detach().to(change.dtype) + change).to(tensor.dtype)
     return merged
 
 
 def _trimmed(vector: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-    """The real weights of a task vector with all but the largest elements set to zero."""
-    kept = {n: t.detach() for n, t in vector.items() if t.is_floating_point() and not is_statistic(n)}
+    """The weights of a task vector, complex ones as pairs, with all but the largest elements set to zero."""
+    kept = {n: t.detach() for n, t in vector.items() if is_continuous(t) and not is_statistic(n)}
+    kept = {n: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for n, t in kept.items()}
     if density == 1 or not kept:
         return kept
     sizes = torch.cat([t.abs().flatten().float() for t in kept.values()])
@@ -244,25 +248,60 @@ def _check_task_vectors(pretrained: Mapping[str, Tensor], task_vectors: Sequence
                 raise RebasinError(f"task vector {number}: {name!r} has shape {shapes}")
     names = [{n for n, delta in vector.items() if bool(delta.any())} for vector in task_vectors]
     if len(task_vectors) > 1:
-        _refuse_adapters(set().union(*names))
+        _refuse_adapters(set().union(*names), pretrained)
 
 
 _FACTOR = re.compile(r"(.*(?:^|[._])lora_?(?:embedding_)?)(a|b|down|up)((?:[._].*)?)", re.IGNORECASE)
+_BARE = re.compile(r"((?:.*[._])?)(a|b)((?:\.weight)?)", re.IGNORECASE)
 
 
-def _refuse_adapters(changed: Collection[str]) -> None:
-    """Refuse low-rank adapters of which both factors differ: a mean of factors is no mean of their products."""
-    found = {name: match for name in sorted(changed) if (match := _FACTOR.fullmatch(name))}
-    pairs: dict[tuple[str, str], dict[str, str]] = {}
-    for name, match in found.items():
-        pairs.setdefault((match[1], match[3]), {})[match[2].lower()] = name
-    both = [tuple(pair.values()) for pair in pairs.values() if len(pair) > 1]
-    if both:
-        raise RebasinError(
-            f"{both[0][0]!r} and {both[0][1]!r} are factors of a low-rank adapter, and {len(both)} adapters differ in "
-            "both: the mean of factors is not the mean of their products. Fold the adapters into the base weights "
-            "first (peft: model.merge_and_unload(); by hand: W + scale * B @ A), and merge those."
+#: What to do with adapters, as the rest of a message.
+FOLD = (
+    "Fold the adapters into the base weights first (peft: model.merge_and_unload(); by hand: W + scale * B @ A), and "
+    "take those."
+)
+
+
+def adapter_factors(names: Iterable[str]) -> list[str]:
+    """The names that low-rank adapters give their factors."""
+    return [name for name in names if _FACTOR.fullmatch(name)]
+
+
+def _refuse_adapters(changed: Collection[str], model: Mapping[str, Tensor]) -> None:
+    """Refuse low-rank adapters of which both factors differ: a mean of factors is no mean of their products.
+
+    They are known by their names. Two weights called A and B with a larger one beside them of their product's shape are
+    most likely such, too; that is only said.
+    """
+    both = _pairs(_FACTOR, changed)
+    likely = [pair for parent, pair in _pairs(_BARE, changed) if _fits(pair, parent, model)] if not both else []
+    if both or likely:
+        count, (one, two) = len(both or likely), both[0][1] if both else likely[0]
+        told = (
+            f"{one!r} and {two!r} are factors of a low-rank adapter, and {count} adapters differ in both: the mean of "
+            f"factors is not the mean of their products. {FOLD}"
         )
+        if both:
+            raise RebasinError(told)
+        warnings.warn(told.replace("are factors", "look like factors", 1), stacklevel=4)
+
+
+def _pairs(names: re.Pattern[str], changed: Collection[str]) -> list[tuple[str, tuple[str, str]]]:
+    """Where both factors are among the names: what is in front of theirs, and the two."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(changed):
+        if match := names.fullmatch(name):
+            found.setdefault((match[1], match[3]), []).append(name)
+    return [(parent, (pair[0], pair[1])) for (parent, _), pair in found.items() if len(pair) == 2]
+
+
+def _fits(pair: tuple[str, str], parent: str, model: Mapping[str, Tensor]) -> bool:
+    """Whether a weight beside two factors has the shape of their product, which is of a lower rank."""
+    if any(model[name].ndim != 2 for name in pair):
+        return False
+    (rank, width), (height, same) = (model[name].shape for name in pair)
+    shapes = {tuple(tensor.shape) for name, tensor in model.items() if name.startswith(parent)}
+    return rank == same and rank < min(height, width) and (height, width) in shapes
 
 
 def _with_valid_variances(merged: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -285,7 +324,7 @@ def _check_same_layout(first: Mapping[str, Tensor], other: Mapping[str, Tensor],
         if tensor.shape != other[name].shape:
             shapes = f"{tuple(other[name].shape)}, in the first {tuple(tensor.shape)}"
             raise RebasinError(f"{name!r} has shape {shapes} in {which}")
-    _refuse_adapters({n for n, t in first.items() if is_continuous(t) and not torch.equal(t, other[n].to(t))})
+    _refuse_adapters({n for n, t in first.items() if is_continuous(t) and not torch.equal(t, other[n].to(t))}, first)
 
 
 Statistics = dict[str, tuple[Tensor, Tensor]]

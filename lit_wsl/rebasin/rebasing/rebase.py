@@ -104,7 +104,8 @@ def rebase(
       batches, best of what the fine-tuning is for; labels are not used.
     - ``"auto"``: without batches add where units are in place, else permute. With batches the simplest of these if at
       least nine tenths of the outputs' change arrive by it; else the best of all, judged on batches that nothing was
-      fitted to (if there are two at least).
+      fitted to (if there are two at least). Measured, this is better than choosing by the midpoint gap: 0.56 of a
+      fine-tuning arrive on a transformer of another seed instead of 0.22 (``benchmarks/rebase.py``).
 
     Args:
         spec: permutation spec of the architecture.
@@ -138,6 +139,11 @@ def rebase(
     """
     if method not in get_args(Method):
         raise RebasinError(f"method={method!r} is not known: choose one of {', '.join(get_args(Method))}")
+    if not isinstance(spec, PermutationSpec):
+        raise RebasinError(f"spec is a {type(spec).__name__}: give the PermutationSpec first, then the task vector")
+    for what, given in (("task_vector", task_vector), ("old_base", old_base), ("new_base", new_base)):
+        if not isinstance(given, Mapping):
+            raise RebasinError(f"{what} is a {type(given).__name__}, not a state dict: give model.state_dict()")
     if batches is not None and model is None:
         raise RebasinError("batches say nothing without the model that takes them: give model=")
     if method == "fit" and batches is None:
@@ -416,7 +422,10 @@ def _warnings(method: str, gap: float | None, missed: float | None, statistics: 
     """What to know before the result is used."""
     told = []
     if gap is None:
-        told.append("quality unknown: there was no data; with model= and unlabelled batches= it is measured")
+        told.append(
+            "quality unknown: there was no data; unlabelled batches (model=, batches=; on the command line --data) "
+            "measure it"
+        )
     elif gap > APART:
         told.append(
             f"the bases have little in common (midpoint gap {gap:.2f}): expect little; use it as a start of a "
@@ -431,6 +440,6 @@ def _warnings(method: str, gap: float | None, missed: float | None, statistics: 
     if statistics:
         told.append(
             "norm statistics are those of the new base, which do not describe the result: estimate them anew with "
-            "lit_wsl.rebasin.reestimate_batchnorm, or give model= and batches="
+            "lit_wsl.rebasin.reestimate_batchnorm, or give batches (model=, batches=; on the command line --data)"
         )
     return tuple(told)

@@ -519,11 +519,14 @@ def apply_permutation(
         A new state dict with the same keys in the same order.
 
     Raises:
-        RebasinError: A tensor that the spec moves is missing or has another shape; a permutation has the wrong shape or
-            belongs to no group.
+        RebasinError: A tensor that the spec moves is missing or has another shape; a permutation has the wrong shape,
+            lacks a unit, or belongs to no group.
     """
     if unknown := sorted(set(permutations) - set(spec.groups)):
         raise RebasinError(f"No group of the spec is called {', '.join(map(repr, unknown[:5]))}.")
+    for name, permutation in permutations.items():
+        if (permutation.sort(dim=-1).values != torch.arange(permutation.shape[-1], device=permutation.device)).any():
+            raise RebasinError(f"What is given for group {name!r} is no permutation: not every unit is there once.")
     if missing := sorted(set(spec.axes) - set(state_dict)):
         raise RebasinError(
             f"The state dict misses {len(missing)} tensors that the permutation spec moves: {', '.join(missing[:5])}."

@@ -41,6 +41,8 @@ def test_complex_tensors_are_averaged_and_subtracted_like_real_ones():
     vector = task_vector(b, a)
     assert torch.equal(task_arithmetic(a, [vector])["w"], b["w"])
     assert torch.equal(slerp(a, b, 1.0)["w"], b["w"])
+    assert torch.equal(ties(a, [vector], density=1.0)["w"], b["w"])
+    assert torch.equal(ties(a, [vector], density=0.5)["w"], b["w"])  # the parts of one that are zero are left out
 
 
 def test_ties_of_one_whole_task_vector_is_task_arithmetic():

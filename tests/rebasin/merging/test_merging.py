@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -348,6 +349,16 @@ def test_factors_of_adapters_are_not_averaged(names):
     first, second = (f"q.{name}" for name in names)
     expected = (one[second] @ one[first] + shared[second] @ shared[first]) / 2
     torch.testing.assert_close(merged[second] @ merged[first], expected)
+
+
+def test_factors_that_only_look_like_an_adapter_are_averaged_with_a_word():
+    one, two = ({"q.weight": torch.ones(5, 6), "q.A": torch.randn(2, 6), "q.B": torch.randn(5, 2)} for _ in range(2))
+    with pytest.warns(UserWarning, match="merge_and_unload"):
+        average([one, two])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average([one, one])
+        average([{**state, "q.weight": torch.ones(5, 5)} for state in (one, two)])
 
 
 def test_checkpoints_get_different_names():

@@ -221,6 +221,12 @@ def test_what_does_not_fit_is_refused_by_name(spec, case):
         rebase(spec, vector, old, new, fresh={"8.weight": torch.ones(3, 11)})
     with pytest.raises(RebasinError, match="model="):
         rebase(spec, vector, old, new, batches=IMAGES)
+    with pytest.raises(RebasinError, match=r"does not take a batch.*forward="):
+        rebase(spec, vector, old, new, model=conv_net(), batches=[torch.zeros(2, 9)])
+    with pytest.raises(RebasinError, match=r"old_base is a Sequential.*state_dict"):
+        rebase(spec, vector, conv_net(), new)
+    with pytest.raises(RebasinError, match="spec is a dict"):
+        rebase(vector, spec, old, new)
     with pytest.raises(RebasinError, match="unlabelled batches"):
         rebase(spec, vector, old, new, method="fit")
     with pytest.raises(RebasinError, match="'magic'"):

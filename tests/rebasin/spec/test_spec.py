@@ -184,6 +184,8 @@ def test_apply_refuses_unknown_groups_and_wrong_shapes(spec, state):
         apply_permutation(spec, {"nobody": torch.arange(3)}, state)
     with pytest.raises(RebasinError, match=r"\(4, 3\)"):
         apply_permutation(spec, {"qk": torch.arange(3)}, state)
+    with pytest.raises(RebasinError, match="'qk' is no permutation"):
+        apply_permutation(spec, {"qk": torch.zeros(4, 3, dtype=torch.long)}, state)
 
 
 @pytest.mark.parametrize(
