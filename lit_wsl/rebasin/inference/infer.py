@@ -325,7 +325,12 @@ def infer_permutation_spec(
 def spec_from_trace(trace: Trace) -> PermutationSpec:
     """Apply the rules to a trace, and once more with the other choice where two orders were in each other's way."""
     first, conflicts = _best(trace, later=False)
-    return united(first, _best(trace, later=True)[0]) if conflicts else first
+    if not conflicts:
+        return first
+    try:
+        return united(first, _best(trace, later=True)[0])
+    except RebasinError:  # what the other choice finds cannot be written as a spec
+        return first
 
 
 def _best(trace: Trace, later: bool) -> tuple[PermutationSpec, int]:
