@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -154,15 +154,7 @@ class PairMoments:
     numel: int = 0
 
     def __add__(self, other: PairMoments) -> PairMoments:
-        return PairMoments(
-            self.dot + other.dot,
-            self.sq_a + other.sq_a,
-            self.sq_b + other.sq_b,
-            self.sq_diff + other.sq_diff,
-            self.conflicts + other.conflicts,
-            self.active + other.active,
-            self.numel + other.numel,
-        )
+        return PairMoments(*(x + y for x, y in zip(astuple(self), astuple(other))))
 
 
 def pair_moments(a: Tensor, b: Tensor) -> PairMoments:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -33,121 +34,92 @@ def _pairs(a: Vector, b: Vector) -> list[tuple[Tensor, Tensor]]:
     return [(a[name], b[name]) for name in a if a[name].is_floating_point()]
 
 
+_SUMS = tuple(field.name for field in fields(PairMoments))
+
+
 class _VectorMetric(Metric):
     """Accumulates :class:`PairMoments`; all subclasses have the same states, so that a collection shares them."""
 
     is_differentiable = False
     full_state_update = False
     formula: Callable[[PairMoments], float]
-    dot: Tensor
-    sq_a: Tensor
-    sq_b: Tensor
-    sq_diff: Tensor
-    conflicts: Tensor
-    active: Tensor
-    numel: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("dot", "sq_a", "sq_b", "sq_diff", "conflicts", "active", "numel"):
+        for name in _SUMS:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, a: Vector, b: Vector) -> None:
         """Add one tensor of each vector, or all of them as mappings by name."""
         for x, y in _pairs(a, b):
             m = pair_moments(x, y)
-            self.dot += m.dot
-            self.sq_a += m.sq_a
-            self.sq_b += m.sq_b
-            self.sq_diff += m.sq_diff
-            self.conflicts += m.conflicts
-            self.active += m.active
-            self.numel += m.numel
+            for name, value in asdict(m).items():
+                getattr(self, name).add_(value)
 
     def compute(self) -> Tensor:
         """The metric of everything added so far, a float64 scalar (nan where it has no meaning)."""
-        moments = PairMoments(
-            float(self.dot),
-            float(self.sq_a),
-            float(self.sq_b),
-            float(self.sq_diff),
-            int(self.conflicts),
-            int(self.active),
-            int(self.numel),
-        )
+        moments = PairMoments(*(getattr(self, name).item() for name in _SUMS))
         return torch.tensor(type(self).formula(moments), dtype=torch.float64)
 
 
 class VectorCosineSimilarity(_VectorMetric):
-    """Cosine of the angle between two vectors spread over tensors; see :func:`vectors.cosine_similarity`."""
+    """Cosine of the angle between two vectors spread over tensors; see :func:`functional.cosine_similarity`."""
 
     formula = staticmethod(functional.cosine_similarity)
 
 
 class VectorL2Distance(_VectorMetric):
-    """Euclidean distance; see :func:`vectors.l2_distance`."""
+    """Euclidean distance; see :func:`functional.l2_distance`."""
 
     formula = staticmethod(functional.l2_distance)
 
 
 class VectorDotProduct(_VectorMetric):
-    """Inner product; see :func:`vectors.dot_product`."""
+    """Inner product; see :func:`functional.dot_product`."""
 
     formula = staticmethod(functional.dot_product)
 
 
 class VectorAngle(_VectorMetric):
-    """Angle in degrees; see :func:`vectors.angle`."""
+    """Angle in degrees; see :func:`functional.angle`."""
 
     formula = staticmethod(functional.angle)
 
 
 class MagnitudeRatio(_VectorMetric):
-    """Length of the second vector over that of the first; see :func:`vectors.magnitude_ratio`."""
+    """Length of the second vector over that of the first; see :func:`functional.magnitude_ratio`."""
 
     formula = staticmethod(functional.magnitude_ratio)
 
 
 class SignConflict(_VectorMetric):
-    """Share of opposite signs; see :func:`vectors.sign_conflict`."""
+    """Share of opposite signs; see :func:`functional.sign_conflict`."""
 
     formula = staticmethod(functional.sign_conflict)
 
 
 class StackEffectiveRank(_VectorMetric):
-    """Effective rank of the stack of both vectors, in [1, 2]; see :func:`vectors.effective_rank`."""
+    """Effective rank of the stack of both vectors, in [1, 2]; see :func:`functional.effective_rank`."""
 
-    @staticmethod
-    def formula(m: PairMoments) -> float:
-        """Of the singular values of the stack."""
-        return functional.effective_rank(functional.stack_singular_values(m))
+    formula = staticmethod(lambda m: functional.effective_rank(functional.stack_singular_values(m)))
 
 
 class StackStableRank(_VectorMetric):
-    """Stable rank of the stack of both vectors, in [1, 2]; see :func:`vectors.stable_rank`."""
+    """Stable rank of the stack of both vectors, in [1, 2]; see :func:`functional.stable_rank`."""
 
-    @staticmethod
-    def formula(m: PairMoments) -> float:
-        """Of the singular values of the stack."""
-        return functional.stable_rank(functional.stack_singular_values(m))
+    formula = staticmethod(lambda m: functional.stable_rank(functional.stack_singular_values(m)))
 
 
 class StackParticipationRatio(_VectorMetric):
-    """Participation ratio of the stack of both vectors, in [1, 2]; see :func:`vectors.participation_ratio`."""
+    """Participation ratio of the stack of both vectors, in [1, 2]; see :func:`functional.participation_ratio`."""
 
-    @staticmethod
-    def formula(m: PairMoments) -> float:
-        """Of the singular values of the stack."""
-        return functional.participation_ratio(functional.stack_singular_values(m))
+    formula = staticmethod(lambda m: functional.participation_ratio(functional.stack_singular_values(m)))
 
 
 class StackSpectralGap(_VectorMetric):
-    """Difference of the two singular values of the stack of both vectors; see :func:`vectors.spectral_gap`."""
+    """Difference of the two singular values of the stack of both vectors; see :func:`functional.spectral_gap`."""
 
-    @staticmethod
-    def formula(m: PairMoments) -> float:
-        """Of the singular values of the stack."""
-        return functional.spectral_gap(functional.stack_singular_values(m))
+    formula = staticmethod(lambda m: functional.spectral_gap(functional.stack_singular_values(m)))
 
 
 _MATRIX_KEYS = ("spectrum_overlap", "left_subspace_overlap", "right_subspace_overlap", "interaction_overlap")
@@ -185,25 +157,25 @@ class _MatrixMetric(Metric):
 
 
 class SpectrumOverlap(_MatrixMetric):
-    """Cosine of the singular-value vectors, mean over matrices; see :func:`matrices.spectrum_overlap`."""
+    """Cosine of the singular-value vectors, mean over matrices; see :func:`functional.spectrum_overlap`."""
 
     key = "spectrum_overlap"
 
 
 class LeftSubspaceOverlap(_MatrixMetric):
-    """Overlap of the output subspaces, mean over matrices; see :func:`matrices.left_subspace_overlap`."""
+    """Overlap of the output subspaces, mean over matrices; see :func:`functional.left_subspace_overlap`."""
 
     key = "left_subspace_overlap"
 
 
 class RightSubspaceOverlap(_MatrixMetric):
-    """Overlap of the input subspaces, mean over matrices; see :func:`matrices.right_subspace_overlap`."""
+    """Overlap of the input subspaces, mean over matrices; see :func:`functional.right_subspace_overlap`."""
 
     key = "right_subspace_overlap"
 
 
 class InteractionOverlap(_MatrixMetric):
-    """Interaction overlap, mean over matrices; see :func:`matrices.interaction_overlap`."""
+    """Interaction overlap, mean over matrices; see :func:`functional.interaction_overlap`."""
 
     key = "interaction_overlap"
 
