@@ -11,6 +11,7 @@ import collections
 import datetime
 import decimal
 import fractions
+import math
 import pathlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
 
@@ -155,7 +157,7 @@ def _build(value: Any, done: dict[int, Any], depth: int) -> Any:
     if isinstance(value, ForeignObject):
         try:
             made = _value_of(value, done, depth)
-        except (_NotPlainError, ValueError, TypeError, OverflowError, ArithmeticError):
+        except (_NotPlainError, RefusedError, ValueError, TypeError, OverflowError, ArithmeticError):
             made = value
     elif isinstance(value, Mapping):
         entries = {key: _build(item, done, depth + 1) for key, item in value.items()}
@@ -182,7 +184,10 @@ def _value_of(record: ForeignObject, done: dict[int, Any], depth: int) -> Any:
     if name.module == "numpy" and name.name == "dtype":
         return _dtype(record)
     if name.name == "_reconstruct" and name.module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        return _array(record)
+        array = numpy_array(record) if len(record.orders) == 1 else None
+        if array is None:
+            raise _NotPlainError
+        return array
     build = _BUILDERS.get((name.module, name.name))
     if build is None or any(order[0] != "append" for order in record.orders):
         raise _NotPlainError
@@ -221,16 +226,34 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return np.frombuffer(data, dtype)[0].item()
 
 
-def _array(record: ForeignObject) -> Any:
-    states = [order[1] for order in record.orders if order[0] == "build"]
-    if len(states) != 1 or len(record.orders) != 1 or not isinstance(states[0], tuple) or len(states[0]) != 5:
-        raise _NotPlainError
-    _, shape, dtype, fortran, data = states[0]
-    numbers = _dtype(dtype)
-    if not isinstance(data, bytes) or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-        raise _NotPlainError
-    array = np.frombuffer(data, numbers)
-    return array.reshape(shape, order="F" if fortran else "C").copy()
+def numpy_array(record: Any) -> np.ndarray[Any, Any] | None:
+    """The array of numbers that a record stands for, in its own byte order; ``None`` if it is something else."""
+    if not isinstance(record, ForeignObject) or not isinstance(record.func, ForeignName):
+        return None
+    if not record.func.module.startswith("numpy"):
+        return None
+    if record.func.name == "_reconstruct":
+        states = [order[1] for order in record.orders if order[0] == "build"]
+        if len(states) != 1 or not isinstance(states[0], tuple) or len(states[0]) != 5:
+            return None
+        _, shape, kind, fortran, data = states[0]
+    elif record.func.name == "_frombuffer" and len(record.args) == 4:
+        data, kind, shape, order = record.args
+        fortran = order == "F"
+    else:
+        return None
+    try:
+        dtype = _dtype(kind)
+    except (_NotPlainError, TypeError):
+        return None
+    if not isinstance(data, (bytes, bytearray)) or not isinstance(shape, tuple):
+        return None
+    if not all(type(length) is int and length >= 0 for length in shape):
+        return None
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise RefusedError(f"a NumPy array of shape {shape} with {len(data)} bytes of data")
+    flat = np.frombuffer(data, dtype) if data else np.empty(0, dtype)
+    return flat.reshape(shape, order="F" if fortran else "C").copy("K")
 
 
 def _path(cls: type[pathlib.PurePath]) -> Callable[..., Any]:

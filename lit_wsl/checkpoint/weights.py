@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint.allowlist import RefusedError
-from lit_wsl.checkpoint.document import LazyTensor
+from lit_wsl.checkpoint.document import LazyTensor, numpy_array
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.families import AVERAGE_WORDS, find_average, words_of
@@ -20,19 +19,7 @@ MAX_NAMES = 4_000_000
 MAX_MODULE_DEPTH = 300
 
 
-_NUMPY_DTYPES: dict[str, torch.dtype] = {
-    "f2": torch.float16,
-    "f4": torch.float32,
-    "f8": torch.float64,
-    "i1": torch.int8,
-    "i2": torch.int16,
-    "i4": torch.int32,
-    "i8": torch.int64,
-    "u1": torch.uint8,
-    "b1": torch.bool,
-    "c8": torch.complex64,
-    "c16": torch.complex128,
-}
+_NUMPY = frozenset(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1", "c8", "c16"))  # that torch has, too
 
 
 def is_module(value: Any) -> bool:
@@ -83,45 +70,10 @@ def _contents(module: ForeignObject) -> tuple[dict[str, Tensor], dict[str, Forei
 
 def numpy_tensor(value: Any) -> Tensor | None:
     """Give the tensor of a pickled NumPy array (not an object array), or None if the record is something else."""
-    if not isinstance(value, ForeignObject) or not isinstance(value.func, ForeignName):
+    array = numpy_array(value)
+    if array is None or f"{array.dtype.kind}{array.dtype.itemsize}" not in _NUMPY:
         return None
-    if not value.func.module.startswith("numpy"):
-        return None
-    if value.func.name == "_reconstruct":
-        states = [order[1] for order in value.orders if order[0] == "build"]
-        if len(states) != 1 or not isinstance(states[0], tuple) or len(states[0]) != 5:
-            return None
-        _, shape, kind, fortran, raw = states[0]
-    elif value.func.name == "_frombuffer" and len(value.args) == 4:
-        raw, kind, shape, order = value.args
-        fortran = order == "F"
-    else:
-        return None
-    dtype, swap = _numpy_dtype(kind)
-    if dtype is None or not isinstance(raw, (bytes, bytearray)) or not isinstance(shape, tuple):
-        return None
-    if not all(type(length) is int and length >= 0 for length in shape):
-        return None
-    if math.prod(shape) * dtype.itemsize != len(raw):
-        raise RefusedError(f"a NumPy array of shape {shape} with {len(raw)} bytes of data")
-    if not raw:
-        return torch.empty(shape, dtype=dtype)
-    flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    if swap:
-        width = dtype.itemsize // (2 if dtype.is_complex else 1)
-        flat = flat.view(-1, width).flip(1).reshape(-1)
-    flat = flat.view(dtype)
-    return flat.view(shape[::-1]).permute(*range(len(shape) - 1, -1, -1)) if fortran else flat.view(shape)
-
-
-def _numpy_dtype(record: Any) -> tuple[torch.dtype | None, bool]:
-    """Read ``numpy.dtype('f4')`` with its state ``(version, byte order, ...)``; the flag says big-endian."""
-    if not isinstance(record, ForeignObject) or str(record.func) != "numpy.dtype" or not record.args:
-        return None, False
-    states = [order[1] for order in record.orders if order[0] == "build"]
-    order = states[0][1] if states and isinstance(states[0], tuple) and len(states[0]) > 1 else "<"
-    code = record.args[0] if isinstance(record.args[0], str) else ""
-    return _NUMPY_DTYPES.get(code.lstrip("<|=>")), order == ">" or code.startswith(">")
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def attributes(value: Any) -> dict[Any, Any]:

@@ -29,9 +29,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from lit_wsl.errors import CheckpointError, PlanError
 from lit_wsl.files import atomic_write_text, not_found
@@ -53,6 +54,7 @@ from lit_wsl.plan.notation import ORDERS, Budget, Line, Order, Pattern, expand, 
 from lit_wsl.plan.operations import OPERATIONS, Operation, operation_from_dict, run_shapes
 from lit_wsl.structure.description import Kind, Shape, require_path
 
+T = TypeVar("T")
 FORMAT = "lit_wsl.plan"
 VERSION = 1
 SECTIONS = ("entries", "ambiguous", "unmatched_source", "unmatched_target")
@@ -374,25 +376,24 @@ class _PlanReader:
         )
 
     def entries(self) -> tuple[PlanEntry, ...]:
-        made: list[PlanEntry] = []
-        lines: list[tuple[int, int]] = []  # number of each entry's line, for messages about duplicates
-        sections = self.lines("entries")
-        rows_of: list[Line] = []
-        for number, fields in sections:
-            found = self.line_entries(fields)
-            rows_of.append(Line((), tuple(range(len(made), len(made) + len(found)))))
-            made += found
-            lines += [(number, 0)] * len(found)
+        lines = self.lines("entries")
+        groups = [self.line_entries(fields) for fields in lines]
         owner: dict[str, int] = {}
-        for entry, (number, _) in zip(made, lines):
-            for target in entry.targets:
+        for number, group in enumerate(groups):
+            for target in (target for entry in group for target in entry.targets):
                 if target in owner:
-                    where = sections[number][1].where
-                    other = "the same entry" if owner[target] == number else sections[owner[target]][1].where
+                    where = lines[number].where
+                    other = "the same entry" if owner[target] == number else lines[owner[target]].where
                     raise PlanError(f"{where}: target {target!r} is already filled by {other}; remove one of the two.")
                 owner[target] = number
-        order = unfold_order(self.order["entries"], rows_of, [entry.targets[0] for entry in made])
-        return tuple(made[i] for i in order)
+        return tuple(self.ordered("entries", groups, lambda entry: entry.targets[0]))
+
+    def ordered(self, section: str, groups: Sequence[Sequence[T]], name: Callable[[T], str]) -> list[T]:
+        """What all lines of a section stand for, in the order that the plan had it in."""
+        rows = [row for group in groups for row in group]
+        ends = pairwise(accumulate(map(len, groups), initial=0))
+        lines = [Line((), tuple(range(start, end))) for start, end in ends]
+        return [rows[i] for i in unfold_order(self.order[section], lines, [name(row) for row in rows])]
 
     def line_entries(self, fields: Fields) -> list[PlanEntry]:
         fields.allow(
@@ -435,51 +436,40 @@ class _PlanReader:
         return list(expand(parsed, self.budget))
 
     def ambiguous(self) -> list[Ambiguity]:
-        made: list[Ambiguity] = []
-        lines: list[Line] = []
-        for _, fields in self.lines("ambiguous"):
-            fields.allow("targets", "shape", "reason", "candidates")
-            candidates = [Fields(c, f"{fields.where}, a candidate") for c in fields.sequence("candidates")]
-            for candidate in candidates:
-                candidate.allow("sources", "score", "ops")
-            sides = [*(candidate.names("sources") for candidate in candidates), fields.names("targets")]
-            rows = fields.named(lambda sides=sides: self.expand_sides(sides))  # type: ignore[misc]
-            shape, reason = _shape(fields, "shape"), fields.string("reason", "")
-            parts = [(candidate.share("score"), _operations(candidate)) for candidate in candidates]
-            lines.append(Line((), tuple(range(len(made), len(made) + len(rows)))))
-            made += [
-                Ambiguity(
-                    row[-1],
-                    tuple(Candidate(names, score, ops) for names, (score, ops) in zip(row, parts)),
-                    shape,
-                    reason,
-                )
-                for row in rows
-            ]
-        order = unfold_order(self.order["ambiguous"], lines, [a.targets[0] for a in made])
-        return [made[i] for i in order]
+        return self.ordered(
+            "ambiguous", list(map(self.line_questions, self.lines("ambiguous"))), lambda a: a.targets[0]
+        )
+
+    def line_questions(self, fields: Fields) -> list[Ambiguity]:
+        fields.allow("targets", "shape", "reason", "candidates")
+        candidates = [Fields(c, f"{fields.where}, a candidate") for c in fields.sequence("candidates")]
+        for candidate in candidates:
+            candidate.allow("sources", "score", "ops")
+        sides = [*(candidate.names("sources") for candidate in candidates), fields.names("targets")]
+        rows = fields.named(lambda: self.expand_sides(sides))
+        shape, reason = _shape(fields, "shape"), fields.string("reason", "")
+        parts = [(candidate.share("score"), _operations(candidate)) for candidate in candidates]
+        return [
+            Ambiguity(
+                row[-1], tuple(Candidate(names, score, ops) for names, (score, ops) in zip(row, parts)), shape, reason
+            )
+            for row in rows
+        ]
 
     def unmatched(self, section: str) -> list[Unmatched]:
-        made: list[Unmatched] = []
-        lines: list[Line] = []
-        for _, fields in self.lines(section):
-            fields.allow("name", "shape", "kind", "reason")
-            rows = fields.named(lambda fields=fields: self.expand_sides([fields.names("name")]))  # type: ignore[misc]
-            shape, reason = _shape(fields, "shape"), fields.string("reason", "")
-            kind: Kind = fields.choice("kind", get_args(Kind), "parameter")
-            count = sum(len(row[0]) for row in rows)
-            lines.append(Line((), tuple(range(len(made), len(made) + count))))
-            made += [Unmatched(name, shape, kind, reason) for row in rows for name in row[0]]
-        order = unfold_order(self.order[section], lines, [u.name for u in made])
-        return [made[i] for i in order]
+        return self.ordered(section, [self.line_unmatched(f) for f in self.lines(section)], lambda u: u.name)
 
-    def lines(self, section: str) -> list[tuple[int, Fields]]:
+    def line_unmatched(self, fields: Fields) -> list[Unmatched]:
+        fields.allow("name", "shape", "kind", "reason")
+        rows = fields.named(lambda: self.expand_sides([fields.names("name")]))
+        shape, reason = _shape(fields, "shape"), fields.string("reason", "")
+        kind: Kind = fields.choice("kind", get_args(Kind), "parameter")
+        return [Unmatched(name, shape, kind, reason) for row in rows for name in row[0]]
+
+    def lines(self, section: str) -> list[Fields]:
         """The lines of a section, each with a way to say where it is."""
         rows = self.document.sequence(section, None if section == "entries" else [])
-        return [(number, Fields(row, self.where(section, number, row))) for number, row in enumerate(rows)]
-
-    def where(self, section: str, number: int, row: Any) -> _Where:
-        return _Where(self.text, section, number, row)
+        return [Fields(row, _Where(self.text, section, number, row)) for number, row in enumerate(rows)]
 
 
 class _Where:
@@ -500,15 +490,10 @@ class _Where:
 
 
 def _parse_summary(fields: Fields) -> SideSummary:
-    fields.allow("label", "parameters", "parameter_elements", "buffers", "buffer_elements", "fingerprint")
-    return SideSummary(
-        label=fields.string("label", ""),
-        parameters=fields.integer("parameters", 0),
-        parameter_elements=fields.integer("parameter_elements", 0),
-        buffers=fields.integer("buffers", 0),
-        buffer_elements=fields.integer("buffer_elements", 0),
-        fingerprint=fields.string("fingerprint", ""),
-    )
+    names = [field.name for field in dataclasses.fields(SideSummary)]
+    fields.allow(*names)
+    texts = ("label", "fingerprint")
+    return SideSummary(**{n: fields.string(n, "") if n in texts else fields.integer(n, 0) for n in names})  # type: ignore[arg-type]
 
 
 def _operations(fields: Fields) -> tuple[Operation, ...]:

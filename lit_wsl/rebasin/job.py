@@ -76,16 +76,11 @@ class AlignOptions:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.on not in get_args(On):
-            raise RebasinError(f"on={self.on!r} is not known: choose one of {', '.join(get_args(On))}")
-        if self.merge is not None and self.merge not in get_args(Merge):
-            raise RebasinError(
-                f"merge={self.merge!r} is not known: choose one of {', '.join(get_args(Merge))}, or None"
-            )
-        if self.matching not in get_args(Matching):
-            raise RebasinError(
-                f"matching={self.matching!r} is not known: choose one of {', '.join(get_args(Matching))}"
-            )
+        for name, kind in (("on", On), ("merge", Merge), ("matching", Matching)):
+            value, known = getattr(self, name), get_args(kind)
+            if value not in known and not (name == "merge" and value is None):
+                also = ", or None" if name == "merge" else ""
+                raise RebasinError(f"{name}={value!r} is not known: choose one of {', '.join(known)}{also}")
         if self.max_iter < 1:
             raise RebasinError(f"max_iter={self.max_iter} leaves nothing to do: at least one sweep")
         if self.restarts < 0:
