@@ -59,6 +59,14 @@ FORMER_PATHS = {
 }
 
 
+class _Package(ModuleType):
+    """A package in which a function keeps its name from a module that was called so."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and callable(vars(self).get(name))):
+            super().__setattr__(name, value)
+
+
 class _FormerPaths:
     """Finds the module that stands under its new path; asked last, so it never shadows a real one."""
 
@@ -68,6 +76,7 @@ class _FormerPaths:
         return ModuleSpec(fullname, cast("Loader", self)) if fullname in FORMER_PATHS else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        sys.modules[spec.name.rpartition(".")[0]].__class__ = _Package
         return import_module(FORMER_PATHS[spec.name])
 
     def exec_module(self, module: ModuleType) -> None:

@@ -262,3 +262,10 @@ def test_a_spec_of_then_permutes_today(models: tuple[Old, New, torch.Tensor]) ->
 def test_an_older_module_does_not_hide_the_names_of_the_package_above_it():
     importlib.import_module("lit_wsl.transfer.plan")
     assert importlib.import_module("lit_wsl.transfer").PlanEntry is importlib.import_module("lit_wsl.plan").PlanEntry
+
+
+def test_a_function_keeps_its_name_from_a_module_that_was_called_so():
+    from lit_wsl import structure
+
+    former = importlib.import_module("lit_wsl.structure.describe")
+    assert structure.describe is former.describe
