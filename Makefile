@@ -72,6 +72,9 @@ harvest: .venv-bench/.ready  ## the words of public libraries for the random ref
 rebasin-bench: .venv-bench/.ready  ## align models of torchvision, timm and transformers
 	.venv-bench/bin/python -m benchmarks.rebasin --save $(ARGS)
 
+proof-bench: .venv-bench/.ready  ## what names leave open and data decide, on models that are trained for it
+	$(ONE_THREAD) .venv-bench/bin/python -m benchmarks.proof $(ARGS)
+
 scale: $(VENV)/.ready  ## map up to 120,000 tensors on the meta device
 	$(VENV)/bin/python -m benchmarks.scale $(ARGS)
 

@@ -7,10 +7,10 @@ kept if the filled model's loss on a batch is the source's.
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 from benchmarks.proof.pairs import PAIRS, Directed, directed, loader, loss
 from lit_wsl import LitWslError, transfer_weights
 
-RESULTS = Path(__file__).parents[1] / "results" / "proof.json"
+RESULTS = Path(__file__).parents[1] / "results" / "proof.txt"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("pairs", nargs="*", help="names of pairs; all by default")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    rows = []
+    rows, lines = [], []
     for pair in PAIRS:
         if options.pairs and pair.name not in options.pairs:
             continue
@@ -81,18 +81,22 @@ def main() -> None:
             for mode in ("names", "data"):
                 row = measure(direction, mode)
                 rows.append(row)
-                print(
-                    f"{row.pair:12} {row.mode:6} right {row.right:3} wrong {row.wrong:3} missing {row.missing:3} "
+                lines.append(
+                    f"{row.pair:17} {row.mode:6} right {row.right:3} wrong {row.wrong:3} missing {row.missing:3} "
                     f"{'kept' if row.kept else '-':5} {row.proof:10} {row.passes:6.1f} passes {row.seconds:6.1f} s "
-                    f"{row.error}",
-                    flush=True,
+                    f"{row.error}".rstrip()
                 )
+                print(lines[-1], flush=True)
+    sums = []
     for mode in ("names", "data"):
         own = [row for row in rows if row.mode == mode]
-        sums = {key: sum(getattr(row, key) for row in own) for key in ("right", "wrong", "missing", "kept")}
-        print(f"{mode}: {sums} of {len(own)} pairs")
+        counts = {key: sum(getattr(row, key) for row in own) for key in ("right", "wrong", "missing", "kept")}
+        text = ", ".join(f"{key} {count}" for key, count in counts.items())
+        sums.append(f"{'Names alone' if mode == 'names' else 'With data'}: {text} of {len(own)} directed pairs.")
+    print("\n".join(sums))
     if not options.pairs:
-        RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        busy = f"make proof-bench, at a load of {os.getloadavg()[1]:.0f} on {os.cpu_count()} cores."
+        RESULTS.write_text("\n".join([busy, *sums, "", *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.gauntlet.truth import Rule, Tensors, invert
-from benchmarks.proof import text, vision
+from benchmarks.proof import public, text, vision
 from benchmarks.proof.data import dataset
 
 CACHE = Path(__file__).parents[2] / "build" / "proof"
@@ -33,6 +34,7 @@ class Pair:
         truth: From the state dict of the usual spelling to that of the other.
         steps: Steps of training.
         rate: Learning rate.
+        code: Files that it depends on.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Pair:
     truth: Rule = field(repr=False)
     steps: int = 300
     rate: float = 3e-3
+    code: tuple[str, ...] = ("data", "text", "vision")  # files that the trained model depends on
 
 
 def loss(task: str, net: nn.Module, batch: list[Tensor]) -> Tensor:
@@ -85,6 +88,18 @@ PAIRS = (
         )
         for name, family in text.FAMILIES.items()
     ),
+    *(
+        Pair(
+            f"public {kind}",
+            "text",
+            partial(public.Public, kind),
+            partial(text.Hostile, text.FAMILIES[kind]),
+            partial(public.public_state, kind),
+            250,
+            code=("data", "text", "public"),
+        )
+        for kind in (public.KINDS if importlib.util.find_spec("transformers") else ())
+    ),
 )
 
 
@@ -107,7 +122,7 @@ def loader(task: str, shuffle: bool = True) -> DataLoader:
 
 def trained(pair: Pair) -> nn.Module:
     """The usual spelling, trained; from the cache if it was trained before with the same code."""
-    code = "".join((Path(__file__).parent / f"{m}.py").read_text() for m in ("data", "text", "vision"))
+    code = "".join((Path(__file__).parent / f"{m}.py").read_text() for m in pair.code)
     key = hashlib.sha256(f"{code}{pair.name}{pair.steps}{pair.rate}".encode()).hexdigest()[:16]
     path = CACHE / f"{pair.name}-{key}.pt"
     torch.manual_seed(1)
