@@ -364,7 +364,7 @@ class WeightTransferCallback(Callback):
     def _serve(self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, *, late: bool = False) -> None:
         """Fill what was never filled, and nothing that was trained: the model remembers which is which."""
         self._take_back = None
-        ranks = _ranks_of(trainer)
+        ranks = Ranks.of_run() if trainer.world_size > 1 else ALONE  # trainers of one device each share nothing
         evaluates = trainer.state.fn != "fit" and not self.again
         look_at_values(model)
         memory = recall(model, self._before, given=evaluates)
@@ -465,7 +465,9 @@ class WeightTransferCallback(Callback):
         except BaseException as error:
             if resuming is not None and undo is not None:
                 resuming.abandon()
-                raise (error if _admits(error) else self._failed(trainer, undo, error)) from error.__cause__
+                raise (
+                    error if getattr(error, "not_restored", ()) else self._failed(trainer, undo, error)
+                ) from error.__cause__
             raise (error if report is None else admit_loss(error, report.loaded, whole=True)) from error.__cause__
         if resuming is None:
             announce(trainer, self.report, verbose=self.verbose)
@@ -546,13 +548,3 @@ class _Made(NamedTuple):
     def holds(self, apart_from: frozenset[str]) -> bool:
         """Whether the model has all the checkpoint's values already, but for some tensors."""
         return holds(self.prepared.plan, self.source.tensors, self.model, apart_from)
-
-
-def _admits(error: BaseException) -> bool:
-    """Whether an error has been through the undoing already, and says what could not be put back."""
-    return bool(getattr(error, "not_restored", ()))
-
-
-def _ranks_of(trainer: pl.Trainer) -> Ranks:
-    """The processes that run this trainer together; trainers of one device each share nothing."""
-    return Ranks.of_run() if trainer.world_size > 1 else ALONE

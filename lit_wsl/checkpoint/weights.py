@@ -148,12 +148,8 @@ def find_nests(tree: Any) -> list[Nest]:
         if nest.tensors:
             found.append(nest)
         inner = [(path + (key,), child) for key, child in entries.items() if isinstance(key, str)]
-        stack.extend(reversed([item for item in inner if _is_container(item[1])]))
+        stack.extend(reversed([item for item in inner if isinstance(item[1], (Mapping, ForeignObject))]))
     return found
-
-
-def _is_container(value: Any) -> bool:
-    return as_mapping(value) is not None or isinstance(value, ForeignObject)
 
 
 def _is_optimizer(entries: Mapping[Any, Any]) -> bool:
@@ -285,7 +281,8 @@ def select_weights(tree: Any, weights: Weights = "auto") -> Selection:
     nests = find_nests(tree)
     if not nests:
         entries = [str(key)[:40] for key in as_mapping(tree) or ()][:8]
-        inside = f"its entries are {entries}" if entries else f"it is {_described(tree)}"
+        kind = f"an object of {tree.type_name}" if isinstance(tree, ForeignObject) else f"a {type(tree).__name__}"
+        inside = f"its entries are {entries}" if entries else f"it is {kind}"
         raise CheckpointError(f"holds no tensors: {inside}. Give the file that has the model's state dict")
     averaging = _weight_averaging(tree, nests, weights)
     if averaging is not None:
@@ -302,10 +299,6 @@ def select_weights(tree: Any, weights: Weights = "auto") -> Selection:
         best = max(averaged, key=_rank)
         return Selection(best, f"ema:{best.label}", (f"the file holds averaged (EMA) weights only, in {best.label!r}",))
     return _select_model(nests, model, twins, inner, listed, weights)
-
-
-def _described(tree: Any) -> str:
-    return f"an object of {tree.type_name}" if isinstance(tree, ForeignObject) else f"a {type(tree).__name__}"
 
 
 def _select_model(

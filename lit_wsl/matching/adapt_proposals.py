@@ -258,21 +258,15 @@ def _heads(free: Sequence[ParameterInfo], side: ModelDescription, matched: Mappi
             continue
         if "Embedding" in weight.module_type or min(weight.shape) == 0:
             continue
-        bias = next(
-            (i for i in free if i.module_path == weight.module_path and _is_bias_of(i, weight)),
-            None,
-        )
         rows = weight.shape[0]
+        beside = (i for i in free if i.module_path == weight.module_path and i.shape == (rows,))
+        bias = next((i for i in beside if role_of(i.name) == "bias"), None)
         taken = any(rows in i.shape[1:] or (i.shape == (rows,) and role_of(i.name) != "bias") for i in free)
         if bias is None and weight.index < end:
             continue  # a table or an inner layer rather than a head
         if not taken:
             found.append(_Head(weight, (weight, bias) if bias else (weight,), weight.index > end))
     return found
-
-
-def _is_bias_of(info: ParameterInfo, weight: ParameterInfo) -> bool:
-    return info.shape == weight.shape[:1] and role_of(info.name) == "bias"
 
 
 def _same_but_rows(one: _Head, other: _Head) -> bool:

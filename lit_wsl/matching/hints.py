@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 
 import torch
 
@@ -55,7 +55,7 @@ def _adapters(source: ModelDescription, open_s: set[str]) -> str:
 
 def _packed(plan: TransferPlan, source: ModelDescription, open_s: set[str]) -> str:
     """Weights of four bits, two to a byte."""
-    sizes = Counter(_numel(u.shape) for u in plan.unmatched_target)
+    sizes = Counter(math.prod(u.shape) for u in plan.unmatched_target)
     packed = [
         i.name
         for i in source.parameters
@@ -67,10 +67,6 @@ def _packed(plan: TransferPlan, source: ModelDescription, open_s: set[str]) -> s
         f"{len(packed)} tensors of the checkpoint are packed, two numbers of four bits to a byte, first {packed[0]}: "
         "dequantise the checkpoint first"
     )
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def _copies(plan: TransferPlan, source: ModelDescription, target: ModelDescription, open_s: set[str]) -> str:

@@ -383,7 +383,7 @@ def _advice(
     roles = {name.rpartition(".")[2] for name in (old.name, new.name)}
     if len(differing) != 1 or len(roles) != 1:
         return ""
-    places = [(_module(side), _module_of(item)) for side, item in ((source, old), (target, new))]
+    places = [(_module(side), item.name.rpartition(".")[0]) for side, item in ((source, old), (target, new))]
     axis, rank = differing[0], len(new.shape)
     if axis == 0 and rank <= 2 and all(order and own == order[-1] for order, own in places):
         wanted, what = "partial_head", "copies the rows that both have"
@@ -398,10 +398,6 @@ def _module(side: ModelDescription) -> list[str]:
     """Paths of the modules that hold matrices, in order: no norm is a head."""
     matrices = (info for info in side.parameters if info.kind == "parameter" and len(info.shape) >= 2)
     return list(dict.fromkeys(info.module_path for info in matrices))
-
-
-def _module_of(item: Unmatched | ParameterInfo) -> str:
-    return item.name.rpartition(".")[0]
 
 
 def remedy(plan: TransferPlan) -> str:

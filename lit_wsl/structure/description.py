@@ -430,14 +430,9 @@ def _describe_module(module: nn.Module, order: Mapping[str, int], label: str) ->
         # neither: the state of a metric, or a tensor that a hook gives another name
         unknown: tuple[Kind, str] = ("parameter" if isinstance(tensor, nn.Parameter) else "buffer", "")
         kind, module_type = facts.get(name, unknown)
-        shape = _shape_of(tensor)
+        shape = () if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
         infos.append(ParameterInfo(name, shape, tensor.dtype, kind, len(infos), order.get(name), module_type))
     return ModelDescription(tuple(infos), tied, label, is_module=True)
-
-
-def _shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The shape, ``()`` for tensors of lazy modules that have none yet."""
-    return () if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
 
 
 def _describe_tensors(tensors: Mapping[str, Tensor], order: Mapping[str, int], label: str) -> ModelDescription:

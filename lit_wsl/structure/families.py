@@ -160,7 +160,9 @@ class Family:
         """Each name with its ranges written out, for people: ``blocks.{0..11}.attn.weight``."""
         return tuple(
             "".join(
-                piece if isinstance(piece, str) else _braces([piece.at(v) for v in self.variables[piece.variable]])
+                piece
+                if isinstance(piece, str)
+                else "{" + ranges([piece.at(v) for v in self.variables[piece.variable]]) + "}"
                 for piece in template
             )
             for template in self.templates
@@ -279,10 +281,6 @@ def _templates(
             place += 1
         templates.append(tuple(template))
     return tuple(templates)
-
-
-def _braces(values: Sequence[int]) -> str:
-    return "{" + ranges(values) + "}"
 
 
 def ranges(values: Sequence[int]) -> str:

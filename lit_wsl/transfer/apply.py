@@ -251,7 +251,7 @@ def apply_plan(
     the copying are answered between two tensors as long as all can be taken back, Ctrl-C when every tensor is written.
     """
     targets = live_tensors(model)
-    note_progress = progress or _silent
+    note_progress = progress or (lambda stage, size: None)
     # The ranks of a sharded model divide the looking too; replicas each look at all that they are going to copy.
     divided = has_sharded_tensors(model)
 
@@ -300,10 +300,6 @@ def holds(plan: TransferPlan, tensors: Mapping[str, Tensor], model: nn.Module, a
 
 def _holds(target: Tensor, value: Tensor) -> bool:
     return same_bits(target, value.to(target.device, target.dtype))
-
-
-def _silent(stage: str, size: int) -> None:
-    """Report nothing."""
 
 
 def _check_targets(plan: TransferPlan, targets: Mapping[str, Tensor], model: nn.Module) -> None:
