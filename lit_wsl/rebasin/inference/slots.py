@@ -10,7 +10,7 @@ passes is proven with everything else. Where a weight has an axis for them, the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -48,7 +48,9 @@ def with_slots(spec: PermutationSpec, keeps: Callable[[PermutationSpec, str], bo
             spec = extended
     for size, parent, places in on_own_axes(spec):
         name = "{}:{}/order".format(*next(iter(places)))
-        extended = _with_axes(spec, PermutationGroup(name, size, parent), places)
+        order = torch.arange(size)[None]
+        axes = {place: AxisSpec((name,), order, outer) for place, outer in places.items()}
+        extended = spec.with_group(PermutationGroup(name, size, parent), axes)
         if keeps(extended, name):
             spec = extended
     return spec
@@ -72,17 +74,6 @@ def on_own_axes(spec: PermutationSpec) -> Iterator[tuple[int, str, dict[Place, i
     for (size, parent), places in found.items():
         if len({name for name, _ in places}) == len(places) > 1:
             yield size, parent, places
-
-
-def _with_axes(spec: PermutationSpec, group: PermutationGroup, places: Mapping[Place, int]) -> PermutationSpec:
-    axes = {tensor: dict(by_axis) for tensor, by_axis in spec.axes.items()}
-    for (tensor, number), outer in places.items():
-        axes[tensor][number] = AxisSpec((group.name,), torch.arange(group.size)[None], outer)
-    frozen = {
-        tensor: {axis: why for axis, why in reasons.items() if (tensor, axis) not in places}
-        for tensor, reasons in spec.frozen.items()
-    }
-    return replace(spec, groups={**spec.groups, group.name: group}, axes=axes, frozen=frozen)
 
 
 def candidates(spec: PermutationSpec) -> Iterator[Slots]:
@@ -131,12 +122,12 @@ def _leaves(spec: PermutationSpec, axis: AxisSpec) -> list[str]:
 
 
 def _extended(spec: PermutationSpec, name: str, slots: Slots) -> PermutationSpec:
-    axes = {tensor: dict(by_axis) for tensor, by_axis in spec.axes.items()}
+    axes = {}
     for (tensor, number), group in slots.places.items():
-        axis = axes[tensor][number]
-        axes[tensor][number] = AxisSpec((*axis.groups, name), torch.cat([axis.coords, _row(axis, group, slots)[None]]))
-    groups = {**spec.groups, name: PermutationGroup(name, slots.count, slots.parent)}
-    return replace(spec, groups=groups, axes=axes)
+        axis = spec.axes[tensor][number]
+        coords = torch.cat([axis.coords, _row(axis, group, slots)[None]])
+        axes[tensor, number] = AxisSpec((*axis.groups, name), coords)
+    return spec.with_group(PermutationGroup(name, slots.count, slots.parent), axes)
 
 
 def _row(axis: AxisSpec, group: str, slots: Slots) -> Tensor:

@@ -8,16 +8,11 @@ has positions of every unit of the other, in the same order in each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from lit_wsl.rebasin.spec.axis import AxisSpec, PermutationGroup
 from lit_wsl.rebasin.spec.spec import PermutationSpec
-
-Place = tuple[str, int]
 
 
 def united(first: PermutationSpec, second: PermutationSpec) -> PermutationSpec:
@@ -28,34 +23,23 @@ def united(first: PermutationSpec, second: PermutationSpec) -> PermutationSpec:
 
 
 def _with_group(first: PermutationSpec, second: PermutationSpec, name: str) -> PermutationSpec:
-    group, places = second.groups[name], dict(_places(second, name))
+    group = second.groups[name]
+    used = {(use.tensor, use.axis) for use in second.uses(name)}
+    known = {(tensor, axis): first.axes.get(tensor, {}).get(axis) for tensor, axis in sorted(used)}
+    like = {(tensor, axis): second.axes[tensor][axis] for tensor, axis in known}
     new = any(
-        axis not in first.axes.get(tensor, {}) or bool(((coordinate >= 0) & ~first.axes[tensor][axis].touched).any())
-        for (tensor, axis), coordinate in places.items()
+        axis is None or bool(((like[place].coordinate(name) >= 0) & ~axis.touched).any())
+        for place, axis in known.items()
     )
     if not new or group.parent is not None or second.children(name):
         return first
     label, count = name, 1
     while label in first.groups:
         label, count = f"{name}/{count}", count + 1
-    axes = {tensor: dict(by_axis) for tensor, by_axis in first.axes.items()}
-    for (tensor, axis), coordinate in places.items():
-        beside = axes.setdefault(tensor, {}).get(axis)
-        made = _beside(beside, PermutationGroup(label, group.size), coordinate, second.axes[tensor][axis])
-        if made is None:
-            return first
-        axes[tensor][axis] = made
-    groups = {**first.groups, label: PermutationGroup(label, group.size)}
-    return replace(first, groups=groups, axes=axes, frozen=_less(first.frozen, axes))
-
-
-def _places(spec: PermutationSpec, name: str) -> list[tuple[Place, Tensor]]:
-    return [
-        ((tensor, number), axis.coordinate(name))
-        for tensor, by_axis in spec.axes.items()
-        for number, axis in by_axis.items()
-        if name in axis.groups
-    ]
+    group = PermutationGroup(label, group.size)
+    made = {place: _beside(axis, group, like[place].coordinate(name), like[place]) for place, axis in known.items()}
+    axes = {place: axis for place, axis in made.items() if axis is not None}
+    return first.with_group(group, axes) if len(axes) == len(made) else first
 
 
 def _beside(axis: AxisSpec | None, group: PermutationGroup, coordinate: Tensor, like: AxisSpec) -> AxisSpec | None:
@@ -74,17 +58,3 @@ def _beside(axis: AxisSpec | None, group: PermutationGroup, coordinate: Tensor, 
         if len(set(counts.tolist())) > 1 or orders.setdefault(kind, order) != order:
             return None
     return AxisSpec((*axis.groups, group.name), torch.cat([axis.coords, coordinate[None]]))
-
-
-def _less(
-    frozen: Mapping[str, Mapping[int, str]], axes: Mapping[str, Mapping[int, AxisSpec]]
-) -> dict[str, dict[int, str]]:
-    """The reasons of axes that still stay."""
-    return {
-        tensor: {
-            axis: why
-            for axis, why in reasons.items()
-            if axis not in axes.get(tensor, {}) or not bool(axes[tensor][axis].touched.all())
-        }
-        for tensor, reasons in frozen.items()
-    }

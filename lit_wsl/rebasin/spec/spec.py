@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -349,6 +349,16 @@ class PermutationSpec(Summarised):
             dropped={**self.dropped, **{name: reason for name in self.groups if name in removed}},
             proof=self.proof,
         )
+
+    def with_group(self, group: PermutationGroup, axes: Mapping[tuple[str, int], AxisSpec]) -> PermutationSpec:
+        """The spec with a further group, and what it makes of some axes ``(tensor, axis)``."""
+        made = {tensor: dict(by_axis) for tensor, by_axis in self.axes.items()}
+        frozen = {tensor: dict(reasons) for tensor, reasons in self.frozen.items()}
+        for (tensor, number), axis in axes.items():
+            made.setdefault(tensor, {})[number] = axis
+            if bool(axis.touched.all()):
+                frozen.get(tensor, {}).pop(number, None)
+        return replace(self, groups={**self.groups, group.name: group}, axes=made, frozen=frozen)
 
     def summary(self) -> str:
         """Groups found, share of the parameters covered, and what stays fixed and why, as text."""
