@@ -147,7 +147,10 @@ def rebase(
     if batches is not None and model is None:
         raise RebasinError("batches say nothing without the model that takes them: give model=")
     if method == "fit" and batches is None:
-        raise RebasinError("method='fit' fits layers to data: give model= and unlabelled batches=, or method='turn'")
+        raise RebasinError(
+            "method='fit' fits layers to data: give unlabelled batches (model=, batches=; on the command line --data), "
+            "or take method='turn'"
+        )
     fresh = dict(fresh or {})
     vector = {n: t for n, t in task_vector.items() if is_continuous(t) and not is_statistic(n) and n not in fresh}
     old, new = ({n: t for n, t in base.items() if n not in fresh} for base in (old_base, new_base))
