@@ -124,6 +124,15 @@ def test_print_config_round_trips(config, tmp_path):
     assert cli is not None, err
 
 
+def test_a_bare_off_in_yaml_is_off(config):
+    path = config(proof="off")
+    path.write_text(path.read_text().replace("'off'", "off"))
+    assert ": off" in path.read_text()
+    cli, _, err = run("fit", "--config", path)
+    assert cli is not None, err
+    assert next(c for c in cli.trainer.callbacks if type(c).__name__ == "WeightTransferCallback").proof == "off"
+
+
 def test_the_defaults_are_printed_too(config):
     _, printed, err = run("fit", "--config", config(), "--print_config")
     assert printed, err

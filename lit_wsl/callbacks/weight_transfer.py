@@ -132,7 +132,7 @@ class WeightTransferCallback(Callback):
         again: Whether to fill a model once more that was filled before, by another callback or transfer_weights,
             though training may be undone. Each callback does so once per model.
         proof: "auto" lets the module's own loss on its training data decide what names leave open, and checks the
-            whole mapping by it; "off" makes no trial.
+            whole mapping by it; "off" or False makes no trial.
         proof_batches: Most batches for it.
         proof_seconds: Most seconds for it; on a machine where others compute, too, up to three times as many.
         verbose: Whether to print the coverage.
@@ -175,12 +175,14 @@ class WeightTransferCallback(Callback):
         on_lost: OnLost = "refuse",
         drop: Sequence[str] = (),
         again: bool = False,
-        proof: Literal["auto", "off"] = "auto",
+        proof: Literal["auto", "off"] | bool = "auto",
         proof_batches: int = 8,
         proof_seconds: float = 60.0,
         verbose: bool = True,
     ) -> None:
         super().__init__()
+        if isinstance(proof, bool):  # YAML reads a bare off as false
+            proof = "auto" if proof else "off"
         self.options = MatchingOptions.of(locals())
         for option, value, allowed in (
             ("resume", resume, get_args(Resume)),
