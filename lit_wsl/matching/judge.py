@@ -289,7 +289,7 @@ def _balance(trials: Trials, meter: LossMeter) -> Balance | None:
     try:
         weights = shaken_state(meter.model)
         gradients = Gradients(weights, [slopes for _, slopes in meter.gradients(weights, 0)])
-        return Balance(trials.space, trials.tensors, trials.fixed, gradients, lambda: trials.budget.in_time(0.3))
+        return Balance(trials.space, trials.tensors, trials.fixed, gradients, lambda: trials.budget.in_time(0.5))
     except (RuntimeError, ValueError, KeyError):  # a loss without a gradient
         return None
 
