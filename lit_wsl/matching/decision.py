@@ -24,7 +24,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from lit_wsl.matching.dissent import NEIGHBOUR, OUT_OF_ORDER, RENAMED_ALONE, against, renamed_alone
+from lit_wsl.matching.dissent import (
+    NEIGHBOUR,
+    OTHER_LETTER,
+    OUT_OF_ORDER,
+    RENAMED_ALONE,
+    against,
+    letters_apart,
+    renamed_alone,
+)
 from lit_wsl.matching.likeness import (
     BLOCKS,
     ENDS,
@@ -39,8 +47,10 @@ from lit_wsl.matching.likeness import (
     WORDS,
     called_alike,
     called_otherwise,
+    foreign,
     leads,
     liken,
+    own_name,
     own_words,
     same_role,
     strength,
@@ -156,7 +166,7 @@ class ClassSolver:
     def _against(self, p: Pair, cell: str, region: Region) -> str:
         """What speaks against a pair, for or against which names may speak at all."""
         if p.cell in (PATH, TIED) or not self.names:
-            return ""
+            return OTHER_LETTER if p.cell == PATH and self.names and letters_apart(p.source, p.target, region) else ""
         if p.cell.startswith(ORDER) and (" at an end" in cell or " at a head" in cell):
             return OTHER_HEAD
         if not is_named(p.cell) and renamed_alone(p, region, self.learned):
@@ -358,8 +368,11 @@ class ClassSolver:
         for i, j, lead in leading:
             cell = LAYER_WORDS if kinds[i][j] == LAYER_ONLY and not complete else kinds[i][j]
             cell = WORDS if cell == LAYER_ONLY else cell
+            first = fs[i].members[0], ft[j].members[0]
+            made = first[0].virtual or first[1].virtual
             if not sure and (
-                cell == LAYER_WORDS or (cell == PART_WORDS and (fs[i].members[0].virtual or ft[j].members[0].virtual))
+                cell == LAYER_WORDS
+                or (cell == PART_WORDS and (made or foreign(own_name(first[0]), own_name(first[1]))))
             ):
                 continue
             cell = cell if sure else "open " + cell

@@ -11,10 +11,11 @@ from itertools import combinations
 
 from rapidfuzz.distance import Levenshtein
 
+from lit_wsl.matching.formula import spelled
 from lit_wsl.matching.likeness import ENDS, KINDS, LAYER_WORDS, LAYERS, NEAR_WORDS, liken, own_name
 from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.regions import Learned, Pair, Region, Tie
-from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, telling_words
+from lit_wsl.matching.tree import Family, Item, layer_kind, place_in, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, plain_words
 
 OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
@@ -28,7 +29,6 @@ COUNTED_OTHERWISE = "numbered in one order and registered in another"
 AGAINST_NAMES = "their order says one thing and their names another"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
 KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
-LETTERS = {"q": ("q", "query", "queries", "wq"), "k": ("k", "key", "keys", "wk"), "v": ("v", "value", "values", "wv")}
 
 
 def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -> str:
@@ -84,25 +84,14 @@ def _is_function(s: Item, t: Item) -> bool:
 
 
 def letters_apart(s: Item, t: Item, region: Region) -> bool:
-    """Whether two units are called after different ones of the queries, keys and values of an attention.
-
-    A value is one of these where queries or keys stand beside it; beside a gate it is something else.
-    """
-    ours, theirs = _letters_of(own_name(s)), _letters_of(own_name(t))
-    if not ours & theirs or "q" in ours | theirs:
-        return bool(ours and theirs) and not ours & theirs
-    return bool(_letters_beside(s, region.source) - ours) != bool(_letters_beside(t, region.target) - theirs)
-
-
-def _letters_of(words: Sequence[str]) -> set[str]:
-    return {letter for letter, names in LETTERS.items() if not set(names).isdisjoint(words)}
-
-
-def _letters_beside(item: Item, root: Item) -> set[str]:
-    around = owner_path(item.main.path).rpartition(".")[0]
-    beside = (owner_path(t.path).rpartition(".") for t in root.tensors)
-    words = {w for parent, _, own in beside if parent == around for w in plain_words(own)}
-    return _letters_of([letter for w in words for letter in (w if set(w) <= set("qkv") else (w,))])
+    """Whether two units are called after different ones of the queries, keys, values and the output of an attention."""
+    ours, theirs = region.letters_of(s, 0), region.letters_of(t, 1)
+    if (ours ^ theirs) & region.shared_letters:
+        return True
+    names = spelled(own_name(s)), spelled(own_name(t))
+    if names[0] & names[1]:
+        return ours != theirs  # a value beside queries, and one beside a gate
+    return all(names)
 
 
 # order --------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from lit_wsl.matching.tree import (
     relative,
     role_of,
     uniform,
+    units_of,
 )
 from lit_wsl.matching.words import (
     ABBREVIATION,
@@ -213,6 +214,7 @@ def find_fusions(
         for whole in waiting:
             free = [i for i in parts if id(i) not in gone and i.rank >= 2]
             choices = _choices(whole, free, wholes, root_p)
+            choices = [c for c in choices if _same_letters(whole, c.parts, region, whole_is_target)]
             if choices:
                 judged.append((whole, choices))
         for whole, choices in sorted(judged, key=lambda w: (-w[0].members[0].numel, w[0].start)):
@@ -231,6 +233,13 @@ def find_fusions(
                     found.append(fusion)
                     gone.update(id(i) for i in fusion.items)
     return found
+
+
+def _same_letters(whole: Family, parts: Sequence[Family], region: Region, whole_is_target: bool) -> bool:
+    """Whether parts are called after the same of an attention as their whole, as far as either name says it."""
+    ours = region.letters_of(whole.members[0], int(whole_is_target))
+    theirs = frozenset[str]().union(*(region.letters_of(p.members[0], int(not whole_is_target)) for p in parts))
+    return ours == theirs or (not theirs if ours else "o" not in theirs)
 
 
 def _cell(
@@ -263,7 +272,7 @@ def _choices(whole: Family, parts: list[Item], rivals: Sequence[Item], root: Ite
     parts = [p for p in parts if {kind, kind_of(p.main.path)} != {"scale", "shift"}]
     families = of_size(uniform(families_of(parts, root)), len(whole.members))
     sets = {frozenset(id(p) for p in subset): subset for subset in _sets_of_parts(whole, families)}
-    choices = [_judge(whole, subset, families, rivals) for subset in sets.values()]
+    choices = [_judge(whole, subset, families, rivals, root) for subset in sets.values()]
     return sorted(choices, key=lambda c: (-c.order.strength, -c.near, not c.in_place, [p.start for p in c.parts]))
 
 
@@ -294,8 +303,8 @@ def spell_otherwise(s: Item, t: Item) -> bool:
 
 def spells_parts(whole: Item, partner: Item, region: Region) -> bool:
     """Whether a unit's name spells siblings on the other side that would make it up: ``gate_up``, where both are."""
-    root = region.source if any(whole is u for u in _units(region.target)) else region.target
-    units = [u for u in _units(root) if u.rank >= 2 and u is not partner and u.numel < whole.numel]
+    root = region.source if any(whole is u for u in units_of(region.target)) else region.target
+    units = [u for u in units_of(root) if u.rank >= 2 and u is not partner and u.numel < whole.numel]
     if len(units) > MAX_UNITS:
         return False
     singles = [Family(split_numbers(u.path)[0], (u,), (split_numbers(u.path)[1],)) for u in units]
@@ -306,13 +315,6 @@ def spells_parts(whole: Item, partner: Item, region: Region) -> bool:
     return False
 
 
-def _units(root: Item) -> list[Item]:
-    """The units below a module."""
-    if root.level < 2:
-        return [root]
-    return [u for child in root.children for u in _units(child)]
-
-
 def _ancestor(path: str, up: int) -> str:
     path = owner_path(path)
     for _ in range(up):
@@ -320,11 +322,13 @@ def _ancestor(path: str, up: int) -> str:
     return path
 
 
-def _judge(whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> _Choice:
+def _judge(
+    whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item], root: Item
+) -> _Choice:
     """Put parts in the order in which they stand in the whole, and score the evidence for it."""
     name = whole.members[0].path
     order = order_of_parts(name, [p.members[0].path for p in parts])
-    if order.strength == NUMBERED and _siblings(parts[0], families) > len(parts):
+    if order.strength == NUMBERED and _siblings(parts[0].members[0], root) > len(parts):
         order = PartOrder(order.order, UNKNOWN, "numbers alone don't tell which of the siblings are the parts")
     around_w, around_p = (plain_words(_ancestor(path, 1)) for path in (name, parts[0].members[0].path))
     near = best_pairs_similarity(around_w[-2:], around_p[-2:])
@@ -334,13 +338,10 @@ def _judge(whole: Family, parts: tuple[Family, ...], families: list[Family], riv
     return _Choice(tuple(parts[i] for i in order.order), order, near, in_place)
 
 
-def _siblings(part: Family, families: Sequence[Family]) -> int:
-    """How many units of a part's shapes stand beside it, itself included."""
-    first = part.members[0]
-    home = _ancestor(first.path, 1)
-    return sum(
-        f.members[0].main.shape == first.main.shape and _ancestor(f.members[0].path, 1) == home for f in families
-    )
+def _siblings(part: Item, root: Item) -> int:
+    """How many units of a part's shape stand beside it, itself included, decided or not."""
+    home = _ancestor(part.path, 1)
+    return sum(u.main.shape == part.main.shape and _ancestor(u.path, 1) == home for u in units_of(root))
 
 
 def _in_place(whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
+from lit_wsl.matching.formula import Letters, in_both, letters_below
 from lit_wsl.matching.likeness import foreign, own_name
 from lit_wsl.matching.tree import Family, Item, families_of, owner_path, place_in, relative
 from lit_wsl.matching.words import count_alike, counted, plain_words, split_numbers
@@ -109,6 +110,20 @@ class Region:
     def like_numbers(self, path: str) -> bool:
         """Whether the numbers along a path are those of the other side, or among them: nothing is counted from one."""
         return count_alike(path, self._counters, within=True)
+
+    @cached_property
+    def letters(self) -> tuple[Letters, Letters]:
+        """Which units are what in an attention; source and target."""
+        return letters_below(self.source), letters_below(self.target)
+
+    @cached_property
+    def shared_letters(self) -> frozenset[str]:
+        """What as many units are on both sides, so that each must find its like."""
+        return in_both(*self.letters)
+
+    def letters_of(self, item: Item, side: int) -> frozenset[str]:
+        """What a unit is in an attention; nothing for modules."""
+        return self.letters[side].get(item.main.path, frozenset()) if item.level < 2 else frozenset()
 
     @cached_property
     def names(self) -> tuple[list[str], list[str]]:

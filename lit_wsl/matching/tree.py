@@ -240,6 +240,13 @@ def same_kind(s: Item, t: Item) -> bool:
     return kinds != {"scale", "shift"} and not ("shift" in kinds and len(kinds) == 2 and max(s.rank, t.rank) >= 2)
 
 
+def units_of(root: Item) -> list[Item]:
+    """The units below a module."""
+    if root.level < 2:
+        return [root]
+    return [u for child in root.children for u in units_of(child)]
+
+
 def owner_path(name: str) -> str:
     """Path of the module that owns a weight or bias; the name itself of any other tensor.
 

@@ -1,0 +1,97 @@
+"""Which of the queries, keys, values and output of an attention a unit is, as far as names say it.
+
+Queries, keys and values are called by a letter or by a word. The output (Vaswani et al., Attention Is All You Need,
+2017) may be called anything, but it is called in their manner: ``wo`` beside ``wq``, ``out_lin`` beside ``q_lin``, or
+simply ``proj`` where nothing else stands beside them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lit_wsl.matching.tree import Item, relative, stem_of
+from lit_wsl.matching.words import path_tokens
+
+LETTERS = {"q": ("q", "query", "queries", "wq"), "k": ("k", "key", "keys", "wk"), "v": ("v", "value", "values", "wv")}
+OUTPUTS = (("o", "wo"), ("out",), ("proj", "output", "dense", "projection"))  # the more telling ones first
+_WORDS = {word: letter for letter, words in LETTERS.items() for word in words}
+Letters = Mapping[str, frozenset[str]]
+
+
+def spelled(words: Sequence[str]) -> frozenset[str]:
+    """The letters that the words of a name stand for, whatever stands beside it.
+
+    >>> sorted(spelled(("qkv",))), sorted(spelled(("key", "value"))), sorted(spelled(("gate",)))
+    (['k', 'q', 'v'], ['k', 'v'], [])
+    """
+    return frozenset(letter for w in words for letter in _letters_in(w))
+
+
+def _letters_in(word: str) -> str:
+    if word in _WORDS:
+        return _WORDS[word]
+    return word if len(word) > 1 and "k" in word and set(word) <= set("qkv") else ""
+
+
+def letters_below(root: Item) -> Letters:
+    """By the name of each unit below a module what it is in an attention; units that are nothing there are left out.
+
+    A value is one only where queries or keys stand beside it; beside a gate it is something else.
+    """
+    found: dict[str, frozenset[str]] = {}
+    modules = [root]
+    while modules:
+        module = modules.pop()
+        modules += [child for child in module.children if child.level == 2]
+        units = [Named.below(module, child) for child in module.children if child.level < 2]
+        named = [(u, letters) for u in units if (letters := u.letters)]
+        if len({x for _, letters in named for x in letters}) > 1:
+            found |= {u.name: letters for u, letters in named}
+            output = _output([u for u in units if u.unit.rank >= 2 and not u.letters], [u for u, _ in named])
+            found |= {u.name: frozenset("o") for u in output}
+    return found
+
+
+@dataclass(frozen=True)
+class Named:
+    """A unit with its name, and the words by which its module calls it."""
+
+    name: str
+    words: tuple[str, ...]
+    unit: Item
+
+    @classmethod
+    def below(cls, module: Item, unit: Item) -> Named:
+        """A unit of a module; what it is wrapped in is its name, as in ``query.base_layer``."""
+        return cls(unit.main.path, path_tokens(stem_of(relative(unit.main, module).partition(".")[0])), unit)
+
+    @property
+    def letters(self) -> frozenset[str]:
+        """The letters that it stands for; what goes in is all three where it is three times as high as wide."""
+        shape = self.unit.main.shape
+        whole = self.words == ("in", "proj") and len(shape) == 2 and shape[0] == 3 * shape[1]
+        return frozenset("qkv") if whole else spelled(self.words)
+
+
+def _output(units: Sequence[Named], named: Sequence[Named]) -> list[Named]:
+    """The one unit that is called in the manner of queries, keys and values, but is none of them."""
+    manners = {tuple(w for w in u.words if not _letters_in(w)) for u in named}
+    short = any(u.words in (("wq",), ("wk",), ("wv",)) for u in named)
+    for outputs in OUTPUTS:
+        told = [u for u in units if any(w in outputs for w in u.words)]
+        fitting = [u for u in told if tuple(w for w in u.words if w not in outputs) in manners]
+        alike = [u for u in fitting if (u.words == ("wo",)) == short]
+        for found in (alike, fitting, told if outputs != OUTPUTS[-1] else []):
+            if len(found) == 1:
+                return found
+        if fitting:
+            return []
+    return []
+
+
+def in_both(a: Letters, b: Letters) -> frozenset[str]:
+    """The letters that as many units stand for on both sides, so that each must find its like."""
+    counts = [Counter(letter for letters in side.values() for letter in letters) for side in (a, b)]
+    return frozenset(letter for letter, count in counts[0].items() if count == counts[1][letter])
