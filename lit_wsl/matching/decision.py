@@ -315,7 +315,7 @@ class ClassSolver:
         if any(part.isdigit() for i in (s, t) for part in owner_path(i.main.path).split(".")):
             return False
         named = [own_words(i) for i in (s, t)]
-        apart = [{w for w in words - ENDS if len(w) > 1} for words in named]
+        apart = [words - ENDS for words in named]
         if s.path == t.path or not (apart[0] and apart[1]):
             return False
         return not any(strength(a, b)[0] >= 0.6 for a in apart[0] for b in apart[1])
