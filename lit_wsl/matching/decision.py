@@ -314,8 +314,8 @@ class ClassSolver:
             return False
         if any(part.isdigit() for i in (s, t) for part in owner_path(i.main.path).split(".")):
             return False
-        named = [own_words(i) for i in (s, t)]
-        apart = [words - ENDS for words in named]
+        letters = [set(own_name(i)) if len(own_name(i)) > 1 else set() for i in (s, t)]  # alone it may be anything
+        apart = [{w for w in own_words(i) - ENDS if len(w) > 1 or w in ls} for i, ls in zip((s, t), letters)]
         if s.path == t.path or not (apart[0] and apart[1]):
             return False
         return not any(strength(a, b)[0] >= 0.6 for a in apart[0] for b in apart[1])

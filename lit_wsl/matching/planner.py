@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from lit_wsl.matching.alignment import RUN_OTHERWISE, Aligner, Evidence, Match
 from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds, twins_of
+from lit_wsl.matching.copies import one_of_copies, settle
 from lit_wsl.matching.decision import ends_of
 from lit_wsl.matching.entries import EntryWriter
 from lit_wsl.matching.hints import hints
@@ -22,10 +23,10 @@ from lit_wsl.matching.orientation import Orientation
 from lit_wsl.matching.regions import Sides
 from lit_wsl.matching.risks import margin_of, told
 from lit_wsl.matching.scoring import Context
-from lit_wsl.matching.selection import IncompatiblePairs, part_of, restrict, without, without_average
+from lit_wsl.matching.selection import IncompatiblePairs, part_of, restrict
 from lit_wsl.matching.tree import TreeBuilder, layer_kind, stem_of
 from lit_wsl.matching.words import plain_words
-from lit_wsl.plan.entries import AVERAGE, SideSummary
+from lit_wsl.plan.entries import SideSummary
 from lit_wsl.plan.operations import Operation, Transpose
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
@@ -144,7 +145,7 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
     """The plan of lossless operations alone; parametrized weights go by the names that older code gives them."""
     sides, names = [], []
     whole, inside = source, part_of(source, options.source_prefix)
-    source, note = without_average(inside, target)
+    source, copies = one_of_copies(inside, target)
     for side in (source, target):
         renamed = _plain_leaves(side.parameters)
         renamed |= {i.name: _plain_name(i.name) for i in side.parameters if "parametrizations." in i.name}
@@ -155,16 +156,20 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
         infos = tuple(replace(i, name=renamed[i.name]) if i.name in renamed else i for i in side.parameters)
         sides.append(replace(side, parameters=infos) if renamed else side)
         names.append({new: old for old, new in renamed.items()})
-    plan = replace(_build_lossless(sides[0], sides[1], options), source=SideSummary.of(whole))
-    if note:
-        plan = replace(without(plan, inside, source, AVERAGE), notes=(*plan.notes, note))
-    if not (names[0] or names[1]):
+    plan = replace(
+        _build_lossless(sides[0], sides[1], options), source=SideSummary.of(whole), target=SideSummary.of(target)
+    )
+    plan = _named_back(plan, names[0], names[1])
+    return plan if copies is None else settle(plan, copies, inside)
+
+
+def _named_back(plan: TransferPlan, source: Mapping[str, str], target: Mapping[str, str]) -> TransferPlan:
+    """The plan with the names that the two sides have."""
+    if not (source or target):
         return plan
-    back = [lambda name, known=known: known.get(name, name) for known in names]
+    back = [lambda name, known=known: known.get(name, name) for known in (source, target)]
     return replace(
         plan,
-        source=SideSummary.of(whole),
-        target=SideSummary.of(target),
         entries=tuple(
             replace(e, sources=tuple(map(back[0], e.sources)), targets=tuple(map(back[1], e.targets))) for e in plan
         ),

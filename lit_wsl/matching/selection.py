@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -12,7 +11,6 @@ from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.plan.entries import ITS_PLACE, LEFT_ALONE, OUTSIDE, Unmatched
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, tokenize
-from lit_wsl.structure.families import find_average
 
 Pair = tuple[frozenset[str], frozenset[str]]
 
@@ -105,28 +103,6 @@ def part_of(source: ModelDescription, prefix: str | None) -> ModelDescription:
         )
     inside = {i.name for i in kept}
     return replace(source, parameters=kept, tied={a: first for a, first in source.tied.items() if first in inside})
-
-
-def without_average(source: ModelDescription, target: ModelDescription) -> tuple[ModelDescription, str]:
-    """The source without a running average of its own weights, and what to tell of it.
-
-    A model that holds an average itself, or that needs as many tensors of these shapes, is left the choice.
-    """
-    average = find_average({i.name: i.shape for i in source.parameters})
-    if average is None or find_average({i.name: i.shape for i in target.parameters}) is not None:
-        return source, ""
-    kept = tuple(i for i in source.parameters if not i.name.startswith(average.prefix))
-    second = Counter(source[name].shape for name in average.pairs.values())
-    needed = Counter(i.shape for i in target.parameters) - Counter(i.shape for i in kept)
-    if 2 * sum((second & needed).values()) > sum(second.values()):
-        return source, ""
-    names = {i.name for i in kept}
-    tied = {alias: first for alias, first in source.tied.items() if first in names}
-    or_so = f" or source_prefix={average.prefix.rstrip('.')!r}" if average.prefix.endswith(".") else ""
-    return replace(source, parameters=kept, tied=tied), (
-        f"averaged (EMA) weights stand under {average.prefix!r}, beside the weights themselves, which are taken; "
-        f"checkpoint_weights='ema'{or_so} takes the average"
-    )
 
 
 def selected(target: ModelDescription, options: MatchingOptions) -> frozenset[str]:

@@ -1,0 +1,177 @@
+"""Copies of one network in a checkpoint: averages, teachers, the best model so far. One of them fills the model.
+
+Copies have the same names below two places and the same shapes. A model that is itself one network takes all of its
+weights from one of them; which one, names may tell. Where nothing does, what fits is listed as a choice between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+from lit_wsl.matching.likeness import strength
+from lit_wsl.matching.words import plain_words
+from lit_wsl.plan.entries import AVERAGE, CANDIDATE, Ambiguity, Candidate, PlanEntry, Unmatched
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.structure.description import ModelDescription, Shape
+from lit_wsl.structure.families import find_average
+
+DEPTH = 3  # of modules that may be copies
+FEWEST = 8  # tensors of a copy; smaller modules are alike by chance
+LARGE = 0.2  # of all elements: copies are of the model, or of most of it
+ALIKE = 0.8  # of the tensors of the smaller copy: one may have a head that the other lacks
+COPY = "stands in a copy of what is taken; source_prefix takes another"
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What is taken of a checkpoint that holds copies of one network.
+
+    Attributes:
+        others: Places of the copies that take no part in the matching, with a dot at their ends.
+        told: Whether names tell which one does.
+        reason: Why those of the others found no partner.
+        note: What to tell of them.
+        twins: Name in the copy that is taken -> names in the others.
+    """
+
+    others: tuple[str, ...]
+    told: bool
+    reason: str
+    note: str
+    twins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[ModelDescription, Copies | None]:
+    """The source with one of its copies of a network, and what became of the others.
+
+    A model that holds copies itself, or that needs as many tensors of these shapes, is left the choice.
+    """
+    kept, average = _without_average(source, target)
+    if average is not None:
+        return kept, average
+    shapes = {i.name: i.shape for i in source.parameters}
+    for group in _find_copies(shapes):
+        best = group[0] if group[1].startswith(group[0]) else _told(group, target)
+        taken = group[0] if best is None else best
+        others = tuple(p for p in group if p != taken)
+        if _needs(target, source, others, Counter(s for n, s in shapes.items() if n.startswith(others[0]))):
+            continue
+        places = " and ".join(p.rstrip(".") or "outside of it" for p in reversed(group))
+        other = others[0].rstrip(".")
+        note = f"copies of one network stand in {places}: " + (
+            f"choose with source_prefix={taken.rstrip('.')!r}, or let a proof decide"
+            if best is None
+            else f"source_prefix={other!r} takes what is not taken now"
+        )
+        rows = ((n, n[len(taken) :]) for n in shapes if n.startswith(taken))
+        twins = {n: tuple(p + own for p in others if shapes.get(p + own) == shapes[n]) for n, own in rows}
+        return _only(source, others), Copies(others, best is not None, COPY, note, twins)
+    return source, None
+
+
+def settle(plan: TransferPlan, copies: Copies, whole: ModelDescription) -> TransferPlan:
+    """A plan made of one copy, with what it says of the others."""
+    taken = {s for s, twins in copies.twins.items() if twins}
+    choices = {e.targets[0] for e in plan.entries if not (copies.told or taken.isdisjoint(e.sources))}
+    doubts = tuple(_choice(e, copies) for e in plan.entries if e.targets[0] in choices)
+    candidates = {s for d in doubts for c in d.candidates for s in c.sources}
+    entries = tuple(e for e in plan.entries if e.targets[0] not in choices)
+    known = {u.name for u in plan.unmatched_source}
+    left = tuple(
+        Unmatched(i.name, i.shape, i.kind, CANDIDATE if i.name in candidates else copies.reason)
+        for i in whole.parameters
+        if (i.name.startswith(copies.others) or i.name in candidates) and i.name not in known
+    )
+    return replace(
+        plan,
+        entries=entries,
+        ambiguous=(*plan.ambiguous, *doubts),
+        unmatched_source=(*plan.unmatched_source, *left),
+        notes=(*plan.notes, copies.note),
+    )
+
+
+def _choice(entry: PlanEntry, copies: Copies) -> Ambiguity:
+    rows = [entry.sources]
+    for k in range(len(copies.others)):
+        other = [copies.twins.get(s, ())[k : k + 1] for s in entry.sources]
+        if all(other):
+            rows.append(tuple(n for (n,) in other))
+    found = tuple(Candidate(row, entry.score, entry.operations) for row in rows)
+    return Ambiguity(entry.targets, found, entry.target_shapes[0], copies.note)
+
+
+def _find_copies(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, ...]]:
+    """Places that hold the same names and shapes, the largest first: beside each other, or one beside its own copy."""
+    sizes: Counter[str] = Counter()
+    below: dict[str, dict[str, Shape]] = {}
+    for name, shape in shapes.items():
+        numel = math.prod(shape)
+        for k in [k for k, c in enumerate(name) if c == "."][:DEPTH]:
+            sizes[name[: k + 1]] += numel
+            if shape:
+                below.setdefault(name[: k + 1], {})[name[k + 1 :]] = shape
+    total = sum(n for place, n in sizes.items() if place.count(".") == 1)
+    large = [p for p, n in sizes.items() if n >= LARGE * total and len(below.get(p, ())) >= FEWEST]
+    found: list[tuple[str, ...]] = []
+    for place in large:
+        around = place[:-1].rpartition(".")[0]
+        around += "." if around else ""
+        inside = {name.removeprefix("module."): shape for name, shape in below[place].items()}
+        if sum(shapes.get(around + name) == shape for name, shape in inside.items()) >= ALIKE * len(inside):
+            found.append((around, place))
+    for a, b in combinations(large, 2):
+        if a.startswith(b) or b.startswith(a) or plain_words(a) == plain_words(b):
+            continue
+        fewer, more = sorted((below[a], below[b]), key=len)
+        if sum(more.get(name) == shape for name, shape in fewer.items()) >= ALIKE * len(fewer):
+            group = next((g for g in found if g[0] == a), (a,))
+            if group in found:
+                found.remove(group)
+            found.append((*group, b))
+    return sorted(found, key=lambda group: (-sizes[group[-1]], group))
+
+
+def _told(places: Sequence[str], target: ModelDescription) -> str | None:
+    """The copy that names tell: the only one that is called like something in the model, or by no word of its own."""
+    words = [set(plain_words(p)) for p in places]
+    common = set.intersection(*words)
+    theirs = {w for i in target.parameters for w in plain_words(i.name)}
+    telling = [ws - common for ws in words]
+    called = [p for p, ws in zip(places, telling) if any(strength(w, x)[0] >= 0.8 for w in ws for x in theirs)]
+    plain = [p for p, ws in zip(places, telling) if not ws]
+    return next((found[0] for found in (called, plain) if len(found) == 1), None)
+
+
+def _needs(target: ModelDescription, source: ModelDescription, others: tuple[str, ...], second: Counter[Shape]) -> bool:
+    """Whether a model needs what others hold a second time: by its shapes, or, if these changed, by its size."""
+    kept = [i for i in source.parameters if not i.name.startswith(others)]
+    needed = Counter(i.shape for i in target.parameters) - Counter(i.shape for i in kept)
+    more = sum(i.numel for i in target.parameters) - sum(i.numel for i in kept)
+    size = sum(math.prod(shape) * count for shape, count in second.items())
+    return 2 * sum((second & needed).values()) > sum(second.values()) or 2 * more > size
+
+
+def _only(source: ModelDescription, others: tuple[str, ...]) -> ModelDescription:
+    kept = tuple(i for i in source.parameters if not i.name.startswith(others))
+    names = {i.name for i in kept}
+    return replace(source, parameters=kept, tied={a: first for a, first in source.tied.items() if first in names})
+
+
+def _without_average(source: ModelDescription, target: ModelDescription) -> tuple[ModelDescription, Copies | None]:
+    """The source without a running average of its own weights."""
+    average = find_average({i.name: i.shape for i in source.parameters})
+    if average is None or find_average({i.name: i.shape for i in target.parameters}) is not None:
+        return source, None
+    if _needs(target, source, (average.prefix,), Counter(source[name].shape for name in average.pairs.values())):
+        return source, None
+    or_so = f" or source_prefix={average.prefix.rstrip('.')!r}" if average.prefix.endswith(".") else ""
+    note = (
+        f"averaged (EMA) weights stand under {average.prefix!r}, beside the weights themselves, which are taken; "
+        f"checkpoint_weights='ema'{or_so} takes the average"
+    )
+    return _only(source, (average.prefix,)), Copies((average.prefix,), True, AVERAGE, note)
