@@ -453,7 +453,7 @@ class RegionMatch:
                 self._doubt(tie)
             elif self._runs_otherwise(tie):
                 self._doubt(replace(tie, reason=RUN_OTHERWISE))
-            elif why := against_order(tie, self.region):
+            elif why := against_order(tie, self.region, cell):
                 self._doubt(replace(tie, reason=why))
             else:
                 for f, g in zip(tie.sources, tie.targets):

@@ -12,8 +12,9 @@ from itertools import combinations
 from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.matching.formula import spelled
-from lit_wsl.matching.likeness import ENDS, KINDS, LAYER_WORDS, LAYERS, NEAR_WORDS, liken, own_name
+from lit_wsl.matching.likeness import ENDS, KINDS, LAYER_WORDS, LAYERS, NEAR_WORDS, foreign, liken, own_name
 from lit_wsl.matching.numbers import counted_apart, counted_down
+from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO
 from lit_wsl.matching.regions import Learned, Pair, Region, Tie
 from lit_wsl.matching.tree import Family, Item, layer_kind, place_in, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, plain_words
@@ -26,6 +27,7 @@ RENAMED_ALONE = "everything beside them kept its name, and only theirs mean diff
 NEIGHBOUR = "what their names have in common names the modules beside them, or any layer: that decides nothing alone"
 OUT_OF_ORDER = "little speaks for it, and they stand in another order than what is decided around them"
 COUNTED_OTHERWISE = "numbered in one order and registered in another"
+TOWERS = "whole networks of one make, called otherwise on the two sides; their order alone does not tell which is which"
 AGAINST_NAMES = "their order says one thing and their names another"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
 KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
@@ -96,17 +98,28 @@ def letters_apart(s: Item, t: Item, region: Region) -> bool:
 
 # order --------------------------------------------------------------------------------------------------------------
 
+TOWER = 12  # tensors of a network that stands beside others: exchanged, it would be lost as a whole
 CLEARLY = 0.2  # of 2: by so much more must two names say that they are exchanged
 
 
-def against_order(tie: Tie, region: Region) -> str:
+def against_order(tie: Tie, region: Region, cell: str) -> str:
     """What speaks against pairing a tie in the order in which its families stand; empty if nothing does."""
     if _names_dissent(tie.sources, tie.targets, region):
         return AGAINST_NAMES
+    if _are_towers(tie) and not cell.startswith((AMONG_MANY, AMONG_TWO)):
+        return TOWERS
     single = (
         (f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets) if len(f.members) == 1 == len(g.members)
     )
     return COUNTED_OTHERWISE if any(counted_apart(s, t, region) for s, t in single) else ""
+
+
+def _are_towers(tie: Tie) -> bool:
+    """Whether whole networks stand beside each other and are called otherwise on the two sides."""
+    pairs = [(f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets)]
+    return all(len(f.members) == len(g.members) == 1 for f, g in zip(tie.sources, tie.targets)) and any(
+        min(len(s.tensors), len(t.tensors)) >= TOWER and foreign(own_name(s), own_name(t)) for s, t in pairs
+    )
 
 
 def _names_dissent(sources: Sequence[Family], targets: Sequence[Family], region: Region) -> bool:

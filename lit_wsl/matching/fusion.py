@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
+from lit_wsl.matching.formula import Letters
 from lit_wsl.matching.likeness import GENERAL
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.shapes import join_axis, transpose_shape
@@ -213,7 +214,7 @@ def find_fusions(
         judged = []
         for whole in waiting:
             free = [i for i in parts if id(i) not in gone and i.rank >= 2]
-            choices = _choices(whole, free, wholes, root_p)
+            choices = _choices(whole, free, wholes, root_p, region.letters[int(not whole_is_target)])
             choices = [c for c in choices if _same_letters(whole, c.parts, region, whole_is_target)]
             if choices:
                 judged.append((whole, choices))
@@ -266,13 +267,13 @@ def _cell(
     return ""
 
 
-def _choices(whole: Family, parts: list[Item], rivals: Sequence[Item], root: Item) -> list[_Choice]:
+def _choices(whole: Family, parts: list[Item], rivals: Sequence[Item], root: Item, letters: Letters) -> list[_Choice]:
     """The sets of parts that a whole could be made of, each in its order; the best first."""
     kind = kind_of(whole.members[0].main.path)
     parts = [p for p in parts if {kind, kind_of(p.main.path)} != {"scale", "shift"}]
     families = of_size(uniform(families_of(parts, root)), len(whole.members))
     sets = {frozenset(id(p) for p in subset): subset for subset in _sets_of_parts(whole, families)}
-    choices = [_judge(whole, subset, families, rivals, root) for subset in sets.values()]
+    choices = [_judge(whole, subset, families, rivals, root, letters) for subset in sets.values()]
     return sorted(choices, key=lambda c: (-c.order.strength, -c.near, not c.in_place, [p.start for p in c.parts]))
 
 
@@ -323,7 +324,12 @@ def _ancestor(path: str, up: int) -> str:
 
 
 def _judge(
-    whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item], root: Item
+    whole: Family,
+    parts: tuple[Family, ...],
+    families: list[Family],
+    rivals: Sequence[Item],
+    root: Item,
+    letters: Letters,
 ) -> _Choice:
     """Put parts in the order in which they stand in the whole, and score the evidence for it."""
     name = whole.members[0].path
@@ -332,6 +338,8 @@ def _judge(
         order = PartOrder(order.order, UNKNOWN, "numbers alone don't tell which of the siblings are the parts")
     around_w, around_p = (plain_words(_ancestor(path, 1)) for path in (name, parts[0].members[0].path))
     near = best_pairs_similarity(around_w[-2:], around_p[-2:])
+    if order.strength == FORMULA and not all(letters.get(p.members[0].main.path) for p in parts):
+        order = PartOrder(order.order, UNKNOWN, "queries and keys of several modules make up no whole")
     if order.strength == NUMBERED and not near:
         order = PartOrder(order.order, UNKNOWN, "numbers alone don't tell that these are the parts")
     in_place = _in_place(whole, parts, families, rivals)

@@ -138,6 +138,7 @@ BLOCKS = {  # what modules are called that are all of one make, so that it does 
     "stages",
     "modules",
 }
+INFLECTION = 5  # letters at the end of a word that only change its form: combine, combination
 LITTLE = 0.1  # what a word for any layer says, beside words that say which
 GENERAL = (ENDS | KINDS | {"and"}) - {"decoder"}  # words that name a kind of layer, or a place that any model has
 SIDES = frozenset(("pre", "post", "before", "after"))  # says that the other words name a neighbour
@@ -161,7 +162,7 @@ def strength(a: str, b: str) -> tuple[float, int]:
     if len(short) >= 3 and long.endswith(short):
         return 0.6, 2
     stem = next((k for k, (x, y) in enumerate(zip(short, long)) if x != y), len(short))
-    if stem >= 3 and stem >= 0.75 * len(short):
+    if stem >= 3 and stem >= 0.75 * len(short) and len(long) - stem <= INFLECTION:
         return 0.6, 2
     return 0.0, 0
 
