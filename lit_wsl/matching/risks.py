@@ -7,15 +7,15 @@ from functools import cache, lru_cache
 from importlib import resources
 from math import sqrt
 
-RISK_LIMIT, ENOUGH = 0.15, 12  # a kind loads if it is wrong less often, with 95 % confidence, or never in so many
-BY_ORDER = 0.05, 40  # the same where order decides: a source may stand in an order that says nothing, and not show it
+RISK_LIMIT, ENOUGH = 0.15, 40  # a kind loads if it is wrong less often, with 95 % confidence, or never in so many
+BY_ORDER = 0.05  # the same where order decides: a source may stand in an order that says nothing, and not show it
 
 
 def may_load(cell: str) -> bool:
     """Whether pairs of a kind of evidence are loaded, or stay open."""
     right, wrong = counted(cell)
-    limit, enough = BY_ORDER if cell.startswith("order") else (RISK_LIMIT, ENOUGH)
-    return (right >= enough and not wrong) or bound(wrong, right + wrong) < limit
+    limit = BY_ORDER if cell.startswith("order") else RISK_LIMIT
+    return (right >= ENOUGH and not wrong) or bound(wrong, right + wrong) < limit
 
 
 @lru_cache(maxsize=100_000)
@@ -26,8 +26,7 @@ def counted(cell: str) -> tuple[int, int]:
     the varieties of that.
     """
     row = table().get(cell, {"right": 0, "wrong": 0})
-    enough = BY_ORDER[1] if cell.startswith("order among") else ENOUGH
-    while cell and row["right"] + row["wrong"] < (ENOUGH if row["wrong"] else enough):
+    while cell and row["right"] + row["wrong"] < ENOUGH:
         rows = [row for name, row in table().items() if name == cell or name.startswith(cell + ", ")]
         row = {verdict: sum(row[verdict] for row in rows) for verdict in ("right", "wrong")}
         cell = cell.rpartition(", ")[0]

@@ -1,0 +1,84 @@
+"""Copies of one network in a checkpoint: one of them fills the model, by name or by choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_wsl import transfer_weights
+
+
+def network() -> nn.Module:
+    layers = {f"stage{k}": nn.Sequential(nn.Linear(6, 7), nn.LayerNorm(7), nn.Linear(7, 6)) for k in range(3)}
+    return nn.ModuleDict({**layers, "head": nn.Linear(6, 4)})
+
+
+def renamed() -> nn.Module:
+    return nn.ModuleDict(
+        {
+            **{
+                f"level{k}": nn.ModuleDict({"fc1": nn.Linear(6, 7), "ln": nn.LayerNorm(7), "fc2": nn.Linear(7, 6)})
+                for k in range(3)
+            },
+            "classifier": nn.Linear(6, 4),
+        }
+    )
+
+
+def checkpoint(*places: str) -> dict[str, Tensor]:
+    return {f"{place}{n}": torch.randn_like(t) for place in places for n, t in network().state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "places", [("online.", "target."), ("student.net.", "teacher.net."), ("policy.", "old_actor.")]
+)
+@pytest.mark.parametrize("new", [network, renamed])
+def test_copies_of_equal_standing_are_a_choice(places, new):
+    model = new()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    report = transfer_weights(model, checkpoint(*places), min_coverage=0.0)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert set(report.ambiguous) == set(before)
+    for choice in report.plan.ambiguous:
+        for place in places:
+            assert any(s.startswith(place) for c in choice.candidates for s in c.sources)
+        assert f"source_prefix={places[0].split('.')[0]!r}" in choice.reason
+
+
+@pytest.mark.parametrize("place", ["online.", "target."])
+def test_the_user_chooses(place):
+    source, model = checkpoint("online.", "target."), network()
+    transfer_weights(model, source, source_prefix=place.rstrip("."))
+    assert all(torch.equal(t, source[place + n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("new", [network, renamed])
+def test_what_stands_outside_is_taken_before_its_copy(new):
+    source, model = checkpoint("", "best_so_far."), new()
+    report = transfer_weights(model, source)
+    assert len(report.plan.entries) == len(model.state_dict())
+    assert not any(s.startswith("best_so_far.") for e in report.plan for s in e.sources)
+    assert any("best_so_far" in note for note in report.plan.notes)
+    assert {u.name for u in report.plan.unmatched_source} == {n for n in source if n.startswith("best_so_far.")}
+
+
+def test_a_name_tells_which_copy_it_is():
+    source = checkpoint("image_encoder.", "audio_encoder.")
+    model = nn.ModuleDict({"audio": network()})
+    transfer_weights(model, source)
+    assert all(torch.equal(t, source["audio_encoder." + n]) for n, t in model["audio"].state_dict().items())
+
+
+def test_a_model_that_holds_both_gets_both():
+    source = checkpoint("student.", "teacher.")
+    model = nn.ModuleDict({"student": network(), "teacher": network()})
+    transfer_weights(model, source)
+    assert all(torch.equal(t, source[n]) for n, t in model.state_dict().items())
+
+
+def test_layers_of_a_list_are_no_copies():
+    source, model = network(), network()
+    del model["stage2"]
+    report = transfer_weights(model, source.state_dict(), min_coverage=0.0)
+    assert not any("copies" in note for note in report.plan.notes)
