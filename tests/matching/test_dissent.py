@@ -266,3 +266,18 @@ def test_a_map_whose_biases_show_its_outputs_is_not_transposed():
 def test_parts_without_a_letter_of_their_own_have_no_known_order(parts: list[str]):
     found = order_of_parts("b.qkv.weight", parts)
     assert sorted(found.order) == [0, 1]
+
+
+@pytest.mark.parametrize("towers", [("rgb_stream", "flow_stream"), ("left", "right")])
+def test_towers_of_other_names_need_more_than_one_sibling_in_order(towers: tuple[str, str]):
+    def net(names: tuple[str, ...]) -> dict[str, nn.Module]:
+        inner = {f"{n}.{k}.{b}": linear() if b < "d" else norm() for n in names for k in (0, 1) for b in "abcdef"}
+        return {"stem": linear(5, WIDTH), **inner}
+
+    assert loaded(net(towers), net(("appearance", "motion")), {"stem": "stem"}) == {"stem"}
+
+
+def test_a_head_called_after_a_letter_is_no_other_head():
+    old = {"stem": linear(5, WIDTH), "d_out": linear(WIDTH, 1), "n_out": linear(WIDTH, 3)}
+    new = {"stem": linear(5, WIDTH), "domain_discriminator": linear(WIDTH, 1), "n_out": linear(WIDTH, 3)}
+    assert loaded(old, new, {"stem": "stem", "n_out": "n_out"}) == {"stem", "n_out"}
