@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
-from lit_wsl.matching.likeness import strength
+from lit_wsl.matching.likeness import CONTAINERS, GENERAL, strength
 from lit_wsl.matching.words import plain_words
 from lit_wsl.plan.entries import AVERAGE, CANDIDATE, Ambiguity, Candidate, PlanEntry, Unmatched
 from lit_wsl.plan.plan import TransferPlan
@@ -54,7 +54,10 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
     if average is not None:
         return kept, average
     shapes = {i.name: i.shape for i in source.parameters}
-    for group in _find_copies(shapes):
+    found = _find_copies(shapes)
+    if found and _find_copies({i.name: i.shape for i in target.parameters}):
+        return source, None
+    for group in found:
         best = group[0] if group[1].startswith(group[0]) else _told(group, target)
         taken = group[0] if best is None else best
         others = tuple(p for p in group if p != taken)
@@ -105,7 +108,7 @@ def _choice(entry: PlanEntry, copies: Copies) -> Ambiguity:
     return Ambiguity(entry.targets, found, entry.target_shapes[0], copies.note)
 
 
-def _find_copies(shapes: Mapping[str, Shape]) -> Iterable[tuple[str, ...]]:
+def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
     """Places that hold the same names and shapes, the largest first: beside each other, or one beside its own copy."""
     sizes: Counter[str] = Counter()
     below: dict[str, dict[str, Shape]] = {}
@@ -141,7 +144,7 @@ def _told(places: Sequence[str], target: ModelDescription) -> str | None:
     words = [set(plain_words(p)) for p in places]
     common = set.intersection(*words)
     theirs = {w for i in target.parameters for w in plain_words(i.name)}
-    telling = [ws - common for ws in words]
+    telling = [ws - common - GENERAL - CONTAINERS for ws in words]
     called = [p for p, ws in zip(places, telling) if any(strength(w, x)[0] >= 0.8 for w in ws for x in theirs)]
     plain = [p for p, ws in zip(places, telling) if not ws]
     return next((found[0] for found in (called, plain) if len(found) == 1), None)

@@ -29,6 +29,7 @@ from lit_wsl.matching.dissent import (
     OTHER_LETTER,
     OUT_OF_ORDER,
     RENAMED_ALONE,
+    STRONG,
     against,
     letters_apart,
     renamed_alone,
@@ -89,7 +90,7 @@ from lit_wsl.matching.words import path_tokens, plain_words
 from lit_wsl.structure.description import ParameterInfo
 
 PATH, TIED = "path", "tied"
-ALONE, DISTINCT, STRONG = "alone", "distinct shape", "much structure"
+ALONE, DISTINCT = "alone", "distinct shape"
 ROLE, COUNT = "as in other blocks", "both count"
 OTHER_WORDS = "the last ones left of their size, but their names fit others better"
 TURNED = "the shapes fit as they are, but the names say that matrices are stored the other way round"

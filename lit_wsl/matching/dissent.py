@@ -15,12 +15,16 @@ from lit_wsl.matching.formula import spelled
 from lit_wsl.matching.likeness import ENDS, KINDS, LAYER_WORDS, LAYERS, NEAR_WORDS, foreign, liken, own_name
 from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO
-from lit_wsl.matching.regions import Learned, Pair, Region, Tie
+from lit_wsl.matching.regions import Learned, Pair, Region, Tie, makes_of
 from lit_wsl.matching.tree import Family, Item, layer_kind, place_in, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, plain_words
 
+STRONG = "much structure"
 OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
 OTHER_DIRECTION = "the sizes of their lists say that one is counted the other way round"
+OTHER_LENGTH = (
+    "they have one length, but their blocks stand elsewhere too, where the lists may have become longer or shorter"
+)
 OTHER_LETTER = "one is called after the queries, keys or values of an attention, the other after others of these"
 OTHER_VALUES = "one is called after a function of the other, so that its values are others"
 RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
@@ -52,10 +56,21 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         return OTHER_NUMBER
     if counted_down(p.source, p.target, region):
         return OTHER_DIRECTION
+    if not region.complete and p.cell.startswith(STRONG) and _repeats_elsewhere(p, region):
+        return OTHER_LENGTH
     cell = p.cell.removeprefix("open ")
     if cell.startswith(NEAR_WORDS) or (cell.startswith(LAYER_WORDS) and agree not in ("in order", "in line")):
         return NEIGHBOUR
     return OUT_OF_ORDER if weak and agree == "against order" else ""
+
+
+def _repeats_elsewhere(p: Pair, region: Region) -> bool:
+    """Whether two modules are made of blocks that stand elsewhere, too, and one side has more of them."""
+    if p.source.level < 2 or p.target.level < 2:
+        return False
+    ours, theirs = region.makes
+    inside = makes_of(p.source)
+    return any(count > 1 and ours[make] > count and ours[make] != theirs[make] for make, count in inside.items())
 
 
 def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:

@@ -112,6 +112,11 @@ class Region:
         return count_alike(path, self._counters, within=True)
 
     @cached_property
+    def makes(self) -> tuple[Counter[object], Counter[object]]:
+        """How many modules of each make are below; source and target."""
+        return makes_of(self.source), makes_of(self.target)
+
+    @cached_property
     def letters(self) -> tuple[Letters, Letters]:
         """Which units are what in an attention; source and target."""
         return letters_below(self.source), letters_below(self.target)
@@ -134,6 +139,17 @@ class Region:
     def words(self) -> tuple[Counter[str], Counter[str]]:
         """How many tensors have each word in their path, source and target."""
         return _word_counts(self.source), _word_counts(self.target)
+
+
+def makes_of(root: Item) -> Counter[object]:
+    """How many modules below one hold tensors of the same shapes."""
+    found: Counter[object] = Counter()
+    modules = [root]
+    while modules:
+        inside = [child for child in modules.pop().children if child.level == 2]
+        found.update(child.profile_key for child in inside)
+        modules += inside
+    return found
 
 
 def _word_counts(root: Item) -> Counter[str]:
