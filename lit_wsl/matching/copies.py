@@ -23,6 +23,7 @@ DEPTH = 3  # of modules that may be copies
 FEWEST = 8  # tensors of a copy; smaller modules are alike by chance
 LARGE = 0.2  # of all elements: copies are of the model, or of most of it
 ALIKE = 0.8  # of the tensors of the smaller copy: one may have a head that the other lacks
+COPIES = "copies of one network"
 COPY = "stands in a copy of what is taken; source_prefix takes another"
 
 
@@ -65,7 +66,7 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
             continue
         places = " and ".join(p.rstrip(".") or "outside of it" for p in reversed(group))
         other = others[0].rstrip(".")
-        note = f"copies of one network stand in {places}: " + (
+        note = f"{COPIES} stand in {places}: " + (
             f"choose with source_prefix={taken.rstrip('.')!r}, or let a proof decide"
             if best is None
             else f"source_prefix={other!r} takes what is not taken now"
@@ -136,7 +137,7 @@ def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
             if group in found:
                 found.remove(group)
             found.append((*group, b))
-    return sorted(found, key=lambda group: (-sizes[group[-1]], group))
+    return sorted(found, key=lambda group: (-sizes[group[-1]], -group[-1].count("."), group))
 
 
 def _told(places: Sequence[str], target: ModelDescription) -> str | None:

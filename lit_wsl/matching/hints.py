@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 
 import torch
 
+from lit_wsl.matching.copies import COPIES
 from lit_wsl.matching.tree import owner_path, shape_key
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
@@ -19,7 +20,9 @@ def hints(plan: TransferPlan, source: ModelDescription, target: ModelDescription
     open_s = {u.name for u in plan.unmatched_source}
     if not open_s:
         return ()
-    found = (_adapters(source, open_s), _packed(plan, source, open_s), _copies(plan, source, target, open_s))
+    unsure = {s for a in plan.ambiguous for c in a.candidates for s in c.sources}
+    copies = "" if any(note.startswith(COPIES) for note in plan.notes) else _copies(plan, source, target, open_s)
+    found = (_adapters(source, open_s - unsure), _packed(plan, source, open_s), copies)
     return tuple(text for text in found if text)
 
 
@@ -42,7 +45,7 @@ def _adapters(source: ModelDescription, open_s: set[str]) -> str:
             rank = a.shape[0]
             whole = (b.shape[0], a.shape[1])
             base = [i for i in infos if i not in thin]
-            if b.shape[1] == rank < min(whole) and all(i.shape == whole for i in base):
+            if b.shape[1] == rank <= min(whole) // 2 and all(i.shape == whole for i in base):
                 pairs.append((a, b))
     unique = list(dict.fromkeys((a.name, b.name) for a, b in pairs))
     if not unique:
