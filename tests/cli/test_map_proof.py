@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import textwrap
 
@@ -65,7 +66,7 @@ CODE = textwrap.dedent('''
 def test_the_plan_carries_its_proof_and_is_replayed_without_trials(tmp_path, monkeypatch):
     (tmp_path / "gated_net.py").write_text(CODE, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    import gated_net
+    gated_net = importlib.import_module("gated_net")  # written just now
 
     try:
         torch.manual_seed(0)
