@@ -56,7 +56,7 @@ from lit_wsl.matching.likeness import (
     same_role,
     strength,
 )
-from lit_wsl.matching.numbers import NUMBERS, count_of, counted_alike, counted_down, number_map, runs_apart
+from lit_wsl.matching.numbers import NUMBERS, counted_down, in_count, number_map, runs_apart
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER
 from lit_wsl.matching.regions import (
@@ -385,8 +385,8 @@ class ClassSolver:
         if not sure or not open_s or not open_t:
             return
         left_s, left_t = [fs[i] for i in sorted(open_s)], [ft[j] for j in sorted(open_t)]
-        if counted_alike(left_s, left_t):
-            for f, g in zip(*(sorted(side, key=lambda f: count_of(f, side)) for side in (left_s, left_t))):
+        if counted := in_count(left_s, left_t):
+            for f, g in counted:
                 self._zip(f, g, COUNT, out)
             return
         if len(left_s) == len(left_t) == 1 and len(left_s[0].members) == len(left_t[0].members):

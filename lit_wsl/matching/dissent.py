@@ -12,7 +12,7 @@ from itertools import combinations
 from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.matching.formula import spelled
-from lit_wsl.matching.likeness import ENDS, KINDS, LAYER_WORDS, LAYERS, NEAR_WORDS, foreign, liken, own_name
+from lit_wsl.matching.likeness import ENDS, KINDS, LAYER_WORDS, LAYERS, NEAR_WORDS, SIDES, foreign, liken, own_name
 from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO
 from lit_wsl.matching.regions import Learned, Pair, Region, Tie, makes_of
@@ -144,6 +144,8 @@ def _names_dissent(sources: Sequence[Family], targets: Sequence[Family], region:
     and ``z``, ``word2char`` and ``char2word`` before ``char_to_word`` and ``word_to_char``.
     """
     words = [[_with_kinds(ws) for ws in telling_words(side)] for side in (sources, targets)]
+    if any(SIDES & set(ws) for side in words for ws in side):
+        return False  # post_attention_norm is not the attention's norm
     if any(words[0]) and any(words[1]):
         like = [[best_pairs_similarity(a, b) if a and b else 0.0 for b in words[1]] for a in words[0]]
     else:  # the same words on both sides of each, in another order

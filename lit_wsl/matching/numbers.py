@@ -51,11 +51,38 @@ def runs_apart(s: Sequence[Item], t: Sequence[Item], region: Region) -> bool:
     return bool(ups[0]) and any(all(ups[k]) and not any(ups[1 - k]) for k in (0, 1))
 
 
-def counted_alike(fs: Sequence[Family], ft: Sequence[Family]) -> bool:
-    """Whether nothing but a count tells either side's items apart: 1 and 2, a and b, before and after."""
+def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, Family]]:
+    """Pairs of items that nothing but a count tells apart on either side: 1 and 2, a and b, before and after.
+
+    The two norms of a block are counted by what they stand before or behind: ``attention_norm`` and ``ffn_norm``,
+    ``input_layernorm`` and ``post_attention_layernorm``.
+    """
     if len(fs) != len(ft) or any(len(f.members) != 1 for f in (*fs, *ft)):
-        return False
-    return all(sorted(count_of(f, side) for f in side) == list(range(len(side))) for side in (fs, ft))
+        return []
+    counted = [
+        next((c for c in ([count_of(f, side) for f in side], _places(side)) if sorted(c) == list(range(len(side)))), [])
+        for side in (fs, ft)
+    ]
+    return list(zip(*([f for _, f in sorted(zip(c, side), key=lambda x: x[0])] for c, side in zip(counted, (fs, ft)))))
+
+
+ATTENTIONS = frozenset(("attention", "attn", "att", "sa", "mha", "selfattention", "mixer"))
+FEEDS = frozenset(("ffn", "ff", "mlp", "feed", "feedforward"))
+
+
+def _places(side: Sequence[Family]) -> list[int]:
+    """Where the two norms of a block stand by their words: 0 before the attention, 1 behind it; -1 if not told."""
+    if len(side) != 2 or any(f.members[0].rank >= 2 for f in side):
+        return []
+    return [_place_by(set(words)) for words in telling_words(side)]
+
+
+def _place_by(words: set[str]) -> int:
+    if words & {"post", "after"}:
+        return -1 if words & FEEDS else 1
+    if bool(words & ATTENTIONS) != bool(words & FEEDS):
+        return int(bool(words & FEEDS))
+    return 0 if words & {"pre", "before", "input"} else 1 if words & {"final", "output"} else -1
 
 
 def count_of(family: Family, side: Sequence[Family]) -> int:
@@ -67,7 +94,8 @@ def count_of(family: Family, side: Sequence[Family]) -> int:
         return -1
     if all(w.isdigit() for w in every):
         return sorted(map(int, every)).index(int(words[0]))
-    for row in ("abcdefgh", ("before", "after"), ("pre", "post")):
+    # of a gated linear unit the gate's matrix is numbered first (Shazeer, GLU Variants Improve Transformer, 2020)
+    for row in ("abcdefgh", ("before", "after"), ("pre", "post"), ("gate", "up")):
         if set(every) == set(row[: len(every)]):
             return row.index(words[0])
     return -1
