@@ -1,0 +1,96 @@
+"""What counts as a count: numbers, letters, the places of norms in a block, the matrices of a gated feed-forward."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+from torch import nn
+
+from lit_wsl import transfer_weights
+
+
+def net(names: dict[str, nn.Module], order: tuple[str, ...] = ()) -> nn.Module:
+    """A stem and two blocks of these layers, registered in an order of one's own."""
+    root, blocks = nn.Module(), nn.ModuleList()
+    for _ in range(2):
+        block = nn.Module()
+        for name in order or tuple(names):
+            *above, own = name.split(".")
+            home = block
+            for part in above:
+                if not hasattr(home, part):
+                    home.add_module(part, nn.Module())
+                home = getattr(home, part)
+            home.add_module(own, type(names[name])(*_sizes(names[name])))
+        blocks.append(block)
+    root.stem, root.blocks = nn.Linear(5, 8), blocks
+    return root
+
+
+def _sizes(layer: nn.Module) -> tuple[int, ...]:
+    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else tuple(layer.normalized_shape)
+
+
+def block(norms: tuple[str, str], attention: str = "attn", feed: str = "mlp") -> dict[str, nn.Module]:
+    return {
+        norms[0]: nn.LayerNorm(8),
+        f"{attention}.qkv": nn.Linear(8, 24),
+        f"{attention}.proj": nn.Linear(8, 8),
+        norms[1]: nn.LayerNorm(8),
+        f"{feed}.fc1": nn.Linear(8, 11),
+        f"{feed}.fc2": nn.Linear(11, 8),
+    }
+
+
+NORMS = (
+    ("norm1", "norm2"),
+    ("attention_norm", "ffn_norm"),
+    ("input_layernorm", "post_attention_layernorm"),
+    ("pre_attn_norm", "pre_mlp_norm"),
+    ("layernorm_before", "layernorm_after"),
+    ("self_attn_layer_norm", "final_layer_norm"),
+)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), permutations(NORMS, 2))
+@pytest.mark.parametrize("alphabetical", [False, True])
+def test_two_norms_of_a_block_go_by_their_places(ours, theirs, alphabetical):
+    old, new = net(block(ours)), net(block(theirs))
+    for tensor in old.parameters():
+        torch.nn.init.normal_(tensor)
+    state = dict(sorted(old.state_dict().items())) if alphabetical else old.state_dict()
+    transfer_weights(new, state, min_coverage=0.0)
+    for k in range(2):
+        for a, b in zip(ours, theirs):
+            assert torch.equal(getattr(new.blocks[k], b).weight, getattr(old.blocks[k], a).weight)
+
+
+def test_the_norm_behind_a_feed_forward_is_not_counted():
+    ours, theirs = ("post_mlp_norm", "norm"), ("norm1", "norm2")
+    layers = block(ours)
+    old, new = net(layers, tuple(reversed(layers))), net(block(theirs))
+    state = dict(sorted(old.state_dict().items()))
+    before = {n: t.clone() for n, t in new.state_dict().items()}
+    transfer_weights(new, state, min_coverage=0.0)
+    assert all(torch.equal(t, before[n]) for n, t in new.state_dict().items() if "norm" in n)
+
+
+@pytest.mark.parametrize("alphabetical", [False, True])
+def test_gate_and_up_are_the_first_and_the_last_matrix_that_are_numbered(alphabetical):
+    old = net({"ff.w1": nn.Linear(8, 11), "ff.w2": nn.Linear(11, 8), "ff.w3": nn.Linear(8, 11)})
+    new = net({"mlp.gate_proj": nn.Linear(8, 11), "mlp.up_proj": nn.Linear(8, 11), "mlp.down_proj": nn.Linear(11, 8)})
+    state = dict(sorted(old.state_dict().items())) if alphabetical else old.state_dict()
+    transfer_weights(new, state)
+    for k in range(2):
+        for a, b in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+            assert torch.equal(getattr(new.blocks[k].mlp, b).weight, getattr(old.blocks[k].ff, a).weight)
+
+
+def test_square_experts_stay_open():
+    old = net({f"ff.w{k}": nn.Linear(8, 8) for k in (1, 2, 3)})
+    new = net({f"mlp.{n}": nn.Linear(8, 8) for n in ("gate", "up", "down")})
+    state = dict(sorted(old.state_dict().items()))
+    report = transfer_weights(new, state, min_coverage=0.0)
+    assert not [t for e in report.plan for t in e.targets if "mlp" in t]
