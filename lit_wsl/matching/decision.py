@@ -32,6 +32,7 @@ from lit_wsl.matching.dissent import (
     STRONG,
     against,
     letters_apart,
+    other_head,
     renamed_alone,
 )
 from lit_wsl.matching.likeness import (
@@ -277,7 +278,7 @@ class ClassSolver:
     def _single(self, s: Item, t: Item, region: Region, out: Decision) -> None:
         if self.costs.of(s, t) is None:
             return
-        if self._other_head(s, t, region):
+        if self.names and other_head(s, t, self.heads):
             out.ties.append(Tie.of(s, t, region, OTHER_HEAD))
             return
         paths = relative(s, region.source), relative(t, region.target)
@@ -308,18 +309,6 @@ class ClassSolver:
                 return
         if may_load(cell):
             out.pairs.append(Pair(s, t, cell))
-
-    def _other_head(self, s: Item, t: Item, region: Region) -> bool:
-        """Whether two units stand at the end of their models and are called after different things."""
-        if not self.names or t.start not in self.heads or max(s.level, t.level) == 2:
-            return False
-        if any(part.isdigit() for i in (s, t) for part in owner_path(i.main.path).split(".")):
-            return False
-        letters = [set(own_name(i)) if len(own_name(i)) > 1 else set() for i in (s, t)]  # alone it may be anything
-        apart = [{w for w in own_words(i) - ENDS if len(w) > 1 or w in ls} for i, ls in zip((s, t), letters)]
-        if s.path == t.path or not (apart[0] and apart[1]):
-            return False
-        return not any(strength(a, b)[0] >= 0.6 for a in apart[0] for b in apart[1])
 
     # the same path -----------------------------------------------------------------------------------------------
 
@@ -352,7 +341,7 @@ class ClassSolver:
                     return
                 cell = EXCLUSION if fixed else ALONE if region.complete else STRONG
                 cell = cell if sure else "open " + cell
-                if any(self._other_head(a, b, region) for a, b in zip(fs[0].members, ft[0].members)):
+                if any(other_head(a, b, self.heads) for a, b in zip(fs[0].members, ft[0].members)):
                     out.ties.append(Tie(tuple(_literal(fs)), tuple(_literal(ft)), OTHER_HEAD))
                 elif may_load(cell):
                     self._zip(fs[0], ft[0], cell, out)
@@ -393,7 +382,7 @@ class ClassSolver:
             i, j = next(iter(open_s)), next(iter(open_t))
             better = max(shared[i].max(), shared[:, j].max()) > shared[i, j]
             better = better or (fixed and called_otherwise(left_s[0].members[0], left_t[0].members[0]))
-            head = any(self._other_head(a, b, region) for a, b in zip(left_s[0].members, left_t[0].members))
+            head = any(other_head(a, b, self.heads) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
                 out.ties.append(
                     Tie(tuple(_literal(left_s)), tuple(_literal(left_t)), OTHER_HEAD if head else OTHER_WORDS)

@@ -6,17 +6,29 @@ pair; any of them leaves it open.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import combinations
 
 from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.matching.formula import spelled
-from lit_wsl.matching.likeness import ENDS, KINDS, LAYER_WORDS, LAYERS, NEAR_WORDS, SIDES, foreign, liken, own_name
+from lit_wsl.matching.likeness import (
+    ENDS,
+    KINDS,
+    LAYER_WORDS,
+    LAYERS,
+    NEAR_WORDS,
+    SIDES,
+    foreign,
+    liken,
+    own_name,
+    own_words,
+    strength,
+)
 from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO
 from lit_wsl.matching.regions import Learned, Pair, Region, Tie, makes_of
-from lit_wsl.matching.tree import Family, Item, layer_kind, place_in, telling_words
+from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, plain_words
 
 STRONG = "much structure"
@@ -62,6 +74,23 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
     if cell.startswith(NEAR_WORDS) or (cell.startswith(LAYER_WORDS) and agree not in ("in order", "in line")):
         return NEIGHBOUR
     return OUT_OF_ORDER if weak and agree == "against order" else ""
+
+
+def other_head(s: Item, t: Item, heads: Container[int]) -> bool:
+    """Whether two units stand at the end of their models and are called after different things.
+
+    Args:
+        s: A unit of the source.
+        t: A unit of the target.
+        heads: Ordinals of the target's matrices at its ends.
+    """
+    if t.start not in heads or max(s.level, t.level) == 2 or s.path == t.path:
+        return False
+    if any(part.isdigit() for i in (s, t) for part in owner_path(i.main.path).split(".")):
+        return False
+    letters = [set(own_name(i)) if len(own_name(i)) > 1 else set() for i in (s, t)]  # alone it may be anything
+    apart = [{w for w in own_words(i) - ENDS if len(w) > 1 or w in ls} for i, ls in zip((s, t), letters)]
+    return all(apart) and not any(strength(a, b)[0] >= 0.6 for a in apart[0] for b in apart[1])
 
 
 def _repeats_elsewhere(p: Pair, region: Region) -> bool:

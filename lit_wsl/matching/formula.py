@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from lit_wsl.matching.tree import Item, relative, stem_of
 from lit_wsl.matching.words import path_tokens
@@ -18,6 +19,7 @@ LETTERS = {"q": ("q", "query", "queries", "wq"), "k": ("k", "key", "keys", "wk")
 OUTPUTS = (("o", "wo"), ("out",), ("proj", "output", "dense", "projection"))  # the more telling ones first
 _WORDS = {word: letter for letter, words in LETTERS.items() for word in words}
 Letters = Mapping[str, frozenset[str]]
+_KNOWN: WeakKeyDictionary[Item, Letters] = WeakKeyDictionary()
 
 
 def spelled(words: Sequence[str]) -> frozenset[str]:
@@ -40,18 +42,18 @@ def letters_below(root: Item) -> Letters:
 
     A value is one only where queries or keys stand beside it; beside a gate it is something else.
     """
-    found: dict[str, frozenset[str]] = {}
-    modules = [root]
-    while modules:
-        module = modules.pop()
-        modules += [child for child in module.children if child.level == 2]
-        units = [Named.below(module, child) for child in module.children if child.level < 2]
+    if root not in _KNOWN:  # a module stands in the regions of all modules around it
+        found: dict[str, frozenset[str]] = {}
+        for child in root.children:
+            found |= letters_below(child) if child.level == 2 else {}
+        units = [Named.below(root, child) for child in root.children if child.level < 2]
         named = [(u, letters) for u in units if (letters := u.letters)]
         if len({x for _, letters in named for x in letters}) > 1:
             found |= {u.name: letters for u, letters in named}
             output = _output([u for u in units if u.unit.rank >= 2 and not u.letters], [u for u, _ in named])
             found |= {u.name: frozenset("o") for u in output}
-    return found
+        _KNOWN[root] = found
+    return _KNOWN[root]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -221,3 +222,28 @@ def _layers(names: Sequence[str], shapes: Mapping[str, Shape]) -> list[tuple[str
 def core(shape: Shape) -> Shape:
     """A shape without axes of length one."""
     return tuple(d for d in shape if d != 1)
+
+
+_QK = re.compile(r"(^|[^a-z])w?[qk]([^a-z]|$)|quer|key")
+
+
+def is_fused(unit: Unit) -> bool:
+    """Whether a matrix has the shape of queries, keys and values in one, as it is or turned."""
+    shape = unit.shapes[0]
+    return len(shape) == 2 and unit.times == 1 and max(shape) == 3 * min(shape) and min(shape) > 1
+
+
+def is_square(unit: Unit) -> bool:
+    """Whether its largest tensor is a square, or a stack of squares."""
+    shape = core(unit.shapes[0])
+    return (len(shape) == 2 or (len(shape) == 3 and not is_kernel(unit))) and shape[-1] == shape[-2]
+
+
+def is_kernel(unit: Unit) -> bool:
+    """Whether three axes are those of a convolution, not of a stack of matrices."""
+    return max(unit.shapes[0][-2:]) < 8
+
+
+def is_query_or_key(unit: Unit) -> bool:
+    """Whether it is called after queries or keys."""
+    return bool(_QK.search(unit.path.rpartition(".")[2].lower()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from lit_wsl.matching.layers import Region, Unit, apart, core, dissolved, single
 from lit_wsl.matching.shapes import join_axis, operations_between
@@ -295,3 +296,30 @@ def groups_of(source: Sequence[Unit], target: Sequence[Unit]) -> list[tuple[list
     known = {id(unit) for s, t in found for unit in (*s, *t)}
     rest = [[one for unit in side if id(unit) not in known for one in single(unit)] for side in (source, target)]
     return [*found, *components(rest[0], rest[1])]
+
+
+def _words(unit: Unit) -> set[str]:
+    """The words of a layer's path, with the numbers that belong to them."""
+    parts = [p for p in unit.path.lower().split(".") if p]
+    words = {w for p in parts for w in re.findall(r"[a-z]+\d*", p)}
+    return words | {f"{a}.{b}" for a, b in pairwise(parts) if b.isdigit()}
+
+
+def agree_most(s: Unit, t: Unit, sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:
+    """Whether two layers have more words in common than either has with another layer that would fit."""
+    common = len(_words(s) & _words(t))
+    others = [len(_words(o) & _words(t)) for o in sources if o is not s and fits(o, t) is not None]
+    others += [len(_words(s) & _words(o)) for o in targets if o is not t and fits(s, o) is not None]
+    return common > max(others, default=0)
+
+
+def spell_parts(sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:
+    """Whether the name of a whole spells its parts: ``qkv``, ``gate_up``."""
+    (whole,), parts = (targets, sources) if len(sources) > 1 else (sources, targets)
+    own = "".join(re.findall(r"[a-z]+", whole.path.rpartition(".")[2].lower()))
+    words = [re.findall(r"[a-z]+", p.path.rpartition(".")[2].lower())[:1] or [""] for p in parts]
+    return all(w[0] for w in words) and any(
+        all("".join(piece(w[0]) for w in words) and piece(w[0]) in own for w in words)
+        for piece in (str, lambda word: word[0])
+        if sorted("".join(piece(w[0]) for w in words)) == sorted("".join(c for c in own)) or piece is str
+    )

@@ -9,23 +9,24 @@ blocks. A decision holds for all copies in a region: if one block has it so, all
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, permutations
+from itertools import permutations
 from typing import Any
 
 from torch import Tensor
 
-from lit_wsl.matching.layers import Region, Unit, core, regions
+from lit_wsl.matching.layers import Region, Unit, is_fused, is_query_or_key, is_square, regions
 from lit_wsl.matching.layouts import rotating_towers
 from lit_wsl.matching.parts import (
     MAX_OPTIONS,
     CoverPair,
     Part,
+    agree_most,
     fits,
     groups_of,
     joins,
+    spell_parts,
     taken_apart,
     with_dissolved,
 )
@@ -60,9 +61,6 @@ class Decision:
     options: list  # of anything; the first is the best guess
     labels: list[str]
     told: bool = False  # names say that it is the first, which stands unless another one is significantly better
-
-
-_QK = re.compile(r"(^|[^a-z])w?[qk]([^a-z]|$)|quer|key")
 
 
 class Space:
@@ -114,7 +112,7 @@ class Space:
             self._number(k, a, b, any(told))
             layers = [(u, t) for part in parts for u in (*part.source, *part.target) for t in part.target]
             self._turning |= any(
-                len(u.shapes[0]) == 2 and _is_query_or_key(u) and self._open(t) and self._rotates(t.all_names[0])
+                len(u.shapes[0]) == 2 and is_query_or_key(u) and self._open(t) and self._rotates(t.all_names[0])
                 for u, t in layers
             )
             for part in parts:
@@ -167,13 +165,15 @@ class Space:
             (i, j)
             for j, t in enumerate(part.target)
             for i, s in enumerate(part.source)
-            if fits(s, t) is not None and self._claimed([s], [t]) and _speaks(s, t, part.source, part.target)
+            if fits(s, t) is not None and self._claimed([s], [t]) and agree_most(s, t, part.source, part.target)
         ]
         spelled = [
             cover
             for c in part.covers
             for cover in c
-            if len(cover[0]) + len(cover[1]) > 2 and self._claimed(*part.units(cover)) and _spelled(*part.units(cover))
+            if len(cover[0]) + len(cover[1]) > 2
+            and self._claimed(*part.units(cover))
+            and spell_parts(*part.units(cover))
         ]
         sure = [((i,), (j,)) for i, j in told] + [(tuple(g), tuple(h)) for g, h in spelled]
         keeping = [c for c in part.covers if all(pair in c for pair in sure)]
@@ -195,7 +195,7 @@ class Space:
         if not 0 < len(part.covers) <= MAX_OPTIONS:
             return
         settled = not any(self._open(u) or self._may_be_laid_out(u, part) for u in part.target)
-        squares = [u for u in part.target if _is_square(u)]
+        squares = [u for u in part.target if is_square(u)]
         guessed = any(len(g) != len(h) for c in part.covers for g, h in c) or bool(squares and self._turned)
         settled = settled and not guessed  # the order of parts and the orientation of squares are never quite sure
         numbering = self.numbering.get(part.region)
@@ -224,7 +224,7 @@ class Space:
         if any("_hh_" in name or "_ih_" in name for u in (unit, *like) for name in u.all_names):
             return False  # rows of gates
         names = {s.path.rpartition(".")[2] for s in like}
-        return _is_fused(unit) and bool(names) and names != {unit.path.rpartition(".")[2]}
+        return is_fused(unit) and bool(names) and names != {unit.path.rpartition(".")[2]}
 
     def _fusion(self, part: Part, cover: tuple[Sequence[int], Sequence[int]]) -> None:
         key, parts = part.key(cover), part.parts(cover)
@@ -243,7 +243,7 @@ class Space:
     def _open(self, unit: Unit) -> bool:
         if self.hidden and unit.shapes[0][:1] == (self.hidden,):
             return True
-        if self._turning and _is_query_or_key(unit):
+        if self._turning and is_query_or_key(unit):
             return True
         return not all(n in self._told and n in self._filled for n in unit.all_names)
 
@@ -252,7 +252,7 @@ class Space:
             u.shapes[0][0]
             for part in self.parts
             for u in (*part.source, *part.target)
-            if self._turning and len(u.shapes[0]) == 2 and _is_query_or_key(u)
+            if self._turning and len(u.shapes[0]) == 2 and is_query_or_key(u)
         ]
         least = min(rows, default=0)
         widths = [w for w in range(4, min(least, 256) + 1, 2) if least % w == 0]
@@ -315,7 +315,7 @@ class Space:
     def others_of(self, part: Part) -> list[int]:
         """Decisions beside its own that change what a group of layers does: its region's numbering, norms, rows."""
         found = [self.numbering.get(part.region), self.gates]
-        if any(map(_is_query_or_key, (*part.source, *part.target))):
+        if any(map(is_query_or_key, (*part.source, *part.target))):
             found.append(self.rotary)
         norms = [d for p in self.parts if p.region == part.region and not p.has_matrices for d in p.decisions]
         return [d for d in (*found, *norms) if d is not None and len(self.decisions[d].options) > 1]
@@ -406,7 +406,7 @@ class Space:
         """Rotary and gate operations on the rows of one tensor."""
         ops: list[Operation] = []
         shape = s.shapes[tensor]
-        if self.rotary is not None and pick(self.rotary) is not None and (_is_query_or_key(s) or _is_query_or_key(t)):
+        if self.rotary is not None and pick(self.rotary) is not None and (is_query_or_key(s) or is_query_or_key(t)):
             w, r, pairs = pick(self.rotary)
             if shape and shape[0] % w == 0:
                 ops.append(Rotary(w, r, pairs))
@@ -419,7 +419,7 @@ class Space:
     def _one(self, part: Part, cover: CoverPair, a: int, b: int, pick: Pick) -> list[PlanEntry]:
         """Entries of one layer that becomes another as a whole, from copy ``a`` to copy ``b``."""
         s, t, turn = part.source[cover[0][0]], part.target[cover[1][0]], bool(pick(part.turn))
-        layout = pick(part.layout) if _is_fused(t) else None
+        layout = pick(part.layout) if is_fused(t) else None
         out = []
         for i, j in fits(s, t) or []:
             names_s, names_t = s.names[i][a], t.names[j][b]
@@ -487,7 +487,7 @@ class Space:
     def _rotary_of(self, parts: Sequence[Unit], shapes: Sequence[Shape], pick: Pick) -> tuple[Operation, ...]:
         """What turns the rows of queries and keys among some parts."""
         rows = pick(self.rotary)
-        only = tuple(k for k, p in enumerate(parts) if rows is not None and _is_query_or_key(p))
+        only = tuple(k for k, p in enumerate(parts) if rows is not None and is_query_or_key(p))
         if not only or any(shapes[k][0] % rows[0] for k in only):
             return ()
         width, rotated, to_pairs = rows
@@ -538,12 +538,6 @@ def _first_of_parts(entry: PlanEntry) -> tuple[str, ...]:
     return names[:: stack.count] if isinstance(stack, (Stack, Unstack)) else names
 
 
-def _is_fused(unit: Unit) -> bool:
-    """Whether a matrix has the shape of queries, keys and values in one, as it is or turned."""
-    shape = unit.shapes[0]
-    return len(shape) == 2 and unit.times == 1 and max(shape) == 3 * min(shape) and min(shape) > 1
-
-
 def _layouts(width: int) -> tuple[list[Any], list[str]]:
     """Ways in which the rows of a whole can stand for another's: other orders of its parts, by part or by head."""
     orders = list(permutations(range(3)))[1:]
@@ -577,47 +571,6 @@ def _numberings(count: int) -> list[tuple[int, ...]]:
 
 def _listed(order: Sequence[int]) -> str:
     return ", ".join(map(str, order))
-
-
-def _is_square(unit: Unit) -> bool:
-    shape = core(unit.shapes[0])
-    return (len(shape) == 2 or (len(shape) == 3 and not _is_kernel(unit))) and shape[-1] == shape[-2]
-
-
-def _is_kernel(unit: Unit) -> bool:
-    """Whether three axes are those of a convolution, not of a stack of matrices."""
-    return max(unit.shapes[0][-2:]) < 8
-
-
-def _is_query_or_key(unit: Unit) -> bool:
-    return bool(_QK.search(unit.path.rpartition(".")[2].lower()))
-
-
-def _words(unit: Unit) -> set[str]:
-    """The words of a layer's path, with the numbers that belong to them."""
-    parts = [p for p in unit.path.lower().split(".") if p]
-    words = {w for p in parts for w in re.findall(r"[a-z]+\d*", p)}
-    return words | {f"{a}.{b}" for a, b in pairwise(parts) if b.isdigit()}
-
-
-def _speaks(s: Unit, t: Unit, sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:
-    """Whether two layers have more words in common than either has with another layer that would fit."""
-    common = len(_words(s) & _words(t))
-    others = [len(_words(o) & _words(t)) for o in sources if o is not s and fits(o, t) is not None]
-    others += [len(_words(s) & _words(o)) for o in targets if o is not t and fits(s, o) is not None]
-    return common > max(others, default=0)
-
-
-def _spelled(sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:
-    """Whether the name of a whole spells its parts: ``qkv``, ``gate_up``."""
-    (whole,), parts = (targets, sources) if len(sources) > 1 else (sources, targets)
-    own = "".join(re.findall(r"[a-z]+", whole.path.rpartition(".")[2].lower()))
-    words = [re.findall(r"[a-z]+", p.path.rpartition(".")[2].lower())[:1] or [""] for p in parts]
-    return all(w[0] for w in words) and any(
-        all("".join(piece(w[0]) for w in words) and piece(w[0]) in own for w in words)
-        for piece in (str, lambda word: word[0])
-        if sorted("".join(piece(w[0]) for w in words)) == sorted("".join(c for c in own)) or piece is str
-    )
 
 
 def is_only_renamed(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> bool:
