@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import lightning as L
 import pytest
 import torch
@@ -90,16 +92,33 @@ def test_loaders_given_to_the_run(stage, transfer):
     assert torch.equal(Listening.heard[-1], dataset().tensors[0][:2])
 
 
+class OfThisProcess:
+    """A stream that no copy of the process can read, so that no sample can be taken of it."""
+
+    def __init__(self):
+        self.process = os.getpid()
+
+    def __iter__(self):
+        if os.getpid() != self.process:
+            raise ConnectionError("the queue belongs to another process")
+        yield torch.ones(2, 4)
+
+
+def test_an_iterator_is_read_in_a_copy_of_the_process(transfer):
+    assert transfer(Listening(), iter([torch.ones(2, 4), torch.zeros(2, 4)])).notes == ()
+    assert [tuple(x.shape) for x in Listening.heard] == [(2, 4)]
+
+
 def test_then_the_example_input_array(transfer):
     class Own(Listening):
         example_input_array = torch.zeros(7, 4)
 
-    assert transfer(Own(), iter([torch.ones(2, 4)])).notes == ()
+    assert transfer(Own(), OfThisProcess()).notes == ()
     assert [tuple(x.shape) for x in Listening.heard] == [(7, 4)]
 
 
 def test_else_one_line_says_why(transfer):
-    report = transfer(Listening(), iter([torch.ones(2, 4)]))
+    report = transfer(Listening(), OfThisProcess())
     assert len(report.notes) == 1
     assert "no execution order" in report.notes[0]
     assert report.coverage.target.share == 1.0
