@@ -59,11 +59,11 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
     """
     if len(fs) != len(ft) or any(len(f.members) != 1 for f in (*fs, *ft)):
         return []
-    counted = [
-        next((c for c in ([count_of(f, side) for f in side], _places(side)) if sorted(c) == list(range(len(side)))), [])
-        for side in (fs, ft)
-    ]
-    return list(zip(*([f for _, f in sorted(zip(c, side), key=lambda x: x[0])] for c, side in zip(counted, (fs, ft)))))
+    for told in (lambda side: [count_of(f, side) for f in side], _places):
+        counted = [told(side) for side in (fs, ft)]
+        if all(sorted(c) == list(range(len(fs))) for c in counted):
+            return list(zip(*([side[c.index(k)] for k in range(len(side))] for c, side in zip(counted, (fs, ft)))))
+    return []
 
 
 ATTENTIONS = frozenset(("attention", "attn", "att", "sa", "mha", "selfattention", "mixer"))

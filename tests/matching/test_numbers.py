@@ -45,7 +45,6 @@ def block(norms: tuple[str, str], attention: str = "attn", feed: str = "mlp") ->
 
 
 NORMS = (
-    ("norm1", "norm2"),
     ("attention_norm", "ffn_norm"),
     ("input_layernorm", "post_attention_layernorm"),
     ("pre_attn_norm", "pre_mlp_norm"),
