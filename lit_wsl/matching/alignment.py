@@ -29,7 +29,7 @@ from lit_wsl.matching.dissent import against_order
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
 from lit_wsl.matching.likeness import ENDS, LAYERS
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.order import Kept, agreement, kept_elsewhere, order_cell
+from lit_wsl.matching.order import Kept, agreement, is_mirrored, kept_elsewhere, order_cell
 from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
@@ -236,6 +236,8 @@ class RegionMatch:
                 units_s, units_t = _tensors(units_s), _tensors(units_t)
             units_s, units_t = self._match_level(units_s, units_t)
         self.aligner.gathered.agreement[self.region.key] = Kept(self.region.in_list, agreement(self.certain))
+        if is_mirrored(self.certain):
+            self.aligner.gathered.learned.mirrored.add(self.region.key)
         self._settle_ties()
         return self.out
 

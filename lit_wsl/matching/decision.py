@@ -77,7 +77,6 @@ from lit_wsl.matching.tree import (
     Item,
     evened,
     families_of,
-    kind_of,
     literal_if_needed,
     owner_path,
     place_in,
@@ -88,13 +87,14 @@ from lit_wsl.matching.tree import (
 )
 from lit_wsl.matching.tree import literal as _literal
 from lit_wsl.matching.words import path_tokens, plain_words
-from lit_wsl.structure.description import ParameterInfo
 
 PATH, TIED = "path", "tied"
 ALONE, DISTINCT = "alone", "distinct shape"
 ROLE, COUNT = "as in other blocks", "both count"
 OTHER_WORDS = "the last ones left of their size, but their names fit others better"
 TURNED = "the shapes fit as they are, but the names say that matrices are stored the other way round"
+MIRRORED = "the blocks of one list stand the other way round, so that the list may be counted from its other end"
+NUMBERED_OTHERWISE = "numbered otherwise on the two sides, and nothing tells which number became which"
 OTHER_HEAD = "they would fit, but are called after different things: it may be another head"
 EXCLUSION = "exclusion"
 LAYER_ONLY = "layers"  # both names say a kind of layer and no more
@@ -202,6 +202,11 @@ class ClassSolver:
         ):
             return Decision([Pair(s[0], i, TIED) for i in t])
         out = Decision()
+        numbered = all(relative(i, r).isdigit() for x, r in ((s, region.source), (t, region.target)) for i in x)
+        if numbered and self._are_mirrored(s, t, [r.path.rpartition(".")[2] for r in (region.source, region.target)]):
+            fs, ft = (_literal(families_of(x, r)) for x, r in ((s, region.source), (t, region.target)))
+            out.ties.append(Tie(tuple(fs), tuple(ft), MIRRORED))
+            return out
         parts = cut_by_shapes(s, t, exact=not self.costs.turned, by_core=region.by_core)
         if len(parts) > 1 and self.names and self._named_turned(s, t, region):
             left = [list(x) for x in self._by_path(s, t, region, out)]
@@ -214,6 +219,11 @@ class ClassSolver:
         if len(parts) > 1 and self.names and not self.costs.turned:
             self._leave_turned(out, region)
         return out
+
+    def _are_mirrored(self, s: Sequence[Item], t: Sequence[Item], names: Sequence[object]) -> bool:
+        """Whether blocks of a list of another name stand the other way round: then so may the list."""
+        known = self.learned.mirrored if self.ordered and names[0] != names[1] and len(s) > 1 else set()
+        return bool(known) and any((a.structure, b.structure) in known for a in s for b in t)
 
     def _leave_turned(self, out: Decision, region: Region) -> None:
         """Leave open what would fit crosswise if one side stored its matrices the other way round.
@@ -447,9 +457,10 @@ class ClassSolver:
         if len(f.members) == 1:
             out.pairs.append(Pair(f.members[0], g.members[0], cell, lead))
             return
-        found = number_map(f, g, self.ordered)
+        mirrored = self._are_mirrored(f.members, g.members, [f.pattern, g.pattern])
+        found = None if mirrored else number_map(f, g, self.ordered)
         if found is None:
-            why = "numbered otherwise on the two sides, and nothing tells which number became which"
+            why = MIRRORED if mirrored else NUMBERED_OTHERWISE
             out.ties.append(Tie(tuple(_literal([f])), tuple(_literal([g])), why))
             return
         members, kind = found
@@ -468,20 +479,6 @@ def _telling(families: Sequence[Family], others: Sequence[Family]) -> list[tuple
     """The words that tell families from their rivals; where there is no rival, those that tell the other side's."""
     common = set.intersection(*(set(f.words) for f in others)) if len(families) == 1 < len(others) else set()
     return [tuple(w for w in ws if not w.isdigit() and w not in common) for ws in telling_words(families)]
-
-
-def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
-    """Ordinals of the matrices at the ends of a model: outside of lists, and nothing takes in what they put out."""
-    found: set[int] = set()
-    taken_in: set[int] = set()
-    for k, i in reversed(list(enumerate(infos))):
-        if len(shape_key(i.shape)) < 2:
-            continue
-        is_map = "Embed" not in i.module_type and kind_of(i.name) == "scale"
-        if is_map and i.shape[0] > 1 and i.shape[0] not in taken_in:
-            found.add(k)
-        taken_in.add(i.shape[1])
-    return frozenset(found)
 
 
 def is_strong(item: Item) -> bool:

@@ -19,7 +19,6 @@ from lit_wsl.matching.likeness import (
     LAYERS,
     NEAR_WORDS,
     SIDES,
-    foreign,
     liken,
     own_name,
     own_words,
@@ -142,7 +141,7 @@ def letters_apart(s: Item, t: Item, region: Region) -> bool:
 
 # order --------------------------------------------------------------------------------------------------------------
 
-TOWER = 12  # tensors of a network that stands beside others: exchanged, it would be lost as a whole
+TOWER = 6  # tensors of a network that stands beside others: exchanged, it would be lost as a whole
 CLEARLY = 0.2  # of 2: by so much more must two names say that they are exchanged
 
 
@@ -162,7 +161,7 @@ def _are_towers(tie: Tie) -> bool:
     """Whether whole networks stand beside each other and are called otherwise on the two sides."""
     pairs = [(f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets)]
     return all(len(f.members) == len(g.members) == 1 for f, g in zip(tie.sources, tie.targets)) and any(
-        min(len(s.tensors), len(t.tensors)) >= TOWER and foreign(own_name(s), own_name(t)) for s, t in pairs
+        min(len(s.tensors), len(t.tensors)) >= TOWER and not liken(own_name(s), own_name(t)).shared for s, t in pairs
     )
 
 

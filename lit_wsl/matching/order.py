@@ -16,6 +16,7 @@ from lit_wsl.matching.tree import Item
 ORDER = "order"
 AMONG_MANY, AMONG_TWO, BESIDE_ONE = "order among many", "order among two", "order beside one"
 ORDER_OF_KIND, ORDER_ALONE = "order of a kind", "order alone"
+MANY = 4  # by chance one in 24 orders is the reverse of another
 AS_ELSEWHERE, AS_SOMEWHERE, UNLIKE_ELSEWHERE = "as elsewhere", "as somewhere else", "unlike elsewhere"
 NEEDED = {ORDER_ALONE: (AS_ELSEWHERE,), BESIDE_ONE: (AS_ELSEWHERE, AS_SOMEWHERE)}  # of other regions of this level
 
@@ -89,6 +90,12 @@ def agreement(certain: Sequence[Pair]) -> int:
         return len(places)
     apart = [sorted((s, t) for s, t, vector in places if vector == kind) for kind in (True, False)]
     return 0 if all(map(ascending, apart)) else -1
+
+
+def is_mirrored(certain: Sequence[Pair]) -> bool:
+    """Whether all matrices that are decided in a region, and these are many, stand the other way round on one side."""
+    places = sorted((p.source.start, -p.target.start) for p in certain if p.source.rank >= 2)
+    return len(places) >= MANY and ascending(places)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from lit_wsl.matching.alignment import RUN_OTHERWISE, Aligner, Evidence, Match
 from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds, twins_of
 from lit_wsl.matching.copies import one_of_copies, settle
-from lit_wsl.matching.decision import ends_of
 from lit_wsl.matching.entries import EntryWriter
 from lit_wsl.matching.hints import hints
 from lit_wsl.matching.layouts import hidden_layouts, leave_open
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER
 from lit_wsl.matching.orientation import Orientation
-from lit_wsl.matching.regions import Sides
+from lit_wsl.matching.regions import Sides, ends_of
 from lit_wsl.matching.risks import margin_of, told
 from lit_wsl.matching.scoring import Context
 from lit_wsl.matching.selection import IncompatiblePairs, part_of, restrict

@@ -14,9 +14,9 @@ from itertools import pairwise
 
 from lit_wsl.matching.formula import Letters, in_both, letters_below
 from lit_wsl.matching.likeness import foreign, own_name
-from lit_wsl.matching.tree import Family, Item, families_of, owner_path, place_in, relative
+from lit_wsl.matching.tree import Family, Item, families_of, kind_of, owner_path, place_in, relative, shape_key
 from lit_wsl.matching.words import count_alike, counted, plain_words, split_numbers
-from lit_wsl.structure.description import Shape
+from lit_wsl.structure.description import ParameterInfo, Shape
 
 BLOCK = 64  # tensors; larger regions teach nothing about their like
 
@@ -313,6 +313,7 @@ class Learned:
     roles: Roles = field(default_factory=Roles)
     renames: Renames = field(default_factory=Renames)
     rows: Rows = field(default_factory=Rows)
+    mirrored: set[tuple[int, int]] = field(default_factory=set)  # keys of regions that stand the other way round
 
 
 def other_name(s: Item, t: Item, region: Region) -> str:
@@ -328,3 +329,17 @@ def other_name(s: Item, t: Item, region: Region) -> str:
     own = "" if foreign(whole[0], whole[1]) else "own "
     module = ("small " if len(s.tensors) < 4 else "") + "module " if max(s.level, t.level) == 2 else ""
     return f"other {own}{module}name"
+
+
+def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
+    """Ordinals of the matrices at the ends of a model: outside of lists, and nothing takes in what they put out."""
+    found: set[int] = set()
+    taken_in: set[int] = set()
+    for k, i in reversed(list(enumerate(infos))):
+        if len(shape_key(i.shape)) < 2:
+            continue
+        is_map = "Embed" not in i.module_type and kind_of(i.name) == "scale"
+        if is_map and i.shape[0] > 1 and i.shape[0] not in taken_in:
+            found.add(k)
+        taken_in.add(i.shape[1])
+    return frozenset(found)

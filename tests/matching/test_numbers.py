@@ -93,3 +93,17 @@ def test_square_experts_stay_open():
     state = dict(sorted(old.state_dict().items()))
     report = transfer_weights(new, state, min_coverage=0.0)
     assert not [t for e in report.plan for t in e.targets if "mlp" in t]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_list_of_blocks_that_stand_the_other_way_round_may_be_counted_so_too(turned):
+    def layers(names: tuple[str, ...]) -> dict[str, nn.Module]:
+        return {name: nn.Linear(8, 9 + 2 * k) if k % 2 else nn.Linear(9 + 2 * k, 8) for k, name in enumerate(names)}
+
+    old, named = layers(tuple("abcde")), layers(tuple("vwxyz"))
+    source = net(old)
+    target = nn.Module()
+    target.stem, target.units = nn.Linear(5, 8), net(named, tuple(reversed(named)) if turned else ()).blocks
+    transfer_weights(target, source.state_dict(), min_coverage=0.0)
+    same = [torch.equal(target.units[0].v.weight, source.blocks[k].a.weight) for k in (0, 1)]
+    assert same == [not turned, False]
