@@ -51,10 +51,10 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
 
     A model that holds copies itself, or that needs as many tensors of these shapes, is left the choice.
     """
-    kept, average = _without_average(source, target)
+    shapes = {i.name: i.shape for i in source.parameters}
+    kept, average = _without_average(source, target, shapes)
     if average is not None:
         return kept, average
-    shapes = {i.name: i.shape for i in source.parameters}
     found = _find_copies(shapes)
     if found and _find_copies({i.name: i.shape for i in target.parameters}):
         return source, None
@@ -166,12 +166,14 @@ def _only(source: ModelDescription, others: tuple[str, ...]) -> ModelDescription
     return replace(source, parameters=kept, tied={a: first for a, first in source.tied.items() if first in names})
 
 
-def _without_average(source: ModelDescription, target: ModelDescription) -> tuple[ModelDescription, Copies | None]:
+def _without_average(
+    source: ModelDescription, target: ModelDescription, shapes: Mapping[str, Shape]
+) -> tuple[ModelDescription, Copies | None]:
     """The source without a running average of its own weights."""
-    average = find_average({i.name: i.shape for i in source.parameters})
+    average = find_average(shapes)
     if average is None or find_average({i.name: i.shape for i in target.parameters}) is not None:
         return source, None
-    if _needs(target, source, (average.prefix,), Counter(source[name].shape for name in average.pairs.values())):
+    if _needs(target, source, (average.prefix,), Counter(shapes[name] for name in average.pairs.values())):
         return source, None
     or_so = f" or source_prefix={average.prefix.rstrip('.')!r}" if average.prefix.endswith(".") else ""
     note = (

@@ -202,9 +202,11 @@ class ClassSolver:
         ):
             return Decision([Pair(s[0], i, TIED) for i in t])
         out = Decision()
-        numbered = all(relative(i, r).isdigit() for x, r in ((s, region.source), (t, region.target)) for i in x)
-        if numbered and self._are_mirrored(s, t, [r.path.rpartition(".")[2] for r in (region.source, region.target)]):
-            fs, ft = (_literal(families_of(x, r)) for x, r in ((s, region.source), (t, region.target)))
+        sides = (s, region.source), (t, region.target)
+        if self._are_mirrored(s, t, [root.path.rpartition(".")[2] for _, root in sides]) and all(
+            relative(i, root).isdigit() for items, root in sides for i in items
+        ):
+            fs, ft = (_literal(families_of(items, root)) for items, root in sides)
             out.ties.append(Tie(tuple(fs), tuple(ft), MIRRORED))
             return out
         parts = cut_by_shapes(s, t, exact=not self.costs.turned, by_core=region.by_core)
@@ -223,7 +225,10 @@ class ClassSolver:
     def _are_mirrored(self, s: Sequence[Item], t: Sequence[Item], names: Sequence[object]) -> bool:
         """Whether blocks of a list of another name stand the other way round: then so may the list."""
         known = self.learned.mirrored if self.ordered and names[0] != names[1] and len(s) > 1 else set()
-        return bool(known) and any((a.structure, b.structure) in known for a in s for b in t)
+        if not known:
+            return False
+        ours, theirs = ({i.structure for i in side} for side in (s, t))
+        return any(a in ours and b in theirs for a, b in known)
 
     def _leave_turned(self, out: Decision, region: Region) -> None:
         """Leave open what would fit crosswise if one side stored its matrices the other way round.

@@ -149,20 +149,18 @@ def against_order(tie: Tie, region: Region, cell: str) -> str:
     """What speaks against pairing a tie in the order in which its families stand; empty if nothing does."""
     if _names_dissent(tie.sources, tie.targets, region):
         return AGAINST_NAMES
-    if _are_towers(tie) and not cell.startswith((AMONG_MANY, AMONG_TWO)):
-        return TOWERS
-    single = (
+    single = [
         (f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets) if len(f.members) == 1 == len(g.members)
-    )
+    ]
+    alone = len(single) == len(tie.sources) and not cell.startswith((AMONG_MANY, AMONG_TWO))
+    if alone and any(_are_towers(s, t) for s, t in single):
+        return TOWERS
     return COUNTED_OTHERWISE if any(counted_apart(s, t, region) for s, t in single) else ""
 
 
-def _are_towers(tie: Tie) -> bool:
-    """Whether whole networks stand beside each other and are called otherwise on the two sides."""
-    pairs = [(f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets)]
-    return all(len(f.members) == len(g.members) == 1 for f, g in zip(tie.sources, tie.targets)) and any(
-        min(len(s.tensors), len(t.tensors)) >= TOWER and not liken(own_name(s), own_name(t)).shared for s, t in pairs
-    )
+def _are_towers(s: Item, t: Item) -> bool:
+    """Whether two modules are whole networks that are called otherwise on the two sides."""
+    return min(len(s.tensors), len(t.tensors)) >= TOWER and not liken(own_name(s), own_name(t)).shared
 
 
 def _names_dissent(sources: Sequence[Family], targets: Sequence[Family], region: Region) -> bool:

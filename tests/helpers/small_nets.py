@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -242,3 +244,31 @@ class Standardised(nn.Module):
             weight = F.batch_norm(flat, None, None, training=True).reshape_as(layer.weight)
             x = F.relu(F.conv2d(x, weight, layer.bias, groups=layer.groups))
         return self.head(x.mean((2, 3)))
+
+
+class Net(nn.Module):
+    """Modules and parameters under names, and a function that uses them."""
+
+    def __init__(self, forward, **parts) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+        self.run = forward
+
+    def forward(self, *args):
+        return self.run(self, *args)
+
+
+class Tree(nn.Module):
+    """Modules by dotted path, registered in the order given."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for path, module in modules.items():
+            *above, own = path.split(".")
+            node: nn.Module = self
+            for part in above:
+                if part not in dict(node.named_children()):
+                    node.add_module(part, nn.Module())
+                node = node.get_submodule(part)
+            node.add_module(own, module)

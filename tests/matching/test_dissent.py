@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from small_nets import Tree
 from torch import Tensor, nn
 
 from lit_wsl import transfer_weights
@@ -20,21 +21,6 @@ from lit_wsl.structure.description import ParameterInfo
 from lit_wsl.structure.families import find_average
 
 WIDTH = 8
-
-
-class Tree(nn.Module):
-    """Modules by dotted path, registered in the order given."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        for path, module in modules.items():
-            *above, own = path.split(".")
-            node: nn.Module = self
-            for part in above:
-                if part not in dict(node.named_children()):
-                    node.add_module(part, nn.Module())
-                node = node.get_submodule(part)
-            node.add_module(own, module)
 
 
 def linear(inputs: int = WIDTH, outputs: int = WIDTH, *, bias: bool = True) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_nets import Tree
 from torch import nn
 
 from lit_wsl import transfer_weights
@@ -13,16 +14,7 @@ from lit_wsl.structure.description import describe
 
 
 def tree(layers: dict[str, tuple[int, int]]) -> nn.Module:
-    root = nn.Module()
-    for path, (inputs, outputs) in layers.items():
-        *above, own = path.split(".")
-        module = root
-        for part in above:
-            if not hasattr(module, part):
-                module.add_module(part, nn.Module())
-            module = getattr(module, part)
-        module.add_module(own, nn.Linear(inputs, outputs))
-    return root
+    return Tree({path: nn.Linear(*sizes) for path, sizes in layers.items()})
 
 
 def letters(names: dict[str, tuple[int, int]]) -> dict[str, str]:

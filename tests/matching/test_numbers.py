@@ -6,6 +6,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from small_nets import Tree
 from torch import nn
 
 from lit_wsl import transfer_weights
@@ -13,19 +14,11 @@ from lit_wsl import transfer_weights
 
 def net(names: dict[str, nn.Module], order: tuple[str, ...] = ()) -> nn.Module:
     """A stem and two blocks of these layers, registered in an order of one's own."""
-    root, blocks = nn.Module(), nn.ModuleList()
-    for _ in range(2):
-        block = nn.Module()
-        for name in order or tuple(names):
-            *above, own = name.split(".")
-            home = block
-            for part in above:
-                if not hasattr(home, part):
-                    home.add_module(part, nn.Module())
-                home = getattr(home, part)
-            home.add_module(own, type(names[name])(*_sizes(names[name])))
-        blocks.append(block)
-    root.stem, root.blocks = nn.Linear(5, 8), blocks
+    root = nn.Module()
+    root.stem = nn.Linear(5, 8)
+    root.blocks = nn.ModuleList(
+        Tree({name: type(names[name])(*_sizes(names[name])) for name in order or names}) for _ in range(2)
+    )
     return root
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from small_nets import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,19 +15,6 @@ from lit_wsl.rebasin import PermutationSpec, apply_permutation, infer_permutatio
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS, OTHERS = torch.randn(4, 3, generator=GENERATOR), torch.randn(4, 2, generator=GENERATOR)
 STEPS, IMAGE = torch.randn(2, 5, 3, generator=GENERATOR), torch.randn(2, 3, 8, 8, generator=GENERATOR)
-
-
-class Net(nn.Module):
-    """Modules and parameters under names, and a function that uses them."""
-
-    def __init__(self, forward, **parts) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-        self.run = forward
-
-    def forward(self, *args):
-        return self.run(self, *args)
 
 
 def normed_heads(net, x):

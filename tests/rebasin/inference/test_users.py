@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from small_nets import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -19,19 +20,6 @@ from lit_wsl.rebasin import (
 )
 
 EDGES, IMAGE = torch.randint(0, 6, (2, 14), generator=torch.Generator().manual_seed(0)), torch.randn(2, 3, 8, 8)
-
-
-class Net(nn.Module):
-    """Modules and parameters under names, and a function that uses them."""
-
-    def __init__(self, forward, **parts) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-        self.run = forward
-
-    def forward(self, *args):
-        return self.run(self, *args)
 
 
 def loop(net, x):
