@@ -89,7 +89,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-class Summarised:
+PRE = '<pre style="line-height: 1.3; white-space: pre; overflow-x: auto">'  # notebooks wrap a bare one
+
+
+class ShownInNotebooks:
+    """Is HTML in a notebook, and one line wherever only text is shown."""
+
+    @abstractmethod
+    def _repr_html_(self) -> str: ...
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None, **_: object) -> dict[str, str]:
+        return {"text/plain": repr(self), "text/html": self._repr_html_()}
+
+
+class Summarised(ShownInNotebooks):
     """Shows its :meth:`summary` in a notebook, and prints it."""
 
     @abstractmethod
@@ -102,4 +115,4 @@ class Summarised:
     def _repr_html_(self) -> str:
         from html import escape
 
-        return f'<pre style="line-height: 1.3">{escape(printable(self.summary()))}</pre>'
+        return f"{PRE}{escape(printable(self.summary()))}</pre>"

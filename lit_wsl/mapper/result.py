@@ -8,7 +8,7 @@ from functools import cached_property
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from lit_wsl.errors import printable
+from lit_wsl.errors import ShownInNotebooks, printable
 from lit_wsl.plan.coverage import Coverage, excluded_names
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
@@ -18,7 +18,7 @@ from lit_wsl.report.rows import describe_from_plan, percent
 from lit_wsl.report.terminal import MappingView, ReportView
 
 
-class MappingResult(Mapping[str, str]):
+class MappingResult(ShownInNotebooks, Mapping[str, str]):
     """Source name -> target name, as a read-only mapping, and the plan that it stands for.
 
     The mapping holds the steps that take *one* tensor to *one* tensor under a new name: exact copies, casts,

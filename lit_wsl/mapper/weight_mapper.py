@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.errors import MappingError, did_you_mean, printable
+from lit_wsl.errors import MappingError, ShownInNotebooks, did_you_mean, printable
 from lit_wsl.mapper.result import MappingResult
 from lit_wsl.matching.layouts import hidden_layouts
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
@@ -161,7 +161,7 @@ def as_module(source: ModelDescription, module: ModelDescription) -> ModelDescri
     return module
 
 
-class MappingViews(ABC):
+class MappingViews(ShownInNotebooks, ABC):
     """The views of a mapping, for a class that holds both sides and makes the mapping when it is first asked for.
 
     Attributes:

@@ -42,7 +42,7 @@ class TransferPlan(Summarised, PlanData):
         sides = f"{self.source.label} -> {self.target.label}"
         return printable(
             f"<TransferPlan {sides}: {len(self.entries)} entries, {len(self.ambiguous)} ambiguous, "
-            f"{len(self.unmatched_source)} and {len(self.unmatched_target)} unmatched, {self.proof}>"
+            f"{len(self.unmatched_source)} sources and {len(self.unmatched_target)} targets unmatched, {self.proof}>"
         )
 
     def summary(self) -> str:

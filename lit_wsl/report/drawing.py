@@ -20,7 +20,7 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text as RichText
 
-from lit_wsl.errors import printable
+from lit_wsl.errors import PRE, printable
 from lit_wsl.report.rows import Confidence, confidence
 
 COLOURS: dict[Confidence, str] = {"high": "green", "medium": "yellow", "low": "red"}
@@ -150,13 +150,16 @@ class Bar:
 
 def plain(view: RenderableType, width: int = 100) -> str:
     """A view as plain text: no colour, no trailing blanks, long lines of text whole."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    console.print(view, soft_wrap=True)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]
+    text = io.StringIO()
+    # in a notebook rich would show what is printed there, and write none of it to the file
+    Console(file=text, width=width, color_system=None, legacy_windows=False, force_jupyter=False).print(
+        view, soft_wrap=True
+    )
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
 
 
 def as_html(view: RenderableType, width: int = 120) -> str:
     """A view as a piece of HTML, in the terminal's colours."""
-    console = Console(record=True, width=width, file=io.StringIO(), legacy_windows=False)
+    console = Console(record=True, width=width, file=io.StringIO(), legacy_windows=False, force_jupyter=False)
     console.print(view)
-    return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
+    return console.export_html(inline_styles=True, code_format=f"{PRE}{{code}}</pre>")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lit_wsl.errors import MappingError, printable
+from lit_wsl.errors import MappingError, ShownInNotebooks, printable
 from lit_wsl.plan.coverage import Coverage
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.rows import describe_from_plan, left_over, percent
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class TransferReport:
+class TransferReport(ShownInNotebooks):
     """What was loaded, what was not, and why.
 
     The four lists hold names, each tensor once (tied tensors under their first name); scores, operations, candidates
@@ -31,7 +31,7 @@ class TransferReport:
         loaded: Names in the model that were filled, in registration order.
         missing: Names in the model that kept what they had, although they were asked for.
         ambiguous: Names in the model left alone because nothing decides between the candidates.
-        unused: Names in the checkpoint that went nowhere.
+        unused: Names in the checkpoint that were not used.
         warnings: What the user should look at.
         notes: What is worth a line.
         applied: Whether the model was filled; false where a resumed checkpoint won.
@@ -118,7 +118,7 @@ class TransferReport:
             atomic_write_text(path, text)
         return text
 
-    def save_html(self, path: str | Path) -> None:
+    def save_html(self, path: str | Path) -> Path:
         """Write the report as one HTML page that needs nothing else.
 
         Args:
@@ -126,7 +126,7 @@ class TransferReport:
         """
         from lit_wsl.report.html import save_html
 
-        save_html(self, path)
+        return save_html(self, path)
 
     @property
     def sides(self) -> tuple[ModelDescription, ModelDescription]:

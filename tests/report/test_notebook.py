@@ -45,6 +45,17 @@ def test_html_is_short_and_repr_is_one_line(shown, kind):
     assert len(repr(value)) < 200
     assert kind in repr(value)
     assert "tensor(" not in repr(value) + str(value)
+    assert value._repr_mimebundle_() == {"text/plain": repr(value), "text/html": page}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_shown_twice_in_a_notebook(shown, kind, monkeypatch):
+    outside = shown[kind]._repr_html_(), str(shown[kind])
+    displayed = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda segments, text: displayed.append(text))
+    assert (shown[kind]._repr_html_(), str(shown[kind])) == outside
+    assert not displayed
 
 
 @pytest.mark.parametrize("kind", KINDS[:4])

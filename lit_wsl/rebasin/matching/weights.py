@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -48,7 +48,7 @@ class MatchingResult(Mapping[str, Tensor]):
         start: which start won: ``"identity"``, ``"resolved-first"`` or ``"restart N"``.
     """
 
-    permutations: Mapping[str, Tensor]
+    permutations: Mapping[str, Tensor] = field(repr=False)
     objective: float
     objective_before: float
     identity_share: float
