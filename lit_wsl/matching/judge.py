@@ -57,6 +57,7 @@ class LossJudge:
     def __init__(self, trials: Trials) -> None:
         self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
         self.rounds = 0
+        self._unrest: dict[Choice, float] = {}
         self.rounding = 0.0  # differences of losses below count as none
 
     def rivals(self, choice: Choice) -> dict[int, list[Choice]]:
@@ -160,10 +161,13 @@ class LossJudge:
 
     def unrest(self, choice: Choice) -> float:
         """How far from a place where training could have stopped a choice is; infinite if the gradient can't tell."""
-        try:
-            return unrest(torch.stack([s for _, s in self.trials.meter.slopes(self.trials.state(choice), 0)]))
-        except (RuntimeError, ValueError):
-            return math.inf
+        if choice not in self._unrest:
+            try:
+                slopes = torch.stack([s for _, s in self.trials.meter.slopes(self.trials.state(choice), 0)])
+                self._unrest[choice] = unrest(slopes)
+            except (RuntimeError, ValueError):
+                self._unrest[choice] = math.inf
+        return self._unrest[choice]
 
     @property
     def _again(self) -> int:
@@ -262,7 +266,10 @@ def _judge(
     trials.balance = _balance(trials, meter)
     judge = LossJudge(trials)
     questioned = [e for e in plan if asked.intersection(e.targets)]
-    choice = Search(trials, SEARCH).find()
+    search = Search(trials, SEARCH)
+    choice = search.find()
+    if judge.unrest(choice) >= RESTLESS:
+        choice = search.widen(choice)
     better, risks = judge.test(choice)
     while better != choice and budget.left():
         choice = min(better, Search(trials, 1.0).climb(better), key=lambda c: trials.mean(c, trials.size))

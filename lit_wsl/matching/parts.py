@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import combinations, pairwise
 
-from lit_wsl.matching.layers import Region, Unit, apart, core, dissolved, single
+from lit_wsl.matching.layers import Region, Unit, apart, core, dissolved, is_kernel, is_square, single
 from lit_wsl.matching.shapes import join_axis, operations_between
 from lit_wsl.matching.tree import role_of
 from lit_wsl.structure.description import Shape
@@ -43,6 +43,7 @@ def joins(whole: Unit, parts: Sequence[Unit]) -> tuple[int, bool] | None:
     """Along which axis parts make up a whole, and whether they are turned for it, or None.
 
     Of nested copies, such as experts, each makes up a whole or a layer of a stack of wholes; the axis is that of one.
+    Stacks make up a stack layer by layer. Parts that are squares may as well be turned as not.
     """
     within = [_within(part, whole) for part in parts]
     if None in within or len({p.times for p in parts}) > 1 or {len(p.shapes) for p in parts} != {len(whole.shapes)}:
@@ -50,13 +51,24 @@ def joins(whole: Unit, parts: Sequence[Unit]) -> tuple[int, bool] | None:
     shapes = within[0] or ()
     if len(shapes[0]) < 2:
         return None
-    if any(sum(p.shapes[j][0] for p in parts) != shapes[j][0] for j in range(1, len(shapes))):
-        return None
     own = [p.shapes[0] for p in parts]
-    if len(shapes[0]) == 2:
-        return join_axis(shapes[0], own)
-    is_joined = {s[1:] for s in own} == {shapes[0][1:]} and sum(s[0] for s in own) == shapes[0][0]
-    return (0, False) if is_joined else None
+    found = (0, False) if _joined(shapes[0], own, 0) else None
+    if len(shapes[0]) == 2 or (len(shapes[0]) == 3 and found is None and not is_kernel(shapes[0])):
+        found = join_axis(shapes[0], own)
+    if found is None:
+        return None
+    others = ((shapes[j], [p.shapes[j] for p in parts]) for j in range(1, len(shapes)))
+    return found if all(_joined(other, theirs, vector_axis(shapes[0], other)) for other, theirs in others) else None
+
+
+def _joined(whole: Shape, parts: Sequence[Shape], axis: int) -> bool:
+    rest = {(*s[:axis], *s[axis + 1 :]) for s in (whole, *parts)}
+    return len(rest) == 1 and len(whole) > axis and sum(s[axis] for s in parts) == whole[axis]
+
+
+def vector_axis(matrix: Shape, vector: Shape) -> int:
+    """Along which axis what stands beside a whole is joined: the second where it is a stack of vectors."""
+    return int(len(matrix) == 3 and len(vector) == 2)
 
 
 def _within(part: Unit, whole: Unit) -> tuple[Shape, ...] | None:
@@ -134,6 +146,8 @@ def _may_join(part: Unit, whole: Unit) -> bool:
     p, w = part.shapes[0], within[0]
     if len(p) != len(w) or len(w) < 2 or len(part.shapes) != len(whole.shapes):
         return False
+    if len(w) == 3 and p[0] == w[0] and not is_kernel(w):
+        p, w = p[1:], w[1:]
     if len(w) > 2:
         return p[1:] == w[1:] and p[0] < w[0]
     return any((a == w[0] and b < w[1]) or (b == w[1] and a < w[0]) for a, b in (p, p[::-1]))
@@ -247,6 +261,18 @@ class Part:
         """Whether its layers take part in a residual stream as branches: what multiplies more than one axis."""
         return any(len(core(u.main)) >= 2 for u in self.target)
 
+    @cached_property
+    def fusions(self) -> list[CoverPair]:
+        """All that parts may make up, or be made up of."""
+        return list(dict.fromkeys(pair for cover in self.covers for pair in cover if len(pair[0]) + len(pair[1]) > 2))
+
+    @property
+    def squares(self) -> list[Unit]:
+        """The target's layers that are squares, or consist of some: shapes do not say which way round they are."""
+        found = {j for j, unit in enumerate(self.target) if is_square(unit)}
+        found |= {j for pair in self.fusions if all(map(is_square, self.parts(pair))) for j in pair[1]}
+        return [self.target[j] for j in sorted(found)]
+
     def decisions_of(self, cover: Cover) -> list[int]:
         """Its own decisions that say more of one way to assign its layers."""
         keys = [self.key(pair) for pair in cover if len(pair[0]) + len(pair[1]) > 2]
@@ -291,8 +317,8 @@ def taken_apart(units: Sequence[Unit], others: Sequence[Unit]) -> tuple[Unit, ..
 
 
 def groups_of(source: Sequence[Unit], target: Sequence[Unit]) -> list[tuple[list[Unit], list[Unit]]]:
-    """Layers that may take one another's place; tensor by tensor where whole layers find no partner."""
-    found = components(source, target)
+    """Layers that may take one another's place; tensor by tensor where whole layers can't."""
+    found = [group for group in components(source, target) if _covers(*group, 0, FREE)]
     known = {id(unit) for s, t in found for unit in (*s, *t)}
     rest = [[one for unit in side if id(unit) not in known for one in single(unit)] for side in (source, target)]
     return [*found, *components(rest[0], rest[1])]

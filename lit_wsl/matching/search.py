@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -178,9 +178,8 @@ class Search:
     def find(self) -> Choice:
         """The best choice, from several starts."""
         start = self._balanced(self.space.first)
-        total = math.prod(len(d.options) for d in self.space.decisions)
-        if total <= self.joint:
-            every = [tuple(c) for c in product(*(range(len(d.options)) for d in self.space.decisions))]
+        every = self._every()
+        if every:
             return self._ranked(every, self.trials.size)[0]
         tops = []
         if self.space.alike:
@@ -194,6 +193,25 @@ class Search:
         if not groups or self.score(tops[-1]) >= self.score(none):  # nothing can be seen where layers are switched off
             tops.append(self._improve(start))
         return min(tops, key=self.score)
+
+    def _every(self) -> list[Choice]:
+        """All choices, as far as the weights hang together, where they can all be tried."""
+        sizes = [len(d.options) for d in self.space.decisions]
+        total = math.prod(sizes)
+        if total > (self.joint if self.trials.balance is None else max(self.joint, WIDE)):
+            return []
+        every = self._plausible([tuple(c) for c in product(*map(range, sizes))])
+        return every if len(every) <= self.joint else []
+
+    def widen(self, choice: Choice) -> Choice:
+        """What changes of any two decisions at once make better, the cheapest first."""
+        opened = [d for d, decision in enumerate(self.space.decisions) if len(decision.options) > 1]
+        wide = {d: len(self._with(choice, d)) for d in opened}
+        for one, other in sorted(combinations(opened, 2), key=lambda both: wide[both[0]] * wide[both[1]]):
+            if not self.left or wide[one] * wide[other] > self.joint:
+                break
+            choice = self._better(choice, [c for o in self._with(choice, one) for c in self._with(o, other)])
+        return choice
 
     def _in_step(self, choice: Choice) -> Choice:
         """The best choice in which what has as many parts has them in the same order."""

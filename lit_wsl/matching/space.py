@@ -28,16 +28,16 @@ from lit_wsl.matching.parts import (
     joins,
     spell_parts,
     taken_apart,
+    vector_axis,
     with_dissolved,
 )
-from lit_wsl.matching.shapes import operations_between
+from lit_wsl.matching.shapes import transpose_shape
+from lit_wsl.matching.turns import by_head, is_turn, laid_out, layouts_of, listed, transposed, turned, turns
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import (
     Concat,
     Operation,
-    Permute,
     Reorder,
-    Reshape,
     Rotary,
     Split,
     Stack,
@@ -95,7 +95,7 @@ class Space:
         for doubt in plan.ambiguous:
             if len({c.sources for c in doubt.candidates}) == 1:  # where it comes from is known, how it is laid out not
                 self._claims.update({t: set(doubt.candidates[0].sources) for t in doubt.targets})
-        self._turned = {t for e in plan for t in e.targets if any(op.name == "transpose" for op in e.operations)}
+        self._turned = {t for e in plan for t in e.targets if any(map(is_turn, e.operations))}
         self._orders = {frozenset(names): names for e in plan if (names := _first_of_parts(e))}
         self._told: set[str] = set()  # targets whose names, or whose place in the same code, tell their source
         self._rotates = rotating_towers(source, target)
@@ -156,7 +156,7 @@ class Space:
         else:
             spoken = [o for o in permutations(same) if all(names[0][o[i]] == names[1][i] for i in same)]
             options = spoken or _numberings(count)
-        self.numbering[k] = self._add(f"numbering of {b.copies[0]}", options, [_listed(o) for o in options])
+        self.numbering[k] = self._add(f"numbering of {b.copies[0]}", options, [listed(o) for o in options])
 
     def _tell(self, part: Part) -> bool:
         """Keep the covers that agree with what names tell; whether they tell anything that sizes don't."""
@@ -195,8 +195,8 @@ class Space:
         if not 0 < len(part.covers) <= MAX_OPTIONS:
             return
         settled = not any(self._open(u) or self._may_be_laid_out(u, part) for u in part.target)
-        squares = [u for u in part.target if is_square(u)]
-        guessed = any(len(g) != len(h) for c in part.covers for g, h in c) or bool(squares and self._turned)
+        squares, fusions = part.squares, part.fusions
+        guessed = bool(fusions or (squares and self._turned))
         settled = settled and not guessed  # the order of parts and the orientation of squares are never quite sure
         numbering = self.numbering.get(part.region)
         if settled and (numbering is None or len(self.decisions[numbering].options) == 1):
@@ -204,18 +204,18 @@ class Space:
         shown = ", ".join(u.path for u in part.target[:4])
         part.which = self._add(shown, part.covers, [part.describe(c) for c in part.covers])
         self.parts.append(part)
-        for cover in (pair for c in part.covers for pair in c if len(pair[0]) + len(pair[1]) > 2):
+        for cover in fusions:
             if part.key(cover) not in part.order:
                 self._fusion(part, cover)
         told = not any(map(self._open, squares))
-        if squares and (self._turned or not told):
+        if squares and (self._turned or fusions or not told):
             guess = any(n in self._turned for u in squares for n in u.all_names)
             options = [guess, not guess]
             labels = ["transposed" if turn else "as they are" for turn in options]
             part.turn = self._add(f"squares of {shown}", options, labels, told)
         fused = [u for u in part.target if self._may_be_laid_out(u, part)]
         if fused:
-            options, labels = _layouts(min(fused[0].shapes[0]))
+            options, labels = layouts_of(min(fused[0].shapes[0]))
             part.layout = self._add(f"layout of {fused[0].path}", options, labels)
 
     def _may_be_laid_out(self, unit: Unit, part: Part) -> bool:
@@ -233,7 +233,7 @@ class Space:
         known = tuple(next(k for k, p in enumerate(parts) if p.names[0][0][0] == name) for name in guess)
         orders.sort(key=lambda o: o != known)
         told = bool(known) and not any(map(self._open, part.units(cover)[1]))
-        part.order[key] = self._add(f"order of the parts of {key[0]}", orders, [_listed(o) for o in orders], told)
+        part.order[key] = self._add(f"order of the parts of {key[0]}", orders, [listed(o) for o in orders], told)
         if key[1] == 3 and parts[0].times == 1:
             least = min(min(u.shapes[0]) for u in parts)
             groups = [1, *(g for g in range(2, min(least, 128) + 1) if least % g == 0 and least // g > 1)]
@@ -283,7 +283,7 @@ class Space:
         alone = {p.target[h[0]].shapes[0][:1] for p, (g, h) in pairs if len(g) == len(h) == 1}
         if self.hidden and (self.hidden,) in alone:
             orders = list(permutations(range(self._gate_count)))
-            self.gates = self._add("order of the gates", orders, [_listed(o) for o in orders])
+            self.gates = self._add("order of the gates", orders, [listed(o) for o in orders])
 
     # -- what a choice means ---------------------------------------------------------------------------------------
 
@@ -383,12 +383,8 @@ class Space:
         entries: list[PlanEntry] = []
         for cover in pick(part.which):
             whole = part.key(cover)
-            own = (
-                (part.turn, part.layout)
-                if len(cover[0]) == len(cover[1])
-                else (part.order[whole], part.heads.get(whole))
-            )
-            said = tuple(pick(d) for d in (*own, self.rotary, self.gates))
+            own = (part.layout,) if len(cover[0]) == len(cover[1]) else (part.order[whole], part.heads.get(whole))
+            said = tuple(pick(d) for d in (part.turn, *own, self.rotary, self.gates))
             if (number, cover, order, said) not in self._pieces:
                 self._pieces[number, cover, order, said] = [
                     entry for k in range(copies) for entry in self._pair(part, cover, order[k], k, pick)
@@ -426,16 +422,16 @@ class Space:
             rows = self._row_ops(s, t, i, pick)
             if s.times == t.times:
                 for x, y in zip(names_s, names_t):
-                    ops = (*rows, *_turned(s.shapes[i], t.shapes[j], turn), *_laid_out(t.shapes[j], layout))
+                    ops = (*rows, *turned(s.shapes[i], t.shapes[j], turn), *laid_out(t.shapes[j], layout))
                     out.append(_entry((x,), (y,), ops, (s.shapes[i],), (t.shapes[j],)))
             elif t.times == 1:  # experts into a stack
                 whole = (s.times, *s.shapes[i])
-                ops = (*rows, *((Transpose(),) if len(s.shapes[i]) == 2 and _turns(whole, t.shapes[j], turn) else ()))
+                ops = (*rows, *((Transpose(),) if len(s.shapes[i]) == 2 and turns(whole, t.shapes[j], turn) else ()))
                 ops = (*ops, Stack(0, s.times))
                 out.append(_entry(names_s, names_t, ops, (s.shapes[i],) * s.times, (t.shapes[j],)))
             else:
                 whole = (t.times, *t.shapes[j])
-                ops = (Unstack(0, t.times), *((Transpose(),) if _turns(s.shapes[i], whole, turn) else ()))
+                ops = (Unstack(0, t.times), *((Transpose(),) if turns(s.shapes[i], whole, turn) else ()))
                 out.append(_entry(names_s, names_t, ops, (s.shapes[i],), (t.shapes[j],) * t.times))
         out += self._statistics(s, t, a, b)
         return out
@@ -464,13 +460,16 @@ class Space:
         out = []
         for j, whole_shape in enumerate(whole.shapes):
             shapes = [p.shapes[j] for p in parts]
-            axis, turned = found if len(shapes[0]) == 2 else (0, False)
-            sizes = tuple((s[::-1] if turned else s)[axis] for s in shapes)
+            axis, turn = found if j == 0 else (vector_axis(whole.shapes[0], whole_shape), False)
+            if j == 0 and part.turn is not None and all(map(is_square, parts)):
+                turn = bool(pick(part.turn))
+            sizes = tuple((transpose_shape(s) if turn else s)[axis] for s in shapes)
             rotary = self._rotary_of(parts, shapes, pick)
-            side = (Transpose(),) if turned else ()
+            alternating = by_head(whole_shape, sizes, heads, join, axis) if stacked == 1 else None
+            turn = turn if alternating is None or axis == 0 else not turn  # by head they are joined by rows
+            side = transposed(shapes[0]) if turn else ()
             axis += stacked > 1
-            plain: tuple[Operation, ...] = (Concat(axis, sizes),) if join else (Split(axis, sizes),)
-            chain = (_by_head(whole_shape, sizes, heads, join) if heads > 1 and axis == 0 else None) or plain
+            chain = alternating or ((Concat(axis, sizes),) if join else (Split(axis, sizes),))
             before = (*rotary, *side, Stack(0, stacked)) if stacked > 1 else (*rotary, *side)
             after = (Unstack(0, stacked), *side, *rotary) if stacked > 1 else (*side, *rotary)
             ends = [s for s in shapes for _ in range(stacked)]
@@ -504,30 +503,6 @@ def _entry(
     return PlanEntry(tuple(sources), tuple(targets), operations, tuple(source_shapes), tuple(target_shapes))
 
 
-def _turns(s: Shape, t: Shape, turn: bool) -> bool:
-    if s[-1] == s[-2]:
-        return turn
-    return s[-2:] != t[-2:]
-
-
-def _turned(s: Shape, t: Shape, turn: bool) -> tuple[Operation, ...]:
-    if turn and len(s) == len(t) == 2 and s[0] == s[1]:
-        return (Transpose(),)
-    return operations_between(s, t) or ()
-
-
-def _by_head(whole: Shape, sizes: Sequence[int], groups: int, join: bool) -> tuple[Operation, ...] | None:
-    least = min(sizes)
-    if least % groups or any(size % least for size in sizes):
-        return None
-    heads, width = tuple(size // least for size in sizes), least // groups
-    grouped, part, flat = (groups, sum(heads), width), (groups, -1, width), (-1,)
-    rest = whole[1:]
-    if join:
-        return (Reshape((*flat, *rest), (*part, *rest)), Concat(1, heads), Reshape((*grouped, *rest), whole))
-    return (Reshape(whole, (*grouped, *rest)), Split(1, heads), Reshape((*part, *rest), (*flat, *rest)))
-
-
 def _first_of_parts(entry: PlanEntry) -> tuple[str, ...]:
     """The parts of a fusion in their order, of a stack of fusions those of the first; nothing if heads alternate."""
     steps = {op.name: op for op in entry.operations}
@@ -538,39 +513,12 @@ def _first_of_parts(entry: PlanEntry) -> tuple[str, ...]:
     return names[:: stack.count] if isinstance(stack, (Stack, Unstack)) else names
 
 
-def _layouts(width: int) -> tuple[list[Any], list[str]]:
-    """Ways in which the rows of a whole can stand for another's: other orders of its parts, by part or by head."""
-    orders = list(permutations(range(3)))[1:]
-    heads = [(g, by) for g in range(2, min(width // 2, 128) + 1) if width % g == 0 for by in (True, False)]
-    labels = [f"parts {_listed(o)}" for o in orders]
-    labels += [f"from parts to {g} groups of heads" if by else f"from {g} groups of heads to parts" for g, by in heads]
-    return [None, *orders, *heads], ["as it is", *labels]
-
-
-def _laid_out(shape: Shape, layout: Any) -> tuple[Operation, ...]:
-    if layout is None:
-        return ()
-    if len(shape) == 2 and shape[1] > shape[0]:
-        return (Transpose(), *_laid_out(shape[::-1], layout), Transpose())
-    if len(layout) == 3:
-        return (Reorder(layout),)
-    groups, by_head = layout
-    rest, width = shape[1:], shape[0] // 3 // groups
-    before, after = (3, groups, width, *rest), (groups, 3, width, *rest)
-    before, after = (before, after) if by_head else (after, before)
-    return (Reshape(shape, before), Permute((1, 0, *range(2, len(before)))), Reshape(after, shape))
-
-
 def _numberings(count: int) -> list[tuple[int, ...]]:
     """Orders of copies: all of a few; of more the same, reversed, and shifted by one."""
     if count <= 3:
         return list(permutations(range(count)))
     same = tuple(range(count))
     return [same, same[::-1], (*same[1:], same[0]), (same[-1], *same[:-1])]
-
-
-def _listed(order: Sequence[int]) -> str:
-    return ", ".join(map(str, order))
 
 
 def is_only_renamed(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> bool:

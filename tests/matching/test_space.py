@@ -81,6 +81,49 @@ def fused_experts():
     return old, new, truth
 
 
+def turned_parts():
+    """Square queries, keys and values apart, against one turned matrix in which they take turns head by head."""
+    old = Net({"block": {n: layer(D, D) for n in ("query", "key", "value")}})
+    new = Net({"b": {"x": {"weight": (D, 3 * D), "bias": (3 * D,)}}})
+
+    def truth(s):
+        both = {n: torch.cat([s[f"block.{p}.{n}"] for p in ("value", "query", "key")]) for n in ("weight", "bias")}
+        return {"b.x.weight": parts_to_heads(both["weight"]).T, "b.x.bias": parts_to_heads(both["bias"])}
+
+    return old, new, truth
+
+
+def square_stacks():
+    """Stacks of experts, gate and up in one and down, all square, against three stacks that are turned."""
+    old = Net({"experts": {"both": {"weight": (3, 16, 8), "bias": (3, 16)}, "down": {"weight": (3, 8, 8)}}})
+    new = Net({"e": {"0": {"w": (3, 8, 8), "b": (3, 8)}, "1": {"w": (3, 8, 8)}, "2": {"w": (3, 8, 8), "b": (3, 8)}}})
+
+    def truth(s):
+        (gate, up), (g, u) = s["experts.both.weight"].chunk(2, 1), s["experts.both.bias"].chunk(2, 1)
+        out = {"e.0.w": up.mT, "e.1.w": s["experts.down.weight"].mT, "e.2.w": gate.mT, "e.0.b": u, "e.2.b": g}
+        return {name: value.contiguous() for name, value in out.items()}
+
+    return old, new, truth
+
+
+def reversed_case(case):
+    """The same, from the new model to the old one."""
+
+    def made():
+        old, new, truth = case()
+        state = old.state_dict()
+        places = {n: torch.arange(v.numel()).view(v.shape) + 1000 * k for k, (n, v) in enumerate(state.items())}
+        there = {n: v.flatten() for n, v in truth(places).items()}
+
+        def back(tensors):
+            found = {int(i): v for n, own in there.items() for i, v in zip(own, tensors[n].flatten())}
+            return {n: torch.stack([found[int(i)] for i in v.flatten()]).view(v.shape) for n, v in places.items()}
+
+        return new, old, back
+
+    return made
+
+
 def two_attentions():
     """Blocks with two attentions each, whose layers stand in different orders."""
     names = ("q", "k", "v", "o")
@@ -97,7 +140,10 @@ def two_attentions():
     return old, new, truth
 
 
-@pytest.mark.parametrize("case", [turned_layout, stacked_experts, fused_experts, two_attentions])
+CASES = [turned_layout, stacked_experts, fused_experts, turned_parts, square_stacks, two_attentions]
+
+
+@pytest.mark.parametrize("case", [*CASES, *map(reversed_case, CASES)])
 def test_a_choice_means_the_truth(case):
     torch.manual_seed(0)
     old, new, truth = case()

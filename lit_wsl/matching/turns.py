@@ -1,0 +1,81 @@
+"""The ways in which a matrix can stand for another: turned, its parts in another order, head by head; as operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Any
+
+from lit_wsl.matching.layers import is_kernel
+from lit_wsl.matching.shapes import operations_between
+from lit_wsl.plan.operations import Concat, Operation, Permute, Reorder, Reshape, Split, Transpose
+from lit_wsl.structure.description import Shape
+
+
+def turns(s: Shape, t: Shape, turn: bool) -> bool:
+    """Whether a matrix, or each of a stack, is turned to become another; squares as said."""
+    if s[-1] == s[-2]:
+        return turn
+    return s[-2:] != t[-2:]
+
+
+def turned(s: Shape, t: Shape, turn: bool) -> tuple[Operation, ...]:
+    """What takes one tensor to another of the same elements, squares turned or not."""
+    if turn and s == t and len(s) > 1 and s[-1] == s[-2] and not (len(s) == 3 and is_kernel(s)):
+        return transposed(s)
+    return operations_between(s, t) or ()
+
+
+def transposed(shape: Shape) -> tuple[Operation, ...]:
+    """What turns a matrix, or each of a stack, round; nothing for others."""
+    return {2: (Transpose(),), 3: (Permute((0, 2, 1)),)}.get(len(shape), ())
+
+
+def is_turn(op: Operation) -> bool:
+    """Whether an operation turns matrices."""
+    return isinstance(op, Transpose) or op == Permute((0, 2, 1))
+
+
+def by_head(whole: Shape, sizes: Sequence[int], groups: int, join: bool, axis: int) -> tuple[Operation, ...] | None:
+    """How parts make up rows, or columns, of a whole that take turns head by head; nothing if they can't."""
+    least = min(sizes)
+    if groups == 1 or len(whole) > 2 or least % groups or any(size % least for size in sizes):
+        return None
+    if axis == 1:
+        rows = by_head(whole[::-1], sizes, groups, join, 0) or ()
+        return (*rows, Transpose()) if join else (Transpose(), *rows)
+    heads, width = tuple(size // least for size in sizes), least // groups
+    grouped, part, flat = (groups, sum(heads), width), (groups, -1, width), (-1,)
+    rest = whole[1:]
+    if join:
+        return (Reshape((*flat, *rest), (*part, *rest)), Concat(1, heads), Reshape((*grouped, *rest), whole))
+    return (Reshape(whole, (*grouped, *rest)), Split(1, heads), Reshape((*part, *rest), (*flat, *rest)))
+
+
+def layouts_of(width: int) -> tuple[list[Any], list[str]]:
+    """Ways in which the rows of a whole can stand for another's: other orders of its parts, by part or by head."""
+    orders = list(permutations(range(3)))[1:]
+    heads = [(g, by) for g in range(2, min(width // 2, 128) + 1) if width % g == 0 for by in (True, False)]
+    labels = [f"parts {listed(o)}" for o in orders]
+    labels += [f"from parts to {g} groups of heads" if by else f"from {g} groups of heads to parts" for g, by in heads]
+    return [None, *orders, *heads], ["as it is", *labels]
+
+
+def laid_out(shape: Shape, layout: Any) -> tuple[Operation, ...]:
+    """The operations of one of these ways."""
+    if layout is None:
+        return ()
+    if len(shape) == 2 and shape[1] > shape[0]:
+        return (Transpose(), *laid_out(shape[::-1], layout), Transpose())
+    if len(layout) == 3:
+        return (Reorder(layout),)
+    groups, to_heads = layout
+    rest, width = shape[1:], shape[0] // 3 // groups
+    before, after = (3, groups, width, *rest), (groups, 3, width, *rest)
+    before, after = (before, after) if to_heads else (after, before)
+    return (Reshape(shape, before), Permute((1, 0, *range(2, len(before)))), Reshape(after, shape))
+
+
+def listed(order: Sequence[int]) -> str:
+    """An order in words."""
+    return ", ".join(map(str, order))
