@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 AVERAGE_WORDS = frozenset({"ema", "average", "averaged", "averaging", "avg", "swa", "shadow", "polyak"})
@@ -46,7 +46,7 @@ def find_average(shapes: Mapping[str, tuple[int, ...]]) -> Average | None:
     for name in shapes:
         for prefix in _prefixes(name):
             under.setdefault(prefix, []).append(name)
-    dotted = any("." in name for name in shapes)
+    dotted = {squeezed for name in shapes for squeezed in _dotted_tails(name)}
     for prefix, mine in sorted(under.items()):
         told = bool(words_of(prefix) & AVERAGE_WORDS)
         flat = all("." not in name[len(prefix) :].removeprefix("module.") for name in mine)
@@ -56,6 +56,8 @@ def find_average(shapes: Mapping[str, tuple[int, ...]]) -> Average | None:
         if numbered:
             return Average(prefix, numbered)
         keys = {_squeezed(name[len(prefix) :].removeprefix("module.")): name for name in mine}
+        if not told and dotted.isdisjoint(keys):
+            continue  # any layer is flat: only names that lost their dots are worth a comparison with all others
         rest = {name: _squeezed(name) for name in shapes if not name.startswith(prefix)}
         starts: set[str] = set()
         for probe in sorted(keys, key=lambda key: (-len(key), key))[:PROBES]:
@@ -105,6 +107,14 @@ def _prefixes(name: str) -> list[str]:
 
 def _squeezed(name: str) -> str:
     return name.replace(".", "").replace("_", "")
+
+
+def _dotted_tails(name: str) -> Iterator[str]:
+    """The ends of a name, from its words on, that have dots to lose; without them."""
+    last = name.rfind(".")
+    for start in [0, *(found.end() for found in re.finditer("[._]", name))]:
+        if start < last:
+            yield _squeezed(name[start:])
 
 
 def _tail(name: str, letters: int) -> str:

@@ -6,6 +6,7 @@ values; what nothing tells may stay open.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import pytest
@@ -164,6 +165,19 @@ def test_an_average_may_be_a_list_in_the_order_of_the_model():
         "b.bias": "ema.shadow_params.2",
     }
     assert find_average({**shapes, "ema.shadow_params.0": (9, 9), "ema.shadow_params.1": (4, 2)}) is None
+
+
+def test_many_layers_at_the_root_are_no_averages_of_each_other():
+    tensors = ("attn.in_proj_weight", "attn.in_proj_bias", "norm.weight", "norm.bias", "norm.mean", "norm.var")
+    shapes: dict[str, tuple[int, ...]] = {f"{i}.{tensor}": (8, 8) for i in range(500) for tensor in tensors}
+    began = time.process_time()
+    assert find_average(shapes) is None
+    assert time.process_time() - began < 5.0  # of hours, where every layer is compared with all others
+    lost = {"shadow." + name.replace(".", ""): shape for name, shape in shapes.items()}
+    found = find_average({**shapes, **lost})
+    assert found is not None
+    assert found.prefix == "shadow."
+    assert found.pairs == {name: "shadow." + name.replace(".", "") for name in shapes}
 
 
 def check(old: Mapping[str, nn.Module], new: Mapping[str, nn.Module], truth: Mapping[str, str]) -> None:
