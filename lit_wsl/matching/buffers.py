@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lit_wsl.matching.scoring import near
-from lit_wsl.matching.words import ABBREVIATION, count_alike, numbers_along, token_similarity
+from lit_wsl.matching.words import ABBREVIATION, counts_alike, lists_along, token_similarity, unlike_lists
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, tokenize
 
 FOLLOWS, SAME_PATH = "buffer of a matched module", "buffer at the same path"
@@ -128,13 +128,14 @@ def twins_of(
 ) -> dict[str, ParameterInfo]:
     """By the target's names the source tensors of the same path and shape, where both sides count alike along it."""
     paths_s, paths_t = relative_paths(source), relative_paths(target)
-    numbers = numbers_along(paths_s.values()), numbers_along(paths_t.values())
+    lists = [lists_along((path, 1) for path in paths.values()) for paths in (paths_s, paths_t)]
+    unlike = unlike_lists(lists[0], lists[1], within=within)
     by_path = {paths_s[s.name]: s for s in source}
     found = {}
     for t in target:
         path = paths_t[t.name]
         twin = by_path.get(path)
-        if twin is not None and twin.shape == t.shape and count_alike(path, numbers, within=within):
+        if twin is not None and twin.shape == t.shape and counts_alike(path, unlike):
             found[t.name] = twin
     return found
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from lit_wsl.matching.formula import Letters, in_both, letters_below
 from lit_wsl.matching.likeness import foreign, own_name
 from lit_wsl.matching.tree import Family, Item, families_of, kind_of, owner_path, place_in, relative, shape_key
-from lit_wsl.matching.words import count_alike, counted, plain_words, split_numbers
+from lit_wsl.matching.words import Lists, counts_alike, plain_words, split_numbers, unlike_lists
 from lit_wsl.structure.description import ParameterInfo, Shape
 
 BLOCK = 64  # tensors; larger regions teach nothing about their like
@@ -69,20 +69,10 @@ class Region:
         """Equal for regions of the same structure, which are solved once."""
         return self.source.structure, self.target.structure
 
-    @cached_property
-    def _counters(self) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-        return tuple({place: set(members) for place, members in side.items()} for side in self.lists)  # type: ignore
-
-    @cached_property
-    def lists(self) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    @property
+    def lists(self) -> tuple[Lists, Lists]:
         """By each place where paths count the sizes of what stands there, by number; source and target."""
-        sides: tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]] = ({}, {})
-        for found, names, root in zip(sides, self.names, (self.source, self.target)):
-            for name, t in zip(names, root.tensors):
-                for place, number in counted(name):
-                    members = found.setdefault(place, {})
-                    members[number] = members.get(number, 0) + t.numel
-        return sides
+        return self.source.lists, self.target.lists
 
     @cached_property
     def _backwards(self) -> dict[tuple[str, str], bool]:
@@ -105,11 +95,15 @@ class Region:
 
     def same_numbers(self, path: str) -> bool:
         """Whether every number along a path counts the same things on both sides."""
-        return count_alike(path, self._counters)
+        return counts_alike(path, self._unlike[0])
 
     def like_numbers(self, path: str) -> bool:
         """Whether the numbers along a path are those of the other side, or among them: nothing is counted from one."""
-        return count_alike(path, self._counters, within=True)
+        return counts_alike(path, self._unlike[1])
+
+    @cached_property
+    def _unlike(self) -> tuple[frozenset[str], frozenset[str]]:
+        return unlike_lists(*self.lists), unlike_lists(*self.lists, within=True)
 
     @cached_property
     def makes(self) -> tuple[Counter[object], Counter[object]]:
@@ -130,10 +124,10 @@ class Region:
         """What a unit is in an attention; nothing for modules."""
         return self.letters[side].get(item.main.path, frozenset()) if item.level < 2 else frozenset()
 
-    @cached_property
-    def names(self) -> tuple[list[str], list[str]]:
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The paths of all tensors below, source and target."""
-        return tuple([relative(t, root) for t in root.tensors] for root in (self.source, self.target))  # type: ignore
+        return self.source.names, self.target.names
 
     @cached_property
     def words(self) -> tuple[Counter[str], Counter[str]]:
@@ -153,7 +147,7 @@ def makes_of(root: Item) -> Counter[object]:
 
 
 def _word_counts(root: Item) -> Counter[str]:
-    return Counter(w for t in root.tensors for w in set(plain_words(relative(t, root))))
+    return Counter(w for name in root.names for w in set(plain_words(name)))
 
 
 @dataclass(frozen=True)

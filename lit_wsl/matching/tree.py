@@ -14,7 +14,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from lit_wsl.matching.words import split_numbers
+from lit_wsl.matching.words import Lists, lists_along, split_numbers
 from lit_wsl.plan.operations import Operation
 from lit_wsl.structure.description import ParameterInfo, Shape
 
@@ -63,6 +63,16 @@ class Item:
         if self.level == 0:
             return (self,)
         return tuple(t for child in self.children for t in child.tensors)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Paths of all tensors below, as seen from here."""
+        return tuple(relative(t, self) for t in self.tensors)
+
+    @cached_property
+    def lists(self) -> Lists:
+        """By each place where these paths count the sizes of what stands there, by number."""
+        return lists_along(zip(self.names, (t.numel for t in self.tensors)))
 
     @cached_property
     def profile(self) -> Counter[Shape]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -36,9 +36,13 @@ def path_tokens(path: str) -> tuple[str, ...]:
     >>> path_tokens("blocks.0.norm_before")
     ('blocks', '0', 'norm', 'before')
     """
-    return tuple(_ORDINALS.get(token, token) for token in tokenize(path))
+    around, dot, part = path.rpartition(".")
+    if dot:  # modules are cut once, and not again for each tensor in them
+        return path_tokens(around) + path_tokens(part)
+    return tuple(_ORDINALS.get(token, token) for token in tokenize(part))
 
 
+@lru_cache(maxsize=200_000)
 def plain_words(path: str) -> tuple[str, ...]:
     """Tokens of a dotted path without the numbers.
 
@@ -55,9 +59,12 @@ def split_numbers(path: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     >>> split_numbers("layer1.0.conv2")
     (('layer', '#', '#', 'conv', '#'), (1, 0, 2))
     """
-    tokens = path_tokens(path)
-    numbers = tuple(int(t) for t in tokens if t.isdigit())
-    return tuple("#" if t.isdigit() else t for t in tokens), numbers
+    around, dot, part = path.rpartition(".")
+    if dot:
+        (words, numbers), (more, last) = split_numbers(around), split_numbers(part)
+        return words + more, numbers + last
+    tokens = path_tokens(part)
+    return tuple("#" if t.isdigit() else t for t in tokens), tuple(int(t) for t in tokens if t.isdigit())
 
 
 @lru_cache(maxsize=200_000)
@@ -67,28 +74,58 @@ def counted(path: str) -> tuple[tuple[str, str], ...]:
     >>> counted("layer1.0.conv")
     (('layer#', '1'), ('layer1.#', '0'))
     """
-    parts, found = path.split("."), []
-    for k, part in enumerate(parts):
-        digits = "".join(c for c in part if c.isdigit())
-        if digits:
-            stem = re.sub(r"\d+", "#", part)  # 9 and 10 are counted in one place
-            found.append((".".join((*parts[:k], stem)), str(int(digits))))  # 00 is 0
-    return tuple(found)
+    around, dot, part = path.rpartition(".")
+    last = _number_in(part)
+    return (counted(around) if dot else ()) + (((around + dot + last[0], last[1]),) if last else ())
 
 
-def numbers_along(paths: Iterable[str]) -> dict[str, set[str]]:
-    """The numbers that occur at each place where paths count."""
-    found: dict[str, set[str]] = {}
-    for path in paths:
-        for place, number in counted(path):
-            found.setdefault(place, set()).add(number)
+@lru_cache(maxsize=4096)
+def _number_in(part: str) -> tuple[str, str] | None:
+    """Where one part of a path counts, and the number."""
+    digits = "".join(c for c in part if c.isdigit())
+    return (re.sub(r"\d+", "#", part), str(int(digits))) if digits else None  # 9 and 10 in one place; 00 is 0
+
+
+Lists = Mapping[str, Mapping[str, int]]
+
+
+def lists_along(sizes: Iterable[tuple[str, int]]) -> Lists:
+    """By each place where paths count, how much stands at each number there.
+
+    >>> lists_along([("layers.0.up", 6), ("layers.0.down", 6), ("layers.1.up", 4)])
+    {'layers.#': {'0': 12, '1': 4}}
+    """
+    found: dict[str, dict[str, int]] = {}
+    below: dict[str, int] = {}
+    for path, size in sizes:
+        below[path] = below.get(path, 0) + size
+    while below:  # what stands in a module is added up before it is added to what stands around it
+        outer: dict[str, int] = {}
+        for path, size in below.items():
+            around, dot, part = path.rpartition(".")
+            last = _number_in(part)
+            if last is not None:
+                members = found.setdefault(around + dot + last[0], {})
+                members[last[1]] = members.get(last[1], 0) + size
+            if dot:
+                outer[around] = outer.get(around, 0) + size
+        below = outer
     return found
 
 
-def count_alike(path: str, numbers: Sequence[Mapping[str, set[str]]], *, within: bool = False) -> bool:
-    """Whether the numbers along a path are the same on both sides, or (``within``) those of one among the other's."""
-    along = [[side.get(place, set()) for side in numbers] for place, _ in counted(path)]
-    return all(a == b or (within and (a <= b or b <= a)) for a, b in along)
+def unlike_lists(a: Lists, b: Lists, *, within: bool = False) -> frozenset[str]:
+    """The places where two sides count otherwise, or (``within``) where neither's numbers are among the other's."""
+    return frozenset(
+        place
+        for place in a.keys() | b.keys()
+        for ours, theirs in [(a.get(place, {}).keys(), b.get(place, {}).keys())]
+        if not (ours == theirs or (within and (ours <= theirs or theirs <= ours)))
+    )
+
+
+def counts_alike(path: str, unlike: Collection[str]) -> bool:
+    """Whether nothing along a path is counted otherwise on the two sides (:func:`unlike_lists`)."""
+    return not unlike or all(place not in unlike for place, _ in counted(path))
 
 
 def is_abbreviation(short: str, long: str) -> bool:
