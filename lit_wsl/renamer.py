@@ -16,7 +16,7 @@ from rich.table import Table
 from lit_wsl.checkpoint import Checkpoint, atomic_save, open_checkpoint, replace_at, save_safetensors
 from lit_wsl.checkpoint.document import with_entries
 from lit_wsl.checkpoint.records import as_mapping
-from lit_wsl.errors import CheckpointError, MappingError
+from lit_wsl.errors import ArgumentTypeError, CheckpointError, MappingError
 
 
 class WeightRenamer:
@@ -78,6 +78,8 @@ class WeightRenamer:
         Raises:
             MappingError: if a name does not exist, or two tensors would get the same name; it names them.
         """
+        if not isinstance(mapping, Mapping):
+            raise ArgumentTypeError(f"mapping must map old names to new ones, but it is {mapping!r}.")
         current = set(self._names.values())
         unknown = sorted(name for name in mapping if name not in current)
         if unknown:

@@ -17,12 +17,21 @@ from lit_wsl import (
     LitWslError,
     RebasinCallback,
     TransferPlan,
+    WeightMapper,
     WeightTransferCallback,
     load_checkpoint_as_dict,
     transfer_weights,
 )
 from lit_wsl.errors import CheckpointError, CoverageError, MappingError, PlanError, TransferError
-from lit_wsl.rebasin import infer_permutation_spec
+from lit_wsl.rebasin import (
+    PermutationSpec,
+    apply_permutation_to_task_vectors,
+    average,
+    infer_permutation_spec,
+    task_arithmetic,
+    task_vector,
+    weight_matching,
+)
 
 
 class Module(L.LightningModule):
@@ -224,6 +233,21 @@ def test_a_source_of_another_kind(tmp_path):
         (lambda m: RebasinCallback("", reference="a.ckpt"), "pretrained is empty"),
         (lambda m: infer_permutation_spec(m, torch.ones(2, 3, 4, 4)), r"For a single argument: example_args=\(x,\)"),
         (lambda m: infer_permutation_spec("a.ckpt", ()), "model must be a model"),
+        (lambda m: transfer_weights(m, Module), r"it is the class Module. Make one first: Module\(\)"),
+        (lambda m: transfer_weights(m, {1: torch.ones(2)}), "source must map names to tensors, but it has the key 1"),
+        (lambda m: transfer_weights(m, m, plan=WeightMapper(m, m).suggest_mapping()), "plan=result.plan"),
+        (lambda m: WeightMapper(m, m).visualize_score_breakdown("head"), "It is a module; its tensors are head.weight"),
+        (lambda m: WeightMapper(m, m).visualize_score_breakdown(0), "neither model has a tensor named 0"),
+        (lambda m: WeightMapper(m, m).visualize_mapping(by="module"), "by must be one of 'group', 'tensor'"),
+        (lambda m: WeightMapper(m, m).visualize_mapping(max_matches="all"), "max_matches must be a whole number"),
+        (lambda m: weight_matching(m.state_dict(), m.state_dict(), {}), "spec must be a PermutationSpec, but it is a"),
+        (lambda m: weight_matching(PermutationSpec({}, {}), m, m), r"reference must map .* model.state_dict\(\)"),
+        (lambda m: task_vector(m, m.state_dict()), "finetuned must map names to tensors, but it is of the type Module"),
+        (lambda m: task_vector(m.state_dict(), "a.ckpt"), r"the path 'a.ckpt'. .* load_checkpoint_as_dict\(path\)"),
+        (lambda m: average(m.state_dict()), "state_dicts must be a list of state dicts, but it is a state dict"),
+        (lambda m: task_arithmetic(m.state_dict(), m.state_dict()), "task_vectors must be a list"),
+        (lambda m: apply_permutation_to_task_vectors(m.state_dict(), spec=PermutationSpec({}, {})), "must be a list"),
+        (lambda m: apply_permutation_to_task_vectors([m.state_dict()]), "give spec, permutations and task_vectors"),
     ],
 )
 def test_a_wrong_argument_is_told_at_once(call, words):
@@ -261,6 +285,12 @@ def test_a_source_module_that_is_not_the_checkpoints(transfer, tmp_path):
     other = nn.ModuleDict({"other": nn.Linear(2, 2)})
     refuses(transfer, tmp_path / "old.pt", MappingError, "source_module", "'other.weight'", source_module=other)
     refuses(transfer, tmp_path / "old.pt", MappingError, "source_module", "(9, 3, 3, 3)", source_module=Module(9))
+
+
+def test_a_missing_file_of_the_home_folder_is_a_missing_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"^~/old.ckpt does not exist"):
+        transfer_weights(Module(), "~/old.ckpt")
 
 
 def test_a_floor_that_is_met_lets_a_partial_transfer_pass(transfer, tmp_path):

@@ -59,7 +59,7 @@ class Local:
             message = str(error).replace(str(self.path), str(self.shown))
             if message == str(error):
                 raise
-            raise CheckpointError(message) from error
+            raise type(error)(message) from error
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
@@ -118,7 +118,7 @@ def _told(address: str) -> Iterator[None]:
         why = str(error) if isinstance(error, (ImportError, ValueError, FileNotFoundError)) else repr(error)
         raise CheckpointError(
             f"{address} cannot be fetched through fsspec: {why.rstrip('.')}. Check the address, what has to be "
-            "installed for it, and your access to it. Or: Download the file, and give its path."
+            "installed for it, and your access to it; or download the file and give its path."
         ) from error
 
 

@@ -54,15 +54,17 @@ class _Parser(ArgumentParser):
 
 def _plainly(message: str, parser: ArgumentParser) -> str:
     """A message of the parser in the command's own words, with what was probably meant."""
-    key = re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.S)
+    key = re.match(r'Parser key "([^"]+)"[^:]*:\s*(.*)', message, re.S)
     if key is not None:
         option = "--" + key[1].replace("_", "-")
-        choice = re.match(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", key[2], re.S)
-        if choice is None:
-            what = re.sub(r"typing\.|<class '([^']+)'>", lambda found: found[1] or "", key[2])
-            return f"{option}: {what}"
-        meant = did_you_mean(choice[2], re.findall(r"'([^']+)'", choice[1]))
-        return f"{option} must be one of {choice[1]}; got {choice[2]!r}.{meant}"
+        wanted = re.search(r"Expected an? (?:typing\.|<class ')?(Literal\[.*?\]|\w+)", key[2])
+        value = re.search(r"(?:Got|Given) value: (.*)", key[2], re.S)
+        if wanted is None or value is None:
+            return f"{option}: {key[2]}"
+        choices = re.findall(r"'([^']+)'", wanted[1])
+        kinds = {"int": "a whole number", "float": "a number", "dict": f"given by keys: {option}.KEY VALUE"}
+        wish = f"one of {', '.join(map(repr, choices))}" if choices else kinds.get(wanted[1], f"a {wanted[1]}")
+        return f"{option} must be {wish}; got {value[1]!r}.{did_you_mean(value[1], choices)}"
     if message.startswith('expected "subcommand"'):
         return f"name a command: {', '.join(parser._subcommands_action._name_parser_map)}."  # type: ignore[union-attr]
     unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message, re.I)
@@ -330,11 +332,11 @@ Exit code 1 means: the models could not be aligned, only compared.
     parser.add_argument("--spec", type=str, metavar="FILE", help="a permutation spec (JSON), instead of a sample")
     parser.add_argument("-o", "--output", type=str, metavar="FOLDER", help="where to write aligned checkpoints")
     parser.add_argument("--on", type=Literal["task_vectors", "weights"], default=None, help="what to align")
-    parser.add_argument("--merge", type=Literal["average", "task_arithmetic"] | None, default=None, help="how to merge")
+    parser.add_argument("--merge", type=Literal["average", "task_arithmetic"], default=None, help="how to merge")
     parser.add_argument(
         "--merge-weights", type=float, nargs="+", default=[], metavar="W", help="how much each checkpoint counts"
     )
-    parser.add_argument("--merge-scale", type=float | None, default=None, help="factor of task vectors when merging")
+    parser.add_argument("--merge-scale", type=float, default=None, help="factor of task vectors when merging")
     parser.add_argument(
         "--matching",
         type=Literal["weights", "best"],

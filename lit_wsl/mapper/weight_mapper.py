@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.errors import MappingError, ShownInNotebooks, did_you_mean, printable
+from lit_wsl.errors import MappingError, ShownInNotebooks, did_you_mean, listed, printable
 from lit_wsl.mapper.result import MappingResult
 from lit_wsl.matching.layouts import hidden_layouts
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
@@ -201,9 +201,17 @@ class MappingViews(ShownInNotebooks, ABC):
             by: One line per pair of modules (``"group"``) or per step (``"tensor"``).
             folded: Fold lines that differ only by indices into ``blocks.{0..11}``.
             console: Where to print.
+
+        Raises:
+            MappingError: If an option has a value that is not allowed.
         """
         from lit_wsl.report.terminal import MappingView, ReportView
 
+        if by not in get_args(By):
+            raise MappingError(f"by must be one of {', '.join(map(repr, get_args(By)))}; got {by!r}.")
+        for option, most in (("max_matches", max_matches), ("max_unmatched", max_unmatched)):
+            if most is not None and not isinstance(most, int):
+                raise MappingError(f"{option} must be a whole number, or None for all; got {most!r}.")
         report = self._report(result)
         table = MappingView(report.plan, by=by, folded=folded, max_rows=max_matches)
         view = ReportView(
@@ -306,7 +314,9 @@ class MappingViews(ShownInNotebooks, ABC):
         if name in self.source or name in self.target:
             return
         known = dict.fromkeys(info.name for side in (self.source, self.target) for info in side.parameters)
-        raise MappingError(f"neither model has a tensor named {name!r}.{did_you_mean(name, known)}")
+        inside = [tensor for tensor in known if tensor.startswith(f"{name}.")]
+        hint = f" It is a module; its tensors are {listed(inside)}." if inside else did_you_mean(str(name), known)
+        raise MappingError(f"neither model has a tensor named {name!r}.{hint}")
 
 
 Pairs = Sequence[tuple[Any, Any]]
@@ -395,7 +405,12 @@ class WeightMapper(MappingViews):
         Raises:
             MappingError: If the state dict holds no tensors, or ``source_module`` is another model.
         """
-        require_state_dict(source_state_dict, "source_state_dict")
+        require_state_dict(
+            source_state_dict,
+            "source_state_dict",
+            module="Use WeightMapper(source_module, target_module) for two models",
+            path="Use WeightMapper.from_checkpoint(path, target_module) for a file",
+        )
         mapper = cls.__new__(cls)
         mapper._notes = []
         source = describe(source_state_dict, label=label)

@@ -36,18 +36,39 @@ def require_module(value: Any, argument: str, hint: str | None = None) -> None:
     """
     if not isinstance(value, nn.Module):
         meant = _hint(value, argument) if hint is None else hint
-        raise ArgumentTypeError(f"{argument} must be a model (an nn.Module), but it is {_what(value)}.{meant}")
+        raise ArgumentTypeError(f"{argument} must be a model (an nn.Module), but it is {what_it_is(value)}.{meant}")
 
 
-def require_state_dict(value: Any, argument: str) -> None:
-    """Refuse what is not a mapping of names to tensors; errors as in :func:`require_module`."""
+def require_state_dict(value: Any, argument: str, *, module: str = "", path: str = "") -> None:
+    """Refuse what is not a mapping of names to tensors; errors as in :func:`require_module`.
+
+    Args:
+        value: What was given.
+        argument: As what.
+        module: What to do with a module instead; by default to give its state dict.
+        path: What to do with a path; by default to load it.
+    """
     if not isinstance(value, Mapping):
         hint = ""
         if isinstance(value, nn.Module):
-            hint = " Use WeightMapper(source_module, target_module) for two models."
+            hint = f" {module or 'Give its state dict: model.state_dict()'}."
         elif isinstance(value, (str, os.PathLike)):
-            hint = " Use WeightMapper.from_checkpoint(path, target_module) for a file."
-        raise ArgumentTypeError(f"{argument} must map names to tensors, but it is {_what(value)}.{hint}")
+            hint = f" {path or 'Give its tensors: load_checkpoint_as_dict(path)'}."
+        raise ArgumentTypeError(f"{argument} must map names to tensors, but it is {what_it_is(value)}.{hint}")
+    for name in value:
+        if not isinstance(name, str):
+            raise ArgumentTypeError(f"{argument} must map names to tensors, but it has the key {name!r}, no text.")
+
+
+def require_state_dicts(values: Any, argument: str) -> None:
+    """Refuse what is not a list of state dicts; errors as in :func:`require_module`."""
+    if isinstance(values, (Mapping, nn.Module, str, os.PathLike)):
+        raise ArgumentTypeError(
+            f"{argument} must be a list of state dicts, but it is {what_it_is(values)}. Put it in a list, also if it "
+            "is the only one."
+        )
+    for number, value in enumerate(values):
+        require_state_dict(value, f"{argument}[{number}]")
 
 
 def require_path(value: Any, argument: str) -> None:
@@ -58,8 +79,12 @@ def require_path(value: Any, argument: str) -> None:
         MappingError: If it is empty.
     """
     if not isinstance(value, (str, os.PathLike)):
-        hint = " The path comes first, then the model." if isinstance(value, nn.Module) else ""
-        raise ArgumentTypeError(f"{argument} must be a path, but it is {_what(value)}.{hint}")
+        hint = ""
+        if isinstance(value, nn.Module) and argument == "checkpoint_path":
+            hint = " The path comes first, then the model."
+        elif argument == "plan" and hasattr(value, "plan"):
+            hint = " Its plan is its attribute: plan=result.plan."
+        raise ArgumentTypeError(f"{argument} must be a path, but it is {what_it_is(value)}.{hint}")
     if not os.fspath(value):
         what = "a plan" if argument == "plan" else "the checkpoint"
         raise MappingError(f"{argument} is empty. Give the path of {what}.")
@@ -77,17 +102,18 @@ def require_sample(args: Any, kwargs: Any) -> None:
     """
     if not isinstance(args, (tuple, list)):
         raise ArgumentTypeError(
-            f"example_args must be a tuple of the positional arguments of one call, but it is {_what(args)}. For a "
-            "single argument: example_args=(x,)."
+            f"example_args must be a tuple of the positional arguments of one call, but it is {what_it_is(args)}. For "
+            "a single argument: example_args=(x,)."
         )
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ArgumentTypeError(
-            f"example_kwargs must be a dict of keyword arguments, but it is {_what(kwargs)}: "
+            f"example_kwargs must be a dict of keyword arguments, but it is {what_it_is(kwargs)}: "
             'example_kwargs={"mask": mask}.'
         )
 
 
-def _what(value: Any) -> str:
+def what_it_is(value: Any) -> str:
+    """A value in a few words, for errors about arguments."""
     if isinstance(value, (str, Path)):
         return f"the path {os.fspath(value)!r}"
     if isinstance(value, Tensor):
@@ -95,7 +121,8 @@ def _what(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, Mapping):
-        return f"a state dict ({type(value).__name__} of {len(value)})"
+        kind = "a state dict" if any(isinstance(item, Tensor) for item in value.values()) else "a mapping"
+        return f"{kind} ({type(value).__name__} of {len(value)})"
     return "None" if value is None else f"of the type {type(value).__name__}"
 
 

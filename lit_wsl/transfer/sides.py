@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.errors import ArgumentTypeError, MappingError
 from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
-from lit_wsl.structure.description import kinds_and_types, require_path
+from lit_wsl.structure.description import kinds_and_types, require_path, require_state_dict, what_it_is
 from lit_wsl.structure.execution_order import (
     first_call,
     is_lazy,
@@ -165,8 +165,10 @@ def open_source(source: Given, checkpoint_weights: Which = "auto") -> Mapping[st
             raise MappingError(
                 f"source is a whole checkpoint, not a state dict: give the path of its file, or source[{inner[0]!r}]."
             )
+        require_state_dict(source, "source")
         return source
-    raise ArgumentTypeError(f"source must be a path, a state dict or a module, not {type(source).__name__}.")
+    hint = f" Make one first: {source.__name__}()." if isinstance(source, type) else ""
+    raise ArgumentTypeError(f"source must be a path, a state dict or a module, but it is {what_it_is(source)}.{hint}")
 
 
 def _has_tensors(mapping: Mapping[Any, Any]) -> bool:

@@ -20,11 +20,12 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from lit_wsl.errors import RebasinError
+from lit_wsl.errors import ArgumentTypeError, RebasinError
 from lit_wsl.rebasin.matching.descent import Descent, Progress, progress_bar
 from lit_wsl.rebasin.merging.merge import is_continuous, is_statistic
 from lit_wsl.rebasin.spec.axis import Permutations
-from lit_wsl.rebasin.spec.spec import PermutationSpec, permute_tensor
+from lit_wsl.rebasin.spec.spec import PermutationSpec, permute_tensor, require_spec
+from lit_wsl.structure.description import require_state_dict, require_state_dicts
 
 TaskVectors: TypeAlias = Sequence[Mapping[str, Tensor]]
 
@@ -122,6 +123,9 @@ def weight_matching(
         >>> torch.equal(apply_permutation(spec, found, shuffled)["0.weight"], net[0].weight)
         True
     """
+    require_spec(spec)
+    require_state_dict(reference, "reference")
+    require_state_dict(other, "other")
     whole, spec = spec, without_constants(spec, reference, other)
     names = matched_names(spec, reference, other)
     descent = Descent(spec, {n: reference[n] for n in names}, {n: other[n] for n in names}, device=device)
@@ -251,6 +255,8 @@ def task_vector(
     >>> task_vector({"w": torch.tensor([3.0])}, {"w": torch.tensor([1.0])})
     {'w': tensor([2.])}
     """
+    require_state_dict(finetuned, "finetuned")
+    require_state_dict(pretrained, "pretrained")
     vector = {}
     for name, tensor in finetuned.items():
         if not is_continuous(tensor):
@@ -301,6 +307,8 @@ def weight_matching_for_task_vectors(
     Raises:
         RebasinError: there is no task vector, or one does not fit the spec.
     """
+    require_spec(spec)
+    require_state_dicts(task_vectors, "task_vectors")
     if not task_vectors:
         raise RebasinError("no task vectors to match: give the reference and at least one other")
     reference = task_vectors[0]
@@ -362,7 +370,9 @@ def apply_permutation_to_task_vectors(
     given: dict[str, Any] = {"spec": spec, "permutations": permutations, "task_vectors": task_vectors}
     given.update(zip(names, arguments))
     if len(arguments) > len(names) or given["spec"] is None or given["task_vectors"] is None:
-        raise TypeError("give spec, permutations and task_vectors; or task_vectors and spec=spec to match them first")
+        raise ArgumentTypeError("give spec, permutations and task_vectors; or task_vectors and spec=spec to match them")
+    require_spec(given["spec"])
+    require_state_dicts(given["task_vectors"], "task_vectors")
     vectors = list(given["task_vectors"])
     found = given["permutations"]
     if found is None:

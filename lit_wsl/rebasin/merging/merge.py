@@ -34,6 +34,7 @@ from lit_wsl.rebasin.responses import (
     reestimate_batchnorm,
 )
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.structure.description import require_state_dict, require_state_dicts
 
 
 def is_continuous(tensor: Tensor) -> bool:
@@ -69,6 +70,7 @@ def average(state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float
     Raises:
         RebasinError: names, shapes or the number of weights don't fit, or weights below zero make a variance negative.
     """
+    require_state_dicts(state_dicts, "state_dicts")
     if not state_dicts:
         raise RebasinError("nothing to average: give at least one state dict")
     weights = [1.0 / len(state_dicts)] * len(state_dicts) if weights is None else list(weights)
@@ -239,6 +241,8 @@ def _on_arc(a: Tensor, b: Tensor, alpha: float, line: Tensor) -> Tensor:
 
 
 def _check_task_vectors(pretrained: Mapping[str, Tensor], task_vectors: Sequence[Mapping[str, Tensor]]) -> None:
+    require_state_dict(pretrained, "pretrained")
+    require_state_dicts(task_vectors, "task_vectors")
     for number, vector in enumerate(task_vectors):
         for name, delta in vector.items():
             if name not in pretrained:

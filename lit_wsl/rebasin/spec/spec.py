@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_wsl.errors import RebasinError, Summarised
+from lit_wsl.errors import ArgumentTypeError, RebasinError, Summarised
 from lit_wsl.rebasin.spec.axis import (
     FORMAT,
     VERSION,
@@ -41,6 +41,7 @@ from lit_wsl.rebasin.spec.axis import (
 from lit_wsl.rebasin.spec.axis import (
     AxisUse as AxisUse,
 )
+from lit_wsl.structure.description import require_state_dict, what_it_is
 
 if TYPE_CHECKING:
     from lit_wsl.rebasin.spec.axis import AxisSpec
@@ -515,6 +516,19 @@ def permute_axes(spec: PermutationSpec, name: str, tensor: Tensor, indices: Mapp
     return tensor
 
 
+def require_spec(value: Any) -> None:
+    """Refuse what is not a spec.
+
+    Raises:
+        ArgumentTypeError: With what was given.
+    """
+    if not isinstance(value, PermutationSpec):
+        raise ArgumentTypeError(
+            f"spec must be a PermutationSpec, but it is {what_it_is(value)}. The spec comes first; "
+            "infer_permutation_spec(model, example_args) makes one."
+        )
+
+
 def apply_permutation(
     spec: PermutationSpec, permutations: Permutations, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -532,6 +546,8 @@ def apply_permutation(
         RebasinError: A tensor that the spec moves is missing or has another shape; a permutation has the wrong shape,
             lacks a unit, or belongs to no group.
     """
+    require_spec(spec)
+    require_state_dict(state_dict, "state_dict")
     if unknown := sorted(set(permutations) - set(spec.groups)):
         raise RebasinError(f"No group of the spec is called {', '.join(map(repr, unknown[:5]))}.")
     for name, permutation in permutations.items():
