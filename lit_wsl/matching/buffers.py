@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from lit_wsl.matching.scoring import near
@@ -128,23 +129,22 @@ def twins_of(
 ) -> dict[str, ParameterInfo]:
     """By the target's names the source tensors of the same path and shape, where both sides count alike along it."""
     paths_s, paths_t = relative_paths(source), relative_paths(target)
+    by_path = {paths_s[s.name]: s for s in source}
+    found = ((path, t, by_path[path]) for t in target if (path := paths_t[t.name]) in by_path)
+    twins = [(path, t, s) for path, t, s in found if s.shape == t.shape]
+    if not twins:
+        return {}
     lists = [lists_along((path, 1) for path in paths.values()) for paths in (paths_s, paths_t)]
     unlike = unlike_lists(lists[0], lists[1], within=within)
-    by_path = {paths_s[s.name]: s for s in source}
-    found = {}
-    for t in target:
-        path = paths_t[t.name]
-        twin = by_path.get(path)
-        if twin is not None and twin.shape == t.shape and counts_alike(path, unlike):
-            found[t.name] = twin
-    return found
+    return {t.name: s for path, t, s in twins if counts_alike(path, unlike)}
 
 
 def relative_paths(infos: Sequence[ParameterInfo]) -> dict[str, str]:
     """Names, and what they are without the modules that all of the tensors stand in."""
-    paths = [info.name.split(".")[:-1] for info in infos]
-    shared = next((k for k, parts in enumerate(zip(*paths)) if len(set(parts)) > 1), min(map(len, paths), default=0))
-    return {info.name: ".".join(info.name.split(".")[shared:]) for info in infos}
+    ends = [edge((info.name for info in infos), default="") for edge in (min, max)]  # what both share, all share
+    shared = commonprefix(ends).rpartition(".")[0]  # noqa: RUF071 - letters, then cut at a dot
+    skipped = len(shared) + 1 if shared else 0
+    return {info.name: info.name[skipped:] for info in infos}
 
 
 def _within_module(

@@ -111,16 +111,20 @@ def _choice(entry: PlanEntry, copies: Copies) -> Ambiguity:
 
 def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
     """Places that hold the same names and shapes, the largest first: beside each other, or one beside its own copy."""
-    sizes: Counter[str] = Counter()
-    below: dict[str, dict[str, Shape]] = {}
+    lowest: Counter[str] = Counter()
     for name, shape in shapes.items():
-        numel = math.prod(shape)
-        for k in [k for k, c in enumerate(name) if c == "."][:DEPTH]:
-            sizes[name[: k + 1]] += numel
-            if shape:
-                below.setdefault(name[: k + 1], {})[name[k + 1 :]] = shape
+        lowest[name[: len(name) - len(name.split(".", DEPTH)[-1])]] += math.prod(shape)
+    sizes: Counter[str] = Counter()
+    for place, numel in lowest.items():
+        for k in (k for k, c in enumerate(place) if c == "."):
+            sizes[place[: k + 1]] += numel
     total = sum(n for place, n in sizes.items() if place.count(".") == 1)
-    large = [p for p, n in sizes.items() if n >= LARGE * total and len(below.get(p, ())) >= FEWEST]
+    below = {
+        place: {name[len(place) :]: shape for name, shape in shapes.items() if shape and name.startswith(place)}
+        for place, numel in sizes.items()
+        if numel >= LARGE * total
+    }
+    large = [place for place, inside in below.items() if len(inside) >= FEWEST]
     found: list[tuple[str, ...]] = []
     for place in large:
         around = place[:-1].rpartition(".")[0]

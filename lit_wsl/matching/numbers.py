@@ -104,8 +104,10 @@ def count_of(family: Family, side: Sequence[Family]) -> int:
 def counted_apart(s: Item, t: Item, region: Region) -> bool:
     """Whether two items are counted among the same numbers, and their own numbers differ."""
     along = _counted_along(s, t, region)
+    if not all(along):
+        return False
     known = [[region.lists[k][place].keys() for place, _ in side] for k, side in enumerate(along)]
-    if not all(along) or known[0] != known[1]:
+    if known[0] != known[1]:
         return False
     return [number for _, number in along[0]] != [number for _, number in along[1]]
 
@@ -125,7 +127,7 @@ def counted_down(s: Item, t: Item, region: Region) -> bool:
 def _counted_along(s: Item, t: Item, region: Region) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Of two items the places where they stand among others in a list, and their numbers there."""
     found = [
-        [(place, number) for place, number in counted(relative(item, root)) if len(lists.get(place, {})) > 1]
-        for item, root, lists in zip((s, t), (region.source, region.target), region.lists)
+        [(place, number) for place, number in counted(relative(item, root)) if len(root.lists.get(place, {})) > 1]
+        for item, root in ((s, region.source), (t, region.target))
     ]
     return found[0], found[1]

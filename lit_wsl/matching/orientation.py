@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 
 from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.operations import Concat, Operation, Permute, Reshape, Split, Transpose
@@ -112,6 +113,7 @@ def _joined_across(sources: Sequence[ParameterInfo], targets: Sequence[Parameter
     return square and len(whole[0].shape) == 2 and whole[0].shape[0] == parts[0].shape[0]
 
 
+@lru_cache(maxsize=4096)  # a model of many tensors has few shapes
 def _core(shape: Shape) -> Shape:
     return tuple(d for d in shape if d != 1)
 

@@ -23,7 +23,7 @@ from lit_wsl.matching.regions import Sides, ends_of
 from lit_wsl.matching.risks import margin_of, told
 from lit_wsl.matching.scoring import Context
 from lit_wsl.matching.selection import IncompatiblePairs, part_of, restrict
-from lit_wsl.matching.tree import TreeBuilder, layer_kind, stem_of
+from lit_wsl.matching.tree import ROLES, TreeBuilder, layer_kind, stem_of
 from lit_wsl.matching.words import plain_words
 from lit_wsl.plan.entries import SideSummary
 from lit_wsl.plan.operations import Operation, Transpose
@@ -155,10 +155,8 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
         infos = tuple(replace(i, name=renamed[i.name]) if i.name in renamed else i for i in side.parameters)
         sides.append(replace(side, parameters=infos) if renamed else side)
         names.append({new: old for old, new in renamed.items()})
-    plan = replace(
-        _build_lossless(sides[0], sides[1], options), source=SideSummary.of(whole), target=SideSummary.of(target)
-    )
-    plan = _named_back(plan, names[0], names[1])
+    summaries = SideSummary.of(whole), SideSummary.of(target)
+    plan = _named_back(_build_lossless(sides[0], sides[1], options, summaries), names[0], names[1])
     return plan if copies is None else settle(plan, copies, inside)
 
 
@@ -191,10 +189,17 @@ def _plain_leaves(infos: Sequence[ParameterInfo]) -> dict[str, str]:
     Only for modules that hold one scale, or a scale and a shift, and nothing below: ``gamma`` beside other modules is
     something else. Matrices keep their names, which may tell how they are stored.
     """
+    odd = {i.module_path for i in infos if len(i.shape) == 1 and i.leaf not in ROLES and layer_kind(i.leaf)}
+    if not odd:
+        return {}
     own: dict[str, list[ParameterInfo]] = {}
+    above: set[str] = set()
     for info in infos:
-        own.setdefault(info.module_path, []).append(info)
-    above = {path[:k] for path in own for k, c in enumerate(path) if c == "."}
+        path = info.module_path
+        if path in odd:
+            own.setdefault(path, []).append(info)
+        while path and (path := path.rpartition(".")[0]) not in above:
+            above.add(path)
     found: dict[str, str] = {}
     for path, members in own.items():
         kinds = {i.leaf: layer_kind(i.leaf) for i in members if len(i.shape) == 1}
@@ -215,7 +220,12 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _build_lossless(source: ModelDescription, target: ModelDescription, options: MatchingOptions) -> TransferPlan:
+def _build_lossless(
+    source: ModelDescription,
+    target: ModelDescription,
+    options: MatchingOptions,
+    summaries: tuple[SideSummary, SideSummary],
+) -> TransferPlan:
     """The plan of lossless operations alone."""
     weights_s, buffers_s, weights_t, _ = split_kinds(source, target, alone=options.buffers != "exclude")
     ties = Counter(source.tied.values())
@@ -269,8 +279,8 @@ def _build_lossless(source: ModelDescription, target: ModelDescription, options:
     entries, ambiguous, unmatched_source, unmatched_target = writer.finish()
     return TransferPlan(
         entries=entries,
-        source=SideSummary.of(source),
-        target=SideSummary.of(target),
+        source=summaries[0],
+        target=summaries[1],
         ambiguous=ambiguous,
         unmatched_source=unmatched_source,
         unmatched_target=unmatched_target,
@@ -296,10 +306,14 @@ BY_CHANCE = 100  # one model in so many is in alphabetical order without meaning
 def by_alphabet(infos: Sequence[ParameterInfo]) -> bool:
     """Whether all modules of a side are registered in alphabetical order, which no other order is by chance."""
     below: dict[str, dict[str, None]] = {}
+    known = {""}
     for info in infos:
-        parts = info.name.split(".")[:-1]
-        for k, part in enumerate(parts):
-            below.setdefault(".".join(parts[:k]), {})[part] = None
+        path = info.module_path
+        while path not in known:
+            known.add(path)
+            around, _, part = path.rpartition(".")
+            below.setdefault(around, {})[part] = None
+            path = around
     levels = {tuple(n for n in names if len(n) > 1 and not n.isdigit()) for names in below.values()}  # letters count
     if any(list(names) != sorted(names) for names in levels):
         return False

@@ -97,6 +97,7 @@ _VARIETIES = {
 }
 
 
+@lru_cache(maxsize=100_000)
 def told(cell: str) -> str:
     """A kind of evidence in words, and how often it was wrong where it was counted."""
     base, *varieties = cell.split(", ")

@@ -178,9 +178,12 @@ def cut_by_shapes(
 
 
 def _by(key: Callable[[Item], Shapes], items: Sequence[Item]) -> dict[Shapes, list[Item]]:
+    known: dict[int, Shapes] = {}
     found: dict[Shapes, list[Item]] = {}
     for item in items:
-        found.setdefault(key(item), []).append(item)
+        if item.structure not in known:
+            known[item.structure] = key(item)
+        found.setdefault(known[item.structure], []).append(item)
     return found
 
 

@@ -18,7 +18,7 @@ from lit_wsl.matching.words import Lists, lists_along, split_numbers
 from lit_wsl.plan.operations import Operation
 from lit_wsl.structure.description import ParameterInfo, Shape
 
-_ROLES = ("weight", "bias")
+ROLES = ("weight", "bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +97,21 @@ class Item:
     @cached_property
     def rank(self) -> int:
         """Largest number of axes (sizes of one left out) of any tensor below."""
-        return max(len(key) for key in self.profile)
+        return max(t.rank for t in self.tensors) if self.level else len(shape_key(self.shape))
 
     @cached_property
     def main(self) -> Item:
         """The largest tensor below; the first of equals."""
         return max(self.tensors, key=lambda t: (t.numel, -t.start))
+
+
+def _node(prefix: str, nodes: dict[str, dict[str, object]]) -> dict[str, object]:
+    """What stands below a prefix of names; prefixes and the keys of modules end with a dot."""
+    if prefix not in nodes:
+        part = prefix[:-1].rpartition(".")[2] + "."
+        nodes[prefix] = {}
+        _node(prefix[: len(prefix) - len(part)], nodes)[part] = nodes[prefix]
+    return nodes[prefix]
 
 
 @lru_cache(maxsize=4096)  # a model of many tensors has few shapes
@@ -132,13 +141,10 @@ class TreeBuilder:
             of registration, except that the tensors of a module (and of a unit) stand together.
         """
         nested: dict[str, object] = {}
+        nodes = {"": nested}
         for info in infos:
-            node = nested
-            *modules, leaf = info.name.split(".")
-            for part in modules:
-                below = node.setdefault(part + ".", {})
-                node = below  # type: ignore[assignment]
-            node[leaf] = info
+            leaf = info.leaf
+            _node(info.name[: len(info.name) - len(leaf)], nodes)[leaf] = info
         order: list[ParameterInfo] = []
         return self._module("", nested, order), order
 
@@ -203,7 +209,7 @@ def stem_of(leaf: str) -> str:
     >>> stem_of("in_proj_weight"), stem_of("weight"), stem_of("gamma_1")
     ('in_proj', '', 'gamma_1')
     """
-    return "_".join(part for part in leaf.split("_") if part.lower() not in _ROLES)
+    return "_".join(part for part in leaf.split("_") if part.lower() not in ROLES)
 
 
 def role_of(name: str) -> str:
@@ -212,8 +218,12 @@ def role_of(name: str) -> str:
     >>> role_of("attn.in_proj_weight"), role_of("norm.bias"), role_of("gamma")
     ('weight', 'bias', 'gamma')
     """
-    leaf = name.rpartition(".")[2]
-    return next((part.lower() for part in leaf.split("_") if part.lower() in _ROLES), leaf)
+    return _role(name.rpartition(".")[2])
+
+
+@lru_cache(maxsize=4096)
+def _role(leaf: str) -> str:
+    return next((part.lower() for part in leaf.split("_") if part.lower() in ROLES), leaf)
 
 
 _SHIFTS, _SCALES = frozenset(("bias", "beta", "shift")), frozenset(("weight", "gamma", "scale", "kernel", "matrix"))
@@ -263,7 +273,8 @@ def owner_path(name: str) -> str:
     >>> owner_path("attn.q.weight"), owner_path("pos_embed")
     ('attn.q', 'pos_embed')
     """
-    return name.rpartition(".")[0] if role_of(name) in _ROLES and "." in name else name
+    path, dot, leaf = name.rpartition(".")
+    return path if dot and _role(leaf) in ROLES else name
 
 
 def relative(item: Item, root: Item) -> str:
@@ -280,7 +291,7 @@ def place_in(item: Item, root: Item) -> str:
 
 def _without_role(path: str) -> str:
     head, _, leaf = path.rpartition(".")
-    return head if head and leaf in _ROLES else path
+    return head if head and leaf in ROLES else path
 
 
 @dataclass(frozen=True)
