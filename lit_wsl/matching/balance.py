@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from scipy.special import ndtr
@@ -74,6 +75,7 @@ class Balance:
                     own = sorted({parts[name] for name in names if name in parts})
                     self._places.append((relation, copy, names, own))
         self._known: dict[tuple[int, ...], float] = {}
+        self._looked: dict[tuple[Any, ...], float] = {}
         self._values: dict[int, dict[str, Tensor]] = {}
         self._held = 0
         self._said: dict[tuple[int, ...], list[float]] = {}
@@ -89,17 +91,26 @@ class Balance:
         return self._said[choice]
 
     def _look(self, choice: Sequence[int]) -> list[float]:
-        dark = {number for number, part in enumerate(self.space.parts) if choice[part.which] < 0}
-        entries = {
-            t: e for k in range(len(self.space.parts)) for e in self.space.entries_of(k, choice) for t in e.targets
-        }
+        space = self.space
+        said = [tuple(choice[d] for d in space.all_of(number)) for number in range(len(space.parts))]
         found = []
-        for place, (relation, copy, names, parts) in enumerate(self._places):
-            key = place, *(id(entries.get(name)) for name in names)
-            if key not in self._known and self.in_time():
-                self._known[key] = self._agreement(relation, copy, names, entries)
-            found.append(0.0 if dark.intersection(parts) else self._known.get(key, 0.0))
+        for place, (_, _, _, parts) in enumerate(self._places):
+            key = place, *(said[number] for number in parts)
+            if key not in self._looked:
+                self._looked[key] = self._at(place, choice)
+            found.append(self._looked[key])
         return found
+
+    def _at(self, place: int, choice: Sequence[int]) -> float:
+        """The agreement at one place; zero where a layer is switched off, or where there is no time to look."""
+        relation, copy, names, parts = self._places[place]
+        if any(choice[self.space.parts[number].which] < 0 for number in parts):
+            return 0.0
+        entries = {t: e for number in parts for e in self.space.entries_of(number, choice) for t in e.targets}
+        key = place, *(id(entries.get(name)) for name in names)
+        if key not in self._known and self.in_time():
+            self._known[key] = self._agreement(relation, copy, names, entries)
+        return self._known.get(key, 0.0)
 
     def _agreement(
         self, relation: Relation, copy: int, names: Sequence[str], entries: Mapping[str, PlanEntry]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lit_wsl.matching.tree import role_of, stem_of
@@ -97,6 +97,32 @@ def single(unit: Unit) -> list[Unit]:
     return [
         Unit(f"{unit.path}.{leaf}", (copies,), (shape,)) for leaf, copies, shape in zip(leaves, unit.names, unit.shapes)
     ]
+
+
+def lists(units: Sequence[Unit]) -> list[Region]:
+    """Layers that are alike and counted, each list as the copies of one layer."""
+    found: dict[tuple[str, str], list[Unit]] = {}
+    for unit in units:
+        numbered = re.fullmatch(r"(.*?)\.?(\d+)((?:\.\D[^.]*)*)", unit.path)
+        if numbered and numbered[1]:
+            found.setdefault((numbered[1], numbered[3]), []).append(unit)
+    return [
+        Region(
+            tuple(f"{unit.path}." for unit in own),
+            (Unit("", tuple(zip(*(tuple(n[0] for n in unit.names) for unit in own))), own[0].shapes),),
+        )
+        for own in found.values()
+        if len(own) > 1 and len({unit.shapes for unit in own}) == 1
+    ]
+
+
+def merged(regions: Sequence[Region]) -> Region:
+    """Lists of as many copies as one: what stands at one number belongs together."""
+    units = []
+    for region in regions:
+        home = re.sub(r"\.?\d+\.$", "", region.copies[0])
+        units += [replace(unit, path=f"{home}.{unit.path}".rstrip(".")) for unit in region.units]
+    return Region(regions[0].copies, tuple(units))
 
 
 def regions(side: ModelDescription) -> list[Region]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import combinations, pairwise
+from functools import cache, cached_property
+from itertools import combinations, pairwise, product
 
-from lit_wsl.matching.layers import Region, Unit, apart, core, dissolved, is_kernel, is_square, single
+from lit_wsl.matching.layers import Region, Unit, apart, core, dissolved, is_kernel, is_square, lists, merged, single
 from lit_wsl.matching.shapes import join_axis, operations_between
 from lit_wsl.matching.tree import role_of
 from lit_wsl.structure.description import Shape
 
 MAX_OPTIONS = 1536  # two modules of four layers have 1152
+MAX_LISTS = 8  # lists of single layers of which all subsets are tried
 FREE, WHOLE_BY_WHOLE, MODULE_BY_MODULE = range(3)
 
 Cover = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (wholes or sources, targets)
@@ -110,17 +111,17 @@ def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, level: i
         pairs = {(modules[p], homes[k]) for k, own in enumerate([*chosen, group]) for p in own}
         return len(pairs) == len({m for m, _ in pairs}) == len({h for _, h in pairs})
 
+    @cache
+    def makes_up(w: int, group: tuple[int, ...]) -> bool:
+        if len(group) == 1:
+            return fits(*((parts[group[0]], wholes[w]) if fuse else (wholes[w], parts[group[0]]))) is not None
+        if level >= WHOLE_BY_WHOLE and len({modules[p] for p in group}) > 1:
+            return False
+        return joins(wholes[w], [parts[p] for p in group]) is not None
+
     def options(w: int, free: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        for p in free:
-            s, t = (parts[p], wholes[w]) if fuse else (wholes[w], parts[p])
-            if fits(s, t) is not None:
-                yield (p,)
-        for m in range(2, min(4, spare + 1) + 1):
-            for group in combinations(free, m):
-                if level >= WHOLE_BY_WHOLE and len({modules[p] for p in group}) > 1:
-                    continue
-                if joins(wholes[w], [parts[p] for p in group]) is not None:
-                    yield group
+        for m in range(1, min(4, spare + 1) + 1):
+            yield from (group for group in combinations(free, m) if makes_up(w, group))
 
     def recurse(w: int, free: tuple[int, ...], chosen: list) -> None:
         if len(found) > limit:
@@ -284,6 +285,40 @@ class Part:
         """Its own decisions, which goes where first."""
         more = (d for d in (self.turn, self.layout) if d is not None)
         return [self.which, *self.order.values(), *self.heads.values(), *more]
+
+
+def paired_lists(
+    source: Sequence[Region], target: Sequence[Region]
+) -> tuple[list[list[Region]], list[tuple[Region, Region]]]:
+    """Lists that make up the same together though they are other lists: blocks in one, each kind of layer in its own.
+
+    Args:
+        source: What is outside of all regions, and the regions that found no counterpart.
+        target: The same of the other side.
+
+    Returns:
+        What is left of both, and the pairs.
+    """
+    sides, pairs = [list(source), list(target)], []
+    thin = [lists(side[0].units) for side in sides]
+    for count in sorted({len(region.copies) for side in sides for region in side[1:]}):
+        whole = [[r for r in side[1:] if len(r.copies) == count] for side in sides]
+        own = [[r for r in side if len(r.copies) == count][:MAX_LISTS] for side in thin]
+        more = [[list(c) for m in range(len(side) + 1) for c in combinations(side, m)] for side in own]
+        for chosen in sorted(product(*more), key=lambda both: sum(map(len, both))):
+            made = [[*a, *b] for a, b in zip(whole, chosen)]
+            if all(made) and len({sum(r.elements for r in side) for side in made}) == 1:
+                pairs.append((merged(made[0]), merged(made[1])))
+                sides = [_without(side, taken) for side, taken in zip(sides, made)]
+                break
+    return sides, pairs
+
+
+def _without(side: Sequence[Region], taken: Sequence[Region]) -> list[Region]:
+    """What is outside of all, and regions, without some that were taken."""
+    names = {name for region in taken for name in region.names}
+    outside = tuple(unit for unit in side[0].units if not names.issuperset(unit.all_names))
+    return [Region(side[0].copies, outside), *(region for region in side[1:] if region not in taken)]
 
 
 def with_dissolved(outside: Region, lonely: Sequence[Region], other: Region) -> Region:

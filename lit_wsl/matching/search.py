@@ -32,6 +32,7 @@ MAX_STARTS = 24  # orders of norms that are started from
 IN_STEP = 0.6  # share of its budget after which nothing else is tried where gates in one order were
 FEW_COVERS = 64  # ways to assign layers that are all tried
 BUSY = 3.0  # so many times as long may a search take where others compute, too
+ASKED = 0.02  # seconds between two looks at the clock, which are no cheaper than a trial on some machines
 OFF = -1
 WHOLE = -1
 
@@ -47,6 +48,8 @@ class Budget:
     meter: LossMeter
     started: float = field(default_factory=time.monotonic)
     computed: float = field(default_factory=time.thread_time)
+    spent: float = 0.0
+    asked: float = -math.inf
 
     def left(self, share: float = 1.0) -> bool:
         """Whether another trial may be made within a share of the budget."""
@@ -63,8 +66,10 @@ class Budget:
         On a machine with other work only the seconds count in which this process came to compute, or a third of all, so
         that answers don't depend on who else is there.
         """
-        waited = (time.monotonic() - self.started) / BUSY
-        return max(waited, time.thread_time() - self.computed) < share * self.seconds
+        now = time.monotonic()
+        if now - self.asked > ASKED:
+            self.asked, self.spent = now, max((now - self.started) / BUSY, time.thread_time() - self.computed)
+        return self.spent < share * self.seconds
 
 
 class Trials:
@@ -228,16 +233,19 @@ class Search:
         balance = self.trials.balance
         if balance is None:
             return choice
-        starts = [choice]
-        for part in (part for part in self.space.parts if not part.has_matrices):
-            if len(starts) * len(part.covers) <= MAX_STARTS:
-                starts = [one for start in starts for one in self._with(start, part.which)]
-        return max((self._settled(start, balance) for start in starts), key=balance.total)
+        for region in range(len(self.space.regions)):  # what is in one says nothing about another
+            parts = [part for part in self.space.parts if part.region == region]
+            starts = [choice]
+            for part in (part for part in parts if not part.has_matrices):
+                if len(starts) * len(part.covers) <= MAX_STARTS:
+                    starts = [one for start in starts for one in self._with(start, part.which)]
+            choice = max((self._settled(start, parts, balance) for start in starts), key=balance.total)
+        return choice
 
-    def _settled(self, choice: Choice, balance: Balance) -> Choice:
+    def _settled(self, choice: Choice, parts: Sequence[Part], balance: Balance) -> Choice:
         for _ in range(SWEEPS):
             before = choice
-            for part in self.space.parts:
+            for part in parts:
                 choice = max([choice, *self._jointly(choice, part)], key=balance.total)
             if choice == before or not self.left:
                 break

@@ -26,13 +26,14 @@ from lit_wsl.matching.parts import (
     fits,
     groups_of,
     joins,
+    paired_lists,
     spell_parts,
     taken_apart,
     vector_axis,
     with_dissolved,
 )
 from lit_wsl.matching.shapes import transpose_shape
-from lit_wsl.matching.turns import by_head, is_turn, laid_out, layouts_of, listed, transposed, turned, turns
+from lit_wsl.matching.turns import by_head, groupings, is_turn, laid_out, layouts_of, listed, transposed, turned, turns
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import (
     Concat,
@@ -82,6 +83,7 @@ class Space:
         self.numbering: dict[int, int] = {}
         self.rotary: int | None = None
         self.gates: int | None = None
+        self._all: dict[int, list[int]] = {}
         self._known: dict[tuple[int, tuple[int, ...]], list[PlanEntry]] = {}
         self._pieces: dict[tuple[Any, ...], list[PlanEntry]] = {}
         self._buffers: tuple[dict[str, list[ParameterInfo]], dict[str, list[ParameterInfo]]] = ({}, {})
@@ -137,8 +139,10 @@ class Space:
                 pairs.append((a, b))
             else:
                 lonely.append(a)
-        outside = [with_dissolved(*sides) for sides in ((theirs[0], lonely, ours[0]), (ours[0], free, theirs[0]))]
-        pairs = [(outside[0], outside[1]), *pairs]
+        outer, inner = paired_lists((theirs[0], *lonely), (ours[0], *free))
+        (a, *lonely), (b, *free) = outer
+        outside = with_dissolved(a, lonely, b), with_dissolved(b, free, a)
+        pairs = [outside, *inner, *pairs]
         return [
             (Region(a.copies, taken_apart(a.units, b.units)), Region(b.copies, taken_apart(b.units, a.units)))
             for a, b in pairs
@@ -234,11 +238,11 @@ class Space:
         orders.sort(key=lambda o: o != known)
         told = bool(known) and not any(map(self._open, part.units(cover)[1]))
         part.order[key] = self._add(f"order of the parts of {key[0]}", orders, [listed(o) for o in orders], told)
-        if key[1] == 3 and parts[0].times == 1:
-            least = min(min(u.shapes[0]) for u in parts)
-            groups = [1, *(g for g in range(2, min(least, 128) + 1) if least % g == 0 and least // g > 1)]
-            labels = ["one after another", *(f"by {g} groups of heads" for g in groups[1:])]
-            part.heads[key] = self._add(f"heads of {key[0]}", groups, labels, told)
+        whole = part.target[cover[1][0]] if len(cover[0]) > 1 else part.source[cover[0][0]]
+        axis, turn = joins(whole, parts) or (0, False)
+        groups = groupings(min((transpose_shape(u.shapes[0]) if turn else u.shapes[0])[axis] for u in parts), key[1])
+        labels = ["one after another", *(f"by {g} groups of heads" for g in groups[1:])]
+        part.heads[key] = self._add(f"heads of {key[0]}", groups, labels, told)
 
     def _open(self, unit: Unit) -> bool:
         if self.hidden and unit.shapes[0][:1] == (self.hidden,):
@@ -354,11 +358,17 @@ class Space:
                 made[part.order[key]] = self.decisions[part.order[key]].options.index(tuple(order))
             yield tuple(made)
 
+    def all_of(self, number: int) -> list[int]:
+        """All decisions that say what becomes of a group of layers."""
+        if number not in self._all:
+            part = self.parts[number]
+            shared = (self.numbering.get(part.region), self.rotary, self.gates)
+            self._all[number] = [d for d in (*part.decisions, *shared) if d is not None]
+        return self._all[number]
+
     def entries_of(self, number: int, choice: Sequence[int]) -> list[PlanEntry]:
         """The entries that a choice means for a group of layers; the same objects wherever it means the same."""
-        part = self.parts[number]
-        shared = (self.numbering.get(part.region), self.rotary, self.gates)
-        key = number, tuple(choice[d] for d in (*part.decisions, *shared) if d is not None)
+        key = number, tuple(choice[d] for d in self.all_of(number))
         if key not in self._known:
             self._known[key] = self._entries_of(number, choice)
         return self._known[key]
@@ -465,10 +475,11 @@ class Space:
                 turn = bool(pick(part.turn))
             sizes = tuple((transpose_shape(s) if turn else s)[axis] for s in shapes)
             rotary = self._rotary_of(parts, shapes, pick)
-            alternating = by_head(whole_shape, sizes, heads, join, axis) if stacked == 1 else None
-            turn = turn if alternating is None or axis == 0 else not turn  # by head they are joined by rows
-            side = transposed(shapes[0]) if turn else ()
+            lead = int(stacked > 1 or (j == 0 and axis > 0 and len(whole_shape) == 3) or (j > 0 and axis > 0))
             axis += stacked > 1
+            alternating = by_head(whole_shape, sizes, heads, join, axis, lead)
+            turn = turn if alternating is None or axis == lead else not turn  # by head they are joined by rows
+            side = transposed(shapes[0]) if turn else ()
             chain = alternating or ((Concat(axis, sizes),) if join else (Split(axis, sizes),))
             before = (*rotary, *side, Stack(0, stacked)) if stacked > 1 else (*rotary, *side)
             after = (Unstack(0, stacked), *side, *rotary) if stacked > 1 else (*side, *rotary)

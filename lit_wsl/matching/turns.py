@@ -7,7 +7,7 @@ from itertools import permutations
 from typing import Any
 
 from lit_wsl.matching.layers import is_kernel
-from lit_wsl.matching.shapes import operations_between
+from lit_wsl.matching.shapes import operations_between, transpose_shape
 from lit_wsl.plan.operations import Concat, Operation, Permute, Reorder, Reshape, Split, Transpose
 from lit_wsl.structure.description import Shape
 
@@ -36,20 +36,42 @@ def is_turn(op: Operation) -> bool:
     return isinstance(op, Transpose) or op == Permute((0, 2, 1))
 
 
-def by_head(whole: Shape, sizes: Sequence[int], groups: int, join: bool, axis: int) -> tuple[Operation, ...] | None:
-    """How parts make up rows, or columns, of a whole that take turns head by head; nothing if they can't."""
+def by_head(
+    whole: Shape, sizes: Sequence[int], groups: int, join: bool, axis: int, lead: int = 0
+) -> tuple[Operation, ...] | None:
+    """How parts make up rows, or columns, of a whole that take turns head by head; nothing if they can't.
+
+    Args:
+        whole: Shape of the whole.
+        sizes: Of the parts, along the axis.
+        groups: How often they take turns.
+        join: Whether the parts become the whole, or the whole its parts.
+        axis: Along which they are joined.
+        lead: Axes that a stack has in front.
+    """
     least = min(sizes)
-    if groups == 1 or len(whole) > 2 or least % groups or any(size % least for size in sizes):
+    if groups == 1 or least % groups or any(size % least for size in sizes):
         return None
-    if axis == 1:
-        rows = by_head(whole[::-1], sizes, groups, join, 0) or ()
-        return (*rows, Transpose()) if join else (Transpose(), *rows)
+    if axis > lead:
+        rows = by_head(transpose_shape(whole), sizes, groups, join, lead, lead) or ()
+        turn = transposed(whole)
+        return (*rows, *turn) if join else (*turn, *rows)
     heads, width = tuple(size // least for size in sizes), least // groups
-    grouped, part, flat = (groups, sum(heads), width), (groups, -1, width), (-1,)
-    rest = whole[1:]
+    first, rest = whole[:lead], whole[lead + 1 :]
+    grouped, part, flat = (
+        (*first, *inner, *rest) for inner in ((groups, sum(heads), width), (groups, -1, width), (-1,))
+    )
     if join:
-        return (Reshape((*flat, *rest), (*part, *rest)), Concat(1, heads), Reshape((*grouped, *rest), whole))
-    return (Reshape(whole, (*grouped, *rest)), Split(1, heads), Reshape((*part, *rest), (*flat, *rest)))
+        return (Reshape(flat, part), Concat(lead + 1, heads), Reshape(grouped, whole))
+    return (Reshape(whole, grouped), Split(lead + 1, heads), Reshape(part, flat))
+
+
+def groupings(rows: int, parts: int) -> list[int]:
+    """How often parts of so many rows may take turns in a whole: not at all, by head, or two of them row by row."""
+    if parts > 3:
+        return [1]
+    heads = [g for g in range(2, min(rows - 1, 128) + 1) if rows % g == 0]
+    return [1, *heads, rows] if parts == 2 and rows > 1 else [1, *heads]
 
 
 def layouts_of(width: int) -> tuple[list[Any], list[str]]:

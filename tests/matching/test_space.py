@@ -106,6 +106,40 @@ def square_stacks():
     return old, new, truth
 
 
+def alternating_parts():
+    """Keys and values in one by head, gate and up of stacked experts in one row by row."""
+    experts = {f"{k}": {"gate": layer(8, 10, False), "up": layer(8, 10, False)} for k in range(3)}
+    old = Net({"attn": {"k": layer(4, D), "v": layer(4, D)}, "experts": experts})
+    new = Net({"a": {"x": layer(8, D)}, "e": {"y": {"weight": (3, 10, 16)}}})
+
+    def truth(s):
+        k, v = ({n: s[f"attn.{p}.{n}"] for n in ("weight", "bias")} for p in "kv")
+        out = {
+            f"a.x.{n}": torch.stack([k[n].unflatten(0, (2, 2)), v[n].unflatten(0, (2, 2))], 1).flatten(0, 2) for n in k
+        }
+        both = [[s[f"experts.{k}.{n}.weight"] for n in ("gate", "up")] for k in range(3)]
+        return {**out, "e.y.weight": torch.stack([torch.stack(own, 1).flatten(0, 1).T for own in both])}
+
+    return old, new, truth
+
+
+def lists_of_layers():
+    """Blocks in one list, against a list for each of their layers, one of them of plain parameters."""
+    old = Net({"b": {f"{k}": {"mix": layer(4, D), "scale": {"weight": (D,)}, "out": layer(D, 4)} for k in range(4)}})
+    new = Net({"m": {f"{k}": layer(4, D) for k in range(4)}, "o": {f"{k}": layer(D, 4) for k in range(4)}})
+    new.add_module("g", parameters(**{str(k): (D, 1, 1) for k in range(4)}))
+
+    def truth(s):
+        out = {}
+        for k in range(4):
+            for ours, theirs in (("m", "mix"), ("o", "out")):
+                out |= {f"{ours}.{k}.{n}": s[f"b.{3 - k}.{theirs}.{n}"] for n in ("weight", "bias")}
+            out[f"g.{k}"] = s[f"b.{3 - k}.scale.weight"][:, None, None]
+        return out
+
+    return old, new, truth
+
+
 def reversed_case(case):
     """The same, from the new model to the old one."""
 
@@ -140,7 +174,8 @@ def two_attentions():
     return old, new, truth
 
 
-CASES = [turned_layout, stacked_experts, fused_experts, turned_parts, square_stacks, two_attentions]
+CASES = [turned_layout, stacked_experts, fused_experts, turned_parts, square_stacks, alternating_parts, lists_of_layers]
+CASES.append(two_attentions)
 
 
 @pytest.mark.parametrize("case", [*CASES, *map(reversed_case, CASES)])
