@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from scipy.special import stdtr
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from lit_wsl.errors import listed
 from lit_wsl.matching.balance import Balance
 from lit_wsl.matching.entries import cast_between
+from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.search import FEW_COVERS, Budget, Choice, Search, Trials
 from lit_wsl.matching.space import Space, filled, is_doubtful, is_only_renamed
-from lit_wsl.matching.symmetries import Gradients
+from lit_wsl.matching.symmetries import Gradients, turnings
 from lit_wsl.matching.witnesses import AGREES, risk_by_gradient, risk_of, unrest
 from lit_wsl.plan.entries import Ambiguity, Candidate, Decided, Measured, PlanEntry, Proof, ProofBy
 from lit_wsl.plan.plan import TransferPlan
@@ -257,19 +259,21 @@ def _judge(
     budget: Budget,
 ) -> TransferPlan:
     space = Space(*sides, plan)
-    asked = {t for entry, _ in space.entries(space.first) for t in entry.targets} if space.is_open else set()
-    fixed = _values([e for e in plan if not asked.intersection(e.targets)], tensors)
     bench = _Bench(tensors, meter, budget, meter.losses({}, 0))
     if not space.is_open:
         return _as_planned(plan, bench, [e for e in plan if is_doubtful(e)])
-    trials = Trials(space, tensors, meter, fixed, budget)
-    trials.balance = _balance(trials, meter)
-    judge = LossJudge(trials)
-    questioned = [e for e in plan if asked.intersection(e.targets)]
-    search = Search(trials, SEARCH)
-    choice = search.find()
+    gradients = _gradients(meter)
+    turns = turnings(regions(sides[1]), gradients) if gradients else []
+    judge, choice = _searched(Space(*sides, plan, turns) if turns else space, plan, bench, gradients)
+    if RESTLESS <= judge.unrest(choice) < math.inf:
+        wide = Space(*sides, plan, turns, wide=True)
+        if len(wide.decisions) > len(judge.space.decisions):
+            judge, choice = _searched(wide, plan, bench, gradients, judge.trials.tried)
     if judge.unrest(choice) >= RESTLESS:
-        choice = search.widen(choice)
+        choice = Search(judge.trials, SEARCH).widen(choice)
+    trials = judge.trials
+    asked = {t for entry, _ in judge.space.entries(choice) for t in entry.targets}
+    questioned = [e for e in plan if asked.intersection(e.targets)]
     better, risks = judge.test(choice)
     while better != choice and budget.left():
         choice = min(better, Search(trials, 1.0).climb(better), key=lambda c: trials.mean(c, trials.size))
@@ -291,13 +295,34 @@ def _judge(
     return _verdict(judged, bench, final, decisions)
 
 
-def _balance(trials: Trials, meter: LossMeter) -> Balance | None:
-    """What the weights tell without a pass, seen in gradients of the model at weights that hide nothing."""
+def _searched(
+    space: Space, plan: TransferPlan, bench: _Bench, gradients: Gradients | None, before: int = 0
+) -> tuple[LossJudge, Choice]:
+    """What a search finds among all that is open."""
+    asked = {t for entry, _ in space.entries(space.first) for t in entry.targets}
+    fixed = _values([e for e in plan if not asked.intersection(e.targets)], bench.tensors)
+    trials = Trials(space, bench.tensors, bench.meter, fixed, bench.budget, before)
+    trials.balance = _balance(trials, gradients)
+    return LossJudge(trials), Search(trials, SEARCH).find()
+
+
+def _gradients(meter: LossMeter) -> Gradients | None:
+    """Gradients of the model at weights that hide nothing."""
     try:
         weights = shaken_state(meter.model)
-        gradients = Gradients(weights, [slopes for _, slopes in meter.gradients(weights, 0)])
-        return Balance(trials.space, trials.tensors, trials.fixed, gradients, lambda: trials.budget.in_time(0.5))
-    except (RuntimeError, ValueError, KeyError):  # a loss without a gradient
+        return Gradients(weights, [slopes for _, slopes in meter.gradients(weights, 0)])
+    except (RuntimeError, ValueError):  # a loss without a gradient
+        return None
+
+
+def _balance(trials: Trials, gradients: Gradients | None) -> Balance | None:
+    """What the weights tell without a pass."""
+    if gradients is None:
+        return None
+    try:
+        in_time = partial(trials.budget.in_time, 0.5)
+        return Balance(trials.space, trials.tensors, trials.fixed, gradients, in_time)
+    except (RuntimeError, ValueError, KeyError):
         return None
 
 

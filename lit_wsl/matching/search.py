@@ -81,6 +81,7 @@ class Trials:
         meter: Measures losses; what one sample holds is known to it, since it has measured the fresh model.
         fixed: Values of what is not open, by name in the model.
         budget: What it may cost.
+        before: How many choices were tried before, about other questions.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class Trials:
         meter: LossMeter,
         fixed: Mapping[str, Tensor],
         budget: Budget,
+        before: int = 0,
     ) -> None:
+        self.before = before
         self.space, self.tensors, self.meter, self.fixed, self.budget = space, tensors, meter, fixed, budget
         self.balance: Balance | None = None  # what the weights tell without a pass, where gradients could be taken
         self.seen: dict[tuple[Choice, int, int], list[float]] = {}
@@ -152,7 +155,7 @@ class Trials:
     @property
     def tried(self) -> int:
         """How many choices were tried."""
-        return len({choice for choice, _, _ in self.seen})
+        return self.before + len({choice for choice, _, _ in self.seen})
 
     @property
     def best(self) -> Choice:

@@ -32,7 +32,9 @@ from lit_wsl.matching.parts import (
     vector_axis,
     with_dissolved,
 )
+from lit_wsl.matching.rotary import Rotations
 from lit_wsl.matching.shapes import transpose_shape
+from lit_wsl.matching.symmetries import Turning
 from lit_wsl.matching.turns import by_head, groupings, is_turn, laid_out, layouts_of, listed, transposed, turned, turns
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import (
@@ -71,13 +73,23 @@ class Space:
         source: The checkpoint's side.
         target: The model's side.
         plan: What names and structure say. What it is sure of is no question.
+        turnings: Rows that turn with their position, as the model's gradient shows.
+        wide: Whether what is rare is asked, too: two parts that alternate, head by head or row by row.
 
     Attributes:
         decisions: What is open; some may have one option only.
     """
 
-    def __init__(self, source: ModelDescription, target: ModelDescription, plan: TransferPlan) -> None:
-        self.source, self.target = source, target
+    def __init__(
+        self,
+        source: ModelDescription,
+        target: ModelDescription,
+        plan: TransferPlan,
+        turnings: Sequence[Turning] = (),
+        *,
+        wide: bool = False,
+    ) -> None:
+        self.source, self.target, self.wide = source, target, wide
         self.decisions: list[Decision] = []
         self.parts: list[Part] = []
         self.numbering: dict[int, int] = {}
@@ -100,7 +112,10 @@ class Space:
         self._turned = {t for e in plan for t in e.targets if any(map(is_turn, e.operations))}
         self._orders = {frozenset(names): names for e in plan if (names := _first_of_parts(e))}
         self._told: set[str] = set()  # targets whose names, or whose place in the same code, tell their source
+        self._rotations = Rotations(turnings)
         self._rotates = rotating_towers(source, target)
+        if self._rotations:
+            self._rotates = lambda name: True
         self._turning = False  # whether rows of queries and keys are asked about
         self.hidden, self._gate_count = 0, 0
         self.regions: list[tuple[Region, Region]] = []
@@ -108,13 +123,19 @@ class Space:
             return  # nothing is open
         self.hidden, self._gate_count = self._cells()
         self.regions = self._pair_regions(regions(source), regions(target))
+        if any(
+            is_query_or_key(u) and len(u.shapes[0]) == 2 and not self._turns(u)
+            for _, b in self.regions
+            for u in b.units
+        ):
+            self._rotations = Rotations(())  # names know of more
         for k, (a, b) in enumerate(self.regions):
             parts = [Part(k, s, t) for s, t in groups_of(a.units, b.units)]
             told = [self._tell(part) for part in parts]
             self._number(k, a, b, any(told))
             layers = [(u, t) for part in parts for u in (*part.source, *part.target) for t in part.target]
             self._turning |= any(
-                len(u.shapes[0]) == 2 and is_query_or_key(u) and self._open(t) and self._rotates(t.all_names[0])
+                len(u.shapes[0]) == 2 and self._turns(u) and self._open(t) and self._rotates(t.all_names[0])
                 for u, t in layers
             )
             for part in parts:
@@ -240,6 +261,8 @@ class Space:
         part.order[key] = self._add(f"order of the parts of {key[0]}", orders, [listed(o) for o in orders], told)
         whole = part.target[cover[1][0]] if len(cover[0]) > 1 else part.source[cover[0][0]]
         axis, turn = joins(whole, parts) or (0, False)
+        if key[1] != 3 and not self.wide:
+            return
         groups = groupings(min((transpose_shape(u.shapes[0]) if turn else u.shapes[0])[axis] for u in parts), key[1])
         labels = ["one after another", *(f"by {g} groups of heads" for g in groups[1:])]
         part.heads[key] = self._add(f"heads of {key[0]}", groups, labels, told)
@@ -247,11 +270,22 @@ class Space:
     def _open(self, unit: Unit) -> bool:
         if self.hidden and unit.shapes[0][:1] == (self.hidden,):
             return True
-        if self._turning and is_query_or_key(unit):
+        if self._turning and self._turns(unit):
             return True
         return not all(n in self._told and n in self._filled for n in unit.all_names)
 
+    def _turns(self, unit: Unit) -> bool:
+        """Whether there are queries or keys in a layer, as the model's gradient shows, or else its name."""
+        if self._rotations:
+            return any(name in self._rotations for name in unit.all_names)
+        return is_query_or_key(unit)
+
     def _add_rotary(self) -> None:
+        if self._rotations and self._turning:
+            ways = self._rotations.ways
+            labels = ["as they are", *(f"to the other convention, {r} of {w} rows" for w, r in ways)]
+            self.rotary = self._add("rotary rows of queries and keys", [None, *ways], labels)
+            return
         rows = [
             u.shapes[0][0]
             for part in self.parts
@@ -319,7 +353,7 @@ class Space:
     def others_of(self, part: Part) -> list[int]:
         """Decisions beside its own that change what a group of layers does: its region's numbering, norms, rows."""
         found = [self.numbering.get(part.region), self.gates]
-        if any(map(is_query_or_key, (*part.source, *part.target))):
+        if any(map(self._turns, (*part.source, *part.target))):
             found.append(self.rotary)
         norms = [d for p in self.parts if p.region == part.region and not p.has_matrices for d in p.decisions]
         return [d for d in (*found, *norms) if d is not None and len(self.decisions[d].options) > 1]
@@ -335,7 +369,7 @@ class Space:
 
     def is_consistent(self, choice: Sequence[int]) -> bool:
         """Whether rotary rows turn within the heads that a fusion alternates by."""
-        if self.rotary is None or not choice[self.rotary]:
+        if self.rotary is None or not choice[self.rotary] or self._rotations:
             return True
         width = self.decisions[self.rotary].options[choice[self.rotary]][0]
         for part in self.parts:
@@ -412,7 +446,8 @@ class Space:
         """Rotary and gate operations on the rows of one tensor."""
         ops: list[Operation] = []
         shape = s.shapes[tensor]
-        if self.rotary is not None and pick(self.rotary) is not None and (is_query_or_key(s) or is_query_or_key(t)):
+        named = not self._rotations and (is_query_or_key(s) or is_query_or_key(t))
+        if named and pick(self.rotary) is not None:
             w, r, pairs = pick(self.rotary)
             if shape and shape[0] % w == 0:
                 ops.append(Rotary(w, r, pairs))
@@ -432,7 +467,9 @@ class Space:
             rows = self._row_ops(s, t, i, pick)
             if s.times == t.times:
                 for x, y in zip(names_s, names_t):
-                    ops = (*rows, *turned(s.shapes[i], t.shapes[j], turn), *laid_out(t.shapes[j], layout))
+                    way = pick(self.rotary)
+                    last = self._rotations.convert(y, t.shapes[j], way) if way else ()
+                    ops = (*rows, *turned(s.shapes[i], t.shapes[j], turn), *laid_out(t.shapes[j], layout), *last)
                     out.append(_entry((x,), (y,), ops, (s.shapes[i],), (t.shapes[j],)))
             elif t.times == 1:  # experts into a stack
                 whole = (s.times, *s.shapes[i])
@@ -474,15 +511,22 @@ class Space:
             if j == 0 and part.turn is not None and all(map(is_square, parts)):
                 turn = bool(pick(part.turn))
             sizes = tuple((transpose_shape(s) if turn else s)[axis] for s in shapes)
-            rotary = self._rotary_of(parts, shapes, pick)
+            first: tuple[Operation, ...] = self._rotary_of(parts, shapes, pick)
+            last: tuple[Operation, ...] = ()
             lead = int(stacked > 1 or (j == 0 and axis > 0 and len(whole_shape) == 3) or (j > 0 and axis > 0))
             axis += stacked > 1
             alternating = by_head(whole_shape, sizes, heads, join, axis, lead)
             turn = turn if alternating is None or axis == lead else not turn  # by head they are joined by rows
             side = transposed(shapes[0]) if turn else ()
             chain = alternating or ((Concat(axis, sizes),) if join else (Split(axis, sizes),))
-            before = (*rotary, *side, Stack(0, stacked)) if stacked > 1 else (*rotary, *side)
-            after = (Unstack(0, stacked), *side, *rotary) if stacked > 1 else (*side, *rotary)
+            way = pick(self.rotary) if self._rotations and not lead else None
+            if way and join:
+                turns, along = (heads, 0) if alternating else (1, axis)
+                last = self._rotations.convert_parts(whole.names[j][b][0], sizes, turns, along, way)
+            elif way:
+                last = self._rotations.convert_each([p.names[j][b][0] for p in parts], shapes, way)
+            before = (*first, *side, Stack(0, stacked)) if stacked > 1 else (*first, *side, *last)
+            after = (Unstack(0, stacked), *side, *first) if stacked > 1 else (*side, *first, *last)
             ends = [s for s in shapes for _ in range(stacked)]
             for x in range(whole.times):
                 own = [p.names[j][a if join else b] for p in parts]
@@ -497,7 +541,9 @@ class Space:
     def _rotary_of(self, parts: Sequence[Unit], shapes: Sequence[Shape], pick: Pick) -> tuple[Operation, ...]:
         """What turns the rows of queries and keys among some parts."""
         rows = pick(self.rotary)
-        only = tuple(k for k, p in enumerate(parts) if rows is not None and is_query_or_key(p))
+        if rows is None or self._rotations:
+            return ()
+        only = tuple(k for k, p in enumerate(parts) if is_query_or_key(p))
         if not only or any(shapes[k][0] % rows[0] for k in only):
             return ()
         width, rotated, to_pairs = rows

@@ -71,6 +71,22 @@ class Relation:
 
 
 @dataclass(frozen=True)
+class Turning:
+    """Rows of queries or keys that turn with their position, plane by plane (rotary embeddings).
+
+    Attributes:
+        ways: How many rows a head may have, and how many of them turn, the first ones. Of neighbours that turn all
+            through, no gradient shows how many make up a head.
+        in_pairs: Whether a plane is two neighbouring rows, or one from each half.
+        rows: By tensor the axis of its rows, and which of them are queries or keys.
+    """
+
+    ways: tuple[tuple[int, int], ...]
+    in_pairs: bool
+    rows: Mapping[str, tuple[int, frozenset[int]]]
+
+
+@dataclass(frozen=True)
 class Gradients:
     """Weights of a model, and gradients of its loss on some pieces of data, by name."""
 
@@ -107,11 +123,22 @@ def stacked(unit: Unit, tensor: int, copy: int, of: Mapping[str, Tensor]) -> Ten
 
 def relations(regions: Iterable[Region], gradients: Gradients) -> list[Relation]:
     """All that can be rescaled against each other inside the copies of a model's regions."""
-    found: list[Relation] = []
+    return [relation for finder in _finders(regions, gradients) for relation in finder.find()]
+
+
+def turnings(regions: Iterable[Region], gradients: Gradients) -> list[Turning]:
+    """All rows of a model that turn with their position, where nothing stands between them and their products."""
+    found = []
+    for finder in _finders(regions, gradients):
+        finder.find()
+        found += finder.turnings
+    return found
+
+
+def _finders(regions: Iterable[Region], gradients: Gradients) -> Iterator[_Finder]:
     for number, region in enumerate(regions):
         if all(map(gradients.covers, region.units)):
-            found += _Finder(number, region.units, gradients).find()
-    return found
+            yield _Finder(number, region.units, gradients)
 
 
 class _Finder:
@@ -128,6 +155,7 @@ class _Finder:
         self.sides = [(view, self._charges(view)) for view in self._matrix_sides()]
         self.outs = [out for view, charges in self.sides for out in self._with_bias(view, charges)]
         self.related: set[tuple[int, int]] = set()
+        self.turnings: list[Turning] = []
 
     def find(self) -> list[Relation]:
         """Norms, partners, queries and keys."""
@@ -229,15 +257,25 @@ class _Finder:
                 splits: Iterable[tuple[list[int], list[int]]] = _splits(len(left), values[a.unit])
             else:
                 splits = [([*range(len(left))], [*range(len(right))])]
-            both = next((found for split in splits for found in _turning(left, right, *split)), None)
-            if both is None:
+            meeting = next((found for split in splits for found in _turning(left, right, *split)), None)
+            if meeting is None:
                 continue
             self.related |= {(a.unit, b.unit), (b.unit, a.unit)}
+            ways, in_pairs, both = meeting
+            if ways:
+                rows = self._rows_of(views, [q for q, _ in both]), self._rows_of(others, [k for _, k in both])
+                self.turnings += [Turning(ways, in_pairs, own) for own in rows]
             for q, k in both:
                 if len(q) >= FEWEST:
                     sides = [tuple(replace(v, rows=_tuples(r)) for v in side) for side, r in ((views, q), (others, k))]
                     relation = Relation(self.number, sides[0], sides[1])
                     yield self._mixed(relation) if k.shape[1] == 1 else relation
+
+    def _rows_of(self, views: Sequence[View], rows: Sequence[Tensor]) -> dict[str, tuple[int, frozenset[int]]]:
+        """By tensor, in all copies, which rows some views are of."""
+        found = frozenset(int(row) for some in rows for row in some.flatten())
+        units = ((self.units[view.unit].names[view.tensor], view.axes[0]) for view in views)
+        return {name: (axis, found) for names, axis in units for own in names for name in own}
 
     def _mixed(self, relation: Relation) -> Relation:
         """The relation with the pairs of rows whose mixing changes nothing, as inside a head of values."""
@@ -301,7 +339,7 @@ def _same_rows(some: Tensor, among: Tensor) -> tuple[int, ...] | None:
 
 def _is_same(some: Tensor, others: Tensor) -> bool:
     """Whether two matrices are the same row by row, and not nothing."""
-    scale = float(some.norm()) / math.sqrt(len(some))
+    scale = _scale(some)
     return scale > 0 and float((some - others).norm(dim=1).max()) < SAME * scale
 
 
@@ -321,8 +359,14 @@ def _splits(count: int, values: set[int]) -> Iterator[tuple[list[int], list[int]
         yield rows[:, width:].flatten().tolist(), rows[:, :width].flatten().tolist()
 
 
-def _turning(left: Tensor, right: Tensor, queries: list[int], keys: list[int]) -> Iterator[list[list[Tensor]]]:
-    """How rows of queries and keys meet, if they do: the planes that turn, and the rows that don't."""
+def _turning(
+    left: Tensor, right: Tensor, queries: list[int], keys: list[int]
+) -> Iterator[tuple[tuple[tuple[int, int], ...], bool, list[list[Tensor]]]]:
+    """How rows of queries and keys meet, if they do: the planes that turn, and the rows that don't.
+
+    Yields:
+        How many rows a head may have and how many of them turn, whether in pairs, and the rows that meet.
+    """
     if len(queries) % len(keys) or len(keys) < FEWEST:
         return
     if not _is_same(left[queries].sum(0)[None], right[keys].sum(0)[None]):
@@ -341,4 +385,22 @@ def _turning(left: Tensor, right: Tensor, queries: list[int], keys: list[int]) -
                     if len(own)
                 ]
                 if all(_is_same(_added(left, a), _added(right, b)) for a, b in found):
-                    yield found
+                    ways: tuple[tuple[int, int], ...] = ((width, turned),) if turned else ()
+                    if in_pairs and repeats == 1:
+                        ways = _ways((left[queries] - right[keys]).norm(dim=1) < SAME * _scale(left[queries]))
+                    yield ways, in_pairs, found
+
+
+def _ways(still: Tensor) -> tuple[tuple[int, int], ...]:
+    """Sizes of heads, and how many of their rows turn, by which rows do not."""
+    rows = len(still)
+    found = []
+    for width in (w for w in range(4, min(rows, 256) + 1, 2) if rows % w == 0):
+        for turned in (w for w in dict.fromkeys((width, width // 2, width // 4)) if w % 2 == 0):
+            if bool((still.reshape(-1, width) == (torch.arange(width) >= turned)).all()):
+                found.append((width, turned))
+    return tuple(found)
+
+
+def _scale(some: Tensor) -> float:
+    return float(some.norm()) / math.sqrt(len(some))

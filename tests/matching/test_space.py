@@ -186,7 +186,7 @@ def test_a_choice_means_the_truth(case):
     wanted = truth(tensors)
     sides = describe(tensors), describe(new)
     plan = build_plan(*sides, MatchingOptions())
-    space = Space(*sides, plan)
+    space = Space(*sides, plan, wide=True)
 
     def means_it(number, choice):
         made = {n: v for entry in space.entries_of(number, choice) for n, v in filled(entry, tensors).items()}

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl.matching.layers import regions
-from lit_wsl.matching.symmetries import Gradients, relations
+from lit_wsl.matching.rotary import Rotations
+from lit_wsl.matching.symmetries import Gradients, relations, turnings
+from lit_wsl.plan.operations import run_operations
 from lit_wsl.structure.description import describe
 from lit_wsl.structure.running import shaken_state
 
@@ -68,8 +70,8 @@ class Net(nn.Module):
 LAYOUTS = ("plain", "by head", "rotary halves", "rotary pairs by head", "rotary pairs shared", "shared")
 
 
-def studied(layout):
-    """A model at weights that hide nothing, its regions, the relations found in it, and a sample."""
+def measured(layout):
+    """A model at weights that hide nothing, its regions, its gradients, and a sample."""
     torch.manual_seed(0)
     net = Net(layout)
     net.load_state_dict(shaken_state(net))
@@ -78,9 +80,14 @@ def studied(layout):
     for k in range(0, 8, 4):
         loss = F.cross_entropy(net(x[k : k + 4]).flatten(0, 1), y[k : k + 4].flatten())
         slopes.append(dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())))))
-    found = regions(describe(net))
+    return net, regions(describe(net)), Gradients(net.state_dict(), slopes), x
+
+
+def studied(layout):
+    """The same with the relations found in the gradients instead of these."""
+    net, found, gradients, x = measured(layout)
     with torch.no_grad():
-        return net, found, relations(found, Gradients(net.state_dict(), slopes)), x
+        return net, found, relations(found, gradients), x
 
 
 def rescaled(state, region, view, factors, copy):
@@ -134,3 +141,34 @@ def test_rows_of_values_are_those_that_the_output_reads(layout):
     assert [row for rows in values.left[0].rows for row in rows] == expected
     mixable = math.comb(WIDTH, 2) * (keys // WIDTH)
     assert mixable <= len(values.mixed) < mixable + 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_that_turn_are_those_of_queries_and_keys(layout):
+    net, found, gradients, _ = measured(layout)
+    turning = turnings(found, gradients)
+    assert bool(turning) == ("rotary" in layout)
+    keys = WIDTH if "shared" in layout else D
+    values = {3 * WIDTH * h + 2 * WIDTH + i for h in range(HEADS) for i in range(WIDTH)}
+    values = values if "by head" in layout else {*range(D + keys, D + 2 * keys)}
+    for name in ("blocks.0.a.weight", "blocks.1.a.bias") if turning else ():
+        rows = {row for one in turning for row in one.rows[name][1]}
+        assert rows == {*range(len(net.state_dict()[name]))} - values
+    for one in turning:
+        assert one.in_pairs == ("pairs" in layout)
+        assert (WIDTH, WIDTH) in one.ways
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "rotary" in layout])
+def test_a_converted_whole_computes_the_same_in_the_other_convention(layout):
+    net, found, gradients, x = measured(layout)
+    rotations = Rotations(turnings(found, gradients))
+    other = Net(layout.replace("halves", "pairs") if "halves" in layout else layout.replace("pairs", "halves"))
+    state = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    with torch.no_grad():
+        other.load_state_dict(state)
+        wanted = other(x)
+        for name, value in state.items():
+            (state[name],) = run_operations(rotations.convert(name, tuple(value.shape), (WIDTH, WIDTH)), [value])
+        net.load_state_dict(state)
+        torch.testing.assert_close(net(x), wanted, rtol=1e-4, atol=1e-5)
