@@ -58,6 +58,11 @@ class Region:
         return {n for u in self.units for n in u.all_names}
 
     @property
+    def is_counted(self) -> bool:
+        """Whether its copies are members of a list, not two towers."""
+        return all(prefix.rstrip(".").rpartition(".")[2].isdigit() for prefix in self.copies)
+
+    @property
     def elements(self) -> int:
         """Number of elements of one copy."""
         return sum(math.prod(s) * u.times for u in self.units for s in u.shapes)
@@ -103,7 +108,7 @@ def lists(units: Sequence[Unit]) -> list[Region]:
     """Layers that are alike and counted, each list as the copies of one layer."""
     found: dict[tuple[str, str], list[Unit]] = {}
     for unit in units:
-        numbered = re.fullmatch(r"(.*?)\.?(\d+)((?:\.\D[^.]*)*)", unit.path)
+        numbered = re.fullmatch(r"(.*?)\.(\d+)((?:\.\D[^.]*)*)", unit.path)
         if numbered and numbered[1]:
             found.setdefault((numbered[1], numbered[3]), []).append(unit)
     return [

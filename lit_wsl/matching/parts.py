@@ -302,7 +302,7 @@ def paired_lists(
     sides, pairs = [list(source), list(target)], []
     thin = [lists(side[0].units) for side in sides]
     for count in sorted({len(region.copies) for side in sides for region in side[1:]}):
-        whole = [[r for r in side[1:] if len(r.copies) == count] for side in sides]
+        whole = [[r for r in side[1:] if len(r.copies) == count and r.is_counted] for side in sides]
         own = [[r for r in side if len(r.copies) == count][:MAX_LISTS] for side in thin]
         more = [[list(c) for m in range(len(side) + 1) for c in combinations(side, m)] for side in own]
         for chosen in sorted(product(*more), key=lambda both: sum(map(len, both))):
