@@ -30,7 +30,7 @@ class EntryWriter:
         self.context = context
         self._entries: dict[str, tuple[PlanEntry, tuple[ParameterInfo, ...], tuple[ParameterInfo, ...]]] = {}
         self._doubts: list[Ambiguity] = []
-        self._reasons: dict[str, str] = {}
+        self._reasons: dict[tuple[str, str], str] = {}  # the other side and the name: names may be on both
         self._scores: dict[tuple[object, ...], float] = {}
         self._fanned: dict[str, str] = {}
 
@@ -46,11 +46,9 @@ class EntryWriter:
         """Take a match as an entry, unless its score is below the threshold."""
         score = self.score(sources, targets, operations)
         if score < self.options.floor:
-            for t in targets:
-                self._reasons[t.name] = (
-                    f"the best source, {sources[0].name}, scores {score:.2f}, "
-                    f"below the threshold {self.options.floor:.2f}"
-                )
+            short = f"scores {score:.2f}, below the threshold {self.options.floor:.2f}"
+            self._reasons |= {("source", t.name): f"the best source, {sources[0].name}, {short}" for t in targets}
+            self._reasons |= {("target", s.name): f"the best target, {targets[0].name}, {short}" for s in sources}
             return
         entry = PlanEntry(
             sources=tuple(s.name for s in sources),
@@ -128,11 +126,11 @@ class EntryWriter:
 
     def refuse(self, module_path: str, reason: str) -> None:
         """Drop all entries into a module."""
-        for name, (_, _, targets) in list(self._entries.items()):
+        for name, (_, sources, targets) in list(self._entries.items()):
             if any(t.module_path == module_path for t in targets):
                 del self._entries[name]
-                for t in targets:
-                    self._reasons[t.name] = reason
+                self._reasons |= {("source", t.name): reason for t in targets}
+                self._reasons |= {("target", s.name): reason for s in sources}
 
     def finish(
         self,
@@ -168,8 +166,8 @@ class EntryWriter:
         return tuple(entries), tuple(doubts), tuple(unmatched_s), tuple(unmatched_t)
 
     def _why(self, info: ParameterInfo, shapes: set[tuple[int, ...]], free: set[tuple[int, ...]], other: str) -> str:
-        if info.name in self._reasons:
-            return self._reasons[info.name]
+        if (other, info.name) in self._reasons:
+            return self._reasons[other, info.name]
         if info.kind == "buffer" and self.options.buffers == "exclude":
             return "buffers='exclude' leaves buffers alone"
         key = shape_key(info.shape)
@@ -179,7 +177,9 @@ class EntryWriter:
             return f"all tensors of the {other} with this shape belong elsewhere"
         if info.kind == "buffer" and info.counts:
             return "a counter is loaded only together with the statistics that it counts for"
-        rivals = [i.name for i in self._free(key, other)]
+        rivals = [i.name for i in self._free(key, other) if i.kind == info.kind]
+        if not rivals:
+            return f"no free {info.kind} of the {other} has this shape"
         which = f"which of the {len(rivals)} free tensors" if len(rivals) > 1 else "whether the free tensor"
         return (
             f"nothing shows {which} of this shape ({listed(rivals, 3)}) "

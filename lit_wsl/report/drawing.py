@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,6 +119,28 @@ def broken(line: str, width: int) -> list[str]:
             lines.append("  ")
         lines[-1] += piece
     return [text.rstrip() for text in lines]
+
+
+@dataclass(frozen=True)
+class Hanging:
+    """A line of text; what does not fit goes on below it, indented further. Whole where lines are not wrapped.
+
+    Attributes:
+        line: The line.
+        style: Its style.
+    """
+
+    line: str
+    style: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        indent = " " * (len(self.line) - len(self.line.lstrip()) + 2)
+        lines = [self.line]
+        if not options.no_wrap:
+            lines = textwrap.wrap(
+                self.line, max(20, options.max_width), subsequent_indent=indent, break_on_hyphens=False
+            )
+        yield Text("\n".join(lines), style=self.style)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -264,6 +265,7 @@ def describe_from_plan(plan: TransferPlan, side: Side) -> ModelDescription:
     return ModelDescription(tuple(found.values()), label=label)
 
 
+_NEAREST = 3  # nearest partners named per reason
 MOST_LOOKED_UP = 200  # families of a side whose nearest partner is looked for; a screen shows far fewer
 
 
@@ -337,7 +339,7 @@ def gaps(plan: TransferPlan, side: Side, source: ModelDescription, target: Model
     free = frozenset(item.name for item in left_over(plan, across, other))
     rivals, listed = _Rivals(other, free), _candidates(plan) if side == "source" else frozenset()
     found: list[Gap] = []
-    for family in fold([(item.name,) for item in left], [(item.shape, item.kind, item.reason) for item in left]):
+    for family in fold([(item.name, item.reason) for item in left], [(item.shape, item.kind) for item in left]):
         members = tuple(left[m] for m in family.members)
         first = members[0]
         looked_up = len(found) < MOST_LOOKED_UP and first.name not in listed  # candidates stand with their targets
@@ -346,8 +348,15 @@ def gaps(plan: TransferPlan, side: Side, source: ModelDescription, target: Model
         if nearest is not None and nearest.name in free and len(members) == 1:
             new, old = (first, nearest) if side == "target" else (nearest, first)
             advice = _advice(old, new, source, target, plan)
-        found.append(Gap(family.patterns[0], members, first.reason, nearest, advice))
+        found.append(Gap(family.patterns[0], members, family.patterns[1], nearest, advice))
     return found
+
+
+def partner_lines(found: Sequence[Gap]) -> list[str]:
+    """The nearest partners of some gaps, and what would fill them."""
+    near = dict.fromkeys(f"{gap.nearest.name} {shape_text(gap.nearest.shape)}" for gap in found if gap.nearest)
+    lines = [f"nearest: {', '.join(list(near)[:_NEAREST])}"] if near else []
+    return lines + [f"try: {advice}" for advice in dict.fromkeys(gap.advice for gap in found) if advice]
 
 
 class _Rivals:
@@ -361,11 +370,14 @@ class _Rivals:
                 pool.setdefault((info.kind, len(info.shape)), []).append(info)
 
     def nearest(self, item: Unmatched) -> ParameterInfo | None:
-        """The tensor that most likely stands for this one: free, of nearly its shape, of its role, named like it."""
+        """The tensor that most likely stands for this one: that of the reason, or free, of its shape, named like it."""
         key, leaf = (item.kind, len(item.shape)), item.name.rpartition(".")[2]
         rivals = self._free.get(key) or self._all.get(key)
         if not rivals:
             return None
+        named = set(re.split(r"[\s,()]+", item.reason))
+        if told := [rival for rival in rivals if rival.name in named]:
+            return told[0]
         points = [sum(a == b for a, b in zip(rival.shape, item.shape)) + (rival.leaf == leaf) for rival in rivals]
         best = [rival for rival, found in zip(rivals, points) if found == max(points)]
         return max(best, key=lambda rival: Levenshtein.normalized_similarity(rival.name, item.name))

@@ -21,7 +21,7 @@ from lit_wsl.plan.coverage import Coverage, measure_coverage
 from lit_wsl.plan.entries import PlanEntry, Side
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.drawing import COLOURS, LEGEND, Bar, Text, View, Wrapped, score_text
-from lit_wsl.report.rows import confidence, describe_from_plan
+from lit_wsl.report.rows import confidence, describe_from_plan, gaps, partner_lines
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape, shape_text
 
 MOST_EXPLAINED = 600  # steps of a report with a runner-up each; of more, the least certain ones
@@ -387,6 +387,14 @@ class BreakdownView(View):
             name = other.target if from_source else other.source
             lines += [Text(""), Text(f"best candidate: {name}{self._taken(name, from_source)}"), score_table(other)]
             break
+        else:
+            own: Side = "source" if from_source else "target"
+            lines += [
+                Text(line)
+                for gap in gaps(self.plan, own, self.source, self.target)
+                if any(member.name == self.name for member in gap.members)
+                for line in partner_lines([gap])
+            ]
         return Panel(Group(*lines), title="score", title_align="left", box=box.ROUNDED, expand=False)
 
 

@@ -19,7 +19,7 @@ from lit_wsl.errors import printable
 from lit_wsl.plan.coverage import Count, Coverage, excluded_names
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.drawing import COLOURS, LEGEND, Text, View, Wrapped, plain, score_text
+from lit_wsl.report.drawing import COLOURS, LEGEND, Hanging, Text, View, Wrapped, plain, score_text
 from lit_wsl.report.rows import (
     By,
     Gap,
@@ -29,15 +29,15 @@ from lit_wsl.report.rows import (
     mapping_rows,
     open_questions,
     operation_counts,
+    partner_lines,
     percent,
     remedy,
 )
-from lit_wsl.structure.description import ModelDescription, ParameterGroup, shape_text
+from lit_wsl.structure.description import ModelDescription, ParameterGroup
 from lit_wsl.structure.families import fold
 
 MOST_ROWS = 20  # of the coverage by module; what is loaded in full is left out first
 _SHOWN = 8  # families of tensors listed per kind of gap; the JSON report has them all
-_NEAREST = 3  # nearest partners named per reason
 _CANDIDATES = 4  # names of targets and candidates listed per open question
 
 
@@ -290,11 +290,7 @@ def _listed(title: str, found: Sequence[Gap], limit: int | None) -> list[str]:
         else:
             lines.append(f"  {names}")
         lines += [f"    why: {reason}"] if reason else []
-        near = [gap.nearest for gap in shown if gap.nearest is not None]
-        if near:
-            told = dict.fromkeys(f"{i.name} {shape_text(i.shape)}" for i in near)
-            lines.append(f"    nearest: {', '.join(list(told)[:_NEAREST])}")
-        lines += [f"    try: {advice}" for advice in dict.fromkeys(gap.advice for gap in shown) if advice]
+        lines += [f"    {line}" for line in partner_lines(shown)]
     more = len(ordered) - limit if limit is not None else 0
     return lines + ([f"  and for {more} more reasons"] if more > 0 else [])
 
@@ -436,7 +432,7 @@ def _lines(lines: Sequence[str]) -> Iterator[RenderableType]:
         yield Text("")
     for line in lines:
         doubtful = line.startswith(("warning", "missing", "ambiguous"))
-        yield Text(line, style="yellow" if doubtful else "dim" if line.startswith((" ", "note")) else "")
+        yield Hanging(line, "yellow" if doubtful else "dim" if line.startswith((" ", "note")) else "")
 
 
 @dataclass(frozen=True)

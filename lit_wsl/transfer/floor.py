@@ -58,8 +58,11 @@ def likely_cause(plan: TransferPlan, source: ModelDescription, target: ModelDesc
         return widths
     if common >= 0.9:
         refused = _strict_options(plan)
-        return f"The shapes are nearly the same on both sides ({common:.0%}), so this looks like the same network" + (
-            f", and the options refused the matches: {refused}." if refused else " under other names."
+        lengths = "" if refused else _other_lengths(theirs, ours)
+        return (
+            lengths
+            or f"The shapes are nearly the same on both sides ({common:.0%}), so this looks like the same network"
+            + (f", and the options refused the matches: {refused}." if refused else " under other names.")
         )
     sizes = sum(i.numel for i in theirs), sum(i.numel for i in ours)
     if sizes[0] * 10 < sizes[1]:
@@ -92,6 +95,31 @@ def _same_names_other_shapes(theirs: list[ParameterInfo], ours: list[ParameterIn
     return (
         f"The names agree but {len(other)} of {len(pairs)} shapes do not, e.g. {b.name} is {b.shape} in the model and "
         f"{a.shape} in the checkpoint: the model is of another width{scale}."
+    )
+
+
+def _other_lengths(theirs: list[ParameterInfo], ours: list[ParameterInfo]) -> str:
+    """The sentence for "more blocks on one side"; empty if the longest lists are of one length."""
+    longest = []
+    for side in (theirs, ours):
+        blocks: dict[str, tuple[set[str], str]] = {}
+        for info in side:
+            parts = info.name.split(".")
+            for k in [k for k, part in enumerate(parts) if part.isdecimal()][:1]:
+                path, rest = ".".join(parts[:k]), ".".join(parts[k + 1 :])
+                blocks.setdefault(path, (set(), rest))[0].add(parts[k])
+        longest.append(max(blocks.items(), key=lambda item: len(item[1][0]), default=("", (set(), ""))))
+    (their_list, (had, their_rest)), (our_list, (has, our_rest)) = longest
+    if len(had) == len(has) or not had or not has:
+        return ""
+    both = f"{{0..{min(len(had), len(has)) - 1}}}"
+    line = " -> ".join(
+        ".".join(filter(None, (path, both, rest))) for path, rest in ((their_list, their_rest), (our_list, our_rest))
+    )
+    return (
+        f"The checkpoint has {len(had)} blocks in {their_list or 'its root'} and the model has {len(has)} in "
+        f"{our_list or 'its root'}: names and shapes do not show which of them correspond. If you know, write a plan "
+        f'by hand, with a line for every tensor of a block, such as {{"map": "{line}"}}.'
     )
 
 

@@ -290,6 +290,7 @@ def test_the_page_opens_with_what_is_doubtful(page):
     shown = page.details
     for words in ("Look here first", "2 target tensors are ambiguous", "1 target tensor found no source"):
         assert words in shown
+    assert page.driver.find_elements("css selector", "#details .pairlist wbr")  # names are broken behind their dots
     assert shown.index("pair.x") < shown.index("new_head.weight") < shown.index("0.55")
     buttons = page.driver.find_elements("css selector", "#details .pairlist button")
     next(button for button in buttons if "new_head" in button.text).click()

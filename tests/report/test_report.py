@@ -203,6 +203,9 @@ def test_the_most_likely_cause_is_named():
     assert "under other names" in cause({f"x{i}": t for i, t in enumerate(conv(8).state_dict().values())}, conv(8))
     assert "strategy='conservative'" in cause(under("a.", conv(8)), conv(8), strategy="conservative")
     assert "incompatible_pairs" in cause(under("a.", conv(8)), conv(8), incompatible_pairs=[[["a"], ["b"]]])
+    deeper = cause(under("blocks.", conv(8)), nn.ModuleDict({"layers": conv(8, depth=4)}))
+    assert "has 3 blocks in blocks and the model has 4 in layers" in deeper
+    assert '{"map": "blocks.{0..2}.weight -> layers.{0..2}.weight"}' in deeper
     assert "another model" in cause(nn.LSTM(7, 9).state_dict(), conv(8))
     assert "only a part" in cause({"lora.a": torch.ones(3, 5)}, conv(8))
     assert "no trainable weights" in cause({"n": torch.tensor(1)}, conv(8))

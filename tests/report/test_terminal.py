@@ -418,3 +418,42 @@ def test_operations_that_change_values_are_marked(example):
     assert "resize *" in marked
     assert "* changes values" in marked
     assert "changes values" not in show(MappingView(plan))
+
+
+def norms(count, names):
+    """Blocks with a convolution and a batch norm each."""
+    blocks = [nn.ModuleDict(dict(zip(names, (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))))) for _ in range(count)]
+    return nn.ModuleDict({"layers": nn.ModuleList(blocks), "head": nn.Linear(4, 2)})
+
+
+def test_layers_refused_for_the_same_reason_share_its_lines_and_both_sides_tell_it():
+    old, new = norms(30, ("conv", "bn")), norms(30, ("filter", "norm"))
+    without = {name: t for name, t in old.state_dict().items() if "running" not in name and "num_" not in name}
+    text = show(transfer_weights(new, without, buffers="strict", min_coverage=0.0))
+    assert len(text.splitlines()) < 40
+    assert text.count("buffers='strict' and the module's buffers don't all match") == 2  # missing, and unused
+    assert "layers.{0..29}.bn.weight" in text.partition("unused")[2]
+    assert "no free buffer of the source has this shape" in text
+    refused = WeightMapper(old, new).suggest_mapping(threshold=0.97)
+    text = show(refused)
+    assert "the best source, layers.{0..29}.conv.weight, scores 0." in text.partition("unused")[0]
+    assert "the best target, layers.{0..29}.filter.weight, scores 0." in text.partition("unused")[2]
+    assert "nothing shows" not in text
+
+
+def test_long_lines_hang_below_their_indent_and_stay_whole_in_log_files():
+    old, new = norms(3, ("conv", "bn")), norms(3, ("filter", "norm"))
+    result = WeightMapper(old, new).suggest_mapping(threshold=0.97)
+    lines = show(result).splitlines()
+    after = lines[next(i for i, line in enumerate(lines) if line.startswith("    why: ")) + 1]
+    assert after.startswith("      ")
+    assert all(len(line) <= 80 for line in lines)
+    assert any("scores" in line and "below the threshold 0.97" in line for line in plain(result._view()).splitlines())
+
+
+def test_the_breakdown_of_a_tensor_without_a_partner_names_the_nearest_and_the_remedy():
+    console = Console(file=io.StringIO(), width=80)
+    old, new = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes)) for classes in (10, 7))
+    WeightMapper(old, new).visualize_score_breakdown("2.weight", console=console)
+    assert "nearest: 2.weight 7x8" in console.file.getvalue()
+    assert 'adapt=["partial_head"]' in console.file.getvalue()

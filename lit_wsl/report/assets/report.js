@@ -18,6 +18,8 @@
     node.append(...children.filter((c) => c !== null && c !== undefined));
     return node;
   }
+  // text whose names may be broken behind their dots, so that words stay whole where there is room for them
+  const breakable = (text) => el("span", {}, ...text.split(/(?<=[.])/).flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
 
   // ---- tensors: what each side holds, and where each tensor goes -------------------------------------------------
   function makeSide(key) {
@@ -348,7 +350,7 @@
       const list = el("ul", { class: "pairlist" });
       linked.sort((a, b) => entries[a].score - entries[b].score || a - b).slice(0, 200).forEach((i) => {
         const e = entries[i], button = el("button", { type: "button", onclick: () => select(node, i) },
-          el("span", { class: level(e.score), text: e.score.toFixed(2) + " " }), document.createTextNode(names(source, e.s) + " → " + names(target, e.t) + " "), plain(e) ? null : el("span", { class: "badge", text: e.badge }));
+          el("span", { class: level(e.score), text: e.score.toFixed(2) + " " }), breakable(names(source, e.s) + " → " + names(target, e.t) + " "), plain(e) ? null : el("span", { class: "badge", text: e.badge }));
         list.append(el("li", {}, button));
       });
       parts.push(list);
@@ -393,7 +395,7 @@
     if (other === null) return [el("p", { class: "runner", text: "Runner-up: none, no other source has a shape that fits." })];
     const s = other[0], goes = source.partners[s].length ? "goes to " + names(target, entries[source.partners[s][0]].t) : "free";
     return [el("p", { class: "runner" }, el("span", { text: "Runner-up " }), el("span", { class: level(other[5]), text: other[5].toFixed(2) + " " }),
-      el("button", { type: "button", class: "name", title: "Show this tensor", text: source.names[s], onclick: () => openTensor(source, s) }), el("span", { class: "muted", text: " " + source.shape[s] + ", " + goes }))];
+      el("button", { type: "button", class: "name", title: "Show this tensor", onclick: () => openTensor(source, s) }, breakable(source.names[s])), el("span", { class: "muted", text: " " + source.shape[s] + ", " + goes }))];
   }
   function breakdown(pair) {
     const [, , shape, name, hierarchy, details, total, parents, other] = pair, scale = parents === null ? 1 : 0.8, table = el("table", { class: "parts" });
@@ -451,7 +453,7 @@
       // tensors as links, those whose names differ by numbers once
       const alike = new Map(), items = el("ul", { class: "pairlist" });
       for (const t of tensors) { const key = side.names[t].replace(/\d+/g, "#"), found = alike.get(key); if (found) found.n++; else alike.set(key, { t, n: 1 }); }
-      for (const { t, n } of [...alike.values()].slice(0, 6)) items.append(el("li", {}, el("button", { type: "button", onclick: () => openTensor(side, t) }, el("span", { class: cls, text: MARKS[cls] + " " }), document.createTextNode(side.names[t] + "  " + side.shape[t] + " "), n > 1 ? el("span", { class: "badge", text: "×" + n }) : null, more(side, t))));
+      for (const { t, n } of [...alike.values()].slice(0, 6)) items.append(el("li", {}, el("button", { type: "button", onclick: () => openTensor(side, t) }, el("span", { class: cls, text: MARKS[cls] + " " }), breakable(side.names[t] + "  " + side.shape[t] + " "), n > 1 ? el("span", { class: "badge", text: "×" + n }) : null, more(side, t))));
       if (alike.size > 6) items.append(el("li", { class: "muted", text: `and ${alike.size - 6} more kinds: press “${cls === "ambiguous" ? "Ambiguous" : "Unmatched"}” above` }));
       return items;
     };
@@ -470,7 +472,7 @@
     }
     parts.push(el("p", { class: "muted", text: worst.length ? "The mappings with the lowest scores, alike ones counted. Click one, or a row, for its score breakdown." : "No mapping passes the filter." }));
     const lowest = el("ul", { class: "pairlist" });
-    for (const { e, n } of worst) lowest.append(el("li", {}, el("button", { type: "button", onclick: () => openEntry(e) }, el("span", { class: level(e.score), text: e.score.toFixed(2) + " " }), document.createTextNode(names(source, e.s) + " → " + names(target, e.t) + " "), n > 1 ? el("span", { class: "badge", text: "×" + n }) : null)));
+    for (const { e, n } of worst) lowest.append(el("li", {}, el("button", { type: "button", onclick: () => openEntry(e) }, el("span", { class: level(e.score), text: e.score.toFixed(2) + " " }), breakable(names(source, e.s) + " → " + names(target, e.t) + " "), n > 1 ? el("span", { class: "badge", text: "×" + n }) : null)));
     panel.replaceChildren(...parts, lowest);
   }
   function near(side, t) {
