@@ -314,6 +314,8 @@ class RegionMatch:
         """Whether a tensor of either has its very path and shape on the other side, but outside of the pair."""
         if p.source.virtual or p.target.virtual or p.cell == TIED or not self.aligner.classes.names:
             return False
+        if not any(self._twins):
+            return False
         within = [{t.start for t in item.tensors} for item in (p.source, p.target)]
         return any(
             other not in within[1 - side]

@@ -38,14 +38,15 @@ def _letters_in(word: str) -> str:
 
 
 def letters_below(root: Item) -> Letters:
-    """By the name of each unit below a module what it is in an attention; units that are nothing there are left out.
+    """By the path of each unit's largest tensor what the unit is in an attention; others are left out.
 
     A value is one only where queries or keys stand beside it; beside a gate it is something else.
     """
+    root = root.like if root.like and root.level == 2 else root  # modules of one structure have the same names inside
     if root not in _KNOWN:  # a module stands in the regions of all modules around it
         found: dict[str, frozenset[str]] = {}
-        for child in root.children:
-            found |= letters_below(child) if child.level == 2 else {}
+        for child in (c for c in root.children if c.level == 2):
+            found |= {f"{relative(child, root)}.{name}": letters for name, letters in letters_below(child).items()}
         units = [Named.below(root, child) for child in root.children if child.level < 2]
         named = [(u, letters) for u in units if (letters := u.letters)]
         if len({x for _, letters in named for x in letters}) > 1:
@@ -58,7 +59,7 @@ def letters_below(root: Item) -> Letters:
 
 @dataclass(frozen=True)
 class Named:
-    """A unit with its name, and the words by which its module calls it."""
+    """A unit with the path of its largest tensor, and the words by which its module calls it."""
 
     name: str
     words: tuple[str, ...]
@@ -67,7 +68,8 @@ class Named:
     @classmethod
     def below(cls, module: Item, unit: Item) -> Named:
         """A unit of a module; what it is wrapped in is its name, as in ``query.base_layer``."""
-        return cls(unit.main.path, path_tokens(stem_of(relative(unit.main, module).partition(".")[0])), unit)
+        path = relative(unit.main, module)
+        return cls(path, path_tokens(stem_of(path.partition(".")[0])), unit)
 
     @property
     def letters(self) -> frozenset[str]:

@@ -338,7 +338,7 @@ def _judge(
         order = PartOrder(order.order, UNKNOWN, "numbers alone don't tell which of the siblings are the parts")
     around_w, around_p = (plain_words(_ancestor(path, 1)) for path in (name, parts[0].members[0].path))
     near = best_pairs_similarity(around_w[-2:], around_p[-2:])
-    if order.strength == FORMULA and not all(letters.get(p.members[0].main.path) for p in parts):
+    if order.strength == FORMULA and not all(letters.get(relative(p.members[0].main, root)) for p in parts):
         order = PartOrder(order.order, UNKNOWN, "queries and keys of several modules make up no whole")
     if order.strength == NUMBERED and not near:
         order = PartOrder(order.order, UNKNOWN, "numbers alone don't tell that these are the parts")

@@ -8,6 +8,7 @@ were stored apart, something else is transposed), it is open.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,6 +17,7 @@ from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.operations import Concat, Operation, Permute, Reshape, Split, Transpose
 from lit_wsl.structure.description import ParameterInfo, Shape
 
+_TABLE = re.compile("embed|pos|token|table")
 OPEN = "a square matrix, and nothing shows whether both sides store it the same way round"
 HEADS = "the heads are stored apart on one side, so that nothing shows whether the matrix is stored the same way round"
 OTHER_CONVOLUTION = "one is a transposed convolution, the other is not: no copy of the kernel computes the same"
@@ -49,10 +51,10 @@ class Orientation:
 
     def _see(self, source: ParameterInfo, target: ParameterInfo, *, certain: bool) -> None:
         s, t = _core(source.shape), _core(target.shape)
-        if len(s) != len(t) or len(s) not in (2, 3) or s[-1] == s[-2] or _is_table(target):
-            return
         turned = s != t
-        if s not in (t, (*t[:-2], t[-1], t[-2])) or not (certain or turned):
+        if len(s) != len(t) or len(s) not in (2, 3) or s[-1] == s[-2] or not (certain or turned):
+            return
+        if s not in (t, (*t[:-2], t[-1], t[-2])) or _is_table(target):
             return
         self.turned = self.turned or turned
         for make in _makes(source, target):
@@ -140,4 +142,4 @@ def _makes(s: ParameterInfo, t: ParameterInfo) -> tuple[Make, ...]:
 
 def _is_table(info: ParameterInfo) -> bool:
     """Whether a matrix is looked up, not multiplied: tables are never stored the other way round."""
-    return "Embed" in info.module_type or any(w in info.leaf.lower() for w in ("embed", "pos", "token", "table"))
+    return "Embed" in info.module_type or bool(_TABLE.search(info.leaf.lower()))

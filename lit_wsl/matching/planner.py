@@ -398,15 +398,16 @@ Unit = tuple[str, str]
 
 
 def _unit(info: ParameterInfo) -> Unit:
-    return info.module_path, stem_of(info.leaf)
+    path, _, leaf = info.name.rpartition(".")
+    return path, stem_of(leaf)
 
 
 def _mains(infos: Sequence[ParameterInfo]) -> dict[tuple[str, str], ParameterInfo]:
     """The largest tensor of each unit, the first of equals."""
     mains: dict[tuple[str, str], ParameterInfo] = {}
     for info in infos:
-        known = mains.get(_unit(info))
-        if known is None or info.numel > known.numel:
+        known = mains.setdefault(_unit(info), info)
+        if known is not info and info.numel > known.numel:
             mains[_unit(info)] = info
     return mains
 

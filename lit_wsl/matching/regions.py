@@ -62,7 +62,7 @@ class Region:
 
     def alike(self, s: Item, t: Item) -> bool:
         """Whether two items hold tensors of the same shapes."""
-        return s.profile == t.profile or (self.by_core and bool(s.core) and s.core == t.core)
+        return s.profile_key == t.profile_key or (self.by_core and bool(s.core) and s.core == t.core)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -122,7 +122,8 @@ class Region:
 
     def letters_of(self, item: Item, side: int) -> frozenset[str]:
         """What a unit is in an attention; nothing for modules."""
-        return self.letters[side].get(item.main.path, frozenset()) if item.level < 2 else frozenset()
+        root = (self.source, self.target)[side]
+        return self.letters[side].get(relative(item.main, root), frozenset()) if item.level < 2 else frozenset()
 
     @property
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -114,9 +114,8 @@ class PairCosts:
             return operation_cost(s.shape, t.shape, transposed=self.turned)
         if s.structure == t.structure:
             return 0.0
-        if s.profile == t.profile and max(s.level, t.level) == 2:
-            same = Counter(i.shape for i in s.tensors) == Counter(i.shape for i in t.tensors)
-            return 0.0 if same or self.turned else TRANSPOSED
+        if s.profile_key == t.profile_key and max(s.level, t.level) == 2:
+            return 0.0 if s.shapes == t.shapes or self.turned else TRANSPOSED
         if max(s.level, t.level) == 2:
             return OTHER_INSIDE
         return self._of_units(s, t)

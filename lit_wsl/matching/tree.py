@@ -35,6 +35,7 @@ class Item:
         operations: What makes a virtual tensor out of the real tensors at ``positions`` (stacked experts).
         level: 0 for a tensor, 1 for a unit, 2 for a module.
         virtual: Whether operations make any of the tensors below.
+        like: The first item of this structure, which knows what follows from shapes and relative names alone.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Item:
     shape: Shape = ()
     operations: tuple[Operation, ...] = ()
     virtual: bool = False
+    like: Item | None = None
 
     @property
     def start(self) -> int:
@@ -77,11 +79,18 @@ class Item:
     @cached_property
     def profile(self) -> Counter[Shape]:
         """How many tensors of each shape are below; sizes of one and the order of axes don't count."""
-        return Counter(shape_key(t.shape) for t in self.tensors)
+        return self.like.profile if self.like else Counter(shape_key(t.shape) for t in self.tensors)
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes of all tensors below, sorted."""
+        return self.like.shapes if self.like else tuple(sorted(t.shape for t in self.tensors))
 
     @cached_property
     def core(self) -> Counter[Shape]:
         """The profile without the vectors: what biases and norms that come and go leave as it is."""
+        if self.like:
+            return self.like.core
         return Counter({shape: count for shape, count in self.profile.items() if len(shape) >= 2})
 
     @cached_property
@@ -92,12 +101,12 @@ class Item:
     @cached_property
     def profile_key(self) -> tuple[tuple[Shape, int], ...]:
         """The profile as something to compare and to look up."""
-        return tuple(sorted(self.profile.items()))
+        return self.like.profile_key if self.like else tuple(sorted(self.profile.items()))
 
     @cached_property
     def rank(self) -> int:
         """Largest number of axes (sizes of one left out) of any tensor below."""
-        return max(t.rank for t in self.tensors) if self.level else len(shape_key(self.shape))
+        return self.like.rank if self.like else max(len(key) for key in self.profile)
 
     @cached_property
     def main(self) -> Item:
@@ -129,6 +138,7 @@ class TreeBuilder:
 
     def __init__(self) -> None:
         self._numbers: dict[object, int] = {}
+        self._first: dict[int, Item] = {}
 
     def _number(self, key: object) -> int:
         return self._numbers.setdefault(key, len(self._numbers))
@@ -153,7 +163,10 @@ class TreeBuilder:
     ) -> Item:
         """A tensor, virtual if operations make it."""
         numel = math.prod(shape)
-        return Item(path, (), positions, numel, self._number(("tensor", shape)), 0, shape, operations, bool(operations))
+        number = self._number(("tensor", shape))
+        like = self._first.get(number)
+        item = Item(path, (), positions, numel, number, 0, shape, operations, bool(operations), like)
+        return item if like else self._first.setdefault(number, item)
 
     def group(self, path: str, children: Sequence[Item], level: int) -> Item:
         """A unit or module of these children."""
@@ -161,7 +174,10 @@ class TreeBuilder:
         key = (level, tuple((c.path[offset:], c.structure) for c in children))
         positions = tuple(p for c in children for p in c.positions)
         numel, virtual = sum(c.numel for c in children), any(c.virtual for c in children)
-        return Item(path, tuple(children), positions, numel, self._number(key), level, virtual=virtual)
+        number = self._number(key)
+        like = self._first.get(number)
+        item = Item(path, tuple(children), positions, numel, number, level, virtual=virtual, like=like)
+        return item if like else self._first.setdefault(number, item)
 
     def without_vectors(self, item: Item, kinds: Container[object] | None = None) -> tuple[Item | None, list[Item]]:
         """A module without the vectors and norms in it (or those of these profiles), and these."""

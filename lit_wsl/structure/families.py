@@ -46,18 +46,21 @@ def find_average(shapes: Mapping[str, tuple[int, ...]]) -> Average | None:
     for name in shapes:
         for prefix in _prefixes(name):
             under.setdefault(prefix, []).append(name)
-    dotted = {squeezed for name in shapes for squeezed in _dotted_tails(name)}
+    dotted: set[str] | None = None  # most checkpoints never ask for it
     for prefix, mine in sorted(under.items()):
         told = bool(words_of(prefix) & AVERAGE_WORDS)
         flat = all("." not in name[len(prefix) :].removeprefix("module.") for name in mine)
-        if len(mine) < 2 or not (told or (flat and dotted)):
+        if len(mine) < 2 or not (told or flat):
             continue
         numbered = _numbered(prefix, mine, shapes) if told else {}
         if numbered:
             return Average(prefix, numbered)
         keys = {_squeezed(name[len(prefix) :].removeprefix("module.")): name for name in mine}
-        if not told and dotted.isdisjoint(keys):
-            continue  # any layer is flat: only names that lost their dots are worth a comparison with all others
+        if not told:
+            if dotted is None:
+                dotted = {squeezed for name in shapes for squeezed in _dotted_tails(name)}
+            if dotted.isdisjoint(keys):
+                continue  # any layer is flat: only names that lost their dots are worth a comparison with all others
         rest = {name: _squeezed(name) for name in shapes if not name.startswith(prefix)}
         starts: set[str] = set()
         for probe in sorted(keys, key=lambda key: (-len(key), key))[:PROBES]:
@@ -101,8 +104,9 @@ def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _prefixes(name: str) -> list[str]:
     """What may stand before the name of the original: the first modules, or the first words of a name without dots."""
-    parts = re.split("(?<=[.])", name) if "." in name else re.split("(?<=_)", name)
-    return ["".join(parts[:k]) for k in (1, 2) if k < len(parts)]
+    mark = "." if "." in name else "_"
+    parts = name.split(mark, 2)
+    return [mark.join((*parts[:k], "")) for k in (1, 2) if k < len(parts)]
 
 
 def _squeezed(name: str) -> str:
