@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from lit_wsl import former_paths
 from lit_wsl.errors import LitWslError
 
+TYPE_CHECKING = False  # importing typing takes longer than the package does
 if TYPE_CHECKING:
+    from typing import Any
+
     from lit_wsl.callbacks.rebasin import RebasinCallback as RebasinCallback
     from lit_wsl.callbacks.weight_transfer import WeightTransferCallback as WeightTransferCallback
     from lit_wsl.checkpoint import load_checkpoint_as_dict as load_checkpoint_as_dict

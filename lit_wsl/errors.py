@@ -7,11 +7,12 @@ that Python has a class for derive from it too: a wrong value is a ``ValueError`
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# what moves the cursor, and what turns the direction of writing
+_RANGES = ((0, 8), (0x0B, 0x1F), (0x7F, 0x9F), (0x61C, 0x61C), (0x200E, 0x200F), (0x2028, 0x202E), (0x2066, 0x2069))
+_CONTROL = {code: ascii(chr(code))[1:-1] for first, last in _RANGES for code in range(first, last + 1)}
 
 
 def printable(text: str) -> str:
@@ -20,7 +21,7 @@ def printable(text: str) -> str:
     >>> print(printable("weight\x1b[2J"))
     weight\x1b[2J
     """
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return text if text.isprintable() else text.translate(_CONTROL)
 
 
 def listed(names: Sequence[object], most: int = 4) -> str:

@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
-
-if TYPE_CHECKING:  # importing it takes longer than the package does
-    from importlib.abc import Loader
 
 FORMER_PATHS = {
     "lit_wsl.callbacks.resume": "lit_wsl.convert.resume",
@@ -73,7 +69,7 @@ class _FormerPaths:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, cast("Loader", self)) if fullname in FORMER_PATHS else None
+        return ModuleSpec(fullname, self) if fullname in FORMER_PATHS else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         sys.modules[spec.name.rpartition(".")[0]].__class__ = _Package

@@ -133,8 +133,8 @@ class WeightTransferCallback(Callback):
             though training may be undone. Each callback does so once per model.
         proof: "auto" lets the module's own loss on its training data decide what names leave open, and checks the
             whole mapping by it; "off" or False makes no trial.
-        proof_batches: Most batches for it.
-        proof_seconds: Most seconds for it; on a machine where others compute, too, up to three times as many.
+        proof_batches: Maximum number of batches for it.
+        proof_seconds: Maximum number of seconds for it; on a busy machine up to three times as many.
         verbose: Whether to print the coverage.
 
     Attributes:

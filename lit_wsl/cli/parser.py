@@ -348,7 +348,7 @@ Exit code 1 means: the models could not be aligned, only compared.
     )
     parser.add_argument("--repair-batches", type=int, default=32, help="how many batches of it; 0: keep the mean")
     parser.add_argument("--device", type=str, metavar="DEVICE", help="where to match, e.g. cuda; default: the CPU")
-    parser.add_argument("--max-iter", type=int, default=100, help="most sweeps of the matching")
+    parser.add_argument("--max-iter", type=int, default=100, help="maximum number of sweeps of the matching")
     parser.add_argument("--seed", type=int, default=0, help="of the matching's random orders")
     _add_json(parser)
     _add_weights(parser)

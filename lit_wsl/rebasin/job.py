@@ -49,7 +49,7 @@ class AlignOptions:
 
     Attributes:
         on: what is compared, and aligned for the comparison: task vectors, or the weights themselves.
-        max_iter: most sweeps for each start of the matching.
+        max_iter: maximum number of sweeps for each start of the matching.
         seed: of its random orders.
         restarts: further starts, see :func:`weight_matching`.
         spectra: also the metrics that need singular value decompositions.

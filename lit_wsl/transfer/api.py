@@ -41,7 +41,7 @@ class OnData:
     Attributes:
         loss: ``loss(model, batch)``, a scalar, the lower the better.
         batches: The batches.
-        count: Most batches.
+        count: Maximum number of batches.
         seconds: Most time.
         world: What to stand in while the loss is measured.
         shown: Shows how far the trials are; yields what to call with the passes so far, or ``None``.

@@ -63,7 +63,7 @@ def activation_matching(
         max_batches: stop after so many.
         max_samples: positions kept per module (images times pixels), drawn evenly from all batches seen so far.
         seed: of the positions drawn, and of the matching on weights.
-        max_iter: most sweeps of the matching on weights.
+        max_iter: maximum number of sweeps of the matching on weights.
         forward: how to call the model on a batch.
         progress: show a progress bar; by default only on a terminal.
 
@@ -139,7 +139,7 @@ def joint_matching(
         other: state dict of the same shapes; the result permutes this one.
         batches: a list or loader, iterated twice in the same order.
         share: what responses count; 0 is :func:`weight_matching`.
-        max_iter: most sweeps for each start.
+        max_iter: maximum number of sweeps for each start.
         seed: of the random orders and of the positions that are drawn from activations.
         restarts: further starts in other random orders.
         max_batches: stop after so many batches.
@@ -214,7 +214,7 @@ def best_matching(
         reference: state dict that stays as it is.
         other: state dict of the same shapes; the result permutes this one.
         batches: a list or loader that gives the same batches in the same order each time.
-        max_iter: most sweeps for each start of the matching on weights.
+        max_iter: maximum number of sweeps for each start of the matching on weights.
         seed: of random orders and of the positions that are drawn from activations.
         restarts: further starts of each matching in which weights count.
         max_batches: stop after so many batches.

@@ -66,7 +66,7 @@ def match_many(
         state_dicts: two at least; the first gives the order.
         model: gives the architecture; needed with ``batches``. It is copied.
         batches: a list or loader that gives the same batches in the same order each time.
-        max_iter: most sweeps of each matching.
+        max_iter: maximum number of sweeps of each matching.
         seed: of random orders and of the positions that are drawn from responses.
         restarts: further starts, from the common order of another first model.
         max_batches: use so many batches at most.

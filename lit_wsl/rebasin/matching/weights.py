@@ -101,7 +101,7 @@ def weight_matching(
         spec: permutation spec of the architecture.
         reference: state dict that stays as it is.
         other: state dict of the same shapes. The result permutes this one.
-        max_iter: most sweeps over all groups for each start.
+        max_iter: maximum number of sweeps over all groups for each start.
         seed: of the random orders.
         restarts: further starts in other random orders, where the first one left room for doubt; the best is kept.
         device: where similarity matrices are computed; by default where the reference's tensors are.
@@ -295,7 +295,7 @@ def weight_matching_for_task_vectors(
     Args:
         spec: permutation spec of the architecture.
         task_vectors: the reference first; parameters at least (buffers have no say).
-        max_iter: most sweeps for each start.
+        max_iter: maximum number of sweeps for each start.
         seed: of the random orders.
         restarts: further starts, see :func:`weight_matching`.
         device: where similarity matrices are computed.
@@ -359,7 +359,7 @@ def apply_permutation_to_task_vectors(
         spec: permutation spec of the architecture.
         permutations: one for each task vector, as :func:`weight_matching_for_task_vectors` returns them.
         task_vectors: the task vectors; unlike state dicts they may lack tensors, such as buffers.
-        max_iter: most sweeps for each start of the matching.
+        max_iter: maximum number of sweeps for each start of the matching.
         seed: of the matching's random orders.
 
     Raises:
