@@ -61,9 +61,9 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_the_reference_has_every_public_name():
-    import lit_wsl
-    import lit_wsl.rebasin
-
+    packages = [
+        importlib.import_module(f"lit_wsl{name}") for name in ("", ".checkpoint", ".plan", ".rebasin", ".structure")
+    ]
     listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
     for name in listed:  # each is a module, or something in one
         try:
@@ -71,7 +71,7 @@ def test_the_reference_has_every_public_name():
         except ModuleNotFoundError:
             module, _, attribute = name.rpartition(".")
             assert hasattr(importlib.import_module(module), attribute), name
-    for package in (lit_wsl, lit_wsl.rebasin):
+    for package in packages:
         for name in package.__all__:
             value = getattr(package, name)
             home = getattr(value, "__module__", None)
