@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,10 +40,14 @@ def put_json(data: Any, file: str) -> None:
 
 
 def fields(pairs: Sequence[tuple[str, str]]) -> None:
-    """Print names and values, aligned."""
+    """Print names and values, aligned; on a terminal long values go on below themselves."""
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
-        print(f"{name:<{width}}  {_cell(value)}")
+        line = f"{name:<{width}}  {_cell(value)}"
+        if on_terminal():
+            columns = max(width + 22, shutil.get_terminal_size().columns)
+            line = textwrap.fill(line, columns, subsequent_indent=" " * (width + 2), break_on_hyphens=False)
+        print(line)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:

@@ -57,6 +57,8 @@ def run(options: Any) -> int:
         put_json({"equal": len(found) - len(differing), "different": [_plain(d) for d in differing]}, options.json)
     else:
         _show(found, differing, options.limit)
+    if found and not options.plan and all(d.kind.startswith("only") for d in found):
+        remark("no name is in both: --plan plan.json compares across a refactoring")
     return 1 if differing else 0
 
 

@@ -532,3 +532,22 @@ def test_diff_is_readable_at_80_columns(trained, tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[:2] == [names[2], "    values: 4,096 of 4,096 elements, largest 1, relative 1"]
+
+
+def test_diff_of_renamed_files_names_the_plan(trained, tmp_path, capsys):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    torch.save({"b": torch.ones(2)}, tmp_path / "b.pt")
+    assert run("diff", tmp_path / "a.pt", tmp_path / "b.pt") == 1
+    assert "--plan plan.json compares across a refactoring" in capsys.readouterr().err
+
+
+def test_long_values_hang_below_themselves_on_a_terminal(capsys, monkeypatch):
+    from lit_wsl.cli import console
+
+    monkeypatch.setattr(console, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    console.fields([("file", "old.ckpt"), ("weights", "word " * 40)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "file     old.ckpt"
+    assert max(map(len, lines)) <= 80
+    assert all(line.startswith(" " * 9) for line in lines[2:])
