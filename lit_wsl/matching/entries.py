@@ -51,11 +51,11 @@ class EntryWriter:
             self._reasons |= {("target", s.name): f"the best target, {targets[0].name}, {short}" for s in sources}
             return
         entry = PlanEntry(
-            sources=tuple(s.name for s in sources),
-            targets=tuple(t.name for t in targets),
+            sources=tuple([s.name for s in sources]),
+            targets=tuple([t.name for t in targets]),
             operations=(*operations, *cast_between(sources[0], targets[0])),
-            source_shapes=tuple(s.shape for s in sources),
-            target_shapes=tuple(t.shape for t in targets),
+            source_shapes=tuple([s.shape for s in sources]),
+            target_shapes=tuple([t.shape for t in targets]),
             kind=targets[0].kind,
             score=round(score, 4),
             margin=round(margin, 4),
@@ -82,18 +82,17 @@ class EntryWriter:
         self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo], operations: tuple[Operation, ...]
     ) -> float:
         """Score of a match: mean over its pairs; members of one family share a score."""
-        pairs = [(sources[min(i, len(sources) - 1)], t) for i, t in enumerate(targets)]
-        if len(sources) > len(targets):
-            pairs = [(s, targets[min(i, len(targets) - 1)]) for i, s in enumerate(sources)]
-        total = 0.0
-        for s, t in pairs[:MAX_CANDIDATES]:
-            families = split_numbers(s.name)[0], split_numbers(t.name)[0]
-            key = (*families, s.shape == t.shape, bool(operations), self.context.parents(s.name, t.name))
-            if key not in self._scores:
-                found = score_pair(s, t, self.options, operation=bool(operations), context=self.context)
-                self._scores[key] = found.total
-            total += self._scores[key]
-        return total / len(pairs[:MAX_CANDIDATES])
+        count = max(len(sources), len(targets))
+        pairs = [(sources[min(k, len(sources) - 1)], targets[min(k, len(targets) - 1)]) for k in range(count)]
+        pairs = pairs[:MAX_CANDIDATES]
+        return sum(self._score(s, t, bool(operations)) for s, t in pairs) / len(pairs)
+
+    def _score(self, s: ParameterInfo, t: ParameterInfo, operation: bool) -> float:
+        families = split_numbers(s.name)[0], split_numbers(t.name)[0]
+        key = (*families, s.shape == t.shape, operation, self.context.parents(s.name, t.name))
+        if key not in self._scores:
+            self._scores[key] = score_pair(s, t, self.options, operation=operation, context=self.context).total
+        return self._scores[key]
 
     def doubt(self, targets: Sequence[ParameterInfo], candidates: Sources, reason: str) -> None:
         """List targets as ambiguous, with what each candidate would need."""

@@ -21,6 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from lit_wsl.matching.tree import owner_path
 from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry
@@ -54,7 +55,7 @@ def hidden_layouts(plan: TransferPlan, source: ModelDescription, target: ModelDe
     for entry in plan:
         if entry.kind != "parameter":
             continue
-        family = tuple(_NUMBER.sub("#", name) for name in (*entry.targets, *entry.sources))
+        family = tuple(_without_numbers(name) for name in (*entry.targets, *entry.sources))
         if family not in reasons:
             reasons[family] = _attention(entry)
         reason = reasons[family]
@@ -98,7 +99,7 @@ def _only_renamed(plan: TransferPlan, source: ModelDescription) -> bool:
 def _kinship(plan: TransferPlan) -> float:
     """Share of the pairs of families whose modules are called alike."""
     first = {
-        _NUMBER.sub("#", e.targets[0]): e
+        _without_numbers(e.targets[0]): e
         for e in plan
         if e.kind == "parameter" and len(e.sources) == len(e.targets) == 1
     }
@@ -108,6 +109,12 @@ def _kinship(plan: TransferPlan) -> float:
     always = [set.intersection(*(set(pair[side]) for pair in families.values())) for side in (0, 1)]
     bare = [tuple([w for w in pair[k] if w not in always[k]] for k in (0, 1)) for pair in families.values()]
     return sum(bool(s) and s == t for s, t in bare) / len(bare)
+
+
+@lru_cache(maxsize=200_000)
+def _without_numbers(name: str) -> str:
+    around, dot, part = name.rpartition(".")
+    return _without_numbers(around) + dot + _without_numbers(part) if dot else _NUMBER.sub("#", name)
 
 
 def _words(name: str) -> list[str]:

@@ -9,7 +9,7 @@ were stored apart, something else is transposed), it is open.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -37,7 +37,7 @@ class Orientation:
     """
 
     def __init__(self, matches: Sequence[Matched], doubts: Sequence[Doubted] = ()) -> None:
-        self._seen: dict[Make, Counter[bool | None]] = defaultdict(Counter)
+        self._seen: dict[Make, set[bool | None]] = defaultdict(set)
         self.turned = False
         for sources, targets, _ in matches:
             if len(sources) == len(targets) == 1:
@@ -58,7 +58,7 @@ class Orientation:
             return
         self.turned = self.turned or turned
         for make in _makes(source, target):
-            self._seen[make][turned if certain else None] += 1
+            self._seen[make].add(turned if certain else None)
 
     def judge(self, match: Matched) -> tuple[tuple[Operation, ...] | None, str]:
         """The operations of a match as they should be; ``None`` and the reason where nothing tells."""

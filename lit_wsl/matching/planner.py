@@ -74,6 +74,8 @@ def same_roles(
     of_target: dict[str, int],
 ) -> bool:
     """Whether tensors may become others: none of them a factor, or all of them the same one."""
+    if not (of_source or of_target):
+        return True
     return len({of_source.get(s.name) for s in sources} | {of_target.get(t.name) for t in targets}) == 1
 
 
@@ -265,10 +267,11 @@ def _build_lossless(
         writer.add(sources, targets, operations, margin_of(match.cell), match.cell, told(match.cell))
     for targets, candidates, reason in alignment.doubts:
         writer.doubt(targets, candidates, reason)
-    if options.buffers != "exclude":
-        filled, used = writer.filled(), writer.used()
+    filled = writer.filled()
+    rest_t = [i for i in target.parameters if i.kind == "buffer" and i.name not in filled]
+    if rest_t and options.buffers != "exclude":
+        used = writer.used()
         rest_s = [i for i in source.parameters if i.name not in used]
-        rest_t = [i for i in target.parameters if i.kind == "buffer" and i.name not in filled]
         running = {i.name for i in buffers_s}
         evidence = writer.evidence_by_module()
         units = {i.module_path for i in target.parameters if i.kind == "parameter"}
@@ -336,8 +339,10 @@ def align(
     root_s, order_s = builder.build(source)
     root_t, order_t = builder.build(target)
     forbidden = IncompatiblePairs(options.incompatible_pairs)
-    place_s, place_t = ({i.name: k for k, i in enumerate(order)} for order in (order_s, order_t))
-    twins = {place_s[s.name]: place_t[t] for t, s in twins_of(order_s, order_t, within=True).items()}
+    twins = {}
+    if names := twins_of(order_s, order_t, within=True):
+        place_s, place_t = ({i.name: k for k, i in enumerate(order)} for order in (order_s, order_t))
+        twins = {place_s[s.name]: place_t[t] for t, s in names.items()}
     executed = tuple(info.execution_order for info in order_t)
     sides = Sides(ties or {}, ordered, executed, ends_of(order_t), twins)
     aligner = Aligner(options, builder, Evidence(), forbidden, sides)
@@ -364,22 +369,26 @@ def companions_together(
     A bias that comes from another module than the weight beside it, or alone from a module that has a weight of its
     own, is no match but a coincidence of sizes.
     """
-    main_s, main_t = _mains(source), _mains(target)
+    main_t = _mains(target)
+    minor = {i.name: main_t[_unit(i)] for i in target} if len(main_t) < len(target) else {}
+    minor = {name: main for name, main in minor.items() if main.name != name}
     shifts = [
         {_unit(i): i.numel for i in side if len(i.shape) == 1 and i.leaf != "weight"} for side in (source, target)
     ]
     matches = [m for m in matches if not _turned_for_nothing(m, shifts[0], shifts[1])]
+    if not minor:
+        return tuple(matches)
+    main_s = _mains(source)
     single = {ts[0].name: ss[0] for ss, ts, _ in matches if len(ss) == len(ts) == 1}
     fused = {t.name for ss, ts, _ in matches if len(ss) != 1 or len(ts) != 1 for t in ts}
     kept = []
     for sources, targets, match in matches:
-        if len(sources) == len(targets) == 1:
-            s, t = sources[0], targets[0]
-            beside, whose = main_t[_unit(t)], main_s[_unit(s)]
-            if beside.name != t.name and beside.name not in fused:
-                partner = single.get(beside.name)
-                if (partner is not None or whose.name != s.name) and (partner is None or _unit(partner) != _unit(s)):
-                    continue
+        beside = minor.get(targets[0].name)
+        if len(sources) == len(targets) == 1 and beside is not None and beside.name not in fused:
+            s, partner = sources[0], single.get(beside.name)
+            alone = main_s[_unit(s)].name != s.name if partner is None else _unit(partner) != _unit(s)
+            if alone:
+                continue
         kept.append((sources, targets, match))
     return tuple(kept)
 

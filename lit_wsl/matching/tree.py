@@ -195,6 +195,13 @@ class TreeBuilder:
         return replace(core, structure=self._number((core.structure, gaps))), vectors
 
     def _module(self, path: str, nested: dict[str, object], order: list[ParameterInfo]) -> Item:
+        if len(nested) == 1:
+            ((key, value),) = nested.items()
+            if isinstance(value, dict):
+                return self._module(f"{path}.{key[:-1]}" if path else key[:-1], value, order)
+            assert isinstance(value, ParameterInfo)
+            order.append(value)
+            return self.tensor(value.name, value.shape, (len(order) - 1,))
         own: dict[str, list[ParameterInfo]] = {}
         for key, value in nested.items():
             if isinstance(value, ParameterInfo):
