@@ -81,8 +81,8 @@ class WeightTransferCallback(Callback):
     optimizers are made. It is done once per model, and the model itself remembers it, for whichever trainer, callback
     or copy comes next: a ``test`` after a ``fit``, or a second ``fit``, continues with the weights that training left;
     only layers that were built anew since are filled again. A model that was trained in this process without a transfer
-    is filled by a ``fit`` only, with a warning. Another checkpoint may follow as long as nothing was
-    trained. Where the run itself restores a checkpoint (``ckpt_path``), that one wins and nothing is transferred.
+    is filled by a ``fit`` only, with a warning. Another checkpoint may follow as long as nothing was trained. Where the
+    run itself restores a checkpoint (``ckpt_path``), that one takes precedence and nothing is transferred.
 
     Nothing else changes: random generators, the order and augmentation of the data, modes, buffers, metrics and
     gradients are as they would be without the callback.
@@ -244,7 +244,7 @@ class WeightTransferCallback(Callback):
         self._foreseen, resumed = resumed_path(trainer)
         if resumed is not None:
             self._wins = shown(resumed)
-            self._yield_to(pl_module, f"this run restores {self._wins}, which wins")
+            self._yield_to(pl_module, f"this run restores {self._wins}, which takes precedence")
             write_report(trainer, self.report)
         elif has_trained_elsewhere(trainer):
             self._yield_to(pl_module, "an earlier fit of this trainer, in processes of its own, has trained")
@@ -262,7 +262,7 @@ class WeightTransferCallback(Callback):
         unforeseen = self._fresh and not self._foreseen and trainer.ckpt_path
         if unforeseen and self.report is not None and self.report.applied:
             self._wins = shown(trainer.ckpt_path)
-            note = f"the checkpoint restored from {self._wins} wins over the transferred weights"
+            note = f"the checkpoint restored from {self._wins} takes precedence over the transferred weights"
             self.report = replace(self.report, applied=False).with_remarks(notes=(note,))
             rank_zero_info(f"Weight transfer: {note}.")
         self._fresh = False

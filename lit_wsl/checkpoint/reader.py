@@ -480,7 +480,7 @@ def read_document(path: Path) -> Document:
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, weights: Weights = "auto") -> Checkpoint:
-    """Open a checkpoint of any format, told by its content, without running any code that may be in it.
+    """Open a checkpoint of any format, recognised by its content, without running any code in it.
 
     Args:
         path: a file (Lightning ``.ckpt``, ``torch.save`` in both forms, safetensors, a pickled module) or a folder

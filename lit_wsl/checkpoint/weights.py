@@ -23,7 +23,7 @@ _NUMPY = frozenset(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1", "c8", 
 
 
 def is_module(value: Any) -> bool:
-    """Whether a value is the record of an ``nn.Module`` (told by its structure) or of a script module."""
+    """Whether a value is the record of an ``nn.Module`` (recognised by its structure) or of a script module."""
     if not isinstance(value, ForeignObject):
         return False
     if isinstance(value.func, ForeignName) and value.func.module.startswith("__torch__"):

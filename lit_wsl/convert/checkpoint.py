@@ -49,7 +49,7 @@ def remembered_files(callbacks: Any) -> list[str]:
 
 
 def find_optimizers(tree: Mapping[Any, Any]) -> list[tuple[Any, ...]]:
-    """Where the states of optimizers are, told by their form: Lightning's list, or entries of plain training scripts.
+    """Where the states of optimizers are, by their form: Lightning's list, or entries of plain training scripts.
 
     >>> optimizer = {"state": {}, "param_groups": []}
     >>> find_optimizers({"optimizer_states": [optimizer], "epoch": 3, "optimizer": optimizer})

@@ -1,6 +1,6 @@
 """Optimizer states for the new model: the states of the old parameters through the operations of the plan.
 
-An optimizer is told by the parameters that it holds, and a parameter group by those that it holds: the new run may list
+An optimizer is identified by the parameters that it holds, and so is a parameter group: the new run may list
 its optimizers in another order, move parameters between them, split groups and join them.
 """
 

@@ -109,7 +109,7 @@ def _wide_keys(states: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
 
 
 def kind_of(key: str, value: Any, shape: Shape, wide: bool | None = None) -> str | None:
-    """What a value of a parameter's state is, told by its shape against the parameter's.
+    """What a value of a parameter's state is, inferred from its shape and the parameter's.
 
     Returns:
         ``"same"`` (one value per weight, as Adam's moments), ``"row"`` or ``"column"`` (means over the last axis or the

@@ -36,13 +36,15 @@ OTHER_DIRECTION = "the sizes of their lists say that one is counted the other wa
 OTHER_LENGTH = (
     "they have one length, but their blocks stand elsewhere too, where the lists may have become longer or shorter"
 )
-OTHER_LETTER = "one is called after the queries, keys or values of an attention, the other after others of these"
-OTHER_VALUES = "one is called after a function of the other, so that its values are others"
+OTHER_LETTER = "one is named after the queries, keys or values of an attention, the other after another of these"
+OTHER_VALUES = "one is named after a function of the other, so its values are different"
 RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
 NEIGHBOUR = "what their names have in common names the modules beside them, or any layer: that decides nothing alone"
 OUT_OF_ORDER = "little speaks for it, and they stand in another order than what is decided around them"
 COUNTED_OTHERWISE = "numbered in one order and registered in another"
-TOWERS = "whole networks of one make, called otherwise on the two sides; their order alone does not tell which is which"
+TOWERS = (
+    "whole networks of the same structure, named differently on the two sides; order alone does not show which is which"
+)
 AGAINST_NAMES = "their order says one thing and their names another"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
 KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
@@ -76,7 +78,7 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
 
 
 def other_head(s: Item, t: Item, heads: Container[int]) -> bool:
-    """Whether two units stand at the end of their models and are called after different things.
+    """Whether two units stand at the end of their models and are named after different things.
 
     Args:
         s: A unit of the source.
@@ -129,7 +131,7 @@ def _is_function(s: Item, t: Item) -> bool:
 
 
 def letters_apart(s: Item, t: Item, region: Region) -> bool:
-    """Whether two units are called after different ones of the queries, keys, values and the output of an attention."""
+    """Whether two units are named after different ones of the queries, keys, values and the output of an attention."""
     ours, theirs = region.letters_of(s, 0), region.letters_of(t, 1)
     if (ours ^ theirs) & region.shared_letters:
         return True

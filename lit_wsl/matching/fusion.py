@@ -72,7 +72,7 @@ def order_of_parts(whole: str, parts: Sequence[str]) -> PartOrder:
     False
     """
     labels = _labels(parts)
-    unknown = PartOrder(tuple(range(len(parts))), UNKNOWN, "nothing tells in which order the parts stand")
+    unknown = PartOrder(tuple(range(len(parts))), UNKNOWN, "the order of the parts is unknown")
     return _spelled(whole, labels) or _by_formula(whole, labels) or _by_number(whole, labels) or unknown
 
 

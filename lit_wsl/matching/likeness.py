@@ -119,7 +119,7 @@ LAYERS = {
     "net",
     "model",
 }
-BLOCKS = {  # what modules are called that are all of one make, so that it does not say which of them
+BLOCKS = {  # names of modules that all have the same structure, so that they do not say which of them
     "attn",
     "attention",
     "att",

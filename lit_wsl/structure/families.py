@@ -35,7 +35,7 @@ class Average:
 def find_average(shapes: Mapping[str, tuple[int, ...]]) -> Average | None:
     """Find a running average among the tensors that it is the average of.
 
-    An average is a copy under a prefix. That it is the copy is told by a word of the prefix (``ema``), or by names
+    An average is a copy under a prefix. What marks it as the copy is a word of the prefix (``ema``), or names
     that lost their dots (``shadow.net_layer_weight``, LDM's LitEma without any separator) beside names that have them.
     With such a word it may also be a list in the order of the model (``ema.shadow_params.0``).
 
