@@ -75,6 +75,7 @@ class Balance:
                     own = sorted({parts[name] for name in names if name in parts})
                     self._places.append((relation, copy, names, own))
         self._known: dict[tuple[int, ...], float] = {}
+        self._tables: dict[tuple[int, tuple[int, ...]], dict[str, PlanEntry]] = {}
         self._looked: dict[tuple[Any, ...], float] = {}
         self._values: dict[int, dict[str, Tensor]] = {}
         self._held = 0
@@ -106,11 +107,19 @@ class Balance:
         relation, copy, names, parts = self._places[place]
         if any(choice[self.space.parts[number].which] < 0 for number in parts):
             return 0.0
-        entries = {t: e for number in parts for e in self.space.entries_of(number, choice) for t in e.targets}
+        tables = [self._table(number, choice) for number in parts]
+        entries = {n: table[n] for n in names for table in tables if n in table}
         key = place, *(id(entries.get(name)) for name in names)
         if key not in self._known and self.in_time():
             self._known[key] = self._agreement(relation, copy, names, entries)
         return self._known.get(key, 0.0)
+
+    def _table(self, number: int, choice: Sequence[int]) -> dict[str, PlanEntry]:
+        """The entries that fill a group of layers, by target."""
+        key = number, tuple(choice[d] for d in self.space.all_of(number))
+        if key not in self._tables:
+            self._tables[key] = {t: e for e in self.space.entries_of(number, choice) for t in e.targets}
+        return self._tables[key]
 
     def _agreement(
         self, relation: Relation, copy: int, names: Sequence[str], entries: Mapping[str, PlanEntry]

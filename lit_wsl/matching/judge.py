@@ -303,7 +303,8 @@ def _searched(
     fixed = _values([e for e in plan if not asked.intersection(e.targets)], bench.tensors)
     trials = Trials(space, bench.tensors, bench.meter, fixed, bench.budget, before)
     trials.balance = _balance(trials, gradients)
-    return LossJudge(trials), Search(trials, SEARCH).find()
+    judge = LossJudge(trials)
+    return judge, Search(trials, SEARCH, rests=lambda choice: judge.unrest(choice) < RESTLESS).find()
 
 
 def _gradients(meter: LossMeter) -> Gradients | None:

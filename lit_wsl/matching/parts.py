@@ -193,11 +193,26 @@ class Part:
     def __init__(self, region: int, source: list[Unit], target: list[Unit]) -> None:
         self.region, self.source, self.target = region, source, target
         self.covers = covers(source, target)
+        self.grows = len(self.covers) > MAX_OPTIONS and self._are_alike()
+        self.covers = self.in_order({}) if self.grows else self.covers
+        self.fixed: frozenset[int] = frozenset()  # what names tell of
         self.which = -1
         self.order: dict[tuple[str, int], int] = {}
         self.heads: dict[tuple[str, int], int] = {}
         self.turn: int | None = None
         self.layout: int | None = None
+
+    def _are_alike(self) -> bool:
+        """Whether any may take the place of any; where those are too many to list, exchanges lead to them."""
+        pairs = product(self.source, self.target)
+        return len(self.source) == len(self.target) and all(fits(s, t) is not None for s, t in pairs)
+
+    def in_order(self, known: Mapping[int, int]) -> list[Cover]:
+        """One to one in the order in which they stand, and in the opposite order, but for what is known."""
+        free = [i for i in range(len(self.source)) if i not in known.values()]
+        rest = [j for j in range(len(self.target)) if j not in known]
+        orders = ({**known, **dict(zip(rest, order))} for order in (free, free[::-1]))
+        return [tuple(((order[j],), (j,)) for j in sorted(order)) for order in orders]
 
     def key(self, cover: tuple[Sequence[int], Sequence[int]]) -> tuple[str, int]:
         """The whole of a fusion, and how many parts it has."""
@@ -233,6 +248,9 @@ class Part:
                 (tuple(sorted(own)), pair[1]) if joined else (pair[0], tuple(sorted(own)))
                 for own, pair in zip(made, cover)
             )
+            if self.grows and changed not in self.numbers:
+                self.numbers[changed] = len(self.covers)
+                self.covers.append(changed)
             if changed != cover and changed in self.numbers:
                 found = {self.key(c): [sorted(own).index(x) for x in own] for c, own in zip(changed, made) if own[1:]}
                 yield self.numbers[changed], found
@@ -245,12 +263,13 @@ class Part:
         for k, unit in enumerate(parts):
             above, _, own = unit.path.rpartition(".")
             modules.setdefault(above, {})[own] = k
-        swaps = [{a: b, b: a} for a, b in combinations(range(len(parts)), 2)]
+        movable = [k for k in range(len(parts)) if k not in self.fixed]
+        swaps = [{a: b, b: a} for a, b in combinations(movable, 2)]
         for one, other in combinations(modules.values(), 2):
             if one.keys() == other.keys() and len(one) > 1:
                 pairs = [(one[name], other[name]) for name in one]
                 swaps.append({x: y for a, b in pairs for x, y in ((a, b), (b, a))})
-        return swaps
+        return [swap for swap in swaps if not self.fixed.intersection(swap)]
 
     @cached_property
     def numbers(self) -> dict[Cover, int]:

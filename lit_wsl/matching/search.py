@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 
@@ -171,10 +171,13 @@ class Search:
         trials: Measures choices.
         share: The share of the budget that the search may spend.
         joint: Most choices that are tried one and all.
+        rests: Whether a choice is where training may have stopped, so that nothing far from it is sought.
     """
 
-    def __init__(self, trials: Trials, share: float, joint: int = JOINT) -> None:
-        self.joint = joint
+    def __init__(
+        self, trials: Trials, share: float, joint: int = JOINT, rests: Callable[[Choice], bool] = lambda choice: False
+    ) -> None:
+        self.joint, self.rests = joint, rests
         self.trials, self.space, self.score, self.share = trials, trials.space, trials.score, share
         self.confirmed: set[int] = set()  # layer groups of which alone and together the same looks best
 
@@ -189,9 +192,16 @@ class Search:
         every = self._every()
         if every:
             return self._ranked(every, self.trials.size)[0]
-        tops = []
+        start = self._best([start, *self.space.in_order(start)])
+        start = min(start, self._in_step(start), key=self.score)
+        tops = [start]
+        if self.rests(start):
+            tops.append(self.climb(start))
+            if self.rests(tops[-1]):
+                return tops[-1]
         if self.space.alike:
-            tops, self.share = [self._improve(self._in_step(start))], self.share * IN_STEP
+            tops.append(self._improve(start))
+            self.share *= IN_STEP
         groups = self._groups()
         dark = list(start)
         for part in (p for group in groups for p in group):
@@ -206,6 +216,8 @@ class Search:
         """All choices, as far as the weights hang together, where they can all be tried."""
         sizes = [len(d.options) for d in self.space.decisions]
         total = math.prod(sizes)
+        if any(part.grows for part in self.space.parts):
+            return []
         if total > (self.joint if self.trials.balance is None else max(self.joint, WIDE)):
             return []
         every = self._plausible([tuple(c) for c in product(*map(range, sizes))])
@@ -241,7 +253,9 @@ class Search:
             starts = [choice]
             for part in (part for part in parts if not part.has_matrices):
                 if len(starts) * len(part.covers) <= MAX_STARTS:
-                    starts = [one for start in starts for one in self._with(start, part.which)]
+                    starts = [
+                        (*s[: part.which], o, *s[part.which + 1 :]) for s in starts for o in range(len(part.covers))
+                    ]
             choice = max((self._settled(start, parts, balance) for start in starts), key=balance.total)
         return choice
 
@@ -368,6 +382,8 @@ class Search:
         balance = self.trials.balance
         found: list[Choice] = []
         most = self.joint if balance is None else WIDE
+        if part.grows and balance is not None:
+            return self._around(choice, part, balance)
         for option, cover in enumerate(part.covers):
             own = part.decisions_of(cover)
             sizes = [len(self.space.decisions[d].options) for d in own]

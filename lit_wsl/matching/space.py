@@ -200,6 +200,9 @@ class Space:
             and self._claimed(*part.units(cover))
             and spell_parts(*part.units(cover))
         ]
+        if part.grows:
+            part.covers = part.in_order({j: i for i, j in told})
+            part.fixed = frozenset(i for i, _ in told)
         sure = [((i,), (j,)) for i, j in told] + [(tuple(g), tuple(h)) for g, h in spelled]
         keeping = [c for c in part.covers if all(pair in c for pair in sure)]
         part.covers = keeping or part.covers
@@ -362,6 +365,14 @@ class Space:
         """How many blocks a group of layers stands in."""
         return len(self.regions[part.region][0].copies)
 
+    def in_order(self, choice: Sequence[int]) -> list[tuple[int, ...]]:
+        """A choice with all layers outside of regions as they stand on both sides, and all the other way round."""
+        found = [list(choice), list(choice)]
+        for part in (p for p in self.parts if self.copies(p) == 1 and len(p.source) == len(p.target)):
+            for made, cover in zip(found, part.in_order({})):
+                made[part.which] = part.numbers.get(cover, made[part.which])
+        return [tuple(made) for made in found]
+
     def backwards(self, numbering: int) -> int:
         """The option of a numbering that counts blocks from the end."""
         options = self.decisions[numbering].options
@@ -385,7 +396,10 @@ class Space:
         if choice[part.which] < 0:
             return
         orders = {key: self.decisions[d].options[choice[d]] for key, d in part.order.items()}
-        for number, changed in part.exchanges(part.covers[choice[part.which]], orders):
+        found = list(part.exchanges(part.covers[choice[part.which]], orders))
+        labels = self.decisions[part.which].labels
+        labels += [part.describe(cover) for cover in part.covers[len(labels) :]]
+        for number, changed in found:
             made = list(choice)
             made[part.which] = number
             for key, order in changed.items():

@@ -84,7 +84,7 @@ def undisturbed(module: nn.Module, *, guard: bool = True) -> Iterator[Callable[[
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(module))
         stack.enter_context(_preserved_modules(module))
-        if hasattr(torch.compiler, "set_stance"):
+        if hasattr(torch.compiler, "set_stance") and "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         writes = _WriteGuard(module)
         if guard:

@@ -140,6 +140,18 @@ def lists_of_layers():
     return old, new, truth
 
 
+def many_siblings():
+    """Seven layers of one shape in a flat list, counted from the end, more than there is room to list all orders of."""
+    old = Net({"features": {str(3 * k): layer(4, 4) for k in range(7)}, "out": layer(2, 4)})
+    new = Net({"z": layer(2, 4), "c": {str(k): layer(4, 4) for k in range(7)}})
+
+    def truth(s):
+        out = {f"z.{n}": s[f"out.{n}"] for n in ("weight", "bias")}
+        return out | {f"c.{k}.{n}": s[f"features.{18 - 3 * k}.{n}"] for k in range(7) for n in ("weight", "bias")}
+
+    return old, new, truth
+
+
 def reversed_case(case):
     """The same, from the new model to the old one."""
 
@@ -175,7 +187,7 @@ def two_attentions():
 
 
 CASES = [turned_layout, stacked_experts, fused_experts, turned_parts, square_stacks, alternating_parts, lists_of_layers]
-CASES.append(two_attentions)
+CASES += [many_siblings, two_attentions]
 
 
 @pytest.mark.parametrize("case", [*CASES, *map(reversed_case, CASES)])
@@ -201,3 +213,21 @@ def test_a_choice_means_the_truth(case):
         choices = product(*(range(len(space.decisions[d].options)) for d in places))
         found = (tuple(dict(zip(places, own)).get(d, 0) for d in range(len(space.decisions))) for own in choices)
         assert any(means_it(number, choice) for choice in found), part.describe(part.covers[0])
+
+
+def test_exchanges_lead_from_one_order_of_many_siblings_to_any_other():
+    old, new, _ = many_siblings()
+    sides = describe(dict(old.state_dict())), describe(new)
+    space = Space(*sides, build_plan(*sides, MatchingOptions()))
+    (part,) = [part for part in space.parts if part.grows]
+    wanted = tuple(((i,), (j,)) for j, i in enumerate([3, 1, 6, 0, 2, 5, 4]))
+    choice, steps = space.first, 0
+    while part.covers[choice[part.which]] != wanted:
+        choice = max(
+            space.exchanges(choice, part),
+            key=lambda one: sum(a == b for a, b in zip(part.covers[one[part.which]], wanted)),
+        )
+        steps += 1
+        assert steps < 7
+    decision = space.decisions[part.which]
+    assert len(decision.labels) == len(decision.options) == len(part.covers)
