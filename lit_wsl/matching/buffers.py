@@ -8,7 +8,7 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from lit_wsl.matching.scoring import near
-from lit_wsl.matching.words import ABBREVIATION, counts_alike, lists_along, token_similarity, unlike_lists
+from lit_wsl.matching.words import ABBREVIATION, counted, lists_along, token_similarity, unlike_lists
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, tokenize
 
 FOLLOWS, SAME_PATH = "buffer of a matched module", "buffer at the same path"
@@ -136,7 +136,7 @@ def twins_of(
         return {}
     lists = [lists_along((path, 1) for path in paths.values()) for paths in (paths_s, paths_t)]
     unlike = unlike_lists(lists[0], lists[1], within=within)
-    return {t.name: s for path, t, s in twins if counts_alike(path, unlike)}
+    return {t.name: s for path, t, s in twins if unlike.isdisjoint(place for place, _ in counted(path))}
 
 
 def relative_paths(infos: Sequence[ParameterInfo]) -> dict[str, str]:

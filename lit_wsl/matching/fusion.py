@@ -26,7 +26,6 @@ from lit_wsl.matching.tree import (
     relative,
     role_of,
     uniform,
-    units_of,
 )
 from lit_wsl.matching.words import (
     ABBREVIATION,
@@ -304,8 +303,8 @@ def spell_otherwise(s: Item, t: Item) -> bool:
 
 def spells_parts(whole: Item, partner: Item, region: Region) -> bool:
     """Whether a unit's name spells siblings on the other side that would make it up: ``gate_up``, where both are."""
-    root = region.source if any(whole is u for u in units_of(region.target)) else region.target
-    units = [u for u in units_of(root) if u.rank >= 2 and u is not partner and u.numel < whole.numel]
+    root = region.source if any(whole is u for u in region.target.units) else region.target
+    units = [u for u in root.units if u.rank >= 2 and u is not partner and u.numel < whole.numel]
     if len(units) > MAX_UNITS:
         return False
     singles = [Family(split_numbers(u.path)[0], (u,), (split_numbers(u.path)[1],)) for u in units]
@@ -349,7 +348,7 @@ def _judge(
 def _siblings(part: Item, root: Item) -> int:
     """How many units of a part's shape stand beside it, itself included, decided or not."""
     home = _ancestor(part.path, 1)
-    return sum(u.main.shape == part.main.shape and _ancestor(u.path, 1) == home for u in units_of(root))
+    return sum(u.main.shape == part.main.shape and _ancestor(u.path, 1) == home for u in root.units)
 
 
 def _in_place(whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> bool:

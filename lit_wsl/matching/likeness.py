@@ -253,8 +253,13 @@ def leads(shared: np.ndarray) -> list[tuple[int, int, float]]:
 
 def own_name(item: Item, parts: int = 1) -> tuple[str, ...]:
     """The words of the last parts of a path that have any, without numbers."""
+    return _last_words(owner_path(item.main.path) if item.level < 2 else item.path, parts)
+
+
+@lru_cache(maxsize=10_000)
+def _last_words(path: str, parts: int) -> tuple[str, ...]:
     found: tuple[str, ...] = ()
-    for part in reversed((owner_path(item.main.path) if item.level < 2 else item.path).split(".")):
+    for part in reversed(path.split(".")):
         words = plain_words(part)
         found = (*words, *found)
         parts -= bool(words)

@@ -15,7 +15,7 @@ from itertools import pairwise
 from lit_wsl.matching.formula import Letters, in_both, letters_below
 from lit_wsl.matching.likeness import foreign, own_name
 from lit_wsl.matching.tree import Family, Item, families_of, kind_of, owner_path, place_in, relative, shape_key
-from lit_wsl.matching.words import Lists, counts_alike, plain_words, split_numbers, unlike_lists
+from lit_wsl.matching.words import Lists, counted, plain_words, split_numbers, unlike_lists
 from lit_wsl.structure.description import ParameterInfo, Shape
 
 BLOCK = 64  # tensors; larger regions teach nothing about their like
@@ -95,15 +95,19 @@ class Region:
 
     def same_numbers(self, path: str) -> bool:
         """Whether every number along a path counts the same things on both sides."""
-        return counts_alike(path, self._unlike[0])
+        return all(place not in self._unlike for place, _ in counted(path))
 
     def like_numbers(self, path: str) -> bool:
         """Whether the numbers along a path are those of the other side, or among them: nothing is counted from one."""
-        return counts_alike(path, self._unlike[1])
+        return all(place not in self._not_within for place, _ in counted(path))
 
     @cached_property
-    def _unlike(self) -> tuple[frozenset[str], frozenset[str]]:
-        return unlike_lists(*self.lists), unlike_lists(*self.lists, within=True)
+    def _unlike(self) -> frozenset[str]:
+        return unlike_lists(*self.lists)
+
+    @cached_property
+    def _not_within(self) -> frozenset[str]:
+        return unlike_lists(*self.lists, within=True)
 
     @cached_property
     def makes(self) -> tuple[Counter[object], Counter[object]]:

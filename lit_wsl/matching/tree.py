@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import chain
 
 from lit_wsl.matching.words import Lists, lists_along, split_numbers
 from lit_wsl.plan.operations import Operation
@@ -64,7 +65,12 @@ class Item:
         """All tensors below, in registration order."""
         if self.level == 0:
             return (self,)
-        return tuple(t for child in self.children for t in child.tensors)
+        return tuple(chain.from_iterable(child.tensors for child in self.children))
+
+    @cached_property
+    def units(self) -> tuple[Item, ...]:
+        """All units below, in registration order."""
+        return (self,) if self.level < 2 else tuple(chain.from_iterable(child.units for child in self.children))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -172,7 +178,7 @@ class TreeBuilder:
         """A unit or module of these children."""
         offset = len(path) + 1 if path else 0
         key = (level, tuple((c.path[offset:], c.structure) for c in children))
-        positions = tuple(p for c in children for p in c.positions)
+        positions = tuple(chain.from_iterable(c.positions for c in children))
         numel, virtual = sum(c.numel for c in children), any(c.virtual for c in children)
         number = self._number(key)
         like = self._first.get(number)
@@ -281,13 +287,6 @@ def same_kind(s: Item, t: Item) -> bool:
     if role_of(s.path) == role_of(t.path) == "weight" and {len(s.shape), len(t.shape)} == {1, 2}:
         return False  # a linear map of one output is no scale of a norm
     return kinds != {"scale", "shift"} and not ("shift" in kinds and len(kinds) == 2 and max(s.rank, t.rank) >= 2)
-
-
-def units_of(root: Item) -> list[Item]:
-    """The units below a module."""
-    if root.level < 2:
-        return [root]
-    return [u for child in root.children for u in units_of(child)]
 
 
 def owner_path(name: str) -> str:

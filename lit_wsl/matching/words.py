@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -121,11 +121,6 @@ def unlike_lists(a: Lists, b: Lists, *, within: bool = False) -> frozenset[str]:
         for ours, theirs in [(a.get(place, {}).keys(), b.get(place, {}).keys())]
         if not (ours == theirs or (within and (ours <= theirs or theirs <= ours)))
     )
-
-
-def counts_alike(path: str, unlike: Collection[str]) -> bool:
-    """Whether nothing along a path is counted otherwise on the two sides (:func:`unlike_lists`)."""
-    return not unlike or all(place not in unlike for place, _ in counted(path))
 
 
 def is_abbreviation(short: str, long: str) -> bool:
