@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -31,8 +32,9 @@ class Judged:
         verdict: ``right``; ``wrong`` (something that is not its own, or its own in a wrong layout); ``unseen`` (its
             own, in a layout that neither names nor shapes show: a square that is stored transposed under a Linear's
             own names, parts that are interleaved by head, parts of a whole in an order that its name does not spell);
-            ``assumed`` (from the member of its own name and number, but of a list that has more or fewer members, of
-            which another than the last was dropped or added); ``missing``, ``open`` (left alone, a choice is listed);
+            ``assumed`` (from the member of its own name and number, but of a list that is counted from its other end
+            on one side, or has more or fewer members, of which another than the last was dropped or added);
+            ``missing``, ``open`` (left alone, a choice is listed);
             ``nothing`` (left alone, and rightly so).
         layout: Whether what is wrong holds the right values in the wrong places.
         buffer: Whether it is a buffer.
@@ -149,8 +151,10 @@ class Pair:
         mixed = verdict == "wrong" and entry is not None and set(entry.sources) <= self._mixed.get(name, set())
         if (layout and name in self._unseen) or mixed:
             verdict = "unseen"
-        elif verdict == "wrong" and entry and self._other_length and _same_member(entry.sources, name):
-            verdict = "assumed"
+        elif verdict == "wrong" and entry and truth is not None and _same_member(entry.sources, name):
+            wanted = origin.get(truth.numpy().tobytes(), "")
+            if self._other_length or _same_list(entry.sources, wanted):
+                verdict = "assumed"
         judged = Judged(name, verdict, layout, buffer)
         if entry is None:
             return judged
@@ -199,6 +203,11 @@ def _same_member(sources: tuple[str, ...], target: str) -> bool:
     """Whether the sources stand in the member of the list, by name and number, that the target stands in."""
     there, here = {_member(source) for source in sources}, _member(target)
     return all(one.endswith(here) or here.endswith(one) for one in there)
+
+
+def _same_list(sources: tuple[str, ...], wanted: str) -> bool:
+    """Whether what was taken and what belongs there are called alike but for the numbers."""
+    return all(re.sub(r"\d+", "#", source) == re.sub(r"\d+", "#", wanted) for source in sources)
 
 
 def _member(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lit_wsl.matching.scoring import near
 from lit_wsl.matching.words import ABBREVIATION, counted, lists_along, token_similarity, unlike_lists
-from lit_wsl.structure.description import ModelDescription, ParameterInfo, tokenize
+from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape, tokenize
 
 FOLLOWS, SAME_PATH = "buffer of a matched module", "buffer at the same path"
 
@@ -69,6 +69,18 @@ def _aligned(side: ModelDescription, buffers: Sequence[ParameterInfo], leaves: s
         for i in buffers
         if i.dtype.is_floating_point and i.shape and (i.leaf in leaves or i.module_path not in follow)
     }
+
+
+def averaging_norms(side: ModelDescription, buffers: Sequence[ParameterInfo]) -> set[str]:
+    """Paths of the batch norms: by their class, or by two buffers of the size of their weights, which are vectors."""
+    vectors = [i for i in buffers if i.dtype.is_floating_point and len(i.shape) == 1]
+    statistics: Counter[tuple[str, Shape]] = Counter((i.module_path, i.shape) for i in vectors)
+    names = {i.name for i in buffers}
+    found: dict[str, bool] = {}
+    for i in (i for i in side.parameters if i.name not in names):
+        averages = "BatchNorm" in i.module_type or statistics[i.module_path, i.shape] >= 2
+        found[i.module_path] = found.get(i.module_path, True) and averages
+    return {path for path, all_of_it in found.items() if all_of_it}
 
 
 def match_buffers(

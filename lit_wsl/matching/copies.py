@@ -59,7 +59,7 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
     if found and _find_copies({i.name: i.shape for i in target.parameters}):
         return source, None
     for group in found:
-        best = group[0] if group[1].startswith(group[0]) else _told(group, target)
+        best = group[0] if _is_outside(*group[:2]) else _told(group, target)
         taken = group[0] if best is None else best
         others = tuple(p for p in group if p != taken)
         if _needs(target, source, others, Counter(s for n, s in shapes.items() if n.startswith(others[0]))):
@@ -132,23 +132,31 @@ def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
         inside = {name.removeprefix("module."): shape for name, shape in below[place].items()}
         if sum(shapes.get(around + name) == shape for name, shape in inside.items()) >= ALIKE * len(inside):
             found.append((around, place))
-    for a, b in combinations(large, 2):
+    for a, b in combinations(sorted(large, key=lambda place: place.count(".")), 2):
         if a.startswith(b) or b.startswith(a) or plain_words(a) == plain_words(b):
             continue
         fewer, more = sorted((below[a], below[b]), key=len)
         if sum(more.get(name) == shape for name, shape in fewer.items()) >= ALIKE * len(fewer):
-            group = next((g for g in found if g[0] == a), (a,))
+            group = (
+                (a,) if _is_outside(a, b) else next((g for g in found if g[0] == a and not _is_outside(*g[:2])), (a,))
+            )
             if group in found:
                 found.remove(group)
             found.append((*group, b))
     return sorted(found, key=lambda group: (-sizes[group[-1]], -group[-1].count("."), group))
 
 
+def _is_outside(place: str, copy: str) -> bool:
+    """Whether a copy stands in the module that it was made of, or in one that holds all of it once more."""
+    return copy.startswith(place) or copy.endswith(f".{place}")
+
+
 def _told(places: Sequence[str], target: ModelDescription) -> str | None:
-    """The copy that names tell: the only one that is called like something in the model, or by no word of its own."""
+    """The copy that names tell: the only one that is called like a part of the model, or by no word of its own."""
     words = [set(plain_words(p)) for p in places]
     common = set.intersection(*words)
-    theirs = {w for i in target.parameters for w in plain_words(i.name)}
+    parts = {".".join(i.name.split(".")[:-1][:DEPTH]) for i in target.parameters}
+    theirs = {w for part in parts for w in plain_words(part) if len(w) > 2}
     telling = [ws - common - GENERAL - CONTAINERS for ws in words]
     called = [p for p, ws in zip(places, telling) if any(strength(w, x)[0] >= 0.8 for w in ws for x in theirs)]
     plain = [p for p, ws in zip(places, telling) if not ws]

@@ -171,7 +171,7 @@ class ClassSolver:
             return OTHER_LETTER if p.cell == PATH and self.names and letters_apart(p.source, p.target, region) else ""
         if p.cell.startswith(ORDER) and (" at an end" in cell or " at a head" in cell):
             return OTHER_HEAD
-        if not is_named(p.cell) and renamed_alone(p, region, self.learned):
+        if not is_named(p.cell) and not p.cell.startswith(COUNT) and renamed_alone(p, region, self.learned):
             return RENAMED_ALONE
         alone, last = p.cell.startswith(ALONE), p.cell.startswith(EXCLUSION)
         agree = self.learned.rows.agree(region, p.source, p.target) if self.ordered else ""

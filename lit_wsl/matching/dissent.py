@@ -6,20 +6,24 @@ pair; any of them leaves it open.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from itertools import combinations
+import re
+from collections.abc import Container, Mapping, Sequence
+from itertools import combinations, pairwise
 
 from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.matching.formula import spelled
 from lit_wsl.matching.likeness import (
     ENDS,
+    FORMULA,
     KINDS,
     LAYER_WORDS,
     LAYERS,
     NEAR_WORDS,
     SIDES,
+    contrast,
     liken,
+    of_one_role,
     own_name,
     own_words,
     strength,
@@ -27,8 +31,8 @@ from lit_wsl.matching.likeness import (
 from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO
 from lit_wsl.matching.regions import Learned, Pair, Region, Tie, makes_of
-from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, telling_words
-from lit_wsl.matching.words import best_pairs_similarity, plain_words
+from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words, units_of
+from lit_wsl.matching.words import best_pairs_similarity, plain_words, split_numbers
 
 STRONG = "much structure"
 OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
@@ -37,6 +41,8 @@ OTHER_LENGTH = (
     "they have one length, but their blocks stand elsewhere too, where the lists may have become longer or shorter"
 )
 OTHER_LETTER = "one is named after the queries, keys or values of an attention, the other after another of these"
+OPPOSITE = "their names differ in words that distinguish neighbouring modules of other models"
+NAMESAKE = "another module beside them has the name of one of the two in another size: it may have been resized"
 OTHER_VALUES = "one is named after a function of the other, so its values are different"
 RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
 NEIGHBOUR = "what their names have in common names the modules beside them, or any layer: that decides nothing alone"
@@ -47,7 +53,7 @@ TOWERS = (
 )
 AGAINST_NAMES = "their order says one thing and their names another"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
-KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
+FEW, KEPT = 2, 3  # so many siblings of the same name, and none of another, show that names were kept
 
 
 def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -> str:
@@ -60,21 +66,47 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         certain: Whether it is the only one that fits where everything must find a partner.
         weak: Whether so little speaks for it that order may overrule it.
     """
-    units = max(p.source.level, p.target.level) < 2
-    if units and letters_apart(p.source, p.target, region):
+    if letters_apart(p.source, p.target, region):
         return OTHER_LETTER
-    if units and _is_function(p.source, p.target):
+    if p.source.rank >= 2 and _are_opposite(own_name(p.source), own_name(p.target)):
+        return OPPOSITE
+    if _has_namesake(p.source, p.target, region):
+        return NAMESAKE
+    if max(p.source.level, p.target.level) < 2 and _is_function(p.source, p.target):
         return OTHER_VALUES
-    if not (region.complete and certain) and counted_apart(p.source, p.target, region):
+    sure = region.complete and certain and agree not in ("against order", "out of line", "reordered")
+    if not sure and counted_apart(p.source, p.target, region):
+        return OTHER_NUMBER
+    if p.cell.startswith(("open ", STRONG)) and _is_number_taken(p.source, p.target, region):
         return OTHER_NUMBER
     if counted_down(p.source, p.target, region):
         return OTHER_DIRECTION
-    if not region.complete and p.cell.startswith(STRONG) and _repeats_elsewhere(p, region):
-        return OTHER_LENGTH
+    if not region.complete and p.cell.startswith(STRONG):
+        if agree in ("against order", "out of line"):
+            return OUT_OF_ORDER
+        if _repeats_elsewhere(p, region):
+            return OTHER_LENGTH
     cell = p.cell.removeprefix("open ")
     if cell.startswith(NEAR_WORDS) or (cell.startswith(LAYER_WORDS) and agree not in ("in order", "in line")):
         return NEIGHBOUR
     return OUT_OF_ORDER if weak and agree == "against order" else ""
+
+
+def _is_number_taken(s: Item, t: Item, region: Region) -> bool:
+    """Whether something else of the target's name, or of the source's, has the number of the other."""
+    (_, ours), (_, theirs) = (split_numbers(relative(i, r)) for i, r in ((s, region.source), (t, region.target)))
+    if ours == theirs or len(ours) != len(theirs):
+        return False
+    others = (relative(i, r) for i, r in ((t, region.target), (s, region.source)))
+    return any(
+        any(name.startswith(f"{renumbered}.") or name == renumbered for name in names)
+        for renumbered, names in zip(map(_renumber, others, (ours, theirs)), reversed(region.names))
+    )
+
+
+def _renumber(path: str, numbers: Sequence[int]) -> str:
+    rest = iter(numbers)
+    return re.sub(r"\d+", lambda found: str(next(rest, found[0])), path)
 
 
 def other_head(s: Item, t: Item, heads: Container[int]) -> bool:
@@ -104,38 +136,87 @@ def _repeats_elsewhere(p: Pair, region: Region) -> bool:
 
 
 def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
-    """Whether all siblings kept their very names and only this unit's mean different things on the two sides."""
-    if max(p.source.level, p.target.level) == 2:
-        return False
+    """Whether all siblings kept their very names, and only these two are called after different things.
+
+    Many siblings of a unit tell; of a module, or fewer siblings, only where nothing was renamed anywhere.
+    """
     siblings = learned.renames.beside(region, p.source, p.target)
-    if len(siblings) < KEPT or any(ours != theirs for ours, theirs in siblings):
+    if len(siblings) < FEW or any(ours != theirs for ours, theirs in siblings):
         return False
+    if max(p.source.level, p.target.level) == 2 or len(siblings) < KEPT:
+        listed = any(i.path.rpartition(".")[2].isdigit() for i in (p.source, p.target))
+        if listed or learned.renames.others(p.source, p.target)[0]:
+            return False
     if set(own_name(p.source)) <= set(own_name(p.target, 2)) or set(own_name(p.target)) <= set(own_name(p.source, 2)):
         return False  # one is wrapped
-    return _mean_otherwise(own_name(p.source), own_name(p.target))
+    return _mean_otherwise(own_name(p.source), own_name(p.target)) and not _alike_inside(p.source, p.target)
+
+
+def _alike_inside(s: Item, t: Item) -> bool:
+    """Whether two units are known for one role, or two modules hold something of one name or role, or blocks."""
+    if max(s.level, t.level) < 2:
+        return of_one_role(own_name(s), own_name(t))
+    if any(c.level == 2 and relative(c, i).isdigit() for i in (s, t) for c in i.children):
+        return True
+    names = zip(*([plain_words(place_in(u, i)) for u in units_of(i)] for i in (s, t)))
+    return any((a == b and a) or of_one_role(a, b) for a, b in names)
 
 
 def _mean_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     """Whether both names hold words that tell something, and that the other one lacks."""
     likeness, general = liken(ours, theirs), (ENDS - {"cls"}) | KINDS | LAYERS
-    return all(any(len(w) > 1 and w not in general for w in left) for left in (likeness.left_s, likeness.left_t))
+    left = (likeness.left_s, likeness.left_t)
+    return all(any((len(w) > 1 or w in FORMULA) and w not in general for w in words) for words in left)
+
+
+def _has_namesake(s: Item, t: Item, region: Region) -> bool:
+    """Whether something else beside one of two items is called like the other: then that is it, in another size.
+
+    What they stand in is asked, too, as far as both stand equally deep.
+    """
+    chains = [_chain(i, homes) for i, homes in zip((s, t), region.homes)]
+    for (home_s, ours), (home_t, theirs) in zip(*map(pairwise, chains)):
+        whole = ours is s and theirs is t
+        if whole or ours.level == theirs.level == 2:
+            alike = region.namesakes(home_s, home_t, same=whole)
+            if alike[0].get(id(ours), id(theirs)) != id(theirs) or alike[1].get(id(theirs), id(ours)) != id(ours):
+                return True
+    return False
+
+
+def _chain(item: Item, homes: Mapping[int, Item]) -> list[Item]:
+    """An item and all that it stands in, the outermost first."""
+    chain = [item]
+    while id(chain[-1]) in homes:
+        chain.append(homes[id(chain[-1])])
+    return chain[::-1]
+
+
+def _are_opposite(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether two names differ in words that elsewhere tell siblings apart; what stands before or behind is no such."""
+    likeness = liken(ours, theirs)
+    if SIDES & {*likeness.left_s, *likeness.left_t}:
+        return False
+    return contrast(likeness.left_s, likeness.left_t)
 
 
 def _is_function(s: Item, t: Item) -> bool:
-    """Whether one name is the other with a function in front: ``log_sigma`` and ``sigma``."""
+    """Whether one name is the other and a function: ``log_sigma`` and ``sigma``, ``A_log`` and ``A``."""
     short, long = sorted(("".join(own_name(i)) for i in (s, t)), key=len)
-    return any(long == f + short for f in FUNCTIONS)
+    return bool(short) and any(long in (f + short, short + f) for f in FUNCTIONS)
 
 
 # letters ------------------------------------------------------------------------------------------------------------
 
 
 def letters_apart(s: Item, t: Item, region: Region) -> bool:
-    """Whether two units are named after different ones of the queries, keys, values and the output of an attention."""
+    """Whether two items are named after different ones of the queries, keys, values and the output of an attention."""
     ours, theirs = region.letters_of(s, 0), region.letters_of(t, 1)
     if (ours ^ theirs) & region.shared_letters:
         return True
     names = spelled(own_name(s)), spelled(own_name(t))
+    if max(s.level, t.level) == 2:
+        return all(names) and not names[0] & names[1]
     if names[0] & names[1]:
         return ours != theirs  # a value beside queries, and one beside a gate
     return all(names)

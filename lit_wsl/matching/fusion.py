@@ -280,9 +280,10 @@ def _sets_of_parts(whole: Family, families: Sequence[Family]) -> Iterator[tuple[
     """Sets of siblings (then of cousins) whose shapes make up the whole's; some come twice."""
     shape = whole.members[0].main.shape
     for up in (1, 2):
-        groups: dict[str, list[Family]] = {}
+        groups: dict[tuple[str, int], list[Family]] = {}
         for family in families:
-            groups.setdefault(_ancestor(family.members[0].path, up), []).append(family)
+            path = owner_path(family.members[0].path)
+            groups.setdefault((_ancestor(path, up), path.count(".")), []).append(family)
         for siblings in groups.values():
             if len(siblings) > MAX_SIBLINGS:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 import torch
 
@@ -22,7 +23,7 @@ def hints(plan: TransferPlan, source: ModelDescription, target: ModelDescription
         return ()
     unsure = {s for a in plan.ambiguous for c in a.candidates for s in c.sources}
     copies = "" if any(note.startswith(COPIES) for note in plan.notes) else _copies(plan, source, target, open_s)
-    found = (_adapters(source, open_s - unsure), _packed(plan, source, open_s), copies)
+    found = (_adapters(source, open_s - unsure), _packed(plan, source, open_s), _scaled(source, open_s), copies)
     return tuple(text for text in found if text)
 
 
@@ -69,6 +70,31 @@ def _packed(plan: TransferPlan, source: ModelDescription, open_s: set[str]) -> s
     return (
         f"{len(packed)} tensors of the checkpoint are packed, two numbers of four bits to a byte, first {packed[0]}: "
         "dequantise the checkpoint first"
+    )
+
+
+def scaled_weights(infos: Iterable[ParameterInfo]) -> dict[str, str]:
+    """Weights of eight bits that mean nothing without the scale beside them, and the name of that."""
+    beside: dict[str, list[ParameterInfo]] = defaultdict(list)
+    for info in infos:
+        beside[info.module_path].append(info)
+    return {
+        i.name: scale.name
+        for members in beside.values()
+        for i in members
+        if i.dtype.is_floating_point and i.dtype.itemsize == 1
+        for scale in members
+        if scale is not i and "scale" in scale.leaf
+    }
+
+
+def _scaled(source: ModelDescription, open_s: set[str]) -> str:
+    names = [(name, scale) for name, scale in scaled_weights(source.parameters).items() if name in open_s]
+    if not names:
+        return ""
+    return (
+        f"{len(names)} weights of the checkpoint are numbers of eight bits to be multiplied by a scale, first "
+        f"{names[0][0]} by {names[0][1]}: dequantise the checkpoint first"
     )
 
 

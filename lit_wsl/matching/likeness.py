@@ -3,6 +3,7 @@
 Equal words, abbreviations and inflections agree. Words that any last layer is called by, and words that only name a
 neighbour (``pre_attention_norm``), are weighed apart.
 
+``contrasts.json``, written by ``make harvest``, holds words that name modules beside each other in public models.
 The lexicon of roles (``lexicon.json``, written by ``make harvest``) holds what the modules of timm, torchvision,
 transformers and open_clip call the parts of an attention, of a feed-forward network, of two convolutions. It only
 vouches for two units that are the only ones of their size, called by names that have nothing in common.
@@ -15,6 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 
@@ -56,6 +58,24 @@ def same_role(a: str, b: str) -> bool:
     return bool(ours & theirs) and not any(
         r != o and r.partition("/")[0] == o.partition("/")[0] for r in ours - theirs for o in theirs
     )
+
+
+CONTRASTS = Path(__file__).with_name("contrasts.json")
+
+
+@cache
+def _contrasts() -> frozenset[frozenset[str]]:
+    return frozenset(frozenset(pair) for pair in json.loads(CONTRASTS.read_text()))
+
+
+def contrast(ours: Collection[str], theirs: Collection[str]) -> bool:
+    """Whether what two names don't share names things that stand beside each other elsewhere: ``self``, ``cross``."""
+    return any(frozenset((a, b)) in _contrasts() for a in ours for b in theirs)
+
+
+def of_one_role(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:
+    """Whether two names, as they stand, are known for one role."""
+    return bool(_roles().get(ours, frozenset()) & _roles().get(theirs, frozenset()))
 
 
 def forget() -> None:
@@ -119,6 +139,7 @@ LAYERS = {
     "net",
     "model",
 }
+LISTS = frozenset(("block", "blocks", "layers", "unit", "units", "stage", "stages", "modules"))
 BLOCKS = {  # names of modules that all have the same structure, so that they do not say which of them
     "attn",
     "attention",
@@ -129,15 +150,9 @@ BLOCKS = {  # names of modules that all have the same structure, so that they do
     "ff",
     "feed",
     "forward",
-    "block",
-    "blocks",
-    "layers",
-    "unit",
-    "units",
-    "stage",
-    "stages",
-    "modules",
+    *LISTS,
 }
+LAYER_NAMES = (ENDS | KINDS | LAYERS) - {"decoder"}  # say a kind of layer, or a place that any model has
 INFLECTION = 5  # letters at the end of a word that only change its form: combine, combination
 LITTLE = 0.1  # what a word for any layer says, beside words that say which
 GENERAL = (ENDS | KINDS | {"and"}) - {"decoder"}  # words that name a kind of layer, or a place that any model has
@@ -159,7 +174,7 @@ def strength(a: str, b: str) -> tuple[float, int]:
         return 0.0, 0  # the ln of a layer norm is no abbreviation of latents
     if is_abbreviation(short, long) and (long.startswith(short) or not set(short[1:]) & set("aeiou")):
         return (0.8, 2) if len(short) > 1 else (0.7, 1) if short in FORMULA else (0.0, 0)
-    if len(short) >= 3 and long.endswith(short):
+    if len(short) >= 4 and long.endswith(short):  # an end is no part of attend
         return 0.6, 2
     stem = next((k for k, (x, y) in enumerate(zip(short, long)) if x != y), len(short))
     if stem >= 3 and stem >= 0.75 * len(short) and len(long) - stem <= INFLECTION:

@@ -102,14 +102,17 @@ def count_of(family: Family, side: Sequence[Family]) -> int:
 
 
 def counted_apart(s: Item, t: Item, region: Region) -> bool:
-    """Whether two items are counted among the same numbers, and their own numbers differ."""
+    """Whether two items are counted among as many numbers, and stand at different places among them."""
     along = _counted_along(s, t, region)
     if not all(along):
         return False
-    known = [[region.lists[k][place].keys() for place, _ in side] for k, side in enumerate(along)]
-    if known[0] != known[1]:
+    known = [[sorted(region.lists[k][place], key=int) for place, _ in side] for k, side in enumerate(along)]
+    if list(map(len, known[0])) != list(map(len, known[1])):
         return False
-    return [number for _, number in along[0]] != [number for _, number in along[1]]
+    if known[0] != known[1] and [place for place, _ in along[0]] != [place for place, _ in along[1]]:
+        return False  # lists of one length, but of other names and other numbers
+    places = [[row.index(number) for row, (_, number) in zip(known[k], side)] for k, side in enumerate(along)]
+    return places[0] != places[1]
 
 
 def counted_down(s: Item, t: Item, region: Region) -> bool:

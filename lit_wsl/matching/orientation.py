@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from lit_wsl.matching.words import split_numbers
@@ -40,8 +41,8 @@ class Orientation:
         self._seen: dict[Make, set[bool | None]] = defaultdict(set)
         self.turned = False
         for sources, targets, _ in matches:
-            if len(sources) == len(targets) == 1:
-                self._see(sources[0], targets[0], certain=True)
+            if len(sources) == len(targets) == 1 or _is_stack(sources, targets):
+                self._see(*_members(sources, targets), certain=True)
             else:
                 self.turned = self.turned or _joined_across(sources, targets)
         for targets, candidates in doubts:
@@ -69,6 +70,12 @@ class Orientation:
         if len(sources) == len(targets) == 1:
             return self._judge_pair(sources[0], targets[0], operations)
         parts = targets if len(targets) > 1 else sources
+        if _is_stack(sources, targets):
+            s, t = _members(sources, targets)
+            square = len(s.shape) == 2 and s.shape[0] == s.shape[1] and not _is_table(t)
+            if square and self._shown(s, t) is not any(isinstance(op, (Transpose, Permute)) for op in operations):
+                return None, OPEN
+            return operations, ""
         fused = any(isinstance(op, (Split, Concat)) for op in operations)
         if fused and all(len(p.shape) == 2 and p.shape[0] == p.shape[1] for p in parts):
             wanted = self._verdict(sources[0], targets[0])
@@ -100,12 +107,29 @@ class Orientation:
 
     def _verdict(self, s: ParameterInfo, t: ParameterInfo) -> bool | None:
         """Whether a square matrix is stored the other way round; ``None`` where nothing tells."""
-        for make in _makes(s, t):  # the nearest make that shows anything
-            seen = self._seen.get(make)
-            if seen:
-                return next(iter(seen)) if len(seen) == 1 else None
+        if any(make in self._seen for make in _makes(s, t)):
+            return self._shown(s, t)
         same_make = _leaf(s) == _leaf(t) and len(_core(s.shape)) == len(_core(t.shape))
         return False if same_make and not self.turned else None
+
+    def _shown(self, s: ParameterInfo, t: ParameterInfo) -> bool | None:
+        """What the nearest make that shows anything shows."""
+        seen = next((self._seen[make] for make in _makes(s, t) if make in self._seen), None)
+        return next(iter(seen)) if seen and len(seen) == 1 else None
+
+
+def _is_stack(sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]) -> bool:
+    """Whether a tensor of one side is made of those of the other along an axis of its own."""
+    fewer, more = sorted((sources, targets), key=len)
+    return len(fewer) == 1 < len(more) and len(fewer[0].shape) == len(more[0].shape) + 1
+
+
+def _members(sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]) -> tuple[ParameterInfo, ParameterInfo]:
+    """A pair to compare: of a stack a part, and the whole without its axis of the parts."""
+    s, t = sources[0], targets[0]
+    if len(sources) == len(targets):
+        return s, t
+    return (replace(s, shape=s.shape[1:]), t) if len(targets) > 1 else (s, replace(t, shape=t.shape[1:]))
 
 
 def _joined_across(sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]) -> bool:

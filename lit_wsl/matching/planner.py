@@ -6,15 +6,16 @@ import gc
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from lit_wsl.matching.alignment import RUN_OTHERWISE, Aligner, Evidence, Match
-from lit_wsl.matching.buffers import match_buffers, refuse_modules, split_kinds, twins_of
+from lit_wsl.matching.buffers import averaging_norms, match_buffers, refuse_modules, split_kinds, twins_of
 from lit_wsl.matching.copies import one_of_copies, settle
 from lit_wsl.matching.entries import EntryWriter
-from lit_wsl.matching.hints import hints
+from lit_wsl.matching.hints import hints, scaled_weights
 from lit_wsl.matching.layouts import hidden_layouts, leave_open
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER
@@ -229,14 +230,17 @@ def _build_lossless(
     summaries: tuple[SideSummary, SideSummary],
 ) -> TransferPlan:
     """The plan of lossless operations alone."""
-    weights_s, buffers_s, weights_t, _ = split_kinds(source, target, alone=options.buffers != "exclude")
+    weights_s, buffers_s, weights_t, buffers_t = split_kinds(source, target, alone=options.buffers != "exclude")
     ties = Counter(source.tied.values())
     known = {name: count + 1 for name, count in ties.items()}
     ordered = source.is_module or has_order(source)
     ordered = ordered and not (by_alphabet(source.parameters) or by_alphabet(target.parameters))
-    alignment = align(weights_s, weights_t, options, known, ordered=ordered)
+    norms = averaging_norms(source, buffers_s), averaging_norms(target, buffers_t)
+    if not all(found or side.is_module for found, side in zip(norms, (source, target))):
+        norms = set(), set()  # a file may hold weights alone
+    alignment = align(weights_s, weights_t, options, known, norms, ordered=ordered)
     if target.has_execution_order:
-        alignment = _with_execution_order(alignment, weights_s, weights_t, options, ordered)
+        alignment = _with_execution_order(alignment, weights_s, weights_t, options, norms, ordered=ordered)
     names = ([[info.name for info in side] for side in match[:2]] for match in alignment.matches)
     writer = EntryWriter(source, target, options, Context((s, t) for s, t in names))
     orientation = Orientation(
@@ -246,7 +250,10 @@ def _build_lossless(
     twins = twins_of(source.parameters, target.parameters)
     factors_s, factors_t = factor_roles(source.parameters), factor_roles(target.parameters)
     notes: list[str] = []
+    scaled = scaled_weights(source.parameters)
     for sources, targets, match in alignment.matches:
+        if any(s.name in scaled and s.dtype != t.dtype for s in sources for t in targets):
+            continue
         if not same_roles(sources, targets, factors_s, factors_t):
             notes.append(
                 f"{sources[0].name} does not fill {targets[0].name}: one is a weight, the other a factor of one "
@@ -300,7 +307,42 @@ def has_order(side: ModelDescription) -> bool:
     if side.label.endswith((".safetensors", ".safetensors.index.json")):
         return False
     names = [info.name for info in side.parameters]
-    return names != sorted(names) and names != sorted(names, key=lambda n: n.split("."))
+    if names == sorted(names) or names == sorted(names, key=lambda n: n.split(".")):
+        return False
+    written = [info for info in side.parameters if info.kind == "parameter"]
+    if len(names) >= RUN * (1 + sum(a > b for a, b in pairwise(names))):
+        return False  # sorted files, one after another
+    return _in_one_piece(info.module_path.split(".") for info in written) and not _in_two_minds(written)
+
+
+RUN = 12  # so many names in a row are in alphabetical order only where they were sorted
+
+
+def _in_two_minds(infos: Iterable[ParameterInfo]) -> bool:
+    """Whether the bias stands now before the weight, now behind it, or members of a list in neither direction."""
+    leaves: dict[str, list[str]] = {}
+    lists: dict[str, dict[int, None]] = {}
+    for info in infos:
+        leaves.setdefault(info.module_path, []).append(info.leaf)
+        parts = info.name.split(".")
+        for k, part in enumerate(parts):
+            if part.isdigit():
+                lists.setdefault(".".join(parts[:k]), {})[int(part)] = None
+    firsts = {own[0] for own in leaves.values() if sorted(own) == ["bias", "weight"]}
+    return len(firsts) > 1 or any(list(row) not in (sorted(row), sorted(row, reverse=True)) for row in lists.values())
+
+
+def _in_one_piece(modules: Iterable[Sequence[str]]) -> bool:
+    """Whether the tensors of each module stand together, as they do where a model was written down."""
+    left: set[tuple[str, ...]] = set()
+    before: Sequence[str] = ()
+    for path in modules:
+        alike = next((k for k, (a, b) in enumerate(zip(before, path)) if a != b), min(len(before), len(path)))
+        left.update(tuple(before[: k + 1]) for k in range(alike, len(before)))
+        if any(tuple(path[: k + 1]) in left for k in range(alike, len(path))):
+            return False
+        before = path
+    return True
 
 
 BY_CHANCE = 100  # one model in so many is in alphabetical order without meaning to
@@ -329,15 +371,25 @@ def align(
     target: Sequence[ParameterInfo],
     options: MatchingOptions,
     ties: Mapping[str, int] | None = None,
+    norms: tuple[Container[str], Container[str]] = ((), ()),
     *,
     ordered: bool = True,
 ) -> Alignment:
-    """Align two sides, twice: the first time tells what order, orientation and other blocks are worth."""
+    """Align two sides, twice: the first time tells what order, orientation and other blocks are worth.
+
+    Args:
+        source: Its weights.
+        target: Its weights.
+        options: How to match.
+        ties: How many names each tied source tensor has.
+        norms: Paths of the norms that keep running statistics, source and target.
+        ordered: Whether the source has an order of registration.
+    """
     if not source or not target:
         return Alignment((), ())
     builder = TreeBuilder()
-    root_s, order_s = builder.build(source)
-    root_t, order_t = builder.build(target)
+    root_s, order_s = builder.build(source, norms[0])
+    root_t, order_t = builder.build(target, norms[1])
     forbidden = IncompatiblePairs(options.incompatible_pairs)
     twins = {}
     if names := twins_of(order_s, order_t, within=True):
@@ -426,6 +478,8 @@ def _with_execution_order(
     source: Sequence[ParameterInfo],
     target: Sequence[ParameterInfo],
     options: MatchingOptions,
+    norms: tuple[Container[str], Container[str]],
+    *,
     ordered: bool,
 ) -> Alignment:
     """Let execution order decide what is still open: it only turns missing into right."""
@@ -433,7 +487,7 @@ def _with_execution_order(
     both_traced = any(info.execution_order is not None for info in source)
     if not (ordered or both_traced) or (len(matched) == len(target) and not both_traced):
         return first
-    second = align(_by_execution(source), _by_execution(target), options)
+    second = align(_by_execution(source), _by_execution(target), options, norms=norms)
     if both_traced:
         first = _doubt_contradictions(first, second)
         matched = {t.name for _, targets, _ in first.matches for t in targets}

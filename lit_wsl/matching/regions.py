@@ -12,12 +12,25 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
+
 from lit_wsl.matching.formula import Letters, in_both, letters_below
-from lit_wsl.matching.likeness import foreign, own_name
+from lit_wsl.matching.likeness import (
+    HALF_WORDS,
+    LAYER_NAMES,
+    LISTS,
+    SHORT_WORDS,
+    WORDS,
+    foreign,
+    leads,
+    liken,
+    own_name,
+)
 from lit_wsl.matching.tree import Family, Item, families_of, kind_of, owner_path, place_in, relative, shape_key
 from lit_wsl.matching.words import Lists, counted, plain_words, split_numbers, unlike_lists
 from lit_wsl.structure.description import ParameterInfo, Shape
 
+TELLING = (WORDS, SHORT_WORDS, HALF_WORDS)  # likenesses by which a name singles out another
 BLOCK = 64  # tensors; larger regions teach nothing about their like
 
 
@@ -110,6 +123,26 @@ class Region:
         return unlike_lists(*self.lists, within=True)
 
     @cached_property
+    def homes(self) -> tuple[dict[int, Item], dict[int, Item]]:
+        """By the identity of each item below the module that it stands in; source and target."""
+        return _homes(self.source), _homes(self.target)
+
+    @cached_property
+    def _namesakes(self) -> dict[tuple[int, int, bool], tuple[dict[int, int], dict[int, int]]]:
+        return {}
+
+    def namesakes(self, ours: Item, theirs: Item, *, same: bool) -> tuple[dict[int, int], dict[int, int]]:
+        """What is called alike in two modules and like nothing else there, whatever its size: identities, both ways.
+
+        With ``same`` also what has one name that says no more than a kind of layer.
+        """
+        key = id(ours), id(theirs), same
+        if key not in self._namesakes:
+            pairs = _called_alike(ours, theirs) + (_called_the_same(ours, theirs) if same else [])
+            self._namesakes[key] = {id(s): id(t) for s, t in pairs}, {id(t): id(s) for s, t in pairs}
+        return self._namesakes[key]
+
+    @cached_property
     def makes(self) -> tuple[Counter[object], Counter[object]]:
         """How many modules of each make are below; source and target."""
         return makes_of(self.source), makes_of(self.target)
@@ -138,6 +171,49 @@ class Region:
     def words(self) -> tuple[Counter[str], Counter[str]]:
         """How many tensors have each word in their path, source and target."""
         return _word_counts(self.source), _word_counts(self.target)
+
+
+def _homes(root: Item) -> dict[int, Item]:
+    found: dict[int, Item] = {}
+    modules = [root]
+    while modules:
+        module = modules.pop()
+        found.update((id(child), module) for child in module.children)
+        modules += [child for child in module.children if child.level == 2]
+    return found
+
+
+def _called_the_same(ours: Item, theirs: Item) -> list[tuple[Item, Item]]:
+    sides = [{place_in(i, home): i for i in home.children if i.rank >= 2} for home in (ours, theirs)]
+    return [(i, sides[1][p]) for p, i in sides[0].items() if p in sides[1] and not p.replace(".", "").isdigit()]
+
+
+def _called_alike(ours: Item, theirs: Item) -> list[tuple[Item, Item]]:
+    sides = [_by_name(home) for home in (ours, theirs)]
+    shared = np.zeros(tuple(map(len, sides)))
+    for i, (a, s) in enumerate(sides[0].items()):
+        for j, (b, t) in enumerate(sides[1].items()):
+            modules = {x.level == 2 or "." in place_in(x, home) for x, home in ((s, ours), (t, theirs))}
+            known = TELLING if modules == {True} else TELLING[:2]  # token, token_type
+            likeness = liken(a, b)
+            if len(modules) == 1 and likeness.kind in known and not likeness.only_layers:
+                shared[i, j] = likeness.shared
+    items = [list(side.values()) for side in sides]
+    return [(items[0][i], items[1][j]) for i, j, _ in leads(shared)] if all(sides) else []
+
+
+def _by_name(home: Item) -> dict[tuple[str, ...], Item]:
+    """What stands in a module and is no vector, by what its name says beyond a kind of layer; no two say the same."""
+    items = [i for i in home.children if i.rank >= 2]
+    names = [_telling_part(place_in(i, home)) for i in items]
+    counts = Counter(names)
+    return {name: i for name, i in zip(names, items) if name and counts[name] == 1}
+
+
+def _telling_part(path: str) -> tuple[str, ...]:
+    """The words of the last part of a path that says more than a kind of layer or a list."""
+    parts = (tuple(w for w in plain_words(p) if len(w) > 1) for p in reversed(path.split(".")))
+    return next((tuple(w for w in ws if w not in LAYER_NAMES) for ws in parts if set(ws) - LAYER_NAMES - LISTS), ())
 
 
 def makes_of(root: Item) -> Counter[object]:

@@ -122,7 +122,7 @@ class PairCosts:
 
     def _of_units(self, s: Item, t: Item) -> float | None:
         """Cost of pairing two units tensor by tensor, the largest with the largest."""
-        if len(s.tensors) != len(t.tensors):
+        if len(s.tensors) != len(t.tensors) or s.main.averaging != t.main.averaging:
             return None
         by_size = [sorted(i.tensors, key=lambda x: (-x.numel, x.start)) for i in (s, t)]
         costs = [operation_cost(a.shape, b.shape, transposed=self.turned) for a, b in zip(*by_size)]
@@ -146,7 +146,7 @@ class PairCosts:
         return total / len(f.members)
 
 
-Shapes = tuple[tuple[Shape, int], ...]
+Shapes = tuple[object, ...]
 
 
 def cut_by_shapes(
@@ -187,7 +187,7 @@ def _by(key: Callable[[Item], Shapes], items: Sequence[Item]) -> dict[Shapes, li
 
 
 def _exact_shapes(item: Item) -> Shapes:
-    return tuple(sorted(Counter(tuple(d for d in t.shape if d != 1) for t in item.tensors).items()))
+    return tuple(sorted(Counter((tuple(d for d in t.shape if d != 1), t.averaging) for t in item.tensors).items()))
 
 
 def _core_shapes(item: Item) -> Shapes:

@@ -37,6 +37,7 @@ class Item:
         level: 0 for a tensor, 1 for a unit, 2 for a module.
         virtual: Whether operations make any of the tensors below.
         like: The first item of this structure, which knows what follows from shapes and relative names alone.
+        averaging: Whether a tensor belongs to a norm that keeps running statistics.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Item:
     operations: tuple[Operation, ...] = ()
     virtual: bool = False
     like: Item | None = None
+    averaging: bool = False
 
     @property
     def start(self) -> int:
@@ -145,12 +147,17 @@ class TreeBuilder:
     def __init__(self) -> None:
         self._numbers: dict[object, int] = {}
         self._first: dict[int, Item] = {}
+        self._averaging: Container[str] = ()
 
     def _number(self, key: object) -> int:
         return self._numbers.setdefault(key, len(self._numbers))
 
-    def build(self, infos: Sequence[ParameterInfo]) -> tuple[Item, list[ParameterInfo]]:
+    def build(self, infos: Sequence[ParameterInfo], averaging: Container[str] = ()) -> tuple[Item, list[ParameterInfo]]:
         """Build the tree of a side.
+
+        Args:
+            infos: Its tensors.
+            averaging: Paths of the norms that keep running statistics.
 
         Returns:
             The root, and the tensors in the order of the tree: positions are ordinals in this list. It is the order
@@ -162,16 +169,17 @@ class TreeBuilder:
             leaf = info.leaf
             _node(info.name[: len(info.name) - len(leaf)], nodes)[leaf] = info
         order: list[ParameterInfo] = []
+        self._averaging = averaging
         return self._module("", nested, order), order
 
     def tensor(
         self, path: str, shape: Shape, positions: tuple[int, ...], operations: tuple[Operation, ...] = ()
     ) -> Item:
         """A tensor, virtual if operations make it."""
-        numel = math.prod(shape)
-        number = self._number(("tensor", shape))
+        numel, averaging = math.prod(shape), path.rpartition(".")[0] in self._averaging
+        number = self._number(("tensor", shape, averaging))
         like = self._first.get(number)
-        item = Item(path, (), positions, numel, number, 0, shape, operations, bool(operations), like)
+        item = Item(path, (), positions, numel, number, 0, shape, operations, bool(operations), like, averaging)
         return item if like else self._first.setdefault(number, item)
 
     def group(self, path: str, children: Sequence[Item], level: int) -> Item:
@@ -282,7 +290,9 @@ def layer_kind(leaf: str) -> str:
 
 
 def same_kind(s: Item, t: Item) -> bool:
-    """Whether a tensor may become another by kind: no weight becomes a bias, nor rows of a matrix biases."""
+    """Whether a tensor may become another by kind: no weight becomes a bias, no batch norm a layer norm."""
+    if s.averaging != t.averaging:
+        return False
     kinds = {kind_of(s.path), kind_of(t.path)}
     if role_of(s.path) == role_of(t.path) == "weight" and {len(s.shape), len(t.shape)} == {1, 2}:
         return False  # a linear map of one output is no scale of a norm

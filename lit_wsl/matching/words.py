@@ -29,6 +29,9 @@ _ORDINALS = {
 }
 
 
+_VERSION = re.compile(r"(?<=\w)_v\d+(?=\.|$)")
+
+
 @lru_cache(maxsize=200_000)
 def path_tokens(path: str) -> tuple[str, ...]:
     """Tokens of a dotted path, numbers included, ordinals as numbers; cached.
@@ -44,12 +47,12 @@ def path_tokens(path: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=200_000)
 def plain_words(path: str) -> tuple[str, ...]:
-    """Tokens of a dotted path without the numbers.
+    """Tokens of a dotted path without the numbers, and without versions.
 
-    >>> plain_words("blocks.0.norm_before")
-    ('blocks', 'norm', 'before')
+    >>> plain_words("blocks.0.norm_before"), plain_words("to_q_v2")
+    (('blocks', 'norm', 'before'), ('to', 'q'))
     """
-    return tuple(token for token in path_tokens(path) if not token.isdigit())
+    return tuple(token for token in path_tokens(_VERSION.sub("", path)) if not token.isdigit())
 
 
 @lru_cache(maxsize=200_000)

@@ -82,3 +82,19 @@ def test_layers_of_a_list_are_no_copies():
     del model["stage2"]
     report = transfer_weights(model, source.state_dict(), min_coverage=0.0)
     assert not any("copies" in note for note in report.plan.notes)
+
+
+def test_a_word_inside_the_model_does_not_choose_a_copy():
+    """``initial`` is what ``init_norm`` begins with, and says nothing of ``initial_copy``."""
+
+    def flow(names: tuple[str, str, str]) -> nn.Module:
+        norm, enter, leave = names
+        steps = [nn.ModuleDict({norm: nn.LayerNorm(6), enter: nn.Linear(6, 7), leave: nn.Linear(7, 6)}) for _ in "abc"]
+        return nn.ModuleDict({"flow": nn.ModuleList(steps)})
+
+    old = flow(("init_norm", "enter", "leave")).state_dict()
+    source = {place + n: torch.randn_like(t) for place in ("", "initial_copy.") for n, t in old.items()}
+    model = flow(("_norm_init", "_enter", "_leave"))
+    transfer_weights(model, source)
+    pairs = zip(model.state_dict().items(), old)
+    assert all(torch.equal(t, source[n]) for (_, t), n in pairs)

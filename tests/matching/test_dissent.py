@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lit_wsl import transfer_weights
 from lit_wsl.matching.fusion import order_of_parts
 from lit_wsl.matching.likeness import liken
-from lit_wsl.matching.planner import by_alphabet
-from lit_wsl.structure.description import ParameterInfo
+from lit_wsl.matching.planner import by_alphabet, has_order
+from lit_wsl.structure.description import ParameterInfo, describe
 from lit_wsl.structure.families import find_average
 
 WIDTH = 8
@@ -281,3 +281,128 @@ def test_a_head_called_after_a_letter_is_no_other_head():
     old = {"stem": linear(5, WIDTH), "d_out": linear(WIDTH, 1), "n_out": linear(WIDTH, 3)}
     new = {"stem": linear(5, WIDTH), "domain_discriminator": linear(WIDTH, 1), "n_out": linear(WIDTH, 3)}
     assert loaded(old, new, {"stem": "stem", "n_out": "n_out"}) == {"stem", "n_out"}
+
+
+def test_a_batch_norm_is_no_layer_norm():
+    """Running statistics tell the kind of a norm, whatever the names share."""
+    old = {f"blocks.{k}.{n}": m() for k in range(2) for n, m in (("ln_convolution", norm), ("convolution.normal", bn))}
+    new = {f"layers.{k}.{n}": m() for k in range(2) for n, m in (("conv_layer_norm", norm), ("bn", bn))}
+    truth = {
+        f"layers.{k}.{ours}": f"blocks.{k}.{theirs}"
+        for k in range(2)
+        for ours, theirs in (("conv_layer_norm", "ln_convolution"), ("bn", "convolution.normal"))
+    }
+    assert loaded(old, new, truth) == set(new)
+
+
+def bn() -> nn.Module:
+    return nn.BatchNorm1d(WIDTH)
+
+
+def test_parts_of_a_whole_stand_equally_deep():
+    old = {"ff.hidden": linear(), "ff.out": linear(8, 12), "hidden": linear(), "head": linear(8, 3)}
+    new = {"ff.hidden": linear(8, 16), "ff.out": linear(8, 12), "head": linear(8, 3)}
+    assert "ff.hidden" not in loaded(old, new, {n: n for n in ("ff.out", "head")})
+
+
+def test_twins_counted_from_another_number_are_not_mixed():
+    """``qf1`` and ``qf2`` became ``qf0`` and ``qf1``; one of them was written otherwise, and lost a layer since."""
+    layers = {"qf1": ("fcs.0", "fcs.1", "fcs.2"), "qf2": ("one.0", "one.1", "two.0")}
+    old = {f"{q}.{n}": linear() for q, names in layers.items() for n in names}
+    old |= {"qf1.out": linear(8, 1), "qf2.out": linear(8, 1)}
+    new = {f"qf{q}.net.{n}": linear() for q, count in ((0, 2), (1, 3)) for n in range(count)}
+    new |= {"qf0.value": linear(8, 1), "qf1.value": linear(8, 1)}
+    truth = {"qf0.net.0": "qf1.fcs.0", "qf0.net.1": "qf1.fcs.2", "qf0.value": "qf1.out", "qf1.value": "qf2.out"}
+    truth |= {f"qf1.net.{k}": f"qf2.{n}" for k, n in enumerate(layers["qf2"])}
+    loaded(old, new, truth)
+
+
+OPPOSITES = [("self_attn", "cross_attn"), ("text_proj", "vision_proj"), ("lora_q", "lora_k"), ("down_net", "up_net")]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [*OPPOSITES, *((b, a) for a, b in OPPOSITES)])
+def test_words_that_tell_siblings_apart_are_no_other_names(ours, theirs):
+    """A part gave way to its counterpart; everything else kept its name."""
+    old = {f"blocks.{k}.{n}": m for k in range(2) for n, m in _with(ours).items()}
+    new = {f"blocks.{k}.{n}": m for k in range(2) for n, m in _with(theirs).items()}
+    kept = {n: n for n in new if theirs not in n}
+    assert loaded(old, new, kept) == set(kept)
+
+
+def _with(part: str) -> dict[str, nn.Module]:
+    return {"norm": norm(), f"{part}.a": linear(8, 4), f"{part}.b": linear(4, 8), "fc": linear(8, 16)}
+
+
+RESIZED: list[tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]] = [
+    ({"image.fc": (8, 12), "text.fc": (8, 16)}, {"image.fc": (8, 16), "text.fc": (8, 12)}),
+    ({"critic.0": (8, 1), "actor.0": (6, 2)}, {"critic_net.0": (10, 1), "actor_net.0": (8, 1)}),
+    ({"body": (8, 8), "fc": (8, 5)}, {"body": (8, 8), "fc": (8, 7), "fc_rotation": (8, 5)}),
+    ({"encoder.0": (16, 4), "decoder.0": (4, 16)}, {"encoder.0": (4, 16), "decoder.0": (16, 4)}),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), RESIZED)
+def test_what_was_resized_is_not_free_for_a_stranger_of_its_old_size(ours, theirs):
+    old, new = ({n: linear(*size) for n, size in side.items()} for side in (ours, theirs))
+    kept = {n: n for n, size in theirs.items() if ours.get(n) == size}
+    assert loaded(old, new, kept) == set(kept)
+
+
+def test_towers_that_exchanged_their_depths_are_not_exchanged():
+    def towers(names: tuple[str, str], blocks: str, depths: tuple[int, int]) -> dict[str, nn.Module]:
+        return {f"{n}.{blocks}.{k}.fc": linear() for n, depth in zip(names, depths) for k in range(depth)}
+
+    old = towers(("image", "text"), "layers", (1, 3))
+    new = towers(("image_tower", "text_tower"), "blocks", (3, 1))
+    truth = {f"{n}_tower.blocks.{k}.fc": f"{n}.layers.{k}.fc" for n in ("image", "text") for k in range(3)}
+    loaded(old, new, truth)
+
+
+def test_a_number_that_something_else_has_is_not_given_away():
+    old = {"trunk.0.kv": linear(8, 16), "trunk.0.up": linear(), "trunk.0.down": linear()}
+    new = {f"trunk.{k}.{n}": linear() for k in range(2) for n in ("k", "v", "ff.up", "ff.down")}
+    loaded(old, new, {f"trunk.0.ff.{n}": f"trunk.0.{n}" for n in ("up", "down")})
+
+
+def _ordered(names: list[str]) -> bool:
+    return has_order(describe({n: torch.zeros(1) for n in names}))
+
+
+def test_a_dict_whose_modules_are_torn_apart_has_no_order():
+    names = [f"{b}.{m}.{p}" for b in ("stem", "body") for m in ("norm", "conv", "fc") for p in ("weight", "bias")]
+    assert _ordered(names)
+    assert not _ordered([*names[1:], names[0]])  # a module's tensors apart
+    assert not _ordered([*names[:2][::-1], *names[2:]])  # a bias before its weight, in one module
+    lists = [f"net.{k}.weight" for k in (0, 2, 1)]
+    assert not _ordered([*names, *lists])
+    assert _ordered([*names, *sorted(lists)])
+
+
+def test_sorted_files_one_after_another_have_no_order():
+    names = [f"{b}.{m}.weight" for b in ("z", "a") for m in "fedcba" for _ in range(2)]
+    names = list(dict.fromkeys(f"{n}{k}" for k, n in enumerate(names)))
+    assert _ordered(names)
+    assert not _ordered([*sorted(names[:12]), *sorted(names[12:])])
+
+
+def test_what_is_a_logarithm_is_not_the_number():
+    old, new = nn.Module(), nn.Module()
+    for net, name in ((old, "A_log"), (new, "A")):
+        net.fc = linear()
+        setattr(net, name, nn.Parameter(torch.randn(8, 4)))
+    before = new.A.clone()
+    transfer_weights(new, old.state_dict(), min_coverage=0.0)
+    assert torch.equal(new.A, before)
+    assert torch.equal(new.fc.weight, old.fc.weight)
+
+
+def test_eight_bits_wait_for_their_scale():
+    old, new = Tree({"fc": linear()}), Tree({"fc": linear()})
+    state = old.state_dict()
+    state["fc.weight"] = state["fc.weight"].to(torch.float8_e4m3fn)
+    report = transfer_weights(Tree({"fc": linear()}), state)
+    assert "fc.weight" in report.plan.by_target  # without a scale the numbers are what they say
+    state["fc.weight_scale_inv"] = torch.rand(1, 1)
+    report = transfer_weights(new, state, min_coverage=0.0)
+    assert "fc.weight" not in report.plan.by_target
+    assert any("dequantise" in note for note in report.plan.notes)

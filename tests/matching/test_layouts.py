@@ -192,3 +192,13 @@ def test_a_flattened_head_is_cut_in_the_order_of_memory():
     assert report.ambiguous == report.missing == ()
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(new(x), old(x).flatten(1))
+
+
+def test_square_experts_that_became_one_bare_tensor_are_open():
+    """A stack of ``weight`` in a parameter of its own may be stored (out, in) or (in, out); squares don't show it."""
+    old = nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(8, 8, bias=False)}) for _ in range(3))
+    new = nn.Module()
+    new.w1 = nn.Parameter(torch.randn(3, 8, 8))
+    before = new.w1.clone()
+    transfer_weights(new, {f"experts.{n}": t for n, t in old.state_dict().items()}, min_coverage=0.0)
+    assert torch.equal(new.w1, before)
