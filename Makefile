@@ -68,6 +68,7 @@ ablation: .venv-bench/.ready  ## switch every rule of the matching off in turn (
 
 harvest: .venv-bench/.ready  ## the words of public libraries for the random refactors
 	.venv-bench/bin/python -m benchmarks.refactors.harvest $(ARGS)
+	.venv-bench/bin/python -m benchmarks.refactors.contrasts
 
 rebasin-bench: .venv-bench/.ready  ## align models of torchvision, timm and transformers
 	.venv-bench/bin/python -m benchmarks.rebasin --save $(ARGS)
