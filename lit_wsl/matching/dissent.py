@@ -32,7 +32,7 @@ from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO
 from lit_wsl.matching.regions import Learned, Pair, Region, Tie, makes_of
 from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words, units_of
-from lit_wsl.matching.words import best_pairs_similarity, plain_words, split_numbers
+from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
 
 STRONG = "much structure"
 OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
@@ -93,20 +93,18 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
 
 
 def _is_number_taken(s: Item, t: Item, region: Region) -> bool:
-    """Whether something else of the target's name, or of the source's, has the number of the other."""
-    (_, ours), (_, theirs) = (split_numbers(relative(i, r)) for i, r in ((s, region.source), (t, region.target)))
-    if ours == theirs or len(ours) != len(theirs):
+    """Whether both are counted in one place, and something else of the one's name has the number of the other."""
+    paths = [relative(i, r) for i, r in ((s, region.source), (t, region.target))]
+    (places, ours), (others, theirs) = ((tuple(zip(*counted(path))) or ((), ())) for path in paths)
+    if places != others or ours == theirs:
         return False
-    others = (relative(i, r) for i, r in ((t, region.target), (s, region.source)))
-    return any(
-        any(name.startswith(f"{renumbered}.") or name == renumbered for name in names)
-        for renumbered, names in zip(map(_renumber, others, (ours, theirs)), reversed(region.names))
-    )
+    taken = _renumber(paths[1], ours), _renumber(paths[0], theirs)
+    return any(f"{name}.".startswith(f"{path}.") for path, names in zip(taken, region.names[::-1]) for name in names)
 
 
-def _renumber(path: str, numbers: Sequence[int]) -> str:
+def _renumber(path: str, numbers: Sequence[str]) -> str:
     rest = iter(numbers)
-    return re.sub(r"\d+", lambda found: str(next(rest, found[0])), path)
+    return re.sub(r"\d+", lambda found: next(rest, found[0]), path)
 
 
 def other_head(s: Item, t: Item, heads: Container[int]) -> bool:
