@@ -31,7 +31,7 @@ from lit_wsl.matching.likeness import (
 from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO
 from lit_wsl.matching.regions import Learned, Pair, Region, Tie, makes_of
-from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words, units_of
+from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
 
 STRONG = "much structure"
@@ -156,7 +156,7 @@ def _alike_inside(s: Item, t: Item) -> bool:
         return of_one_role(own_name(s), own_name(t))
     if any(c.level == 2 and relative(c, i).isdigit() for i in (s, t) for c in i.children):
         return True
-    names = zip(*([plain_words(place_in(u, i)) for u in units_of(i)] for i in (s, t)))
+    names = zip(*([plain_words(place_in(u, i)) for u in i.units] for i in (s, t)))
     return any((a == b and a) or of_one_role(a, b) for a, b in names)
 
 
