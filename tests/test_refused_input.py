@@ -25,9 +25,12 @@ from lit_wsl import (
 from lit_wsl.errors import CheckpointError, CoverageError, MappingError, PlanError, TransferError
 from lit_wsl.rebasin import (
     PermutationSpec,
+    PermutationSpecBuilder,
     apply_permutation_to_task_vectors,
     average,
     infer_permutation_spec,
+    match_many,
+    reestimate_batchnorm,
     task_arithmetic,
     task_vector,
     weight_matching,
@@ -244,6 +247,20 @@ def test_a_source_of_another_kind(tmp_path):
         (lambda m: weight_matching(PermutationSpec({}, {}), m, m), r"reference must map .* model.state_dict\(\)"),
         (lambda m: task_vector(m, m.state_dict()), "finetuned must map names to tensors, but it is of the type Module"),
         (lambda m: task_vector(m.state_dict(), "a.ckpt"), r"the path 'a.ckpt'. .* load_checkpoint_as_dict\(path\)"),
+        (lambda m: transfer_weights(m, m, source_prefix=3), "source_prefix must be a name, got 3"),
+        (lambda m: transfer_weights(m, m, batches=5, loss=len), "batches must be a DataLoader or a list of batches"),
+        (lambda m: transfer_weights(m, m, batches=torch.ones(2, 3), loss=len), r"a tensor .* batches=\[x\]"),
+        (lambda m: reestimate_batchnorm(m, torch.ones(2, 3, 9, 9)), r"For a single batch: batches=\[x\]"),
+        (lambda m: WeightMapper(m, m, buffer_mode="strict"), "buffer_mode"),
+        (lambda m: WeightMapper.from_state_dict(m.state_dict(), m, skp=["a"]), "Did you mean 'skip'"),
+        (
+            lambda m: WeightMapper.from_state_dict({"epoch": 1, "state_dict": m.state_dict()}, m),
+            r"whole checkpoint, .* source_state_dict\['state_dict'\]",
+        ),
+        (lambda m: WeightMapper(m, m).visualize_mapping("all"), "result must be what suggest_mapping returned"),
+        (lambda m: WeightMapper(m, m).print_analysis(top_n="all"), "top_n must be a whole number"),
+        (lambda m: match_many(PermutationSpec({}, {}), m.state_dict()), "state_dicts must be a list"),
+        (lambda m: PermutationSpecBuilder("resnet18"), "source must map names to tensors, but it is the path"),
         (lambda m: average(m.state_dict()), "state_dicts must be a list of state dicts, but it is a state dict"),
         (lambda m: task_arithmetic(m.state_dict(), m.state_dict()), "task_vectors must be a list"),
         (lambda m: apply_permutation_to_task_vectors(m.state_dict(), spec=PermutationSpec({}, {})), "must be a list"),
@@ -285,6 +302,12 @@ def test_a_source_module_that_is_not_the_checkpoints(transfer, tmp_path):
     other = nn.ModuleDict({"other": nn.Linear(2, 2)})
     refuses(transfer, tmp_path / "old.pt", MappingError, "source_module", "'other.weight'", source_module=other)
     refuses(transfer, tmp_path / "old.pt", MappingError, "source_module", "(9, 3, 3, 3)", source_module=Module(9))
+
+
+def test_a_missing_spec_is_a_missing_file():
+    with pytest.raises(FileNotFoundError, match=r"^spec.json does not exist in") as raised:
+        PermutationSpec.from_json("spec.json")
+    assert isinstance(raised.value, LitWslError)
 
 
 def test_a_missing_file_of_the_home_folder_is_a_missing_file(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.errors import MappingError, ShownInNotebooks, did_you_mean, listed, printable
+from lit_wsl.errors import ArgumentTypeError, MappingError, ShownInNotebooks, did_you_mean, listed, printable
 from lit_wsl.mapper.result import MappingResult
 from lit_wsl.matching.layouts import hidden_layouts
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
@@ -27,9 +27,11 @@ from lit_wsl.structure.description import (
     ModelDescription,
     ParameterInfo,
     describe,
+    refuse_whole_checkpoint,
     require_module,
     require_path,
     require_state_dict,
+    what_it_is,
 )
 from lit_wsl.structure.execution_order import trace_execution_order
 
@@ -209,9 +211,7 @@ class MappingViews(ShownInNotebooks, ABC):
 
         if by not in get_args(By):
             raise MappingError(f"by must be one of {', '.join(map(repr, get_args(By)))}; got {by!r}.")
-        for option, most in (("max_matches", max_matches), ("max_unmatched", max_unmatched)):
-            if most is not None and not isinstance(most, int):
-                raise MappingError(f"{option} must be a whole number, or None for all; got {most!r}.")
+        _whole_number(max_matches=max_matches, max_unmatched=max_unmatched)
         report = self._report(result)
         table = MappingView(report.plan, by=by, folded=folded, max_rows=max_matches)
         view = ReportView(
@@ -232,6 +232,7 @@ class MappingViews(ShownInNotebooks, ABC):
         """
         from lit_wsl.report.trees import HierarchyView
 
+        _whole_number(max_depth=max_depth)
         plan = self.result.plan if show_matches else None
         view = HierarchyView(self.source, self.target, plan, max_depth=max_depth, folded=folded)
         (console or Console()).print(view)
@@ -262,6 +263,7 @@ class MappingViews(ShownInNotebooks, ABC):
         """
         from lit_wsl.report.terminal import AnalysisView
 
+        _whole_number(top_n=top_n)
         view = AnalysisView(self._report(), top_n=top_n, show_unmatched=show_unmatched)
         (console or Console()).print(view)
 
@@ -302,6 +304,8 @@ class MappingViews(ShownInNotebooks, ABC):
     def _report(self, result: MappingResult | None = None) -> TransferReport:
         """A mapping as the report of a transfer that was not done."""
         shown = result if result is not None else self.result  # making it adds notes
+        if not isinstance(shown, MappingResult):
+            raise ArgumentTypeError(f"result must be what suggest_mapping returned, but it is {what_it_is(shown)}.")
         notes = tuple(dict.fromkeys((*shown.plan.notes, *self._notes)))
         report = TransferReport.of(shown.plan, shown.coverage, self.source, self.target, notes=notes)
         return replace(report, applied=False)
@@ -317,6 +321,12 @@ class MappingViews(ShownInNotebooks, ABC):
         inside = [tensor for tensor in known if tensor.startswith(f"{name}.")]
         hint = f" It is a module; its tensors are {listed(inside)}." if inside else did_you_mean(str(name), known)
         raise MappingError(f"neither model has a tensor named {name!r}.{hint}")
+
+
+def _whole_number(**options: int | None) -> None:
+    for option, value in options.items():
+        if value is not None and not isinstance(value, int):
+            raise ArgumentTypeError(f"{option} must be a whole number, or None for all; got {value!r}.")
 
 
 Pairs = Sequence[tuple[Any, Any]]
@@ -411,6 +421,8 @@ class WeightMapper(MappingViews):
             module="Use WeightMapper(source_module, target_module) for two models",
             path="Use WeightMapper.from_checkpoint(path, target_module) for a file",
         )
+        if isinstance(source_state_dict, dict):  # and no file that is read when it is asked
+            refuse_whole_checkpoint(source_state_dict, "source_state_dict")
         mapper = cls.__new__(cls)
         mapper._notes = []
         source = describe(source_state_dict, label=label)
@@ -469,6 +481,10 @@ class WeightMapper(MappingViews):
         require_module(target_module, "target_module")
         self.source = source
         self.target = describe(target_module, execution_order=self._order(target_module, dummy_input, "target"))
+        known = [option.name for option in fields(MatchingOptions)]
+        for name in options:
+            if name not in known:
+                raise ArgumentTypeError(f"{name} is no option of the matching.{did_you_mean(name, known)}")
         self.options = MatchingOptions(**options)  # a wrong option is told now, not at the first match
         self._result: MappingResult | None = None
 

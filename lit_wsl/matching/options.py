@@ -69,6 +69,8 @@ class MatchingOptions:
             *((option, _names(option, getattr(self, option))) for option in ("adapt", "only", "skip")),
         ):
             object.__setattr__(self, name, value)
+        if not isinstance(self.source_prefix, str | None):
+            raise ArgumentTypeError(f"source_prefix must be a name, got {self.source_prefix!r}.")
         _one_of("buffers", self.buffers, get_args(BufferMode))
         _one_of("strategy", self.strategy, get_args(Strategy))
         for name in self.adapt:

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference.trace import output_tensors
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.structure.description import require_batches
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -58,6 +59,7 @@ def reestimate_batchnorm(
     Raises:
         RebasinError: there was no batch.
     """
+    require_batches(batches)
     norms = _norms(model)
     if not norms:
         return 0
@@ -163,6 +165,7 @@ class Responses:
         forward: Forward = call_on_inputs,
         max_batches: int | None = None,
     ) -> None:
+        require_batches(batches)
         self.model = copy.deepcopy(model).eval()
         self.batches = batches if max_batches is None else list(islice(batches, max_batches))
         self._given, self.forward = forward, self._forward

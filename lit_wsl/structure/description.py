@@ -60,6 +60,34 @@ def require_state_dict(value: Any, argument: str, *, module: str = "", path: str
             raise ArgumentTypeError(f"{argument} must map names to tensors, but it has the key {name!r}, no text.")
 
 
+def refuse_whole_checkpoint(value: Mapping[Any, Any], argument: str) -> None:
+    """Refuse what ``torch.load`` gives where its state dict is meant.
+
+    Raises:
+        MappingError: With the entry that is the state dict.
+    """
+
+    def has_tensors(mapping: Mapping[Any, Any]) -> bool:
+        return any(isinstance(item, Tensor) for item in mapping.values())
+
+    inner = [name for name, item in value.items() if isinstance(item, Mapping) and has_tensors(item)]
+    if inner and not has_tensors(value):
+        raise MappingError(
+            f"{argument} is a whole checkpoint, not a state dict: give the path of its file, or "
+            f"{argument}[{inner[0]!r}]."
+        )
+
+
+def require_batches(value: Any, argument: str = "batches") -> None:
+    """Refuse what gives no batches, and a single batch; errors as in :func:`require_module`."""
+    many = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+    if isinstance(value, (Tensor, str, Mapping)) or not many:
+        hint = f" For a single batch: {argument}=[x]." if isinstance(value, (Tensor, Mapping)) else ""
+        raise ArgumentTypeError(
+            f"{argument} must be a DataLoader or a list of batches, but it is {what_it_is(value)}.{hint}"
+        )
+
+
 def require_state_dicts(values: Any, argument: str) -> None:
     """Refuse what is not a list of state dicts; errors as in :func:`require_module`."""
     if isinstance(values, (Mapping, nn.Module, str, os.PathLike)):

@@ -24,7 +24,7 @@ from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.plan import TransferPlan, check_plan, describe_entry, left_alone, loses_values
 from lit_wsl.report.report import TransferReport
 from lit_wsl.structure import ModelDescription
-from lit_wsl.structure.description import require_module, require_sample
+from lit_wsl.structure.description import require_batches, require_module, require_sample
 from lit_wsl.structure.losses import Loss, LossMeter
 from lit_wsl.transfer.apply import Progress, apply_plan, live_tensors
 from lit_wsl.transfer.floor import check_floor, valid_floor
@@ -179,13 +179,15 @@ def transfer_weights(
         raise ArgumentTypeError(
             "a proof on data needs both: loss=, a function of the model and a batch, and batches=, a DataLoader."
         )
+    if batches is not None:
+        require_batches(batches)
     floor = valid_floor(min_coverage)
     with only_filler(model):
         ranks = Ranks.of_model(model)
         samples = [(example_args, dict(example_kwargs or {}))] if example_args or example_kwargs else []
         opened = ranks.together(lambda: Source.open(source, checkpoint_weights, old=source_module, samples=samples))
         target = Target.of(model, samples)
-        data = [OnData(loss, batches or ())] if loss is not None else []
+        data = [OnData(loss, batches if batches is not None else ())] if loss is not None else []
         prepared = prepare_transfer(opened, target, options, plan=plan, min_coverage=floor, ranks=ranks, data=data)
         report = finish_transfer(prepared, opened.tensors, target, ranks=ranks)
         remember(model, transfer_key(source, options.to_dict(), plan, checkpoint_weights), shown(source), filled=True)

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.errors import ArgumentTypeError, MappingError
 from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
-from lit_wsl.structure.description import kinds_and_types, require_path, require_state_dict, what_it_is
+from lit_wsl.structure.description import (
+    kinds_and_types,
+    refuse_whole_checkpoint,
+    require_path,
+    require_state_dict,
+    what_it_is,
+)
 from lit_wsl.structure.execution_order import (
     first_call,
     is_lazy,
@@ -160,19 +166,11 @@ def open_source(source: Given, checkpoint_weights: Which = "auto") -> Mapping[st
         require_path(source, "source")
         return open_checkpoint(source, weights=checkpoint_weights)
     if isinstance(source, Mapping):
-        inner = [name for name, value in source.items() if isinstance(value, Mapping) and _has_tensors(value)]
-        if inner and not _has_tensors(source):
-            raise MappingError(
-                f"source is a whole checkpoint, not a state dict: give the path of its file, or source[{inner[0]!r}]."
-            )
+        refuse_whole_checkpoint(source, "source")
         require_state_dict(source, "source")
         return source
     hint = f" Make one first: {source.__name__}()." if isinstance(source, type) else ""
     raise ArgumentTypeError(f"source must be a path, a state dict or a module, but it is {what_it_is(source)}.{hint}")
-
-
-def _has_tensors(mapping: Mapping[Any, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in mapping.values())
 
 
 def _run_samples(model: nn.Module, samples: Sequence[Call]) -> tuple[nn.Module, dict[str, int], str]:

@@ -34,7 +34,9 @@ from lit_wsl.rebasin.spec.spec import (
     compose_permutations,
     invert_permutations,
     permute_tensor,
+    require_spec,
 )
+from lit_wsl.structure.description import require_state_dicts
 
 StateDict = Mapping[str, Tensor]
 
@@ -80,6 +82,8 @@ def match_many(
     Raises:
         RebasinError: there are fewer than two models, or they do not fit the spec.
     """
+    require_spec(spec)
+    require_state_dicts(state_dicts, "state_dicts")
     if len(state_dicts) < 2:
         raise RebasinError(f"{len(state_dicts)} model given: two at least can be aligned")
     whole, spec = spec, without_constants(spec, *state_dicts)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.spec.axis import AxisSpec, PermutationGroup, axis_from_segments
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.structure.description import require_state_dict
 
 DECLARED = "declared fixed"
 
@@ -47,6 +48,7 @@ class PermutationSpecBuilder:
         if isinstance(source, nn.Module):
             parameters = parameters or [name for name, _ in source.named_parameters()]
             source = source.state_dict()
+        require_state_dict(source, "source")
         self.shapes = {n: tuple(t.shape if isinstance(t, Tensor) else t) for n, t in source.items()}
         self.parameters = tuple(self.shapes if parameters is None else parameters)
         self._groups: dict[str, PermutationGroup] = {}

@@ -19,12 +19,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_wsl.errors import ArgumentTypeError, RebasinError, Summarised
+from lit_wsl.files import not_found
 from lit_wsl.rebasin.spec.axis import (
     FORMAT,
     VERSION,
@@ -35,16 +36,9 @@ from lit_wsl.rebasin.spec.axis import (
     lexsort,
     stacked,
 )
-from lit_wsl.rebasin.spec.axis import (
-    AxisSpec as AxisSpec,
-)
-from lit_wsl.rebasin.spec.axis import (
-    AxisUse as AxisUse,
-)
-from lit_wsl.structure.description import require_state_dict, what_it_is
-
-if TYPE_CHECKING:
-    from lit_wsl.rebasin.spec.axis import AxisSpec
+from lit_wsl.rebasin.spec.axis import AxisSpec as AxisSpec
+from lit_wsl.rebasin.spec.axis import AxisUse as AxisUse
+from lit_wsl.structure.description import require_path, require_state_dict, what_it_is
 
 
 def describe(spec: PermutationSpec, max_lines: int = 20) -> str:
@@ -405,9 +399,13 @@ class PermutationSpec(Summarised):
 
         Raises:
             RebasinError: The text is not a permutation spec.
+            CheckpointNotFoundError: There is no such file.
         """
         text = str(source)
         if isinstance(source, Path) or not text.lstrip().startswith("{"):
+            require_path(source, "spec")
+            if not Path(source).is_file():
+                raise not_found(Path(source))
             text = Path(source).read_text(encoding="utf-8")
         try:
             data = json.loads(text)
