@@ -56,7 +56,7 @@ class Match:
 
     def shifted(self, s: int, t: int, cell: str = "") -> Match:
         """The same match in another region of the same structure, reached by a decision of another kind."""
-        sources, targets = tuple(p + s for p in self.sources), tuple(p + t for p in self.targets)
+        sources, targets = tuple([p + s for p in self.sources]), tuple([p + t for p in self.targets])
         return Match(sources, targets, self.operations, weakest(self.cell, cell), self.margin)
 
 
@@ -328,28 +328,15 @@ class RegionMatch:
         """Whether either has its very path on the other side with another size: it changed, and is not what fits."""
         if max(p.source.level, p.target.level) == 2 or p.cell == TIED or not self.aligner.classes.names:
             return False
-        for item, k in ((p.source, 0), (p.target, 1)):
-            roots = self.region.source, self.region.target
-            path = owner_path(relative(item.main, roots[k]))
-            twin = self._by_path[1 - k].get(path)
+        roots = self.region.source, self.region.target
+        for item, root, other in zip((p.source, p.target), roots, roots[::-1]):
+            path = owner_path(relative(item.main, root))
+            twin = other.largest.get(path)
             words = set(plain_words(path.rpartition(".")[2]))
             changed = twin is not None and twin.numel != item.main.numel
             if changed and words - LAYERS - ENDS and self.region.like_numbers(path):
                 return True
         return False
-
-    @cached_property
-    def _by_path(self) -> tuple[dict[str, Item], dict[str, Item]]:
-        sides = zip(self.region.names, (self.region.source, self.region.target))
-        found: list[dict[str, Item]] = []
-        for names, root in sides:
-            known: dict[str, Item] = {}
-            for name, t in zip(names, root.tensors):
-                place = owner_path(name)
-                if place not in known or known[place].numel < t.numel:
-                    known[place] = t
-            found.append(known)
-        return found[0], found[1]
 
     def _coincides(self, p: Pair) -> bool:
         """Whether two small modules of other names may be of one size by chance: others could fill the largest part."""
@@ -374,7 +361,7 @@ class RegionMatch:
                 found[0][s.start].add(t.start)
                 found[1][t.start].add(s.start)
         for side, known in enumerate((self.aligner.twins, self.aligner.sources_of)):
-            for t in (self.region.source, self.region.target)[side].tensors:
+            for t in (self.region.source, self.region.target)[side].tensors if known else ():
                 if t.start in known:
                     found[side][t.start].add(known[t.start])
         return found

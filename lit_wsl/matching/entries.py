@@ -82,6 +82,8 @@ class EntryWriter:
         self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo], operations: tuple[Operation, ...]
     ) -> float:
         """Score of a match: mean over its pairs; members of one family share a score."""
+        if len(sources) == len(targets) == 1:
+            return self._score(sources[0], targets[0], bool(operations))
         count = max(len(sources), len(targets))
         pairs = [(sources[min(k, len(sources) - 1)], targets[min(k, len(targets) - 1)]) for k in range(count)]
         pairs = pairs[:MAX_CANDIDATES]

@@ -160,7 +160,7 @@ def _makes(s: ParameterInfo, t: ParameterInfo) -> tuple[Make, ...]:
     The matrices of the module that it stands in, on both sides; all of its kind, where the kinds of both are known.
     """
     both = (_make(s), _make(t))
-    around = tuple(split_numbers(i.module_path.rpartition(".")[0])[0] for i in (s, t))
+    around = tuple([split_numbers(i.module_path.rpartition(".")[0])[0] for i in (s, t)])
     return ((around, *both), both) if s.module_type and t.module_type else ((around, *both),)
 
 

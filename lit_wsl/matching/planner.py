@@ -49,7 +49,7 @@ def factor_roles(infos: Iterable[ParameterInfo]) -> dict[str, int]:
     by_name = {info.name: info for info in infos}
     roles: dict[str, int] = {}
     for name, info in by_name.items():
-        found = _PARAMETRIZED.fullmatch(name)
+        found = _PARAMETRIZED.fullmatch(name) if "parametrizations." in name else None
         if found:
             roles[name] = int(found[1])
         elif name.endswith(_ORIGINAL) and any(name.removesuffix(_ORIGINAL) + end in by_name for end in ("_u", "_mask")):
@@ -260,8 +260,7 @@ def _build_lossless(
                 "(weight_norm); remove the parametrization on one side first"
             )
             continue
-        own = (twins[t.name] for t in targets if t.name in twins)
-        twin = next((twin for twin in own if twin not in sources), None)
+        twin = next((twins[t.name] for t in targets if t.name in twins and twins[t.name] not in sources), None)
         if twin is not None:
             writer.doubt(targets, [((twin,), ()), (sources, match.operations)], TWIN)
             continue

@@ -85,6 +85,16 @@ class Item:
         return lists_along(zip(self.names, (t.numel for t in self.tensors)))
 
     @cached_property
+    def largest(self) -> dict[str, Item]:
+        """The largest tensor of each unit, by its path; the first of equals."""
+        found: dict[str, Item] = {}
+        for name, t in zip(self.names, self.tensors):
+            known = found.setdefault(owner_path(name), t)
+            if known.numel < t.numel:
+                found[owner_path(name)] = t
+        return found
+
+    @cached_property
     def profile(self) -> Counter[Shape]:
         """How many tensors of each shape are below; sizes of one and the order of axes don't count."""
         return self.like.profile if self.like else Counter(shape_key(t.shape) for t in self.tensors)
