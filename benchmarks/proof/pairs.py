@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.gauntlet.truth import Rule, Tensors, invert
-from benchmarks.proof import public, text, vision
+from benchmarks.proof import encoders, public, text, vision
 from benchmarks.proof.data import dataset
 
 CACHE = Path(__file__).parents[2] / "build" / "proof"
@@ -76,6 +76,7 @@ PAIRS = (
     Pair("vae", "reconstruct", vision.VAE, vision.HostileVAE, vision.HostileVAE.truth),
     Pair("lstm", "classify", partial(vision.Recurrent, "lstm"), vision.HostileLSTM, vision.HostileLSTM.truth, 400),
     Pair("gru", "classify", partial(vision.Recurrent, "gru"), vision.HostileGRU, vision.HostileGRU.truth, 400),
+    Pair("t5", "classify", encoders.T5, encoders.HostileT5, encoders.HostileT5.truth, 400, code=("data", "encoders")),
     Pair("towers", "contrast", vision.TwoTowers, vision.HostileTwoTowers, vision.HostileTwoTowers.truth),
     *(
         Pair(
@@ -99,6 +100,12 @@ PAIRS = (
             code=("data", "text", "public"),
         )
         for kind in (public.KINDS if importlib.util.find_spec("transformers") else ())
+    ),
+    *(
+        Pair(
+            "timm vit", "classify", encoders.timm_vit, vision.HostileViT, encoders.timm_state, code=("data", "encoders")
+        )
+        for _ in range(importlib.util.find_spec("timm") is not None)
     ),
 )
 

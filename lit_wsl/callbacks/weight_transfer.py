@@ -133,7 +133,7 @@ class WeightTransferCallback(Callback):
             though training may be undone. Each callback does so once per model.
         proof: "auto" lets the module's own loss on its training data decide what names leave open, and checks the
             whole mapping by it; "off" or False makes no trial.
-        proof_batches: Maximum number of batches for it.
+        proof_batches: Maximum number of batches for it; more than two are read only where mappings are close rivals.
         proof_seconds: Maximum number of seconds for it; on a busy machine up to three times as many.
         verbose: Whether to print the coverage.
 
@@ -176,7 +176,7 @@ class WeightTransferCallback(Callback):
         drop: Sequence[str] = (),
         again: bool = False,
         proof: Literal["auto", "off"] | bool = "auto",
-        proof_batches: int = 8,
+        proof_batches: int = 24,
         proof_seconds: float = 60.0,
         verbose: bool = True,
     ) -> None:

@@ -144,11 +144,13 @@ def regions(side: ModelDescription) -> list[Region]:
     outside: list[str] = []
 
     def walk(node: dict) -> None:
-        groups = _alike(node, shapes)
+        groups, spare = _with_more(node, _alike(node, shapes), shapes)
+        outside.extend(spare)
         inside = {k for members in groups for k in members}
         for members in groups:
             prefixes = [_prefix(node[m]) for m in members]
-            units = _units(node[members[0]], shapes, prefixes)
+            least = min(members, key=lambda m: len(list(_names(node[m]))))
+            units = _units(node[least], shapes, prefixes, _prefix(node[least]))
             found.append(Region(tuple(prefixes), tuple(units)))
         for key, child in node.items():
             if key in inside:
@@ -200,9 +202,35 @@ def _alike(node: dict, shapes: Mapping[str, Shape]) -> list[list[str]]:
     return [members for members in groups.values() if len(members) >= 2]
 
 
-def _units(node: dict, shapes: Mapping[str, Shape], prefixes: Sequence[str]) -> list[Unit]:
-    """Layers inside the first of some copies; nested copies become layers of several."""
-    own = prefixes[0]
+def _with_more(
+    node: dict, groups: Sequence[list[str]], shapes: Mapping[str, Shape]
+) -> tuple[list[list[str]], list[str]]:
+    """Groups of subtrees with those members of a list that hold a little more than the others, and what that is.
+
+    The first block of a T5 holds the table of relative positions for all.
+    """
+    held: dict[str, set[tuple[str, Shape]]] = {}
+    for key, child in node.items():
+        if key.isdigit() and isinstance(child, dict) and len(_layers(list(_names(child)), shapes)) >= 2:
+            held[key] = {(name[len(_prefix(child)) :], shapes[name]) for name in _names(child)}
+    found, spare = [list(members) for members in groups], []
+    for key in [key for key in held if not any(key in members for members in found)]:
+        least = [
+            other for other in held if held[other] < held[key] and 4 * len(held[key] - held[other]) <= len(held[key])
+        ]
+        if not least or any(key in members for members in found):
+            continue
+        own = next((members for members in found if least[0] in members), None)
+        if own is None:
+            found.append(own := [least[0]])
+        own.append(key)
+        own.sort(key=list(node).index)
+        spare += [_prefix(node[key]) + name for name, _ in sorted(held[key] - held[least[0]])]
+    return found, spare
+
+
+def _units(node: dict, shapes: Mapping[str, Shape], prefixes: Sequence[str], own: str) -> list[Unit]:
+    """Layers inside one of some copies; nested copies become layers of several."""
     nested: dict[str, tuple[str, ...]] = {}
     skip: set[str] = set()
 

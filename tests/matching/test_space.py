@@ -152,6 +152,23 @@ def many_siblings():
     return old, new, truth
 
 
+def table_in_the_first_block():
+    """A table for all that stands in the first block, against one that stands outside."""
+    blocks = {f"{k}": {"q": layer(4, D), "k": layer(4, D), "o": layer(D, 4)} for k in range(3)}
+    blocks["0"]["bias"] = {"weight": (5, 2)}
+    old = Net({"block": blocks})
+    new = Net({"b": {f"{k}": {"x": layer(8, D), "y": layer(D, 4)} for k in range(3)}, "t": {"weight": (5, 2)}})
+
+    def truth(s):
+        out = {"t.weight": s["block.0.bias.weight"]}
+        for k, n in product(range(3), ("weight", "bias")):
+            out[f"b.{k}.x.{n}"] = torch.cat([s[f"block.{2 - k}.{p}.{n}"] for p in "kq"])
+            out[f"b.{k}.y.{n}"] = s[f"block.{2 - k}.o.{n}"]
+        return out
+
+    return old, new, truth
+
+
 def reversed_case(case):
     """The same, from the new model to the old one."""
 
@@ -187,7 +204,7 @@ def two_attentions():
 
 
 CASES = [turned_layout, stacked_experts, fused_experts, turned_parts, square_stacks, alternating_parts, lists_of_layers]
-CASES += [many_siblings, two_attentions]
+CASES += [many_siblings, table_in_the_first_block, two_attentions]
 
 
 @pytest.mark.parametrize("case", [*CASES, *map(reversed_case, CASES)])
