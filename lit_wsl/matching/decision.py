@@ -242,8 +242,8 @@ class ClassSolver:
                 nameless.setdefault(p.target.main.shape, []).append(p)
         for shape, mine in nameless.items():
             others = nameless.get(transpose_shape(shape), [])
-            if shape[-2] <= shape[-1] or not others:
-                continue
+            if shape[-2] <= shape[-1] or len(others) != len(mine):
+                continue  # two up and one down fit only one way
             firsts = [min((p.source.start, p.target.start) for p in pairs) for pairs in (mine, others)]
             kept_make = all(len({role_of(i.main.path) for i in (p.source, p.target)}) == 1 for p in (*mine, *others))
             if self.ordered and ascending(sorted(firsts)) and kept_make:

@@ -202,3 +202,30 @@ def test_square_experts_that_became_one_bare_tensor_are_open():
     before = new.w1.clone()
     transfer_weights(new, {f"experts.{n}": t for n, t in old.state_dict().items()}, min_coverage=0.0)
     assert torch.equal(new.w1, before)
+
+
+@pytest.mark.parametrize("arrange", [list, sorted, reversed])
+def test_two_up_and_one_down_fit_one_way(arrange):
+    """The shapes of a gated feed-forward fit crosswise only if it had as many matrices down as up."""
+    names = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
+    old = {f"layers.{k}.attention.{n}.weight": torch.randn(8, 8) for k in range(2) for n in names}
+    sizes = {"w1": (12, 8), "w2": (8, 12), "w3": (12, 8)}
+    old |= {f"layers.{k}.feed_forward.{n}.weight": torch.randn(size) for k in range(2) for n, size in sizes.items()}
+    made = {"gate_proj": (8, 12), "up_proj": (8, 12), "down_proj": (12, 8)}
+    blocks = [
+        nn.ModuleDict(
+            {
+                "self_attn": nn.ModuleDict({n: nn.Linear(8, 8, bias=False) for n in names.values()}),
+                "mlp": nn.ModuleDict({n: nn.Linear(*size, bias=False) for n, size in made.items()}),
+            }
+        )
+        for _ in range(2)
+    ]
+    new = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+    transfer_weights(new, {n: old[n] for n in arrange(list(old))}, assume_layouts=True)
+    parts = {**{f"attention.{a}": f"self_attn.{b}" for a, b in names.items()}, "feed_forward.w1": "mlp.gate_proj"}
+    parts |= {"feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"}
+    held = new.state_dict()
+    for k in range(2):
+        for a, b in parts.items():
+            assert torch.equal(held[f"layers.{k}.{b}.weight"], old[f"layers.{k}.{a}.weight"])
