@@ -49,6 +49,8 @@ def letters_below(root: Item) -> Letters:
             found |= {f"{relative(child, root)}.{name}": letters for name, letters in letters_below(child).items()}
         units = [Named.below(root, child) for child in root.children if child.level < 2]
         named = [(u, letters) for u in units if (letters := u.letters)]
+        wholes = frozenset[str]().union(*(letters for _, letters in named if len(letters) > 1))
+        named = [(u, letters) for u, letters in named if len(letters) > 1 or not letters <= wholes]  # v1 beside kv
         if len({x for _, letters in named for x in letters}) > 1:
             found |= {u.name: letters for u, letters in named}
             output = _output([u for u in units if u.unit.rank >= 2 and not u.letters], [u for u, _ in named])

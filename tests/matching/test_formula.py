@@ -122,3 +122,9 @@ def test_names_of_an_attention_are_kept_apart_by_values():
         own = name.split(".")[2]
         if held is not None and own in kept:
             assert held.split(".")[3] == kept[own]
+
+
+def test_what_a_whole_holds_stands_nowhere_else():
+    """The ``v1`` of a gated feed-forward, beside a fused ``kv``, are no values of the attention."""
+    names = {"query": SQUARE, "kv": (8, 16), "proj": SQUARE, "w1": SQUARE, "v1": SQUARE, "w2": SQUARE}
+    assert letters(names) == {"query": "q", "kv": "kv", "proj": "o"}
