@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lit_wsl.cli import NO
-from lit_wsl.cli.console import progress, remark, say
+from lit_wsl.cli.console import progress, put_json, remark, say
 from lit_wsl.cli.models import UsageError, build_model, matching_options, wanted
 from lit_wsl.convert.checkpoint import convert_checkpoint
 from lit_wsl.errors import CoverageError
@@ -47,18 +48,22 @@ def run(options: Any) -> int:
         return NO
     for note in done.notes:
         remark(f"note: {note}")
+    counts = {"parameters": done.coverage.target, "buffers": done.coverage.target_buffers} if done.coverage else {}
+    if options.json:
+        told = {"output": options.output, "tensors": done.tensors, "optimizers": done.optimizers, "states": done.states}
+        put_json({**told, "coverage": {what: asdict(count) for what, count in counts.items()}}, options.json)
+        return 0
     carried = f"{done.optimizers} optimizer{'s' if done.optimizers != 1 else ''}"
     say(
         f"{options.output}: {done.tensors} tensors"
         + (f", {carried} with the states of {done.states} parameters" if done.optimizers else "")
     )
-    if done.coverage is not None:
-        for what, count in (("parameters", done.coverage.target), ("buffers", done.coverage.target_buffers)):
-            if count.of_tensors:
-                say(
-                    f"  {what} of the new model with a source: {count.tensors} of {count.of_tensors} tensors, "
-                    f"{count.share:.1%} of {count.of_elements:,} elements"
-                )
+    for what, count in counts.items():
+        if count.of_tensors:
+            say(
+                f"  {what} of the new model with a source: {count.tensors} of {count.of_tensors} tensors, "
+                f"{count.share:.1%} of {count.of_elements:,} elements"
+            )
     return 0
 
 

@@ -227,6 +227,7 @@ nothing was written.
     parser.add_argument("--reverse", action="store_true", help="go the other way: from the new model to the old")
     _add_model(parser)
     parser.add_argument("--weights-only", action="store_true", help="leave optimizers, schedulers and callbacks out")
+    _add_json(parser)
     _add_foreign(parser)
     parser.add_argument(
         "--on-lost",
@@ -279,6 +280,7 @@ Several changes are made in this order: --map, --prefix, --remove-prefix,
     parser.add_argument("--add-prefix", action="append", type=str, metavar="PATH", help="put a path before all names")
     parser.add_argument("--regex", action="append", type=str, metavar="PATTERN=NEW", help="a regular expression")
     parser.add_argument("--dry-run", action="store_true", help="show the new names, write nothing")
+    _add_json(parser)
     _add_foreign(parser)
     return parser
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_wsl.cli.console import remark, say, table
+from lit_wsl.cli.console import put_json, remark, say, table
 from lit_wsl.cli.converting import refuse_same
 from lit_wsl.cli.models import UsageError
 from lit_wsl.renamer import WeightRenamer
@@ -24,13 +24,17 @@ def run(options: Any) -> int:
     before = renamer.list_keys()
     _apply(renamer, options)
     changed = [(old, new) for old, new in zip(before, renamer.list_keys()) if old != new]
-    table(("old", "new"), [family.patterns for family in fold(changed)])
+    if not options.json:
+        table(("old", "new"), [family.patterns for family in fold(changed)])
+    if changed and not options.dry_run:
+        renamer.save(options.output, keep_foreign=options.keep_foreign)
+        if not options.json:
+            say(f"{options.output}: {len(changed)} of {len(before)} tensors renamed")
+    if options.json:
+        put_json({"renamed": dict(changed), "tensors": len(before)}, options.json)
     if not changed:
         remark("lit-wsl rename: no name changes")
         return 1
-    if not options.dry_run:
-        renamer.save(options.output, keep_foreign=options.keep_foreign)
-        say(f"{options.output}: {len(changed)} of {len(before)} tensors renamed")
     return 0
 
 

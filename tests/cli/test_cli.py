@@ -426,13 +426,21 @@ def test_help_names_no_python_types(command, capsys):
 
 
 def test_json_goes_to_a_file_or_to_the_standard_output(trained, tmp_path, capsys):
-    for words in (("inspect", trained / "old.ckpt"), ("diff", trained / "old.ckpt", trained / "old.ckpt")):
+    model = ("--model", f"{MODELS}:NewTransformer")
+    old = trained / "old.ckpt"
+    new = ("-o", tmp_path / "new.ckpt")
+    for words in (
+        ("inspect", old),
+        ("diff", old, old),
+        ("rename", old, "--add-prefix", "model", *new),
+        ("convert", old, *model, *new),
+    ):
         assert run(*words, "--json", "-") == 0
         printed = json.loads(capsys.readouterr().out)
         assert run(*words, "--json", tmp_path / "out.json") == 0
         assert capsys.readouterr().out == ""
         assert json.loads((tmp_path / "out.json").read_text()) == printed
-    model = ("--model", f"{MODELS}:NewTransformer")
+        assert printed
     assert run("map", trained / "old.ckpt", *model, "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["format"] == "lit_wsl.report"
 
@@ -442,7 +450,7 @@ def test_list_options_are_plain_names(tmp_path, capsys):
         "from torch import nn\n"
         "def net(classes=3):\n"
         "    return nn.Sequential(nn.Linear(50, 40), nn.Linear(40, classes))\n"
-        "def parts(name='encoder'):\n"
+        "def parts(name='torso'):\n"
         "    return nn.ModuleDict({name: nn.Linear(4, 4)})\n"
     )
     torch.save(torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.Linear(40, 5)).state_dict(), tmp_path / "a.pt")
@@ -452,12 +460,12 @@ def test_list_options_are_plain_names(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["coverage"]["target"]["share"] == 1.0
     assert run("map", tmp_path / "a.pt", *model, "--adapt", "partial_hed") == 2
     assert "Did you mean 'partial_head'?" in capsys.readouterr().err
-    torch.save({"decoder.weight": torch.ones(4, 4), "decoder.bias": torch.ones(4)}, tmp_path / "b.pt")
+    torch.save({"trunk.weight": torch.ones(4, 4), "trunk.bias": torch.ones(4)}, tmp_path / "b.pt")
     model = ("--model", f"{tmp_path}/heads.py:parts")
     assert run("map", tmp_path / "b.pt", *model) == 0
-    assert run("map", tmp_path / "b.pt", *model, "--incompatible-pairs", "encoder,stem:decoder") == 1
+    assert run("map", tmp_path / "b.pt", *model, "--incompatible-pairs", "torso,stem:trunk") == 1
     assert "incompatible_pairs keeps" in capsys.readouterr().out
-    assert run("map", tmp_path / "b.pt", *model, "--incompatible-pairs", "encoder") == 2
+    assert run("map", tmp_path / "b.pt", *model, "--incompatible-pairs", "torso") == 2
 
 
 def test_a_plan_is_written_as_json_or_yaml_only(trained, tmp_path, capsys):
