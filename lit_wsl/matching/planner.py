@@ -236,8 +236,8 @@ def _build_lossless(
     ordered = source.is_module or has_order(source)
     ordered = ordered and not (by_alphabet(source.parameters) or by_alphabet(target.parameters))
     norms = averaging_norms(source, buffers_s), averaging_norms(target, buffers_t)
-    if not all(found or side.is_module for found, side in zip(norms, (source, target))):
-        norms = set(), set()  # a file may hold weights alone
+    if not all(norms):
+        norms = set(), set()  # a file may hold weights alone, and a model other norms in place of all batch norms
     alignment = align(weights_s, weights_t, options, known, norms, ordered=ordered)
     if target.has_execution_order:
         alignment = _with_execution_order(alignment, weights_s, weights_t, options, norms, ordered=ordered)

@@ -450,7 +450,7 @@ def test_list_options_are_plain_names(tmp_path, capsys):
         "from torch import nn\n"
         "def net(classes=3):\n"
         "    return nn.Sequential(nn.Linear(50, 40), nn.Linear(40, classes))\n"
-        "def parts(name='torso'):\n"
+        "def parts(name='new_encoder'):\n"
         "    return nn.ModuleDict({name: nn.Linear(4, 4)})\n"
     )
     torch.save(torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.Linear(40, 5)).state_dict(), tmp_path / "a.pt")
@@ -460,12 +460,12 @@ def test_list_options_are_plain_names(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["coverage"]["target"]["share"] == 1.0
     assert run("map", tmp_path / "a.pt", *model, "--adapt", "partial_hed") == 2
     assert "Did you mean 'partial_head'?" in capsys.readouterr().err
-    torch.save({"trunk.weight": torch.ones(4, 4), "trunk.bias": torch.ones(4)}, tmp_path / "b.pt")
+    torch.save({"old_encoder.weight": torch.ones(4, 4), "old_encoder.bias": torch.ones(4)}, tmp_path / "b.pt")
     model = ("--model", f"{tmp_path}/heads.py:parts")
     assert run("map", tmp_path / "b.pt", *model) == 0
-    assert run("map", tmp_path / "b.pt", *model, "--incompatible-pairs", "torso,stem:trunk") == 1
+    assert run("map", tmp_path / "b.pt", *model, "--incompatible-pairs", "new,stem:old") == 1
     assert "incompatible_pairs keeps" in capsys.readouterr().out
-    assert run("map", tmp_path / "b.pt", *model, "--incompatible-pairs", "torso") == 2
+    assert run("map", tmp_path / "b.pt", *model, "--incompatible-pairs", "new") == 2
 
 
 def test_a_plan_is_written_as_json_or_yaml_only(trained, tmp_path, capsys):
