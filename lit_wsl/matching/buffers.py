@@ -76,11 +76,14 @@ def averaging_norms(side: ModelDescription, buffers: Sequence[ParameterInfo]) ->
     vectors = [i for i in buffers if i.dtype.is_floating_point and len(i.shape) == 1]
     statistics: Counter[tuple[str, Shape]] = Counter((i.module_path, i.shape) for i in vectors)
     names = {i.name for i in buffers}
-    found: dict[str, bool] = {}
-    for i in (i for i in side.parameters if i.name not in names):
-        averages = "BatchNorm" in i.module_type or statistics[i.module_path, i.shape] >= 2
-        found[i.module_path] = found.get(i.module_path, True) and averages
-    return {path for path, all_of_it in found.items() if all_of_it}
+
+    def averages(info: ParameterInfo) -> bool:
+        beside = bool(statistics) and statistics[info.module_path, info.shape] >= 2
+        return beside or "BatchNorm" in info.module_type
+
+    weights = [i for i in side.parameters if i.name not in names]
+    found = {i.module_path for i in weights if averages(i)}
+    return found and found - {i.module_path for i in weights if not averages(i)}
 
 
 def match_buffers(
