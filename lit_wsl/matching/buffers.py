@@ -176,11 +176,17 @@ def _within_module(
             best, second = (*(_leaf_similarity(s.leaf, t.leaf) for s in scored[:2]), 0.0, 0.0)[:2]
             same = scored[:1] if best > second else []
         elif not same:
-            same = alike if len(alike) == 1 else []
+            same = alike if len(alike) == 1 and not _tell_apart(alike[0].leaf, t.leaf) else []
         if same:
             pairs.append((t, same[0]))
             free.remove(same[0])
     return pairs
+
+
+def _tell_apart(a: str, b: str) -> bool:
+    """Whether two names share nothing and each says something: ``betas`` were computed, not renamed ``alphas``."""
+    told = all(any(len(word) > 2 for word in tokenize(name)) for name in (a, b))
+    return told and _leaf_similarity(a, b) < ABBREVIATION
 
 
 def _leaf_similarity(a: str, b: str) -> float:

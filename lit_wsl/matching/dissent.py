@@ -143,7 +143,8 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
         return False
     if max(p.source.level, p.target.level) == 2 or len(siblings) < KEPT:
         listed = any(i.path.rpartition(".")[2].isdigit() for i in (p.source, p.target))
-        if listed or learned.renames.others(p.source, p.target)[0]:
+        alike = liken(own_name(p.source), own_name(p.target)).shared  # yolo_backbone, resnet_backbone
+        if listed or alike or learned.renames.others(p.source, p.target)[0]:
             return False
     if set(own_name(p.source)) <= set(own_name(p.target, 2)) or set(own_name(p.target)) <= set(own_name(p.source, 2)):
         return False  # one is wrapped
