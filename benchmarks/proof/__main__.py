@@ -44,7 +44,7 @@ def measure(pair: Directed, mode: str) -> Row:
     model = pair.target().eval()
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(11)
-    batches = list(islice(loader(pair.task), 24))
+    batches = list(islice(loader(pair.task), 8))
     data = {"loss": lambda net, batch: loss(pair.task, net, batch), "batches": batches} if mode == "data" else {}
     started, error, plan = time.monotonic(), "", None
     try:

@@ -75,7 +75,7 @@ def ways_to_prove(
     stage: str,
     score: Recorded | None,
     *,
-    count: int = 24,
+    count: int = 8,
     seconds: float = 60.0,
     verbose: bool = True,
 ) -> tuple[list[OnData], str]:

@@ -49,7 +49,7 @@ class OnData:
 
     loss: Loss
     batches: Iterable[Any]
-    count: int = 24
+    count: int = 8
     seconds: float = 60.0
     world: Callable[[], AbstractContextManager[Any]] = nullcontext
     shown: Callable[[], AbstractContextManager[Callable[[float], None] | None]] = nullcontext
