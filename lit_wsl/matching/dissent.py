@@ -164,8 +164,10 @@ def _alike_inside(s: Item, t: Item) -> bool:
 def _mean_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     """Whether both names hold words that tell something, and that the other one lacks."""
     likeness, general = liken(ours, theirs), (ENDS - {"cls"}) | KINDS | LAYERS
-    left = (likeness.left_s, likeness.left_t)
-    return all(any((len(w) > 1 or w in FORMULA) and w not in general for w in words) for words in left)
+    left = (ours, likeness.left_s), (theirs, likeness.left_t)
+    return all(
+        any((len(w) > 1 or w in FORMULA or len(name) > 1) and w not in general for w in words) for name, words in left
+    )
 
 
 def _has_namesake(s: Item, t: Item, region: Region) -> bool:

@@ -53,7 +53,7 @@ def test_no_such_file_suggests_a_near_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["https://example.com/a.ckpt", "s3://bucket/a.ckpt"])
 def test_web_addresses(address: str) -> None:
-    with pytest.raises(CheckpointError, match="Download the file"):
+    with pytest.raises(CheckpointError, match="ownload the file"):
         open_checkpoint(address)
 
 

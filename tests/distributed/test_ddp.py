@@ -62,7 +62,7 @@ def test_a_restored_checkpoint_wins_on_every_rank(results):
     for rank in results["restored"]:
         assert rank.get("wrong") == [], rank
         assert rank["applied"] is False
-        assert any("wins" in note for note in rank["notes"])
+        assert any("takes precedence" in note for note in rank["notes"])
 
 
 @pytest.mark.parametrize("name", FAILING)
