@@ -122,7 +122,7 @@ class ClassSolver:
         self.costs = costs
         self.ties = sides.ties
         self.heads = sides.heads
-        self.ordered = sides.ordered
+        self.ordered, self.written = sides.ordered, sides.written
 
     def solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
         """Decide a class: members in registration order, and where they stand."""
@@ -224,7 +224,7 @@ class ClassSolver:
 
     def _are_mirrored(self, s: Sequence[Item], t: Sequence[Item], names: Sequence[object]) -> bool:
         """Whether blocks of a list of another name stand the other way round: then so may the list."""
-        known = self.learned.mirrored if self.ordered and names[0] != names[1] and len(s) > 1 else set()
+        known = self.learned.mirrored if self.written and names[0] != names[1] and len(s) > 1 else set()
         if not known:
             return False
         ours, theirs = ({i.structure for i in side} for side in (s, t))
@@ -331,7 +331,7 @@ class ClassSolver:
         theirs = {relative(i, region.source): i for i in s}
         taken: set[int] = set()
         renamed = region.source.path.rpartition(".")[2] != region.target.path.rpartition(".")[2]
-        if self.ordered and renamed and runs_apart(s, t, region):
+        if self.written and renamed and runs_apart(s, t, region):
             return s, t
         for i in t:
             path = relative(i, region.target)
@@ -463,7 +463,7 @@ class ClassSolver:
             out.pairs.append(Pair(f.members[0], g.members[0], cell, lead))
             return
         mirrored = self._are_mirrored(f.members, g.members, [f.pattern, g.pattern])
-        found = None if mirrored else number_map(f, g, self.ordered)
+        found = None if mirrored else number_map(f, g, self.ordered, self.written)
         if found is None:
             why = MIRRORED if mirrored else NUMBERED_OTHERWISE
             out.ties.append(Tie(tuple(_literal([f])), tuple(_literal([g])), why))

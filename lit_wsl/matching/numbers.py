@@ -12,7 +12,7 @@ from lit_wsl.matching.words import counted
 NUMBERS, ASCENDING = "numbers", "ascending"
 
 
-def number_map(f: Family, g: Family, ordered: bool) -> tuple[tuple[Item, ...], str] | None:
+def number_map(f: Family, g: Family, ordered: bool, written: bool) -> tuple[tuple[Item, ...], str] | None:
     """The members of ``g`` in the order of ``f``, and by which evidence; ``None`` if nothing tells."""
     if len(f.members) != len(g.members):
         return None
@@ -20,7 +20,7 @@ def number_map(f: Family, g: Family, ordered: bool) -> tuple[tuple[Item, ...], s
     sets = [[tuple(n[a] for n in fam.numbers) for a in fam.axes()] for fam in (f, g)]
     whole = [[tuple(n[a] for a in fam.axes()) for n in fam.numbers] for fam in (f, g)]
     if sorted(whole[0]) == sorted(whole[1]):
-        if ordered and up_s * up_t < 0:
+        if written and up_s * up_t < 0:
             return None  # counted down on one side
         place = dict(zip(whole[1], g.members))
         return tuple(place[n] for n in whole[0]), NUMBERS

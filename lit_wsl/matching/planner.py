@@ -233,12 +233,13 @@ def _build_lossless(
     weights_s, buffers_s, weights_t, buffers_t = split_kinds(source, target, alone=options.buffers != "exclude")
     ties = Counter(source.tied.values())
     known = {name: count + 1 for name, count in ties.items()}
-    ordered = source.is_module or has_order(source)
-    ordered = ordered and not (by_alphabet(source.parameters) or by_alphabet(target.parameters))
+    written = source.is_module or not is_sorted(source)
+    written = written and not (by_alphabet(source.parameters) or by_alphabet(target.parameters))
+    ordered = written and (source.is_module or has_order(source))
     norms = averaging_norms(source, buffers_s), averaging_norms(target, buffers_t)
     if not all(norms):
         norms = set(), set()  # a file may hold weights alone, and a model other norms in place of all batch norms
-    alignment = align(weights_s, weights_t, options, known, norms, ordered=ordered)
+    alignment = align(weights_s, weights_t, options, known, norms, ordered=ordered, written=written)
     if target.has_execution_order:
         alignment = _with_execution_order(alignment, weights_s, weights_t, options, norms, ordered=ordered)
     names = ([[info.name for info in side] for side in match[:2]] for match in alignment.matches)
@@ -301,17 +302,20 @@ def _build_lossless(
 TWIN = "the checkpoint has a tensor of this very name and shape, but what stands around both says otherwise"
 
 
-def has_order(side: ModelDescription) -> bool:
-    """Whether the order of a side's tensors says something: safetensors files and alphabetical lists have none."""
+def is_sorted(side: ModelDescription) -> bool:
+    """Whether a side's tensors stand in alphabetical order, as in safetensors files, or in that of several files."""
     if side.label.endswith((".safetensors", ".safetensors.index.json")):
-        return False
+        return True
     names = [info.name for info in side.parameters]
-    if names == sorted(names) or names == sorted(names, key=lambda n: n.split(".")):
-        return False
+    runs = 1 + sum(a > b for a, b in pairwise(names))
+    return len(names) >= RUN * runs or names in (sorted(names), sorted(names, key=lambda n: n.split(".")))
+
+
+def has_order(side: ModelDescription) -> bool:
+    """Whether the order of a side's tensors may be that in which a model registered them."""
     written = [info for info in side.parameters if info.kind == "parameter"]
-    if len(names) >= RUN * (1 + sum(a > b for a, b in pairwise(names))):
-        return False  # sorted files, one after another
-    return _in_one_piece(info.module_path.split(".") for info in written) and not _in_two_minds(written)
+    whole = _in_one_piece(info.module_path.split(".") for info in written)
+    return whole and not is_sorted(side) and not _in_two_minds(written)
 
 
 RUN = 12  # so many names in a row are in alphabetical order only where they were sorted
@@ -373,6 +377,7 @@ def align(
     norms: tuple[Container[str], Container[str]] = ((), ()),
     *,
     ordered: bool = True,
+    written: bool = True,
 ) -> Alignment:
     """Align two sides, twice: the first time tells what order, orientation and other blocks are worth.
 
@@ -383,6 +388,7 @@ def align(
         ties: How many names each tied source tensor has.
         norms: Paths of the norms that keep running statistics, source and target.
         ordered: Whether the source has an order of registration.
+        written: Whether its order, be it only that of a dict, says something, so that it may contradict.
     """
     if not source or not target:
         return Alignment((), ())
@@ -395,7 +401,7 @@ def align(
         place_s, place_t = ({i.name: k for k, i in enumerate(order)} for order in (order_s, order_t))
         twins = {place_s[s.name]: place_t[t] for t, s in names.items()}
     executed = tuple(info.execution_order for info in order_t)
-    sides = Sides(ties or {}, ordered, executed, ends_of(order_t), twins)
+    sides = Sides(ties or {}, ordered, written, executed, ends_of(order_t), twins)
     aligner = Aligner(options, builder, Evidence(), forbidden, sides)
     aligner.align(root_s, root_t)
     outcome = Aligner(options, builder, aligner.gathered, forbidden, sides).align(root_s, root_t)

@@ -41,6 +41,7 @@ class Sides:
     Attributes:
         ties: How many names each tied source tensor has.
         ordered: Whether the source has an order of registration.
+        written: Whether its order, be it only that of a dict, says something, so that it may contradict.
         execution: When the target runs each of its tensors, by ordinal.
         twins: Ordinals of source tensors, and of the target's tensors of the same path and shape.
         heads: Ordinals of the target's matrices at its ends (:func:`ends_of`).
@@ -48,6 +49,7 @@ class Sides:
 
     ties: Mapping[str, int] = field(default_factory=dict)
     ordered: bool = True
+    written: bool = True
     execution: tuple[int | None, ...] = ()
     heads: frozenset[int] = frozenset()
     twins: Mapping[int, int] = field(default_factory=dict)

@@ -406,3 +406,17 @@ def test_eight_bits_wait_for_their_scale():
     report = transfer_weights(new, state, min_coverage=0.0)
     assert "fc.weight" not in report.plan.by_target
     assert any("dequantise" in note for note in report.plan.notes)
+
+
+def test_a_torn_dict_may_still_contradict_numbers():
+    """A dict whose modules are torn apart confirms nothing; that its blocks stand the other way round is not lost."""
+    parts = ("up", "down", "query", "out")
+    sizes = {"up": (8, 12), "down": (12, 8), "query": (8, 6), "out": (6, 8)}
+    old = {f"a.{k}.{n}": linear(*sizes[n]) for k in (1, 0) for n in reversed(parts)}
+    state = {n: torch.randn_like(t) for n, t in Tree(old).state_dict().items()}
+    first, *rest = state
+    state = {**{n: state[n] for n in rest}, first: state[first]}
+    new = Tree({f"blocks.{k}.{n}": linear(*sizes[n]) for k in (0, 1) for n in parts})
+    before = {n: t.clone() for n, t in new.state_dict().items()}
+    transfer_weights(new, state, min_coverage=0.0)
+    assert all(torch.equal(t, before[n]) for n, t in new.state_dict().items())
