@@ -24,7 +24,8 @@ from torch import nn
 
 import benchmarks.torchvision_guard  # noqa: F401  (before torchvision)
 from benchmarks.refactors.harvest import LIBRARIES, at_most
-from lit_wsl.matching.likeness import CONTRASTS, LAYER_NAMES, liken
+from benchmarks.refactors.vocabulary import CONTRASTS
+from lit_wsl.matching.likeness import LAYER_NAMES, liken
 from lit_wsl.matching.words import plain_words
 
 FAMILIES = 3  # so many use two words beside each other

@@ -151,18 +151,13 @@ class Pair:
         mixed = verdict == "wrong" and entry is not None and set(entry.sources) <= self._mixed.get(name, set())
         if (layout and name in self._unseen) or mixed:
             verdict = "unseen"
-        elif verdict == "wrong" and entry and truth is not None and _same_member(entry.sources, name):
-            wanted = origin.get(truth.numpy().tobytes(), "")
-            if self._other_length or _same_list(entry.sources, wanted):
-                verdict = "assumed"
+        wanted = "nothing" if truth is None else origin.get(truth.numpy().tobytes(), "several")
+        member = verdict == "wrong" and entry and truth is not None and _same_member(entry.sources, name)
+        if member and entry and (self._other_length or _same_list(entry.sources, wanted)):
+            verdict = "assumed"
         judged = Judged(name, verdict, layout, buffer)
         if entry is None:
             return judged
-        wanted = (
-            origin.get(truth.numpy().tobytes(), "several" if truth is not None else "nothing")
-            if truth is not None
-            else "nothing"
-        )
         return replace(
             judged,
             sources=entry.sources,

@@ -25,6 +25,7 @@ HARVESTED = HERE / "harvested.json"
 HARVESTED_THIRD = HERE / "harvested_third.json"
 HARVESTED_VALIDATE = HERE / "harvested_validate.json"
 LEXICON = Path(lit_wsl.matching.likeness.__file__).with_name("lexicon.json")
+CONTRASTS = LEXICON.with_name("contrasts.json")
 BY_HAND = HERE / "words.json"
 BY_HAND_THIRD = HERE / "words_third.json"
 BY_HAND_VALIDATE = HERE / "words_validate.json"

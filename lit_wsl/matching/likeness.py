@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +37,12 @@ def _roles() -> dict[tuple[str, ...], frozenset[str]]:
 @cache
 def table() -> dict[str, list[str]]:
     """Role -> names that were found for it."""
-    known: dict[str, list[str]] = json.loads(resources.files(__package__).joinpath("lexicon.json").read_text())
+    known: dict[str, list[str]] = _read("lexicon.json")
     return known
+
+
+def _read(name: str) -> Any:
+    return json.loads(resources.files(__package__).joinpath(name).read_text())
 
 
 @lru_cache(maxsize=100_000)
@@ -60,12 +64,9 @@ def same_role(a: str, b: str) -> bool:
     )
 
 
-CONTRASTS = Path(__file__).with_name("contrasts.json")
-
-
 @cache
 def _contrasts() -> frozenset[frozenset[str]]:
-    return frozenset(frozenset(pair) for pair in json.loads(CONTRASTS.read_text()))
+    return frozenset(frozenset(pair) for pair in _read("contrasts.json"))
 
 
 def contrast(ours: Collection[str], theirs: Collection[str]) -> bool:

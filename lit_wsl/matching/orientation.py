@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from lit_wsl.matching.turns import is_turn
 from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.operations import Concat, Operation, Permute, Reshape, Split, Transpose
 from lit_wsl.structure.description import ParameterInfo, Shape
@@ -69,13 +70,13 @@ class Orientation:
             return None, OTHER_CONVOLUTION
         if len(sources) == len(targets) == 1:
             return self._judge_pair(sources[0], targets[0], operations)
-        parts = targets if len(targets) > 1 else sources
         if _is_stack(sources, targets):
             s, t = _members(sources, targets)
             square = len(s.shape) == 2 and s.shape[0] == s.shape[1] and not _is_table(t)
-            if square and self._shown(s, t) is not any(isinstance(op, (Transpose, Permute)) for op in operations):
+            if square and self._shown(s, t) is not any(map(is_turn, operations)):
                 return None, OPEN
             return operations, ""
+        parts = targets if len(targets) > 1 else sources
         fused = any(isinstance(op, (Split, Concat)) for op in operations)
         if fused and all(len(p.shape) == 2 and p.shape[0] == p.shape[1] for p in parts):
             wanted = self._verdict(sources[0], targets[0])
@@ -98,11 +99,10 @@ class Orientation:
         wanted = self._verdict(s, t)
         if wanted is None:
             return None, OPEN
-        is_turned = any(isinstance(op, (Transpose, Permute)) for op in operations)
-        if wanted == is_turned:
+        if wanted == any(map(is_turn, operations)):
             return operations, ""
         turn: Operation = Transpose() if len(s.shape) == 2 else Permute((0, 2, 1))
-        rest = tuple(op for op in operations if not isinstance(op, (Transpose, Permute)))
+        rest = tuple(op for op in operations if not is_turn(op))
         return ((turn, *rest) if wanted else rest), ""
 
     def _verdict(self, s: ParameterInfo, t: ParameterInfo) -> bool | None:
