@@ -339,12 +339,6 @@ class Space:
         return any(len(d.options) > 1 for d in self.decisions)
 
     @property
-    def others(self) -> list[int]:
-        """Decisions beside those about matrices: numberings, gates, norms."""
-        norms = [d for part in self.parts if not part.has_matrices for d in part.decisions]
-        return [*self.numbering.values(), *([] if self.gates is None else [self.gates]), *norms]
-
-    @property
     def alike(self) -> list[list[int]]:
         """Decisions about the order of as many parts inside one region, as of the gates of a cell."""
         found: dict[tuple[int, int], list[int]] = {}
@@ -441,20 +435,17 @@ class Space:
         entries: list[PlanEntry] = []
         for cover in pick(part.which):
             whole = part.key(cover)
-            own = (part.layout,) if len(cover[0]) == len(cover[1]) else (part.order[whole], part.heads.get(whole))
+            alone = len(cover[0]) == len(cover[1])
+            own, fill = (
+                ((part.layout,), self._one) if alone else ((part.order[whole], part.heads.get(whole)), self._several)
+            )
             said = tuple(pick(d) for d in (part.turn, *own, self.rotary, self.gates))
             if (number, cover, order, said) not in self._pieces:
                 self._pieces[number, cover, order, said] = [
-                    entry for k in range(copies) for entry in self._pair(part, cover, order[k], k, pick)
+                    entry for k in range(copies) for entry in fill(part, cover, order[k], k, pick)
                 ]
             entries += self._pieces[number, cover, order, said]
         return entries
-
-    def _pair(self, part: Part, cover: CoverPair, a: int, b: int, pick: Pick) -> list[PlanEntry]:
-        """Entries of one part of a cover, from copy ``a`` to copy ``b``."""
-        if len(cover[0]) == len(cover[1]) == 1:
-            return self._one(part, cover, a, b, pick)
-        return self._several(part, cover, a, b, pick)
 
     def _row_ops(self, s: Unit, t: Unit, tensor: int, pick: Pick) -> tuple[Operation, ...]:
         """Rotary and gate operations on the rows of one tensor."""
@@ -484,16 +475,16 @@ class Space:
                     way = pick(self.rotary)
                     last = self._rotations.convert(y, t.shapes[j], way) if way else ()
                     ops = (*rows, *turned(s.shapes[i], t.shapes[j], turn), *laid_out(t.shapes[j], layout), *last)
-                    out.append(_entry((x,), (y,), ops, (s.shapes[i],), (t.shapes[j],)))
+                    out.append(PlanEntry((x,), (y,), ops, (s.shapes[i],), (t.shapes[j],)))
             elif t.times == 1:  # experts into a stack
                 whole = (s.times, *s.shapes[i])
                 ops = (*rows, *((Transpose(),) if len(s.shapes[i]) == 2 and turns(whole, t.shapes[j], turn) else ()))
                 ops = (*ops, Stack(0, s.times))
-                out.append(_entry(names_s, names_t, ops, (s.shapes[i],) * s.times, (t.shapes[j],)))
+                out.append(PlanEntry(names_s, names_t, ops, (s.shapes[i],) * s.times, (t.shapes[j],)))
             else:
                 whole = (t.times, *t.shapes[j])
                 ops = (Unstack(0, t.times), *((Transpose(),) if turns(s.shapes[i], whole, turn) else ()))
-                out.append(_entry(names_s, names_t, ops, (s.shapes[i],), (t.shapes[j],) * t.times))
+                out.append(PlanEntry(names_s, names_t, ops, (s.shapes[i],), (t.shapes[j],) * t.times))
         out += self._statistics(s, t, a, b)
         return out
 
@@ -541,15 +532,15 @@ class Space:
                 last = self._rotations.convert_each([p.names[j][b][0] for p in parts], shapes, way)
             before = (*first, *side, Stack(0, stacked)) if stacked > 1 else (*first, *side, *last)
             after = (Unstack(0, stacked), *side, *first) if stacked > 1 else (*side, *first, *last)
-            ends = [s for s in shapes for _ in range(stacked)]
+            ends = tuple(s for s in shapes for _ in range(stacked))
             for x in range(whole.times):
                 own = [p.names[j][a if join else b] for p in parts]
                 names = tuple(n for copies in own for n in (copies if stacked > 1 else copies[x : x + 1]))
                 name = (whole.names[j][b if join else a][x],)
                 if join:
-                    out.append(_entry(names, name, (*before, *chain), ends, [whole_shape]))
+                    out.append(PlanEntry(names, name, (*before, *chain), ends, (whole_shape,)))
                 else:
-                    out.append(_entry(name, names, (*chain, *after), [whole_shape], ends))
+                    out.append(PlanEntry(name, names, (*chain, *after), (whole_shape,), ends))
         return out
 
     def _rotary_of(self, parts: Sequence[Unit], shapes: Sequence[Shape], pick: Pick) -> tuple[Operation, ...]:
@@ -562,16 +553,6 @@ class Space:
             return ()
         width, rotated, to_pairs = rows
         return (Rotary(width, rotated, to_pairs, only),)
-
-
-def _entry(
-    sources: Sequence[str],
-    targets: Sequence[str],
-    operations: tuple[Operation, ...],
-    source_shapes: Sequence[Shape],
-    target_shapes: Sequence[Shape],
-) -> PlanEntry:
-    return PlanEntry(tuple(sources), tuple(targets), operations, tuple(source_shapes), tuple(target_shapes))
 
 
 def _first_of_parts(entry: PlanEntry) -> tuple[str, ...]:
