@@ -36,7 +36,7 @@ from lit_wsl.matching import risks
 
 TABLE = Path(lit_wsl.matching.__file__).with_name("risks.json")
 GATE = "may_load"  # what asks whether a kind of evidence is trusted
-PARTS: tuple[Split, ...] = ("first", "second", "third")
+PARTS: tuple[Split, ...] = ("first", "second", "third", "fourth")
 Cells = dict[str, Counter[str]]
 
 

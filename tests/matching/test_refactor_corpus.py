@@ -18,8 +18,8 @@ from benchmarks.refactors.pair import drawn_pair
 from benchmarks.refactors.structures import SPLITS, STRUCTURES, Draft, Sizes, Structure
 from benchmarks.refactors.vocabulary import draw_words, groups_of
 
-VALIDATE = [structure for structure in STRUCTURES.values() if structure.split == "validate"]
-OWN = [op for op in OPERATORS.values() if op.split == "validate"]
+FOURTH = [structure for structure in STRUCTURES.values() if structure.split == "fourth"]
+OWN = [op for op in OPERATORS.values() if op.split == "fourth"]
 SIZES = Sizes(depth=4, stages=3, experts=2)
 PAIRS = 12  # per regime
 
@@ -47,7 +47,7 @@ def strange_names(structure: Structure) -> set[str]:
 
 def changed(op: Operator, many: int) -> Iterator[tuple[Net, Net]]:
     """Networks before and after one operator, where it has something to do."""
-    for structure in random.Random(op.name).sample(VALIDATE, len(VALIDATE)):
+    for structure in random.Random(op.name).sample(FOURTH, len(FOURTH)):
         config = plain(structure, op.name)
         side = config.plain_side(TARGET)
         if many and op.apply(side, random.Random(op.name)):
@@ -83,7 +83,7 @@ def test_no_operator_deceives(op: Operator) -> None:
 def test_no_drawn_pair_deceives(regime: Regime) -> None:
     """With different words and several operators at once."""
     for seed in range(PAIRS):
-        pair = drawn_pair("validate", regime, seed)
+        pair = drawn_pair("fourth", regime, seed)
         assert not deceptions(pair.old, pair.new), pair.config.seed
 
 
@@ -93,7 +93,7 @@ def test_nothing_stands_ready_that_is_not_wanted() -> None:
     Lists of other lengths are known for it: what is taken from the member of the same number counts as assumed there.
     """
     for seed in range(2 * PAIRS):
-        pair = drawn_pair("validate", "everything", seed)
+        pair = drawn_pair("fourth", "everything", seed)
         if not any(change.operator.startswith(("prune_", "insert_")) for change in pair.config.changes):
             shapes = {name: tensor.shape for name, tensor in pair.state.items()}
             alone = {name for name, tensor in pair.truth.items() if tensor is None}
@@ -101,10 +101,10 @@ def test_nothing_stands_ready_that_is_not_wanted() -> None:
             assert not [name for name in alone if shapes.get(name) == held[name].shape], pair.config.seed
 
 
-@pytest.mark.parametrize("structure", VALIDATE, ids=lambda structure: structure.name)
+@pytest.mark.parametrize("structure", FOURTH, ids=lambda structure: structure.name)
 def test_strangers_have_names_of_their_own(structure: Structure) -> None:
     """What one side alone has is not called as anything of the other might be."""
-    groups = [words for group in structure.groups for words, _ in groups_of(group, "validate")]
+    groups = [words for group in structure.groups for words, _ in groups_of(group, "fourth")]
     assert not strange_names(structure) & {
         part for words in groups for word in words.values() for part in word.split(".")
     }
@@ -130,10 +130,10 @@ def test_a_deception_is_seen() -> None:
 
 
 def test_no_structure_is_a_copy() -> None:
-    """Structures differ in more than their names, within the part that validates and from all others."""
+    """Structures differ in more than their names, within the fourth part and from all others."""
     known = [make(structure) for structure in STRUCTURES.values()]
-    assert all(known.count(make(structure)) == 1 for structure in VALIDATE)
-    assert len(VALIDATE) >= 20
+    assert all(known.count(make(structure)) == 1 for structure in FOURTH)
+    assert len(FOURTH) >= 20
     assert len(OWN) >= 40
 
 

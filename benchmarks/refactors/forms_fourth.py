@@ -1,4 +1,4 @@
-"""What leaves store in the part that validates: more kinds of module, and more layouts of the known kinds."""
+"""What leaves store in the fourth part: more kinds of module, and more layouts of the known kinds."""
 
 from __future__ import annotations
 

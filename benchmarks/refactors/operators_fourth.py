@@ -1,4 +1,4 @@
-"""Operators of the part that validates: what is there, and how it is stored."""
+"""Operators of the fourth part: what is there, and how it is stored."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parts_of(side: Side) -> list[Step]:
 # Content: copies ----------------------------------------------------------------------------------------------------
 
 
-@operator("validate", "content", LAST, "source", 1.5)
+@operator("fourth", "content", LAST, "source", 1.5)
 def slow_copy_of_a_part(side: Side, rng: random.Random) -> bool:
     """A target network, an average or a key encoder beside the part that it follows, and named after it."""
     part = rng.choice(parts_of(side))
@@ -53,17 +53,17 @@ def slow_copy_of_a_part(side: Side, rng: random.Random) -> bool:
     return True
 
 
-operator("validate", "content", LAST, "source", 1.0, name="average_of_the_generator")(
+operator("fourth", "content", LAST, "source", 1.0, name="average_of_the_generator")(
     _copied([("", "model_ema"), ("net_g", "net_g_ema"), ("", "ema.ema_model"), ("unet", "ema_unet"), ("", "slow_net")])
 )
-operator("validate", "content", LAST, "source", 1.0, name="teacher_in_the_module")(
+operator("fourth", "content", LAST, "source", 1.0, name="teacher_in_the_module")(
     _copied(
         [("student", "teacher"), ("base_encoder", "momentum_encoder"), ("online_net", "slow_net"), ("learner", "tutor")]
     )
 )
 
 
-@operator("validate", "content", LAST, "source", 0.7)
+@operator("fourth", "content", LAST, "source", 0.7)
 def snapshots(side: Side, rng: random.Random) -> bool:
     """Earlier states of the whole network in a list, as ensembles of snapshots keep them."""
     word = rng.choice(["snapshots", "history", "checkpoints", "past_models"])
@@ -73,7 +73,7 @@ def snapshots(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "order", LAST, "source", 0.7)
+@operator("fourth", "order", LAST, "source", 0.7)
 def beside_each_weight(side: Side, rng: random.Random) -> bool:
     """What a regulariser or a hand-written optimiser keeps of each map in its file: importances, starts, means."""
     ending = rng.choice(["importance", "fisher", "init", "momentum"])
@@ -86,21 +86,21 @@ def beside_each_weight(side: Side, rng: random.Random) -> bool:
 
 # Content: strangers -------------------------------------------------------------------------------------------------
 
-operator("validate", "content", LAST, "target", name="head_for_another_label")(
+operator("fourth", "content", LAST, "target", name="head_for_another_label")(
     _foreign_head(["sentiment", "age_regressor", "gender_head", "adversary", "uncertainty", "survival", "click_model"])
 )
-operator("validate", "content", LAST, "target", name="part_of_another_paper")(
+operator("fourth", "content", LAST, "target", name="part_of_another_paper")(
     _exchanged_part(["fft_mixer", "kan", "hyena_filter", "spline", "low_rank_core", "capsule"])
 )
-operator("validate", "content", LAST, weight=0.7, name="residual_gains")(
+operator("fourth", "content", LAST, weight=0.7, name="residual_gains")(
     _added("table", ["ls.gamma", "res_scale", "skip_gain", "rezero"], ("o", "fc2", "down", "bn2"))
 )
-operator("validate", "content", LAST, weight=0.7, name="norms_behind_maps")(
+operator("fourth", "content", LAST, weight=0.7, name="norms_behind_maps")(
     _added("norm", ["subln", "ffn_layernorm", "post_ln", "stable_norm"], ("o", "fc2", "down"))
 )
 
 
-@operator("validate", "content", LAST)
+@operator("fourth", "content", LAST)
 def norms_of_queries_and_keys(side: Side, rng: random.Random) -> bool:
     """One of two code bases norms queries and keys by head."""
     one, other = rng.choice([("q_norm", "k_norm"), ("query_norm", "key_norm"), ("norm_q", "norm_k"), ("ln_q", "ln_k")])
@@ -116,7 +116,7 @@ def norms_of_queries_and_keys(side: Side, rng: random.Random) -> bool:
     return done
 
 
-@operator("validate", "content", LAST)
+@operator("fourth", "content", LAST)
 def segment_table(side: Side, rng: random.Random) -> bool:
     """A small table beside that of the tokens: kinds of segments, of cameras, of languages."""
     for at, leaf in enumerate(side.leaves):
@@ -128,7 +128,7 @@ def segment_table(side: Side, rng: random.Random) -> bool:
     return False
 
 
-@operator("validate", "content", LAST)
+@operator("fourth", "content", LAST)
 def statistics_of_the_input(side: Side, rng: random.Random) -> bool:
     """A normaliser in front of everything that holds buffers: mean, variance, count."""
     name = rng.choice(["obs_rms", "normalizer", "scaler", "input_stats", "data_normalizer"])
@@ -141,7 +141,7 @@ def statistics_of_the_input(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "content", LAST, "source")
+@operator("fourth", "content", LAST, "source")
 def schedule_of_noise(side: Side, rng: random.Random) -> bool:
     """What diffusion modules and schedulers register at the top of a module."""
     names = rng.sample(["betas", "alphas_cumprod", "sqrt_recip_alphas", "posterior_variance", "sigmas", "p2_weight"], 3)
@@ -149,7 +149,7 @@ def schedule_of_noise(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "content", LAST, "source")
+@operator("fourth", "content", LAST, "source")
 def critic_of_the_loss(side: Side, rng: random.Random) -> bool:
     """A discriminator, or a network that the loss compares with, of layers of the model's own sizes."""
     maps = [leaf for leaf in side.leaves if leaf.kind in MAPS and leaf.plain]
@@ -161,7 +161,7 @@ def critic_of_the_loss(side: Side, rng: random.Random) -> bool:
     return bool(chosen)
 
 
-@operator("validate", "content", LAST)
+@operator("fourth", "content", LAST)
 def probes_on_blocks(side: Side, rng: random.Random) -> bool:
     """A classifier behind every member of a list, in a list of its own, of the head's size."""
     lists = [leaf.path[0] for leaf in side.leaves if leaf.path[0].index is not None and len(leaf.path) > 1]
@@ -174,7 +174,7 @@ def probes_on_blocks(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "content", LAST, weight=0.7)
+@operator("fourth", "content", LAST, weight=0.7)
 def backbone_alone(side: Side, rng: random.Random) -> bool:
     """The last layer is not there: a pretrained body, or a model that needs no head."""
     if numbered(side.leaves[-1]) or len(side.leaves) < 4:
@@ -183,7 +183,7 @@ def backbone_alone(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "content", LAST, weight=0.7)
+@operator("fourth", "content", LAST, weight=0.7)
 def norms_without_parameters(side: Side, rng: random.Random) -> bool:
     """Some norms have no scale and no shift (``elementwise_affine=False``), so nothing of them is stored."""
     roles = sorted({leaf.role for leaf in side.leaves if leaf.kind == "norm" and leaf.plain})
@@ -194,18 +194,18 @@ def norms_without_parameters(side: Side, rng: random.Random) -> bool:
     return True
 
 
-operator("validate", "content", LAST, weight=1.0, name="prune_to_thirds")(
+operator("fourth", "content", LAST, weight=1.0, name="prune_to_thirds")(
     _pruned(lambda n: sorted({0, n // 2, n - 1}) if n > 2 else [])
 )
-operator("validate", "content", LAST, weight=1.0, name="prune_first_half")(_pruned(lambda n: list(range(n // 2, n))))
-operator("validate", "content", LAST, weight=1.0, name="insert_both_ends")(_inserted(lambda n: [0, n + 1]))
-operator("validate", "content", LAST, weight=1.0, name="insert_before_last")(_inserted(lambda n: [max(0, n - 1)]))
+operator("fourth", "content", LAST, weight=1.0, name="prune_first_half")(_pruned(lambda n: list(range(n // 2, n))))
+operator("fourth", "content", LAST, weight=1.0, name="insert_both_ends")(_inserted(lambda n: [0, n + 1]))
+operator("fourth", "content", LAST, weight=1.0, name="insert_before_last")(_inserted(lambda n: [max(0, n - 1)]))
 
 
 # Content: sizes -----------------------------------------------------------------------------------------------------
 
 
-@operator("validate", "content", LAST)
+@operator("fourth", "content", LAST)
 def one_more_class(side: Side, rng: random.Random) -> bool:
     """The last map has more rows; what it had can't be taken without changing it."""
     last = side.leaves[-1]
@@ -223,14 +223,14 @@ def _wider_inside(chosen: Callable[[Leaf], bool]) -> Apply:
     return apply
 
 
-@operator("validate", "content", LAST)
+@operator("fourth", "content", LAST)
 def more_channels_in(side: Side, rng: random.Random) -> bool:
     """Pictures with more bands: the first convolution reads more of them."""
     first = next((leaf for leaf in side.leaves if leaf.kind in MAPS and len(leaf.sizes[0]) == 3), None)
     return first is not None and first.plain and _wider_inside(lambda leaf: leaf.path == first.path)(side, rng)
 
 
-@operator("validate", "content", LAST, weight=0.7)
+@operator("fourth", "content", LAST, weight=0.7)
 def wider_feed_forward(side: Side, rng: random.Random) -> bool:
     """Every feed-forward is wider inside: nothing of its maps fits any more."""
     seed = rng.random()
@@ -239,7 +239,7 @@ def wider_feed_forward(side: Side, rng: random.Random) -> bool:
     return wide or back
 
 
-@operator("validate", "content", LAST, weight=0.7)
+@operator("fourth", "content", LAST, weight=0.7)
 def longer_tables(side: Side, rng: random.Random) -> bool:
     """More positions, more words: every table has more rows, and so has a last map that shares its parameter."""
     return _resized(lambda leaf: leaf.kind == "embedding" or leaf.layout == "tied", 0)(side, rng)
@@ -253,18 +253,18 @@ def _fused_as(roles: Iterable[str], names: Iterable[str]) -> Apply:
     return lambda side, rng: _fuse(side, chosen, rng.choice(options))
 
 
-operator("validate", "layout", weight=1.5, name="fuse_queries_keys_values")(lambda side, rng: _fuse(side, "qkv", "qkv"))
-operator("validate", "layout", weight=1.0, name="fuse_keys_values")(lambda side, rng: _fuse(side, "kv", "kv"))
-operator("validate", "layout", weight=1.0, name="fuse_by_letters")(_fused_as("qkv", ["Wqkv", "qkv_dense", "q_k_v"]))
-operator("validate", "layout", weight=1.5, name="fuse_gated_units")(lambda s, rng: _fuse(s, ("gate", "up"), "gate_up"))
-operator("validate", "layout", LAST, weight=0.7, name="values_first")(
+operator("fourth", "layout", weight=1.5, name="fuse_queries_keys_values")(lambda side, rng: _fuse(side, "qkv", "qkv"))
+operator("fourth", "layout", weight=1.0, name="fuse_keys_values")(lambda side, rng: _fuse(side, "kv", "kv"))
+operator("fourth", "layout", weight=1.0, name="fuse_by_letters")(_fused_as("qkv", ["Wqkv", "qkv_dense", "q_k_v"]))
+operator("fourth", "layout", weight=1.5, name="fuse_gated_units")(lambda s, rng: _fuse(s, ("gate", "up"), "gate_up"))
+operator("fourth", "layout", LAST, weight=0.7, name="values_first")(
     lambda side, rng: _fuse(side, "qkv", rng.choice(["=vkq", "=v_k_q", "=value_key_query"]), (2, 1, 0))
 )
 PAIRS = [("carry", "transform"), ("from_map", "to_map"), ("centre", "log_width"), ("act_mean", "act_log_std")]
 PAIRS += [("ask", "offer"), ("arc_head", "arc_dependent"), ("label_head", "label_dependent"), ("density", "features")]
 
 
-@operator("validate", "layout", weight=1.5)
+@operator("fourth", "layout", weight=1.5)
 def fuse_maps_of_one_input(side: Side, rng: random.Random) -> bool:
     """Two maps of the same input as one, that is called after both: ``mean_and_log_std``."""
     joint = rng.choice(["_and_", "_", "_then_"])
@@ -275,7 +275,7 @@ def fuse_maps_of_one_input(side: Side, rng: random.Random) -> bool:
     return done
 
 
-@operator("validate", "layout", LAST, weight=1.5)
+@operator("fourth", "layout", LAST, weight=1.5)
 def attention_of_the_framework(side: Side, rng: random.Random) -> bool:
     """``nn.MultiheadAttention``: ``in_proj_weight``, ``in_proj_bias`` and ``out_proj``."""
     fused = _fuse(side, "qkv", "=in_proj")
@@ -291,7 +291,7 @@ def attention_of_the_framework(side: Side, rng: random.Random) -> bool:
     return fused
 
 
-@operator("validate", "layout", weight=1.5)
+@operator("fourth", "layout", weight=1.5)
 def directions_apart(side: Side, rng: random.Random) -> bool:
     """A recurrent layer that reads both ways becomes two, one for each way."""
     ways = rng.choice([("forward_rnn", "backward_rnn"), ("fwd", "bwd"), ("left_to_right", "right_to_left")])
@@ -309,7 +309,7 @@ def directions_apart(side: Side, rng: random.Random) -> bool:
     return done
 
 
-@operator("validate", "layout", weight=1.0)
+@operator("fourth", "layout", weight=1.0)
 def members_in_one_parameter(side: Side, rng: random.Random) -> bool:
     """Members of a list that are run at once are one parameter: (members, out, in). Their own order is kept."""
     families: dict[tuple[Path, str, Path], list[Leaf]] = {}
@@ -338,58 +338,54 @@ def _plain_in(*roles: str) -> Callable[[Leaf], bool]:
     return lambda leaf: leaf.role in roles
 
 
-operator("validate", "layout", weight=0.8, name="tables_as_parameters")(
-    _restore("bare", "embedding", lambda leaf: True)
-)
-operator("validate", "layout", weight=0.8, name="positions_in_a_table")(
+operator("fourth", "layout", weight=0.8, name="tables_as_parameters")(_restore("bare", "embedding", lambda leaf: True))
+operator("fourth", "layout", weight=0.8, name="positions_in_a_table")(
     _restore("embedding", "table", lambda leaf: len(leaf.sizes[0]) == 3 and leaf.sizes[0][1] > 2)
 )
-operator("validate", "layout", weight=0.8, name="norms_over_channels")(
+operator("fourth", "layout", weight=0.8, name="norms_over_channels")(
     _restore("over_channels", "norm", lambda leaf: True)
 )
-operator("validate", "layout", LAST, weight=0.8, name="norms_as_parameters")(
+operator("fourth", "layout", LAST, weight=0.8, name="norms_as_parameters")(
     _restore("bare", "norm", lambda leaf: leaf.path[-1].index is None)
 )
-operator("validate", "layout", weight=0.8, name="synchronised_norms")(
+operator("fourth", "layout", weight=0.8, name="synchronised_norms")(
     _restore("synchronised", "batch_norm", lambda leaf: True)
 )
-operator("validate", "layout", weight=1.0, name="tracked_instances")(
+operator("fourth", "layout", weight=1.0, name="tracked_instances")(
     _restore("tracked", "instance_norm", lambda leaf: True)
 )
-operator("validate", "layout", weight=1.0, name="parametrised_weight_norms")(
+operator("fourth", "layout", weight=1.0, name="parametrised_weight_norms")(
     _restore("style:parametrized", "weight_norm", lambda leaf: True)
 )
-operator("validate", "layout", weight=0.8, name="steps_as_maps")(
+operator("fourth", "layout", weight=0.8, name="steps_as_maps")(
     _restore("flat", "conv1d", lambda leaf: leaf.sizes[0][2] == 1 and leaf.sizes[0][1] > 1)
 )
-operator("validate", "layout", weight=0.8, name="places_as_maps")(
+operator("fourth", "layout", weight=0.8, name="places_as_maps")(
     _restore("flat", "conv3d", lambda leaf: leaf.sizes[0][2] == 1)
 )
-operator("validate", "layout", weight=0.5, name="attention_by_convolutions")(
+operator("fourth", "layout", weight=0.5, name="attention_by_convolutions")(
     _restore("pointwise_1d", "linear", _plain_in("q", "k", "v", "o"))
 )
-operator("validate", "layout", LAST, weight=0.6, name="weights_and_biases")(
+operator("fourth", "layout", LAST, weight=0.6, name="weights_and_biases")(
     _restore("named:weights,biases", "linear", lambda leaf: True)
 )
-operator("validate", "layout", weight=0.8, name="norms_of_the_annotated")(
+operator("fourth", "layout", weight=0.8, name="norms_of_the_annotated")(
     _restore("named:a_2,b_2", "norm", lambda leaf: True)
 )
-operator("validate", "layout", weight=0.8, name="norms_with_offsets")(
+operator("fourth", "layout", weight=0.8, name="norms_with_offsets")(
     _restore("named:scale,offset", "norm", lambda leaf: True)
 )
-operator("validate", "layout", weight=1.0, name="bilinear_as_parameter")(
-    _restore("bare", "bilinear", lambda leaf: True)
-)
+operator("fourth", "layout", weight=1.0, name="bilinear_as_parameter")(_restore("bare", "bilinear", lambda leaf: True))
 
 
-@operator("validate", "layout", weight=1.0)
+@operator("fourth", "layout", weight=1.0)
 def scales_in_modules(side: Side, rng: random.Random) -> bool:
     """A bare parameter becomes the only one of a small module: ``layer_scale.gamma``."""
     name = rng.choice(["gamma", "value", "weight", "param"])
     return _restore(f"inside:{name}", "table", lambda leaf: not numbered(leaf) or len(leaf.sizes[0]) == 1)(side, rng)
 
 
-@operator("validate", "layout", weight=1.0)
+@operator("fourth", "layout", weight=1.0)
 def learned_and_fixed(side: Side, rng: random.Random) -> bool:
     """What was fixed, and a buffer, is learned now."""
     before = list(side.leaves)
@@ -397,12 +393,12 @@ def learned_and_fixed(side: Side, rng: random.Random) -> bool:
     return side.leaves != before
 
 
-operator("validate", "layout", weight=0.8, name="parameters_frozen_to_buffers")(
+operator("fourth", "layout", weight=0.8, name="parameters_frozen_to_buffers")(
     _restore("kind:buffer", "table", lambda leaf: not numbered(leaf))
 )
 
 
-@operator("validate", "layout", LAST, weight=1.0)
+@operator("fourth", "layout", LAST, weight=1.0)
 def port_from_keras(side: Side, rng: random.Random) -> bool:
     """Another framework's names and layouts throughout: ``kernel``, ``gamma``, ``moving_mean``, ``embeddings``."""
     layouts = {
@@ -422,14 +418,14 @@ def port_from_keras(side: Side, rng: random.Random) -> bool:
     return side.leaves != before
 
 
-operator("validate", "layout", weight=0.7, name="biases_of_values_alone")(_biases(_plain_in("k", "q"), False))
-operator("validate", "layout", weight=0.7, name="no_biases_in_feed_forward")(_biases(_plain_in("fc1", "fc2"), False))
-operator("validate", "layout", weight=0.7, name="no_biases_outside_lists")(
+operator("fourth", "layout", weight=0.7, name="biases_of_values_alone")(_biases(_plain_in("k", "q"), False))
+operator("fourth", "layout", weight=0.7, name="no_biases_in_feed_forward")(_biases(_plain_in("fc1", "fc2"), False))
+operator("fourth", "layout", weight=0.7, name="no_biases_outside_lists")(
     _biases(lambda leaf: not numbered(leaf), False)
 )
 
 
-@operator("validate", "layout", weight=2)
+@operator("fourth", "layout", weight=2)
 def shared_no_more(side: Side, rng: random.Random) -> bool:
     """What was one parameter under two names is two, that start from the same values."""
     before = list(side.leaves)
@@ -437,7 +433,7 @@ def shared_no_more(side: Side, rng: random.Random) -> bool:
     return side.leaves != before
 
 
-@operator("validate", "layout", where="source", weight=2)
+@operator("fourth", "layout", where="source", weight=2)
 def shared_and_stored_once(side: Side, rng: random.Random) -> bool:
     """The file holds what is shared under its first name alone."""
     before = list(side.leaves)

@@ -1,4 +1,4 @@
-"""Networks of the part that validates: sound, text, series, tables, molecules and sets."""
+"""Networks of the fourth part: sound, text, series, tables, molecules and sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def both_ways(d: Draft, path: str, inner: int) -> None:
     d.leaves[-1] = replace(leaf, pieces=(f"{path}~onwards", f"{path}~backwards"), sizes=leaf.sizes * 2)
 
 
-@structure("validate", "vocoder")
+@structure("fourth", "vocoder")
 def wave_generator(d: Draft) -> None:
     """Rising convolutions, and behind each a unit with two lists of weight-normed convolutions."""
     s = d.sizes
@@ -39,7 +39,7 @@ def wave_generator(d: Draft) -> None:
     d.add("wave_out", "weight_norm", 1, s.width, 3)
 
 
-@structure("validate", "dilation")
+@structure("fourth", "dilation")
 def dilated_autoregressor(d: Draft) -> None:
     """Four lists beside each other: what is filtered, gated, kept and handed out."""
     s = d.sizes
@@ -51,7 +51,7 @@ def dilated_autoregressor(d: Draft) -> None:
     d.add("close2", "conv1d", s.outputs, s.width, 1)
 
 
-@structure("validate", "separation")
+@structure("fourth", "separation")
 def source_separator(d: Draft) -> None:
     """Down by convolutions, a recurrence both ways, and up by transposed ones; each has a gate before or after."""
     s = d.sizes
@@ -65,7 +65,7 @@ def source_separator(d: Draft) -> None:
         d.add(f"growers#{i}/sample_conv", "upconv1d", 2 if i == s.depth - 1 else s.width, s.width, 4)
 
 
-@structure("validate", "masks", "list")
+@structure("fourth", "masks", "list")
 def mask_estimator(d: Draft) -> None:
     """Stacks of separable convolutions with parametric rectifiers estimate masks over a learned basis."""
     s = d.sizes
@@ -88,7 +88,7 @@ def mask_estimator(d: Draft) -> None:
     d.add("synthesis", "upconv1d", 3, s.width, 4, bias=False)
 
 
-@structure("validate", "tokens", "tagging")
+@structure("fourth", "tokens", "tagging")
 def sequence_tagger(d: Draft) -> None:
     """Words and characters, a recurrence both ways, highways, and a random field over the labels."""
     s = d.sizes
@@ -105,7 +105,7 @@ def sequence_tagger(d: Draft) -> None:
     d.add("field/enter", "table", s.outputs)
 
 
-@structure("validate", "tokens", "parsing")
+@structure("fourth", "tokens", "parsing")
 def dependency_parser(d: Draft) -> None:
     """Four maps of one make, and two bilinear forms between them."""
     s = d.sizes
@@ -118,7 +118,7 @@ def dependency_parser(d: Draft) -> None:
     d.add("label_form", "bilinear", s.outputs, s.width, s.width)
 
 
-@structure("validate", "alignment")
+@structure("fourth", "alignment")
 def aligned_translator(d: Draft) -> None:
     """A recurrence that looks back by additive attention, copies, and shares its table with the last map."""
     s = d.sizes
@@ -137,7 +137,7 @@ def aligned_translator(d: Draft) -> None:
     shared(d, "target_table", "tied")
 
 
-@structure("validate", "factorised", "block", "attention", "mlp")
+@structure("fourth", "factorised", "block", "attention", "mlp")
 def one_layer_encoder(d: Draft) -> None:
     """Narrow tables, one block that is run many times, and a head that is tied to the narrow table."""
     s = d.sizes
@@ -155,7 +155,7 @@ def one_layer_encoder(d: Draft) -> None:
     d.add("guess/guess_shift", "table", s.vocabulary)
 
 
-@structure("validate", "receptance", "tokens", "neck", "head")
+@structure("fourth", "receptance", "tokens", "neck", "head")
 def receptance_model(d: Draft) -> None:
     """Linear recurrences: shifts that mix, decays, and squares called keys, values and receptances, twice a block."""
     s = d.sizes
@@ -180,7 +180,7 @@ def receptance_model(d: Draft) -> None:
     d.linear("head", s.vocabulary, s.width, bias=False)
 
 
-@structure("validate", "tables", "list", "block", "attention", "gated", "neck", "head")
+@structure("fourth", "tables", "list", "block", "attention", "gated", "neck", "head")
 def table_transformer(d: Draft) -> None:
     """A vector for every number, a table for every category, and blocks."""
     s = d.sizes
@@ -198,7 +198,7 @@ def table_transformer(d: Draft) -> None:
     d.linear("head", s.outputs, s.width)
 
 
-@structure("validate", "atoms")
+@structure("fourth", "atoms")
 def molecule_network(d: Draft) -> None:
     """Continuous filters: a net of distances writes what a convolution of atoms multiplies; distances are a buffer."""
     s = d.sizes
@@ -217,7 +217,7 @@ def molecule_network(d: Draft) -> None:
     d.add("offsets", "embedding", s.vocabulary, 1)
 
 
-@structure("validate", "equivariance")
+@structure("fourth", "equivariance")
 def equivariant_network(d: Draft) -> None:
     """Messages over edges, updates of nodes and steps of coordinates, each two maps."""
     s = d.sizes
@@ -234,7 +234,7 @@ def equivariant_network(d: Draft) -> None:
     d.linear("node_out", s.outputs, s.width)
 
 
-@structure("validate", "neighbours")
+@structure("fourth", "neighbours")
 def attending_graph(d: Draft) -> None:
     """Attention over neighbours by bare vectors, gated updates by one cell, and a recurrent readout."""
     s = d.sizes
@@ -254,7 +254,7 @@ def attending_graph(d: Draft) -> None:
     d.linear("property", s.outputs, 2 * s.width)
 
 
-@structure("validate", "sets", "attention")
+@structure("fourth", "sets", "attention")
 def set_network(d: Draft) -> None:
     """Sets attend to points that are learned, and those to the set; seeds pool it."""
     s = d.sizes
@@ -275,7 +275,7 @@ def set_network(d: Draft) -> None:
     d.linear("set_head", s.outputs, s.width)
 
 
-@structure("validate", "process")
+@structure("fourth", "process")
 def neural_process(d: Draft) -> None:
     """Two encoders of the same make, one of which ends in a distribution, and a decoder."""
     s = d.sizes
@@ -290,7 +290,7 @@ def neural_process(d: Draft) -> None:
     d.linear("answerer/answer_map", 2, s.width)
 
 
-@structure("validate", "knowledge")
+@structure("fourth", "knowledge")
 def knowledge_graph(d: Draft) -> None:
     """Entities and relations with a real and an imaginary part, and a small convolution over them."""
     s = d.sizes
@@ -305,7 +305,7 @@ def knowledge_graph(d: Draft) -> None:
     d.add("entity_shift", "table", s.vocabulary)
 
 
-@structure("validate", "sharing", "tokens", "list", "block", "attention", "gated", "neck", "head")
+@structure("fourth", "sharing", "tokens", "list", "block", "attention", "gated", "neck", "head")
 def sharing_experts(d: Draft) -> None:
     """Experts that are chosen, one that always is, and a correction of the choice that is a buffer."""
     s = d.sizes
@@ -328,7 +328,7 @@ def sharing_experts(d: Draft) -> None:
     d.linear("head", s.vocabulary, s.width, bias=False)
 
 
-@structure("validate", "listening", "tokens", "position", "coder", "list", "cross", "attention", "mlp", "neck")
+@structure("fourth", "listening", "tokens", "position", "coder", "list", "cross", "attention", "mlp", "neck")
 def listening_translator(d: Draft) -> None:
     """Two convolutions and fixed places before the encoder; keys have no bias; the last map is the table of tokens."""
     s = d.sizes

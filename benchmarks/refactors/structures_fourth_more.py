@@ -1,12 +1,12 @@
-"""Networks of the part that validates: pictures, volumes, scenes, bodies, agents and worlds."""
+"""Networks of the fourth part: pictures, volumes, scenes, bodies, agents and worlds."""
 
 from __future__ import annotations
 
 from benchmarks.refactors.structures import Draft, structure
-from benchmarks.refactors.structures_validate import shared, stored
+from benchmarks.refactors.structures_fourth import shared, stored
 
 
-@structure("validate", "windows", "patches", "list", "block", "attention", "mlp", "neck", "head")
+@structure("fourth", "windows", "patches", "list", "block", "attention", "mlp", "neck", "head")
 def windowed_transformer(d: Draft) -> None:
     """Stages of blocks with a table of relative places (and its index, a buffer) in each attention; merges between."""
     s = d.sizes
@@ -29,7 +29,7 @@ def windowed_transformer(d: Draft) -> None:
     d.linear("head", s.outputs, s.width)
 
 
-@structure("validate", "masking", "patches", "list", "block", "attention", "mlp", "neck")
+@structure("fourth", "masking", "patches", "list", "block", "attention", "mlp", "neck")
 def masked_autoencoder(d: Draft) -> None:
     """An encoder of what is seen, and a smaller decoder of everything; fixed places are buffers."""
     s = d.sizes
@@ -50,7 +50,7 @@ def masked_autoencoder(d: Draft) -> None:
     d.linear("pixels", 12, s.width, bias=True)
 
 
-@structure("validate", "depthwise", "prototypes")
+@structure("fourth", "depthwise", "prototypes")
 def self_distiller(d: Draft) -> None:
     """Wide-kernel blocks with a scale for every channel, a projector, prototypes and a centre that is a buffer."""
     s = d.sizes
@@ -72,7 +72,7 @@ def self_distiller(d: Draft) -> None:
     stored(d, "kind:buffer")
 
 
-@structure("validate", "volume")
+@structure("fourth", "volume")
 def volume_segmenter(d: Draft) -> None:
     """Convolutions in space with instance norms, down and up, and an output at every level that is trained as well."""
     s = d.sizes
@@ -92,7 +92,7 @@ def volume_segmenter(d: Draft) -> None:
         d.add(f"verdicts#{j}", "conv3d", s.outputs, s.width, 1)
 
 
-@structure("validate", "motion", "convs")
+@structure("fourth", "motion", "convs")
 def flow_estimator(d: Draft) -> None:
     """Two encoders of one make, and a convolutional gated cell that updates a field."""
     s = d.sizes
@@ -110,7 +110,7 @@ def flow_estimator(d: Draft) -> None:
         d.conv(f"refine/{role}/branch_out", out, s.width)
 
 
-@structure("validate", "stem", "resolutions", "convs")
+@structure("fourth", "stem", "resolutions", "convs")
 def resolution_network(d: Draft) -> None:
     """Branches for each resolution in every phase, and ways from each to each: lists of lists of lists."""
     s = d.sizes
@@ -128,7 +128,7 @@ def resolution_network(d: Draft) -> None:
     d.conv("heatmaps", s.outputs, s.width, 1)
 
 
-@structure("validate", "radiance")
+@structure("fourth", "radiance")
 def radiance_field(d: Draft) -> None:
     """A coarse and a fine field of the same make; an input comes in again half way."""
     s = d.sizes
@@ -142,7 +142,7 @@ def radiance_field(d: Draft) -> None:
         d.linear(f"{field}/shade", 3, s.width // 2)
 
 
-@structure("validate", "modulation", "patches", "attention", "mlp")
+@structure("fourth", "modulation", "patches", "attention", "mlp")
 def diffusion_transformer(d: Draft) -> None:
     """Blocks without norms of their own: one map of the time writes shifts, scales and gates of each."""
     s = d.sizes
@@ -161,7 +161,7 @@ def diffusion_transformer(d: Draft) -> None:
     d.linear("ending/ending_map", 16, s.width)
 
 
-@structure("validate", "slots")
+@structure("fourth", "slots")
 def slot_network(d: Draft) -> None:
     """Slots compete for a picture through maps without biases and a gated cell, and each paints its part."""
     s = d.sizes
@@ -184,7 +184,7 @@ def slot_network(d: Draft) -> None:
     d.conv("canvas", 4, s.width)
 
 
-@structure("validate", "caption", "tokens", "list", "block", "attention", "mlp", "neck")
+@structure("fourth", "caption", "tokens", "list", "block", "attention", "mlp", "neck")
 def gated_captioner(d: Draft) -> None:
     """Latents sample a picture; between the blocks of a language model stand gated looks at them."""
     s = d.sizes
@@ -214,7 +214,7 @@ def gated_captioner(d: Draft) -> None:
     shared(d, "tokens", "tied")
 
 
-@structure("validate", "exits", "list", "convs")
+@structure("fourth", "exits", "list", "convs")
 def early_exits(d: Draft) -> None:
     """A trunk of blocks, and a small classifier behind each."""
     s = d.sizes
@@ -226,7 +226,7 @@ def early_exits(d: Draft) -> None:
         d.linear(f"doors#{i}/door_map", s.outputs, s.width)
 
 
-@structure("validate", "relations")
+@structure("fourth", "relations")
 def relating_video(d: Draft) -> None:
     """Convolutions in space and time, and between them modules that relate every place to every other."""
     s = d.sizes
@@ -243,7 +243,7 @@ def relating_video(d: Draft) -> None:
     d.linear("action", s.outputs, s.width)
 
 
-@structure("validate", "body")
+@structure("fourth", "body")
 def body_regressor(d: Draft) -> None:
     """A body that is buffers only, and a regressor that starts from means and is run several times."""
     s = d.sizes
@@ -265,7 +265,7 @@ def body_regressor(d: Draft) -> None:
         d.linear(f"fitting/{role}", out, s.width)
 
 
-@structure("validate", "world")
+@structure("fourth", "world")
 def world_model(d: Draft) -> None:
     """A picture becomes a state that a cell carries on; what is expected, what is seen, what follows."""
     s = d.sizes
@@ -286,7 +286,7 @@ def world_model(d: Draft) -> None:
         d.linear(f"{role}/predict_out", 1, s.width)
 
 
-@structure("validate", "ensemble")
+@structure("fourth", "ensemble")
 def soft_agent(d: Draft) -> None:
     """A policy of two outputs, an ensemble of critics, their slow copies, and a temperature."""
     s = d.sizes
@@ -302,7 +302,7 @@ def soft_agent(d: Draft) -> None:
     d.add("log_temperature", "table", 1)
 
 
-@structure("validate", "common_trunk", "list")
+@structure("fourth", "common_trunk", "list")
 def common_trunk(d: Draft) -> None:
     """Policy and value hold the same trunk, so that the file has it twice; their heads stand in a dict of modules."""
     s = d.sizes

@@ -1,4 +1,4 @@
-"""Operators of the part that validates: where modules stand, their names, and the order of their registration."""
+"""Operators of the fourth part: where modules stand, their names, and the order of their registration."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def _around(words: list[tuple[str, ...]]) -> Apply:
     return apply
 
 
-operator("validate", "places", weight=2, name="lightning_module_around")(
+operator("fourth", "places", weight=2, name="lightning_module_around")(
     _around(
         [("learner",), ("lightning_module", "net"), ("system", "backbone_net"), ("task", "architecture"), ("_net",)]
     )
 )
 
 
-@operator("validate", "places", weight=1.5)
+@operator("fourth", "places", weight=1.5)
 def parts_wrapped(side: Side, rng: random.Random) -> bool:
     """Each part at the top was compiled or wrapped alone: ``encoder._orig_mod.layers``, ``encoder.module.layers``."""
     word = Step(rng.choice(["=_orig_mod", "=module", "=_fsdp_wrapped_module", "=wrapped"]))
@@ -46,7 +46,7 @@ def parts_wrapped(side: Side, rng: random.Random) -> bool:
     return side.leaves != before
 
 
-@operator("validate", "places", weight=1.5)
+@operator("fourth", "places", weight=1.5)
 def cut_in_two(side: Side, rng: random.Random) -> bool:
     """What stands at the top belongs to one of two modules now: the first ones here, the last ones there."""
     roles = list(dict.fromkeys(leaf.path[0].role for leaf in side.leaves))
@@ -62,7 +62,7 @@ def cut_in_two(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "places", weight=1.0)
+@operator("fourth", "places", weight=1.0)
 def tables_in_a_module(side: Side, rng: random.Random) -> bool:
     """All tables and bare parameters at the top form a module: ``embeddings.tokens``."""
     word = Step(rng.choice(["=embeddings", "=embedder", "=input_layer", "=prep", "=embed"]))
@@ -76,7 +76,7 @@ def tables_in_a_module(side: Side, rng: random.Random) -> bool:
     return side.leaves != before
 
 
-@operator("validate", "places", weight=1.0)
+@operator("fourth", "places", weight=1.0)
 def last_layer_joins(side: Side, rng: random.Random) -> bool:
     """The last layer moves into the container that stands before it."""
     *rest, last = side.leaves
@@ -87,7 +87,7 @@ def last_layer_joins(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "places", weight=1.0)
+@operator("fourth", "places", weight=1.0)
 def level_says_itself_twice(side: Side, rng: random.Random) -> bool:
     """``encoder.encoder.layers``: a wrapper that is called after what it wraps."""
     roles = sorted({leaf.path[0].role for leaf in side.leaves if len(leaf.path) > 1 and leaf.path[0].index is None})
@@ -102,7 +102,7 @@ def level_says_itself_twice(side: Side, rng: random.Random) -> bool:
     return bool(word)
 
 
-@operator("validate", "places", weight=1.5)
+@operator("fourth", "places", weight=1.5)
 def convolutions_with_their_norms(side: Side, rng: random.Random) -> bool:
     """A convolution and the norm behind it are one module: ``conv1.conv``, ``conv1.bn``."""
     first, second = rng.choice([("conv", "bn"), ("conv", "norm"), ("0", "1"), ("layer", "normalizer"), ("c", "n")])
@@ -117,10 +117,10 @@ def convolutions_with_their_norms(side: Side, rng: random.Random) -> bool:
     return done
 
 
-operator("validate", "places", name="maps_in_modules")(_nested(["proj", "lin", "dense", "conv_layer"]))  # type: ignore[arg-type]
+operator("fourth", "places", name="maps_in_modules")(_nested(["proj", "lin", "dense", "conv_layer"]))  # type: ignore[arg-type]
 
 
-@operator("validate", "places", weight=1.5)
+@operator("fourth", "places", weight=1.5)
 def keyed_members(side: Side, rng: random.Random) -> bool:
     """A list becomes a dict of modules with spelled keys: ``layers.block_0``."""
     roles = sorted({role for _, role in lists_of(side)})
@@ -135,7 +135,7 @@ def _keyed(step: Step, role: str, key: str) -> tuple[Step, ...]:
     return (Step(role), Step(f"={key}{step.index}")) if step.role == role and step.index is not None else (step,)
 
 
-@operator("validate", "places", LAST, weight=1.0)
+@operator("fourth", "places", LAST, weight=1.0)
 def levels_by_word(side: Side, rng: random.Random) -> bool:
     """The members of a short list have names instead of numbers: ``shallow``, ``middle``, ``deep``."""
     words = rng.choice([("shallow", "middle", "deep"), ("early", "mid", "late")])
@@ -180,19 +180,19 @@ def _levels_by_size(side: Side, rng: random.Random, down: bool) -> bool:
     return True
 
 
-@operator("validate", "places", LAST, weight=0.7)
+@operator("fourth", "places", LAST, weight=0.7)
 def levels_by_size(side: Side, rng: random.Random) -> bool:
     """The members of a list are called after their resolution: ``b4``, ``b8``, ``b16``."""
     return _levels_by_size(side, rng, False)
 
 
-@operator("validate", "places", LAST, weight=0.5)
+@operator("fourth", "places", LAST, weight=0.5)
 def count_down_by_size(side: Side, rng: random.Random) -> bool:
     """The same, the finest first: ``res64``, ``res32``, ``res16``."""
     return _levels_by_size(side, rng, True)
 
 
-@operator("validate", "places", LAST, weight=1.0)
+@operator("fourth", "places", LAST, weight=1.0)
 def levels_exchanged(side: Side, rng: random.Random) -> bool:
     """A list of lists is turned inside out: ``stages.1.branches.0`` becomes ``branches.0.stages.1``."""
     before = list(side.leaves)
@@ -207,7 +207,7 @@ def _exchanged(path: Path) -> Path:
     return path
 
 
-@operator("validate", "places", LAST, weight=1.0)
+@operator("fourth", "places", LAST, weight=1.0)
 def norms_beside_blocks(side: Side, rng: random.Random) -> bool:
     """All norms of a list of blocks stand in one list beside it, two (or three) for each block, in their order."""
     lists = [key for key, many in lists_of(side).items() if many > 1]
@@ -227,7 +227,7 @@ def norms_beside_blocks(side: Side, rng: random.Random) -> bool:
     return True
 
 
-@operator("validate", "places", LAST, weight=0.7)
+@operator("fourth", "places", LAST, weight=0.7)
 def no_levels(side: Side, rng: random.Random) -> bool:
     """Everything is an attribute of the model: ``encoder_layers_0_attn_q``."""
     joint = rng.choice(["_", "__"])
@@ -271,14 +271,14 @@ def _letters_upper(word: str) -> str:
     return ".".join(part.upper() if len(part) <= 2 else part for part in word.split("."))
 
 
-operator("validate", "names", weight=1.5, name="said_otherwise")(_reworded(_translated(OTHERWISE), 0.8))
-operator("validate", "names", weight=1.5, name="said_shorter")(_reworded(_translated(SHORT), 0.9))
-operator("validate", "names", LAST, weight=0.8, name="another_language")(_reworded(_translated(GERMAN)))
-operator("validate", "names", weight=0.7, name="letters_upper")(_reworded(_letters_upper))
-operator("validate", "names", weight=0.7, name="trailing_underscores")(_reworded(lambda word: f"{word}_", 0.7))
-operator("validate", "names", weight=0.7, name="say_module")(_reworded(lambda word: f"{word}_module", 0.5))
-operator("validate", "names", weight=0.7, name="own_prefix")(_reworded(lambda word: f"lit_{word}", 0.6))
-operator("validate", "names", weight=0.7, name="digits_spelled")(
+operator("fourth", "names", weight=1.5, name="said_otherwise")(_reworded(_translated(OTHERWISE), 0.8))
+operator("fourth", "names", weight=1.5, name="said_shorter")(_reworded(_translated(SHORT), 0.9))
+operator("fourth", "names", LAST, weight=0.8, name="another_language")(_reworded(_translated(GERMAN)))
+operator("fourth", "names", weight=0.7, name="letters_upper")(_reworded(_letters_upper))
+operator("fourth", "names", weight=0.7, name="trailing_underscores")(_reworded(lambda word: f"{word}_", 0.7))
+operator("fourth", "names", weight=0.7, name="say_module")(_reworded(lambda word: f"{word}_module", 0.5))
+operator("fourth", "names", weight=0.7, name="own_prefix")(_reworded(lambda word: f"lit_{word}", 0.6))
+operator("fourth", "names", weight=0.7, name="digits_spelled")(
     _reworded(
         lambda word: re.sub(
             r"(?<=[a-z])([0-4])(?=\.|$)", lambda m: "_" + ("zero", "one", "two", "three", "four")[int(m[0])], word
@@ -287,7 +287,7 @@ operator("validate", "names", weight=0.7, name="digits_spelled")(
 )
 
 
-@operator("validate", "names", weight=1.0)
+@operator("fourth", "names", weight=1.0)
 def kinds_in_names(side: Side, rng: random.Random) -> bool:
     """Every name says what kind of layer it is: ``q_linear``, ``norm1_ln``."""
     kinds = {
@@ -311,7 +311,7 @@ def kinds_in_names(side: Side, rng: random.Random) -> bool:
     return done
 
 
-@operator("validate", "names", LAST, weight=0.5)
+@operator("fourth", "names", LAST, weight=0.5)
 def kinds_counted_in_blocks(side: Side, rng: random.Random) -> bool:
     """Inside each block the layers are called after their kind and counted: ``linear_1``, ``linear_2``, ``norm_1``."""
     kinds = {
@@ -335,7 +335,7 @@ def kinds_counted_in_blocks(side: Side, rng: random.Random) -> bool:
     return done
 
 
-@operator("validate", "names", weight=1.0)
+@operator("fourth", "names", weight=1.0)
 def head_in_a_sequence(side: Side, rng: random.Random) -> bool:
     """The last map stands behind a dropout or an activation: ``head.1``, ``classifier.3``."""
     last = side.leaves[-1]
@@ -345,19 +345,19 @@ def head_in_a_sequence(side: Side, rng: random.Random) -> bool:
     return True
 
 
-operator("validate", "names", weight=0.8, name="padded_to_three")(
+operator("fourth", "names", weight=0.8, name="padded_to_three")(
     _numbered(lambda n, rng: replace(n, digits=3, joint=rng.choice([".", "_"])), every=True)
 )
-operator("validate", "names", weight=0.8, name="one_list_from_one")(
+operator("fourth", "names", weight=0.8, name="one_list_from_one")(
     _numbered(lambda n, rng: replace(n, first=1, joint=rng.choice(["", "_", "."])))
 )
-operator("validate", "names", LAST, weight=0.7, name="count_by_three")(
+operator("fourth", "names", LAST, weight=0.7, name="count_by_three")(
     _numbered(lambda n, rng: replace(n, stride=3, first=rng.choice([0, 1])))
 )
-operator("validate", "names", LAST, weight=0.5, name="count_down_everywhere")(
+operator("fourth", "names", LAST, weight=0.5, name="count_down_everywhere")(
     _numbered(lambda n, rng: replace(n, down=True), every=True)
 )
-operator("validate", "names", LAST, weight=0.7, name="lettered_members")(
+operator("fourth", "names", LAST, weight=0.7, name="lettered_members")(
     _numbered(lambda n, rng: replace(n, joint="", letters=True))
 )
 
@@ -365,7 +365,7 @@ operator("validate", "names", LAST, weight=0.7, name="lettered_members")(
 # Order --------------------------------------------------------------------------------------------------------------
 
 
-@operator("validate", "order", UNORDERED, weight=1.5)
+@operator("fourth", "order", UNORDERED, weight=1.5)
 def one_member_elsewhere(side: Side, rng: random.Random) -> bool:
     """One of the modules at the top, or one in every block, is registered at another place."""
     roles = sorted({step.role for leaf in side.leaves for step in leaf.path})
@@ -380,7 +380,7 @@ def one_member_elsewhere(side: Side, rng: random.Random) -> bool:
     return registered(side, arrange)
 
 
-@operator("validate", "order", UNORDERED, weight=1.5)
+@operator("fourth", "order", UNORDERED, weight=1.5)
 def norms_behind_their_parts(side: Side, rng: random.Random) -> bool:
     """Each norm in a block is registered after the module that it stands before, as in BART."""
     norms = {leaf.path for leaf in side.leaves if leaf.kind in NORMS}
@@ -401,7 +401,7 @@ def _keys_first(above: Path, steps: list[Step]) -> list[Step]:
     return sorted(steps, key=lambda step: order.index(step.role) if step.role in order else 3)
 
 
-operator("validate", "order", UNORDERED, weight=1.0, name="keys_registered_first")(
+operator("fourth", "order", UNORDERED, weight=1.0, name="keys_registered_first")(
     lambda side, rng: registered(side, _keys_first)
 )
 
@@ -416,8 +416,8 @@ def _by_weight(side: Side, rng: random.Random) -> bool:
     )
 
 
-operator("validate", "order", UNORDERED, weight=1.0, name="largest_parts_first_or_last")(_by_weight)
-operator("validate", "order", UNORDERED, weight=1.0, name="maps_before_convolutions")(
+operator("fourth", "order", UNORDERED, weight=1.0, name="largest_parts_first_or_last")(_by_weight)
+operator("fourth", "order", UNORDERED, weight=1.0, name="maps_before_convolutions")(
     lambda side, rng: _by_kind(side, ["linear", "embedding", "table"])
 )
 
@@ -429,10 +429,10 @@ def _by_kind(side: Side, first: list[str]) -> bool:
     )
 
 
-operator("validate", "order", UNORDERED, weight=1.0, name="lists_registered_last")(
+operator("fourth", "order", UNORDERED, weight=1.0, name="lists_registered_last")(
     _put(lambda above, step, steps: step.index is not None, False)
 )
-operator("validate", "order", UNORDERED, weight=1.0, name="parts_in_some_order")(
+operator("fourth", "order", UNORDERED, weight=1.0, name="parts_in_some_order")(
     _shuffled(lambda above: len(above) == 1, _mixed)
 )
 
@@ -449,5 +449,5 @@ def _ends(chosen: Callable[[list[Step]], Step]) -> Apply:
     )
 
 
-operator("validate", "order", UNORDERED, weight=1.0, name="entry_registered_last")(_ends(lambda steps: steps[0]))
-operator("validate", "order", UNORDERED, weight=1.0, name="exit_registered_first")(_ends(lambda steps: steps[-1]))
+operator("fourth", "order", UNORDERED, weight=1.0, name="entry_registered_last")(_ends(lambda steps: steps[0]))
+operator("fourth", "order", UNORDERED, weight=1.0, name="exit_registered_first")(_ends(lambda steps: steps[-1]))

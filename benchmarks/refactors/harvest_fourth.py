@@ -1,10 +1,10 @@
-"""Harvest the words of the part that validates: from packages that the other harvests have not read.
+"""Harvest the words of the fourth part: from packages that the other harvests have not read.
 
-    python -m benchmarks.refactors.harvest_validate      where the packages below are installed beside the benchmarks'
+    python -m benchmarks.refactors.harvest_fourth      where the packages below are installed beside the benchmarks'
 
 Most are one repository of one paper, with words of its own: speech and music, series, tables, recommenders,
 proteins, faces. They are built as ``harvest_third.py`` builds its own, but for those that ask for a configuration. The
-result is ``harvested_validate.json``.
+result is ``harvested_fourth.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from benchmarks.refactors import harvest_third
 from benchmarks.refactors.harvest import Candidate
 from benchmarks.refactors.harvest_third import CALLS, MISREAD, models
-from benchmarks.refactors.vocabulary import HARVESTED_VALIDATE
+from benchmarks.refactors.vocabulary import HARVESTED_FOURTH
 
 PACKAGES = {  # package -> where its networks are
     "pytorchcv": ("pytorchcv.models",),
@@ -92,7 +92,7 @@ def main() -> int:
     misreadings = {
         group: "|".join(filter(None, (MISREAD.get(group), MISREAD_HERE.get(group)))) for group in MISREAD | MISREAD_HERE
     }
-    return harvest_third.main(PACKAGES, SPECIAL, HARVESTED_VALIDATE, misreadings)
+    return harvest_third.main(PACKAGES, SPECIAL, HARVESTED_FOURTH, misreadings)
 
 
 if __name__ == "__main__":
