@@ -31,6 +31,15 @@ def spelled(words: Sequence[str]) -> frozenset[str]:
     return frozenset(letter for w in words for letter in _letters_in(w))
 
 
+def is_query_or_key(path: str) -> bool:
+    """Whether the last part of a path is called after queries or keys, and not by letters that spell a whole.
+
+    >>> is_query_or_key("attn.to_q"), is_query_or_key("attn.query_key_value"), is_query_or_key("attn.qkv")
+    (True, True, False)
+    """
+    return any(_WORDS.get(word) in ("q", "k") for word in path_tokens(path.rpartition(".")[2]))
+
+
 def _letters_in(word: str) -> str:
     if word in _WORDS:
         return _WORDS[word]

@@ -27,6 +27,7 @@ from lit_wsl.matching.tree import (
     role_of,
     uniform,
 )
+from lit_wsl.matching.turns import transposed
 from lit_wsl.matching.words import (
     ABBREVIATION,
     best_pairs_similarity,
@@ -35,7 +36,7 @@ from lit_wsl.matching.words import (
     split_numbers,
     token_similarity,
 )
-from lit_wsl.plan.operations import Concat, Operation, Permute, Split, Stack, Transpose
+from lit_wsl.plan.operations import Concat, Operation, Split, Stack
 from lit_wsl.structure.description import Shape
 
 GATE = "gate"  # stands before up, and its matrix is numbered first (Shazeer, GLU Variants Improve Transformer, 2020)
@@ -418,9 +419,7 @@ def _join(whole: Item, parts: list[Item], whole_is_target: bool, turned: bool) -
         turn = True  # square parts fit both ways; the rest of the model says which
     elif square and turn and not turned:
         return None
-    turning: tuple[Operation, ...] = ()
-    if turn:
-        turning = (Transpose(),) if len(whole.shape) == 2 else (Permute((0, 2, 1)),)
+    turning = transposed(whole.shape) if turn else ()
     sizes = tuple(transpose_shape(p.shape)[axis] if turn else p.shape[axis] for p in parts)
     places = tuple(pos for p in parts for pos in p.positions)
     part = parts[0]  # what makes it, if it is virtual, is the same for all parts: they are siblings

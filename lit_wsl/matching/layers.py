@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lit_wsl.matching.tree import role_of, stem_of
-from lit_wsl.structure.description import ModelDescription, Shape
+from lit_wsl.structure.description import ModelDescription, Shape, core
 
 
 @dataclass(frozen=True)
@@ -278,14 +278,6 @@ def _layers(names: Sequence[str], shapes: Mapping[str, Shape]) -> list[tuple[str
     return found
 
 
-def core(shape: Shape) -> Shape:
-    """A shape without axes of length one."""
-    return tuple(d for d in shape if d != 1)
-
-
-_QK = re.compile(r"(^|[^a-z])w?[qk]([^a-z]|$)|quer|key")
-
-
 def is_fused(unit: Unit) -> bool:
     """Whether a matrix has the shape of queries, keys and values in one, as it is or turned."""
     shape = unit.shapes[0]
@@ -301,8 +293,3 @@ def is_square(unit: Unit) -> bool:
 def is_kernel(shape: Shape) -> bool:
     """Whether three axes are those of a convolution, not of a stack of matrices."""
     return min(shape[-2:]) < 8
-
-
-def is_query_or_key(unit: Unit) -> bool:
-    """Whether it is called after queries or keys."""
-    return bool(_QK.search(unit.path.rpartition(".")[2].lower()))

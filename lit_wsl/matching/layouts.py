@@ -17,23 +17,21 @@ without it such tensors are ambiguous.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
+from lit_wsl.matching.formula import is_query_or_key
 from lit_wsl.matching.tree import owner_path
+from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry
 from lit_wsl.plan.operations import Concat, Reshape, Split
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.structure.description import ModelDescription, ParameterGroup, ParameterInfo, Shape, tokenize
+from lit_wsl.structure.description import ModelDescription, ParameterGroup, ParameterInfo, Shape, core, tokenize
 
 LEAST_POSITIONS = 4  # rows of a table of positions; token types and the like have fewer
 HEADS = 4  # a head is at least so wide
 KINSHIP = 2 / 3  # share of module names that both sides have in common, from which they are one code base
-_NUMBER = re.compile(r"\d+")
-_QUERY_OR_KEY = re.compile(r"(^|[^a-z])w?[qk]([^a-z]|$)|quer|key")  # the letters of Attention(Q, K, V)
 _REMEDY = "source_module= and a sample let the function decide; assume_layouts=True if you know that both sides agree"
 ROWS = f"the rows of q and k may stand in rotary pairs or halves, which names and shapes don't show: {_REMEDY}"
 FUSED = f"q, k and v may follow one another or alternate head by head, which names and shapes don't show: {_REMEDY}"
@@ -51,11 +49,11 @@ def hidden_layouts(plan: TransferPlan, source: ModelDescription, target: ModelDe
         return found
     inputs = _Inputs(source, target)
     towers: dict[str, bool] = {}
-    reasons: dict[tuple[str, ...], str] = {}
+    reasons: dict[tuple[tuple[str, ...], ...], str] = {}
     for entry in plan:
         if entry.kind != "parameter":
             continue
-        family = tuple(_without_numbers(name) for name in (*entry.targets, *entry.sources))
+        family = tuple(split_numbers(name)[0] for name in (*entry.targets, *entry.sources))
         if family not in reasons:
             reasons[family] = _attention(entry)
         reason = reasons[family]
@@ -99,7 +97,7 @@ def _only_renamed(plan: TransferPlan, source: ModelDescription) -> bool:
 def _kinship(plan: TransferPlan) -> float:
     """Share of the pairs of families whose modules are called alike."""
     first = {
-        _without_numbers(e.targets[0]): e
+        split_numbers(e.targets[0])[0]: e
         for e in plan
         if e.kind == "parameter" and len(e.sources) == len(e.targets) == 1
     }
@@ -111,18 +109,8 @@ def _kinship(plan: TransferPlan) -> float:
     return sum(bool(s) and s == t for s, t in bare) / len(bare)
 
 
-@lru_cache(maxsize=200_000)
-def _without_numbers(name: str) -> str:
-    around, dot, part = name.rpartition(".")
-    return _without_numbers(around) + dot + _without_numbers(part) if dot else _NUMBER.sub("#", name)
-
-
 def _words(name: str) -> list[str]:
-    return [word for word in tokenize(_own_name(name)) if not word.isdigit()]
-
-
-def _own_name(name: str) -> str:
-    return owner_path(name).rpartition(".")[2]
+    return [word for word in tokenize(owner_path(name).rpartition(".")[2]) if not word.isdigit()]
 
 
 def rotating_towers(source: ModelDescription, target: ModelDescription) -> Callable[[str], bool]:
@@ -203,7 +191,7 @@ def _is_convolution(info: ParameterInfo) -> bool:
 
 def _is_table(info: ParameterInfo, width: int, words: int) -> bool:
     """Whether a tensor has a row for each position: of the residual stream's width, or a number for each head."""
-    shape = tuple(n for n in info.shape if n != 1)
+    shape = core(info.shape)
     if len(shape) != 2 or not ("Embed" in info.module_type or info.leaf not in ("weight", "bias")):
         return False
     rows, columns = shape
@@ -216,7 +204,7 @@ def _is_table(info: ParameterInfo, width: int, words: int) -> bool:
 def _attention(entry: PlanEntry) -> str:
     """What is not known of an entry for queries or keys: how they are fused, or how their rows stand."""
     parts = entry.sources if len(entry.sources) > 1 else entry.targets
-    named = any(_QUERY_OR_KEY.search(_own_name(n).lower()) for n in (*entry.sources, *entry.targets))
+    named = any(is_query_or_key(owner_path(n)) for n in (*entry.sources, *entry.targets))
     if len(parts) == 1:
         return ROWS if named else ""
     fused = any(isinstance(op, (Split, Concat)) for op in entry.operations)

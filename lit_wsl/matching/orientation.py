@@ -12,12 +12,11 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
-from lit_wsl.matching.turns import is_turn
+from lit_wsl.matching.turns import is_turn, transposed
 from lit_wsl.matching.words import split_numbers
-from lit_wsl.plan.operations import Concat, Operation, Permute, Reshape, Split, Transpose
-from lit_wsl.structure.description import ParameterInfo, Shape
+from lit_wsl.plan.operations import Concat, Operation, Reshape, Split
+from lit_wsl.structure.description import ParameterInfo, core
 
 _TABLE = re.compile("embed|pos|token|table")
 OPEN = "a square matrix, and nothing shows whether both sides store it the same way round"
@@ -52,7 +51,7 @@ class Orientation:
                     self._see(sources[0], targets[0], certain=False)
 
     def _see(self, source: ParameterInfo, target: ParameterInfo, *, certain: bool) -> None:
-        s, t = _core(source.shape), _core(target.shape)
+        s, t = core(source.shape), core(target.shape)
         turned = s != t
         if len(s) != len(t) or len(s) not in (2, 3) or s[-1] == s[-2] or not (certain or turned):
             return
@@ -87,13 +86,11 @@ class Orientation:
     def _judge_pair(
         self, s: ParameterInfo, t: ParameterInfo, operations: tuple[Operation, ...]
     ) -> tuple[tuple[Operation, ...] | None, str]:
-        core = _core(t.shape) if len(_core(t.shape)) <= len(_core(s.shape)) else _core(s.shape)
-        apart = {len(_core(s.shape)), len(_core(t.shape))} == {2, 3} and any(
-            isinstance(op, Reshape) for op in operations
-        )
-        if apart and len(core) == 2 and core[0] == core[1] and not {"Conv"} & {t.module_type[:4], s.module_type[:4]}:
-            return None, HEADS
-        a, b = _core(s.shape), _core(t.shape)
+        a, b = core(s.shape), core(t.shape)
+        if {len(a), len(b)} == {2, 3} and any(isinstance(op, Reshape) for op in operations):
+            rows, columns = min(a, b, key=len)
+            if rows == columns and "Conv" not in (t.module_type[:4], s.module_type[:4]):
+                return None, HEADS
         if a != b or len(a) not in (2, 3) or a[-1] != a[-2] or _is_table(t):
             return operations, ""
         wanted = self._verdict(s, t)
@@ -101,15 +98,17 @@ class Orientation:
             return None, OPEN
         if wanted == any(map(is_turn, operations)):
             return operations, ""
-        turn: Operation = Transpose() if len(s.shape) == 2 else Permute((0, 2, 1))
         rest = tuple(op for op in operations if not is_turn(op))
-        return ((turn, *rest) if wanted else rest), ""
+        turn = transposed(s.shape) if len(s.shape) == len(a) else ()
+        if not wanted:
+            return rest, ""
+        return ((*turn, *rest), "") if turn else (None, OPEN)
 
     def _verdict(self, s: ParameterInfo, t: ParameterInfo) -> bool | None:
         """Whether a square matrix is stored the other way round; ``None`` where nothing tells."""
         if any(make in self._seen for make in _makes(s, t)):
             return self._shown(s, t)
-        same_make = _leaf(s) == _leaf(t) and len(_core(s.shape)) == len(_core(t.shape))
+        same_make = _leaf(s) == _leaf(t) and len(core(s.shape)) == len(core(t.shape))
         return False if same_make and not self.turned else None
 
     def _shown(self, s: ParameterInfo, t: ParameterInfo) -> bool | None:
@@ -139,11 +138,6 @@ def _joined_across(sources: Sequence[ParameterInfo], targets: Sequence[Parameter
     return square and len(whole[0].shape) == 2 and whole[0].shape[0] == parts[0].shape[0]
 
 
-@lru_cache(maxsize=4096)  # a model of many tensors has few shapes
-def _core(shape: Shape) -> Shape:
-    return tuple(d for d in shape if d != 1)
-
-
 def _leaf(info: ParameterInfo) -> str:
     """What a tensor is called inside its module: weight or kernel; any other name is one of its own."""
     last = info.leaf.rpartition("_")[2]
@@ -151,7 +145,7 @@ def _leaf(info: ParameterInfo) -> str:
 
 
 def _make(info: ParameterInfo) -> Make:
-    return info.module_type, _leaf(info), len(_core(info.shape))
+    return info.module_type, _leaf(info), len(core(info.shape))
 
 
 def _makes(s: ParameterInfo, t: ParameterInfo) -> tuple[Make, ...]:

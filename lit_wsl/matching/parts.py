@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import combinations, pairwise, product
 
-from lit_wsl.matching.layers import Region, Unit, apart, core, dissolved, is_kernel, is_square, lists, merged, single
+from lit_wsl.matching.layers import Region, Unit, apart, dissolved, is_kernel, is_square, lists, merged, single
 from lit_wsl.matching.shapes import join_axis, operations_between
 from lit_wsl.matching.tree import role_of
-from lit_wsl.structure.description import Shape
+from lit_wsl.structure.description import Shape, core
 
 MAX_OPTIONS = 1536  # two modules of four layers have 1152
 MAX_LISTS = 8  # lists of single layers of which all subsets are tried

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from lit_wsl.matching.alignment import RUN_OTHERWISE, Aligner, Evidence, Match
 from lit_wsl.matching.buffers import averaging_norms, match_buffers, refuse_modules, split_kinds, twins_of
@@ -314,7 +314,7 @@ def is_sorted(side: ModelDescription) -> bool:
 def has_order(side: ModelDescription) -> bool:
     """Whether the order of a side's tensors may be that in which a model registered them."""
     written = [info for info in side.parameters if info.kind == "parameter"]
-    whole = _in_one_piece(info.module_path.split(".") for info in written)
+    whole = _in_one_piece(path.split(".") for path, _ in groupby(written, key=lambda info: info.module_path))
     return whole and not is_sorted(side) and not _in_two_minds(written)
 
 

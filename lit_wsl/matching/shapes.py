@@ -8,13 +8,9 @@ from collections.abc import Callable, Sequence
 
 from lit_wsl.matching.tree import Family, Item, same_kind
 from lit_wsl.plan.operations import Operation, Permute, Reshape, Transpose
-from lit_wsl.structure.description import Shape
+from lit_wsl.structure.description import Shape, core
 
 EXACT, RESHAPED, TRANSPOSED = 0.0, 0.2, 0.3
-
-
-def _core(shape: Shape) -> Shape:
-    return tuple(d for d in shape if d != 1)
 
 
 def operations_between(source: Shape, target: Shape, *, transposed: bool = False) -> tuple[Operation, ...] | None:
@@ -30,7 +26,7 @@ def operations_between(source: Shape, target: Shape, *, transposed: bool = False
     >>> operations_between((8, 3), (8, 4)) is None
     True
     """
-    s, t = _core(source), _core(target)
+    s, t = core(source), core(target)
     if transposed and len(source) == len(target) == 2 and len(s) == 2 and source == target[::-1]:
         return (Transpose(),)
     if source == target:
@@ -187,7 +183,7 @@ def _by(key: Callable[[Item], Shapes], items: Sequence[Item]) -> dict[Shapes, li
 
 
 def _exact_shapes(item: Item) -> Shapes:
-    return tuple(sorted(Counter((tuple(d for d in t.shape if d != 1), t.averaging) for t in item.tensors).items()))
+    return tuple(sorted(Counter((core(t.shape), t.averaging) for t in item.tensors).items()))
 
 
 def _core_shapes(item: Item) -> Shapes:

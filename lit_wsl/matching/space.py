@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_wsl.matching.layers import Region, Unit, is_fused, is_query_or_key, is_square, regions
+from lit_wsl.matching.formula import is_query_or_key
+from lit_wsl.matching.layers import Region, Unit, is_fused, is_square, regions
 from lit_wsl.matching.layouts import rotating_towers
 from lit_wsl.matching.parts import (
     MAX_OPTIONS,
@@ -124,7 +125,7 @@ class Space:
         self.hidden, self._gate_count = self._cells()
         self.regions = self._pair_regions(regions(source), regions(target))
         if any(
-            is_query_or_key(u) and len(u.shapes[0]) == 2 and not self._turns(u)
+            is_query_or_key(u.path) and len(u.shapes[0]) == 2 and not self._turns(u)
             for _, b in self.regions
             for u in b.units
         ):
@@ -281,7 +282,7 @@ class Space:
         """Whether there are queries or keys in a layer, as the model's gradient shows, or else its name."""
         if self._rotations:
             return any(name in self._rotations for name in unit.all_names)
-        return is_query_or_key(unit)
+        return is_query_or_key(unit.path)
 
     def _add_rotary(self) -> None:
         if self._rotations and self._turning:
@@ -293,7 +294,7 @@ class Space:
             u.shapes[0][0]
             for part in self.parts
             for u in (*part.source, *part.target)
-            if self._turning and len(u.shapes[0]) == 2 and is_query_or_key(u)
+            if self._turning and len(u.shapes[0]) == 2 and is_query_or_key(u.path)
         ]
         least = min(rows, default=0)
         widths = [w for w in range(4, min(least, 256) + 1, 2) if least % w == 0]
@@ -451,7 +452,7 @@ class Space:
         """Rotary and gate operations on the rows of one tensor."""
         ops: list[Operation] = []
         shape = s.shapes[tensor]
-        named = not self._rotations and (is_query_or_key(s) or is_query_or_key(t))
+        named = not self._rotations and (is_query_or_key(s.path) or is_query_or_key(t.path))
         if named and pick(self.rotary) is not None:
             w, r, pairs = pick(self.rotary)
             if shape and shape[0] % w == 0:
@@ -548,7 +549,7 @@ class Space:
         rows = pick(self.rotary)
         if rows is None or self._rotations:
             return ()
-        only = tuple(k for k, p in enumerate(parts) if is_query_or_key(p))
+        only = tuple(k for k, p in enumerate(parts) if is_query_or_key(p.path))
         if not only or any(shapes[k][0] % rows[0] for k in only):
             return ()
         width, rotated, to_pairs = rows

@@ -65,14 +65,14 @@ class Item:
     @cached_property
     def tensors(self) -> tuple[Item, ...]:
         """All tensors below, in registration order."""
-        if self.level == 0:
-            return (self,)
-        return tuple(chain.from_iterable(child.tensors for child in self.children))
+        return tuple([t for c in self.children for t in (c.tensors if c.level else (c,))]) if self.level else (self,)
 
     @cached_property
     def units(self) -> tuple[Item, ...]:
         """All units below, in registration order."""
-        return (self,) if self.level < 2 else tuple(chain.from_iterable(child.units for child in self.children))
+        return (
+            tuple([u for c in self.children for u in (c.units if c.level > 1 else (c,))]) if self.level > 1 else (self,)
+        )
 
     @cached_property
     def names(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -181,6 +181,12 @@ def shape_text(shape: Sequence[int]) -> str:
 
 
 _TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+
+
+@lru_cache(maxsize=4096)  # a model of many tensors has few shapes
+def core(shape: Shape) -> Shape:
+    """A shape without axes of size one."""
+    return tuple(size for size in shape if size != 1)
 
 
 def tokenize(name: str) -> tuple[str, ...]:

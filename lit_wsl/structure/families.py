@@ -14,6 +14,8 @@ import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from lit_wsl.structure.description import core
+
 AVERAGE_WORDS = frozenset({"ema", "average", "averaged", "averaging", "avg", "swa", "shadow", "polyak"})
 PROBES = 8  # names that are looked for, so that not all of them need to stand on both sides
 
@@ -92,14 +94,10 @@ def _numbered(prefix: str, mine: Sequence[str], shapes: Mapping[str, tuple[int, 
     pairs: dict[str, str] = {}
     wanted = next(averaged, None)
     for name, shape in shapes.items():
-        if wanted is not None and not name.startswith(prefix) and _core(shape) == _core(shapes[wanted]):
+        if wanted is not None and not name.startswith(prefix) and core(shape) == core(shapes[wanted]):
             pairs[name] = wanted
             wanted = next(averaged, None)
     return pairs if wanted is None else {}
-
-
-def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
 
 
 def _prefixes(name: str) -> list[str]:
