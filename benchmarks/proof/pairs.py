@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.gauntlet.truth import Rule, Tensors, invert
-from benchmarks.proof import encoders, public, text, vision
+from benchmarks.proof import encoders, layouts, public, text, vision
 from benchmarks.proof.data import dataset
 
 CACHE = Path(__file__).parents[2] / "build" / "proof"
@@ -88,6 +88,16 @@ PAIRS = (
             250,
         )
         for name, family in text.FAMILIES.items()
+    ),
+    Pair("litgpt", "text", partial(text.Decoder, layouts.FAMILY), layouts.LitGPT, layouts.lit_state, 250),
+    Pair(
+        "torchtune",
+        "text",
+        layouts.LitGPT,
+        layouts.TorchTune,
+        layouts.tune_state,
+        250,
+        code=("data", "text", "layouts"),
     ),
     *(
         Pair(

@@ -27,11 +27,11 @@ HELD = 1 << 26  # elements of what was filled that are kept
 
 
 def likeness(a: Tensor, b: Tensor) -> float:
-    """Correlation of the ranks in two vectors as a number of standard errors (Fisher's z)."""
+    """Correlation of the ranks in two vectors as a number of standard errors (Fisher's z, after Fieller)."""
     if len(a) < FEWEST or bool((a == a[0]).all()) or bool((b == b[0]).all()):
         return 0.0
     a, b = (x.argsort().argsort().double() - (len(x) - 1) / 2 for x in (a, b))
-    return math.atanh(max(-0.999, min(0.999, float(a @ b / (a.norm() * b.norm()))))) * math.sqrt(len(a) - 3)
+    return math.atanh(max(-0.999, min(0.999, float(a @ b / (a.norm() * b.norm()))))) * math.sqrt((len(a) - 3) / 1.06)
 
 
 def agreement(relation: Relation, left: Tensor, right: Tensor) -> float:
@@ -74,6 +74,7 @@ class Balance:
                 if all(name in parts or name in fixed for name in names):
                     own = sorted({parts[name] for name in names if name in parts})
                     self._places.append((relation, copy, names, own))
+        self._told = [1 + bool(relation.mixed) for relation, *_ in self._places]  # correlations that are added up
         self._known: dict[tuple[int, ...], float] = {}
         self._tables: dict[tuple[int, tuple[int, ...]], dict[str, PlanEntry]] = {}
         self._looked: dict[tuple[Any, ...], float] = {}
@@ -147,8 +148,8 @@ class Balance:
 
     def lead(self, one: Sequence[int], other: Sequence[int]) -> float:
         """By how many standard errors a choice hangs together better than another, where they differ."""
-        gaps = [a - b for a, b in zip(self.of(one), self.of(other)) if a != b]
-        return sum(gaps) / math.sqrt(2 * len(gaps)) if gaps else 0.0
+        gaps = [(a - b, told) for a, b, told in zip(self.of(one), self.of(other), self._told) if a != b]
+        return sum(gap for gap, _ in gaps) / math.sqrt(2 * sum(told for _, told in gaps)) if gaps else 0.0
 
     def plausible(self, choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Those that do not hang together clearly worse than the best."""
@@ -162,8 +163,7 @@ class Balance:
 
         It is heard only where the weights that both agree on show that training left balances at all.
         """
-        pairs = list(zip(self.of(choice), self.of(rival)))
-        alike = [a for a, b in pairs if a == b and a]
-        if not alike or sum(alike) / math.sqrt(len(alike)) < MARGIN:
+        alike = [(a, told) for a, b, told in zip(self.of(choice), self.of(rival), self._told) if a == b and a]
+        if not alike or sum(a for a, _ in alike) / math.sqrt(sum(told for _, told in alike)) < MARGIN:
             return 1.0
         return float(ndtr(-self.lead(choice, rival)))

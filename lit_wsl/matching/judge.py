@@ -58,7 +58,7 @@ class LossJudge:
 
     def __init__(self, trials: Trials) -> None:
         self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
-        self.rounds = 0
+        self.rounds, self.searched = 0, 0  # tests, and samples of the first batch that were looked at before
         self._unrest: dict[Choice, float] = {}
         self.rounding = 0.0  # differences of losses below count as none
 
@@ -92,16 +92,26 @@ class LossJudge:
             The choice, another one if a rival turned out better; the risk of each rival.
         """
         self.rounds += 1
+        self.searched = self.trials.reached if self.rounds == 1 else self.trials.size
         self.rounding = 1e-6 * max(abs(self.score(choice)), 1e-6)
         rivals = [r for group in self.rivals(choice).values() for r in group]
         better, risks = self._on_first_batch(choice, rivals)
+        fresh: dict[Choice, _Seen] = {}
         close = [c for c in rivals if risks.get(c, 1.0) >= RISK]
         if better == choice and close:
-            better, fresh = self._on_fresh_batches(choice, sorted(close, key=lambda c: risks.get(c, 1.0)))
-            risks |= fresh
-        if better == choice:
-            risks |= self._by_balance(choice, [c for c in rivals if risks.get(c, 1.0) >= RISK])
-        return (choice, {c: risks.get(c, 1.0) for c in rivals}) if better == choice else (better, {})
+            close.sort(key=lambda c: risks.get(c, 1.0))
+            better, told = self._on_fresh_batches(choice, close, fresh)
+            risks |= told
+        if better != choice:
+            return better, {}
+        last = {}
+        for c in (c for c in rivals if risks.get(c, 1.0) >= RISK):
+            if c in fresh and fresh[c].losses:
+                last[c] = fresh[c].losses, fresh[choice].losses
+            elif self.trials.known(c, self.trials.size) or self.budget.left():
+                last[c] = self.trials.losses(c), self.trials.losses(choice)
+        risks |= self._by_balance(choice, last, len(last), agreeing=False)
+        return choice, {c: risks.get(c, 1.0) for c in rivals}
 
     def _on_first_batch(self, choice: Choice, rivals: Sequence[Choice]) -> tuple[Choice, dict[Choice, float]]:
         """Risks after more and more samples of the batch that the search has seen."""
@@ -118,17 +128,25 @@ class LossJudge:
                 return least, {}
             risks |= {c: min(1.0, shares * risk_of(known[c], known[choice], self.rounding)) for c in close}
             close = [c for c in close if risks[c] >= RISK]
+            if samples >= trials.screen:
+                pairs = {c: (known[c], known[choice]) for c in close}
+                risks |= self._by_balance(choice, pairs, len(rivals), agreeing=True)
+                close = [c for c in close if risks[c] >= RISK]
         return choice, risks
 
-    def _on_fresh_batches(self, choice: Choice, close: Sequence[Choice]) -> tuple[Choice, dict[Choice, float]]:
+    def _on_fresh_batches(
+        self, choice: Choice, close: Sequence[Choice], known: dict[Choice, _Seen]
+    ) -> tuple[Choice, dict[Choice, float]]:
         """Risks after one, two, four, ... batches that the search has not seen; of the only batch if there is no other.
 
+        What was measured of the first batch behind what the search has seen counts, too.
         The last look has three quarters of the risk, the k-th before it 1 / 2**(k + 2), each of two tests half of that.
         """
         has, first = self.trials.meter.has, int(self.trials.meter.has(1))
         close = close[: max(0, self.budget.room - 1)]
         shares = 3 * (len(close) if first else self.trials.tried) * self._again
-        known: dict[Choice, _Seen] = {c: _Seen() for c in (choice, *close)}
+        unseen = self._unseen((choice, *close)) if first else {}
+        known |= {c: _Seen(unseen.get(c, [])) for c in (choice, *close)}
         risks: dict[Choice, float] = {}
         number, looks = first, 0
         while close and has(number) and self.budget.room > len(close) and self.budget.left():
@@ -148,17 +166,29 @@ class LossJudge:
             close = [c for c in close if risks[c] >= RISK]
         return choice, risks
 
-    def _by_balance(self, choice: Choice, close: Sequence[Choice]) -> dict[Choice, float]:
-        """Risks by what training left in the weights, where the loss does not speak against it."""
-        balance, trials = self.trials.balance, self.trials
+    def _unseen(self, choices: Sequence[Choice]) -> dict[Choice, list[float]]:
+        """Losses of those samples of the first batch that the search has not compared choices on."""
+        trials = self.trials
+        if trials.meter.in_pieces or not all(trials.known(c, trials.size) for c in choices):
+            return {}
+        losses = {c: trials.losses(c) for c in choices}
+        return {c: own[len(own) * self.searched // trials.size :] for c, own in losses.items()}
+
+    def _by_balance(
+        self, choice: Choice, pairs: Mapping[Choice, tuple[list[float], list[float]]], count: int, *, agreeing: bool
+    ) -> dict[Choice, float]:
+        """Risks by what training left in the weights, of rivals that it calls worse.
+
+        It has a third of the risk, shared by those that are put to it: half where the loss agrees, before more samples
+        are spent, half at last where the loss has not told, and does not speak against it.
+        """
+        balance = self.trials.balance
         if balance is None:
             return {}
-        own, found = trials.losses(choice), {}
-        for c in close:
-            if not (trials.known(c, trials.size) or self.budget.left()):
-                continue
-            if risk_of(own, trials.losses(c), self.rounding) > AGREES:
-                found[c] = min(1.0, 3 * trials.tried * self._again * balance.risk(c, choice))
+        found = {}
+        for c, (theirs, own) in pairs.items():
+            if (risk_of(theirs, own) < AGREES) if agreeing else (risk_of(own, theirs) > AGREES):
+                found[c] = min(1.0, 6 * count * self._again * balance.risk(c, choice))
         return {c: risk for c, risk in found.items() if risk < RISK}
 
     def unrest(self, choice: Choice) -> float:

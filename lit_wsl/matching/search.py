@@ -153,6 +153,11 @@ class Trials:
         return self.mean(choice, self.screen)
 
     @property
+    def reached(self) -> int:
+        """Samples of the first batch that choices were compared on so far."""
+        return max((self.more(start) for _, batch, start in self.seen if not batch and start != WHOLE), default=0)
+
+    @property
     def tried(self) -> int:
         """How many choices were tried."""
         return self.before + len({choice for choice, _, _ in self.seen})
@@ -201,6 +206,8 @@ class Search:
                 return tops[-1]
         if self.space.alike:
             tops.append(self._improve(start))
+            if self.rests(tops[-1]):
+                return tops[-1]
             self.share *= IN_STEP
         groups = self._groups()
         dark = list(start)
@@ -273,8 +280,10 @@ class Search:
         return list(choices) if balance is None else balance.plausible(choices)
 
     def _improve(self, choice: Choice) -> Choice:
-        """A choice that no change of one decision, or of those of one layer group, makes better."""
+        """A choice that no change of one decision, or of those of one layer group, makes better, or one at rest."""
         choice = self.climb(choice)
+        if self.rests(choice):
+            return choice
         for group in self._groups():
             if self.left and len(group) == 1 and group[0].which not in self.confirmed:
                 choice = self._better(choice, self._jointly(choice, group[0]))

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl import transfer_weights
-from lit_wsl.matching.balance import Balance, likeness
+from lit_wsl.matching.balance import Balance, agreement, likeness
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.space import Space
-from lit_wsl.matching.symmetries import Gradients
+from lit_wsl.matching.symmetries import Gradients, Relation
 from lit_wsl.structure.description import describe
 from lit_wsl.structure.losses import LossMeter
 from lit_wsl.structure.running import shaken_state
@@ -130,3 +130,26 @@ def test_likeness_counts_in_standard_errors():
     assert float(values.std()) == pytest.approx(1, rel=0.15)
     assert likeness(torch.arange(40.0), torch.arange(40.0) ** 3) > 10  # ranks, not values
     assert likeness(torch.ones(40), torch.randn(40)) == 0
+
+
+def test_norms_and_products_of_rows_count_as_two_correlations():
+    torch.manual_seed(0)
+    relation = Relation(0, (), (), mixed=tuple((i, j) for i in range(12) for j in range(i)))
+    values = torch.tensor([agreement(relation, *torch.randn(2, 12, 40)) for _ in range(400)])
+    assert float(values.var()) == pytest.approx(2, rel=0.25)
+
+
+def test_the_lead_of_one_choice_over_another_has_unit_variance_where_weights_tell_nothing(data):
+    space, balance = balance_of(Old().state_dict(), data)
+    right, wrong = (by_norms(space)[name] for name in ("first_norm.weight", "second_norm.weight"))
+    leads = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        tensors = {name: torch.randn(value.shape) for name, value in Old().state_dict().items()}
+        balance.tensors = tensors
+        for known in (balance._said, balance._looked, balance._known, balance._values):
+            known.clear()
+        leads.append(balance.lead(right, wrong))
+    leads = torch.tensor(leads)
+    assert abs(float(leads.mean())) < 0.25
+    assert 0.7 < float(leads.std()) < 1.2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl import TransferPlan, transfer_weights
-from lit_wsl.matching.judge import judge_by_loss
+from lit_wsl.matching.judge import RISK, LossJudge, judge_by_loss
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.witnesses import risk_of
@@ -182,3 +183,36 @@ def test_what_the_loss_refutes_is_not_loaded(trained, points, batches):
     assert (judged.entries, judged.proof, judged.proof_by) == ((), "refuted", "data")
     assert "REFUTED" in judged.notes[-1]
     assert {t for a in judged.ambiguous for t in a.targets} == set(new.state_dict())
+
+
+def judge_with(**trials):
+    judge = LossJudge(SimpleNamespace(space=None, score=None, budget=None, **trials))
+    judge.rounds = 1
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("gap", "early", "late"),
+    [(1.0, True, True), (0.0, False, True), (-1.0, False, False)],
+    ids=["worse", "same", "better"],
+)
+def test_balances_are_heard_at_once_where_the_loss_agrees_and_never_against_it(gap, early, late):
+    noise = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    own, theirs = noise.tolist(), (noise + gap + 0.1 * noise.flip(0) - 0.1 * noise.mean()).tolist()
+    judge = judge_with(balance=SimpleNamespace(risk=lambda rival, choice: 1e-6))
+    for agreeing, told in ((True, early), (False, late)):
+        assert bool(judge._by_balance((0,), {(1,): (theirs, own)}, 1, agreeing=agreeing)) == told
+    doubtful = judge_with(balance=SimpleNamespace(risk=lambda rival, choice: RISK / 7))
+    assert bool(doubtful._by_balance((0,), {(1,): (theirs, own)}, 1, agreeing=False)) == late
+    assert doubtful._by_balance((0,), {(1,): (theirs, own)}, 2, agreeing=False) == {}  # its risk is shared
+
+
+def test_samples_that_the_search_has_seen_do_not_count_as_unseen():
+    losses = {(0,): [float(i) for i in range(16)], (1,): [float(-i) for i in range(16)]}
+    trials = {"size": 8, "losses": losses.__getitem__, "meter": SimpleNamespace(in_pieces=False)}
+    judge = judge_with(known=lambda choice, samples: True, **trials)
+    judge.searched = 2
+    assert judge._unseen([*losses]) == {choice: own[4:] for choice, own in losses.items()}  # two losses a sample
+    judge.searched = 8
+    assert judge._unseen([*losses]) == {(0,): [], (1,): []}
+    assert judge_with(known=lambda choice, samples: choice == (0,), **trials)._unseen([*losses]) == {}
