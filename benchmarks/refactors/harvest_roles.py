@@ -217,6 +217,8 @@ def _blocks(trace: Trace) -> Iterator[Found]:
         mlp = relative(container, above) if container.startswith(above) else ""
         places = [relative(a, above) for a in inside]
         named = [relative(n, above) for n in norms]
+        if len(inside) == 1 and _exchanged(*named):
+            continue
         if len(inside) == 1:
             yield "block", {"norm1": named[0], "attn": places[0], "norm2": named[1], "mlp": mlp}
         else:
@@ -326,6 +328,11 @@ def _ends(trace: Trace) -> Iterator[Found]:
         and trace.order[maps[-1]] > max((trace.order[p] for p in trace.order if re.search(r"\.\d+$", p)), default=0)
     ):
         yield "head", {"head": _tail(maps[-1])}
+
+
+def _exchanged(first: str, second: str) -> bool:
+    """Whether two norms are registered the other way round: ``post_attention_layernorm`` before ``input_layernorm``."""
+    return bool(re.search("mlp|post", first) and re.search("attention|input", second))
 
 
 def _tail(path: str) -> str:

@@ -175,7 +175,7 @@ class Pair:
     def _mixed(self) -> dict[str, set[str]]:
         """For tensors of the new model, what holds their parts in an order that nothing shows."""
         found: dict[str, set[str]] = {}
-        for old in (placed for placed in self.old.placed if placed.leaf.layout == "reordered"):
+        for old in (placed for placed in self.old.placed if placed.leaf.layout in ("reordered", "interleaved")):
             held = {old.name + slot.suffix for slot in old.form.slots}
             for new in (placed for placed in self.new.placed if set(placed.leaf.pieces) <= set(old.leaf.pieces)):
                 for slot in new.form.slots:

@@ -49,10 +49,8 @@ from lit_wsl.matching.likeness import (
     WORDS,
     called_alike,
     called_otherwise,
-    foreign,
     leads,
     liken,
-    own_name,
     own_words,
     same_role,
     strength,
@@ -169,7 +167,8 @@ class ClassSolver:
         """What speaks against a pair, for or against which names may speak at all."""
         if p.cell in (PATH, TIED) or not self.names:
             return OTHER_LETTER if p.cell == PATH and self.names and letters_apart(p.source, p.target, region) else ""
-        if p.cell.startswith(ORDER) and (" at an end" in cell or " at a head" in cell):
+        at_end = p.cell.startswith(ORDER) and " at an end" in cell
+        if at_end or (" at a head" in cell and p.target.start in self.heads):
             return OTHER_HEAD
         if not is_named(p.cell) and not p.cell.startswith(COUNT) and renamed_alone(p, region, self.learned):
             return RENAMED_ALONE
@@ -373,12 +372,7 @@ class ClassSolver:
         for i, j, lead in leading:
             cell = LAYER_WORDS if kinds[i][j] == LAYER_ONLY and not complete else kinds[i][j]
             cell = WORDS if cell == LAYER_ONLY else cell
-            first = fs[i].members[0], ft[j].members[0]
-            made = first[0].virtual or first[1].virtual
-            if not sure and (
-                cell == LAYER_WORDS
-                or (cell == PART_WORDS and (made or foreign(own_name(first[0]), own_name(first[1]))))
-            ):
+            if cell == PART_WORDS or (cell == LAYER_WORDS and not sure):
                 continue
             cell = cell if sure else "open " + cell
             if not may_load(cell):

@@ -7,6 +7,7 @@ pair; any of them leaves it open.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from itertools import combinations, pairwise
 
@@ -219,7 +220,7 @@ def letters_apart(s: Item, t: Item, region: Region) -> bool:
     if max(s.level, t.level) == 2:
         return all(names) and not names[0] & names[1]
     if names[0] & names[1]:
-        return ours != theirs  # a value beside queries, and one beside a gate
+        return names[0] | names[1] == {"v"} and ours != theirs  # a value beside queries, and one beside a gate
     return all(names)
 
 
@@ -233,6 +234,8 @@ def against_order(tie: Tie, region: Region, cell: str) -> str:
     """What speaks against pairing a tie in the order in which its families stand; empty if nothing does."""
     if _names_dissent(tie.sources, tie.targets, region):
         return AGAINST_NAMES
+    if _counted_backwards(tie.sources) or _counted_backwards(tie.targets):
+        return COUNTED_OTHERWISE
     single = [
         (f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets) if len(f.members) == 1 == len(g.members)
     ]
@@ -240,6 +243,14 @@ def against_order(tie: Tie, region: Region, cell: str) -> str:
     if alone and any(_are_towers(s, t) for s, t in single):
         return TOWERS
     return COUNTED_OTHERWISE if any(counted_apart(s, t, region) for s, t in single) else ""
+
+
+def _counted_backwards(families: Sequence[Family]) -> bool:
+    """Whether what is counted under one name, ``norm`` and ``norm2``, is not registered in that order."""
+    counts = defaultdict(list)
+    for f in sorted(families, key=lambda f: f.start):
+        counts[tuple(w for w in f.pattern if w != "#")].append(f.numbers[0])
+    return any(numbers != sorted(numbers) for numbers in counts.values())
 
 
 def _are_towers(s: Item, t: Item) -> bool:

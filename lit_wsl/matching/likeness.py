@@ -108,6 +108,10 @@ ENDS = frozenset(  # what the last layer is called in any model, so that it says
         "layer",
         "lm",
         "predictions",
+        "prediction",
+        "pred",
+        "logit",
+        "readout",
         "decoder",
         "cls",
         "model",
@@ -157,6 +161,7 @@ LAYER_NAMES = (ENDS | KINDS | LAYERS) - {"decoder"}  # say a kind of layer, or a
 INFLECTION = 5  # letters at the end of a word that only change its form: combine, combination
 LITTLE = 0.1  # what a word for any layer says, beside words that say which
 GENERAL = (ENDS | KINDS | {"and"}) - {"decoder"}  # words that name a kind of layer, or a place that any model has
+NEGATIONS = frozenset(("un", "non", "not", "no", "in", "im", "dis", "de", "anti"))
 SIDES = frozenset(("pre", "post", "before", "after"))  # says that the other words name a neighbour
 
 
@@ -171,12 +176,12 @@ def strength(a: str, b: str) -> tuple[float, int]:
     if a == b:
         return 0.9, 1 + (a.isdigit() or a in FORMULA)
     short, long = sorted((a, b), key=lambda w: (len(w), w))
-    if len(short) == 2 and short in GENERAL:
-        return 0.0, 0  # the ln of a layer norm is no abbreviation of latents
+    if len(short) == 2 and not long.startswith("inp"):
+        return 0.0, 0  # two letters begin many words, or are the initials of two: ca, cs, ln
     if is_abbreviation(short, long) and (long.startswith(short) or not set(short[1:]) & set("aeiou")):
         return (0.8, 2) if len(short) > 1 else (0.7, 1) if short in FORMULA else (0.0, 0)
     if len(short) >= 4 and long.endswith(short):  # an end is no part of attend
-        return 0.6, 2
+        return (0.0, 0) if long.removesuffix(short) in NEGATIONS else (0.6, 2)
     stem = next((k for k, (x, y) in enumerate(zip(short, long)) if x != y), len(short))
     if stem >= 3 and stem >= 0.75 * len(short) and len(long) - stem <= INFLECTION:
         return 0.6, 2
@@ -252,7 +257,7 @@ def liken(
 
 def _names_layer(a: str, b: str, general: Collection[str]) -> bool:
     """Whether what two words have in common names a kind of layer: ``attention`` and ``selfattention``."""
-    return (a in general or b in general) if a != b else a in general
+    return any(w in general or w in KINDS or w == "backbone" for w in (a, b)) or ("norm" in a and "norm" in b)
 
 
 def leads(shared: np.ndarray) -> list[tuple[int, int, float]]:

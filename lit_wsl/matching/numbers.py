@@ -14,7 +14,7 @@ NUMBERS, ASCENDING = "numbers", "ascending"
 
 def number_map(f: Family, g: Family, ordered: bool, written: bool) -> tuple[tuple[Item, ...], str] | None:
     """The members of ``g`` in the order of ``f``, and by which evidence; ``None`` if nothing tells."""
-    if len(f.members) != len(g.members):
+    if len(f.members) != len(g.members) or _levels_exchanged(f, g):
         return None
     up_s, up_t = _direction(f.members), _direction(g.members)
     sets = [[tuple(n[a] for n in fam.numbers) for a in fam.axes()] for fam in (f, g)]
@@ -32,6 +32,39 @@ def number_map(f: Family, g: Family, ordered: bool, written: bool) -> tuple[tupl
     if ordered and up_s == up_t == 1:
         return g.members, ASCENDING
     return None
+
+
+def _levels_exchanged(f: Family, g: Family) -> bool:
+    """Whether of two lists, one in the other, the inner one may be the outer one on the other side.
+
+    Their lengths tell; where both have one length, their names may.
+    """
+    if len(f.axes()) < 2 or len(f.axes()) != len(g.axes()):
+        return False
+    ours, theirs = _ranks(f), _ranks(g)
+    if ours != theirs:
+        return True
+    if ours != sorted(n[::-1] for n in ours):
+        return False
+    (a, *_, b), (c, *_, d) = _list_names(f), _list_names(g)
+    crosswise, straight = (a & d) | (b & c), (a & c) | (b & d)
+    return bool(crosswise) and not straight
+
+
+def _ranks(f: Family) -> list[tuple[int, ...]]:
+    """Which place each member has in each of the lists that it stands in."""
+    numbers = {a: sorted({n[a] for n in f.numbers}) for a in f.axes()}
+    return sorted(tuple(row.index(n[a]) for a, row in numbers.items()) for n in f.numbers)
+
+
+def _list_names(f: Family) -> list[set[str]]:
+    """By each list that the members stand in the words of its name."""
+    names: list[set[str]] = [set()]
+    for word in f.pattern:
+        names[-1].add(word)
+        if word == "#":
+            names.append(set())
+    return [names[a] - {"#"} for a in f.axes()]
 
 
 def _direction(items: Sequence[Item]) -> int:
@@ -59,11 +92,14 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
     """
     if len(fs) != len(ft) or any(len(f.members) != 1 for f in (*fs, *ft)):
         return []
-    for told in (lambda side: [count_of(f, side) for f in side], _places):
-        counted = [told(side) for side in (fs, ft)]
-        if all(sorted(c) == list(range(len(fs))) for c in counted):
-            return list(zip(*([side[c.index(k)] for k in range(len(side))] for c, side in zip(counted, (fs, ft)))))
-    return []
+    rows = []
+    for side in (fs, ft):
+        told = ([count_of(f, side) for f in side], _places(side))
+        found = next((c for c in told if sorted(c) == list(range(len(side)))), None)
+        if found is None:
+            return []
+        rows.append([side[found.index(k)] for k in range(len(side))])
+    return list(zip(*rows))
 
 
 ATTENTIONS = frozenset(("attention", "attn", "att", "sa", "mha", "selfattention", "mixer"))
@@ -82,7 +118,7 @@ def _place_by(words: set[str]) -> int:
         return -1 if words & FEEDS else 1
     if bool(words & ATTENTIONS) != bool(words & FEEDS):
         return int(bool(words & FEEDS))
-    return 0 if words & {"pre", "before", "input"} else 1 if words & {"final"} else -1
+    return 0 if words & {"pre", "before", "input"} else 1 if words & {"final", "output"} else -1
 
 
 def count_of(family: Family, side: Sequence[Family]) -> int:

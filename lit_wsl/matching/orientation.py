@@ -40,11 +40,11 @@ class Orientation:
     def __init__(self, matches: Sequence[Matched], doubts: Sequence[Doubted] = ()) -> None:
         self._seen: dict[Make, set[bool | None]] = defaultdict(set)
         self.turned = False
-        for sources, targets, _ in matches:
+        for sources, targets, operations in matches:
             if len(sources) == len(targets) == 1 or _is_stack(sources, targets):
                 self._see(*_members(sources, targets), certain=True)
             else:
-                self.turned = self.turned or _joined_across(sources, targets)
+                self._see_parts(sources, targets, operations)
         for targets, candidates in doubts:
             for sources, _ in candidates:
                 if len(sources) == len(targets) == 1:
@@ -60,6 +60,18 @@ class Orientation:
         self.turned = self.turned or turned
         for make in _makes(source, target):
             self._seen[make].add(turned if certain else None)
+
+    def _see_parts(
+        self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo], operations: Sequence[Operation]
+    ) -> None:
+        """What parts of a whole show: that they stand beside each other, or that only turned they fit."""
+        parts = targets if len(targets) > 1 else sources
+        self.turned = self.turned or _joined_across(sources, targets)
+        if all(len(i.shape) == 2 for i in (*sources, *targets)) and not _are_square(parts):
+            turned = any(map(is_turn, operations))
+            self.turned = self.turned or turned
+            for make in {m for s in sources for t in targets for m in _makes(s, t)}:
+                self._seen[make].add(turned)
 
     def judge(self, match: Matched) -> tuple[tuple[Operation, ...] | None, str]:
         """The operations of a match as they should be; ``None`` and the reason where nothing tells."""
@@ -77,7 +89,7 @@ class Orientation:
             return operations, ""
         parts = targets if len(targets) > 1 else sources
         fused = any(isinstance(op, (Split, Concat)) for op in operations)
-        if fused and all(len(p.shape) == 2 and p.shape[0] == p.shape[1] for p in parts):
+        if fused and _are_square(parts):
             wanted = self._verdict(sources[0], targets[0])
             if wanted is None or (wanted is False and _joined_across(sources, targets)):
                 return None, OPEN
@@ -134,8 +146,11 @@ def _members(sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo])
 def _joined_across(sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]) -> bool:
     """Whether square parts make up a whole along its last axis, as matrices stored (in, out) do."""
     parts, whole = (targets, sources) if len(targets) > 1 else (sources, targets)
-    square = all(len(p.shape) == 2 and p.shape[0] == p.shape[1] for p in parts)
-    return square and len(whole[0].shape) == 2 and whole[0].shape[0] == parts[0].shape[0]
+    return _are_square(parts) and len(whole[0].shape) == 2 and whole[0].shape[0] == parts[0].shape[0]
+
+
+def _are_square(matrices: Sequence[ParameterInfo]) -> bool:
+    return all(len(m.shape) == 2 and m.shape[0] == m.shape[1] for m in matrices)
 
 
 def _leaf(info: ParameterInfo) -> str:
