@@ -44,6 +44,7 @@ OTHER_LENGTH = (
 OTHER_LETTER = "one is named after the queries, keys or values of an attention, the other after another of these"
 OPPOSITE = "their names differ in words that distinguish neighbouring modules of other models"
 NAMESAKE = "another module beside them has the name of one of the two in another size: it may have been resized"
+INSIDE_OUT = "each holds a module that is called like the other: what was outside may be inside now"
 OTHER_VALUES = "one is named after a function of the other, so its values are different"
 RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
 NEIGHBOUR = "what their names have in common names the modules beside them, or any layer: that decides nothing alone"
@@ -73,6 +74,8 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         return OPPOSITE
     if _has_namesake(p.source, p.target, region):
         return NAMESAKE
+    if min(p.source.level, p.target.level) == 2 and _is_inside_out(p.source, p.target):
+        return INSIDE_OUT
     if max(p.source.level, p.target.level) < 2 and _is_function(p.source, p.target):
         return OTHER_VALUES
     sure = region.complete and certain and agree not in ("against order", "out of line", "reordered")
@@ -184,6 +187,15 @@ def _has_namesake(s: Item, t: Item, region: Region) -> bool:
             if alike[0].get(id(ours), id(theirs)) != id(theirs) or alike[1].get(id(theirs), id(ours)) != id(ours):
                 return True
     return False
+
+
+def _is_inside_out(s: Item, t: Item) -> bool:
+    """Whether each of two modules holds one that is called like the other: ``stages.0.cells``, ``cells.0.stages``."""
+    names = [i.path.rpartition(".")[2] for i in (s, t)]
+    if names[0] == names[1]:
+        return False
+    inside = [{part for name in i.names for part in name.split(".")[1:-1]} for i in (s, t)]
+    return names[0] in inside[1] and names[1] in inside[0]
 
 
 def _chain(item: Item, homes: Mapping[int, Item]) -> list[Item]:

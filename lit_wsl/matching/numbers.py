@@ -118,7 +118,7 @@ def _place_by(words: set[str]) -> int:
         return -1 if words & FEEDS else 1
     if bool(words & ATTENTIONS) != bool(words & FEEDS):
         return int(bool(words & FEEDS))
-    return 0 if words & {"pre", "before", "input"} else 1 if words & {"final", "output"} else -1
+    return 0 if words & {"pre", "before", "input"} else 1 if words & {"final"} else -1
 
 
 def count_of(family: Family, side: Sequence[Family]) -> int:

@@ -420,3 +420,78 @@ def test_a_torn_dict_may_still_contradict_numbers():
     before = {n: t.clone() for n, t in new.state_dict().items()}
     transfer_weights(new, state, min_coverage=0.0)
     assert all(torch.equal(t, before[n]) for n, t in new.state_dict().items())
+
+
+@pytest.mark.parametrize(("stages", "blocks"), [(3, 2), (2, 2)])
+def test_lists_that_exchanged_their_levels_are_not_paired_by_their_place(stages, blocks):
+    old = {f"stages.{i}.cells.{j}.fc": linear() for i in range(stages) for j in range(blocks)}
+    new = {f"cells.{j}.stages.{i}.fc": linear() for j in range(blocks) for i in range(stages)}
+    truth = {f"cells.{j}.stages.{i}.fc": f"stages.{i}.cells.{j}.fc" for i in range(stages) for j in range(blocks)}
+    loaded(old, new, truth)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "truth"),
+    [
+        (("undilated", "atrous"), ("plain", "kernel_dilated"), {"plain": "undilated", "kernel_dilated": "atrous"}),
+        (("causal", "context"), ("sa", "ca"), {"sa": "causal", "ca": "context"}),
+        (("cs", "selector"), ("static", "choose"), {"static": "cs", "choose": "selector"}),
+        (("tail_norm", "g_norm"), ("dec_norm", "final"), {"dec_norm": "tail_norm", "final": "g_norm"}),
+    ],
+)
+def test_a_negation_a_syllable_and_a_kind_are_no_shared_words(ours, theirs, truth):
+    def net(names):
+        return {name: linear() for name in names}
+
+    loaded(dict(sorted(net(ours).items())), net(theirs), truth)
+
+
+def test_what_is_counted_backwards_has_no_order():
+    def block(first: str, second: str) -> dict[str, nn.Module]:
+        return {"enter": linear(4), first: norm(), "fc1": linear(8, 16), second: norm(), "fc2": linear(16, 8)}
+
+    old = {f"blocks.{k}.{n}": m for k in range(4) for n, m in block("norm2", "norm1").items()}
+    new = {f"layers.{k}.{n}": m for k in range(4) for n, m in block("ln_m", "ln_t").items()}
+    names = {"ln_m": "norm1", "ln_t": "norm2"}
+    truth = {n: ".".join(names.get(w, w) for w in n.replace("layers", "blocks").split(".")) for n in new}
+    loaded(old, new, truth)
+
+
+def test_another_head_of_the_same_size_waits_for_a_word():
+    def net(head: str) -> dict[str, nn.Module]:
+        return {"stem": linear(4), "trunk": linear(), head: linear(8, 3)}
+
+    assert loaded(net("fc"), net("reward_model"), {"stem": "stem", "trunk": "trunk"}) == {"stem", "trunk"}
+
+
+def test_a_part_of_a_fused_matrix_shows_how_squares_beside_it_are_stored():
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = (nn.Parameter(torch.randn(8, n)) for n in (16, 8))
+
+    old = Tree({"attn.q": linear(bias=False), "attn.k": linear(8, 4, bias=False), "attn.v": linear(8, 4, bias=False)})
+    old.attn.out = linear(bias=False)
+    new = nn.ModuleDict({"attn": Bare()})
+    before = new.attn.out.clone()
+    transfer_weights(new, old.state_dict(), min_coverage=0.0)
+    assert torch.equal(new.attn.out, old.attn.out.weight.T) or torch.equal(new.attn.out, before)
+
+
+def test_norms_counted_by_number_are_those_counted_by_place():
+    def block(first: str, second: str) -> dict[str, nn.Module]:
+        return {first: norm(), second: norm(), "attn": linear(), "mlp.up": linear(8, 16), "mlp.down": linear(16, 8)}
+
+    new = block("self_attn_layer_norm", "final_layer_norm")
+    truth = {n: n for n in new} | {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"}
+    assert loaded(dict(sorted(block("norm1", "norm2").items())), new, truth) == set(new)
+
+
+def test_queries_beside_a_fused_whole_are_queries():
+    old = {"self_attn.query": linear(), "self_attn.key": linear(8, 4), "self_attn.value": linear(8, 4)}
+    new = {"attn.self.query_proj": linear(), "attn.kv": linear()}
+    old["self_attn.output"], new["attn.output.dense"] = linear(), linear()
+    net, source = Tree(new), Tree(old)
+    plan = transfer_weights(net, source.state_dict(), min_coverage=0.0).plan
+    reasons = {a.targets[0]: a.reason for a in plan.ambiguous}
+    assert "named after the queries" not in reasons.get("attn.self.query_proj.weight", "")
