@@ -65,7 +65,7 @@ def without_kind(kind: str) -> tuple[Patch, ...]:
     """No decision of one kind of evidence is taken."""
 
     def is_off(cell: str | None) -> bool:
-        return cell is not None and cell == kind
+        return cell is not None and cell.partition(", ")[0] == kind  # with all its varieties
 
     def take(original: Any) -> Any:
         def taken(self: Any, decision: Any, s: Any, t: Any) -> Any:
@@ -113,13 +113,22 @@ def as_they_are(_: Any) -> Any:
 
 
 GUARDS = (
-    ("another head", (("ClassSolver._other_head", always(False)),)),
+    ("another head", (("other_head", always(False)),)),
     ("words of a neighbour", (("ClassSolver._near", always(frozenset())),)),
-    ("called otherwise", (("_called_otherwise", always(False)),)),
+    ("letters of an attention", (("letters_apart", always(False)),)),
+    ("words that mean the opposite", (("_are_opposite", always(False)),)),
+    ("a namesake of another size", (("_has_namesake", always(False)),)),
+    ("a function of the other's values", (("_is_function", always(False)),)),
+    ("renamed alone", (("renamed_alone", always(False)),)),
+    ("counted to another number", (("counted_apart", always(False)), ("_is_number_taken", always(False)))),
+    ("counted the other way", (("counted_down", always(False)),)),
+    ("blocks that stand elsewhere too", (("_repeats_elsewhere", always(False)),)),
+    ("names against an order", (("against_order", always("")),)),
+    ("copies of one network", (("one_of_copies", lambda _: lambda source, target: (source, None)),)),
     ("numbers that count alike", (("Region.same_numbers", always(True)),)),
     ("a name that spells parts is a whole", (("RegionMatch._spelled_apart", always(False)),)),
     ("runs in another order", (("RegionMatch._runs_otherwise", always(False)),)),
-    ("the same path is not given away", (("_Twins.given_away", always(None)),)),
+    ("the same path is not given away", (("planner:twins_of", always({})),)),
     ("factors of a weight", (("same_roles", always(True)),)),
     ("a bias goes with its weight", (("companions_together", first(0)),)),
     ("scale and shift", (("same_kind", always(True)),)),
