@@ -305,8 +305,8 @@ def spell_otherwise(s: Item, t: Item) -> bool:
 
 def spells_parts(whole: Item, partner: Item, region: Region) -> bool:
     """Whether a unit's name spells siblings on the other side that would make it up: ``gate_up``, where both are."""
-    root = region.source if any(whole is u for u in region.target.units) else region.target
-    units = [u for u in root.units if u.rank >= 2 and u is not partner and u.numel < whole.numel]
+    root = region.source if id(whole) in region.homes[1] else region.target
+    units = [u for u in root.units if u.numel < whole.numel and u is not partner and u.rank >= 2]
     if len(units) > MAX_UNITS:
         return False
     singles = [Family(split_numbers(u.path)[0], (u,), (split_numbers(u.path)[1],)) for u in units]

@@ -52,6 +52,8 @@ class Orientation:
 
     def _see(self, source: ParameterInfo, target: ParameterInfo, *, certain: bool) -> None:
         s, t = core(source.shape), core(target.shape)
+        if len(s) < 2:
+            return
         turned = s != t
         if len(s) != len(t) or len(s) not in (2, 3) or s[-1] == s[-2] or not (certain or turned):
             return
@@ -99,6 +101,8 @@ class Orientation:
         self, s: ParameterInfo, t: ParameterInfo, operations: tuple[Operation, ...]
     ) -> tuple[tuple[Operation, ...] | None, str]:
         a, b = core(s.shape), core(t.shape)
+        if len(a) < 2:
+            return operations, ""
         if {len(a), len(b)} == {2, 3} and any(isinstance(op, Reshape) for op in operations):
             rows, columns = min(a, b, key=len)
             if rows == columns and "Conv" not in (t.module_type[:4], s.module_type[:4]):

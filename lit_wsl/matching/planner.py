@@ -314,8 +314,11 @@ def is_sorted(side: ModelDescription) -> bool:
 def has_order(side: ModelDescription) -> bool:
     """Whether the order of a side's tensors may be that in which a model registered them."""
     written = [info for info in side.parameters if info.kind == "parameter"]
-    whole = _in_one_piece(path.split(".") for path, _ in groupby(written, key=lambda info: info.module_path))
-    return whole and not is_sorted(side) and not _in_two_minds(written)
+    return (
+        _in_one_piece(path for path, _ in groupby(i.module_path for i in written))
+        and not is_sorted(side)
+        and not _in_two_minds(written)
+    )
 
 
 RUN = 12  # so many names in a row are in alphabetical order only where they were sorted
@@ -335,16 +338,20 @@ def _in_two_minds(infos: Iterable[ParameterInfo]) -> bool:
     return len(firsts) > 1 or any(list(row) not in (sorted(row), sorted(row, reverse=True)) for row in lists.values())
 
 
-def _in_one_piece(modules: Iterable[Sequence[str]]) -> bool:
+def _in_one_piece(modules: Iterable[str]) -> bool:
     """Whether the tensors of each module stand together, as they do where a model was written down."""
-    left: set[tuple[str, ...]] = set()
-    before: Sequence[str] = ()
+    known: set[str] = set()
+    around: list[str] = []  # the last path and what it stands in, each with a dot behind it
     for path in modules:
-        alike = next((k for k, (a, b) in enumerate(zip(before, path)) if a != b), min(len(before), len(path)))
-        left.update(tuple(before[: k + 1]) for k in range(alike, len(before)))
-        if any(tuple(path[: k + 1]) in left for k in range(alike, len(path))):
-            return False
-        before = path
+        while around and not f"{path}.".startswith(around[-1]):
+            around.pop()
+        at = len(around[-1]) if around else 0
+        for part in f"{path}."[at:].split(".")[:-1]:
+            at += len(part) + 1
+            around.append(f"{path}."[:at])
+            if around[-1] in known:
+                return False
+            known.add(around[-1])
     return True
 
 

@@ -77,7 +77,7 @@ class Item:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Paths of all tensors below, as seen from here."""
-        return tuple(relative(t, self) for t in self.tensors)
+        return tuple([relative(t, self) for t in self.tensors])
 
     @cached_property
     def lists(self) -> Lists:
