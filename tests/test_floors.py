@@ -118,7 +118,6 @@ FACES = {  # what a user calls has an option for each thing that a user may want
     "lit_wsl.rebasin.matching.weights.weight_matching",
     "lit_wsl.rebasin.merging.barrier.interpolation_curve",
     "lit_wsl.rebasin.rebasing.rebase.rebase",
-    "lit_wsl.rebasin.responses.module_responses",
     "lit_wsl.report.html.save_html",
     "lit_wsl.report.json_report.report_dict",
     "lit_wsl.transfer.api.transfer_weights",

@@ -88,11 +88,7 @@ def _parser(description: str) -> ArgumentParser:
 def build_parser(arguments: Sequence[str] = ()) -> ArgumentParser:
     """The parser of ``lit-wsl``."""
     first = next(iter(arguments), "")
-    parser = _Parser(
-        prog="lit-wsl",
-        formatter_class=_HelpFormatter,
-        description=TOP,
-    )
+    parser = _Parser(prog="lit-wsl", formatter_class=_HelpFormatter, description=TOP)
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subcommands(required=True)
     table = (
@@ -326,12 +322,7 @@ Exit code 1 means: the models could not be aligned, only compared.
 """)
     parser.add_argument("checkpoints", type=str, nargs="+", help="two or more, the reference first")
     parser.add_argument("--base", type=str, metavar="FILE", help="the pretrained checkpoint, for task vectors")
-    _add_model(parser)
-    parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
-    parser.add_argument(
-        "--outputs", type=str, metavar="MODULE:NAME", help="a function that picks what counts of what it returns"
-    )
-    parser.add_argument("--spec", type=str, metavar="FILE", help="a permutation spec (JSON), instead of a sample")
+    _add_spec(parser)
     parser.add_argument("-o", "--output", type=str, metavar="FOLDER", help="where to write aligned checkpoints")
     parser.add_argument("--on", type=Literal["task_vectors", "weights"], default=None, help="what to align")
     parser.add_argument("--merge", type=Literal["average", "task_arithmetic"], default=None, help="how to merge")
@@ -375,12 +366,7 @@ Exit code 1 means: nothing of the model can be permuted, nothing was written.
     parser.add_argument("checkpoint", type=str, help="the fine-tuned checkpoint")
     parser.add_argument("--base", type=str, metavar="FILE", required=True, help="what it was fine-tuned from")
     parser.add_argument("--onto", type=str, metavar="FILE", required=True, help="the new release")
-    _add_model(parser)
-    parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
-    parser.add_argument(
-        "--outputs", type=str, metavar="MODULE:NAME", help="a function that picks what counts of what it returns"
-    )
-    parser.add_argument("--spec", type=str, metavar="FILE", help="a permutation spec (JSON), instead of a sample")
+    _add_spec(parser)
     parser.add_argument("--data", type=str, metavar="MODULE:NAME", help="batches of the task; labels are not used")
     parser.add_argument("--max-batches", type=int, default=32, help="how many of them")
     parser.add_argument("-o", "--output", type=str, metavar="FILE", required=True, help="the checkpoint to write")
@@ -403,6 +389,16 @@ def _add_model(parser: ArgumentParser) -> None:
         "--model-args", type=dict[str, Any], default={}, metavar="ARGS", help="its arguments: --model-args.depth 12"
     )
     parser.add_argument("--config", type=str, metavar="FILE", help="a LightningCLI config that has the model")
+
+
+def _add_spec(parser: ArgumentParser) -> None:
+    """The model, and what tells which of its units may be permuted."""
+    _add_model(parser)
+    parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
+    parser.add_argument(
+        "--outputs", type=str, metavar="MODULE:NAME", help="a function that picks what counts of what it returns"
+    )
+    parser.add_argument("--spec", type=str, metavar="FILE", help="a permutation spec (JSON), instead of a sample")
 
 
 def _add_min_coverage(parser: ArgumentParser) -> None:

@@ -103,7 +103,7 @@ def convert_optimizers(
         groups = _layout(optimizers, names, owners, plan, new, old_parameters)
     carrier = _Carrier(optimizers, names, owners, groups, plan, old_parameters, options, notes)
     states = carrier.carry_states(keep)
-    carrier.account_for(states)
+    carrier.account_for()
     made, origins = [], []
     for number in range(len(groups)):
         origins.append([carrier.origin(number, position) for position in range(len(groups[number]))])
@@ -289,7 +289,7 @@ class _Carrier:
             self.lost.update(dict.fromkeys(entry.targets, str(error)))
             return []
 
-    def account_for(self, states: States) -> None:
+    def account_for(self) -> None:
         """Refuse where a state is lost; note what nothing in the new run trains, and what starts anew."""
         entries: dict[str, list[PlanEntry]] = {}
         for entry in self.plan.entries:

@@ -392,7 +392,7 @@ def fold_batchnorm(plan: TransferPlan, source: ModelDescription, target: ModelDe
     """
     norms, kept = norms_behind(source), norms_behind(target)
     if not kept:
-        foldable = tuple(_fold(norm, source) for norm in norms if norm.weight is not None)
+        foldable = tuple(_fold(norm) for norm in norms if norm.weight is not None)
         alone = "fold_batchnorm: no convolution or linear layer stands directly before this norm"
         return Proposals(foldable, {norm.mean.name: alone for norm in norms if norm.weight is None})
     surplus = Counter(norm.mean.shape for norm in norms)
@@ -405,7 +405,7 @@ def fold_batchnorm(plan: TransferPlan, source: ModelDescription, target: ModelDe
         families.setdefault((split_numbers(parent)[0], last), []).append(norm)
     whole = [members for members in families.values() if all(norm.weight is not None for norm in members)]
     fitting = [
-        tuple(_fold(norm, source) for members in choice for norm in members)
+        tuple(_fold(norm) for members in choice for norm in members)
         for size in range(1, len(whole) + 1)
         for choice in combinations(whole[:MAX_FAMILIES], size)
         if _counts(choice) == +surplus
@@ -421,7 +421,7 @@ def _counts(choice: Sequence[Sequence[NormOf]]) -> Counter[Shape]:
     return Counter(norm.mean.shape for members in choice for norm in members)
 
 
-def _fold(norm: NormOf, source: ModelDescription) -> Change:
+def _fold(norm: NormOf) -> Change:
     weight = norm.weight
     assert weight is not None
     head, dot, leaf = weight.name.rpartition(".")

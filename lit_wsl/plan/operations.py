@@ -73,9 +73,9 @@ class Operation(ABC):
         if len(inputs) * each > MAX_TENSORS:
             raise PlanError(f"{self.name} would make {len(inputs) * each:,} tensors; at most {MAX_TENSORS:,} may be.")
 
-    def _check(self, inputs: Sequence[Tensor]) -> None:
-        """Refuse tensors that the operation was not planned for; torch alone would take some of them."""
-        self.shapes([tuple(t.shape) for t in inputs])
+    def _check(self, inputs: Sequence[Tensor]) -> list[Shape]:
+        """The shapes of the results; refuses tensors that it was not planned for, some of which torch would take."""
+        return self.shapes([tuple(t.shape) for t in inputs])
 
     def _at_least(self, least: int, **values: object) -> None:
         """Check arguments that are integers, or tuples of them."""
@@ -123,12 +123,8 @@ class Transpose(Operation):
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         if any(len(s) <= max(self.dim0, self.dim1) for s in inputs):
             raise self._misfit(inputs, f"axes {self.dim0} and {self.dim1} are needed")
-        out = []
-        for s in inputs:
-            t = list(s)
-            t[self.dim0], t[self.dim1] = t[self.dim1], t[self.dim0]
-            out.append(tuple(t))
-        return out
+        swapped = {self.dim0: self.dim1, self.dim1: self.dim0}
+        return [tuple(s[swapped.get(d, d)] for d in range(len(s))) for s in inputs]
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
@@ -176,9 +172,7 @@ class Reshape(Operation):
         return tuple(math.prod(shape) // known if size == -1 else size for size in self.target)
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
-        self._check(inputs)
-        shapes = self.shapes([tuple(t.shape) for t in inputs])
-        return [t.reshape(shape) for t, shape in zip(inputs, shapes)]
+        return [t.reshape(shape) for t, shape in zip(inputs, self._check(inputs))]
 
     def reverse(self) -> Operation:
         return Reshape(self.target, self.source)
@@ -236,17 +230,23 @@ def _holds(source: torch.dtype, target: torch.dtype) -> bool:
 
 
 @dataclass(frozen=True)
-class Split(Operation):
-    """Cut each tensor along an axis into parts of the given sizes: qkv -> q, k, v."""
+class _Sized(Operation):
+    """What has an axis and the sizes of parts along it."""
 
     dim: int
     sizes: tuple[int, ...]
-    name: ClassVar[str] = "split"
 
     def __post_init__(self) -> None:
         self._at_least(0, dim=self.dim, sizes=self.sizes)
         if not self.sizes:
-            raise PlanError("split: sizes must give at least one size.")
+            raise PlanError(f"{self.name}: sizes must give at least one size.")
+
+
+@dataclass(frozen=True)
+class Split(_Sized):
+    """Cut each tensor along an axis into parts of the given sizes: qkv -> q, k, v."""
+
+    name: ClassVar[str] = "split"
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         out: list[Shape] = []
@@ -266,17 +266,10 @@ class Split(Operation):
 
 
 @dataclass(frozen=True)
-class Concat(Operation):
+class Concat(_Sized):
     """Join consecutive runs of ``len(sizes)`` tensors along an axis: q, k, v -> qkv."""
 
-    dim: int
-    sizes: tuple[int, ...]
     name: ClassVar[str] = "concat"
-
-    def __post_init__(self) -> None:
-        self._at_least(0, dim=self.dim, sizes=self.sizes)
-        if not self.sizes:
-            raise PlanError("concat: sizes must give at least one size.")
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         n = len(self.sizes)
@@ -303,16 +296,22 @@ class Concat(Operation):
 
 
 @dataclass(frozen=True)
-class Stack(Operation):
-    """Stack consecutive runs of ``count`` tensors along a new axis: N experts -> one 3-D tensor."""
+class _Stacking(Operation):
+    """What has an axis and the number of entries along it."""
 
     dim: int
     count: int
-    name: ClassVar[str] = "stack"
 
     def __post_init__(self) -> None:
         self._at_least(0, dim=self.dim)
         self._at_least(1, count=self.count)
+
+
+@dataclass(frozen=True)
+class Stack(_Stacking):
+    """Stack consecutive runs of ``count`` tensors along a new axis: N experts -> one 3-D tensor."""
+
+    name: ClassVar[str] = "stack"
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         if not inputs or len(inputs) % self.count:
@@ -334,16 +333,10 @@ class Stack(Operation):
 
 
 @dataclass(frozen=True)
-class Unstack(Operation):
+class Unstack(_Stacking):
     """Take each tensor apart along an axis of ``count`` entries: one 3-D tensor -> N experts."""
 
-    dim: int
-    count: int
     name: ClassVar[str] = "unstack"
-
-    def __post_init__(self) -> None:
-        self._at_least(0, dim=self.dim)
-        self._at_least(1, count=self.count)
 
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         out: list[Shape] = []
@@ -397,20 +390,15 @@ class Tie(Operation):
     def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
         if not inputs or len(inputs) % self.count:
             raise self._misfit(inputs, f"it ties runs of {self.count} tensors")
-        starts = range(0, len(inputs), self.count)
-        if any(tuple(s) != tuple(inputs[i]) for i in starts for s in inputs[i : i + self.count]):
+        if any(tuple(s) != tuple(inputs[i - i % self.count]) for i, s in enumerate(inputs)):
             raise self._misfit(inputs, "tensors that become one must have one shape")
-        return [tuple(inputs[i]) for i in starts]
+        return [tuple(s) for s in inputs[:: self.count]]
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
         self._check(inputs)
-        out = []
-        for i in range(0, len(inputs), self.count):
-            first = inputs[i]
-            if any(not _same_bits(first, other) for other in inputs[i + 1 : i + self.count]):
-                raise PlanError(f"tie: the {self.count} tensors differ, so they cannot become one tensor.")
-            out.append(first)
-        return out
+        if not all(_same_bits(t, inputs[i - i % self.count]) for i, t in enumerate(inputs)):
+            raise PlanError(f"tie: the {self.count} tensors differ, so they cannot become one tensor.")
+        return list(inputs[:: self.count])
 
     def reverse(self) -> Operation:
         return FanOut(self.count)

@@ -131,7 +131,7 @@ class PartialHead(_Adaptation):
         return [(self.target, *s[1:]) for s in inputs]
 
     def apply(self, inputs: Sequence[Tensor], targets: Sequence[Tensor] = ()) -> list[Tensor]:
-        wanted = self.shapes([tuple(t.shape) for t in inputs])
+        wanted = self._check(inputs)
         if [tuple(t.shape) for t in targets] != wanted:
             raise self._misfit([tuple(t.shape) for t in targets], f"the model's tensors must have the shapes {wanted}")
         rows = min(self.source, self.target)

@@ -261,18 +261,9 @@ def channel_axis(module: nn.Module, output: Tensor) -> int:
 
 
 def module_responses(
-    spec: PermutationSpec,
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    batches: Iterable[Any],
-    *,
-    max_batches: int | None = None,
-    max_samples: int = 8192,
-    seed: int = 0,
-    forward: Forward = call_on_inputs,
+    spec: PermutationSpec, data: Responses, state_dict: Mapping[str, Tensor], *, max_samples: int = 8192, seed: int = 0
 ) -> dict[str, Tensor]:
     """Standardised responses ``(channels, samples)`` by the name of the weight whose output axis they share."""
-    data = Responses(model, batches, forward, max_batches)
     kept: dict[str, list[Tensor]] = {}
 
     def listen_as(name: str, length: int) -> Listener:

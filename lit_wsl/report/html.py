@@ -10,7 +10,9 @@ import html
 import json
 import math
 import os
-from collections.abc import Callable, Hashable
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ _ASSETS = Path(__file__).parent / "assets"
 _NAME_PARTS = ("token", "edit", "substring", "type")
 _HIERARCHY_PARTS = ("depth", "path", "parents", "order")
 _MOST_BREAKDOWNS = 20_000  # beyond it they would be most of the page and of the time
+_Numbers = defaultdict[Any, int]
 
 
 def save_html(
@@ -106,25 +109,13 @@ def _embed(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-class _Table:
-    """Number values by first appearance, so that repeated texts and shapes are written once."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Hashable, int] = {}
-
-    def number(self, value: Hashable) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
-
-    def values(self) -> list[Any]:
-        return list(self._numbers)
-
-
 def page_data(material: Material) -> dict[str, Any]:
     """What the page draws, as compact plain data: names once, everything else by number."""
     from lit_wsl.files import package_version
 
     plan = material.plan
-    shapes, texts, badges = _Table(), _Table(), _Table()
+    # values by number of first appearance, so that repeated texts and shapes are written once
+    shapes, texts, badges = (_Numbers(count().__next__) for _ in range(3))
     sides = {
         "source": _side(material, "source", shapes, texts),
         "target": _side(material, "target", shapes, texts),
@@ -167,9 +158,9 @@ def page_data(material: Material) -> dict[str, Any]:
             }
             for case in plan.ambiguous
         ],
-        "shapes": shapes.values(),
-        "texts": texts.values(),
-        "badges": badges.values(),
+        "shapes": list(shapes),
+        "texts": list(texts),
+        "badges": list(badges),
         "warnings": [*_excluded(plan, material.target), *material.warnings],
         "notes": notes,
     }
@@ -193,7 +184,7 @@ class _Finder:
         return [number for number in found if number is not None]
 
 
-def _side(material: Material, which: Side, shapes: _Table, texts: _Table) -> dict[str, Any]:
+def _side(material: Material, which: Side, shapes: _Numbers, texts: _Numbers) -> dict[str, Any]:
     """One side; what has no partner with its reason, its nearest tensor on the other side, and what would fill it."""
     side, other = (material.source, material.target)[:: 1 if which == "source" else -1]
     infos: tuple[ParameterInfo, ...] = side.parameters
@@ -202,16 +193,16 @@ def _side(material: Material, which: Side, shapes: _Table, texts: _Table) -> dic
     left = [
         [
             numbers[item.name],
-            texts.number(gap.reason),
+            texts[gap.reason],
             None if gap.nearest is None else places[gap.nearest.name],
-            texts.number(gap.advice) if gap.advice else None,
+            texts[gap.advice] if gap.advice else None,
         ]
         for gap in gaps(material.plan, which, material.source, material.target)
         for item in gap.members
     ]
     return {
         "names": [info.name for info in infos],
-        "shapes": [shapes.number((shape_text(info.shape), info.numel)) for info in infos],
+        "shapes": [shapes[shape_text(info.shape), info.numel] for info in infos],
         "buffers": [i for i, info in enumerate(infos) if info.kind == "buffer"],
         "types": [info.module_type for info in infos] if side.is_module else None,
         "unmatched": sorted(left),
@@ -220,7 +211,7 @@ def _side(material: Material, which: Side, shapes: _Table, texts: _Table) -> dic
 
 
 def _entry(
-    material: Material, number: int, entry: PlanEntry, where: dict[str, _Finder], texts: _Table, badges: _Table
+    material: Material, number: int, entry: PlanEntry, where: dict[str, _Finder], texts: _Numbers, badges: _Numbers
 ) -> list[Any]:
     found = []
     explained = len(material.plan.entries) <= _MOST_BREAKDOWNS
@@ -235,10 +226,10 @@ def _entry(
     return [
         where["source"].all(entry.sources),
         where["target"].all(entry.targets),
-        badges.number(entry.badge),
+        badges[entry.badge],
         round(entry.score, 3),
         round(entry.margin, 3),
-        texts.number(entry.reason),
+        texts[entry.reason],
         found,
         int(entry.changes_values),
     ]

@@ -47,48 +47,43 @@ def scalars(report: TransferReport) -> dict[str, float]:
     return {f"{PREFIX}/{name}": value for name, value in values.items()}
 
 
-def log_report(loggers: Iterable[Logger], report: TransferReport, step: int = 0, page: Path | None = None) -> None:
+def log_report(loggers: Iterable[Logger], report: TransferReport, page: Path | None = None) -> None:
     """Send the report to every logger; a logger that fails is warned about and does not stop the run."""
     for logger in loggers:
-        for send in (_log_scalars, _log_text, _log_page):
-            try:
-                send(logger, report, step, page)
-            except Exception as error:
-                _log.warning("weight transfer: %s could not log the report: %s", type(logger).__name__, error)
-                break  # say once that a server is gone
+        try:
+            logger.log_metrics(scalars(report), step=0)
+            _log_text(logger, report)
+            if page is not None:
+                _log_page(logger, page)
+        except Exception as error:
+            _log.warning("weight transfer: %s could not log the report: %s", type(logger).__name__, error)
 
 
-def _log_scalars(logger: Logger, report: TransferReport, step: int, page: Path | None) -> None:
-    logger.log_metrics(scalars(report), step=step)
-
-
-def _log_text(logger: Logger, report: TransferReport, step: int, page: Path | None) -> None:
+def _log_text(logger: Logger, report: TransferReport) -> None:
     """Log the report as text, table or HTML, whichever the logger's experiment offers."""
     if hasattr(logger, "log_table"):  # Weights & Biases
         titles, rows, _ = module_rows(report.coverage)
         data = [list(row.cells) for row in rows]
-        logger.log_table(key=f"{PREFIX}/coverage", columns=titles, data=data, step=step)
+        logger.log_table(key=f"{PREFIX}/coverage", columns=titles, data=data, step=0)
         return
     experiment: Any = getattr(logger, "experiment", None)
     run_id = getattr(logger, "run_id", None)
     if hasattr(experiment, "add_text"):  # TensorBoard
-        experiment.add_text(PREFIX, markdown(report), step)
+        experiment.add_text(PREFIX, markdown(report), 0)
     elif hasattr(experiment, "log_html"):  # Comet
         experiment.log_html(f"<html><body>{as_html(ReportView(report))}</body></html>")
     elif hasattr(experiment, "log_text") and run_id is not None:  # MLflow
         experiment.log_text(run_id, plain(ReportView(report)), f"{PREFIX}.txt")
 
 
-def _log_page(logger: Logger, report: TransferReport, step: int, page: Path | None) -> None:
+def _log_page(logger: Logger, page: Path) -> None:
     """Give the page to loggers whose site shows such files beside the run."""
-    if page is None:
-        return
     experiment: Any = getattr(logger, "experiment", None)
     run_id = getattr(logger, "run_id", None)
     if hasattr(logger, "log_table"):  # Weights & Biases, whose logger takes its own kinds of media as metrics
         media = sys.modules.get("wandb")
         if media is not None:
-            logger.log_metrics({f"{PREFIX}/report": media.Html(str(page), inject=False)}, step=step)
+            logger.log_metrics({f"{PREFIX}/report": media.Html(str(page), inject=False)}, step=0)
     elif hasattr(experiment, "log_asset"):  # Comet
         experiment.log_asset(str(page), file_name=page.name)
     elif hasattr(experiment, "log_artifact") and run_id is not None:  # MLflow

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -88,7 +88,7 @@ class MappingView(View):
         yield table
         hidden = len(rows) - len(shown)
         if hidden:
-            least = min(row.score for row in _hidden(rows, shown))
+            least = sorted(row.score for row in rows)[len(shown)]
             yield Text(f"... and {hidden} more lines, with scores of {least:.2f} and above")
         yield Text(LEGEND, style="dim")
         if any(entry.changes_values for row in shown for entry in row.entries):
@@ -109,11 +109,6 @@ def _worth_showing(rows: Sequence[MappingRow], limit: int | None) -> list[Mappin
         return list(rows)
     keep = sorted(sorted(range(len(rows)), key=lambda i: rows[i].score)[: max(0, limit)])
     return [rows[i] for i in keep]
-
-
-def _hidden(rows: Iterable[MappingRow], shown: Iterable[MappingRow]) -> list[MappingRow]:
-    visible = {id(row) for row in shown}
-    return [row for row in rows if id(row) not in visible]
 
 
 def _badge(row: MappingRow) -> Text:

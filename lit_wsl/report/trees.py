@@ -143,12 +143,6 @@ def _numbered(name: str) -> tuple[str, str, str] | None:
     return (found[1], found[2], found[3]) if found else None
 
 
-def _next_of_kind(before: str, name: str) -> bool:
-    """Whether two names differ by their only number."""
-    one, other = _numbered(before), _numbered(name)
-    return one is not None and other is not None and (one[0], one[2]) == (other[0], other[2])
-
-
 def _measure(root: ModuleNode, matched: frozenset[str] | None) -> dict[str, _Facts]:
     """Facts of every subtree, children before parents; equal subtrees get equal signatures."""
     known: dict[tuple[object, ...], int] = {}
@@ -171,21 +165,15 @@ def _measure(root: ModuleNode, matched: frozenset[str] | None) -> dict[str, _Fac
     return facts
 
 
-def _is_layer(node: ModuleNode, in_block: bool) -> bool:
-    """Whether a module may be one of many: it has modules of its own, or is in a list that is no part of a block."""
-    return bool(node.children) or (not in_block and node.name.isdigit())
-
-
 def _runs(children: Sequence[ModuleNode], facts: Mapping[str, _Facts], *, in_block: bool) -> list[list[ModuleNode]]:
     runs: list[list[ModuleNode]] = []
     for child in children:
-        before = runs[-1][-1] if runs else None
-        if (
-            before is not None
-            and _is_layer(child, in_block)
-            and _next_of_kind(before.name, child.name)
-            and facts[before.path].signature == facts[child.path].signature
-        ):
+        before = runs[-1][-1] if runs else child
+        # one of many: with modules of its own, or in a list that is no part of a block; its number alone is another
+        layer = bool(child.children) or (not in_block and child.name.isdigit())
+        names = [_numbered(node.name) for node in (before, child)]
+        alike = None not in names and names[0][::2] == names[1][::2]  # type: ignore[index]
+        if runs and layer and alike and facts[before.path].signature == facts[child.path].signature:
             runs[-1].append(child)
         else:
             runs.append([child])

@@ -71,8 +71,8 @@ def activation_matching(
         RebasinError: no group shows in the output of a module, or the two passes saw different data.
     """
     whole, spec = spec, without_constants(spec, reference, other)
-    drawing: dict[str, Any] = {"max_batches": max_batches, "max_samples": max_samples, "seed": seed, "forward": forward}
-    a, b = (module_responses(spec, model, state, batches, **drawing) for state in (reference, other))
+    data = Responses(model, batches, forward, max_batches)
+    a, b = (module_responses(spec, data, state, max_samples=max_samples, seed=seed) for state in (reference, other))
     same_positions(a, b)
     if not a:
         raise RebasinError("no permutation group shows in the output of a module: use weight_matching instead")
@@ -155,8 +155,8 @@ def joint_matching(
     """
     whole, spec = spec, without_constants(spec, reference, other)
     names = matched_names(spec, reference, other)
-    drawing: dict[str, Any] = {"max_batches": max_batches, "max_samples": max_samples, "seed": seed, "forward": forward}
-    answers = [module_responses(spec, model, state, batches, **drawing) for state in (reference, other)]
+    data = Responses(model, batches, forward, max_batches)
+    answers = [module_responses(spec, data, state, max_samples=max_samples, seed=seed) for state in (reference, other)]
     same_positions(*answers)
     vectors = [{name: state[name] for name in names} for state in (reference, other)]
     both, (a, b) = with_responses(spec, model, vectors, answers, share)

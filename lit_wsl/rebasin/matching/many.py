@@ -27,7 +27,7 @@ from lit_wsl.rebasin.matching.weights import (
     weight_matching,
     without_constants,
 )
-from lit_wsl.rebasin.responses import Forward, call_on_inputs, module_responses
+from lit_wsl.rebasin.responses import Forward, Responses, call_on_inputs, module_responses
 from lit_wsl.rebasin.spec.spec import (
     PermutationSpec,
     apply_permutation,
@@ -95,7 +95,8 @@ def match_many(
     if model is None:
         raise RebasinError("batches say nothing without the model that takes them: give model=")
     used = list(islice(batches, max_batches))
-    answers = [module_responses(spec, model, state, used, seed=seed, forward=forward) for state in state_dicts]
+    data = Responses(model, used, forward)
+    answers = [module_responses(spec, data, state, seed=seed) for state in state_dicts]
     candidates = [_common_order(spec, vectors, "weights", restarts, options)]
     for share in SHARES:
         both, extended = with_responses(spec, model, vectors, answers, share)
