@@ -57,7 +57,7 @@ format: $(VENV)/.ready  ## format the code
 gauntlet: .venv-bench/.ready  ## map pairs of public implementations with known truth, beside the peers
 	.venv-bench/bin/python -m benchmarks.gauntlet $(ARGS)
 
-refactors: .venv/.ready  ## map random refactors with known truth (ARGS="--split third --pairs 750")
+refactors: .venv/.ready  ## map random refactors with known truth (ARGS="--split third --pairs 750"; of validate, read only counts)
 	$(ONE_THREAD) .venv/bin/python -m benchmarks.refactors $(ARGS)
 
 calibrate: .venv/.ready  ## count what each kind of evidence is worth, into lit_wsl/matching/risks.json

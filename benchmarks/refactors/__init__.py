@@ -11,6 +11,7 @@
     report.py        many pairs, summed up
 
 Words, structures and operators are split into ``first``, ``second``, ``third`` and ``fourth`` (look at them as you
-like). What belongs to one of the last two alone stands in files called ``*_third`` and ``*_fourth``. ``fourth`` was
-the exam, called ``validate``, until its wrong cases were looked at; it draws the same pairs from the same seeds.
+like) and ``validate`` (never look at what fails there while rules are being written; only the counts are read). What
+belongs to one of the last three alone stands in files called ``*_third``, ``*_fourth`` and ``*_validate``. ``fourth``
+was called ``validate`` until its wrong cases were looked at; it draws the same pairs from the same seeds.
 """

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import benchmarks.refactors.forms_fourth
 import benchmarks.refactors.forms_third
+import benchmarks.refactors.forms_validate
 import benchmarks.refactors.operators_fourth
 import benchmarks.refactors.operators_fourth_names
 import benchmarks.refactors.operators_layout
@@ -16,10 +17,14 @@ import benchmarks.refactors.operators_names
 import benchmarks.refactors.operators_places
 import benchmarks.refactors.operators_third
 import benchmarks.refactors.operators_third_names
+import benchmarks.refactors.operators_validate
+import benchmarks.refactors.operators_validate_names
 import benchmarks.refactors.structures_fourth
 import benchmarks.refactors.structures_fourth_more
 import benchmarks.refactors.structures_more
-import benchmarks.refactors.structures_third  # noqa: F401
+import benchmarks.refactors.structures_third
+import benchmarks.refactors.structures_validate
+import benchmarks.refactors.structures_validate_more  # noqa: F401
 from benchmarks.refactors.network import Side
 from benchmarks.refactors.operators import OPERATORS, STAGES, Operator, Regime
 from benchmarks.refactors.structures import STRUCTURES, Draft, Sizes, Split
@@ -29,7 +34,13 @@ FileKind = Literal["state_dict", "sorted", "safetensors"]
 SOURCE, TARGET = 0, 1
 _LENGTH = ("prune_", "insert_")
 # how seeds know the parts
-_STREAM: dict[Split, str] = {"first": "fit", "second": "validate", "third": "third", "fourth": "fourth"}
+_STREAM: dict[Split, str] = {
+    "first": "fit",
+    "second": "validate",
+    "third": "third",
+    "fourth": "fourth",
+    "validate": "fifth",
+}
 
 
 @dataclass(frozen=True)

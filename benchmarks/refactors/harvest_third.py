@@ -134,7 +134,8 @@ def _below(place: str) -> list[str]:
     except (Exception, SystemExit):
         return []
     paths = getattr(module, "__path__", [])
-    return [found.name for found in pkgutil.walk_packages(paths, f"{place}.", onerror=lambda name: None)]
+    names = [found.name for found in pkgutil.walk_packages(paths, f"{place}.", onerror=lambda name: None)]
+    return [name for name in names if ".tests" not in name]
 
 
 def arguments(cls: type[nn.Module]) -> dict[str, Any] | None:

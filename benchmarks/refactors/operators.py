@@ -20,7 +20,7 @@ Regime = Literal["in_order", "safetensors", "shuffled", "everything"]
 REGIMES: tuple[Regime, ...] = ("in_order", "safetensors", "shuffled", "everything")
 Stage = Literal["content", "layout", "places", "names", "order"]
 STAGES: tuple[Stage, ...] = ("content", "layout", "places", "names", "order")
-Which = Literal["first", "second", "third", "fourth", "both"]  # ``both``: of every part
+Which = Literal["first", "second", "third", "fourth", "validate", "both"]  # ``both``: of every part
 Where = Literal["any", "source", "target"]
 Apply = Callable[[Side, random.Random], bool]
 

@@ -22,8 +22,8 @@ def _fuse(side: Side, roles: Sequence[str], into: str, order: Sequence[int] | No
             families.setdefault(leaf.parent, {})[leaf.role] = leaf
     done = False
     for parent, members in families.items():
-        if len(members) < len(roles):
-            continue
+        if len(members) < len(roles) or len({member.sizes[0][1:] for member in members.values()}) > 1:
+            continue  # what reads something else cannot be joined
         parts = [members[role] for role in roles]
         if order:
             parts = [parts[i] for i in order]

