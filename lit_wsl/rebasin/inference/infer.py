@@ -33,6 +33,7 @@ from lit_wsl.rebasin.inference.run import (
     MOVING_RULES,
     READING,
     ROUTING_RULES,
+    RULES,
     SEGMENT_RULES,
     Joint,
     Move,
@@ -110,7 +111,7 @@ def step(run: Run, node: Node) -> None:
             run.algebra.freeze(label, f"operation {node.name} with a shape its rule does not expect")
             label = Label(shape, tainted=True)
         tainted = label.tainted or any(run.label(ref).tainted for ref in tensor_args(node))
-        label = replace(label, tainted=tainted)
+        label = replace(label, tainted=tainted, free=label.free if function in FREE_RULES else ())
         if out.number in written:
             overwrite(run, out, label)
         else:
@@ -147,6 +148,8 @@ def _unsegment(run: Run, node: Node) -> None:
             run.labels[ref.number] = run.algebra.unsegmented(run.label(ref))
 
 
+FREE_RULES = {*MOVING_RULES, *(RULES[f"aten.{name}"] for name in ("clone", "expand", "pointwise"))}
+"""Rules that carry on which orders leave a tensor as it is."""
 WRITTEN = "written into a part of another tensor"
 _RESHAPED = {"view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "detach", "alias"}
 _TURNED = {"permute", "transpose", "t", "numpy_T", "swapaxes", "movedim"}

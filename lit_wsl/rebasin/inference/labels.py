@@ -36,6 +36,8 @@ class Label:
         settled: State of the units for which these very factors are known to be settled.
         history: What was cut and turned on axes that nothing moves, as a number: parts of one tensor that were treated
             differently there are told apart where they are put side by side.
+        free: Like factors, with numbers in place of units: any order of these numbers leaves the values as they are,
+            though they vary along the axis (a mask for each sequence, repeated for each head, on one axis).
         segmented: An axis of routed rows on which the factors have one place for each *expert*, not for each row: what
             a row is labelled by depends on the expert it was sent to, and the label covers experts that got no row.
     """
@@ -51,6 +53,7 @@ class Label:
     segmented: int | None = None
     settled: tuple[int, tuple[Array, ...]] | None = None
     history: int = 0
+    free: tuple[Array, ...] = ()
 
     def __post_init__(self) -> None:
         """Values vary everywhere unless something else is said."""
@@ -90,10 +93,10 @@ def lifted(label: Label, ndim: int) -> Label:
     extra = ndim - label.ndim
     if extra <= 0:
         return label
-    factors = tuple(f.reshape((1,) * extra + f.shape) for f in label.factors)
+    factors, free = (tuple(f.reshape((1,) * extra + f.shape) for f in of) for of in (label.factors, label.free))
     segmented = None if label.segmented is None else label.segmented + extra
-    varies = (False,) * extra + label.varies
-    return replace(label, shape=(1,) * extra + label.shape, factors=factors, varies=varies, segmented=segmented)
+    varies, shape = (False,) * extra + label.varies, (1,) * extra + label.shape
+    return replace(label, shape=shape, factors=factors, varies=varies, segmented=segmented, free=free)
 
 
 def spread(label: Label, word: str, every: str) -> Label:
@@ -101,12 +104,25 @@ def spread(label: Label, word: str, every: str) -> Label:
     order = sorted(range(len(word)), key=lambda k: every.index(word[k]))
     shape = tuple(label.shape[word.index(c)] if c in word else 1 for c in every)
     varies = tuple(c in word and label.varies[word.index(c)] for c in every)
-    factors = []
-    for factor in label.factors:
-        moved = factor.transpose(order)
+
+    def turned(factor: Array) -> Array:
         sizes = {word[k]: factor.shape[k] for k in order}
-        factors.append(moved.reshape([sizes.get(c, 1) for c in every]))
-    return replace(label, shape=shape, factors=tuple(factors), varies=varies)
+        return factor.transpose(order).reshape([sizes.get(c, 1) for c in every])
+
+    factors, free = (tuple(turned(factor) for factor in of) for of in (label.factors, label.free))
+    return replace(label, shape=shape, factors=factors, varies=varies, free=free)
+
+
+def _free_of_all(labels: Sequence[Label]) -> tuple[Array, ...]:
+    """The orders that leave every one of some tensors as it is."""
+
+    def same_for(label: Label, free: Array) -> bool:
+        still = not any(label.varies[axis] and label.shape[axis] > 1 for axis in depends(free))
+        return still or any(np.array_equal(free, other) for other in label.free)
+
+    every = [free for label in labels for free in label.free]
+    kept = [free for k, free in enumerate(every) if not any(np.array_equal(free, other) for other in every[:k])]
+    return tuple(free for free in kept if all(same_for(label, free) for label in labels))
 
 
 _ROUNDS = 6
@@ -333,11 +349,13 @@ class Algebra:
         routed = any(label.routed for label in labels)
         origins = [label.origin for label in labels if label.shape == shape and label.origin is not None]
         moving = [label for label in aligned if label.factors]
+        anywhere = frozenset().union(*(depends(factor) for label in moving for factor in label.factors))
+        aligned = [self._made_free(label, anywhere) for label in aligned]
         origin = origins[0] if len(origins) == 1 and not tainted else None
         segmented = next((label.segmented for label in aligned if label.segmented is not None), None)
         result = Label(shape, (), varies, tainted, routed=routed, origin=origin, segmented=segmented)
         if not moving:
-            return result
+            return replace(result, free=_free_of_all(aligned))
         for _ in range(_ROUNDS):
             # What is lost by one operand may be lost by the others, too: until nothing more is lost.
             before = self.units.losses
@@ -351,6 +369,12 @@ class Algebra:
         for factor in factors:
             self.units.freeze(factor, reason)
         return result
+
+    def _made_free(self, label: Label, moved: frozenset[int]) -> Label:
+        """A label with units of its own, new ones at each use, for the free orders on axes that others are moved on."""
+        needed = [free for free in label.free if depends(free) & moved]
+        made = tuple(self.tell_apart(self.units.fresh(int(free.max()) + 1))[free] for free in needed)
+        return replace(label, factors=(*label.factors, *made)) if made else label
 
     def _note_unaligned(self, labels: Sequence[Label]) -> None:
         """Note where a tensor has the same units for each place on an axis, and another has different ones."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from lit_wsl.rebasin.inference.labels import Algebra, Label, depends
 from lit_wsl.rebasin.inference.rules_shape import axes_of, moved, reshape_label, take
-from lit_wsl.rebasin.inference.run import READING, Joint, Run, pattern, rule
+from lit_wsl.rebasin.inference.run import READING, Joint, Run, pattern, rule, unknown
 from lit_wsl.rebasin.inference.trace import Node, Ref, flat_refs, tensor_args
 from lit_wsl.rebasin.inference.units import FIXED, Array, distinct, mix
 
@@ -176,8 +176,6 @@ def filled(run: Run, node: Node) -> Label:
     "pointwise",
     "_prelu_kernel",
     "prelu",
-    "bernoulli",
-    "native_dropout",
     "hardswish",
     "log_sigmoid_forward",
     "rrelu_with_noise",
@@ -191,6 +189,8 @@ def filled(run: Run, node: Node) -> Label:
 )
 def pointwise(run: Run, node: Node) -> Sequence[Label]:
     """Position by position, with broadcasting."""
+    if node.args.get("training"):  # random slopes
+        return unknown(run, node)
     labels = [run.label(ref) for ref in tensor_args(node)]
     for label in labels:
         run.algebra.freeze_named(label)
@@ -206,6 +206,7 @@ def _dims(value: Any, ndim: int) -> list[int]:
 @rule(
     *("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "prod"),
     *("logsumexp", "any", "all", "max", "min", "aminmax", "argmax", "argmin", "count_nonzero", "nansum"),
+    *("median", "nanmedian", "kthvalue", "mode", "_is_all_true", "_is_any_true"),
 )
 def reduction(run: Run, node: Node) -> Label | Sequence[Label]:
     """A symmetric function of all positions along some axes."""
@@ -252,13 +253,37 @@ def embedding_renorm(run: Run, node: Node) -> Label:
     return run.algebra.normalise(run.label(node.args["self"]), [1])
 
 
-@rule("cumprod", "logcumsumexp", "cummax", "cummin", "kthvalue", "median", "mode")
+@rule("cumprod", "logcumsumexp", "cummax", "cummin")
 def ordered(run: Run, node: Node) -> list[Label]:
     """Depends on the order of positions along an axis."""
     label = run.label(node.args["self"])
     label = run.algebra.pinned(label, [int(node.args.get("dim", -1)) % max(label.ndim, 1)], ORDER)
     run.algebra.sign(label, 0)
     return [replace(label, shape=run.shape(out)) for out in flat_refs(node.outs)]
+
+
+@rule("_linalg_slogdet")
+def log_determinant(run: Run, node: Node) -> Sequence[Label]:
+    """The logarithm is the same for any order of rows and of columns; sign and factors are not."""
+    label = run.algebra.settle(run.label(node.args["A"]))
+    sign, _, *factors = flat_refs(node.outs)
+    if any(run.is_read(out) for out in (sign, *factors)):
+        return unknown(run, node)
+    run.algebra.sign(label, 0)
+    result = run.algebra.reduce(label, (label.ndim - 2, label.ndim - 1), keepdim=False)
+    return [Label(run.shape(sign)), result, *(Label(run.shape(out)) for out in factors)]
+
+
+@rule("bucketize", "searchsorted")
+def place(run: Run, node: Node) -> Sequence[Label]:
+    """Position by position, among boundaries that stay."""
+    where = node.args["boundaries" if "boundaries" in node.args else "sorted_sequence"]
+    if len(run.shape(where)) != 1 or isinstance(node.args.get("sorter"), Ref):
+        return unknown(run, node)
+    run.algebra.pinned(run.label(where), [0], ORDER)
+    label = run.label(node.args["self"])
+    run.algebra.freeze_named(label)
+    return [replace(label, values=None, segments=None)]
 
 
 @rule("tril", "triu")

@@ -25,9 +25,9 @@ def moved(
     rows: Callable[[int], int] = int,
 ) -> Label:
     """A label with another shape whose factors are made by a function; ``rows`` tells where an axis went."""
-    factors = tuple(function(factor) for factor in label.factors)
+    factors, free = (tuple(function(factor) for factor in of) for of in (label.factors, label.free))
     segmented = None if label.segmented is None else rows(label.segmented)
-    return replace(label, shape=tuple(shape), factors=factors, varies=tuple(varies), segmented=segmented)
+    return replace(label, shape=tuple(shape), factors=factors, varies=tuple(varies), segmented=segmented, free=free)
 
 
 def axes_of(value: Any, ndim: int) -> list[int]:
@@ -88,28 +88,49 @@ def reshape_label(algebra: Algebra, label: Label, shape: Sequence[int]) -> Label
     shape = tuple(shape)
     if shape == label.shape:
         return label
-    if 0 in shape or not label.factors:
-        return Label(
-            shape, (), _reshape_varies(label, shape), label.tainted, label.values, label.routed, label.segments
-        )
+    varies = _reshape_varies(label, shape)
+    if 0 in shape or 0 in label.shape:
+        return Label(shape, (), varies, label.tainted, label.values, label.routed, label.segments)
+    if not label.factors:
+        free = [reshaped(one, label.shape, shape) for one in (*label.free, *_joined_with_varying(label, shape))]
+        plain = Label(shape, (), varies, label.tainted, label.values, label.routed, label.segments)
+        return replace(plain, free=tuple(one for one in free if one is not None))
     label = algebra.settle(label, single=True)
-    blocks = reshape_blocks(label.shape, shape)
     factors = []
     for factor in label.factors:
-        mine = depends(factor)
-        full, target = list(factor.shape), [1] * len(shape)
-        for before, after in blocks:
-            if mine.intersection(before):
-                for axis in before:
-                    full[axis] = label.shape[axis]
-                for axis in after:
-                    target[axis] = shape[axis]
-        if int(np.prod(full)) > MAX_LABEL:
+        found = reshaped(factor, label.shape, shape)
+        if found is None:
             algebra.units.freeze(factor, "reshaped together with too many other positions")
-            continue
-        factors.append(compress(np.broadcast_to(factor, full).reshape(target)))
+        else:
+            factors.append(found)
     factors = _one_each(algebra, label.factors, factors)
-    return replace(label, shape=shape, factors=tuple(factors), varies=_reshape_varies(label, shape))
+    return replace(label, shape=shape, factors=tuple(factors), varies=varies, free=())
+
+
+def reshaped(factor: Array, old: Sequence[int], new: Sequence[int]) -> Array | None:
+    """A factor of a tensor that is viewed as another shape; None if it became too large."""
+    mine = depends(factor)
+    full, target = list(factor.shape), [1] * len(new)
+    for before, after in reshape_blocks(old, new):
+        if mine.intersection(before):
+            for axis in before:
+                full[axis] = old[axis]
+            for axis in after:
+                target[axis] = new[axis]
+    if int(np.prod(full)) > MAX_LABEL:
+        return None
+    return compress(np.broadcast_to(factor, full).reshape(target))
+
+
+def _joined_with_varying(label: Label, shape: Sequence[int]) -> list[Array]:
+    """The orders along axes where nothing varies, if they join one where something does; see ``Label.free``."""
+    still = []
+    for before, _ in reshape_blocks(label.shape, shape):
+        wide = [axis for axis in before if label.shape[axis] > 1]
+        if any(label.varies[axis] for axis in wide):
+            still += [axis for axis in wide if not label.varies[axis]]
+    sizes = [[n if a == axis else 1 for a, n in enumerate(label.shape)] for axis in still]
+    return [np.arange(max(size)).reshape(size) for size in sizes]
 
 
 def _reshape_varies(label: Label, shape: Sequence[int]) -> tuple[bool, ...]:
@@ -377,7 +398,12 @@ def repeat(run: Run, node: Node) -> Label:
     def tile(factor: Array) -> Array:
         return np.tile(factor, [times[a] if factor.shape[a] > 1 else 1 for a in range(factor.ndim)])
 
-    return moved(label, run.shape(node.outs[0]), tile, varies)
+    tiled = moved(label, run.shape(node.outs[0]), tile, varies)
+    free = []
+    for axis, (count, size) in enumerate(zip(times, label.shape, strict=True)):
+        if count > 1 and varies[axis] and not label.factors:
+            free.append(np.repeat(np.arange(count), size).reshape([-1 if a == axis else 1 for a in range(len(times))]))
+    return replace(tiled, free=(*tiled.free, *free))
 
 
 @rule("unfold", moves=True)

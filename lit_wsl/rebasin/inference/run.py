@@ -177,6 +177,11 @@ class Run:
         same = self._by_storage.get(self.trace.tensors[value.number].storage, [])
         return [number for number in same if number != value.number]
 
+    def is_read(self, value: Ref) -> bool:
+        """Whether anything is computed from a tensor, or it is returned."""
+        readers = (ref.number for node in self.trace.nodes for ref in tensor_args(node))
+        return value in self.trace.outputs or value.number in readers
+
     def storage(self, value: Ref) -> int:
         """Number of the storage of a tensor of the trace."""
         return self.trace.tensors[value.number].storage
@@ -277,8 +282,10 @@ def unknown(run: Run, node: Node) -> list[Label]:
     moved = [label for ref in tensor_args(node) if _moves(label := run.label(ref))]
     if moved:
         run.unknown[node.name] = run.unknown.get(node.name, 0) + 1
+    random = torch.Tag.nondeterministic_seeded in node.func.tags
+    why = "which draws other random numbers for each position" if random else "which has no rule"
     for label in moved:
-        run.algebra.freeze(label, f"operation {node.name}, which has no rule")
+        run.algebra.freeze(label, f"operation {node.name}, {why}")
     return [Label(run.trace.tensors[out.number].shape, tainted=True) for out in flat_refs(node.outs)]
 
 

@@ -24,6 +24,10 @@ from lit_wsl.structure.running import nested_tensors, undisturbed
 
 MAX_INDEX = 4_000_000
 _READERS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
+_DROPOUTS = {
+    *(nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d),
+    *(nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout),
+}
 
 
 class ForwardError(RebasinError):
@@ -127,6 +131,22 @@ class Escapes(TorchFunctionMode):
         if func in _READERS and args and isinstance(args[0], Tensor):
             self.recorder.note(torch.ops.aten._local_scalar_dense.default, {"self": args[0]})
         return func(*args, **(kwargs or {}))
+
+
+class NoDropout(TorchFunctionMode):
+    """Function mode without dropout: some models forget to switch it off, ``F.dropout(x, 0.5)``.
+
+    A mask is drawn for each unit alike, so an order of the units changes nothing but which mask it gets.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the call, or pass its input on where it is a dropout."""
+        kwargs = dict(kwargs or {})
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is nn.functional.scaled_dot_product_attention:
+            args, kwargs["dropout_p"] = (*args[:4], *args[5:]), 0.0
+        return func(*args, **kwargs)
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor | None:
@@ -245,7 +265,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def traceable(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """The model undisturbed, without gradients and by plain kernels, which hide nothing; tells if it wrote to itself.
+    """The model undisturbed, without gradients, without dropout, by plain kernels; tells if it wrote to itself.
 
     Train mode is entered for a moment first: some networks cache attention biases on the way into evaluation mode.
     """
@@ -253,6 +273,7 @@ def traceable(model: nn.Module) -> Iterator[Callable[[], bool]]:
         wrote = stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        stack.enter_context(NoDropout())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # The fused kernel hides the gates; the plain one shows them.
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))

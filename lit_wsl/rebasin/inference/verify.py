@@ -161,11 +161,14 @@ class _Function:
             args, kwargs = _scaled(args, scale), _scaled(kwargs, scale)
         full = {name: buffer.clone() for name, buffer in self.rest.items()}
         full.update(state)
+        model = self.model
+        while isinstance(model, nn.DataParallel):  # torch calls what is inside of it with other weights, but not itself
+            model, full = model.module, {name.removeprefix("module."): value for name, value in full.items()}
         self.model.train()  # drops attention biases that were cached in evaluation mode
         self.model.eval()
         seed(0, cuda_devices(self.model))
         with double_default(), _DoubleKernels():
-            output = functional_call(self.model, full, args, kwargs, tie_weights=False)
+            output = functional_call(model, full, args, kwargs, tie_weights=False)
         found = [tensor.detach() for tensor in all_output_tensors(self.outputs(output) if self.outputs else output)]
         if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in found):
             raise RebasinError("The model returned no floating tensor, so there is nothing to compare.")

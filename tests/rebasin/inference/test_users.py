@@ -138,6 +138,27 @@ def graph_attention(net, x, edges):
     return net.b(out.flatten(1))
 
 
+def masked_attention(net, x):
+    x = net.a(x)
+    padding = torch.arange(x.shape[1]) >= torch.tensor([[4], [2], [3]])
+    return net.b(net.m(x, x, x, key_padding_mask=padding, attn_mask=CAUSAL, need_weights=False)[0])
+
+
+def masked_rows(net, x):
+    def rows(y):
+        return y.reshape(len(x), -1, 2, 4).transpose(1, 2).reshape(2 * len(x), -1, 4)
+
+    q, k, v = map(rows, net.a(x).chunk(3, -1))
+    padding = (torch.arange(x.shape[1]) >= torch.tensor([[4], [2], [3]])) * -1e4
+    scores = q @ k.mT + padding.to(x.dtype)[:, None].repeat(1, 2, 1).view(len(q), 1, -1)
+    return net.b((scores.softmax(-1) @ v).view(len(x), 2, -1, 4).transpose(1, 2).flatten(2))
+
+
+def statistics_of_units(net, x):
+    h = net.a(x)
+    return net.b(h) + h.median(-1, keepdim=True)[0] + h.kthvalue(2, -1, keepdim=True)[0] + h.mode(-1, keepdim=True)[0]
+
+
 def ends() -> dict[str, nn.Module]:
     return {"a": nn.Linear(3, 6), "b": nn.Linear(6, 2)}
 
@@ -150,6 +171,7 @@ def chain(norm) -> dict[str, nn.Module]:
     return {"a": norm(nn.Linear(3, 6)), "b": norm(nn.Linear(6, 2))}
 
 
+CAUSAL = torch.ones(4, 4).triu(1).bool()
 ROWS, NODES, STEPS = torch.randn(4, 3), torch.randn(6, 3), torch.randn(3, 4, 3)
 ENDS = "a.weight:0 b.weight:1"
 EXPERTS = f"{ENDS} a.bias:0 r.weight:0 r.weight:1 r.bias:0 w:0 w:1 w:2 c:0 c:1 v:0 v:1 v:2"
@@ -185,6 +207,32 @@ CASES = {
         lambda: chain(parametrizations.weight_norm),
         (ROWS,),
         f"a.{WEIGHT}original0:0 a.{WEIGHT}original1:0 b.{WEIGHT}original1:1",
+    ),
+    "masks of attention, padding for each sequence": (
+        masked_attention,
+        lambda: {"a": nn.Linear(3, 8), "m": nn.MultiheadAttention(8, 2, batch_first=True), "b": nn.Linear(8, 2)},
+        (STEPS,),
+        f"{ENDS} m.in_proj_weight:0 m.out_proj.weight:0 m.out_proj.weight:1",
+    ),
+    "padding repeated for each head": (
+        masked_rows,
+        lambda: {"a": nn.Linear(3, 24), "b": nn.Linear(8, 2)},
+        (STEPS,),
+        ENDS,
+    ),
+    "order statistics": (statistics_of_units, ends, (ROWS,), ENDS),
+    "buckets": (lambda n, x: n.b(torch.bucketize(n.a(x), torch.linspace(-1, 1, 9)).to(x.dtype)), ends, (ROWS,), ENDS),
+    "invertible, with its log-determinant": (
+        lambda n, x: (n.b(n.a(x) @ n.w), torch.slogdet(n.w)[1]),
+        lambda: {**ends(), "w": torch.randn(6, 6)},
+        (ROWS,),
+        f"{ENDS} w:0 w:1",
+    ),
+    "hidden distribution that is validated": (
+        lambda n, x: n.b(torch.distributions.Normal(n.a(x), n.c(x).exp()).mean),
+        lambda: {**ends(), "c": nn.Linear(3, 6)},
+        (ROWS,),
+        ENDS,
     ),
     "spectral norm": (
         lambda n, x: n.b(n.a(x).relu()),
@@ -302,6 +350,35 @@ def test_what_is_movable_moves_and_keeps_the_function(name):
             other = copy.deepcopy(model)
             other.load_state_dict(apply_permutation(spec, spec.random_permutations(seed), state))
             torch.testing.assert_close(other(*args), before, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("drop", [F.dropout, lambda x, p: F.scaled_dot_product_attention(x, x, x, None, p)])
+def test_dropout_that_is_always_on_is_not_looked_at(drop):
+    model = Net(lambda net, x: net.b(drop(net.a(x), 0.5)), **ends()).eval()
+    spec = infer_permutation_spec(model, (STEPS,))
+    assert spec.axes["a.weight"].keys() == {0}
+    assert not spec.dropped
+
+
+@pytest.mark.parametrize("draw", [torch.bernoulli, torch.randn_like, lambda x: F.rrelu(x, training=True)])
+def test_what_is_drawn_for_each_position_keeps_its_order_and_says_so(draw):
+    model = Net(lambda net, x: net.b(draw(net.a(x).sigmoid()) * net.a(x)), **ends()).eval()
+    spec = infer_permutation_spec(model, (ROWS,))
+    assert not spec.groups
+    assert not spec.dropped
+    assert "random" in spec.frozen["a.weight"][0]
+
+
+def test_a_sign_of_a_determinant_keeps_the_order():
+    model = Net(lambda net, x: net.a(x).sum() * torch.slogdet(net.w)[0], a=nn.Linear(3, 3), w=torch.randn(3, 3)).eval()
+    assert "w" not in infer_permutation_spec(model, (ROWS,), verify=False).axes
+
+
+def test_a_model_in_data_parallel_is_proven_too():
+    model = nn.DataParallel(nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))).eval()
+    spec = infer_permutation_spec(model, (ROWS,))
+    assert spec.axes["module.0.weight"].keys() == {0}
+    assert spec.axes["module.2.weight"].keys() == {1}
 
 
 @pytest.mark.parametrize("number", [False, True])
