@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lit_wsl.errors import RebasinError
+from lit_wsl.errors import RebasinError, listed
 from lit_wsl.rebasin.inference.infer import infer_permutation_spec
 from lit_wsl.rebasin.inference.trace import ForwardError
+from lit_wsl.rebasin.inference.unused import unused_tensors
 from lit_wsl.rebasin.inference.verify import verify_permutation_spec
 from lit_wsl.rebasin.job import AlignOptions, Matcher, RebasinReport, under_names_of
 from lit_wsl.rebasin.matching.activations import best_matching
@@ -259,8 +260,15 @@ def _remarks(spec: PermutationSpec, pick: Outputs) -> tuple[str, ...]:
             f"the permutation spec is proven on a sample by {spec.proof.draws} draws; a wrong group passes with a "
             f"probability of at most {spec.proof.risk:.0e}"
         )
+        if spec.proof.unseen:
+            remarks.append(f"nothing is proven of groups that the sample does not use: {listed(spec.proof.unseen)}")
     else:
         remarks.append(UNPROVEN)
+    if unused := sorted(unused_tensors(spec)):
+        remarks.append(
+            f"{len(unused)} tensors stay because the sample does not use them ({listed(unused)}); where other "
+            "inputs do, give a sample of these"
+        )
     ignored = sorted(pick.ignored) if isinstance(pick, MainOutputs) else []
     if ignored:
         remarks.append(

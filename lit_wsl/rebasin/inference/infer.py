@@ -53,6 +53,7 @@ from lit_wsl.rebasin.inference.trace import (
 )
 from lit_wsl.rebasin.inference.united import united
 from lit_wsl.rebasin.inference.units import Array
+from lit_wsl.rebasin.inference.unused import with_unused_siblings
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.description import require_module, require_sample
 
@@ -316,7 +317,7 @@ def infer_permutation_spec(
             model.eval()
             trace = trace_forward(model, example_args, example_kwargs, outputs)
     spec = spec_from_trace(trace)
-    spec = replace(spec, parameters=tuple(dict(model.named_parameters())))
+    spec = with_unused_siblings(replace(spec, parameters=tuple(dict(model.named_parameters()))), model)
     if verify and spec.groups:
         from lit_wsl.rebasin.inference.verify import verify_permutation_spec, with_interchangeable_slots
 

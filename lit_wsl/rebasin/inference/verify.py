@@ -25,7 +25,7 @@ from lit_wsl.rebasin.inference.slots import candidates, on_own_axes, with_slots
 from lit_wsl.rebasin.inference.trace import all_output_tensors, named_tensors, traceable
 from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof, apply_permutation
 from lit_wsl.structure.description import require_module, require_sample
-from lit_wsl.structure.running import cuda_devices, seed
+from lit_wsl.structure.running import cuda_devices, nested_tensors, seed
 
 NOISE = float(torch.finfo(torch.float64).eps)
 MARGIN = 1e3
@@ -140,6 +140,16 @@ class _Function:
             name: _double(buffer.detach()).clone() for name, buffer in model.named_buffers(remove_duplicate=False)
         }
         self.calls = 0
+        self.seen: set[int] | None = None
+
+    def used(self, state: Mapping[str, Tensor]) -> set[str]:
+        """Names of the tensors that take part in a call; the call is not counted."""
+        self.seen, calls = set(), self.calls
+        try:
+            self(state)
+            return {name for name, tensor in state.items() if id(tensor) in self.seen}
+        finally:
+            self.seen, self.calls = None, calls
 
     def vary_inputs(self, state: Mapping[str, Tensor], seed: int) -> list[Tensor]:
         """Go over to inputs without equal values, if the model takes them; the outputs for the inputs from now on."""
@@ -167,7 +177,7 @@ class _Function:
         self.model.train()  # drops attention biases that were cached in evaluation mode
         self.model.eval()
         seed(0, cuda_devices(self.model))
-        with double_default(), _DoubleKernels():
+        with double_default(), _DoubleKernels(self.seen):
             output = functional_call(model, full, args, kwargs, tie_weights=False)
         found = [tensor.detach() for tensor in all_output_tensors(self.outputs(output) if self.outputs else output)]
         if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in found):
@@ -193,9 +203,15 @@ class _DoubleKernels(TorchDispatchMode):
     their rounding would hide what is to be seen.
     """
 
+    def __init__(self, seen: set[int] | None) -> None:
+        super().__init__()
+        self.seen = seen
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, or what it stands for."""
+        """Run an operation, or what it stands for; its tensors are noted where somebody asks."""
         kwargs = kwargs or {}
+        if self.seen is not None:
+            self.seen.update(id(tensor) for tensor in nested_tensors([args, kwargs]))
         dtype = kwargs.get("dtype")
         if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex):
             kwargs = {**kwargs, "dtype": torch.complex128 if dtype.is_complex else torch.float64}
@@ -353,7 +369,9 @@ class _Proving:
             bad = tuple(name for name in spec.groups if name in {*bad, *found})
             remaining = spec.without(bad, "breaks the function")
         risk = 2.0**-count if count else 0.0
-        proof = Proof(draws=count + 1 if count else 0, risk=risk)
+        used = self.function.used(self.state) if count else set()
+        unseen = tuple(n for n in remaining.groups if not any(use.tensor in used for use in remaining.uses(n)))
+        proof = Proof(draws=count + 1 if count else 0, risk=risk, unseen=unseen)
         remaining = replace(remaining, proof=proof)
         return Verification(remaining, worst, self.tolerance, bad, self.function.calls, proof.draws, proof.risk)
 

@@ -177,7 +177,7 @@ def ties(
         mean = (values * counts * agrees).sum(dim=0) / (counts * agrees).sum(dim=0).clamp_min(1e-300)
         change = torch.view_as_complex(scale * mean) if tensor.is_complex() else scale * mean
         merged[name] = (tensor.detach().to(change.dtype) + change).to(tensor.dtype)
-    return merged
+    return _with_valid_variances(merged)
 
 
 def _trimmed(vector: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_wsl.errors import ArgumentTypeError, RebasinError, Summarised
+from lit_wsl.errors import ArgumentTypeError, RebasinError, Summarised, listed
 from lit_wsl.files import not_found
 from lit_wsl.rebasin.spec.axis import (
     FORMAT,
@@ -67,10 +67,13 @@ def describe(spec: PermutationSpec, max_lines: int = 20) -> str:
 def _proof(spec: PermutationSpec) -> str:
     if spec.proof is None:
         return "Not proven: verify_permutation_spec(spec, model, example_args) proves it on a model and a sample."
-    return (
+    told = (
         f"Proven on a model and a sample by {spec.proof.draws} draws: a group that breaks the function passes with a "
         f"probability of at most {spec.proof.risk:.0e}."
     )
+    if spec.proof.unseen:
+        told += f" Nothing is proven of what the sample does not use: {listed(spec.proof.unseen)}."
+    return told
 
 
 def validate(spec: PermutationSpec) -> None:
@@ -134,10 +137,12 @@ class Proof:
     Attributes:
         draws: Elements of the group that were seen to keep the outputs.
         risk: Probability that a group that breaks the function on that sample passed nevertheless.
+        unseen: Groups of which nothing was shown: the sample uses none of their tensors.
     """
 
     draws: int
     risk: float
+    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -473,7 +478,9 @@ def spec_from_dict(data: Mapping[str, Any]) -> PermutationSpec:
             parameters=tuple(data.get("parameters", ())),
             frozen={n: {int(a): why for a, why in by.items()} for n, by in data.get("frozen", {}).items()},
             dropped=dict(data.get("dropped", {})),
-            proof=Proof(int(data["proof"]["draws"]), float(data["proof"]["risk"])) if data.get("proof") else None,
+            proof=Proof(**{**data["proof"], "unseen": (*data["proof"].get("unseen", ()),)})
+            if data.get("proof")
+            else None,
         )
     except RebasinError:
         raise
