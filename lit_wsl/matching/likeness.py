@@ -96,6 +96,7 @@ ENDS = frozenset(  # what the last layer is called in any model, so that it says
         "heads",
         "fc",
         "classifier",
+        "classify",
         "linear",
         "last",
         "final",

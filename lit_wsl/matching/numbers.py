@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from lit_wsl.matching.formula import OUTPUTS, spelled
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, relative, telling_words
 from lit_wsl.matching.words import counted
@@ -94,7 +95,7 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
         return []
     rows = []
     for side in (fs, ft):
-        told = ([count_of(f, side) for f in side], _places(side))
+        told = ([count_of(f, side) for f in side], _places(side), _letters(side))
         found = next((c for c in told if sorted(c) == list(range(len(side)))), None)
         if found is None:
             return []
@@ -102,6 +103,7 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
     return list(zip(*rows))
 
 
+_OUTPUT = {word for words in OUTPUTS for word in words}
 ATTENTIONS = frozenset(("attention", "attn", "att", "sa", "mha", "selfattention", "mixer"))
 FEEDS = frozenset(("ffn", "ff", "mlp", "feed", "feedforward"))
 
@@ -111,6 +113,15 @@ def _places(side: Sequence[Family]) -> list[int]:
     if len(side) != 2 or any(f.members[0].rank >= 2 for f in side):
         return []
     return [_place_by(set(words)) for words in telling_words(side)]
+
+
+def _letters(side: Sequence[Family]) -> list[int]:
+    """Which place each has among queries, keys, values and output, as they stand in Attention(Q, K, V)."""
+    letters = ["".join(sorted(spelled(words))) for words in telling_words(side)]
+    left = [k for k, letter in enumerate(letters) if not letter]
+    if len(left) == 1 and set(telling_words(side)[left[0]]) & _OUTPUT:
+        letters[left[0]] = "o"
+    return [sorted(letters, key="qkvo".find).index(x) if len(x) == 1 else -1 for x in letters]
 
 
 def _place_by(words: set[str]) -> int:
@@ -131,7 +142,7 @@ def count_of(family: Family, side: Sequence[Family]) -> int:
     if all(w.isdigit() for w in every):
         return sorted(map(int, every)).index(int(words[0]))
     # of a gated linear unit the gate's matrix is numbered first (Shazeer, GLU Variants Improve Transformer, 2020)
-    for row in ("abcdefgh", ("before", "after"), ("pre", "post"), ("gate", "up")):
+    for row in ("abcdefgh", ("before", "after"), ("pre", "post"), ("gate", "up"), ("in", "out"), ("wi", "wo")):
         if set(every) == set(row[: len(every)]):
             return row.index(words[0])
     return -1

@@ -26,7 +26,7 @@ from lit_wsl.matching.likeness import (
     liken,
     own_name,
 )
-from lit_wsl.matching.tree import Family, Item, families_of, kind_of, owner_path, place_in, relative, shape_key
+from lit_wsl.matching.tree import Family, Item, families_of, owner_path, place_in, relative, shape_key
 from lit_wsl.matching.words import Lists, counted, plain_words, split_numbers, unlike_lists
 from lit_wsl.structure.description import ParameterInfo, Shape
 
@@ -415,7 +415,7 @@ def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
     for k, i in reversed(list(enumerate(infos))):
         if len(shape_key(i.shape)) < 2:
             continue
-        is_map = "Embed" not in i.module_type and kind_of(i.name) == "scale"
+        is_map = "Embed" not in i.module_type and i.leaf in ("weight", "kernel")  # no table, no gates of a cell
         if is_map and i.shape[0] > 1 and i.shape[0] not in taken_in:
             found.add(k)
         taken_in.add(i.shape[1])
