@@ -412,7 +412,8 @@ class ClassSolver:
                     continue
                 if may_load(self.judged(Pair(s, t, ROLE), region)):
                     found.append((i, j))
-        return found
+        times = [Counter(side) for side in zip(*found)]
+        return [(i, j) for i, j in found if times[0][i] == times[1][j] == 1]
 
     def _likenesses(self, fs: list[Family], ft: list[Family], region: Region) -> tuple[np.ndarray, list[list[str]]]:
         words_s, words_t = _telling(fs, ft), _telling(ft, fs)

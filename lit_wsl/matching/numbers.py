@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from lit_wsl.matching.formula import OUTPUTS, spelled
+from lit_wsl.matching.likeness import liken
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, relative, telling_words
 from lit_wsl.matching.words import counted
@@ -95,7 +96,7 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
         return []
     rows = []
     for side in (fs, ft):
-        told = ([count_of(f, side) for f in side], _places(side), _letters(side))
+        told = ([count_of(f, side) for f in side], _numbers(side), _places(side), _letters(side))
         found = next((c for c in told if sorted(c) == list(range(len(side)))), None)
         if found is None:
             return []
@@ -113,6 +114,16 @@ def _places(side: Sequence[Family]) -> list[int]:
     if len(side) != 2 or any(f.members[0].rank >= 2 for f in side):
         return []
     return [_place_by(set(words)) for words in telling_words(side)]
+
+
+def _numbers(side: Sequence[Family]) -> list[int]:
+    """Which place each has by its number, if the rest of the names is the same, in short or in full: ``lyr_nrm2``."""
+    names = [[w for w in f.words if not w.isdigit()] for f in side]
+    numbers = [[int(w) for w in f.words if w.isdigit()] for f in side]
+    alike = [liken(names[0], words) for words in names[1:]]
+    if any(len(ns) != 1 for ns in numbers) or any(like.left_s or like.left_t for like in alike):
+        return []
+    return [sorted(numbers).index(ns) for ns in numbers]
 
 
 def _letters(side: Sequence[Family]) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -285,28 +285,55 @@ class Roles:
     def teach(self, region: Region, s: Item, t: Item) -> None:
         """Remember a certain pair."""
         if max(len(region.source.tensors), len(region.target.tensors)) <= BLOCK:
-            places = (place_in(s, region.source), place_in(t, region.target))
+            places = _in_member(s, region.source), _in_member(t, region.target)
             self._regions.setdefault(region.key, (region, set()))[1].add(places)
 
     def partners(self, region: Region, s: Item, t: Item) -> bool:
-        """Whether two places were partners in other blocks of this make, and neither had another partner."""
-        a, b = place_in(s, region.source), place_in(t, region.target)
+        """Whether two places, or modules around them, were partners in other blocks of this make, and nothing else was."""
+        a, b = _around(_in_member(s, region.source)), _around(_in_member(t, region.target))
         known = {
             pair
             for key, (other, pairs) in self._regions.items()
             if key != region.key and _same_make(region, other)
             for pair in pairs
-            if a == pair[0] or b == pair[1]
+            if pair[0] in a or pair[1] in b
         }
-        return known == {(a, b)}
+        return bool(known) and all(one in a and other in b for one, other in known)
+
+
+@lru_cache(maxsize=10_000)
+def _around(place: str) -> frozenset[str]:
+    """A place and those of the modules around it."""
+    parts = place.split(".")
+    return frozenset(".".join(parts[:k]) for k in range(1, len(parts) + 1))
 
 
 def _same_make(a: Region, b: Region) -> bool:
     """Whether both stand in the same lists, and one's tensors are, in order, among the other's on both sides."""
-    lists = [(split_numbers(r.source.path)[0], split_numbers(r.target.path)[0]) for r in (a, b)]
-    return lists[0] == lists[1] and all(
-        _within(x, y) or _within(y, x) for x, y in ((a.names[0], b.names[0]), (a.names[1], b.names[1]))
-    )
+    sides = (a.source, b.source), (a.target, b.target)
+    members = [[_member(root.path) for root in side] for side in sides]
+    if any(split_numbers(one)[0] != split_numbers(other)[0] for (one, _), (other, _) in members):
+        return False
+    names = [[_names_from(root, rest) for root, (_, rest) in zip(*both)] for both in zip(sides, members)]
+    return all(_within(x, y) or _within(y, x) for x, y in names)
+
+
+def _names_from(root: Item, around: str) -> tuple[str, ...]:
+    return tuple(f"{around}.{name}" for name in root.names) if around else root.names
+
+
+def _in_member(item: Item, root: Item) -> str:
+    """Where an item stands, as seen from the member of a list that it stands in."""
+    around, place = _member(root.path)[1], place_in(item, root)
+    return f"{around}.{place}" if around else place
+
+
+@lru_cache(maxsize=10_000)
+def _member(path: str) -> tuple[str, str]:
+    """A path down to the last number, and the rest of it."""
+    parts = path.split(".")
+    k = next((k for k in range(len(parts), 0, -1) if any(map(str.isdigit, parts[k - 1]))), 0)
+    return ".".join(parts[:k]), ".".join(parts[k:])
 
 
 def _within(a: Sequence[str], b: Sequence[str]) -> bool:
