@@ -289,7 +289,7 @@ class Roles:
             self._regions.setdefault(region.key, (region, set()))[1].add(places)
 
     def partners(self, region: Region, s: Item, t: Item) -> bool:
-        """Whether two places, or modules around them, were partners in other blocks of this make, and nothing else was."""
+        """Whether two places, or modules around them, were partners in other blocks, and nothing else was."""
         a, b = _around(_in_member(s, region.source)), _around(_in_member(t, region.target))
         known = {
             pair

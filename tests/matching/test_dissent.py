@@ -495,3 +495,34 @@ def test_queries_beside_a_fused_whole_are_queries():
     plan = transfer_weights(net, source.state_dict(), min_coverage=0.0).plan
     reasons = {a.targets[0]: a.reason for a in plan.ambiguous}
     assert "named after the queries" not in reasons.get("attn.self.query_proj.weight", "")
+
+
+def test_a_numbered_list_of_projections_stands_in_the_order_of_the_formula():
+    def layer(*names: str) -> dict[str, nn.Module]:
+        return {f"attn.{n}": linear() for n in names} | {"attn.norm": norm()}
+
+    new = layer("q_net", "k_net", "v_net", "o_net")
+    names = dict(zip(("q_net", "k_net", "v_net", "o_net"), ("lins.0", "lins.1", "lins.2", "lins.3")))
+    truth = {n: n.replace(n.rpartition(".")[2], names.get(n.rpartition(".")[2], "norm")) for n in new}
+    old = dict(sorted(layer("lins.0", "lins.1", "lins.2", "lins.3").items()))
+    loaded(old, new, truth)
+
+
+def test_a_shortcut_is_known_from_the_stages_where_its_size_tells():
+    def stage(before: int, width: int, names: tuple[str, str], *, first: bool) -> dict[str, nn.Module]:
+        body, shortcut = names
+        parts = {f"{body}.0": nn.Linear(before, 8), f"{body}.1": nn.Linear(8, width)}
+        around = {shortcut: nn.Linear(before, width)}
+        return {**around, **parts} if first else {**parts, **around}
+
+    def net(lists: str, names: tuple[str, str], *, first: bool) -> dict[str, nn.Module]:
+        sizes = ((8, 32), (32, 48), (48, 64))
+        return {
+            f"{lists}.{k}.{n}": m for k, size in enumerate(sizes) for n, m in stage(*size, names, first=first).items()
+        }
+
+    new = net("stages", ("body", "shortcut"), first=True)
+    truth = {n: n.replace("stages", "layer").replace("body", "path").replace("shortcut", "downsample") for n in new}
+    assert {"stages.0.shortcut", "stages.0.body.1"} <= loaded(
+        net("layer", ("path", "downsample"), first=False), new, truth
+    )
