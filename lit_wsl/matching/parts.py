@@ -91,11 +91,13 @@ def covers(source: Sequence[Unit], target: Sequence[Unit], limit: int = MAX_OPTI
     """All ways to assign the layers of one side to those of the other, each used once; parts may make up a whole.
 
     Where these are too many, parts of one whole are taken from one module; where they still are, the layers of a module
-    stay together.
+    stay together, unless the modules of both sides don't go together.
     """
+    found: list[Cover] = []
     for level in (FREE, WHOLE_BY_WHOLE, MODULE_BY_MODULE):
-        found = _covers(source, target, limit, level)
-        if len(found) <= limit:
+        fewer = _covers(source, target, limit, level)
+        found = fewer or found
+        if len(fewer) <= limit:
             break
     return found
 
@@ -378,19 +380,29 @@ def groups_of(source: Sequence[Unit], target: Sequence[Unit]) -> list[tuple[list
     return [*found, *components(rest[0], rest[1])]
 
 
-def _words(unit: Unit) -> set[str]:
-    """The words of a layer's path, with the numbers that belong to them."""
+def _words(unit: Unit, counted: bool) -> set[str]:
+    """The words of a layer's path, with the numbers that belong to them if numbers tell."""
     parts = [p for p in unit.path.lower().split(".") if p]
     words = {w for p in parts for w in re.findall(r"[a-z]+\d*", p)}
-    return words | {f"{a}.{b}" for a, b in pairwise(parts) if b.isdigit()}
+    words |= {f"{a}.{b}" for a, b in pairwise(parts) if b.isdigit()}
+    return words if counted else {w for w in words if not w[-1].isdigit()}
 
 
-def agree_most(s: Unit, t: Unit, sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:
+def share_words(a: Region, b: Region) -> bool:
+    """Whether the names of two lists of copies have a word in common."""
+    one, other = (set(re.findall(r"[a-z]+", side.copies[0].lower())) for side in (a, b))
+    return bool(one & other)
+
+
+def agree_most(s: Unit, t: Unit, sources: Sequence[Unit], targets: Sequence[Unit], counted: bool = True) -> bool:
     """Whether two layers have more words in common than either has with another layer that would fit."""
-    common = len(_words(s) & _words(t))
-    others = [len(_words(o) & _words(t)) for o in sources if o is not s and fits(o, t) is not None]
-    others += [len(_words(s) & _words(o)) for o in targets if o is not t and fits(s, o) is not None]
-    return common > max(others, default=0)
+
+    def common(one: Unit, other: Unit) -> int:
+        return len(_words(one, counted) & _words(other, counted))
+
+    others = [common(o, t) for o in sources if o is not s and fits(o, t) is not None]
+    others += [common(s, o) for o in targets if o is not t and fits(s, o) is not None]
+    return common(s, t) > max(others, default=0)
 
 
 def spell_parts(sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:

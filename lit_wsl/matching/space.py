@@ -28,6 +28,7 @@ from lit_wsl.matching.parts import (
     groups_of,
     joins,
     paired_lists,
+    share_words,
     spell_parts,
     taken_apart,
     vector_axis,
@@ -130,10 +131,16 @@ class Space:
             for u in b.units
         ):
             self._rotations = Rotations(())  # names know of more
-        for k, (a, b) in enumerate(self.regions):
-            parts = [Part(k, s, t) for s, t in groups_of(a.units, b.units)]
-            told = [self._tell(part) for part in parts]
-            self._number(k, a, b, any(told))
+        parts_of = [[Part(k, s, t) for s, t in groups_of(a.units, b.units)] for k, (a, b) in enumerate(self.regions)]
+        orders = {k: self._orders_of(k, [self._tell(part) for part in parts_of[k]]) for k in range(1, len(parts_of))}
+        # Where lists have other names and any order, the numbers of what stands beside them tell as little.
+        counted = all(len(orders[k]) == 1 or share_words(*self.regions[k]) for k in orders)
+        for part in parts_of[0]:
+            self._tell(part, counted)
+        for k, parts in enumerate(parts_of):
+            if k:
+                labels = [listed(o) for o in orders[k]]
+                self.numbering[k] = self._add(f"numbering of {self.regions[k][1].copies[0]}", orders[k], labels)
             layers = [(u, t) for part in parts for u in (*part.source, *part.target) for t in part.target]
             self._turning |= any(
                 len(u.shapes[0]) == 2 and self._turns(u) and self._open(t) and self._rotates(t.all_names[0])
@@ -170,28 +177,26 @@ class Space:
             for a, b in pairs
         ]
 
-    def _number(self, k: int, a: Region, b: Region, told: bool) -> None:
+    def _orders_of(self, k: int, told: Sequence[bool]) -> list[tuple[int, ...]]:
         """Which copy goes where: as their names tell, as they are counted in a family of names, or open."""
-        count = len(a.copies)
-        if count == 1:
-            return
-        same = tuple(range(count))
-        names = [[p.rstrip(".").rpartition(".")[2] for p in side.copies] for side in (a, b)]
+        copies = [side.copies for side in self.regions[k]]
+        same = tuple(range(len(copies[0])))
+        names = [[p.rstrip(".").rpartition(".")[2] for p in side] for side in copies]
         if all(n.isdigit() for side in names for n in side):
-            options = [same] if told else _numberings(count)
-        else:
-            spoken = [o for o in permutations(same) if all(names[0][o[i]] == names[1][i] for i in same)]
-            options = spoken or _numberings(count)
-        self.numbering[k] = self._add(f"numbering of {b.copies[0]}", options, [listed(o) for o in options])
+            return [same] if any(told) else _numberings(len(same))
+        spoken = len(set(names[0])) == len(same) and set(names[0]) == set(names[1])
+        return [tuple(map(names[0].index, names[1]))] if spoken else _numberings(len(same))
 
-    def _tell(self, part: Part) -> bool:
-        """Keep the covers that agree with what names tell; whether they tell anything that sizes don't."""
+    def _tell(self, part: Part, counted: bool = True) -> bool:
+        """Keep the covers that agree with what names tell, and numbers, if these do; whether sizes don't tell it."""
         alone = len(part.covers) == 1
         told = [
             (i, j)
             for j, t in enumerate(part.target)
             for i, s in enumerate(part.source)
-            if fits(s, t) is not None and self._claimed([s], [t]) and agree_most(s, t, part.source, part.target)
+            if fits(s, t) is not None
+            and self._claimed([s], [t])
+            and agree_most(s, t, part.source, part.target, counted)
         ]
         spelled = [
             cover

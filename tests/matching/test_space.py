@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -248,3 +250,29 @@ def test_exchanges_lead_from_one_order_of_many_siblings_to_any_other():
         assert steps < 7
     decision = space.decisions[part.which]
     assert len(decision.labels) == len(decision.options) == len(part.covers)
+
+
+class Listed(nn.Module):
+    """Two blocks, and beside them a list of tensors that counts like them."""
+
+    def __init__(self, blocks: str, norm: str, linear: str, scales: str) -> None:
+        super().__init__()
+        layers = {norm: nn.LayerNorm(8), linear: nn.Linear(8, 8)}
+        setattr(self, blocks, nn.ModuleList(nn.ModuleDict(copy.deepcopy(layers)) for _ in range(2)))
+        setattr(self, scales, nn.ParameterList(torch.ones(5) for _ in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "is_open"),
+    [
+        (("blocks", "norm", "linear", "scales"), ("blocks", "norm", "linear", "scales"), False),
+        (("blocks", "norm", "linear", "scales"), ("b", "q", "w", "scales"), True),
+    ],
+)
+def test_where_the_numbers_of_blocks_are_in_question_so_are_those_of_lists_beside_them(theirs, ours, is_open):
+    source, target = describe(Listed(*theirs).state_dict()), describe(Listed(*ours))
+    plan = build_plan(source, target, MatchingOptions())
+    doubtful = replace(plan, entries=tuple(replace(e, margin=0.0) for e in plan))  # so that something is asked
+    space = Space(source, target, doubtful)
+    asked = {len(d.options) for d in space.decisions if "scales.0" in d.text}
+    assert asked == ({2} if is_open else set())
