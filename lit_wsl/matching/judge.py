@@ -305,11 +305,14 @@ def _judge(
     asked = {t for entry, _ in judge.space.entries(choice) for t in entry.targets}
     questioned = [e for e in plan if asked.intersection(e.targets)]
     better, risks = judge.test(choice)
-    while better != choice and budget.left():
-        choice = min(better, Search(trials, 1.0).climb(better), key=lambda c: trials.mean(c, trials.size))
+    beaten: set[Choice] = set()
+    while better not in (choice, *beaten) and budget.left():
+        beaten.add(choice)
+        found = Search(trials, 1.0).climb(better)  # by fewer samples than the test has seen
+        choice = better if found in beaten else min(better, found, key=lambda c: trials.mean(c, trials.size))
         better, risks = judge.test(choice)
     best = trials.losses(choice, at_once=True)
-    is_open = any(risk >= RISK for risk in risks.values())
+    is_open = better != choice or any(risk >= RISK for risk in risks.values())
     # Where much makes no difference, the search may have ended far from the truth, and all that was decided is void.
     # Where every tensor stands where it stood, order is trusted as long as nothing better is found.
     # And where all is decided, but the gradient is far from rest, the truth is not among what was asked.

@@ -216,3 +216,17 @@ def test_samples_that_the_search_has_seen_do_not_count_as_unseen():
     judge.searched = 8
     assert judge._unseen([*losses]) == {(0,): [], (1,): []}
     assert judge_with(known=lambda choice, samples: choice == (0,), **trials)._unseen([*losses]) == {}
+
+
+def test_a_choice_that_was_beaten_does_not_come_again(monkeypatch, trained, batches):
+    asked = []
+
+    def never_content(judge, choice):
+        asked.append(choice)
+        return next(rival for rivals in judge.rivals(choice).values() for rival in rivals), {}
+
+    monkeypatch.setattr(LossJudge, "test", never_content)
+    torch.manual_seed(1)
+    report = transfer_weights(New(), trained.state_dict(), loss=loss, batches=batches, min_coverage=0)
+    assert len(asked) == len(set(asked)) > 1
+    assert {"q.weight", "q.bias"} <= set(report.ambiguous)  # where the tests contradict each other nothing is taken
