@@ -314,11 +314,8 @@ def is_sorted(side: ModelDescription) -> bool:
 def has_order(side: ModelDescription) -> bool:
     """Whether the order of a side's tensors may be that in which a model registered them."""
     written = [info for info in side.parameters if info.kind == "parameter"]
-    return (
-        _in_one_piece(path for path, _ in groupby(i.module_path for i in written))
-        and not is_sorted(side)
-        and not _in_two_minds(written)
-    )
+    whole = _in_one_piece(path for path, _ in groupby(i.module_path for i in written))
+    return whole and not _in_two_minds(written) and not is_sorted(side)
 
 
 RUN = 12  # so many names in a row are in alphabetical order only where they were sorted
@@ -327,10 +324,14 @@ RUN = 12  # so many names in a row are in alphabetical order only where they wer
 def _in_two_minds(infos: Iterable[ParameterInfo]) -> bool:
     """Whether the bias stands now before the weight, now behind it, or members of a list in neither direction."""
     leaves: dict[str, list[str]] = {}
+    paths: dict[str, None] = {}
     lists: dict[str, dict[int, None]] = {}
     for info in infos:
-        leaves.setdefault(info.module_path, []).append(info.leaf)
-        parts = info.name.split(".")
+        path, _, leaf = info.name.rpartition(".")
+        leaves.setdefault(path, []).append(leaf)
+        paths[info.name if leaf.isdigit() else path] = None
+    for path in paths:
+        parts = path.split(".")
         for k, part in enumerate(parts):
             if part.isdigit():
                 lists.setdefault(".".join(parts[:k]), {})[int(part)] = None

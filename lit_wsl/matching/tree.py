@@ -22,7 +22,7 @@ from lit_wsl.structure.description import ParameterInfo, Shape
 ROLES = ("weight", "bias")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # never changed; not frozen, as thousands are made and freezing takes longer than all else of it
 class Item:
     """A module, a unit or a tensor of one side.
 
