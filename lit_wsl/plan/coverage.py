@@ -122,18 +122,18 @@ class Conversion:
     coverage: Coverage | None = None
 
 
-def _count(infos: Iterable[ParameterInfo], moved: Mapping[str, Fraction]) -> Count:
+def _count(infos: Iterable[ParameterInfo], moved: Mapping[str, Fraction | int]) -> Count:
     listed = list(infos)
     hit = [info for info in listed if info.name in moved]
     elements = sum(int(info.numel * moved[info.name]) for info in hit)
     return Count(len(hit), len(listed), elements, sum(i.numel for i in listed))
 
 
-def _moved(plan: PlanData, side: Side, described: ModelDescription) -> dict[str, Fraction]:
+def _moved(plan: PlanData, side: Side, described: ModelDescription) -> dict[str, Fraction | int]:
     """Which share of each tensor a plan moves; all of it but for a head that is copied in part."""
-    moved: dict[str, Fraction] = {}
+    moved: dict[str, Fraction | int] = {}
     for entry in plan.entries:
-        share = Fraction(1)
+        share: Fraction | int = 1
         for operation in entry.operations:
             share *= operation.shares[side == "target"]
         for name in entry.sources if side == "source" else entry.targets:
