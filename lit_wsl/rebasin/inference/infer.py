@@ -208,7 +208,7 @@ def _keep(run: Run, number: int, old: Label, label: Label) -> None:
         found = units.find(factor)
         if not any(found.shape == f.shape and np.array_equal(found, f) for f in before):
             units.freeze(factor, WRITTEN)
-    run.labels[number] = replace(old, varies=(True,) * old.ndim, tainted=old.tainted or label.tainted)
+    run.labels[number] = replace(old, varies=(True,) * old.ndim, tainted=old.tainted or label.tainted, free=())
 
 
 def _put_back(run: Run, node: Node, base: int, view: int, label: Label) -> Label:

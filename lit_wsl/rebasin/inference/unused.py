@@ -1,15 +1,16 @@
 """What the example call does not run: an expert that no row was sent to is moved like its siblings.
 
 Such a module reads and writes what they do. If that took another order without it, the function would be another one as
-soon as an input reaches it. Modules are siblings where they have the same class, the same tensors, and stand side by
-side in a list or dictionary of modules or under names that differ in a number. Groups that live inside a sibling are
-made anew. Where those that were run are not all moved alike, nothing is concluded.
+soon as an input reaches it. Siblings are modules of one class, or parameters, with the same shapes that stand side by
+side in a list or dictionary, or under names that differ in a number. Elements of equal key (the third of the first
+matrices, the third of the second ones) are taken together. Groups that live inside of them are made anew. Where the
+siblings that were run are not all moved alike, nothing is concluded.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -18,6 +19,32 @@ from lit_wsl.rebasin.inference.groups import UNUSED
 from lit_wsl.rebasin.spec.axis import AxisSpec, PermutationGroup
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class Element:
+    """A module or a tensor that stands beside others: its name is made of three parts, of which siblings share two."""
+
+    before: str
+    key: str
+    after: str
+
+    @property
+    def name(self) -> str:
+        """Its full name."""
+        return self.before + self.key + self.after
+
+    @classmethod
+    def of(cls, name: str, modules: Mapping[str, nn.Module]) -> Element | None:
+        """The element of this name; None where nothing can stand beside it."""
+        above, _, own = name.rpartition(".")
+        before = f"{above}." if above else ""
+        if isinstance(modules[above], _CONTAINERS):
+            return cls(before, own, "")
+        number = re.search(r"\d+(?=\D*$)", own)
+        return number and cls(before + own[: number.start()], number[0], own[number.end() :])
+
 
 def with_unused_siblings(spec: PermutationSpec, model: nn.Module) -> PermutationSpec:
     """The spec with what was not run moved like its siblings."""
@@ -25,10 +52,13 @@ def with_unused_siblings(spec: PermutationSpec, model: nn.Module) -> Permutation
     if not unused:
         return spec
     modules = dict(model.named_modules())
-    for prefix in _unused_modules(spec, unused, modules):
-        found = [_Inside.of(spec, one) for one in _siblings(prefix, spec, unused, modules)]
-        if found and all(one == found[0] for one in found):
-            spec = found[0].moved_to(spec, prefix)
+    by_key: dict[str, list[Element]] = {}
+    for name in _outermost(spec, unused, modules):
+        if (element := Element.of(name, modules)) is not None:
+            by_key.setdefault(element.key, []).append(element)
+    for together in by_key.values():
+        for elements in (together, *([one] for one in together)):
+            spec = _like_siblings(spec, elements, modules)
     return spec
 
 
@@ -37,80 +67,112 @@ def unused_tensors(spec: PermutationSpec) -> set[str]:
     return {name for name, reasons in spec.frozen.items() if UNUSED in reasons.values()}
 
 
-def _tensors(spec: PermutationSpec, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a module, by their names in it."""
-    return {name.removeprefix(prefix): shape for name, shape in spec.shapes.items() if name.startswith(prefix)}
+def _is_in(tensor: str, name: str) -> bool:
+    return tensor == name or tensor.startswith(f"{name}.")
 
 
-def _unused_modules(spec: PermutationSpec, unused: set[str], modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Prefixes of the outermost modules that were not run."""
-    done: tuple[str, ...] = ()
-    for name in modules:
-        prefix = f"{name}."
-        of = [tensor for tensor in spec.shapes if tensor.startswith(prefix)]
-        big = [tensor for tensor in of if any(size > 1 for size in spec.shapes[tensor])]
-        if name and big and unused.issuperset(big) and not prefix.startswith(done or "\0"):
-            done = (*done, prefix)
-            yield prefix
-
-
-def _siblings(prefix: str, spec: PermutationSpec, unused: set[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Prefixes of the modules beside one that are like it and were run as a whole."""
-    above, _, own = prefix[:-1].rpartition(".")
-    parent, module = modules[above], modules[prefix[:-1]]
-    found = []
-    for key, other in parent.named_children():
-        one = f"{above}.{key}." if above else f"{key}."
-        beside = isinstance(parent, (nn.ModuleList, nn.ModuleDict)) or re.sub(r"\d+", "", key) == re.sub(
-            r"\d+", "", own
-        )
-        if other is module or not beside or type(other) is not type(module):
-            continue
-        tensors = _tensors(spec, one)
-        if tensors == _tensors(spec, prefix) and not any(one + name in unused for name in tensors):
-            found.append(one)
+def _outermost(spec: PermutationSpec, unused: set[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The modules that were not run, and what was not used of those that were; without what is inside of them."""
+    wide = [tensor for tensor, shape in spec.shapes.items() if any(size > 1 for size in shape)]
+    run = {name for name in modules if any(_is_in(tensor, name) for tensor in wide if tensor not in unused)}
+    found: list[str] = []
+    for name in (*(name for name in modules if name and name not in run), *sorted(unused)):
+        if any(_is_in(tensor, name) for tensor in unused) and not any(_is_in(name, other) for other in found):
+            found.append(name)
     return found
 
 
+def _like_siblings(spec: PermutationSpec, elements: list[Element], modules: Mapping[str, nn.Module]) -> PermutationSpec:
+    """The spec with some elements moved like those of another key, where all of these are moved alike."""
+    unused = unused_tensors(spec)
+    if not all(any(_is_in(tensor, element.name) for tensor in unused) for element in elements):
+        return spec  # concluded before
+    found = []
+    for key in _keys_beside(spec, elements[0]):
+        beside = [replace(element, key=key) for element in elements]
+        if all(_alike(spec, a.name, b.name, modules) for a, b in zip(beside, elements, strict=True)) and not any(
+            _is_in(tensor, one.name) for tensor in unused for one in beside
+        ):
+            found.append(Inside.of(spec, [one.name for one in beside]))
+    agree = found and all(one == found[0] for one in found)
+    return found[0].moved_to(spec, [element.name for element in elements]) if agree else spec
+
+
+def _keys_beside(spec: PermutationSpec, element: Element) -> list[str]:
+    pattern = re.compile(rf"{re.escape(element.before)}([^.]+){re.escape(element.after)}(\.|$)")
+    keys = (match[1] for tensor in spec.shapes if (match := pattern.match(tensor)))
+    return [key for key in dict.fromkeys(keys) if key != element.key and key.isdigit() >= element.key.isdigit()]
+
+
+def _alike(spec: PermutationSpec, one: str, two: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether two modules, or two tensors, are of one class and of the same shapes."""
+    first, second = (
+        {tensor[len(name) :]: shape for tensor, shape in spec.shapes.items() if _is_in(tensor, name)}
+        for name in (one, two)
+    )
+    return bool(first) and first == second and type(modules.get(one)) is type(modules.get(two))
+
+
 @dataclass(frozen=True)
-class _Inside:
-    """How the tensors of one module are moved, by their names in it.
+class Inside:
+    """How the tensors of some elements are moved.
 
     Attributes:
-        own: The groups that move nothing else, by their names without the module's.
-        axes: How axes are moved; groups of its own by these names.
-        frozen: Why the others are not.
+        own: The groups that move nothing else, by their numbers.
+        axes: Number of the element, and name in it -> how its axes are moved; groups of its own by their numbers.
+        frozen: Why others are not.
+        names: What these groups are called.
+        elements: Names of the elements.
     """
 
     own: Mapping[str, PermutationGroup]
-    axes: Mapping[str, Mapping[int, AxisSpec]]
-    frozen: Mapping[str, Mapping[int, str]] = field(compare=False)
+    axes: Mapping[tuple[int, str], Mapping[int, AxisSpec]]
+    frozen: Mapping[tuple[int, str], Mapping[int, str]] = field(compare=False)
+    names: Mapping[str, str] = field(compare=False)
+    elements: Sequence[str] = field(compare=False)
 
     @classmethod
-    def of(cls, spec: PermutationSpec, prefix: str) -> _Inside:
-        inside = [name for name in spec.groups if all(use.tensor.startswith(prefix) for use in spec.uses(name))]
-        names = {name: f"\0{name.removeprefix(prefix)}" for name in inside}
-        own = {names[name]: _renamed(spec.groups[name], names) for name in inside}
-        axes = {
-            name.removeprefix(prefix): {axis: _with_groups(one, names) for axis, one in by_axis.items()}
-            for name, by_axis in spec.axes.items()
-            if name.startswith(prefix)
+    def of(cls, spec: PermutationSpec, elements: Sequence[str]) -> Inside:
+        """How these elements are moved."""
+        place = {
+            tensor: (number, tensor[len(name) :])
+            for tensor in spec.shapes
+            for number, name in enumerate(elements)
+            if _is_in(tensor, name)
         }
-        frozen = {n.removeprefix(prefix): dict(why) for n, why in spec.frozen.items() if n.startswith(prefix)}
-        return cls(own, axes, frozen)
+        inside = [group for group in spec.groups if all(use.tensor in place for use in spec.uses(group))]
+        numbers = {group: f"\0{number}" for number, group in enumerate(inside)}
+        return cls(
+            own={numbers[group]: _renamed(spec.groups[group], numbers) for group in inside},
+            axes={
+                place[t]: {axis: _with_groups(one, numbers) for axis, one in by_axis.items()}
+                for t, by_axis in spec.axes.items()
+                if t in place
+            },
+            frozen={place[t]: dict(why) for t, why in spec.frozen.items() if t in place},
+            names={number: group for group, number in numbers.items()},
+            elements=elements,
+        )
 
-    def moved_to(self, spec: PermutationSpec, prefix: str) -> PermutationSpec:
-        """The spec with another module moved like this one."""
-        names = {name: prefix + name[1:] for name in self.own}
-        if any(name in spec.groups for name in names.values()):
+    def moved_to(self, spec: PermutationSpec, elements: Sequence[str]) -> PermutationSpec:
+        """The spec with other elements moved like these."""
+
+        def renamed(group: str) -> str:
+            for old, new in zip(self.elements, elements, strict=True):
+                if _is_in(group.partition(":")[0], old):
+                    return new + group[len(old) :]
+            return f"{group}@{elements[0]}"
+
+        names = {number: renamed(group) for number, group in self.names.items()}
+        groups = {names[number]: _renamed(group, names) for number, group in self.own.items()}
+        if spec.groups.keys() & groups.keys():
             return spec
-        groups = {names[name]: _renamed(group, names) for name, group in self.own.items()}
         axes = {
-            prefix + name: {axis: _with_groups(one, names) for axis, one in by_axis.items()}
-            for name, by_axis in self.axes.items()
+            elements[number] + name: {axis: _with_groups(one, names) for axis, one in by_axis.items()}
+            for (number, name), by_axis in self.axes.items()
         }
-        still = {name: why for name, why in spec.frozen.items() if not name.startswith(prefix)}
-        frozen = {**still, **{prefix + name: why for name, why in self.frozen.items()}}
+        still = {t: why for t, why in spec.frozen.items() if not any(_is_in(t, name) for name in elements)}
+        frozen = {**still, **{elements[number] + name: why for (number, name), why in self.frozen.items()}}
         return replace(spec, groups={**spec.groups, **groups}, axes={**spec.axes, **axes}, frozen=frozen)
 
 
