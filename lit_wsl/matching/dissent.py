@@ -192,7 +192,7 @@ def _has_namesake(s: Item, t: Item, region: Region) -> bool:
 def _is_inside_out(s: Item, t: Item) -> bool:
     """Whether each of two modules holds one that is called like the other: ``stages.0.cells``, ``cells.0.stages``."""
     names = [i.path.rpartition(".")[2] for i in (s, t)]
-    if names[0] == names[1]:
+    if names[0] == names[1] or not all(any(len(w) > 2 for w in plain_words(name)) for name in names):
         return False
     inside = [{part for name in i.names for part in name.split(".")[1:-1]} for i in (s, t)]
     return names[0] in inside[1] and names[1] in inside[0]
