@@ -12,6 +12,7 @@ from lit_wsl.matching.words import ABBREVIATION, counted, lists_along, token_sim
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape, tokenize
 
 FOLLOWS, SAME_PATH = "buffer of a matched module", "buffer at the same path"
+WRAPPERS = 2  # levels of modules that may stand around all of a model
 
 if TYPE_CHECKING:
     from lit_wsl.matching.entries import EntryWriter
@@ -143,7 +144,7 @@ def twins_of(
     source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], *, within: bool = False
 ) -> dict[str, ParameterInfo]:
     """By the target's names the source tensors of the same path and shape, where both sides count alike along it."""
-    paths_s, paths_t = relative_paths(source), relative_paths(target)
+    paths_s, paths_t = _unwrapped(source, target)
     by_path = {paths_s[s.name]: s for s in source}
     found = ((path, t, by_path[path]) for t in target if (path := paths_t[t.name]) in by_path)
     twins = [(path, t, s) for path, t, s in found if s.shape == t.shape]
@@ -152,6 +153,27 @@ def twins_of(
     lists = [lists_along((path, 1) for path in paths.values()) for paths in (paths_s, paths_t)]
     unlike = unlike_lists(lists[0], lists[1], within=within)
     return {t.name: s for path, t, s in twins if unlike.isdisjoint(place for place, _ in counted(path))}
+
+
+def _unwrapped(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]) -> tuple[dict[str, str], ...]:
+    """Relative paths; where most of one side is all of a module of the other (``backbone.``), as seen from there."""
+    paths = relative_paths(source), relative_paths(target)
+    shapes = [{path[i.name]: i.shape for i in infos} for path, infos in zip(paths, (source, target))]
+    same = len(shapes[0].items() & shapes[1].items())
+    if 2 * same > min(map(len, shapes)):
+        return paths
+    for ours, theirs in ((0, 1), (1, 0)):
+        alike: Counter[str] = Counter()
+        for path, shape in shapes[ours].items():
+            cut = path.find(".") + 1
+            while cut > 0 and path.count(".", 0, cut) <= WRAPPERS:
+                alike[path[:cut]] += shapes[theirs].get(path[cut:]) == shape
+                cut = path.find(".", cut) + 1
+        prefix, count = max(alike.items(), key=lambda item: (item[1], item[0]), default=("", 0))
+        if 2 * count > min(map(len, shapes)):
+            inner = {n: p.removeprefix(prefix) if p.startswith(prefix) else f"/{p}" for n, p in paths[ours].items()}
+            return (inner, paths[1]) if ours == 0 else (paths[0], inner)
+    return paths
 
 
 def relative_paths(infos: Sequence[ParameterInfo]) -> dict[str, str]:

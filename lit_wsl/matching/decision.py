@@ -121,6 +121,7 @@ class ClassSolver:
         self.ties = sides.ties
         self.heads = sides.heads
         self.ordered, self.written = sides.ordered, sides.written
+        self.sources_of = {t: s for s, t in sides.twins.items()}
 
     def solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
         """Decide a class: members in registration order, and where they stand."""
@@ -335,12 +336,24 @@ class ClassSolver:
         for i in t:
             path = relative(i, region.target)
             twin = theirs.get(path)
+            if twin is None:
+                twin = self._wrapped_twin(i, s)
+            elif not region.same_numbers(path):
+                continue
             if twin is None or counted_down(twin, i, region):
                 continue
-            if self.costs.of(twin, i) is not None and region.same_numbers(path):
+            if self.costs.of(twin, i) is not None:
                 out.pairs.append(Pair(twin, i, PATH, first=not path or path[-1] in "0" or not path[-1].isdigit()))
                 taken |= {id(twin), id(i)}
         return [i for i in s if id(i) not in taken], [i for i in t if id(i) not in taken]
+
+    def _wrapped_twin(self, t: Item, s: list[Item]) -> Item | None:
+        """What has the path of an item, but for a module around all of the model on one side."""
+        start = self.sources_of.get(t.start)
+        if start is None or t.virtual:
+            return None
+        ends = ((i, sorted((f".{i.path}", f".{t.path}"), key=len)) for i in s if i.start == start and not i.virtual)
+        return next((i for i, (short, long) in ends if long.endswith(short)), None)
 
     # words -------------------------------------------------------------------------------------------------------
 

@@ -436,14 +436,21 @@ def other_name(s: Item, t: Item, region: Region) -> str:
 
 
 def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
-    """Ordinals of the matrices at the ends of a model: outside of lists, and nothing takes in what they put out."""
+    """Ordinals of the matrices at the ends of a model: nothing takes in what they put out.
+
+    What stands in a part of the model beside two others, and not all of it, is no end: a branch, a gate.
+    """
+    matrices = [i.module_path.rpartition(".")[0] for i in infos if len(shape_key(i.shape)) >= 2]
+    parts = Counter(part for path in matrices for part in _around(path))
+    large = {part for part, count in parts.items() if part and 2 < count <= len(matrices) / 2}
     found: set[int] = set()
     taken_in: set[int] = set()
     for k, i in reversed(list(enumerate(infos))):
         if len(shape_key(i.shape)) < 2:
             continue
         is_map = "Embed" not in i.module_type and i.leaf in ("weight", "kernel")  # no table, no gates of a cell
-        if is_map and i.shape[0] > 1 and i.shape[0] not in taken_in:
+        inside = not large.isdisjoint(_around(i.module_path.rpartition(".")[0]))
+        if is_map and i.shape[0] > 1 and i.shape[0] not in taken_in and not inside:
             found.add(k)
         taken_in.add(i.shape[1])
     return frozenset(found)

@@ -526,3 +526,24 @@ def test_a_shortcut_is_known_from_the_stages_where_its_size_tells():
     assert {"stages.0.shortcut", "stages.0.body.1"} <= loaded(
         net("layer", ("path", "downsample"), first=False), new, truth
     )
+
+
+def test_a_norm_inside_a_backbone_is_the_one_of_its_path_where_the_new_head_has_a_norm_too():
+    def body(around: str = "") -> dict[str, nn.Module]:
+        blocks = {f"blocks.{k}.{n}": m for k in range(3) for n, m in {"norm": norm(), "fc": linear()}.items()}
+        return {f"{around}{n}": m for n, m in {"stem": linear(4), **blocks, "norm": norm()}.items()}
+
+    new = {**body("backbone."), "head.0": norm(), "head.1": linear(8, 3)}
+    assert loaded(body(), new, {n: n.removeprefix("backbone.") for n in body("backbone.")}) == set(body("backbone."))
+
+
+def test_a_branch_inside_of_a_model_is_no_head():
+    def net(names: str) -> dict[str, nn.Module]:
+        stem, out, *branches = names.split()
+        parts = {f"mixed.{b}.map": linear(8, 5 + k) for k, b in enumerate(branches)}
+        return {stem: linear(4), **parts, f"{stem}_2": linear(), f"{stem}_3": linear(), out: linear(26, 3)}
+
+    new = net("entry head stream_x stream_y stream_z stream_w")
+    truth = dict(zip(new, net("begin head branch_a branch_b branch_c branch_d")))
+    filled = loaded(net("begin head branch_a branch_b branch_c branch_d"), new, truth)
+    assert {"mixed.stream_x.map", "mixed.stream_w.map"} <= filled
