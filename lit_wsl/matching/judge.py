@@ -35,7 +35,8 @@ from lit_wsl.structure.losses import LossMeter, NoDataError
 from lit_wsl.structure.running import hindrance, shaken_state
 
 RISK = 0.01  # of one wrong decision among all rivals tried
-PASSES = 60.0  # most forward passes of a whole batch that trials may take; with what else is measured, 64
+PASSES = 60.0  # most forward passes of a whole batch that trials may take
+MOST = 64.0  # the same, with what else is measured
 FEW = 2  # rivals whose gradients are measured
 RESTLESS = 1.0  # times the noise of its batch is a gradient where training has not stopped
 FAR = 10.0  # times that it is where training never was; a model trained for some hundred steps has up to seven
@@ -275,10 +276,34 @@ class _Bench:
     meter: LossMeter
     budget: Budget
     fresh: Sequence[float]
+    starts: list[float] = field(default_factory=list)  # what other random starts lose
 
     def losses(self, plan: TransferPlan) -> list[float]:
         """The losses of the model that a plan fills."""
         return self.meter.losses(_values(plan, self.tensors), 0)
+
+    def falls(self, best: Sequence[float]) -> bool:
+        """Whether the loss falls by more than one random start differs from another.
+
+        Where the fall is less than the samples of the fresh model differ, two more random starts, the fresh weights
+        shuffled, tell how much that is; where these are too few, three further ones at a tenth of the risk.
+        """
+        before, after = _mean(self.fresh), _mean(best)
+        if not math.isfinite(after) or after >= before or (len(self.fresh) > 2 and risk_of(self.fresh, best) > RISK):
+            return False
+        if before - after > statistics.pstdev(self.fresh):
+            return True
+        for count, risk in ((2, RISK), (5, RISK / 10)):
+            if len(self.starts) < count and count > 2 and self.meter.passes + count - 2 > MOST:
+                return False
+            while len(self.starts) < count:
+                start = _shuffled(self.meter.model, 1 + len(self.starts))
+                self.starts.append(_mean(self.meter.losses(start, 0)))
+            starts = [before, *self.starts[:count]]
+            spread = statistics.stdev(starts) * math.sqrt(1 + 1 / len(starts))
+            if float(stdtr(count, -(_mean(starts) - after) / max(spread, 1e-12))) < risk:
+                return True
+        return False
 
 
 def _judge(
@@ -318,7 +343,7 @@ def _judge(
     # And where all is decided, but the gradient is far from rest, the truth is not among what was asked.
     renamed, unrest = is_only_renamed(plan, *sides), judge.unrest(choice)
     keeps = unrest >= RESTLESS if is_open else RESTLESS * FAR <= unrest < math.inf
-    if (is_open and renamed) or (keeps and not renamed) or not _falls(bench.fresh, best, meter):
+    if (is_open and renamed) or (keeps and not renamed) or not bench.falls(best):
         judged = _as_planned(plan, bench, questioned, trials)
         far = f"the best mapping found is not where training ended: its gradient is {unrest:.0f} times the noise"
         return judged if is_open or not keeps else replace(judged, notes=(*judged.notes, far))
@@ -374,7 +399,7 @@ def _as_planned(
     losses, beaten = bench.losses(plan), False
     if trials is not None:
         best = trials.losses(trials.best, at_once=True)
-        beaten = risk_of(losses, best) < RISK / trials.tried and _falls(bench.fresh, best, bench.meter)
+        beaten = risk_of(losses, best) < RISK / trials.tried and bench.falls(best)
     rises = _mean(losses) > _mean(bench.fresh) + statistics.pstdev(bench.fresh) and not _unfilled(plan)
     if not questioned or not (beaten or rises):
         return _verdict(plan, bench, losses, ())
@@ -480,22 +505,6 @@ def _what(entry: PlanEntry | None) -> object:
     return entry and (entry.sources, entry.targets, tuple(op for op in entry.operations if op.name != "cast"))
 
 
-def _falls(fresh: Sequence[float], best: Sequence[float], meter: LossMeter) -> bool:
-    """Whether the loss falls by more than one random start differs from another.
-
-    Where the fall is less than the samples of the fresh model differ, two more random starts, the fresh weights
-    shuffled, tell how much that is.
-    """
-    before, after = _mean(fresh), _mean(best)
-    if not math.isfinite(after) or after >= before or (len(fresh) > 2 and risk_of(fresh, best) > RISK):
-        return False
-    if before - after > statistics.pstdev(fresh):
-        return True
-    starts = [before, *(_mean(meter.losses(_shuffled(meter.model, seed), 0)) for seed in (1, 2))]
-    spread = statistics.stdev(starts) * math.sqrt(1 + 1 / len(starts))
-    return float(stdtr(len(starts) - 1, -(_mean(starts) - after) / max(spread, 1e-12))) < RISK
-
-
 def _shuffled(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """The model's weights, each tensor's values in a random order: another start like the first."""
     generator = torch.Generator().manual_seed(seed)
@@ -512,7 +521,7 @@ def _mean(values: Sequence[float]) -> float:
 def _verdict(plan: TransferPlan, bench: _Bench, final: Sequence[float], decisions: tuple[Decided, ...]) -> TransferPlan:
     """The plan with its proof: does the loss fall, and is nothing left open?"""
     fresh = bench.fresh
-    falls = _falls(fresh, final, bench.meter)
+    falls = bench.falls(final)
     seconds = time.monotonic() - bench.budget.started
     spent = round(bench.meter.passes, 2), round(seconds, 2), statistics.pstdev(fresh)
     measured = Measured(_mean(fresh), _mean(final), *spent, decisions)

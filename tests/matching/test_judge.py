@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl import TransferPlan, transfer_weights
-from lit_wsl.matching.judge import RISK, LossJudge, judge_by_loss
+from lit_wsl.matching.judge import MOST, RISK, LossJudge, _Bench, judge_by_loss
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.witnesses import risk_of
@@ -230,3 +230,40 @@ def test_a_choice_that_was_beaten_does_not_come_again(monkeypatch, trained, batc
     report = transfer_weights(New(), trained.state_dict(), loss=loss, batches=batches, min_coverage=0)
     assert len(asked) == len(set(asked)) > 1
     assert {"q.weight", "q.bias"} <= set(report.ambiguous)  # where the tests contradict each other nothing is taken
+
+
+class Starts:
+    """A meter whose random starts lose what they are told to; the samples of each differ by far more."""
+
+    def __init__(self, *losses, passes=0.0) -> None:
+        self.model, self.losses_of_starts, self.passes = nn.Linear(2, 2), iter(losses), passes
+
+    def losses(self, state, number):
+        return spread_around(next(self.losses_of_starts))
+
+
+def spread_around(mean):
+    return [mean + far for far in (-9.0, -3.0, 0.0, 3.0, 9.0)]
+
+
+def bench_of(fresh, *starts, **options):
+    return _Bench({}, Starts(*starts, **options), None, spread_around(fresh))
+
+
+def test_the_loss_falls_if_no_random_start_comes_near():
+    bench = bench_of(10.0, 10.4, 9.7, 10.1, 9.9, 10.2)
+    assert bench.falls(spread_around(7.5))  # told by six starts, not by three
+    assert len(bench.starts) == 5
+    assert bench.falls(spread_around(7.5))  # known starts cost no pass
+    assert not bench.falls(spread_around(9.4))
+    assert not bench.falls(spread_around(math.nan))
+    assert not bench_of(10.0, 10.4, 9.7, passes=MOST).falls(spread_around(7.5))  # there is no pass left for more
+
+
+def test_one_more_random_start_is_seldom_taken_for_trained():
+    generator = torch.Generator().manual_seed(0)
+    false = sum(
+        bench_of(*starts).falls(spread_around(last))
+        for *starts, last in (10 + torch.randn(1000, 7, generator=generator)).tolist()
+    )
+    assert false <= 0.011 * 1000 + 3 * math.sqrt(0.011 * 1000)
