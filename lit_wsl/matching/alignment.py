@@ -358,12 +358,13 @@ class RegionMatch:
         for path, s in zip(self.region.names[0], self.region.source.tensors):
             t = theirs.get(path)
             if t is not None and t.shape == s.shape and self.region.like_numbers(path):
-                found[0][s.start].add(t.start)
-                found[1][t.start].add(s.start)
+                ours, its = s.start, t.start
+                found[0][ours].add(its)
+                found[1][its].add(ours)
         for side, known in enumerate((self.aligner.twins, self.aligner.sources_of)):
             for t in (self.region.source, self.region.target)[side].tensors if known else ():
-                if t.start in known:
-                    found[side][t.start].add(known[t.start])
+                if (start := t.start) in known:
+                    found[side][start].add(known[start])
         return found
 
     def _unsettled(self, p: Pair) -> bool:

@@ -437,10 +437,11 @@ def companions_together(
     main_t = _mains(target)
     minor = {i.name: main_t[_unit(i)] for i in target} if len(main_t) < len(target) else {}
     minor = {name: main for name, main in minor.items() if main.name != name}
-    shifts = [
-        {_unit(i): i.numel for i in side if len(i.shape) == 1 and i.leaf != "weight"} for side in (source, target)
-    ]
-    matches = [m for m in matches if not _turned_for_nothing(m, shifts[0], shifts[1])]
+    if any(op.name == "transpose" for *_, how in matches for op in how.operations):
+        ours, theirs = (
+            {_unit(i): i.numel for i in side if len(i.shape) == 1 and i.leaf != "weight"} for side in (source, target)
+        )
+        matches = [m for m in matches if not _turned_for_nothing(m, ours, theirs)]
     if not minor:
         return tuple(matches)
     main_s = _mains(source)

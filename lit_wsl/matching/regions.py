@@ -110,11 +110,11 @@ class Region:
 
     def same_numbers(self, path: str) -> bool:
         """Whether every number along a path counts the same things on both sides."""
-        return all(place not in self._unlike for place, _ in counted(path))
+        return not self._unlike or all(place not in self._unlike for place, _ in counted(path))
 
     def like_numbers(self, path: str) -> bool:
         """Whether the numbers along a path are those of the other side, or among them: nothing is counted from one."""
-        return all(place not in self._not_within for place, _ in counted(path))
+        return not self._not_within or all(place not in self._not_within for place, _ in counted(path))
 
     @cached_property
     def _unlike(self) -> frozenset[str]:
