@@ -42,7 +42,6 @@ from lit_wsl.matching.likeness import (
     LAYER_WORDS,
     LAYERS,
     NEAR_WORDS,
-    PART_WORDS,
     SHORT_WORDS,
     SIDES,
     WEAK,
@@ -101,7 +100,7 @@ FEW = 2  # units of the same name say nothing yet of the two models
 
 def is_named(cell: str) -> bool:
     """Whether names decided."""
-    return cell.startswith((PATH, TIED, WORDS, SHORT_WORDS, HALF_WORDS, PART_WORDS, "open")) and LAYER_WORDS not in cell
+    return cell.startswith((PATH, TIED, WORDS, SHORT_WORDS, HALF_WORDS, "open")) and LAYER_WORDS not in cell
 
 
 class ClassSolver:
@@ -155,13 +154,10 @@ class ClassSolver:
             return p.cell
         kind = other_name(p.source, p.target, region)
         if kind and max(p.source.level, p.target.level) < 2:
-            if same_role(owner_path(p.source.main.path), owner_path(p.target.main.path)):
-                kind = ""
-            else:
-                kind += self._around(p, region)
-        order = ""
-        if not is_named(p.cell) and not p.cell.startswith(ORDER):
-            order = self.learned.rows.agree(region, p.source, p.target) if self.ordered else "unordered"
+            known = same_role(owner_path(p.source.main.path), owner_path(p.target.main.path))
+            kind = "" if known else kind + self._around(p, region)
+        named = is_named(p.cell) or p.cell.startswith(ORDER)
+        order = "" if named else self.learned.rows.agree(region, p.source, p.target) if self.ordered else "unordered"
         return ", ".join(filter(None, (p.cell, kind, order)))
 
     def _against(self, p: Pair, cell: str, region: Region) -> str:
@@ -385,7 +381,7 @@ class ClassSolver:
         for i, j, lead in leading:
             cell = LAYER_WORDS if kinds[i][j] == LAYER_ONLY and not complete else kinds[i][j]
             cell = WORDS if cell == LAYER_ONLY else cell
-            if cell == PART_WORDS or (cell == LAYER_WORDS and not sure):
+            if not cell or (cell == LAYER_WORDS and not sure):
                 continue
             cell = cell if sure else "open " + cell
             if not may_load(cell):
@@ -406,9 +402,8 @@ class ClassSolver:
             better = better or (fixed and called_otherwise(left_s[0].members[0], left_t[0].members[0]))
             head = any(other_head(a, b, self.heads) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
-                out.ties.append(
-                    Tie(tuple(_literal(left_s)), tuple(_literal(left_t)), OTHER_HEAD if head else OTHER_WORDS)
-                )
+                why = OTHER_HEAD if head else OTHER_WORDS
+                out.ties.append(Tie(tuple(_literal(left_s)), tuple(_literal(left_t)), why))
                 return
             self._zip(left_s[0], left_t[0], EXCLUSION, out)
             return

@@ -85,10 +85,10 @@ def forget() -> None:
         known.cache_clear()
 
 
-WORDS, HALF_WORDS, PART_WORDS = "words", "half words", "some words"
+WORDS, HALF_WORDS = "words", "half words"
 LETTERS, NEAR_WORDS, LAYER_WORDS = "letters", "neighbour's words", "words for any layer"
 SHORT_WORDS = "short words"
-WEAK = (SHORT_WORDS, HALF_WORDS, PART_WORDS, "open ")  # what order may overrule
+WEAK = (SHORT_WORDS, HALF_WORDS, "open ")  # what order may overrule
 FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter may stand for anything
 ENDS = frozenset(  # what the last layer is called in any model, so that it says nothing about what it is for
     (
@@ -202,7 +202,7 @@ class Likeness:
 
     @property
     def kind(self) -> str:
-        """The cell of a pair that leads by it."""
+        """The cell of a pair that leads by it; none if each says something that the other does not."""
         left = {*self.left_s, *self.left_t}
         if (self.only_near and left) or left & SIDES:
             return NEAR_WORDS
@@ -211,7 +211,7 @@ class Likeness:
         if self.best == 1:
             return LETTERS
         if self.left_s and self.left_t:
-            return PART_WORDS
+            return ""
         return HALF_WORDS if left else WORDS if self.best == 3 else SHORT_WORDS
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from lit_wsl.matching.formula import OUTPUTS, spelled
-from lit_wsl.matching.likeness import liken
+from lit_wsl.matching.likeness import LAYER_NAMES, liken
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, relative, telling_words
 from lit_wsl.matching.words import counted
@@ -117,8 +117,8 @@ def _places(side: Sequence[Family]) -> list[int]:
 
 
 def _numbers(side: Sequence[Family]) -> list[int]:
-    """Which place each has by its number, if the rest of the names is the same, in short or in full: ``lyr_nrm2``."""
-    names = [[w for w in f.words if not w.isdigit()] for f in side]
+    """Which place each has by its number, if what else the names say is the same, in short or in full: ``lyr_nrm2``."""
+    names = [[w for w in f.words if not w.isdigit() and w not in LAYER_NAMES] for f in side]
     numbers = [[int(w) for w in f.words if w.isdigit()] for f in side]
     alike = [liken(names[0], words) for words in names[1:]]
     if any(len(ns) != 1 for ns in numbers) or any(like.left_s or like.left_t for like in alike):

@@ -59,7 +59,6 @@ _TOLD = {
     "words": "their names single them out",
     "short words": "their names single them out, words being shortened",
     "half words": "their names single them out, though one side says more",
-    "some words": "some words of their names single them out",
     "letters": "the letters of the formula in their names single them out",
     "words for any layer": "only words for a kind of layer in their names agree",
     "alone": "the only ones of this size and structure on both sides",
