@@ -58,6 +58,7 @@ from lit_wsl.matching.numbers import NUMBERS, counted_down, in_count, number_map
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER
 from lit_wsl.matching.regions import (
+    FEW,
     Decision,
     Learned,
     Pair,
@@ -95,7 +96,6 @@ NUMBERED_OTHERWISE = "numbered differently on the two sides, and it is unknown w
 OTHER_HEAD = "they would fit, but their names mean different things: it may be another head"
 EXCLUSION = "exclusion"
 LAYER_ONLY = "layers"  # both names say a kind of layer and no more
-FEW = 2  # units of the same name say nothing yet of the two models
 
 
 def is_named(cell: str) -> bool:
@@ -117,8 +117,7 @@ class ClassSolver:
         self.learned = learned
         self.names = options.strategy != "shape_only"
         self.costs = costs
-        self.ties = sides.ties
-        self.heads = sides.heads
+        self.ties, self.heads = sides.ties, sides.heads
         self.ordered, self.written = sides.ordered, sides.written
         self.sources_of = {t: s for s, t in sides.twins.items()}
 
@@ -165,7 +164,8 @@ class ClassSolver:
         if p.cell in (PATH, TIED) or not self.names:
             return OTHER_LETTER if p.cell == PATH and self.names and letters_apart(p.source, p.target, region) else ""
         at_end = p.cell.startswith(ORDER) and " at an end" in cell
-        if at_end or (" at a head" in cell and p.target.start in self.heads):
+        at_head = " at a head" in cell and p.target.start in self.heads
+        if at_end or (at_head and not self.learned.renames.are_all(p.source, p.target)):
             return OTHER_HEAD
         if not is_named(p.cell) and not p.cell.startswith(COUNT) and renamed_alone(p, region, self.learned):
             return RENAMED_ALONE
@@ -177,6 +177,9 @@ class ClassSolver:
             return OTHER_WORDS  # what is left of two towers, where the name of one was hardly known
         weak = last or (is_named(p.cell) and p.cell.startswith(WEAK))
         return against(p, region, agree, certain=alone, weak=weak)
+
+    def _is_other_head(self, s: Item, t: Item) -> bool:
+        return other_head(s, t, self.heads) and not self.learned.renames.are_all(s, t)
 
     def _around(self, p: Pair, region: Region) -> str:
         """What makes another name telling: units at an end may be other heads, and siblings that kept theirs."""
@@ -289,16 +292,16 @@ class ClassSolver:
     def _single(self, s: Item, t: Item, region: Region, out: Decision) -> None:
         if self.costs.of(s, t) is None:
             return
-        if self.names and other_head(s, t, self.heads):
+        if self.names and self._is_other_head(s, t):
             out.ties.append(Tie.of(s, t, region, OTHER_HEAD))
             return
         paths = relative(s, region.source), relative(t, region.target)
+        words = [plain_words(p) for p in paths]
         if paths[0] == paths[1] and region.same_numbers(paths[0]) and region.alike(s, t):
             cell = PATH
         elif region.complete and (region.alike(s, t) or max(s.level, t.level) < 2):
             cell = ALONE
         elif region.complete and max(s.level, t.level) == 2:
-            words = [plain_words(p) for p in paths]
             telling = [tuple(w for w in ws if w not in ENDS) for ws in words]
             words = telling if any(telling) else words
             likeness = liken(words[0], words[1])
@@ -308,7 +311,6 @@ class ClassSolver:
         elif is_strong(s) and region.alike(s, t):
             cell = STRONG
         else:
-            words = [plain_words(p) for p in paths]
             likeness = liken(words[0], words[1])
             if likeness.shared and likeness.kind == WORDS:
                 cell = "open " + WORDS
@@ -336,11 +338,10 @@ class ClassSolver:
                 twin = self._wrapped_twin(i, s)
             elif not region.same_numbers(path):
                 continue
-            if twin is None or counted_down(twin, i, region):
+            if twin is None or counted_down(twin, i, region) or self.costs.of(twin, i) is None:
                 continue
-            if self.costs.of(twin, i) is not None:
-                out.pairs.append(Pair(twin, i, PATH, first=not path or path[-1] in "0" or not path[-1].isdigit()))
-                taken |= {id(twin), id(i)}
+            out.pairs.append(Pair(twin, i, PATH, first=not path or path[-1] in "0" or not path[-1].isdigit()))
+            taken |= {id(twin), id(i)}
         return [i for i in s if id(i) not in taken], [i for i in t if id(i) not in taken]
 
     def _wrapped_twin(self, t: Item, s: list[Item]) -> Item | None:
@@ -364,7 +365,7 @@ class ClassSolver:
                     return
                 cell = EXCLUSION if fixed else ALONE if region.complete else STRONG
                 cell = cell if sure else "open " + cell
-                if any(other_head(a, b, self.heads) for a, b in zip(fs[0].members, ft[0].members)):
+                if any(self._is_other_head(a, b) for a, b in zip(fs[0].members, ft[0].members)):
                     out.ties.append(Tie(tuple(_literal(fs)), tuple(_literal(ft)), OTHER_HEAD))
                 elif may_load(cell):
                     self._zip(fs[0], ft[0], cell, out)
@@ -400,7 +401,7 @@ class ClassSolver:
             i, j = next(iter(open_s)), next(iter(open_t))
             better = max(shared[i].max(), shared[:, j].max()) > shared[i, j]
             better = better or (fixed and called_otherwise(left_s[0].members[0], left_t[0].members[0]))
-            head = any(other_head(a, b, self.heads) for a, b in zip(left_s[0].members, left_t[0].members))
+            head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
                 why = OTHER_HEAD if head else OTHER_WORDS
                 out.ties.append(Tie(tuple(_literal(left_s)), tuple(_literal(left_t)), why))

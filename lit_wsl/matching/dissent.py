@@ -31,7 +31,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO
-from lit_wsl.matching.regions import Learned, Pair, Region, Tie, makes_of
+from lit_wsl.matching.regions import FEW, Learned, Pair, Region, Tie, makes_of
 from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
 
@@ -55,7 +55,7 @@ TOWERS = (
 )
 AGAINST_NAMES = "their order says one thing and their names another"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
-FEW, KEPT = 2, 3  # so many siblings of the same name, and none of another, show that names were kept
+KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
 
 
 def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -> str:

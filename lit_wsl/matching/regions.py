@@ -32,6 +32,7 @@ from lit_wsl.structure.description import ParameterInfo, Shape
 
 TELLING = (WORDS, SHORT_WORDS, HALF_WORDS)  # likenesses by which a name singles out another
 BLOCK = 64  # tensors; larger regions teach nothing about their like
+FEW = 2  # units of the same name say nothing yet of the two models
 
 
 @dataclass(frozen=True)
@@ -356,6 +357,11 @@ class Renames:
     def others(self, s: Item, t: Item) -> tuple[int, int]:
         """How many others were renamed anywhere, and how many kept their names."""
         return _counted(self._names.values(), (own_name(s), own_name(t)))
+
+    def are_all(self, s: Item, t: Item) -> bool:
+        """Whether everything else has another name on the other side, so that another name of a head is no wonder."""
+        renamed, kept = self.others(s, t)
+        return renamed > FEW and not kept
 
     def beside(self, region: Region, s: Item, t: Item) -> set[Names]:
         """The names of the pairs that stand in the same module."""

@@ -547,3 +547,11 @@ def test_a_branch_inside_of_a_model_is_no_head():
     truth = dict(zip(new, net("begin head branch_a branch_b branch_c branch_d")))
     filled = loaded(net("begin head branch_a branch_b branch_c branch_d"), new, truth)
     assert {"mixed.stream_x.map", "mixed.stream_w.map"} <= filled
+
+
+def test_a_head_has_another_name_where_everything_has():
+    def net(stem: str, list_name: str, layer: str, head: str) -> dict[str, nn.Module]:
+        return {stem: linear(4), **{f"{list_name}.{k}.{layer}": linear() for k in range(3)}, head: linear(8, 3)}
+
+    old, new = net("embed", "blocks", "mix", "bbox_head"), net("entry", "trunk", "lift", "roi")
+    assert "roi" in loaded(old, new, dict(zip(new, old)))
