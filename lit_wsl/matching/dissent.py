@@ -258,11 +258,16 @@ def against_order(tie: Tie, region: Region, cell: str) -> str:
 
 
 def _counted_backwards(families: Sequence[Family]) -> bool:
-    """Whether what is counted under one name, ``norm`` and ``norm2``, is not registered in that order."""
+    """Whether what is counted under one name, ``norm`` and ``norm2``, is not registered in that order.
+
+    Blocks may be counted down: a decoder begins with the deepest level.
+    """
     counts = defaultdict(list)
     for f in sorted(families, key=lambda f: f.start):
         counts[tuple(w for w in f.pattern if w != "#")].append(f.numbers[0])
-    return any(numbers != sorted(numbers) for numbers in counts.values())
+    orders = [(numbers, sorted(numbers)) for numbers in counts.values()]
+    blocks = families[0].members[0].level == 2
+    return any(numbers != up and not (blocks and numbers == up[::-1]) for numbers, up in orders)
 
 
 def _are_towers(s: Item, t: Item) -> bool:
