@@ -522,11 +522,7 @@ def permute_axes(spec: PermutationSpec, name: str, tensor: Tensor, indices: Mapp
 
 
 def require_spec(value: Any) -> None:
-    """Refuse what is not a spec.
-
-    Raises:
-        ArgumentTypeError: With what was given.
-    """
+    """Refuse what is not a spec, with what was given."""
     if not isinstance(value, PermutationSpec):
         raise ArgumentTypeError(
             f"spec must be a PermutationSpec, but it is {what_it_is(value)}. The spec comes first; "
@@ -567,13 +563,8 @@ def apply_permutation(
 
 def invert_permutations(spec: PermutationSpec, permutations: Permutations) -> dict[str, Tensor]:
     """The permutations that undo ``permutations``: applying both, in either order, changes nothing."""
-    inverse: dict[str, Tensor] = {}
-    for name in spec.groups:
-        if name not in permutations:
-            continue
-        rows = permutations[name].argsort(dim=-1)
-        inverse[name] = _rows_of_old_places(spec, permutations, name, rows)
-    return inverse
+    rows = {name: permutations[name].argsort(dim=-1) for name in spec.groups if name in permutations}
+    return {name: _rows_of_old_places(spec, permutations, name, own) for name, own in rows.items()}
 
 
 def _rows_of_old_places(spec: PermutationSpec, permutations: Permutations, name: str, rows: Tensor) -> Tensor:
@@ -583,11 +574,11 @@ def _rows_of_old_places(spec: PermutationSpec, permutations: Permutations, name:
         return rows
     sizes = spec.permutation_shape(name)[:-1]
     grid = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij")
-    path: list[Tensor] = []
-    for level, ancestor in enumerate(ancestors):
-        taken = permutations[ancestor][tuple(grid[: level + 1])] if ancestor in permutations else grid[level]
-        path.append(taken)
     result = torch.empty_like(rows)
+    path = (
+        permutations[ancestor][tuple(grid[: level + 1])] if ancestor in permutations else grid[level]
+        for level, ancestor in enumerate(ancestors)
+    )
     result[tuple(path)] = rows
     return result
 
@@ -600,8 +591,6 @@ def compose_permutations(spec: PermutationSpec, first: Permutations, second: Per
     for name in spec.groups:
         sizes = spec.permutation_shape(name)
         grid = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij")
-        path = []
-        for level, member in enumerate((*spec.ancestors(name), name)):
-            path.append(two[member][tuple(grid[: level + 1])])
-        result[name] = one[name][tuple(path)]
+        members = enumerate((*spec.ancestors(name), name))
+        result[name] = one[name][tuple(two[member][tuple(grid[: level + 1])] for level, member in members)]
     return result
