@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from torch import nn
 
 from lit_wsl.errors import RebasinError
@@ -77,6 +78,7 @@ def live_nodes(trace: Trace) -> list[Node]:
         written = written_arguments(node)
         if not (
             node.name in READING
+            or torch.Tag.dynamic_output_shape in node.func.tags  # Python may ask how many there are
             or any(out.number in live for out in flat_refs(node.outs))
             or any(tensors[number].storage in storages for number in written)
         ):
