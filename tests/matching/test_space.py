@@ -276,3 +276,13 @@ def test_where_the_numbers_of_blocks_are_in_question_so_are_those_of_lists_besid
     space = Space(source, target, doubtful)
     asked = {len(d.options) for d in space.decisions if "scales.0" in d.text}
     assert asked == ({2} if is_open else set())
+
+
+def test_layers_of_several_modules_are_asked_about_where_the_other_side_has_one_list():
+    source = Net({f"m{c}": {name: {"weight": (D,)} for name in ("one", "two")} for c in "abcd"})
+    target = Net({"n": {str(k): {"weight": (D,)} for k in range(8)}})
+    sides = describe(source.state_dict()), describe(target)
+    space = Space(*sides, build_plan(*sides, MatchingOptions()))
+    (part,) = space.parts
+    assert len(part.source) == len(part.target) == 8
+    assert len(list(space.exchanges(space.first, part))) >= 8 * 7 / 2  # any two, and both layers of two modules
