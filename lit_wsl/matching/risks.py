@@ -7,15 +7,13 @@ from functools import cache, lru_cache
 from importlib import resources
 from math import sqrt
 
-RISK_LIMIT, ENOUGH = 0.15, 40  # a kind loads if it is wrong less often, with 95 % confidence, or never in so many
-BY_ORDER = 0.05  # the same where order decides: a source may stand in an order that says nothing, and not show it
+RISK_LIMIT, ENOUGH = 0.05, 40  # a kind loads if it is wrong less often, with 95 % confidence, or never in so many
 
 
 def may_load(cell: str) -> bool:
     """Whether pairs of a kind of evidence are loaded, or stay open."""
     right, wrong = counted(cell)
-    limit = BY_ORDER if cell.startswith("order") else RISK_LIMIT
-    return (right >= ENOUGH and not wrong) or bound(wrong, right + wrong) < limit
+    return (right >= ENOUGH and not wrong) or bound(wrong, right + wrong) < RISK_LIMIT
 
 
 @lru_cache(maxsize=100_000)
