@@ -258,7 +258,7 @@ def liken(
 
 def _names_layer(a: str, b: str, general: Collection[str]) -> bool:
     """Whether what two words have in common names a kind of layer: ``attention`` and ``selfattention``."""
-    return any(w in general or w in KINDS or w == "backbone" for w in (a, b)) or ("norm" in a and "norm" in b)
+    return any(w in general or w == "backbone" for w in (a, b)) or ("norm" in a and "norm" in b)
 
 
 def leads(shared: np.ndarray) -> list[tuple[int, int, float]]:
