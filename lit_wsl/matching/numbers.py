@@ -94,14 +94,29 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
     """
     if len(fs) != len(ft) or any(len(f.members) != 1 for f in (*fs, *ft)):
         return []
-    rows = []
-    for side in (fs, ft):
-        told = ([count_of(f, side) for f in side], _numbers(side), _places(side), _letters(side))
-        found = next((c for c in told if sorted(c) == list(range(len(side)))), None)
-        if found is None:
-            return []
-        rows.append([side[found.index(k)] for k in range(len(side))])
+    told = [_told(side) for side in (fs, ft)]
+    if not (told[0] and told[1]):
+        return []
+    ways, rows = zip(*told)
+    mixed, by_formula = ways[0] != ways[1], "letter" in ways and len(fs) >= len("qkv")
+    if mixed and not by_formula and any(_is_listed(f) for f in (*fs, *ft)):
+        return []  # in a list of two norms, either may be the first
     return list(zip(*rows))
+
+
+def _told(side: Sequence[Family]) -> tuple[str, list[Family]] | None:
+    """In which way items are counted, and the items in that order."""
+    ways = ("count", [count_of(f, side) for f in side]), ("count", _numbers(side)), ("place", _places(side))
+    for way, counts in (*ways, ("letter", _letters(side))):
+        if sorted(counts) == list(range(len(side))):
+            return way, [side[counts.index(k)] for k in range(len(side))]
+    return None
+
+
+def _is_listed(family: Family) -> bool:
+    """Whether the last number of a path is a part of its own, as in a list."""
+    parts = family.members[0].path.split(".")
+    return next((part.isdigit() for part in reversed(parts) if any(map(str.isdigit, part))), False)
 
 
 _OUTPUT = {word for words in OUTPUTS for word in words}
