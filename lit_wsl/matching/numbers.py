@@ -99,7 +99,7 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
         return []
     ways, rows = zip(*told)
     mixed, by_formula = ways[0] != ways[1], "letter" in ways and len(fs) >= len("qkv")
-    if mixed and not by_formula and any(_is_listed(f) for f in (*fs, *ft)):
+    if mixed and not by_formula and (_are_listed(fs) or _are_listed(ft)):
         return []  # in a list of two norms, either may be the first
     return list(zip(*rows))
 
@@ -113,10 +113,11 @@ def _told(side: Sequence[Family]) -> tuple[str, list[Family]] | None:
     return None
 
 
-def _is_listed(family: Family) -> bool:
-    """Whether the last number of a path is a part of its own, as in a list."""
-    parts = family.members[0].path.split(".")
-    return next((part.isdigit() for part in reversed(parts) if any(map(str.isdigit, part))), False)
+def _are_listed(side: Sequence[Family]) -> bool:
+    """Whether items are members of a list: the last numbers of their paths differ, and are parts of their own."""
+    paths = [f.members[0].path.split(".") for f in side]
+    last = {next((part for part in reversed(path) if any(map(str.isdigit, part))), "") for path in paths}
+    return len(last) == len(side) and all(map(str.isdigit, last))
 
 
 _OUTPUT = {word for words in OUTPUTS for word in words}
