@@ -345,7 +345,7 @@ def _judge(
     keeps = unrest >= RESTLESS if is_open else RESTLESS * FAR <= unrest < math.inf
     if (is_open and renamed) or (keeps and not renamed) or not bench.falls(best):
         judged = _as_planned(plan, bench, questioned, trials)
-        far = f"the gradient there is {unrest:.0f} times its noise: the old training was short, or a part is mapped wrong"
+        far = f"the gradient there is {unrest:.0f} times its noise: training was short, or a part is mapped wrong"
         return judged if is_open or not keeps else replace(judged, notes=(*judged.notes, far))
     decisions = tuple(sorted(_decided(judge, choice, risks), key=lambda d: d.risk))
     judged = _with_answers(plan, judge, choice, risks, sides)
