@@ -18,7 +18,7 @@ AMONG_MANY, AMONG_TWO, BESIDE_ONE = "order among many", "order among two", "orde
 ORDER_OF_KIND, ORDER_ALONE = "order of a kind", "order alone"
 MANY = 4  # by chance one in 24 orders is the reverse of another
 AS_ELSEWHERE, AS_SOMEWHERE, UNLIKE_ELSEWHERE = "as elsewhere", "as somewhere else", "unlike elsewhere"
-NEEDED = {ORDER_ALONE: (AS_ELSEWHERE,), BESIDE_ONE: (AS_ELSEWHERE, AS_SOMEWHERE)}  # of other regions of this level
+NEEDED = {ORDER_ALONE: (AS_ELSEWHERE,), BESIDE_ONE: (AS_ELSEWHERE,)}  # of other regions of this level
 
 
 def order_cell(certain: Sequence[Pair], tie: Tie, others: Sequence[Tie], elsewhere: str) -> str | None:
