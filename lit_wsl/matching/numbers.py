@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lit_wsl.matching.formula import OUTPUTS, spelled
 from lit_wsl.matching.likeness import LAYER_NAMES, liken
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, relative, telling_words
@@ -94,42 +93,43 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
     """
     if len(fs) != len(ft) or any(len(f.members) != 1 for f in (*fs, *ft)):
         return []
-    told = [_told(side) for side in (fs, ft)]
+    told = [_told(side, FINAL) for side in (fs, ft)]
+    counts = any(found and found[0] == "count" for found in told)
+    told = [_told(side, OUTPUT) if counts and not found else found for side, found in zip((fs, ft), told)]
     if not (told[0] and told[1]):
         return []
     ways, rows = zip(*told)
-    mixed, by_formula = ways[0] != ways[1], "letter" in ways and len(fs) >= len("qkv")
-    if mixed and not by_formula and (_are_listed(fs) or _are_listed(ft)):
+    if ways[0] != ways[1] and (_are_listed(fs) or _are_listed(ft)):
         return []  # in a list of two norms, either may be the first
     return list(zip(*rows))
 
 
-def _told(side: Sequence[Family]) -> tuple[str, list[Family]] | None:
-    """In which way items are counted, and the items in that order."""
-    ways = ("count", [count_of(f, side) for f in side]), ("count", _numbers(side)), ("place", _places(side))
-    for way, counts in (*ways, ("letter", _letters(side))):
+def _told(side: Sequence[Family], last: frozenset[str]) -> tuple[str, list[Family]] | None:
+    """In which way items are counted, and the items in that order; words may say which of two norms is the last."""
+    ways = ("count", [count_of(f, side) for f in side]), ("count", _numbers(side)), ("place", _places(side, last))
+    for way, counts in ways:
         if sorted(counts) == list(range(len(side))):
             return way, [side[counts.index(k)] for k in range(len(side))]
     return None
 
 
 def _are_listed(side: Sequence[Family]) -> bool:
-    """Whether items are members of a list: the last numbers of their paths differ, and are parts of their own."""
-    paths = [f.members[0].path.split(".") for f in side]
-    last = {next((part for part in reversed(path) if any(map(str.isdigit, part))), "") for path in paths}
-    return len(last) == len(side) and all(map(str.isdigit, last))
+    """Whether items are, or stand in, members of a list: where their paths part, there are numbers."""
+    paths = zip(*(f.members[0].path.split(".") for f in side))
+    parting = next((parts for parts in paths if len(set(parts)) > 1), ())
+    return any(map(str.isdigit, parting))
 
 
-_OUTPUT = {word for words in OUTPUTS for word in words}
 ATTENTIONS = frozenset(("attention", "attn", "att", "sa", "mha", "selfattention", "mixer"))
+FINAL, OUTPUT = frozenset(("final",)), frozenset(("final", "output"))
 FEEDS = frozenset(("ffn", "ff", "mlp", "feed", "feedforward"))
 
 
-def _places(side: Sequence[Family]) -> list[int]:
+def _places(side: Sequence[Family], last: frozenset[str]) -> list[int]:
     """Where the two norms of a block stand by their words: 0 before the attention, 1 behind it; -1 if not told."""
     if len(side) != 2 or any(f.members[0].rank >= 2 for f in side):
         return []
-    return [_place_by(set(words)) for words in telling_words(side)]
+    return [_place_by(set(ws), last) for ws in (telling_words(side) if last is FINAL else [f.words for f in side])]
 
 
 def _numbers(side: Sequence[Family]) -> list[int]:
@@ -142,21 +142,12 @@ def _numbers(side: Sequence[Family]) -> list[int]:
     return [sorted(numbers).index(ns) for ns in numbers]
 
 
-def _letters(side: Sequence[Family]) -> list[int]:
-    """Which place each has among queries, keys, values and output, as they stand in Attention(Q, K, V)."""
-    letters = ["".join(sorted(spelled(words))) for words in telling_words(side)]
-    left = [k for k, letter in enumerate(letters) if not letter]
-    if len(left) == 1 and set(telling_words(side)[left[0]]) & _OUTPUT:
-        letters[left[0]] = "o"
-    return [sorted(letters, key="qkvo".find).index(x) if len(x) == 1 else -1 for x in letters]
-
-
-def _place_by(words: set[str]) -> int:
+def _place_by(words: set[str], last: frozenset[str]) -> int:
     if words & {"post", "after"}:
         return -1 if words & FEEDS else 1
     if bool(words & ATTENTIONS) != bool(words & FEEDS):
         return int(bool(words & FEEDS))
-    return 0 if words & {"pre", "before", "input"} else 1 if words & {"final"} else -1
+    return 0 if words & {"pre", "before", "input"} else 1 if words & last else -1
 
 
 def count_of(family: Family, side: Sequence[Family]) -> int:

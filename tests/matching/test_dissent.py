@@ -497,15 +497,16 @@ def test_queries_beside_a_fused_whole_are_queries():
     assert "named after the queries" not in reasons.get("attn.self.query_proj.weight", "")
 
 
-def test_a_numbered_list_of_projections_stands_in_the_order_of_the_formula():
+def test_a_numbered_list_of_projections_may_stand_in_any_order():
+    letters = "kvqo"  # as in Whisper's attention
+
     def layer(*names: str) -> dict[str, nn.Module]:
         return {f"attn.{n}": linear() for n in names} | {"attn.norm": norm()}
 
-    new = layer("q_net", "k_net", "v_net", "o_net")
-    names = dict(zip(("q_net", "k_net", "v_net", "o_net"), ("lins.0", "lins.1", "lins.2", "lins.3")))
+    new = layer(*(f"{letter}_proj" for letter in letters))
+    names = {f"{letter}_proj": f"lins.{k}" for k, letter in enumerate(letters)}
     truth = {n: n.replace(n.rpartition(".")[2], names.get(n.rpartition(".")[2], "norm")) for n in new}
-    old = dict(sorted(layer("lins.0", "lins.1", "lins.2", "lins.3").items()))
-    loaded(old, new, truth)
+    loaded(layer(*names.values()), new, truth)
 
 
 def test_a_shortcut_is_known_from_the_stages_where_its_size_tells():
