@@ -26,7 +26,7 @@ from lit_wsl.matching.scoring import Context
 from lit_wsl.matching.selection import IncompatiblePairs, part_of, restrict
 from lit_wsl.matching.tree import ROLES, TreeBuilder, layer_kind, stem_of
 from lit_wsl.matching.words import plain_words
-from lit_wsl.plan.entries import SideSummary
+from lit_wsl.plan.entries import AVERAGE, SideSummary
 from lit_wsl.plan.operations import Operation, Transpose
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
@@ -148,6 +148,10 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
     sides, names = [], []
     whole, inside = source, part_of(source, options.source_prefix)
     source, copies = one_of_copies(inside, target)
+    left_out = [(copies, inside)] if copies else []
+    if copies and copies.reason == AVERAGE:  # beside it there may be a teacher
+        around, (source, copies) = source, one_of_copies(source, target)
+        left_out += [(copies, around)] if copies else []
     for side in (source, target):
         renamed = _plain_leaves(side.parameters)
         renamed |= {i.name: _plain_name(i.name) for i in side.parameters if "parametrizations." in i.name}
@@ -160,7 +164,9 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
         names.append({new: old for old, new in renamed.items()})
     summaries = SideSummary.of(whole), SideSummary.of(target)
     plan = _named_back(_build_lossless(sides[0], sides[1], options, summaries), names[0], names[1])
-    return plan if copies is None else settle(plan, copies, inside)
+    for copies, around in reversed(left_out):
+        plan = settle(plan, copies, around)
+    return plan
 
 
 def _named_back(plan: TransferPlan, source: Mapping[str, str], target: Mapping[str, str]) -> TransferPlan:

@@ -98,3 +98,15 @@ def test_a_word_inside_the_model_does_not_choose_a_copy():
     transfer_weights(model, source)
     pairs = zip(model.state_dict().items(), old)
     assert all(torch.equal(t, source[n]) for (_, t), n in pairs)
+
+
+@pytest.mark.parametrize("new", [network, renamed])
+def test_a_teacher_beside_an_average_is_no_source_either(new):
+    source, model = checkpoint("student.", "teacher."), new()
+    source |= {f"ema.{n.replace('.', '_')}": torch.randn_like(t) for n, t in list(source.items())}
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    report = transfer_weights(model, source, min_coverage=0.0)
+    held = {n: t for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    origins = {e.sources[0].split(".")[0] for e in report.plan}
+    assert len(origins) <= 1
+    assert held or set(report.ambiguous) == set(before)
