@@ -56,8 +56,9 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
     if average is not None:
         return kept, average
     found = _find_copies(shapes)
-    if found and _find_copies({i.name: i.shape for i in target.parameters}):
-        return source, None
+    if found and _find_copies({i.name: i.shape for i in target.parameters}):  # it needs its own, no copies of all of it
+        enough = ALIKE * len(target.parameters)
+        found = [g for g in found if _is_outside(*g[:2]) or sum(n.startswith(g[-1]) for n in shapes) >= enough]
     for group in found:
         best = group[0] if _is_outside(*group[:2]) else _told(group, target)
         taken = group[0] if best is None else best

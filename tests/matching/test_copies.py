@@ -110,3 +110,18 @@ def test_a_teacher_beside_an_average_is_no_source_either(new):
     origins = {e.sources[0].split(".")[0] for e in report.plan}
     assert len(origins) <= 1
     assert held or set(report.ambiguous) == set(before)
+
+
+@pytest.mark.parametrize("places", [("", "twin."), ("student.", "teacher.")])
+def test_a_copy_of_a_model_that_holds_twins_is_a_copy(places):
+    def twins(around: str = "") -> dict[str, Tensor]:
+        return {f"{around}{n}": t for n, t in checkpoint("net_a.", "net_b.").items()}
+
+    model = nn.ModuleDict({"first_a": network(), "first_b": network()})
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    source = twins(places[0]) | twins(places[1])
+    transfer_weights(model, source, min_coverage=0.0)
+    held = {n: t for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert bool(held) == (places[0] == "")
+    for name, tensor in held.items():
+        assert torch.equal(tensor, source[name.replace("first", "net")])
