@@ -138,7 +138,7 @@ class Aligner:
         self.ordered = sides.ordered
         self.execution = sides.execution
         self.twins = sides.twins
-        self.sources_of = {t: s for s, t in sides.twins.items()}
+        self.sources_of = sides.sources_of
         self.gathered = Evidence()
         self.turned = evidence.turned_matrices > evidence.exact_matrices
         self.costs = PairCosts(forbidden, self.turned)

@@ -19,7 +19,7 @@ Everything else stays open.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -119,7 +119,7 @@ class ClassSolver:
         self.costs = costs
         self.ties, self.heads = sides.ties, sides.heads
         self.ordered, self.written = sides.ordered, sides.written
-        self.sources_of = {t: s for s, t in sides.twins.items()}
+        self.sources_of = sides.sources_of
 
     def solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
         """Decide a class: members in registration order, and where they stand."""
@@ -296,22 +296,21 @@ class ClassSolver:
             out.ties.append(Tie.of(s, t, region, OTHER_HEAD))
             return
         paths = relative(s, region.source), relative(t, region.target)
-        words = [plain_words(p) for p in paths]
         if paths[0] == paths[1] and region.same_numbers(paths[0]) and region.alike(s, t):
             cell = PATH
         elif region.complete and (region.alike(s, t) or max(s.level, t.level) < 2):
             cell = ALONE
         elif region.complete and max(s.level, t.level) == 2:
-            telling = [tuple(w for w in ws if w not in ENDS) for ws in words]
-            words = telling if any(telling) else words
-            likeness = liken(words[0], words[1])
+            telling = [tuple(w for w in plain_words(p) if w not in ENDS) for p in paths]
+            ours, theirs = telling if any(telling) else map(plain_words, paths)
+            likeness = liken(ours, theirs)
             if paths[0] != paths[1] and (likeness.best < 2 or likeness.only_layers):
                 return
             cell = ALONE + ", other inside"
         elif is_strong(s) and region.alike(s, t):
             cell = STRONG
         else:
-            likeness = liken(words[0], words[1])
+            likeness = liken(plain_words(paths[0]), plain_words(paths[1]))
             if likeness.shared and likeness.kind == WORDS:
                 cell = "open " + WORDS
             elif region.shapes is not None and s.rank >= 2 and region.alike(s, t) and _unique(s, t, region):
@@ -327,6 +326,7 @@ class ClassSolver:
 
     def _by_path(self, s: list[Item], t: list[Item], region: Region, out: Decision) -> tuple[list[Item], list[Item]]:
         theirs = {relative(i, region.source): i for i in s}
+        starts = {i.start: i for i in s if not i.virtual}
         taken: set[int] = set()
         renamed = region.source.path.rpartition(".")[2] != region.target.path.rpartition(".")[2]
         if self.written and renamed and runs_apart(s, t, region):
@@ -334,23 +334,22 @@ class ClassSolver:
         for i in t:
             path = relative(i, region.target)
             twin = theirs.get(path)
-            if twin is None:
-                twin = self._wrapped_twin(i, s)
-            elif not region.same_numbers(path):
-                continue
+            twin = self._wrapped_twin(i, starts) if twin is None else twin
             if twin is None or counted_down(twin, i, region) or self.costs.of(twin, i) is None:
+                continue
+            if path in theirs and not region.same_numbers(path):
                 continue
             out.pairs.append(Pair(twin, i, PATH, first=not path or path[-1] in "0" or not path[-1].isdigit()))
             taken |= {id(twin), id(i)}
         return [i for i in s if id(i) not in taken], [i for i in t if id(i) not in taken]
 
-    def _wrapped_twin(self, t: Item, s: list[Item]) -> Item | None:
+    def _wrapped_twin(self, t: Item, starts: Mapping[int, Item]) -> Item | None:
         """What has the path of an item, but for a module around all of the model on one side."""
-        start = self.sources_of.get(t.start)
-        if start is None or t.virtual:
+        twin = starts.get(self.sources_of.get(t.start, -1))
+        if twin is None or t.virtual:
             return None
-        ends = ((i, sorted((f".{i.path}", f".{t.path}"), key=len)) for i in s if i.start == start and not i.virtual)
-        return next((i for i, (short, long) in ends if long.endswith(short)), None)
+        short, long = sorted((f".{twin.path}", f".{t.path}"), key=len)
+        return twin if long.endswith(short) else None
 
     # words -------------------------------------------------------------------------------------------------------
 

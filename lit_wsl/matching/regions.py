@@ -55,6 +55,11 @@ class Sides:
     heads: frozenset[int] = frozenset()
     twins: Mapping[int, int] = field(default_factory=dict)
 
+    @cached_property
+    def sources_of(self) -> dict[int, int]:
+        """The twins by the target's ordinals."""
+        return {t: s for s, t in self.twins.items()}
+
 
 @dataclass(frozen=True)
 class Region:
