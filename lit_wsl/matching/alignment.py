@@ -445,21 +445,25 @@ class RegionMatch:
                 self._doubt(tie)
             elif self._runs_otherwise(tie):
                 self._doubt(replace(tie, reason=RUN_OTHERWISE))
-            elif why := against_order(tie, self.region, cell):
+            elif why := against_order(tie, self.region, cell, self.aligner.classes.learned.renames):
                 self._doubt(replace(tie, reason=why))
             else:
-                for f, g in zip(tie.sources, tie.targets):
-                    decision = Decision()
-                    self.aligner.classes._zip(f, g, cell, decision)
-                    for p in decision.pairs:
-                        p, why = self.aligner.classes.judge(p, self.region)
-                        if why:
-                            self._doubt(Tie.of(p.source, p.target, self.region, why))
-                            continue
-                        self._take_pair(replace(p, first=False))
-                        self.aligner.gathered.learned.roles.teach(self.region, p.source, p.target)
-                    for inner in decision.ties:
-                        self._doubt(inner)
+                self._follow_order(tie, cell)
+
+    def _follow_order(self, tie: Tie, cell: str) -> None:
+        """Take the pairs of a tie in their order, all of them or none: what speaks against one speaks against it."""
+        decision = Decision()
+        for f, g in zip(tie.sources, tie.targets):
+            self.aligner.classes._zip(f, g, cell, decision)
+        judged = [self.aligner.classes.judge(p, self.region) for p in decision.pairs]
+        if why := next((why for _, why in judged if why), ""):
+            self._doubt(replace(tie, reason=why))
+            return
+        for p, _ in judged:
+            self._take_pair(replace(p, first=False))
+            self.aligner.gathered.learned.roles.teach(self.region, p.source, p.target)
+        for inner in decision.ties:
+            self._doubt(inner)
 
     def _runs_otherwise(self, tie: Tie) -> bool:
         """Whether the target runs the tie's items in another order than it registers them."""

@@ -93,8 +93,12 @@ def match_buffers(
     buffers_s: Sequence[ParameterInfo],
     buffers_t: Sequence[ParameterInfo],
     units: Collection[str],
+    twins: Mapping[str, ParameterInfo],
 ) -> list[tuple[ParameterInfo, ParameterInfo, str]]:
     """Match buffers by the modules that their weights were matched to; where there are none, by the same path.
+
+    ``twins`` has what stands at the same path of the whole models: seen alone, the buffers of one of two networks may
+    look like all that there is.
 
     Returns:
         ``(source, target, evidence)``, one to one, shapes equal.
@@ -118,12 +122,11 @@ def match_buffers(
             found += [(s, t, FOLLOWS) for t, s in _within_module(candidates, members)]
     taken = {s.name for s, _, _ in found}
     filled = {t.name for _, t, _ in found}
-    free = [s for s in buffers_s if s.name not in taken]
-    twins = twins_of(free, buffers_t, within=True)
+    free = {s.name for s in buffers_s} - taken
     found += [
         (twins[t.name], t, SAME_PATH)
         for t in buffers_t
-        if t.name in twins and t.name not in filled and t.module_path not in units
+        if t.name in twins and twins[t.name].name in free and t.name not in filled and t.module_path not in units
     ]
     return _counters_with_their_statistics(found, groups)
 

@@ -7,7 +7,7 @@ pair; any of them leaves it open.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Container, Mapping, Sequence
 from itertools import combinations, pairwise
 
@@ -31,7 +31,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO
-from lit_wsl.matching.regions import FEW, Learned, Pair, Region, Tie, makes_of
+from lit_wsl.matching.regions import FEW, Learned, Pair, Region, Renames, Tie, makes_of
 from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
 
@@ -54,6 +54,8 @@ TOWERS = (
     "whole networks of the same structure, named differently on the two sides; order alone does not show which is which"
 )
 AGAINST_NAMES = "their order says one thing and their names another"
+LISTS_CUT = "one list became several that names tell apart: which member went into which can't be told from a number"
+TWINS_RENAMED = "everything beside them kept its name, and only theirs are new: their order may be new as well"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
 KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
 
@@ -182,11 +184,20 @@ def _has_namesake(s: Item, t: Item, region: Region) -> bool:
     chains = [_chain(i, homes) for i, homes in zip((s, t), region.homes)]
     for (home_s, ours), (home_t, theirs) in zip(*map(pairwise, chains)):
         whole = ours is s and theirs is t
+        if (ours is s) != (theirs is t) and _is_member_beside_like(ours, theirs, s, t):
+            return ours.path.rpartition(".")[2] == theirs.path.rpartition(".")[2]
         if whole or ours.level == theirs.level == 2:
             alike = region.namesakes(home_s, home_t, same=whole)
             if alike[0].get(id(ours), id(theirs)) != id(theirs) or alike[1].get(id(theirs), id(ours)) != id(ours):
                 return True
     return False
+
+
+def _is_member_beside_like(ours: Item, theirs: Item, s: Item, t: Item) -> bool:
+    """Whether a whole list on one side is a member of a list on the other side, which has more of its kind."""
+    whole, member = (theirs, t) if ours is s else (ours, s)
+    inside = [c for c in whole.children if c.level == 2 and relative(c, whole).partition(".")[0].isdigit()]
+    return len(inside) > 1 and any(c is member for c in inside)
 
 
 def _is_inside_out(s: Item, t: Item) -> bool:
@@ -242,12 +253,16 @@ TOWER = 6  # tensors of a network that stands beside others: exchanged, it would
 CLEARLY = 0.2  # of 2: by so much more must two names say that they are exchanged
 
 
-def against_order(tie: Tie, region: Region, cell: str) -> str:
+def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
     """What speaks against pairing a tie in the order in which its families stand; empty if nothing does."""
     if _names_dissent(tie.sources, tie.targets, region):
         return AGAINST_NAMES
-    if _counted_backwards(tie.sources) or _counted_backwards(tie.targets):
+    if _counted_backwards(tie.sources, tie.targets) or _counted_backwards(tie.targets, tie.sources):
         return COUNTED_OTHERWISE
+    if _is_list_cut(tie.sources, tie.targets) or _is_list_cut(tie.targets, tie.sources):
+        return LISTS_CUT
+    if _are_twins_renamed(tie, renames):
+        return TWINS_RENAMED
     single = [
         (f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets) if len(f.members) == 1 == len(g.members)
     ]
@@ -257,17 +272,38 @@ def against_order(tie: Tie, region: Region, cell: str) -> str:
     return COUNTED_OTHERWISE if any(counted_apart(s, t, region) for s, t in single) else ""
 
 
-def _counted_backwards(families: Sequence[Family]) -> bool:
+def _counted_backwards(families: Sequence[Family], others: Sequence[Family]) -> bool:
     """Whether what is counted under one name, ``norm`` and ``norm2``, is not registered in that order.
 
-    Blocks may be counted down: a decoder begins with the deepest level.
+    Blocks may be counted down on both sides: a decoder begins with the deepest level.
     """
+    orders = [(numbers, sorted(numbers)) for numbers in _counts(families)]
+    counted = any(len(numbers) > 1 for numbers in _counts(others))
+    blocks = families[0].members[0].level == 2 and counted
+    return any(numbers != up and not (blocks and numbers == up[::-1]) for numbers, up in orders)
+
+
+def _counts(families: Sequence[Family]) -> list[list[tuple[int, ...]]]:
+    """The numbers under each name, in the order of registration."""
     counts = defaultdict(list)
     for f in sorted(families, key=lambda f: f.start):
         counts[tuple(w for w in f.pattern if w != "#")].append(f.numbers[0])
-    orders = [(numbers, sorted(numbers)) for numbers in counts.values()]
-    blocks = families[0].members[0].level == 2
-    return any(numbers != up and not (blocks and numbers == up[::-1]) for numbers, up in orders)
+    return list(counts.values())
+
+
+def _is_list_cut(whole: Sequence[Family], parts: Sequence[Family]) -> bool:
+    """Whether the members of one list stand in several on the other side: one after another, or by turns."""
+    lists = [{f.pattern for f in side} for side in (whole, parts)]
+    return len(lists[0]) == 1 < len(lists[1]) and min(Counter(f.pattern for f in parts).values()) > 1
+
+
+def _are_twins_renamed(tie: Tie, renames: Renames) -> bool:
+    """Whether nothing else was renamed anywhere, and what is tied here has names with nothing in common."""
+    ours, theirs = ([own_name(f.members[0]) for f in side] for side in (tie.sources, tie.targets))
+    if not all((*ours, *theirs)) or not all(_mean_otherwise(a, b) for a in ours for b in theirs):
+        return False
+    renamed, kept = renames.beyond({(a, b) for a in ours for b in theirs})
+    return kept >= KEPT and not renamed
 
 
 def _are_towers(s: Item, t: Item) -> bool:

@@ -20,6 +20,7 @@ from lit_wsl.structure.description import ParameterInfo, core
 
 _TABLE = re.compile("embed|pos|token|table")
 OPEN = "a square matrix, and nothing shows whether both sides store it the same way round"
+BOTH_WAYS = "it would have to be turned, but a matrix beside it is stored the same way round on both sides"
 HEADS = "the heads are stored apart on one side, so that nothing shows whether the matrix is stored the same way round"
 OTHER_CONVOLUTION = "one is a transposed convolution, the other is not: no copy of the kernel computes the same"
 
@@ -67,9 +68,8 @@ class Orientation:
         self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo], operations: Sequence[Operation]
     ) -> None:
         """What parts of a whole show: that they stand beside each other, or that only turned they fit."""
-        parts = targets if len(targets) > 1 else sources
         self.turned = self.turned or _joined_across(sources, targets)
-        if all(len(i.shape) == 2 for i in (*sources, *targets)) and not _are_square(parts):
+        if all(len(i.shape) == 2 for i in (*sources, *targets)) and not _fits_both_ways(sources, targets):
             turned = any(map(is_turn, operations))
             self.turned = self.turned or turned
             for make in {m for s in sources for t in targets for m in _makes(s, t)}:
@@ -89,11 +89,10 @@ class Orientation:
             if square and self._shown(s, t) is not any(map(is_turn, operations)):
                 return None, OPEN
             return operations, ""
-        parts = targets if len(targets) > 1 else sources
-        fused = any(isinstance(op, (Split, Concat)) for op in operations)
-        if fused and _are_square(parts):
+        if any(isinstance(op, (Split, Concat)) for op in operations) and _fits_both_ways(sources, targets):
             wanted = self._verdict(sources[0], targets[0])
-            if wanted is None or (wanted is False and _joined_across(sources, targets)):
+            across, square = _joined_across(sources, targets), _are_square(_parts_and_whole(sources, targets)[0])
+            if wanted is None or (wanted is False and across) or (wanted and not (square or any(map(is_turn, operations)))):
                 return None, OPEN
         return operations, ""
 
@@ -107,6 +106,8 @@ class Orientation:
             rows, columns = min(a, b, key=len)
             if rows == columns and "Conv" not in (t.module_type[:4], s.module_type[:4]):
                 return None, HEADS
+        if a != b and any(map(is_turn, operations)) and self._is_kept_beside(s, t):
+            return None, BOTH_WAYS
         if a != b or len(a) not in (2, 3) or a[-1] != a[-2] or _is_table(t):
             return operations, ""
         wanted = self._verdict(s, t)
@@ -126,6 +127,10 @@ class Orientation:
             return self._shown(s, t)
         same_make = _leaf(s) == _leaf(t) and len(core(s.shape)) == len(core(t.shape))
         return False if same_make and not self.turned else None
+
+    def _is_kept_beside(self, s: ParameterInfo, t: ParameterInfo) -> bool:
+        """Whether a matrix beside one that has to be turned is stored the same way round on both sides."""
+        return False in self._seen.get(_makes(s, t)[0], ())
 
     def _shown(self, s: ParameterInfo, t: ParameterInfo) -> bool | None:
         """What the nearest make that shows anything shows."""
@@ -147,10 +152,23 @@ def _members(sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo])
     return (replace(s, shape=s.shape[1:]), t) if len(targets) > 1 else (s, replace(t, shape=t.shape[1:]))
 
 
+def _parts_and_whole(
+    sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]
+) -> tuple[Sequence[ParameterInfo], Sequence[ParameterInfo]]:
+    return (targets, sources) if len(targets) > 1 else (sources, targets)
+
+
+def _fits_both_ways(sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]) -> bool:
+    """Whether parts make up a whole turned and as they are: where they are squares, or it is."""
+    return any(map(_are_square, _parts_and_whole(sources, targets)))
+
+
 def _joined_across(sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]) -> bool:
-    """Whether square parts make up a whole along its last axis, as matrices stored (in, out) do."""
-    parts, whole = (targets, sources) if len(targets) > 1 else (sources, targets)
-    return _are_square(parts) and len(whole[0].shape) == 2 and whole[0].shape[0] == parts[0].shape[0]
+    """Whether parts make up a whole along its last axis, as matrices stored (in, out) do."""
+    parts, whole = _parts_and_whole(sources, targets)
+    if not _fits_both_ways(sources, targets) or any(len(i.shape) != 2 for i in (*parts, *whole)):
+        return False
+    return all(i.shape[0] == whole[0].shape[0] and i.shape[1] != whole[0].shape[1] for i in parts)
 
 
 def _are_square(matrices: Sequence[ParameterInfo]) -> bool:

@@ -274,7 +274,8 @@ def _build_lossless(
         operations, why = orientation.judge((sources, targets, match.operations))
         if operations is None:
             both = (match.operations, (Transpose(), *match.operations))
-            choice = both if len(sources[0].shape) == len(targets[0].shape) == 2 else both[:1]
+            square = len(set(sources[0].shape)) == 1 and len(sources[0].shape) == len(targets[0].shape) == 2
+            choice = both if square else both[:1]
             writer.doubt(targets, [(sources, operations) for operations in choice], why)
             continue
         writer.add(sources, targets, operations, margin_of(match.cell), match.cell, told(match.cell))
@@ -288,7 +289,8 @@ def _build_lossless(
         running = {i.name for i in buffers_s}
         evidence = writer.evidence_by_module()
         units = {i.module_path for i in target.parameters if i.kind == "parameter"}
-        for s, t, reason in match_buffers(writer.pairs(), running, rest_s, rest_t, units):
+        at_path = twins_of(source.parameters, target.parameters, within=True)
+        for s, t, reason in match_buffers(writer.pairs(), running, rest_s, rest_t, units, at_path):
             writer.add((s,), (t,), (), 1.0, evidence.get(t.module_path, reason), reason)
     if options.buffers == "strict":
         refuse_modules(writer, source, target)

@@ -7,7 +7,7 @@ that nothing tells) and, from the pass before, the partners of other blocks and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -361,7 +361,11 @@ class Renames:
 
     def others(self, s: Item, t: Item) -> tuple[int, int]:
         """How many others were renamed anywhere, and how many kept their names."""
-        return _counted(self._names.values(), (own_name(s), own_name(t)))
+        return self.beyond({(own_name(s), own_name(t))})
+
+    def beyond(self, names: Container[Names]) -> tuple[int, int]:
+        """The same, of all but some names."""
+        return _counted(self._names.values(), names)
 
     def are_all(self, s: Item, t: Item) -> bool:
         """Whether everything else has another name on the other side, so that another name of a head is no wonder."""
@@ -374,14 +378,14 @@ class Renames:
 
     def siblings(self, region: Region, s: Item, t: Item) -> tuple[int, int]:
         """The same, of what stands in the same module."""
-        return _counted([self.beside(region, s, t)], (own_name(s), own_name(t)))
+        return _counted([self.beside(region, s, t)], {(own_name(s), own_name(t))})
 
 
 Names = tuple[tuple[str, ...], tuple[str, ...]]
 
 
-def _counted(known: Iterable[set[Names]], names: Names) -> tuple[int, int]:
-    renamed = Counter(a != b for a, b in set().union(*known) if (a, b) != names)
+def _counted(known: Iterable[set[Names]], names: Container[Names]) -> tuple[int, int]:
+    renamed = Counter(a != b for a, b in set().union(*known) if (a, b) not in names)
     return renamed[True], renamed[False]
 
 
