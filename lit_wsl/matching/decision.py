@@ -399,7 +399,8 @@ class ClassSolver:
         if len(left_s) == len(left_t) == 1 and len(left_s[0].members) == len(left_t[0].members):
             i, j = next(iter(open_s)), next(iter(open_t))
             better = max(shared[i].max(), shared[:, j].max()) > shared[i, j]
-            better = better or (fixed and called_otherwise(left_s[0].members[0], left_t[0].members[0]))
+            named = fixed or bool(leading)
+            better = better or (named and called_otherwise(left_s[0].members[0], left_t[0].members[0]))
             head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
                 why = OTHER_HEAD if head else OTHER_WORDS

@@ -31,7 +31,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO
-from lit_wsl.matching.regions import FEW, Learned, Pair, Region, Renames, Tie, makes_of
+from lit_wsl.matching.regions import Learned, Pair, Region, Renames, Tie, makes_of
 from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
 
@@ -145,12 +145,14 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
     Many siblings of a unit tell; of a module, or fewer siblings, only where nothing was renamed anywhere.
     """
     siblings = learned.renames.beside(region, p.source, p.target)
-    if len(siblings) < FEW or any(ours != theirs for ours, theirs in siblings):
+    if any(ours != theirs for ours, theirs in siblings):
         return False
-    if max(p.source.level, p.target.level) == 2 or len(siblings) < KEPT:
+    whole = max(p.source.level, p.target.level) == 2
+    if whole or len(siblings) < KEPT:
         listed = any(i.path.rpartition(".")[2].isdigit() for i in (p.source, p.target))
-        alike = liken(own_name(p.source), own_name(p.target)).shared  # yolo_backbone, resnet_backbone
-        if listed or alike or learned.renames.others(p.source, p.target)[0]:
+        alike = whole and liken(own_name(p.source), own_name(p.target)).shared  # yolo_backbone, resnet_backbone
+        renamed, kept = learned.renames.others(p.source, p.target)
+        if listed or alike or renamed or not kept:
             return False
     if set(own_name(p.source)) <= set(own_name(p.target, 2)) or set(own_name(p.target)) <= set(own_name(p.source, 2)):
         return False  # one is wrapped
@@ -298,7 +300,9 @@ def _is_list_cut(whole: Sequence[Family], parts: Sequence[Family]) -> bool:
 
 
 def _are_twins_renamed(tie: Tie, renames: Renames) -> bool:
-    """Whether nothing else was renamed anywhere, and what is tied here has names with nothing in common."""
+    """Whether nothing else was renamed anywhere, and the matrices tied here have names with nothing in common."""
+    if tie.rank < 2:
+        return False
     ours, theirs = ([own_name(f.members[0]) for f in side] for side in (tie.sources, tie.targets))
     if not all((*ours, *theirs)) or not all(_mean_otherwise(a, b) for a in ours for b in theirs):
         return False
