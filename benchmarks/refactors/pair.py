@@ -155,6 +155,8 @@ class Pair:
         member = verdict == "wrong" and entry and truth is not None and _same_member(entry.sources, name)
         if member and entry and (self._other_length or _same_list(entry.sources, wanted)):
             verdict = "assumed"
+        if verdict == "wrong" and entry and _same_numbers(entry.sources, wanted, name):
+            verdict = "assumed"
         judged = Judged(name, verdict, layout, buffer)
         if entry is None:
             return judged
@@ -198,6 +200,24 @@ def _same_member(sources: tuple[str, ...], target: str) -> bool:
     """Whether the sources stand in the member of the list, by name and number, that the target stands in."""
     there, here = {_member(source) for source in sources}, _member(target)
     return all(one.endswith(here) or here.endswith(one) for one in there)
+
+
+def _same_numbers(sources: tuple[str, ...], wanted: str, target: str) -> bool:
+    """Whether only a number tells what was taken from what belongs there, and up to it the target is called alike."""
+    here, there = target.split("."), wanted.split(".")
+    for source in sources:
+        parts = source.split(".")
+        apart = [at for at, (one, other) in enumerate(zip(parts, there)) if one != other]
+        if len(parts) != len(there) or not apart or not all(parts[at].isdigit() for at in apart):
+            return False
+        upto = apart[-1] + 1
+        if [_plain(part) for part in parts[:upto]] != [_plain(part) for part in here[:upto]]:
+            return False
+    return bool(sources)
+
+
+def _plain(part: str) -> str:
+    return part.replace("_", "").lower()
 
 
 def _same_list(sources: tuple[str, ...], wanted: str) -> bool:

@@ -102,7 +102,9 @@ misleading words, renumbering, any file).
 Tensors of the new model: right, silently wrong (a wrong layout included), unseen (its own in a layout that neither
 names nor shapes show: squares stored transposed under a Linear's own names, parts interleaved by head, parts in an
 order that the whole's name does not spell), assumed (from the member of the same name and number, but of a list of
-another length, of which not the last one was dropped or added), open (left alone, the choice is listed), missing, and
+another length, of which not the last one was dropped or added, or of one that is counted from its other end; or, where
+a part was exchanged, from one whose tensors have the same telling names), open (left alone, the choice is listed),
+missing, and
 nothing (left alone, and rightly so). `right` is the share of tensors that have a source; the bound is one-sided, 95 %
 (Clopper and Pearson).
 """
