@@ -33,7 +33,8 @@ class Judged:
             own, in a layout that neither names nor shapes show: a square that is stored transposed under a Linear's
             own names, parts that are interleaved by head, parts of a whole in an order that its name does not spell);
             ``assumed`` (from the member of its own name and number, but of a list that is counted from its other end
-            on one side, or has more or fewer members, of which another than the last was dropped or added);
+            on one side, or has more or fewer members, of which another than the last was dropped or added; where
+            nothing belongs there also from a unit whose tensors have the same telling names: another batch norm);
             ``missing``, ``open`` (left alone, a choice is listed);
             ``nothing`` (left alone, and rightly so).
         layout: Whether what is wrong holds the right values in the wrong places.
@@ -157,6 +158,8 @@ class Pair:
             verdict = "assumed"
         if verdict == "wrong" and entry and _same_numbers(entry.sources, wanted, name):
             verdict = "assumed"
+        if verdict == "wrong" and entry and truth is None and self._same_make(entry.sources, name):
+            verdict = "assumed"
         judged = Judged(name, verdict, layout, buffer)
         if entry is None:
             return judged
@@ -168,6 +171,15 @@ class Pair:
             evidence=str(getattr(entry, "evidence", "")),
             wanted=wanted,
         )
+
+    def _same_make(self, sources: tuple[str, ...], target: str) -> bool:
+        """Whether the tensors beside both have the same names, which say more than weight and bias."""
+        sides = (self.truth, {target}), (self.state, sources)
+        named = []
+        for tensors, some in sides:
+            modules = {name.rpartition(".")[0] for name in some}
+            named.append({name.rpartition(".")[2] for name in tensors if name.rpartition(".")[0] in modules})
+        return named[0] == named[1] and bool(named[0] - {"weight", "bias"})
 
     @property
     def _other_length(self) -> bool:
