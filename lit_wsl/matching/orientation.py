@@ -92,7 +92,11 @@ class Orientation:
         if any(isinstance(op, (Split, Concat)) for op in operations) and _fits_both_ways(sources, targets):
             wanted = self._verdict(sources[0], targets[0])
             across, square = _joined_across(sources, targets), _are_square(_parts_and_whole(sources, targets)[0])
-            if wanted is None or (wanted is False and across) or (wanted and not (square or any(map(is_turn, operations)))):
+            if (
+                wanted is None
+                or (wanted is False and across)
+                or (wanted and not (square or any(map(is_turn, operations))))
+            ):
                 return None, OPEN
         return operations, ""
 

@@ -289,7 +289,9 @@ def _build_lossless(
         running = {i.name for i in buffers_s}
         evidence = writer.evidence_by_module()
         units = {i.module_path for i in target.parameters if i.kind == "parameter"}
+        follow = {i.name for i in buffers_t}  # others were aligned like weights: what was left open stays so
         at_path = twins_of(source.parameters, target.parameters, within=True)
+        at_path = {name: twin for name, twin in at_path.items() if name in follow or name == twin.name}
         for s, t, reason in match_buffers(writer.pairs(), running, rest_s, rest_t, units, at_path):
             writer.add((s,), (t,), (), 1.0, evidence.get(t.module_path, reason), reason)
     if options.buffers == "strict":

@@ -556,3 +556,103 @@ def test_a_head_has_another_name_where_everything_has():
 
     old, new = net("embed", "blocks", "mix", "bbox_head"), net("entry", "trunk", "lift", "roi")
     assert "roi" in loaded(old, new, dict(zip(new, old)))
+
+
+def _mlp(name: str, inputs: int = 6, outputs: int = 4) -> dict[str, nn.Module]:
+    return {f"{name}.0": linear(inputs), f"{name}.2": linear(), f"{name}.4": linear(WIDTH, outputs)}
+
+
+def _between(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Parts between siblings whose names and sizes say who they are."""
+    first: dict[str, nn.Module] = {"stem": linear(4, 12), "norm0": norm(12)}
+    return {**first, **parts, "norm1": norm(6), "head": linear(12, 5)}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("encoder_q encoder_k", "online_encoder momentum_encoder"),
+        ("search template", "instance exemplar"),
+        ("actor critic", "pi vf"),
+        ("fc_mu fc_logvar", "to_loc to_scale"),
+    ],
+)
+def test_twins_that_alone_were_renamed_may_stand_in_another_order(names: tuple[str, str]):
+    ours, theirs = (side.split() for side in names)
+    old = _between({n: m for name in ours for n, m in _mlp(name).items()})
+    new = _between({n: m for name in reversed(theirs) for n, m in _mlp(name).items()})
+    truth = {n: n.replace(theirs[0], ours[0]).replace(theirs[1], ours[1]) for n in new}
+    loaded(old, new, truth)
+
+
+def test_of_two_that_follow_one_order_none_follows_it_alone():
+    old = _between({"src_tok_emb": nn.Embedding(20, 8), "tgt_tok_emb": nn.Embedding(20, 8)})
+    new = _between({"embed_out": nn.Embedding(20, 8), "embed_in": nn.Embedding(20, 8)})
+    loaded(old, new, {n: n for n in old} | {"embed_out": "tgt_tok_emb", "embed_in": "src_tok_emb"})
+
+
+def _members(name: str, numbers: range) -> dict[str, nn.Module]:
+    parts = {"norm": norm(), "attn.qkv": linear(WIDTH, 24), "attn.proj": linear()}
+    return {f"{name}.{k}.{n}": m for k in numbers for n, m in parts.items()}
+
+
+@pytest.mark.parametrize("by_turns", [True, False])
+def test_a_list_that_became_two_was_cut_or_dealt_out(by_turns: bool):
+    old = {"embed": linear(4), **_members("layers", range(6)), "head": linear(8, 2)}
+    first, second = ("self_layers", "cross_layers") if by_turns else ("late", "early")
+    new = {"embed": linear(4), **_members(first, range(3)), **_members(second, range(3)), "head": linear(8, 2)}
+
+    def place(name: str) -> str:
+        part, _, rest = name.partition(".")
+        if part not in (first, second):
+            return name
+        number, _, inside = rest.partition(".")
+        k = int(number)
+        at = 2 * k + (part == second) if by_turns else k + 3 * (part == first)
+        return f"layers.{at}.{inside}"
+
+    loaded(old, new, {n: place(n) for n in new})
+
+
+def test_a_whole_list_is_no_member_of_the_list_of_its_name():
+    old = {n: m for k in range(2) for n, m in _members(f"stacks.item{k}.deep", range(2)).items()}
+    new = {n: m for k in range(3) for n, m in _members(f"stacks.{k}.blocks", range(4)).items()}
+    loaded(old, new, {})  # two blocks of each of the new stacks are new, nobody knows which
+
+
+def test_twins_that_are_counted_down_on_one_side_only_have_no_order():
+    old = {n: m for name in ("proposal", "final") for n, m in _mlp(f"{name}_field").items()}
+    new = {n: m for k in (1, 0) for n, m in _mlp(f"field_{k}").items()}
+    truth = {n: n.replace("field_0", "proposal_field").replace("field_1", "final_field") for n in new}
+    assert loaded(old, new, truth) == set()
+
+
+def test_where_nothing_else_was_renamed_another_token_is_another_one():
+    class Tokens(nn.Module):
+        def __init__(self, *names: str) -> None:
+            super().__init__()
+            for name in names:
+                self.register_parameter(name, nn.Parameter(torch.randn(1, 1, WIDTH)))
+            self.fc = linear(WIDTH, 3)
+
+    for ours, theirs in ((("cls_token",), "mask_token"), (("cls_token", "mask_token"), "dist_token")):
+        old, new = Tokens(*ours), Tokens(*ours[:-1], theirs)
+        fresh = getattr(new, theirs).clone()
+        transfer_weights(new, old.state_dict(), min_coverage=0.0)
+        assert torch.equal(getattr(new, theirs), fresh)
+
+
+def test_what_is_left_of_two_towers_is_not_the_last_one_if_it_says_something_else():
+    old = {**_mlp("audio_encoder"), **_mlp("text_encoder"), "fusion": linear(8, 3)}
+    new = {**_mlp("video_enc"), **_mlp("text_enc"), "fuse": linear(8, 3)}
+    truth = {n: n.replace("text_enc", "text_encoder").replace("fuse", "fusion") for n in new if "video" not in n}
+    loaded(old, new, truth)
+
+
+def test_buffers_of_one_network_are_not_those_of_another_that_lost_a_block():
+    def network(name: str, blocks: int) -> dict[str, nn.Module]:
+        parts = {f"{name}.{k}.bn": nn.BatchNorm1d(WIDTH, affine=False) for k in range(blocks)}
+        return parts | {f"{name}.{k}.fc": linear() for k in range(blocks)}
+
+    old = {**network("encoder_q.layer", 1), **network("encoder_k.layer", 2)}
+    loaded(old, network("encoder_q.convs", 2), {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pairs import randomise
+from small_nets import Tree
 from torch import nn
 from torch.nn import functional as F
 
@@ -229,3 +230,38 @@ def test_two_up_and_one_down_fit_one_way(arrange):
     for k in range(2):
         for a, b in parts.items():
             assert torch.equal(held[f"layers.{k}.{b}.weight"], old[f"layers.{k}.{a}.weight"])
+
+
+@pytest.mark.parametrize("around", ["", "layers.0.mlp."])
+def test_what_would_have_to_be_turned_is_open_where_its_neighbour_stands_as_it_was(around):
+    def gated(up: str, down: str) -> dict[str, nn.Module]:
+        parts = {"w1": nn.Linear(8, 16, bias=False), up: nn.Linear(8, 16, bias=False)}
+        return {f"{around}{n}": m for n, m in {**parts, down: nn.Linear(16, 8, bias=False)}.items()}
+
+    old, new = Tree(gated("w2", "w3")), Tree(gated("w3", "w2"))  # the gate, the way up, the way down
+    fresh = {n: t.clone() for n, t in new.state_dict().items()}
+    transfer_weights(new, old.state_dict(), min_coverage=0.0)
+    for ours, theirs in (("w1", "w1"), ("w3", "w2"), ("w2", "w3")):
+        held, right = new.state_dict()[f"{around}{ours}.weight"], old.state_dict()[f"{around}{theirs}.weight"]
+        assert torch.equal(held, right) or torch.equal(held, fresh[f"{around}{ours}.weight"])
+
+
+def test_parts_of_a_square_do_not_show_which_way_round_it_is_stored():
+    def layers(*, fused: bool) -> dict[str, nn.Module]:
+        keys = {"kv": nn.Linear(8, 8)} if fused else {"k": nn.Linear(8, 4), "v": nn.Linear(8, 4)}
+        attention = {f"attn.{n}": m for n, m in {"q": nn.Linear(8, 8), **keys, "out": nn.Linear(8, 8)}.items()}
+        parts = {**attention, "mlp.up": nn.Linear(8, 16), "mlp.down": nn.Linear(16, 8)}
+        return {f"blocks.0.{n}": m for n, m in parts.items()}
+
+    for fused in (True, False):
+        old, new = Tree(layers(fused=fused)), Tree(layers(fused=not fused))
+        stored = {n: t.mT.contiguous() if t.ndim == 2 else t for n, t in old.state_dict().items()}  # (in, out)
+        fresh = {n: t.clone() for n, t in new.state_dict().items()}
+        transfer_weights(new, stored, min_coverage=0.0)
+        keys = [old.state_dict()[f"blocks.0.attn.{n}.weight"] for n in (("kv",) if fused else ("k", "v"))]
+        held = [new.state_dict()[f"blocks.0.attn.{n}.weight"] for n in (("k", "v") if fused else ("kv",))]
+        left = [fresh[f"blocks.0.attn.{n}.weight"] for n in (("k", "v") if fused else ("kv",))]
+        assert torch.equal(torch.cat(held), torch.cat(keys)) or all(map(torch.equal, held, left))
+        query = new.state_dict()["blocks.0.attn.q.weight"]
+        right = old.state_dict()["blocks.0.attn.q.weight"], fresh["blocks.0.attn.q.weight"]
+        assert any(torch.equal(query, one) for one in right)
