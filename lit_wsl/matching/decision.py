@@ -194,11 +194,8 @@ class ClassSolver:
         return end + " among kept" * (kept > renamed + FEW)
 
     def _solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
-        if (
-            len(s) == 1
-            and 1 < len(t) <= self.ties.get(s[0].main.path, 1)
-            and all(self.costs.of(s[0], i) == 0.0 for i in t)
-        ):
+        tied = len(s) == 1 < len(t) <= self.ties.get(s[0].main.path, 1)
+        if tied and all(self.costs.of(s[0], i) == 0.0 for i in t):
             return Decision([Pair(s[0], i, TIED) for i in t])
         out = Decision()
         sides = (s, region.source), (t, region.target)
@@ -399,14 +396,15 @@ class ClassSolver:
         if len(left_s) == len(left_t) == 1 and len(left_s[0].members) == len(left_t[0].members):
             i, j = next(iter(open_s)), next(iter(open_t))
             better = max(shared[i].max(), shared[:, j].max()) > shared[i, j]
-            named = fixed or bool(leading)
-            better = better or (named and called_otherwise(left_s[0].members[0], left_t[0].members[0]))
+            s, t = left_s[0].members[0], left_t[0].members[0]
+            whole = bool(leading) and {s.level, t.level} <= {0, 2} and not self.learned.renames.are_all(s, t)
+            better = better or ((fixed or whole) and called_otherwise(s, t))
             head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
                 why = OTHER_HEAD if head else OTHER_WORDS
                 out.ties.append(Tie(tuple(_literal(left_s)), tuple(_literal(left_t)), why))
-                return
-            self._zip(left_s[0], left_t[0], EXCLUSION, out)
+            else:
+                self._zip(left_s[0], left_t[0], EXCLUSION, out)
             return
         self._tie(left_s, left_t, out)
 

@@ -20,6 +20,7 @@ from lit_wsl.matching.likeness import (
     KINDS,
     LAYER_WORDS,
     LAYERS,
+    LETTERS,
     NEAR_WORDS,
     SIDES,
     contrast,
@@ -42,6 +43,7 @@ OTHER_LENGTH = (
     "they have one length, but their blocks stand elsewhere too, where the lists may have become longer or shorter"
 )
 OTHER_LETTER = "one is named after the queries, keys or values of an attention, the other after another of these"
+NETWORK_LETTER = "one letter of the names of two whole networks agrees, which may stand for anything"
 OPPOSITE = "their names differ in words that distinguish neighbouring modules of other models"
 NAMESAKE = "another module beside them has the name of one of the two in another size: it may have been resized"
 INSIDE_OUT = "each holds a module that is called like the other: what was outside may be inside now"
@@ -93,6 +95,8 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         if _repeats_elsewhere(p, region):
             return OTHER_LENGTH
     cell = p.cell.removeprefix("open ")
+    if cell.startswith(LETTERS) and min(len(p.source.units), len(p.target.units)) > 2:
+        return NETWORK_LETTER
     if cell.startswith(NEAR_WORDS) or (cell.startswith(LAYER_WORDS) and agree not in ("in order", "in line")):
         return NEIGHBOUR
     return OUT_OF_ORDER if weak and agree == "against order" else ""

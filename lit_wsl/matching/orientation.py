@@ -91,12 +91,8 @@ class Orientation:
             return operations, ""
         if any(isinstance(op, (Split, Concat)) for op in operations) and _fits_both_ways(sources, targets):
             wanted = self._verdict(sources[0], targets[0])
-            across, square = _joined_across(sources, targets), _are_square(_parts_and_whole(sources, targets)[0])
-            if (
-                wanted is None
-                or (wanted is False and across)
-                or (wanted and not (square or any(map(is_turn, operations))))
-            ):
+            as_it_is = not any(map(is_turn, operations)) and not _are_square(_parts_and_whole(sources, targets)[0])
+            if wanted is None or (as_it_is if wanted else _joined_across(sources, targets)):
                 return None, OPEN
         return operations, ""
 
