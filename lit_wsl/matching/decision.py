@@ -179,7 +179,7 @@ class ClassSolver:
         return against(p, region, agree, certain=alone, weak=weak)
 
     def _is_other_head(self, s: Item, t: Item) -> bool:
-        return other_head(s, t, self.heads) and not self.learned.renames.are_all(s, t)
+        return other_head(s, t, self.heads) and not (self.ordered and self.learned.renames.are_all(s, t))
 
     def _around(self, p: Pair, region: Region) -> str:
         """What makes another name telling: units at an end may be other heads, and siblings that kept theirs."""

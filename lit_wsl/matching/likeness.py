@@ -199,12 +199,13 @@ class Likeness:
     left_t: tuple[str, ...]
     only_near: bool = False
     only_layers: bool = False
+    only_sides: bool = False
 
     @property
     def kind(self) -> str:
         """The cell of a pair that leads by it; none if each says something that the other does not."""
         left = {*self.left_s, *self.left_t}
-        if (self.only_near and left) or left & SIDES:
+        if ((self.only_near or self.only_sides) and left) or left & SIDES:
             return NEAR_WORDS
         if self.only_layers and left:
             return LAYER_WORDS
@@ -236,7 +237,7 @@ def liken(
     )
     used_a: set[int] = set()
     used_b: set[int] = set()
-    shared, best, near, layers, exact = 0.0, 0, True, True, True
+    shared, best, near, layers, exact, sides = 0.0, 0, True, True, True, True
     for value, kind, i, j in scored:
         if i not in used_a and j not in used_b:
             used_a.add(i)
@@ -247,13 +248,15 @@ def liken(
             exact = exact and kind == -3
             near = near and (a[i] in near_a or b[j] in near_b)
             layers = layers and known
+            sides = sides and (known or a[i] in SIDES)  # pre_norm is no pre_feedforward_norm
     left_a, left_b = (
         tuple(w for i, w in enumerate(a) if i not in used_a),
         tuple(w for j, w in enumerate(b) if j not in used_b),
     )
     if used_a and not (left_a or left_b):
         shared += LITTLE * (1 + exact) * (LITTLE if layers else 1.0)
-    return Likeness(shared, best, left_a, left_b, bool(used_a) and near, bool(used_a) and layers)
+    some = bool(used_a)
+    return Likeness(shared, best, left_a, left_b, some and near, some and layers, some and sides and not layers)
 
 
 def _names_layer(a: str, b: str, general: Collection[str]) -> bool:

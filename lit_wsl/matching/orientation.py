@@ -125,7 +125,7 @@ class Orientation:
         """Whether a square matrix is stored the other way round; ``None`` where nothing tells."""
         if any(make in self._seen for make in _makes(s, t)):
             return self._shown(s, t)
-        same_make = _leaf(s) == _leaf(t) and len(core(s.shape)) == len(core(t.shape))
+        same_make = _leaf(s) == _leaf(t) and len(s.shape) == len(t.shape)
         return False if same_make and not self.turned else None
 
     def _is_kept_beside(self, s: ParameterInfo, t: ParameterInfo) -> bool:
@@ -188,10 +188,13 @@ def _make(info: ParameterInfo) -> Make:
 def _makes(s: ParameterInfo, t: ParameterInfo) -> tuple[Make, ...]:
     """What a pair of matrices shares its orientation with, the nearest first.
 
-    The matrices of the module that it stands in, on both sides; all of its kind, where the kinds of both are known.
+    The matrices of the module that it stands in, on both sides; all of its kind, where the kinds of both are known, or
+    all that became kernels of one by one.
     """
     both = (_make(s), _make(t))
     around = tuple([split_numbers(i.module_path.rpartition(".")[0])[0] for i in (s, t)])
+    if len(s.shape) != len(t.shape):
+        return (around, *both), (len(s.shape), len(t.shape))
     return ((around, *both), both) if s.module_type and t.module_type else ((around, *both),)
 
 
