@@ -158,7 +158,7 @@ def _told(places: Sequence[str], target: ModelDescription) -> str | None:
     common = set.intersection(*words)
     parts = {".".join(i.name.split(".")[:-1][:DEPTH]) for i in target.parameters}
     theirs = {w for part in parts for w in plain_words(part) if len(w) > 2}
-    telling = [ws - common - GENERAL - CONTAINERS for ws in words]
+    telling = [ws - common - GENERAL - (CONTAINERS - {"decoder"}) for ws in words]  # beside an encoder it says which
     called = [p for p, ws in zip(places, telling) if any(strength(w, x)[0] >= 0.8 for w in ws for x in theirs)]
     plain = [p for p, ws in zip(places, telling) if not ws]
     return next((found[0] for found in (called, plain) if len(found) == 1), None)

@@ -162,7 +162,7 @@ LAYER_NAMES = (ENDS | KINDS | LAYERS) - {"decoder"}  # say a kind of layer, or a
 INFLECTION = 5  # letters at the end of a word that only change its form: combine, combination
 LITTLE = 0.1  # what a word for any layer says, beside words that say which
 GENERAL = (ENDS | KINDS | {"and"}) - {"decoder"}  # words that name a kind of layer, or a place that any model has
-COMPOUND = 4  # letters of a word that stands before another: selfattention, but no context and no undilated
+PREFIXES = frozenset(("un", "non", "not", "no", "in", "im", "dis", "de", "anti", "con"))  # turn a word into another
 SIDES = frozenset(("pre", "post", "before", "after"))  # says that the other words name a neighbour
 
 
@@ -181,8 +181,8 @@ def strength(a: str, b: str) -> tuple[float, int]:
         return 0.0, 0  # two letters begin many words, or are the initials of two: ca, cs, ln
     if is_abbreviation(short, long) and (long.startswith(short) or not set(short[1:]) & set("aeiou")):
         return (0.8, 2) if len(short) > 1 else (0.7, 1) if short in FORMULA else (0.0, 0)
-    if len(short) >= 4 and long.endswith(short) and len(long) >= len(short) + COMPOUND:  # an end is no part of attend
-        return 0.6, 2
+    if len(short) >= 4 and long.endswith(short):  # an end is no part of attend
+        return (0.0, 0) if long.removesuffix(short) in PREFIXES else (0.6, 2)
     stem = next((k for k, (x, y) in enumerate(zip(short, long)) if x != y), len(short))
     if stem >= 3 and stem >= 0.75 * len(short) and len(long) - stem <= INFLECTION:
         return 0.6, 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,3 +127,15 @@ def test_a_copy_of_a_model_that_holds_twins_is_a_copy(places):
     assert bool(held) == (places[0] == "")
     for name, tensor in held.items():
         assert torch.equal(tensor, source[name.replace("first", "net")])
+
+
+def test_an_encoder_and_a_decoder_of_one_make_are_a_choice_for_a_model_that_is_one_of_them():
+    def blocks() -> nn.Module:
+        parts = {"norm": nn.LayerNorm(8), "qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8), "up": nn.Linear(8, 16)}
+        return nn.ModuleList(nn.ModuleDict(copy.deepcopy(parts)) for _ in range(2))
+
+    old = nn.ModuleDict({"emb": nn.Embedding(9, 8), "encoder": blocks(), "decoder": blocks()})
+    new = nn.ModuleDict({"emb": nn.Embedding(9, 8), "layers": blocks()})
+    report = transfer_weights(new, old.state_dict(), min_coverage=0.0)
+    assert set(report.plan.by_target) == {"emb.weight"}
+    assert any("source_prefix" in note for note in report.plan.notes)
