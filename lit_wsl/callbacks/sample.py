@@ -33,7 +33,6 @@ _LOADERS = {  # which loaders a stage has, the best first
     "predict": ("predict_dataloader", "test_dataloader", "val_dataloader"),
 }
 
-
 _SILENCED = (
     "log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients",
 )  # fmt: skip

@@ -168,12 +168,10 @@ MAX_PICKLE = 1 << 30
 VERIFIED = 64 << 20  # bytes up to which every checksum is compared when a file is opened; more only when asked for
 MANY = 20_000  # names allowed to be read twice; beyond, the same answer is not worth the time
 
-
 # Names of which a file may consist for torch's own weights_only reader to get it. Those of its list that call into
 # torch with sizes of the file's choice (torch.Tensor(10**12), bytearray(10**12)) or import (_codecs.encode) are left
 # out on purpose: our reader checks their arguments.
 _PLAIN_PREFIXES = ("torch.float", "torch.bfloat", "torch.int", "torch.uint", "torch.bool", "torch.complex")
-
 
 _PLAIN = {
     "torch._utils._rebuild_tensor_v2",
@@ -182,7 +180,6 @@ _PLAIN = {
     "torch.Size",
     "torch.device",
 }
-
 
 # A private mapping counts as memory that might be needed, so a file larger than memory would be refused; this says it
 # will not be. Python names it from 3.13 on.

@@ -18,7 +18,6 @@ from lit_wsl.structure.families import AVERAGE_WORDS, find_average, words_of
 MAX_NAMES = 4_000_000
 MAX_MODULE_DEPTH = 300
 
-
 _NUMPY = frozenset(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1", "c8", "c16"))  # that torch has, too
 
 

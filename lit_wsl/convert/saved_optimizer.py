@@ -305,7 +305,6 @@ REMEDY = (
     "save the optimizer with named parameters (torch.optim.AdamW(model.named_parameters()))."
 )
 
-
 Names = tuple[tuple[str, ...], ...]
 
 

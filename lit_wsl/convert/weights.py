@@ -293,8 +293,6 @@ def proven_order(plan: TransferPlan) -> list[tuple[str, str]] | None:
 
 
 Progress = Callable[[int, int], None]
-
-
 """Called with the number of entries done and their total."""
 
 

@@ -15,7 +15,6 @@ Side = Literal["source", "target"]
 Proof = Literal["proven", "refuted", "not tested"]
 ProofBy = Literal["function", "data", ""]
 
-
 # why a tensor that nobody asked for has no partner
 OUTSIDE = "stands outside of source_prefix="
 LEFT_ALONE = "left alone, as only= and skip= ask"

@@ -36,7 +36,6 @@ Merge = Literal["average", "task_arithmetic"]
 Matching = Literal["weights", "best"]
 StateDict = Mapping[str, Tensor]
 
-
 MEAN_STATISTICS = (
     "the norm statistics of the merged model are the mean of the models', which does not describe it: estimate them "
     "anew on data with lit_wsl.rebasin.reestimate_batchnorm"

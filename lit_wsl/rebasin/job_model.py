@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 Outputs: TypeAlias = Callable[[Any], Any]
 INTERNAL = ("hidden_state", "hidden_states", "attentions", "past_key_values")
-
-
 """Last words of the names under which models return what happens inside of them beside their prediction."""
 
 

@@ -40,7 +40,6 @@ MOST_ROWS = 20  # of the coverage by module; what is loaded in full is left out 
 _SHOWN = 8  # families of tensors listed per kind of gap; the JSON report has them all
 _CANDIDATES = 4  # names of targets and candidates listed per open question
 
-
 NARROW_HEAD = 30  # columns that score, operation and count take
 SIDE_BY_SIDE = 120  # columns from which source and target stand beside each other
 

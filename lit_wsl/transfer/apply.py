@@ -185,7 +185,6 @@ _CHECKS: dict[torch.dtype, Callable[[_Array], bool]] = {
     torch.bfloat16: _exponents_below(0x7F80),
 }
 
-
 _UNDO_MEMORY = 16 << 20  # bytes the undo log may take; as much again is kept spare
 _VIEWS = frozenset({"permute", "transpose", "reshape", "split", "unstack", "fan_out"})  # allocate nothing, cannot fail
 Progress = Callable[[str, int], None]

@@ -15,8 +15,6 @@ import numpy as np
 from lit_wsl.rebasin.inference.units import FIXED, Array, Units, blocks_of_rows, bound_across, mix, release
 
 MAX_LABEL = 4_000_000
-
-
 """Largest label array that is built; what would need more stays fixed."""
 
 

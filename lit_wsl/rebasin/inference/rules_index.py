@@ -27,7 +27,6 @@ SEGMENT_RULES.update(
     )
 )
 
-
 ROUTING_RULES.update(
     f"aten.{name}"
     for name in ("histc", "bincount", "cumsum", "_grouped_mm", "index", "index_select", "embedding")

@@ -221,10 +221,8 @@ def progress_bar(enabled: bool | None = None) -> Iterator[Progress]:
 #: Gains below this share of the objective's scale are rounding of float64.
 TOLERANCE = 1e-12
 
-
 #: Gains below this share of their tree's scale could be rounding of float32 products.
 DOUBT = 1e-6
-
 
 #: Entries that are converted to float64 at a time.
 CHUNK = 2**22

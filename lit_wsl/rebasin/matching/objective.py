@@ -20,7 +20,6 @@ from lit_wsl.rebasin.spec.spec import PermutationSpec
 #: Similarity entries that are held at once; beyond it, nested blocks are computed pair by pair.
 MAX_ENTRIES = 2**28
 
-
 #: Terms of at most so many entries per unit are put side by side before they are multiplied.
 THIN = 64
 

@@ -258,7 +258,6 @@ def _check_task_vectors(pretrained: Mapping[str, Tensor], task_vectors: Sequence
 _FACTOR = re.compile(r"(.*(?:^|[._])lora_?(?:embedding_)?)(a|b|down|up)((?:[._].*)?)", re.IGNORECASE)
 _BARE = re.compile(r"((?:.*[._])?)(a|b)((?:\.weight)?)", re.IGNORECASE)
 
-
 #: What to do with adapters, as the rest of a message.
 FOLD = (
     "Fold the adapters into the base weights first (peft: model.merge_and_unload(); by hand: W + scale * B @ A), and "

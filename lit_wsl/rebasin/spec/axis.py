@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 Permutations = Mapping[str, Tensor]
-
-
 """Group name -> LongTensor of shape ``(*sizes of the ancestors, size)``; every last-axis row is a permutation."""
 
 
