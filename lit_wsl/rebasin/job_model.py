@@ -6,7 +6,7 @@ import copy
 import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -25,7 +25,7 @@ from lit_wsl.rebasin.merging.merge import FOLD, adapter_factors, is_continuous
 from lit_wsl.rebasin.responses import reestimate_batchnorm
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.execution_order import only_child
-from lit_wsl.structure.running import Call, ways_to_call
+from lit_wsl.structure.running import Call, named_nested, ways_to_call
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -60,32 +60,13 @@ class MainOutputs:
 
     def __call__(self, output: Any) -> list[Tensor]:
         """The tensors that count."""
-        found = [(names, t) for names, t in _named(output) if is_continuous(t) and t.ndim]
+        found = [(names, t) for names, t in named_nested(output) if is_continuous(t) and t.ndim]
         inner = [any(name.endswith(INTERNAL) for name in names) for names, _ in found]
         if all(inner):
             self.ignored = set()
             return [tensor for _, tensor in found]
         self.ignored = {next(n for n in names if n.endswith(INTERNAL)) for (names, _), i in zip(found, inner) if i}
         return [tensor for (_, tensor), i in zip(found, inner) if not i]
-
-
-def _named(value: Any, names: tuple[str, ...] = (), depth: int = 6) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    if isinstance(value, Tensor):
-        yield names, value
-    elif not depth:
-        return
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _named(item, (*names, str(key)), depth - 1)
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        for key, item in zip(value._fields, value):
-            yield from _named(item, (*names, key), depth - 1)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _named(item, names, depth - 1)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for item in fields(value):
-            yield from _named(getattr(value, item.name), (*names, item.name), depth - 1)
 
 
 def resolve_outputs(given: Outputs | str | None) -> Outputs | None:

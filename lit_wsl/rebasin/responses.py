@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -65,12 +66,10 @@ def reestimate_batchnorm(
         return 0
     with _only_norms_in_training(model, norms):
         moments = [Moments() for _ in norms]
-        hooks = [norm.register_forward_pre_hook(_adding_to(each)) for norm, each in zip(norms, moments)]
+        hooks = [norm.register_forward_pre_hook(partial(_add, each)) for norm, each in zip(norms, moments)]
         count = 0
         try:
-            for batch in batches:
-                if max_batches is not None and count >= max_batches:
-                    break
+            for batch in islice(batches, max_batches):
                 forward(model, batch)
                 count += 1
         finally:
@@ -83,8 +82,8 @@ def reestimate_batchnorm(
     return count
 
 
-def _adding_to(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    return lambda module, args: moments.add(args[0].movedim(1, 0))
+def _add(moments: Moments, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    moments.add(args[0].movedim(1, 0))
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:
@@ -266,25 +265,22 @@ def module_responses(
     """Standardised responses ``(channels, samples)`` by the name of the weight whose output axis they share."""
     kept: dict[str, list[Tensor]] = {}
 
-    def listen_as(name: str, length: int) -> Listener:
-        def listen(module: nn.Module, arguments: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                return
-            axis = channel_axis(module, output)
-            if output.shape[axis] == length:
-                parts = kept.setdefault(name, [])
-                columns = output.movedim(axis, 0).reshape(length, -1).float()
-                parts.append(drawn(columns, max(1, max_samples // 4), seed + len(parts)))
+    def listen(name: str, length: int, module: nn.Module, arguments: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            return
+        axis = channel_axis(module, output)
+        if output.shape[axis] == length:
+            parts = kept.setdefault(name, [])
+            columns = output.movedim(axis, 0).reshape(length, -1).float()
+            parts.append(drawn(columns, max(1, max_samples // 4), seed + len(parts)))
 
-        return listen
-
-    listeners = {}
+    listeners: dict[str, Listener] = {}
     for path, module in data.model.named_modules():
         name = f"{path}.weight" if path else "weight"
         if name in spec.axes and isinstance(getattr(module, "weight", None), Tensor):
             axis_spec = spec.axes[name].get(output_axis(data.model, name))
             if axis_spec is not None and axis_spec.outer_axis is None is axis_spec.stack_axis:
-                listeners[path] = listen_as(name, axis_spec.length)
+                listeners[path] = partial(listen, name, axis_spec.length)
     data.listen(state_dict, listeners)
     return {name: _standardise(torch.cat(parts, dim=1), max_samples) for name, parts in kept.items()}
 

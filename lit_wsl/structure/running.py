@@ -8,7 +8,7 @@ import inspect
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -440,19 +440,26 @@ def _recorded(module: nn.Module, trace: Trace) -> Iterator[None]:
             handle.remove()
 
 
-def nested_tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
-    """Tensors of nested lists, tuples, mappings and dataclasses, in order; other objects are passed over."""
+def named_nested(value: Any, names: tuple[str, ...] = (), depth: int = 6) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Tensors of nested lists, tuples, mappings and dataclasses, in order, each with the names that lead to it."""
+    inside: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, Mapping):
-        for item in value.values():
-            yield from nested_tensors(item, depth - 1)
-    elif depth and isinstance(value, (list, tuple)):
-        for item in value:
-            yield from nested_tensors(item, depth - 1)
-    elif depth and is_dataclass(value) and not isinstance(value, type):
-        for item in fields(value):
-            yield from nested_tensors(getattr(value, item.name), depth - 1)
+        yield names, value
+    elif isinstance(value, Mapping):
+        inside = value.items()
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        inside = zip(value._fields, value)
+    elif isinstance(value, (list, tuple)):
+        inside = ((None, item) for item in value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        inside = ((item.name, getattr(value, item.name)) for item in fields(value))
+    for key, item in inside if depth else ():
+        yield from named_nested(item, names if key is None else (*names, str(key)), depth - 1)
+
+
+def nested_tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors of nested lists, tuples, mappings and dataclasses, in order; other objects are passed over."""
+    return (tensor for _, tensor in named_nested(value))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -288,11 +288,10 @@ class Algebra:
         if keep and block is None:
             self.conflicts += 1
             block = self._later_blocks(factor, gone, keep)
-        block = None if block is None else self.units.find(block)
-        if block is None or not block.any():
+        if block is None or not self.units.find(block).any():
             self.units.freeze(factor, reason)
             return None
-        self.units.collapse(factor, block)
+        self.units.collapse(factor, self.units.find(block))
         return self.units.find(block)
 
     def _left(self, factor: Array, gone: Sequence[int], keep: Sequence[int]) -> Array | None:
@@ -357,8 +356,7 @@ class Algebra:
         for _ in range(_ROUNDS):
             # What is lost by one operand may be lost by the others, too: until nothing more is lost.
             before = self.units.losses
-            if not self.units.losses > before:
-                self._note_unaligned(aligned)
+            self._note_unaligned(aligned)
             aligned = self._pin_where_fixed(self._with_bindings(aligned), reason)
             factors = self._reconcile([factor for label in aligned for factor in label.factors], reason)
             if self.units.losses == before:
@@ -451,8 +449,7 @@ class Algebra:
         axes = sorted({axis % max(label.ndim, 1) for axis in axes})
         label = self.unsegmented(label, axes)
         segmented = label.segmented
-        factors = [self.blocks(factor, axes) for factor in label.factors]
-        kept = tuple(f for f in factors if f is not None)
+        kept = tuple(f for f in (self.blocks(factor, axes) for factor in label.factors) if f is not None)
         if keepdim:
             shape = tuple(1 if a in axes else n for a, n in enumerate(label.shape))
             varies = tuple(a not in axes and v for a, v in enumerate(label.varies))
@@ -470,8 +467,7 @@ class Algebra:
         axes = sorted({axis % max(label.ndim, 1) for axis in axes})
         for factor in label.factors:
             self.blocks(factor, axes)
-        varies = tuple(v for v in label.varies)
-        return self.settle(replace(label, varies=varies, values=None, segments=None))
+        return self.settle(replace(label, values=None, segments=None))
 
     def contract(self, labels: Sequence[Label], letters: Sequence[str], out: str, sizes: dict[str, int]) -> Label:
         """Einstein sum of labelled tensors: join over all letters, reduce those that are not in ``out``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -388,9 +389,7 @@ def im2col(run: Run, node: Node) -> Label:
     """Patches as columns: each channel gives one row for each place in the patch."""
     label = run.label(node.args["self"])
     label = run.algebra.pinned(label, range(label.ndim - 2, label.ndim), ORDER)
-    kernel = 1
-    for size in node.args["kernel_size"]:
-        kernel *= int(size)
+    kernel = math.prod(map(int, node.args["kernel_size"]))
     shape = run.shape(node.outs[0])
     factors = tuple(f.reshape(f.shape[:-1]).repeat(kernel, axis=f.ndim - 3) for f in label.factors)
     return replace(label, shape=shape, factors=factors, varies=(True,) * len(shape))

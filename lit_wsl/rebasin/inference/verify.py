@@ -63,15 +63,13 @@ class Verification:
         return not self.dropped
 
 
-def to_double(value: Any) -> Any:
-    """Floating and complex tensors of nested containers in double precision."""
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested containers with every tensor changed."""
     if isinstance(value, Tensor):
-        return _double(value.detach())
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: to_double(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(to_double(item) for item in value)
-    return value
+        return {key: _each(item, change) for key, item in value.items()}
+    return type(value)(_each(item, change) for item in value) if type(value) in (list, tuple) else value
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -109,16 +107,12 @@ def _perturbed(value: Tensor, generator: torch.Generator) -> Tensor:
     return value + noise * (spread if spread > 0 else 0.2)
 
 
-def _other_inputs(value: Any, generator: torch.Generator) -> Any:
-    """Inputs of the same kind without equal values: an image of ones or zeros would hide a wrong permutation."""
-    if isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided:
-        noise = torch.rand(value.shape, generator=generator, dtype=value.dtype).to(value.device)
-        return value * (0.75 + 0.5 * noise) if bool(value.any()) else noise - 0.5
-    if isinstance(value, Mapping):
-        return {key: _other_inputs(item, generator) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(_other_inputs(item, generator) for item in value)
-    return value
+def _other_input(value: Tensor, generator: torch.Generator) -> Tensor:
+    """An input of the same kind without equal values: an image of ones or zeros would hide a wrong permutation."""
+    if not value.is_floating_point() or value.layout != torch.strided:
+        return value
+    noise = torch.rand(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+    return value * (0.75 + 0.5 * noise) if bool(value.any()) else noise - 0.5
 
 
 class _Function:
@@ -132,10 +126,9 @@ class _Function:
         outputs: Callable[[Any], Any] | None,
     ) -> None:
         self.outputs = outputs
-        model(
-            *args, **(kwargs or {})
-        )  # the first call of some models initialises weights: here, not in what is compared
-        self.model, self.args, self.kwargs = model, to_double(tuple(args)), to_double(dict(kwargs or {}))
+        model(*args, **(kwargs or {}))  # the first call of some models initialises weights: not in what is compared
+        given = tuple(args), dict(kwargs or {})
+        self.model, (self.args, self.kwargs) = model, _each(given, lambda tensor: _double(tensor.detach()))
         self.rest = {
             name: _double(buffer.detach()).clone() for name, buffer in model.named_buffers(remove_duplicate=False)
         }
@@ -153,8 +146,8 @@ class _Function:
 
     def vary_inputs(self, state: Mapping[str, Tensor], seed: int) -> list[Tensor]:
         """Go over to inputs without equal values, if the model takes them; the outputs for the inputs from now on."""
-        plain = self.args, self.kwargs
-        self.args, self.kwargs = _other_inputs(plain, torch.Generator().manual_seed(seed))
+        plain, generator = (self.args, self.kwargs), torch.Generator().manual_seed(seed)
+        self.args, self.kwargs = _each(plain, lambda tensor: _other_input(tensor, generator))
         try:
             outputs = self(state)
             if all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
@@ -168,7 +161,7 @@ class _Function:
         self.calls += 1
         args, kwargs = self.args, self.kwargs
         if scale != 1.0:
-            args, kwargs = _scaled(args, scale), _scaled(kwargs, scale)
+            args, kwargs = _each((args, kwargs), lambda t: t * scale if t.is_floating_point() else t)
         full = {name: buffer.clone() for name, buffer in self.rest.items()}
         full.update(state)
         model = self.model
@@ -229,32 +222,18 @@ def _grouped_product(one: Tensor, two: Tensor, offs: Tensor | None = None, *_: A
     return torch.cat([*parts, one.new_zeros(one.shape[0] - ends[-1], two.shape[2])])
 
 
-def _scaled(value: Any, scale: float) -> Any:
-    if isinstance(value, Tensor):
-        return value * scale if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _scaled(item, scale) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_scaled(item, scale) for item in value)
-    return value
-
-
 def relative_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     """Largest over the outputs of ``max |a - b| / max |a|``; infinite where they are not comparable."""
     worst = 0.0
-    if len(first) != len(second):
-        return float("inf")
-    for a, b in zip(first, second, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if a.numel() == 0:
-            continue
+    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
+        return math.inf
+    for a, b in zip(first, second):
         finite = torch.isfinite(a)
         if not torch.equal(finite, torch.isfinite(b)):
-            return float("inf")
-        scale = float(a[finite].abs().max()) if bool(finite.any()) else 0.0
-        gap = float((a[finite] - b[finite]).abs().max()) if bool(finite.any()) else 0.0
-        worst = max(worst, gap / scale if scale > 0 else gap)
+            return math.inf
+        if bool(finite.any()):
+            scale, gap = float(a[finite].abs().max()), float((a[finite] - b[finite]).abs().max())
+            worst = max(worst, gap / scale if scale > 0 else gap)
     return worst
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -228,7 +229,7 @@ def best_matching(
     Raises:
         RebasinError: there is no batch, or the models do not fit the spec.
     """
-    used = [batch for _, batch in zip(range(max_batches), batches)] if max_batches is not None else batches
+    used = batches if max_batches is None else list(islice(batches, max_batches))
     on_weights = weight_matching(spec, reference, other, max_iter, seed, restarts=restarts, progress=progress)
     candidates = [replace(on_weights, start=f"weights, {on_weights.start}")]
     if not on_weights.certain:

@@ -7,6 +7,7 @@ the permutation inside the head. What the outer group sees of them is the value 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_wsl.rebasin.spec.axis import AxisSpec
+from lit_wsl.rebasin.spec.axis import AxisSpec, lexsort
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
 #: Similarity entries that are held at once; beyond it, nested blocks are computed pair by pair.
@@ -169,7 +170,7 @@ class Term:
             tensor = tensor.index_select(axis, index.to(tensor.device))
         if tensor.dtype not in (torch.float32, torch.float64):
             tensor = tensor.float()
-        shape = (self.units[0], int(torch.tensor(self.units[1:]).prod()), -1)
+        shape = (self.units[0], math.prod(self.units[1:]), -1)
         positions = None if self.positions is None else self.positions.to(tensor.device)
         if self.outer_axis is None:
             tensor = tensor.movedim(self.axis, 0)
@@ -287,7 +288,7 @@ def _term(
     also = (axis_spec.coords[:, where] >= 0).any(dim=1).tolist()
     rest = [g for g, here in zip(axis_spec.groups, also) if here and g not in on_axis]
     keys = [axis_spec.coordinate(g)[where] for g in (*on_axis, *rest)] + [axis_spec.rank[where]]
-    positions = where[_lexsort(keys)]
+    positions = where[lexsort(keys)]
     outer_axis = axis_spec.outer_axis
     outer_positions = None
     outside = [g for g in ancestors if g not in axis_spec.groups]
@@ -297,14 +298,14 @@ def _term(
         outer = axes[outer_axis]
         if outer.stack_axis is not None:
             return None  # such a tensor still counts in the objective
-        order = _lexsort([*(outer.coordinate(g) for g in outside), torch.arange(outer.length)])
-        outer_positions = order.reshape(_product(spec.groups[g].size for g in outside), -1)
+        order = lexsort([*(outer.coordinate(g) for g in outside), torch.arange(outer.length)])
+        outer_positions = order.reshape(math.prod(spec.groups[g].size for g in outside), -1)
     else:
         outer_axis = None
     only = _left_by_nested(spec, name, axis, leaves)
     if any(index.numel() == 0 for index in only.values()):
         return None
-    units = (_product(spec.groups[g].size for g in ancestors), *(spec.groups[g].size for g in leaves))
+    units = (math.prod(spec.groups[g].size for g in ancestors), *(spec.groups[g].size for g in leaves))
     whole = positions.numel() == axis_spec.length and torch.equal(positions, torch.arange(axis_spec.length))
     quadratic = any(
         roots[g] == root and g not in ancestors
@@ -341,17 +342,3 @@ def _left_by_nested(spec: PermutationSpec, name: str, axis: int, leaves: tuple[s
         if nested:
             left[other] = torch.nonzero(~torch.stack(nested).any(dim=0)).flatten()
     return left
-
-
-def _product(sizes: Iterable[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
-
-
-def _lexsort(keys: list[Tensor]) -> Tensor:
-    order = torch.arange(keys[0].numel())
-    for key in reversed(keys):
-        order = order[torch.argsort(key[order], stable=True)]
-    return order

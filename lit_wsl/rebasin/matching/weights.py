@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lit_wsl.errors import ArgumentTypeError, RebasinError
 from lit_wsl.rebasin.matching.descent import Descent, Progress, progress_bar
+from lit_wsl.rebasin.matching.objective import dot
 from lit_wsl.rebasin.merging.merge import is_continuous, is_statistic
 from lit_wsl.rebasin.spec.axis import Permutations
 from lit_wsl.rebasin.spec.spec import PermutationSpec, permute_tensor, require_spec
@@ -314,16 +315,12 @@ def weight_matching_for_task_vectors(
     reference = task_vectors[0]
     results = [_identity(spec, reference)]
     for vector in task_vectors[1:]:
-        found = weight_matching(
-            spec, reference, vector, max_iter, seed, restarts=restarts, device=device, progress=progress
-        )
-        results.append(found)
+        how: dict[str, Any] = {"restarts": restarts, "device": device, "progress": progress}
+        results.append(weight_matching(spec, reference, vector, max_iter, seed, **how))
     return results
 
 
 def _identity(spec: PermutationSpec, reference: Mapping[str, Tensor]) -> MatchingResult:
-    from lit_wsl.rebasin.matching.objective import dot
-
     square = sum(dot(reference[n], reference[n]) for n in matched_names(spec, reference))
     permutations = spec.identity()
     return MatchingResult(permutations, square, square, identity_share(permutations), 0, True, True, "identity")

@@ -16,6 +16,7 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.responses import (
     Forward,
-    Listener,
     Moments,
     Responses,
     call_on_inputs,
@@ -394,16 +394,11 @@ def _statistics(data: Responses, state_dict: Mapping[str, Tensor], layers: Seque
     """Mean and standard deviation of every output channel of the layers over the batches, by first execution."""
     moments: dict[str, Moments] = {}
 
-    def listen_as(name: str) -> Listener:
-        def listen(module: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                return
-            axis = channel_axis(module, output)
-            moments.setdefault(name, Moments()).add(output.movedim(axis, 0))
+    def listen(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            moments.setdefault(name, Moments()).add(output.movedim(channel_axis(module, output), 0))
 
-        return listen
-
-    for _ in data.run(state_dict, {name: listen_as(name) for name in layers}):
+    for _ in data.run(state_dict, {name: partial(listen, name) for name in layers}):
         pass
     if layers and not moments:
         raise RebasinError("none of the merged model's hidden layers ran, so it cannot be repaired")

@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from lit_wsl.rebasin.responses import Listener, Responses, channel_axis, drawn
+from lit_wsl.rebasin.responses import Responses, channel_axis, drawn
 from lit_wsl.rebasin.spec.axis import AxisSpec, AxisUse
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 
@@ -181,15 +182,12 @@ class Samples:
         """What all layers answer, in the order of execution; and what the model does."""
         kept: dict[str, list[Tensor]] = {}
 
-        def listen_as(path: str) -> Listener:
-            def listen(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-                parts = kept.setdefault(path, [])
-                columns = output.movedim(channel_axis(module, output), 0).flatten(1)
-                parts.append(drawn(columns, self.quota, self.seed + len(parts)))
+        def listen(path: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            parts = kept.setdefault(path, [])
+            columns = output.movedim(channel_axis(module, output), 0).flatten(1)
+            parts.append(drawn(columns, self.quota, self.seed + len(parts)))
 
-            return listen
-
-        final = self.responses.listen(state_dict, {path: listen_as(path) for path in paths})
+        final = self.responses.listen(state_dict, {path: partial(listen, path) for path in paths})
         return {path: torch.cat(parts, dim=1) for path, parts in kept.items()}, final
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -23,7 +23,7 @@ from lit_wsl.rebasin.matching.activations import best_matching, joint_matching, 
 from lit_wsl.rebasin.matching.weights import MatchingResult, matched_names, weight_matching
 from lit_wsl.rebasin.merging.merge import is_continuous, is_statistic, task_arithmetic
 from lit_wsl.rebasin.rebasing.fitting import SAMPLES, Maps, Samples, fit_task_vector, layers, procrustes, turn_tensor
-from lit_wsl.rebasin.responses import Forward, Listener, Responses, call_on_inputs, channel_axis, drawn, output_axis
+from lit_wsl.rebasin.responses import Forward, Responses, call_on_inputs, channel_axis, drawn, output_axis
 from lit_wsl.rebasin.spec.axis import Permutations
 from lit_wsl.rebasin.spec.spec import PermutationSpec, permute_axes
 
@@ -353,25 +353,22 @@ class _JudgingCarrier(_Carrier):
         spec = self.known.spec
         kept: dict[str, list[Tensor]] = {}
 
-        def listen_as(name: str) -> Listener:
-            def listen(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-                out = 1 if isinstance(module, nn.Embedding) else output_axis(self.data.model, name)
-                shown = {out: output}
-                if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and arguments:
-                    shown[1] = arguments[0]
-                for axis, tensor in shown.items():
-                    axis_spec = spec.axes[name].get(axis)
-                    if axis_spec is None or not isinstance(tensor, Tensor) or axis_spec.outer_axis is not None:
-                        continue
-                    columns = tensor.movedim(channel_axis(module, tensor), 0).flatten(1).float()
-                    if len(columns) == axis_spec.length:
-                        parts = kept.setdefault(f"{name} axis {axis}", [])
-                        parts.append(drawn(columns, self.quota, self.known.seed + len(parts)))
-
-            return listen
+        def listen(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            out = 1 if isinstance(module, nn.Embedding) else output_axis(self.data.model, name)
+            shown = {out: output}
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and arguments:
+                shown[1] = arguments[0]
+            for axis, tensor in shown.items():
+                axis_spec = spec.axes[name].get(axis)
+                if axis_spec is None or not isinstance(tensor, Tensor) or axis_spec.outer_axis is not None:
+                    continue
+                columns = tensor.movedim(channel_axis(module, tensor), 0).flatten(1).float()
+                if len(columns) == axis_spec.length:
+                    parts = kept.setdefault(f"{name} axis {axis}", [])
+                    parts.append(drawn(columns, self.quota, self.known.seed + len(parts)))
 
         paths = [path for path, _ in self.data.model.named_modules() if path and f"{path}.weight" in spec.axes]
-        self.data.listen(state, {path: listen_as(f"{path}.weight") for path in paths})
+        self.data.listen(state, {path: partial(listen, f"{path}.weight") for path in paths})
         found = {name: torch.cat(parts, dim=1) for name, parts in kept.items()}
         return {name: rows - rows.mean(dim=1, keepdim=True) for name, rows in found.items()}
 

@@ -10,19 +10,16 @@ Nothing here knows how groups are nested; that is a matter of the whole spec, se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_wsl.errors import RebasinError
-
-if TYPE_CHECKING:
-    pass
-
 
 Permutations = Mapping[str, Tensor]
 """Group name -> LongTensor of shape ``(*sizes of the ancestors, size)``; every last-axis row is a permutation."""
@@ -243,10 +240,7 @@ def axis_to_segments(axis_spec: AxisSpec) -> list[dict[str, Any]]:
         shape = [sides[row] for row in rows]
         groups: list[str | None] = [axis_spec.groups[row] for row in rows]
         start = [first[row] for row in rows]
-        volume = 1
-        for side in shape:
-            volume *= side
-        if (repeat := (end - begin) // volume) > 1 or not rows:
+        if (repeat := (end - begin) // math.prod(shape)) > 1 or not rows:
             shape, groups, start = [*shape, repeat], [*groups, None], [*start, 0]
         entry: dict[str, Any] = {"shape": shape, "groups": groups}
         if any(start):
