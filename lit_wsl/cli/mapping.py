@@ -11,12 +11,11 @@ from torch.utils._pytree import tree_map
 
 from lit_wsl.cli.console import on_terminal, put_json, remark, say
 from lit_wsl.cli.models import build_from, build_model, data_from_config, matching_options, sample_call
-from lit_wsl.plan.coverage import Count
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.file import plan_to_document
 from lit_wsl.report.report import TransferReport
-from lit_wsl.report.rows import gaps, open_questions, percent
-from lit_wsl.report.terminal import MappingView, ReportView, excluded_lines
+from lit_wsl.report.rows import gaps, open_questions
+from lit_wsl.report.terminal import MappingView, ReportView, amount, excluded_lines
 from lit_wsl.structure.description import shape_text
 from lit_wsl.structure.running import Call
 from lit_wsl.transfer.api import OnData, prepare_transfer
@@ -95,7 +94,7 @@ def _show(report: TransferReport) -> None:
     counts = [("checkpoint", coverage.source), ("model", coverage.target)]
     counts += [("buffers", coverage.target_buffers)] if coverage.target_buffers.of_tensors else []
     for label, count in counts:
-        say(f"{label}\t{_amount(count)}")
+        say(f"{label}\t{amount(count)}")
     document = plan_to_document(report.plan)
     for line in document["entries"]:
         operations = "+".join(op if isinstance(op, str) else next(iter(op)) for op in line.get("ops", ())) or "exact"
@@ -113,10 +112,6 @@ def _show(report: TransferReport) -> None:
         remark(f"note: buffers: {line}")
     for text in (*(f"warning: {text}" for text in report.warnings), *(f"note: {text}" for text in report.notes)):
         remark(text)
-
-
-def _amount(count: Count) -> str:
-    return f"{percent(count.share)} of {count.of_elements:,} elements, {count.tensors} of {count.of_tensors} tensors"
 
 
 def _score(value: float | list[list[float]]) -> str:

@@ -136,7 +136,7 @@ def _moved(plan: PlanData, side: Side, described: ModelDescription) -> dict[str,
         share: Fraction | int = 1
         for operation in entry.operations:
             share *= operation.shares[side == "target"]
-        for name in entry.sources if side == "source" else entry.targets:
+        for name in entry.names(side):
             canonical = described.tied.get(name, name)
             moved[canonical] = max(share, moved.get(canonical, share))
     return moved
@@ -172,22 +172,15 @@ def excluded_names(plan: PlanData, side: Side, described: ModelDescription) -> f
 
     Buffers under ``buffers="exclude"``, and what ``only``, ``skip`` and ``source_prefix`` leave out.
     """
-    left = plan.unmatched_source if side == "source" else plan.unmatched_target
+    left = plan.unmatched(side)
     names = {item.name for item in left if item.reason in (LEFT_ALONE, ITS_PLACE) or item.reason.startswith(OUTSIDE)}
     if plan.options.get("buffers") == "exclude":
         names.update(info.name for info in described.parameters if info.kind == "buffer")
-    used = (name for e in plan.entries for name in (e.sources if side == "source" else e.targets))
-    return frozenset(names - {described.tied.get(name, name) for name in used})
+    return frozenset(names - {described.tied.get(name, name) for e in plan.entries for name in e.names(side)})
 
 
 def measure_coverage(plan: PlanData, source: ModelDescription, target: ModelDescription) -> Coverage:
-    """Count what a plan moves.
-
-    Args:
-        plan: The plan.
-        source: The checkpoint's side.
-        target: The model's side.
-    """
+    """Count what a plan moves."""
     used, filled = _moved(plan, "source", source), _moved(plan, "target", target)
     unsure = frozenset(name for a in plan.ambiguous for name in a.targets)
     excluded = excluded_names(plan, "target", target)

@@ -50,6 +50,14 @@ class PlanEntry:
     reason: str = ""
     evidence: str = ""
 
+    def names(self, side: Side) -> tuple[str, ...]:
+        """The sources, or the targets."""
+        return self.sources if side == "source" else self.targets
+
+    def shapes(self, side: Side) -> tuple[Shape, ...]:
+        """The shapes of the sources, or of the targets."""
+        return self.source_shapes if side == "source" else self.target_shapes
+
     @property
     def badge(self) -> str:
         """The operation in one word: ``exact``, ``transpose``, ``reshape``, ``split``, ``concat``, ``stack``..."""
@@ -260,6 +268,10 @@ class PlanData:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def unmatched(self, side: Side) -> tuple[Unmatched, ...]:
+        """What has no partner on a side."""
+        return self.unmatched_source if side == "source" else self.unmatched_target
 
     @cached_property
     def by_target(self) -> dict[str, PlanEntry]:

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.jupyter import JupyterMixin
 from rich.measure import Measurement
 from rich.segment import Segment
 from rich.style import Style
+from rich.table import Table
 from rich.text import Text as RichText
 
 from lit_wsl.errors import PRE, printable
@@ -68,6 +69,12 @@ def _encodable(text: str, encoding: str) -> str:
     except LookupError:
         pass
     return text
+
+
+def short_columns(table: Table, *titles: str, justify: JustifyMethod = "left") -> None:
+    """Add columns of words and numbers that are never broken."""
+    for title in titles:
+        table.add_column(title, justify=justify, no_wrap=True, overflow="crop")
 
 
 def score_text(score: float) -> Text:

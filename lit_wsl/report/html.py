@@ -18,9 +18,8 @@ from typing import Any
 
 from lit_wsl.errors import printable
 from lit_wsl.files import atomic_write_text
-from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.scoring import ScoreBreakdown
-from lit_wsl.plan.coverage import Coverage, excluded_names
+from lit_wsl.plan.coverage import excluded_names
 from lit_wsl.plan.entries import Decided, Measured, PlanEntry, Side, measured_dict
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.json_report import coverage_dict
@@ -36,28 +35,13 @@ _MOST_BREAKDOWNS = 20_000  # beyond it they would be most of the page and of the
 _Numbers = defaultdict[Any, int]
 
 
-def save_html(
-    result: Any,
-    path: str | os.PathLike[str],
-    *,
-    source: ModelDescription | None = None,
-    target: ModelDescription | None = None,
-    coverage: Coverage | None = None,
-    options: MatchingOptions | None = None,
-    warnings: tuple[str, ...] | list[str] = (),
-    notes: tuple[str, ...] | list[str] = (),
-) -> Path:
+def save_html(result: Any, path: str | os.PathLike[str], **details: Any) -> Path:
     """Write the interactive report.
 
     Args:
         result: A :class:`~lit_wsl.TransferReport`, a :class:`~lit_wsl.MappingResult` or a plan.
         path: The file to write, atomically.
-        source: The checkpoint's side; rebuilt from the plan where it is not given.
-        target: The model's side; likewise.
-        coverage: The coverage; counted where it is not given.
-        options: The options of the matching.
-        warnings: Further warnings.
-        notes: Further notes.
+        **details: What ``result`` does not hold, or not so: as for :meth:`~lit_wsl.report.scores.Material.gather`.
 
     Returns:
         The path.
@@ -65,11 +49,8 @@ def save_html(
     Raises:
         CheckpointError: If the file cannot be written.
     """
-    material = Material.gather(
-        result, source=source, target=target, coverage=coverage, options=options, warnings=warnings, notes=notes
-    )
     path = Path(path)
-    atomic_write_text(path, render_html(material))
+    atomic_write_text(path, render_html(Material.gather(result, **details)))
     return path
 
 

@@ -9,57 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from lit_wsl.files import atomic_write_text
-from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.scoring import ScoreBreakdown
 from lit_wsl.plan.coverage import Count, Coverage
 from lit_wsl.plan.entries import PlanEntry, Side, measured_dict
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.rows import gaps, operation_counts
 from lit_wsl.report.scores import Material, breakdown, pairs, runner_up
-from lit_wsl.structure.description import ModelDescription
 
 VERSION = 1
 MOST_PAIRS = 2_000  # steps of a report that explains each pair's score unless asked not to: a few megabytes
 SCHEMA = Path(__file__).parent / "assets" / "schema.json"
 
 
-def report_dict(
-    result: Any,
-    *,
-    source: ModelDescription | None = None,
-    target: ModelDescription | None = None,
-    coverage: Coverage | None = None,
-    options: MatchingOptions | None = None,
-    warnings: tuple[str, ...] | list[str] = (),
-    notes: tuple[str, ...] | list[str] = (),
-    breakdowns: bool | None = None,
-) -> dict[str, Any]:
+def report_dict(result: Any, *, breakdowns: bool | None = None, **details: Any) -> dict[str, Any]:
     """The report as plain data.
 
     Args:
         result: A :class:`~lit_wsl.TransferReport`, a :class:`~lit_wsl.MappingResult` or a plan.
-        source: The checkpoint's side; rebuilt from the plan where it is not given.
-        target: The model's side; likewise.
-        coverage: The coverage; counted where it is not given.
-        options: The options of the matching.
-        warnings: Further warnings.
-        notes: Further notes.
         breakdowns: Also give the parts of each score and the runner-up; by default where there are no more than
             2,000 steps.
+        **details: What ``result`` does not hold, or not so: as for :meth:`~lit_wsl.report.scores.Material.gather`.
 
     Returns:
         Data that fits ``lit_wsl/report/assets/schema.json``; the same input gives the same data.
     """
     from lit_wsl.files import package_version
 
-    material = Material.gather(
-        result, source=source, target=target, coverage=coverage, options=options, warnings=warnings, notes=notes
-    )
+    material = Material.gather(result, **details)
     plan = material.plan
-    unmatched = {
-        "source": _unmatched(plan, "source", material.source, material.target),
-        "target": _unmatched(plan, "target", material.source, material.target),
-    }
+    unmatched = {"source": _unmatched(material, "source"), "target": _unmatched(material, "target")}
     explained = len(plan.entries) <= MOST_PAIRS if breakdowns is None else breakdowns
     return {
         "format": "lit_wsl.report",
@@ -172,11 +150,9 @@ def _parts(parts: ScoreBreakdown) -> dict[str, Any]:
     }
 
 
-def _unmatched(
-    plan: TransferPlan, side: Side, source: ModelDescription, target: ModelDescription
-) -> list[dict[str, Any]]:
+def _unmatched(material: Material, side: Side) -> list[dict[str, Any]]:
     """What was asked for and found no partner, with the nearest tensor of the other side."""
-    described = source if side == "source" else target
+    described = material.source if side == "source" else material.target
     rows = [
         {
             "name": item.name,
@@ -186,7 +162,7 @@ def _unmatched(
             "nearest": None if gap.nearest is None else {"name": gap.nearest.name, "shape": list(gap.nearest.shape)},
             "advice": gap.advice,
         }
-        for gap in gaps(plan, side, source, target)
+        for gap in gaps(material.plan, side, material.source, material.target)
         for item in gap.members
     ]
     return sorted(rows, key=lambda row: described[row["name"]].index)

@@ -62,16 +62,7 @@ class TransferReport(ShownInNotebooks):
         warnings: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> TransferReport:
-        """Sort both sides' tensors into loaded, missing, ambiguous and unused.
-
-        Args:
-            plan: The plan.
-            coverage: Its coverage.
-            source: The checkpoint's side.
-            target: The model's side.
-            warnings: What the user should look at.
-            notes: What is worth a line.
-        """
+        """Sort both sides' tensors into loaded, missing, ambiguous and unused."""
         filled = {target.tied.get(name, name) for entry in plan.entries for name in entry.targets}
         unsure = {target.tied.get(name, name) for item in plan.ambiguous for name in item.targets} - filled
         return cls(

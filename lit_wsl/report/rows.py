@@ -79,13 +79,7 @@ def percent(share: float) -> str:
 
 
 def mapping_rows(plan: TransferPlan, *, by: By = "group", folded: bool = True) -> list[MappingRow]:
-    """The steps of a plan as lines of a table, in the plan's order.
-
-    Args:
-        plan: The plan.
-        by: One line per pair of modules, or one per step.
-        folded: Fold lines that differ only by indices.
-    """
+    """The steps of a plan as lines of a table, in the plan's order; folded where they differ only by indices."""
     groups: dict[tuple[object, ...], list[PlanEntry]] = {}
     for number, entry in enumerate(plan.entries):
         key: tuple[object, ...] = (number,)
@@ -237,12 +231,7 @@ def operation_counts(plan: TransferPlan) -> dict[str, int]:
 
 
 def describe_from_plan(plan: TransferPlan, side: Side) -> ModelDescription:
-    """Rebuild one side from what a plan knows of it: names, shapes and kinds; order as good as the plan has it.
-
-    Args:
-        plan: The plan.
-        side: ``"source"`` or ``"target"``.
-    """
+    """Rebuild one side from what a plan knows of it: names, shapes and kinds; order as good as the plan has it."""
     found: dict[str, ParameterInfo] = {}
 
     def add(name: str, shape: Shape, kind: str) -> None:
@@ -250,19 +239,15 @@ def describe_from_plan(plan: TransferPlan, side: Side) -> ModelDescription:
             found[name] = ParameterInfo(name, tuple(shape), kind=kind, index=len(found))  # type: ignore[arg-type]
 
     for entry in plan.entries:
-        names, shapes = (
-            (entry.sources, entry.source_shapes) if side == "source" else (entry.targets, entry.target_shapes)
-        )
-        for name, shape in zip(names, shapes):
+        for name, shape in zip(entry.names(side), entry.shapes(side)):
             add(name, shape, entry.kind)
-    for left in plan.unmatched_source if side == "source" else plan.unmatched_target:
+    for left in plan.unmatched(side):
         add(left.name, left.shape, left.kind)
     if side == "target":
         for ambiguity in plan.ambiguous:
             for name in ambiguity.targets:
                 add(name, ambiguity.shape, "parameter")
-    label = plan.source.label if side == "source" else plan.target.label
-    return ModelDescription(tuple(found.values()), label=label)
+    return ModelDescription(tuple(found.values()), label=getattr(plan, side).label)
 
 
 _NEAREST = 3  # nearest partners named per reason
@@ -298,18 +283,12 @@ def left_over(plan: TransferPlan, side: Side, described: ModelDescription) -> tu
     """The tensors of a side that were asked for and have no partner; ambiguous targets are not among them.
 
     What a plan does not mention (it was edited, or made for a smaller model) is left over too.
-
-    Args:
-        plan: The plan.
-        side: Which side.
-        described: That side.
     """
-    own = [entry.sources if side == "source" else entry.targets for entry in plan.entries]
-    settled = {described.tied.get(name, name) for names in own for name in names}
+    settled = {described.tied.get(name, name) for entry in plan.entries for name in entry.names(side)}
     if side == "target":
         settled |= {described.tied.get(name, name) for case in plan.ambiguous for name in case.targets}
     settled |= excluded_names(plan, side, described)
-    known = {item.name: item for item in (plan.unmatched_source if side == "source" else plan.unmatched_target)}
+    known = {item.name: item for item in plan.unmatched(side)}
     rivals = _candidates(plan) if side == "source" else frozenset()
 
     def told(info: ParameterInfo) -> Unmatched:
@@ -325,14 +304,7 @@ def _candidates(plan: TransferPlan) -> frozenset[str]:
 
 
 def gaps(plan: TransferPlan, side: Side, source: ModelDescription, target: ModelDescription) -> list[Gap]:
-    """What is left over of a side, folded, each with its nearest partner on the other.
-
-    Args:
-        plan: The plan.
-        side: Which side.
-        source: The source's side.
-        target: The target's side.
-    """
+    """What is left over of a side, folded, each with its nearest partner on the other."""
     own, other = (source, target) if side == "source" else (target, source)
     left = left_over(plan, side, own)
     across: Side = "target" if side == "source" else "source"

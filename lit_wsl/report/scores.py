@@ -20,7 +20,7 @@ from lit_wsl.matching.scoring import Context, ScoreBreakdown, score_pair
 from lit_wsl.plan.coverage import Coverage, measure_coverage
 from lit_wsl.plan.entries import PlanEntry, Side
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.drawing import COLOURS, LEGEND, Bar, Text, View, Wrapped, score_text
+from lit_wsl.report.drawing import COLOURS, LEGEND, Bar, Text, View, Wrapped, score_text, short_columns
 from lit_wsl.report.rows import confidence, describe_from_plan, gaps, partner_lines
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape, shape_text
 
@@ -69,24 +69,22 @@ class Material:
         )
 
     @cached_property
-    def alike(self) -> dict[Side, dict[tuple[str, Shape], tuple[ParameterInfo, ...]]]:
+    def alike(self) -> dict[Side, dict[tuple[str, Shape], list[ParameterInfo]]]:
         """The tensors of each side by kind and by shape, whose axes may stand in any order."""
-        found: dict[Side, dict[tuple[str, Shape], tuple[ParameterInfo, ...]]] = {"source": {}, "target": {}}
-        for side, described in (("source", self.source), ("target", self.target)):
-            groups: dict[tuple[str, Shape], list[ParameterInfo]] = {}
+        found: dict[Side, dict[tuple[str, Shape], list[ParameterInfo]]] = {"source": {}, "target": {}}
+        for groups, described in zip(found.values(), (self.source, self.target)):
             for info in described.parameters:
                 groups.setdefault((info.kind, tuple(sorted(info.shape))), []).append(info)
-            found[side] = {key: tuple(infos) for key, infos in groups.items()}  # type: ignore[index]
         return found
 
     @cached_property
-    def partner_modules(self) -> dict[Side, dict[str, frozenset[str]]]:
+    def partner_modules(self) -> dict[Side, dict[str, set[str]]]:
         """For modules of the other side: the modules of this side that share a step with them."""
         found: dict[Side, dict[str, set[str]]] = {"source": {}, "target": {}}
         for source, target in self.module_pairs:
             found["source"].setdefault(target, set()).add(source)
             found["target"].setdefault(source, set()).add(target)
-        return {side: {path: frozenset(paths) for path, paths in known.items()} for side, known in found.items()}
+        return found
 
     @cached_property
     def questioned(self) -> frozenset[int]:
@@ -202,21 +200,11 @@ def candidates(
     operation: bool = False,
     shortlist: int = THOROUGH,
 ) -> list[ScoreBreakdown]:
-    """Score the tensors that could stand beside ``fixed``, the best first.
+    """Score the tensors of a side that could stand beside ``fixed``, the best first, ties in order of names.
 
-    Args:
-        material: What the report is made from.
-        fixed: The tensor that looks for a partner.
-        side: Where the partner would come from.
-        shape: The partner's shape; its axes may stand in any order.
-        partners: Names of the partners that it has, which are no candidates: rivals of a renamed tensor are named like
-            the first.
-        operation: Whether the partner goes through an operation, as its rivals would then.
-        shortlist: How many to score at most, beside those of the partner's own module: the ones whose names are most
-            alike to the first partner or, half as many, to ``fixed``.
-
-    Returns:
-        Breakdowns with their totals falling; ties in order of names.
+    They have ``shape``, with the axes in any order, and are none of the ``partners`` that it has: rivals of a renamed
+    tensor are named like the first of these. Of very many those are scored that stand in the partner's own module or
+    whose names are most alike to the first partner or, half as many, to ``fixed``.
     """
     rivals = [i for i in material.alike[side].get((fixed.kind, tuple(sorted(shape))), ()) if i.name not in partners]
     if len(rivals) > shortlist:
@@ -237,7 +225,7 @@ def _shortlist(
         if name:
             best = process.extract(name, names, scorer=Levenshtein.normalized_similarity, limit=count)
             near.update(index for _, _, index in best)
-    together = material.partner_modules[side].get(fixed.module_path, frozenset())
+    together = material.partner_modules[side].get(fixed.module_path, set())
     return [rival for i, rival in enumerate(rivals) if i in near or rival.module_path in together]
 
 
@@ -338,9 +326,8 @@ class BreakdownView(View):
             yield Text(f"runner-up: none, no other {'target' if from_source else 'source'} has a shape that fits")
             return
         table = Table(box=None, pad_edge=False, show_header=True)
-        table.add_column("score", no_wrap=True, overflow="crop")
-        for part in ("shape", "name", "hier."):
-            table.add_column(part, no_wrap=True, overflow="crop", justify="right")
+        short_columns(table, "score")
+        short_columns(table, "shape", "name", "hier.", justify="right")
         table.add_column(f"runner-up ({title})", overflow="fold")
         for other in best:
             name = other.target if from_source else other.source
@@ -372,7 +359,7 @@ class BreakdownView(View):
     def _unmatched(self, material: Material) -> Panel:
         from_source = self.name in self.source
         side = self.source if from_source else self.target
-        left = self.plan.unmatched_source if from_source else self.plan.unmatched_target
+        left = self.plan.unmatched("source" if from_source else "target")
         lines: list[RenderableType] = [
             Text(self.name, overflow="fold"),
             Text(f"not matched   shape {shape_text(side[self.name].shape)}", style="bold"),
@@ -383,29 +370,24 @@ class BreakdownView(View):
                 lines.append(Text(f"ambiguous: {case.reason}"))
                 lines += [Text(f"  {c.score:.2f} {' + '.join(c.sources)}") for c in case.candidates]
         best = self._candidates(material, None)
-        for other in best:
-            name = other.target if from_source else other.source
-            lines += [Text(""), Text(f"best candidate: {name}{self._taken(name, from_source)}"), score_table(other)]
-            break
+        if best:
+            name = best[0].target if from_source else best[0].source
+            lines += [Text(""), Text(f"best candidate: {name}{self._taken(name, from_source)}"), score_table(best[0])]
         else:
             own: Side = "source" if from_source else "target"
-            lines += [
-                Text(line)
-                for gap in gaps(self.plan, own, self.source, self.target)
-                if any(member.name == self.name for member in gap.members)
-                for line in partner_lines([gap])
-            ]
+            found = gaps(self.plan, own, self.source, self.target)
+            mine = [gap for gap in found if any(member.name == self.name for member in gap.members)]
+            lines += [Text(line) for gap in mine for line in partner_lines([gap])]
         return Panel(Group(*lines), title="score", title_align="left", box=box.ROUNDED, expand=False)
 
 
 def score_table(parts: ScoreBreakdown) -> Table:
     """Shape, name and hierarchy with their parts: value, bar, weight, and what they add to the score."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("part", no_wrap=True, overflow="crop")
-    table.add_column("value", justify="right", no_wrap=True, overflow="crop")
-    table.add_column("", no_wrap=True, overflow="crop")
-    table.add_column("weight", justify="right", no_wrap=True, overflow="crop")
-    table.add_column("adds", justify="right", no_wrap=True, overflow="crop")
+    short_columns(table, "part")
+    short_columns(table, "value", justify="right")
+    short_columns(table, "")
+    short_columns(table, "weight", "adds", justify="right")
     scale = 1.0 if parts.parents is None else 0.8
     for part, value, details in (
         ("shape", parts.shape, {}),

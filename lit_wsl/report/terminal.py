@@ -19,7 +19,7 @@ from lit_wsl.errors import printable
 from lit_wsl.plan.coverage import Count, Coverage, excluded_names
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.drawing import COLOURS, LEGEND, Hanging, Text, View, Wrapped, plain, score_text
+from lit_wsl.report.drawing import COLOURS, LEGEND, Hanging, Text, View, Wrapped, plain, score_text, short_columns
 from lit_wsl.report.rows import (
     By,
     Gap,
@@ -68,15 +68,11 @@ class MappingView(View):
         shown = _worth_showing(rows, self.max_rows)
         wide = width >= SIDE_BY_SIDE
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
-        table.add_column("score", no_wrap=True, overflow="crop")
+        short_columns(table, "score")
         table.add_column("operation", overflow="fold")
-        table.add_column("n", justify="right", no_wrap=True, overflow="crop")
-        if wide:
-            table.add_column("source", overflow="fold", ratio=1)
-            table.add_column("target", overflow="fold", ratio=1)
-            table.add_column("tensors", overflow="fold", ratio=1)
-        else:
-            table.add_column("source → target", overflow="fold", ratio=1)
+        short_columns(table, "n", justify="right")
+        for title in ("source", "target", "tensors") if wide else ("source → target",):
+            table.add_column(title, overflow="fold", ratio=1)
         for row in shown:
             head = (score_text(row.score), _badge(row), f"x{row.groups}")
             moved = Wrapped((row.tensors,), "dim")
@@ -159,21 +155,16 @@ def measured_lines(plan: TransferPlan, most: int = 8) -> list[str]:
 
 
 def summary_lines(report: Reported, verb: str | None = None) -> list[str]:
-    """The report in a few lines: both sides, buffers, proof.
-
-    Args:
-        report: The report.
-        verb: The first word; by default whether the weights were loaded.
-    """
+    """The report in a few lines: whether the weights were loaded (or ``verb``), both sides, buffers, proof."""
     plan, coverage = report.plan, report.coverage
     verb = verb or ("Loaded" if report.applied else "Not loaded")
     lines = [
         f"{verb} {plan.source.label} -> {plan.target.label}",
-        f"model:   {_amount(coverage.target)}",
-        f"source:  {_amount(coverage.source)}",
+        f"model:   {amount(coverage.target)}",
+        f"source:  {amount(coverage.source)}",
+        *_buffer_lines(report),
+        *_aside_lines(report),
     ]
-    lines += _buffer_lines(report)
-    lines += _aside_lines(report)
     if plan.proof != "not tested":
         lines.append(f"{plan.proof_by or 'function'} check: {plan.proof}")
     lines += measured_lines(plan)
@@ -198,7 +189,7 @@ def _buffer_lines(report: Reported) -> list[str]:
     if not lines and of.of_tensors:
         filled = {name for entry in report.plan for name in entry.targets}
         norms = [group for group in target.groups if any(info.name in filled for info in group.parameters)]
-        lines = [_amount(of), *_without_statistics(norms, {u.name for u in report.plan.unmatched_target})]
+        lines = [amount(of), *_without_statistics(norms, {u.name for u in report.plan.unmatched_target})]
     return [f"{'buffers:' if number == 0 else '':8} {line}" for number, line in enumerate(lines)]
 
 
@@ -244,12 +235,7 @@ def plan_lines(plan: TransferPlan) -> list[str]:
 
 
 def gap_lines(report: Reported, limit: int | None = _SHOWN) -> list[str]:
-    """What has no partner and what is ambiguous, with reasons, nearest partners and remedies.
-
-    Args:
-        report: The report.
-        limit: At most so many families of tensors per list; ``None`` for all.
-    """
+    """What has no partner and what is ambiguous, with reasons, nearest partners and remedies; ``None`` for all."""
     source, target = report.sides
     lines = _listed("missing", gaps(report.plan, "target", source, target), limit)
     lines += _ambiguous(report.plan, limit)
@@ -261,7 +247,8 @@ def remark_lines(report: Reported) -> list[str]:
     return [*(f"warning: {text}" for text in report.warnings), *(f"note: {text}" for text in report.notes)]
 
 
-def _amount(count: Count) -> str:
+def amount(count: Count) -> str:
+    """What was moved of a side, in percent and in numbers."""
     return f"{percent(count.share)} of {count.of_elements:,} elements, {count.tensors} of {count.of_tensors} tensors"
 
 
@@ -460,8 +447,7 @@ class AnalysisView(View):
         if not rows:
             return
         table = Table(title="lowest scores", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        table.add_column("score", no_wrap=True, overflow="crop")
-        table.add_column("margin", no_wrap=True, overflow="crop")
+        short_columns(table, "score", "margin")
         table.add_column("operation", overflow="fold")
         table.add_column("source → target", overflow="fold", ratio=1)
         for row in rows:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from rich.console import RenderableType
 from rich.table import Table
 
+from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.drawing import Text, View, pieces
+from lit_wsl.report.drawing import Text, View, broken
 from lit_wsl.report.rows import count_text
 from lit_wsl.structure.description import ModelDescription, ModuleNode, ParameterGroup, shape_text
 from lit_wsl.structure.families import fold_names, ranges
@@ -66,13 +67,8 @@ def tree_lines(
     Neighbours whose names differ by a number fold when everything below them is alike: names, shapes, and whether it
     is matched; but not the parts of one block (``fc1`` and ``fc2``), which have a role each. A module without tensors
     of its own whose only child is one line joins that line:
-    ``encoder.layer.{0..11}``. Linear in the number of tensors.
-
-    Args:
-        side: The model.
-        max_depth: Number of levels below the root.
-        folded: Fold repeated modules and chains.
-        matched: Names of the matched tensors; ``None`` leaves the status out.
+    ``encoder.layer.{0..11}``. Linear in the number of tensors. Without the names of the matched tensors the status is
+    left out.
     """
     facts = _measure(side.root, matched)
     lines: list[TreeLine] = []
@@ -82,10 +78,9 @@ def tree_lines(
         total = [facts[node.path] for node in nodes]
         hidden = sum(f.modules - 1 for f in total) if depth >= max_depth else 0
         status = ""
-        if matched is not None:
-            hit, of = sum(f.matched for f in total), sum(f.tensors for f in total)
-            status = "all" if hit == of and of else "part" if hit else "none"
-            status = status if of else ""
+        hit, of = sum(f.matched for f in total), sum(f.tensors for f in total)
+        if matched is not None and of:
+            status = "all" if hit == of else "part" if hit else "none"
         paths = tuple(node.path for node in nodes)
         numel = sum(f.numel for f in total)
         lines.append(TreeLine(label, depth, paths, first.group, numel, status, hidden, guide, hang))
@@ -118,10 +113,8 @@ class _Run:
 
 def _children(nodes: Sequence[ModuleNode], facts: Mapping[str, _Facts], folded: bool) -> list[_Run]:
     """The lines below modules that are alike; what is said of a child is said of this child of each of them."""
-    found, start = [], 0
-    for run in (
-        _runs(nodes[0].children, facts, in_block=len(nodes) > 1) if folded else [[child] for child in nodes[0].children]
-    ):
+    found, start, own = [], 0, nodes[0].children
+    for run in _runs(own, facts, in_block=len(nodes) > 1) if folded else [[child] for child in own]:
         end = start + len(run)
         found.append(_Run(run, [child for node in nodes for child in node.children[start:end]]))
         start = end
@@ -207,28 +200,25 @@ class HierarchyView(View):
     def _draw(self, width: int) -> Iterator[RenderableType]:
         beside = width >= SIDE_BY_SIDE
         half = (width - 1) // 2 if beside else width
-        trees = [self._tree("source", half), self._tree("target", half)]
+        trees = self._tree("source", half), self._tree("target", half)
         table = Table(box=None, pad_edge=False, show_edge=False, expand=beside)
-        table.add_column("source", overflow="fold", ratio=1)
-        if beside:
-            table.add_column("target", overflow="fold", ratio=1)
-            table.add_row(*trees)
-        else:
-            table.add_row(trees[0])
-            table.add_row(Text("\ntarget", style="bold"))
-            table.add_row(trees[1])
+        for title in ("source", "target")[: 1 + beside]:
+            table.add_column(title, overflow="fold", ratio=1)
+        rows = [trees] if beside else [trees[:1], [Text("\ntarget", style="bold")], trees[1:]]
+        for row in rows:
+            table.add_row(*row)
         yield table
         legend = "[W] weight, [B] bias, xN folded modules"
         if self.plan is not None:
             legend += "; ● all matched, ~ in part, ○ nothing"
         yield Text(legend, style="dim")
 
-    def _tree(self, which: str, width: int) -> Text:
+    def _tree(self, which: Side, width: int) -> Text:
         side = self.source if which == "source" else self.target
         matched, partners = None, {}
         if self.plan is not None:
-            moved = [entry.sources if which == "source" else entry.targets for entry in self.plan.entries]
-            matched = frozenset(side.tied.get(name, name) for names in moved for name in names)
+            moved = (name for entry in self.plan.entries for name in entry.names(which))
+            matched = frozenset(side.tied.get(name, name) for name in moved)
             partners = _partners(self.plan) if which == "source" else {}
         text = Text()
         for line in tree_lines(side, max_depth=self.max_depth, folded=self.folded, matched=matched):
@@ -255,18 +245,17 @@ def _line(line: TreeLine, partners: Mapping[str, tuple[str, ...]], width: int) -
     text.append(line.label, style="bold" if line.depth == 0 else "")
     if len(line.paths) > 1:
         _append(text, f" x{len(line.paths)}", "cyan", line.hang, width)
-    hang = line.hang
     details = _badges(line.group)
     if line.numel and not (details and line.depth):
         details = f"{count_text(line.numel)} {details}".rstrip()
     if line.hidden:
         details += f" (+{line.hidden} modules)"
-    _append(text, f" {details}", "dim", hang, width)
+    _append(text, f" {details}", "dim", line.hang, width)
     named = dict.fromkeys(target for path in line.paths for target in partners.get(path, ()))
     if named:
         folded = fold_names([target or "(root)" for target in named])
         more = f" and {len(folded) - 2} more" if len(folded) > 2 else ""
-        _append(text, " → " + ", ".join(folded[:2]) + more, "green", hang, width)
+        _append(text, " → " + ", ".join(folded[:2]) + more, "green", line.hang, width)
     return text
 
 
@@ -275,14 +264,8 @@ def _append(text: Text, words: str, style: str, hang: str, width: int) -> None:
     if len(text.plain.rpartition("\n")[2]) + len(words) <= width:
         text.append(words.rstrip(), style=style)
         return
-    room = max(8, width - len(hang) - 2)
-    lines = [""]
-    for piece in pieces(words):
-        if lines[-1].strip() and len((lines[-1] + piece).rstrip()) > room:
-            lines.append("  ")
-        lines[-1] += piece
-    for line in lines:
-        text.append("\n" + hang + "  ", style="dim").append(line.rstrip(), style=style)
+    for line in broken(words, max(8, width - len(hang) - 2)):
+        text.append("\n" + hang + "  ", style="dim").append(line, style=style)
 
 
 def _badges(group: ParameterGroup) -> str:
