@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
@@ -25,7 +26,9 @@ from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.plan.coverage import measure_coverage
 from lit_wsl.plan.entries import SideSummary
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.loggers import log_report
 from lit_wsl.report.report import TransferReport
+from lit_wsl.report.terminal import print_report
 from lit_wsl.structure import ModelDescription, describe
 from lit_wsl.transfer.apply import copy_into, live_tensors
 
@@ -41,8 +44,6 @@ _BUILDERS = ("setup", "configure_model", "configure_sharded_model")
 
 def is_whole(module: pl.LightningModule) -> bool:
     """Whether no later hook of the module itself may add parameters to it."""
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
     return not any(is_overridden(name, module) for name in _BUILDERS if hasattr(module, name))
 
 
@@ -77,16 +78,14 @@ def has_trained_elsewhere(trainer: pl.Trainer) -> bool:
 def when_whole(strategy: Strategy, run: Callable[[], None], needs_memory: Callable[[], bool]) -> Callable[[], None]:
     """Call ``run`` once when the next ``strategy.setup`` begins, or where it needs memory when tensors have some."""
     installed = vars(strategy).get("setup")
-    queue: list[tuple[Callable[[], None], Callable[[], bool]]] | None = getattr(installed, "lit_wsl_queue", None)
-    if queue is None:
-        queue = []
+    queue: list[tuple[Callable[[], None], Callable[[], bool]]] = getattr(installed, "lit_wsl_queue", [])
+    if not hasattr(installed, "lit_wsl_queue"):
         original = strategy.setup
-        requests = queue
 
         def setup(trainer: pl.Trainer) -> Any:
             _uninstall(strategy, setup, installed)
             waiting = []
-            for request, has_to_wait in requests:
+            for request, has_to_wait in queue:
                 if has_to_wait():
                     waiting.append(request)
                 else:
@@ -211,13 +210,9 @@ def report_nothing(model: pl.LightningModule, label: str, options: MatchingOptio
 def announce(trainer: pl.Trainer, report: TransferReport, *, verbose: bool) -> None:
     """Print the coverage, if ``verbose``, write the report, and tell the loggers."""
     if trainer.is_global_zero and verbose:
-        from lit_wsl.report.terminal import print_report
-
         print_report(report)
     page = write_report(trainer, report)
     if trainer.is_global_zero:
-        from lit_wsl.report.loggers import log_report
-
         log_report(trainer.loggers, report, page=page)
 
 

@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_wsl.callbacks.sample import places, to_model
+from lit_wsl.callbacks.sample import STEPS, instead, places, to_model
 from lit_wsl.callbacks.streams import NoSampleError, stream
 from lit_wsl.checkpoint import Checkpoint
 from lit_wsl.matching.judge import PASSES
@@ -35,7 +38,7 @@ from lit_wsl.transfer.api import OnData
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-_STEPS = {"train_dataloader": "training_step", "val_dataloader": "validation_step", "test_dataloader": "test_step"}
+_LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")  # whose steps have a loss
 _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier")
 
 
@@ -84,13 +87,11 @@ def ways_to_prove(
     Returns:
         The ways, and one line saying why there are none if there are none.
     """
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
     if not module.automatic_optimization:
         return [], "not tested on data: manual optimization"
     ways = []
-    for kind, owner, name in places(trainer, module, stage, (*_STEPS,)):
-        own = _STEPS[kind]
+    for kind, owner, name in places(trainer, module, stage, _LOADERS):
+        own = STEPS[kind]
         for step in dict.fromkeys((own, "validation_step" if own != "training_step" else own, "training_step")):
             if is_overridden(step, module):
                 logged: dict[str, Any] = {}
@@ -145,7 +146,6 @@ def _number(value: Any) -> Tensor | None:
 @contextmanager
 def _world(trainer: pl.Trainer, module: pl.LightningModule, logged: dict[str, Any]) -> Iterator[None]:
     """What a step finds around it: a log that is kept apart, loggers that take anything, no other process."""
-    from lightning.pytorch.loggers.logger import DummyLogger
 
     def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         logged[name] = value
@@ -153,22 +153,13 @@ def _world(trainer: pl.Trainer, module: pl.LightningModule, logged: dict[str, An
     def log_dict(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         logged.update(values)
 
-    loggers, own = trainer.loggers, dict(vars(module))
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(module))
         stack.enter_context(preserved_objects(getattr(trainer, "datamodule", None)))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             stack.enter_context(_alone())
-        try:
-            trainer.loggers = [DummyLogger()]
-            vars(module).update(log=log, log_dict=log_dict)
-            yield
-        finally:
-            trainer.loggers = loggers
-            for name in ("log", "log_dict"):
-                vars(module).pop(name, None)
-                if name in own:
-                    vars(module)[name] = own[name]
+        stack.enter_context(instead(trainer, module, [DummyLogger()], {"log": log, "log_dict": log_dict}))
+        yield
 
 
 @contextmanager
@@ -240,22 +231,17 @@ class _Data:
 
     def _made(self) -> Any:
         """The loaders; a datamodule that was not set up for training is, for each batch anew."""
-        from lightning.pytorch.utilities.combined_loader import CombinedLoader
-
         if self._loaders is not None:
             return self._loaders
         lasting = True
-        if self.name is None:
-            loaders = self.owner
-        else:
-            try:
-                loaders = getattr(self.owner, self.name)()
-            except Exception:
-                if not hasattr(self.owner, "setup") or isinstance(self.owner, nn.Module):
-                    raise
-                lasting = False
-                self.owner.setup("fit")
-                loaders = getattr(self.owner, self.name)()
+        try:
+            loaders = self.owner if self.name is None else getattr(self.owner, self.name)()
+        except Exception:
+            if self.name is None or not hasattr(self.owner, "setup") or isinstance(self.owner, nn.Module):
+                raise
+            lasting = False
+            self.owner.setup("fit")
+            loaders = getattr(self.owner, self.name)()
         if isinstance(loaders, CombinedLoader):
             loaders = loaders.iterables
         if self.name == "val_dataloader" and isinstance(loaders, (list, tuple)) and loaders:

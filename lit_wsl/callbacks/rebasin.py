@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_wsl.callbacks.sample import find_samples
+from lit_wsl.callbacks.sample import find_samples, quiet
 from lit_wsl.checkpoint import atomic_write_text, open_checkpoint
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.job import (
@@ -243,8 +243,6 @@ class RebasinCallback(Callback):
         """The call that worked, the spec, why there is none, and remarks."""
         if not self.perm_matching:
             return None, None, "perm_matching=False asks for no alignment", ()
-        from lit_wsl.callbacks.sample import quiet
-
         given = PermutationSpec.from_json(Path(self.spec_file)) if self.spec_file is not None else None
         if given is not None and not self.verify:
             return None, given, None, ()

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
@@ -54,8 +56,6 @@ def find_samples(trainer: pl.Trainer, module: pl.LightningModule, stage: str) ->
     Returns:
         The calls, and one line saying why there are none if there are none.
     """
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
     reasons: list[str] = []
     calls: list[Call] = []
     steps: list[Call] = []
@@ -84,8 +84,6 @@ def places(
     trainer: pl.Trainer, module: pl.LightningModule, stage: str, names: Sequence[str]
 ) -> Iterator[tuple[str, Any, str | None]]:
     """Yield ``(kind, owner, method name)``, or ``(kind, loaders, None)``, for every place that may give a batch."""
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
     datamodule = getattr(trainer, "datamodule", None)
     for name in names if datamodule is not None else ():
         if is_overridden(name, datamodule):
@@ -106,8 +104,6 @@ def places(
 
 def _batch(loaders: Any) -> Any:
     """One small batch in the form in which ``loaders`` would give it."""
-    from lightning.pytorch.utilities.combined_loader import CombinedLoader
-
     if isinstance(loaders, CombinedLoader):
         loaders = loaders.iterables
     if isinstance(loaders, (list, tuple)) and loaders and not isinstance(loaders[0], DataLoader):
@@ -120,8 +116,8 @@ def _batch(loaders: Any) -> Any:
 
 
 def _loader_batch(loader: Any) -> Any:
-    if not isinstance(getattr(loader, "dataset", None), object) or not hasattr(loader, "dataset"):
-        return _first_of(loader)
+    if not hasattr(loader, "dataset"):  # not PyTorch's
+        return loader[0] if isinstance(loader, Sequence) and len(loader) else first_of_stream(loader)
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
         return first_of_stream(loader)
@@ -134,11 +130,6 @@ def _loader_batch(loader: Any) -> Any:
         except (KeyError, TypeError, IndexError):  # indices of another kind: ask the sampler
             items = [dataset[i] for i in next(iter(loader.batch_sampler))[:_ITEMS]]
         return collate(items)
-
-
-def _first_of(loader: Any) -> Any:
-    """The first batch of a loader that is not PyTorch's."""
-    return loader[0] if isinstance(loader, Sequence) and len(loader) else first_of_stream(loader)
 
 
 def to_model(batch: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Any:
@@ -159,15 +150,24 @@ def _in_dtype_of(module: nn.Module, value: Any) -> Any:
 @contextmanager
 def quiet(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]:
     """Keep a sample call from logging and training: ``self.log`` does nothing, the trainer has no loggers meanwhile."""
-    loggers, own = trainer.loggers, dict(vars(model))
-    trainer.loggers = []
-    vars(model).update(dict.fromkeys(_SILENCED, _do_nothing))
-    vars(model).update(dict.fromkeys(_STOOD_IN, _StandIn()))
+    stand_ins = {**dict.fromkeys(_SILENCED, _do_nothing), **dict.fromkeys(_STOOD_IN, _StandIn())}
+    with instead(trainer, model, [], stand_ins):
+        yield
+
+
+@contextmanager
+def instead(
+    trainer: pl.Trainer, model: pl.LightningModule, loggers: list[Any], attributes: dict[str, Any]
+) -> Iterator[None]:
+    """Other loggers in the trainer, and other attributes in the model, for a while."""
+    before, own = trainer.loggers, dict(vars(model))
+    trainer.loggers = loggers
+    vars(model).update(attributes)
     try:
         yield
     finally:
-        trainer.loggers = loggers
-        for name in (*_SILENCED, *_STOOD_IN):
+        trainer.loggers = before
+        for name in attributes:
             vars(model).pop(name, None)
             if name in own:
                 vars(model)[name] = own[name]
@@ -217,7 +217,5 @@ def _example_calls(module: pl.LightningModule) -> list[Call]:
 
 def _callee(module: pl.LightningModule) -> nn.Module:
     """The module whose ``forward`` takes the batch: the model's own, or that of the network it wraps."""
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
     path = None if is_overridden("forward", module) else only_child(module)
     return module if path is None else module.get_submodule(path)
