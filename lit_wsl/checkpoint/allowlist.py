@@ -215,29 +215,16 @@ CONSTANTS: dict[tuple[str, str], Any] = {
     for name in sorted(dir(torch))
     if isinstance(value := getattr(torch, name), (torch.dtype, torch.qscheme)) and f"torch.{name}" == str(value)
 }
+_KINDS = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexDouble": torch.complex128, "ComplexFloat": torch.complex64,
+    "QUInt8": torch.quint8, "QInt8": torch.qint8, "QInt32": torch.qint32,
+    "QUInt4x2": torch.quint4x2, "QUInt2x4": torch.quint2x4,
+}  # fmt: skip
 STORAGE_DTYPES: dict[tuple[str, str], torch.dtype] = {
-    ("torch", "DoubleStorage"): torch.float64,
-    ("torch", "FloatStorage"): torch.float32,
-    ("torch", "HalfStorage"): torch.float16,
-    ("torch", "BFloat16Storage"): torch.bfloat16,
-    ("torch", "LongStorage"): torch.int64,
-    ("torch", "IntStorage"): torch.int32,
-    ("torch", "ShortStorage"): torch.int16,
-    ("torch", "CharStorage"): torch.int8,
-    ("torch", "ByteStorage"): torch.uint8,
-    ("torch", "BoolStorage"): torch.bool,
-    ("torch", "ComplexDoubleStorage"): torch.complex128,
-    ("torch", "ComplexFloatStorage"): torch.complex64,
-    ("torch", "QUInt8Storage"): torch.quint8,
-    ("torch", "QInt8Storage"): torch.qint8,
-    ("torch", "QInt32Storage"): torch.qint32,
-    ("torch", "QUInt4x2Storage"): torch.quint4x2,
-    ("torch", "QUInt2x4Storage"): torch.quint2x4,
-    ("torch", "UntypedStorage"): torch.uint8,
-    ("torch.storage", "UntypedStorage"): torch.uint8,
-}
-STORAGE_DTYPES |= {
-    ("torch.cuda", name): dtype for (_, name), dtype in STORAGE_DTYPES.items() if name != "UntypedStorage"
+    **{(module, f"{kind}Storage"): dtype for module in ("torch", "torch.cuda") for kind, dtype in _KINDS.items()},
+    **{(module, "UntypedStorage"): torch.uint8 for module in ("torch", "torch.storage")},
 }
 KEY_BUDGET = 256  # parts of one dict key; nested tuples hash in exponential time and unbounded recursion
 MAX_INT_KEY = 1 << 60  # beyond, ints can be chosen so that their hashes all collide

@@ -129,8 +129,7 @@ def _leaf(name: Any, entry: Any, places: Mapping[tuple[int, ...], tuple[str, int
 def _dtype(properties: Any) -> torch.dtype:
     """The dtype is the first item of the state of ``TensorProperties`` (older torch: an attribute)."""
     if isinstance(properties, ForeignObject):
-        states = [order[1] for order in properties.orders if order[0] == "build"]
-        for state in states:
+        for state in (order[1] for order in properties.orders if order[0] == "build"):
             found = state[0] if isinstance(state, tuple) and state else None
             found = state.get("dtype") if isinstance(state, dict) else found
             if isinstance(found, torch.dtype):
@@ -151,14 +150,11 @@ def _check_cover(name: str, size: tuple[int, ...], shards: list[Shard]) -> None:
         for other in full[at + 1 : 4096]:
             if size and other.offsets[0] >= shard.offsets[0] + shard.sizes[0]:
                 break  # sorted by the first axis: no later one can overlap
-            if all(a < b + m and b < a + n for a, n, b, m in _spans(shard, other)):
+            spans = zip(shard.offsets, shard.sizes, other.offsets, other.sizes)
+            if all(a < b + m and b < a + n for a, n, b, m in spans):
                 raise RefusedError(f"shards of {name!r:.200} that overlap")
     if len(full) > 4096 or sum(math.prod(shard.sizes) for shard in full) != math.prod(size):
         raise RefusedError(f"shards that leave holes in {name!r:.200} of shape {size}; was a rank's file lost?")
-
-
-def _spans(one: Shard, other: Shard) -> list[tuple[int, int, int, int]]:
-    return list(zip(one.offsets, one.sizes, other.offsets, other.sizes))
 
 
 def _join(name: str, size: tuple[int, ...], dtype: torch.dtype, shards: tuple[Shard, ...], files: _Files) -> Tensor:

@@ -39,7 +39,8 @@ def read_deepspeed(path: Path, read_file: ReadFile) -> Document:
     module = as_mapping(trees[0].get("module"))
     if module is None:
         raise CheckpointError(_remedy(path, "it has no module's weights"))
-    states = [_optimizer_state(read_file(file)) for file in optimizers]
+    tops = [as_mapping(read_file(file).tree) or {} for file in optimizers]
+    states = [as_mapping(top.get("optimizer_state_dict")) or {} for top in tops]
     missing: list[str] = []
     if not states or "param_shapes" not in trees[0]:
         weights, note = dict(module), "the module's weights, in the precision of training"
@@ -81,11 +82,6 @@ def _by_rank(folder: Path, ending: str, path: Path) -> list[Path]:
     if sorted(ranks) != list(range(len(files))):
         raise CheckpointError(_remedy(path, f"files of some ranks are missing ({ending}: ranks {sorted(ranks)})"))
     return [ranks[rank] for rank in sorted(ranks)]
-
-
-def _optimizer_state(document: Document) -> Mapping[str, Any]:
-    top = as_mapping(document.tree) or {}
-    return as_mapping(top.get("optimizer_state_dict")) or {}
 
 
 def _join_stage_2(

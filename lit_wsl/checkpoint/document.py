@@ -166,15 +166,9 @@ def _build(value: Any, done: dict[int, Any], depth: int) -> Any:
     else:
         items = [_build(item, done, depth + 1) for item in value]
         unchanged = all(a is b for a, b in zip(items, value))
-        made = value if unchanged else _like(value, items)
+        made = value if unchanged else (tuple if isinstance(value, tuple) else type(value))(items)
     done[id(value)] = made
     return made
-
-
-def _like(value: Any, items: list[Any]) -> Any:
-    if isinstance(value, tuple) and type(value) is not tuple:
-        return tuple(items)
-    return type(value)(items)
 
 
 def _value_of(record: ForeignObject, done: dict[int, Any], depth: int) -> Any:
@@ -256,21 +250,11 @@ def numpy_array(record: Any) -> np.ndarray[Any, Any] | None:
     return flat.reshape(shape, order="F" if fortran else "C").copy("K")
 
 
-def _path(cls: type[pathlib.PurePath]) -> Callable[..., Any]:
-    def build(*parts: Any) -> Any:
-        if not all(isinstance(part, str) for part in parts):
-            raise _NotPlainError
-        return cls(*parts)
-
-    return build
-
-
-def _moment(cls: Any) -> Callable[..., Any]:
-    """A date or time, from its bytes or numbers."""
+def _made_of(cls: Any, *kinds: type) -> Callable[..., Any]:
+    """An object of a class of Python's own, from arguments of these kinds only."""
 
     def build(*args: Any) -> Any:
-        plain = (bytes, str, int, datetime.timedelta, datetime.timezone, type(None))
-        if not all(isinstance(arg, plain) for arg in args):
+        if not all(isinstance(arg, kinds) for arg in args):
             raise _NotPlainError
         return cls(*args)
 
@@ -295,27 +279,18 @@ def _deque(items: Any = (), longest: Any = None) -> Any:
     return collections.deque(items, longest)
 
 
-def _numbers(cls: Any) -> Callable[..., Any]:
-    def build(*args: Any) -> Any:
-        if not all(isinstance(arg, (int, type(None))) for arg in args):
-            raise _NotPlainError
-        return cls(*args)
-
-    return build
-
-
+_TIMES = datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone
+_OF_TIMES = bytes, str, int, datetime.timedelta, datetime.timezone, type(None)
 _BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{
-        (module, name): _path(pathlib.PurePosixPath if "Pure" in name else pathlib.Path)
+        (module, name): _made_of(pathlib.PurePosixPath if "Pure" in name else pathlib.Path, str)
         for module in ("pathlib", "pathlib._local")
         for name in ("Path", "PurePath", "PosixPath", "PurePosixPath")
     },
-    **{("datetime", cls.__name__): _moment(cls) for cls in (datetime.date, datetime.datetime, datetime.time)},
-    **{("datetime", cls.__name__): _moment(cls) for cls in (datetime.timedelta, datetime.timezone)},
+    **{("datetime", cls.__name__): _made_of(cls, *_OF_TIMES) for cls in _TIMES},
     ("decimal", "Decimal"): _decimal,
     ("fractions", "Fraction"): _fraction,
     ("collections", "deque"): _deque,
-    ("builtins", "range"): _numbers(range),
-    ("builtins", "slice"): _numbers(slice),
+    **{("builtins", cls.__name__): _made_of(cls, int, type(None)) for cls in (range, slice)},
 }

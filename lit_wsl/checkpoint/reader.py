@@ -187,12 +187,8 @@ def _read_sharded(index: Path, read_file: ReadFile) -> Document:
     notes = (f"{len(unlisted)} tensors of the shards are not in the index: {unlisted[:3]}",) if unlisted else ()
     kind = "safetensors" if all(shard.format == "safetensors" for shard in shards.values()) else "torch"
     stubbed = tuple(sorted({name for shard in shards.values() for name in shard.stubbed}))
-    return Document(f"{kind}-sharded", tree, stubbed, notes, metadata=_first_metadata(shards), lazy=True)
-
-
-def _first_metadata(shards: dict[str, Document]) -> Any:
-    found = [shard.metadata for shard in shards.values() if shard.metadata is not None]
-    return found[0] if found else None
+    metadata = next((shard.metadata for shard in shards.values() if shard.metadata is not None), None)
+    return Document(f"{kind}-sharded", tree, stubbed, notes, metadata=metadata, lazy=True)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -410,30 +406,27 @@ class _LazyContent(Mapping[str, Any]):
         return f"<content of {self._path}: {', '.join(map(str, self._entries))}>"
 
 
-class _errors_of:  # noqa: N801 - reads as a statement
+@contextmanager
+def _errors_of(path: Path | str, what: str = "") -> Iterator[None]:
     """Turn what readers raise into a CheckpointError that names the file and the remedy."""
-
-    def __init__(self, path: Path | str, what: str = "") -> None:
-        self.path = path
-        self.what = f" ({what})" if what else ""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RefusedError):
-            raise CheckpointError(
-                f"{self.path}{self.what} cannot be read as a checkpoint: {error}. "
-                "If it was copied or downloaded, copy it again and compare its size; nothing in it was run."
-            ) from error
-        if isinstance(error, CheckpointError) and str(self.path) not in str(error):
-            raise CheckpointError(f"{self.path}{self.what} {error}.") from error
-        if isinstance(error, PermissionError):
-            raise CheckpointError(f"{self.path}{self.what} cannot be read: no permission.") from error
-        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
-            raise CheckpointError(f"{self.path}{self.what} cannot be read: {error.strerror or error}.") from error
-        if isinstance(error, (MemoryError, RecursionError)):
-            raise CheckpointError(f"{self.path}{self.what} needs more memory than there is to be read.") from error
+    it = f"{path} ({what})" if what else str(path)
+    try:
+        yield
+    except RefusedError as error:
+        raise CheckpointError(
+            f"{it} cannot be read as a checkpoint: {error}. "
+            "If it was copied or downloaded, copy it again and compare its size; nothing in it was run."
+        ) from error
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{it} {error}.") from error
+    except PermissionError as error:
+        raise CheckpointError(f"{it} cannot be read: no permission.") from error
+    except OSError as error:
+        raise CheckpointError(f"{it} cannot be read: {error.strerror or error}.") from error
+    except (MemoryError, RecursionError) as error:
+        raise CheckpointError(f"{it} needs more memory than there is to be read.") from error
 
 
 def _notes_on_extra(extra: Mapping[Any, Any]) -> tuple[str, ...]:

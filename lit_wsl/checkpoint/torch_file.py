@@ -8,7 +8,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -218,14 +218,9 @@ def read_torch_file(path: Path) -> Document:
         return _document(found, _read_by_torch(path, found))
     found, legacy = _read_stream(file)
     document = _document(found, found.value)
-    note = ("written in the older, non-zip form of torch.save",) if legacy else ()
-    return Document(
-        document.format if legacy else "pickle",
-        document.tree,
-        document.stubbed,
-        note,
-        lossy=document.lossy or not legacy,
-    )
+    if legacy:
+        return replace(document, notes=("written in the older, non-zip form of torch.save",))
+    return replace(document, format="pickle", lossy=True)
 
 
 def _document(found: Unpickled, tree: Any) -> Document:

@@ -141,21 +141,14 @@ def find_nests(tree: Any) -> list[Nest]:
                 found.append(Nest(path, dict(tensors), module=True))
                 continue
         entries = attributes(value)
-        if _is_optimizer(entries):
-            continue
+        if {"param_groups", "state"} <= set(entries) or any(str(key).startswith("param_groups.") for key in entries):
+            continue  # an optimizer's state dict, nested or flattened into dotted names
         nest = _nest(path, entries)
         if nest.tensors:
             found.append(nest)
         inner = [(path + (key,), child) for key, child in entries.items() if isinstance(key, str)]
         stack.extend(reversed([item for item in inner if isinstance(item[1], (Mapping, ForeignObject))]))
     return found
-
-
-def _is_optimizer(entries: Mapping[Any, Any]) -> bool:
-    """Tell an optimizer's state dict by its two parts, nested or flattened into dotted names."""
-    if "param_groups" in entries and "state" in entries:
-        return True
-    return any(isinstance(key, str) and key.startswith("param_groups.") for key in entries)
 
 
 def _nest(path: tuple[str, ...], entries: Mapping[Any, Any]) -> Nest:
