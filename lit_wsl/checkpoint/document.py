@@ -46,6 +46,14 @@ class LazyTensor:
         return self.shape.numel()
 
 
+Leaf = Tensor | LazyTensor
+
+
+def tensors_of(entries: Mapping[Any, Any]) -> dict[str, Leaf]:
+    """The tensors among the entries of a mapping that have names."""
+    return {k: v for k, v in entries.items() if isinstance(k, str) and isinstance(v, Leaf)}
+
+
 @dataclass(frozen=True)
 class Document:
     """The content of a checkpoint file or folder.

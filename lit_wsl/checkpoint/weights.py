@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint.allowlist import RefusedError
-from lit_wsl.checkpoint.document import LazyTensor, numpy_array
+from lit_wsl.checkpoint.document import Leaf, numpy_array
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.families import AVERAGE_WORDS, find_average, words_of
@@ -83,7 +83,6 @@ def attributes(value: Any) -> dict[Any, Any]:
     return value.state if isinstance(value, ForeignObject) else {}
 
 
-Leaf = Tensor | LazyTensor
 MAX_NEST = 6
 
 
@@ -156,7 +155,7 @@ def _nest(path: tuple[str, ...], entries: Mapping[Any, Any]) -> Nest:
     extra: dict[Any, Any] = {}
     for key, value in entries.items():
         name = key.decode("utf-8", "replace") if isinstance(key, bytes) else key
-        leaf = value if isinstance(value, (Tensor, LazyTensor)) else numpy_tensor(value)
+        leaf = value if isinstance(value, Leaf) else numpy_tensor(value)
         if isinstance(name, str) and leaf is not None:
             tensors[name] = leaf
         else:

@@ -8,7 +8,8 @@ parameters in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_wsl.checkpoint.document import LazyTensor, materialize, with_entries
+from lit_wsl.checkpoint.document import Leaf, materialize, tensors_of, with_entries
 from lit_wsl.checkpoint.reader import Checkpoint
-from lit_wsl.checkpoint.records import ForeignObject, as_mapping, children_of
+from lit_wsl.checkpoint.records import ForeignObject, as_mapping, children_of, walk
 from lit_wsl.convert.saved_optimizer import NewOrder
 from lit_wsl.convert.weights import convert_tensors, old_parameters, whole_state
 from lit_wsl.errors import CheckpointError, PlanError, listed
@@ -214,7 +215,7 @@ class CopyConverter:
             elif all(item in self._modules for item in strings) and any("." in item for item in strings):
                 self.notes.append(f"{spell(path)!r} names modules of the old model and was left as it is")
             return value
-        if len(items) > 1 and all(isinstance(item, (Tensor, LazyTensor)) for item in items):
+        if len(items) > 1 and all(isinstance(item, Leaf) for item in items):
             return self._convert_listed(path, value, items)
         made = [self.convert((*path, at), item) for at, item in enumerate(items)]
         self._remember_groups(path, items, made)
@@ -261,20 +262,19 @@ class CopyConverter:
         return entry is not None and any(not isinstance(op, Cast) for op in entry.operations)
 
     def _fits(self, name: str, value: Any) -> bool:
-        return isinstance(value, (Tensor, LazyTensor)) and self._shapes.get(name) == tuple(value.shape)
+        return isinstance(value, Leaf) and self._shapes.get(name) == tuple(value.shape)
 
     def _copies(self, mapping: Mapping[Any, Any]) -> dict[str, list[str]]:
         """Prefix -> the names under it that are the file's, with tensors of the same shapes; empty if it is no copy."""
         found: dict[str, list[str]] = {}
-        tensors = {k: v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, (Tensor, LazyTensor))}
+        tensors = tensors_of(mapping)
         for key, value in tensors.items():
             for start in [0, *(i + 1 for i, letter in enumerate(key) if letter == ".")]:
                 if self._fits(key[start:], value):
                     found.setdefault(key[:start], []).append(key[start:])
                     break
-        found = {
-            p: names for p, names in found.items() if any("." in n for n in names) or len(names) == len(self._place)
-        }
+        whole = len(self._place)
+        found = {p: names for p, names in found.items() if any("." in n for n in names) or len(names) == whole}
         return found if sum(map(len, found.values())) * 2 > len(tensors) else {}
 
     def _convert_copies(
@@ -323,7 +323,9 @@ class CopyConverter:
         parameters = set(self._parameters)
         ordered, fresh, missing = whole_state(made, self.plan, self.target)
         if not whole:  # a copy of some of the weights has no others
-            kept = self._also_there(parameters <= set(tensors))
+            kept: set[str] = set()
+            if self.target is not None and parameters <= set(tensors):  # all parameters: those without a source, too
+                kept = {name for name, _ in self.target.named_parameters(remove_duplicate=False)}
             ordered = {name: tensor for name, tensor in ordered.items() if name in kept or name not in fresh}
             fresh, missing = [name for name in fresh if name in kept], [name for name in missing if name in kept]
         if fresh:
@@ -335,12 +337,6 @@ class CopyConverter:
                 f"{spell(path)!r} has no value for {len(missing)} tensors of the new model: {listed(missing)}"
             )
         return ordered
-
-    def _also_there(self, all_parameters: bool) -> set[str]:
-        """The tensors without a source that belong into a copy of the parameters alone."""
-        if not all_parameters or self.target is None:
-            return set()
-        return {name for name, _ in self.target.named_parameters(remove_duplicate=False)}
 
     def _convert_listed(self, path: Path, value: Any, items: Sequence[Any]) -> Any:
         """Tensors in the order of the parameters, as libraries of averages keep them."""
@@ -372,7 +368,7 @@ class CopyConverter:
 
     def _part_of(self, mapping: Mapping[Any, Any]) -> str | None:
         """The submodule that a mapping is the state dict of, if its tensors are all of one submodule's."""
-        tensors = {k: v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, (Tensor, LazyTensor))}
+        tensors = tensors_of(mapping)
         if len(tensors) < 2:
             return None
         first, value = next(iter(tensors.items()))
@@ -385,26 +381,17 @@ class CopyConverter:
         return None
 
     def _convert_part(self, path: Path, value: Any, mapping: Mapping[Any, Any], module: str) -> Any:
-        held = {module + k: v for k, v in mapping.items() if isinstance(v, (Tensor, LazyTensor))}
+        held = {module + k: v for k, v in tensors_of(mapping).items()}
         news = {name: self._new.get(name) for name in held}
         fixed = [new for new in news.values() if new is not None]
         prefix = _common_module(fixed)
         if len(fixed) == len(news) and all(new == prefix + name[len(module) :] for name, new in news.items()):
             return value  # the submodule is as it was
         note = f"{spell(path)!r} holds weights of {module.rstrip('.')!r} under names of its own and was left as it is"
-        under = (
-            [n for n in self.target.state_dict(keep_vars=True) if n.startswith(prefix)]
-            if self.target is not None
-            else []
-        )
-        parent = prefix[: prefix.rstrip(".").rfind(".") + 1]
-        beside = (
-            [n for n in self.target.state_dict(keep_vars=True) if n.startswith(parent)]
-            if self.target is not None
-            else []
-        )
-        old_parent = module[: module.rstrip(".").rfind(".") + 1]
-        alone = sum(n.startswith(old_parent) for n in self._place) == len(held)
+        ours = list(self.target.state_dict(keep_vars=True)) if self.target is not None else []
+        under = [n for n in ours if n.startswith(prefix)]
+        beside = [n for n in ours if n.startswith(_above(prefix))]
+        alone = sum(n.startswith(_above(module)) for n in self._place) == len(held)
         if not fixed or not prefix or set(under) != set(fixed) or len(beside) == len(under) or alone:
             self.notes.append(note)  # which part of the new model takes it is not certain
             return value
@@ -418,7 +405,8 @@ class CopyConverter:
     def _look_into(self, path: Path, value: Any) -> None:
         """Say so where an object that cannot be changed, or a flat vector, speaks of the old model's parameters."""
         if isinstance(value, ForeignObject):
-            named = next((n for n in _strings_in(value) if "." in n and n in self._place), None)
+            words = (word for word in walk(value) if isinstance(word, str))
+            named = next((word for word in words if "." in word and word in self._place), None)
             if named is not None:
                 self.notes.append(
                     f"{spell(path)!r}, an object of {value.type_name}, names {named!r} of the old model and was left "
@@ -434,17 +422,17 @@ class CopyConverter:
                 )
 
 
+def _above(module: str) -> str:
+    """The path, ending in a dot, of the module around one; ``""`` for the root."""
+    return module[: module.rstrip(".").rfind(".") + 1]
+
+
 def _common_module(names: Sequence[str]) -> str:
     """The path, ending in a dot, of the innermost module that holds all of some tensors; ``""`` for the root."""
-    if not names:
-        return ""
-    paths = [name.split(".")[:-1] for name in names]
-    common = paths[0]
-    for path in paths[1:]:
-        common = common[
-            : next((i for i, (a, b) in enumerate(zip(common, path)) if a != b), min(len(common), len(path)))
-        ]
-    return "".join(part + "." for part in common)
+    # of sorted paths the first and the last differ most
+    paths = sorted(name.split(".")[:-1] for name in names)
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(paths[0], paths[-1])) if paths else ()
+    return "".join(part + "." for part, _ in alike)
 
 
 def _without_foreign_casts(entry: PlanEntry, tensors: Sequence[Any]) -> PlanEntry:
@@ -458,23 +446,11 @@ def _holds_tensor(value: Any) -> bool:
     stack = [value]
     while stack:
         item = stack.pop()
-        if isinstance(item, (Tensor, LazyTensor)) and item.numel() > 1:
+        if isinstance(item, Leaf) and item.numel() > 1:
             return True
         if isinstance(item, (Mapping, list, tuple)):
             stack.extend(children_of(item))
     return False
-
-
-def _strings_in(record: Any) -> Iterator[str]:
-    seen: set[int] = set()
-    stack = [record]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, str):
-            yield value
-        elif id(value) not in seen:
-            seen.add(id(value))
-            stack.extend(children_of(value))
 
 
 def drop_entries(tree: Any, drop: Sequence[str], path: Path = ()) -> tuple[Any, set[str]]:

@@ -10,9 +10,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
-
-from lit_wsl.checkpoint.document import LazyTensor
+from lit_wsl.checkpoint.document import Leaf
 from lit_wsl.convert.saved_optimizer import (
     REMEDY,
     Names,
@@ -462,7 +460,7 @@ class _Carrier:
             state = states.get(name)
             if group.optimizer is None or group.settings is None or not state:
                 continue
-            dimensions = max((len(v.shape) for v in state.values() if isinstance(v, (Tensor, LazyTensor))), default=0)
+            dimensions = max((len(v.shape) for v in state.values() if isinstance(v, Leaf)), default=0)
             if dimensions not in known:
                 whole = {**group.settings, **settings}
                 known[dimensions] = keys_of_state(group.optimizer, whole, dimensions)

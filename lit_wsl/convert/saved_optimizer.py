@@ -12,6 +12,7 @@ import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_wsl.checkpoint.document import LazyTensor, materialize
+from lit_wsl.checkpoint.document import Leaf, materialize
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.description import Shape
 
@@ -98,13 +99,16 @@ class SavedOptimizer:
         return fits(self.state.get(index), shape, self.wide)
 
 
+def _tensors(state: Mapping[str, Any]) -> dict[str, Leaf]:
+    return {key: value for key, value in state.items() if isinstance(value, Leaf)}
+
+
 def _wide_keys(states: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
     """Which keys hold one value per weight: of a parameter of one element alone nobody can tell."""
     largest: dict[str, int] = {}
     for state in states:
-        for key, value in state.items():
-            if isinstance(value, (Tensor, LazyTensor)):
-                largest[key] = max(largest.get(key, 0), value.numel())
+        for key, value in _tensors(state).items():
+            largest[key] = max(largest.get(key, 0), value.numel())
     return {key: size > 1 for key, size in largest.items()} if max(largest.values(), default=0) > 1 else {}
 
 
@@ -122,7 +126,7 @@ def kind_of(key: str, value: Any, shape: Shape, wide: bool | None = None) -> str
     >>> kind_of("exp_avg", torch.zeros(1), (), wide=True) is None  # the moment of another parameter
     True
     """
-    if not isinstance(value, (Tensor, LazyTensor)):
+    if not isinstance(value, Leaf):
         return "plain" if value is None or isinstance(value, (bool, int, float, str)) else None
     own = tuple(value.shape)
     if key == "step" or wide is False:
@@ -149,8 +153,7 @@ def fits(state: Mapping[str, Any] | None, shape: Shape, wide: Mapping[str, bool]
     """Whether a parameter of this shape can have this state; a parameter without state fits anything."""
     if not state:
         return True
-    tensors = {key: value for key, value in state.items() if isinstance(value, (Tensor, LazyTensor))}
-    kinds = {kind_of(key, value, shape, wide.get(key)) for key, value in tensors.items()}
+    kinds = {kind_of(key, value, shape, wide.get(key)) for key, value in _tensors(state).items()}
     if "same" in kinds or None in kinds:
         return "same" in kinds
     factors = kinds - {"scalar"}  # they come in pairs; a vector's moment is no row factor of a matrix
@@ -372,11 +375,8 @@ def _cut(optimizer: SavedOptimizer, names: list[str]) -> Names:
         raise CheckpointError(
             f"{optimizer.label} has {len(optimizer.indices)} parameters, but parameter_names gives {len(names)}."
         )
-    cut, start = [], 0
-    for group in optimizer.groups:
-        cut.append(tuple(names[start : start + len(group.indices)]))
-        start += len(group.indices)
-    return tuple(cut)
+    rest = iter(names)
+    return tuple(tuple(islice(rest, len(group.indices))) for group in optimizer.groups)
 
 
 def _written_names(optimizer: SavedOptimizer, parameters: Mapping[str, Shape]) -> Names | None:
@@ -412,8 +412,7 @@ def _check_shapes(optimizer: SavedOptimizer, names: Names, parameters: Mapping[s
 
 
 def _misfit(optimizer: SavedOptimizer, index: Hashable, name: str, shape: Shape) -> str:
-    state = optimizer.state.get(index, {})
-    tensors = {key: value for key, value in state.items() if isinstance(value, (Tensor, LazyTensor))}
+    tensors = _tensors(optimizer.state.get(index, {}))
     shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
     return (
         f"{optimizer.label}: the state with index {index} ({shapes}) does not belong to {name!r} of shape "
@@ -442,11 +441,8 @@ def _infer(optimizers: Sequence[SavedOptimizer], parameters: Mapping[str, Shape]
     for name, owner in zip(names, owners):
         if owner >= 0:
             found[owner].append(name)
-    result, start = [], 0
-    for optimizer in optimizers:
-        result.append(tuple(map(tuple, found[start : start + len(optimizer.groups)])))
-        start += len(optimizer.groups)
-    return result
+    rest = iter(found)
+    return [tuple(map(tuple, islice(rest, len(optimizer.groups)))) for optimizer in optimizers]
 
 
 Place = tuple[int, ...]
@@ -488,9 +484,9 @@ def _search(
     for at in range(len(shapes)):
         reached: dict[Place, None] = {}
         for place in layers[-1]:
-            for _, after in moves(place, at):
-                reached[after] = None
-                steps += 1
+            possible = moves(place, at)
+            reached.update((after, None) for _, after in possible)
+            steps += len(possible)
         if steps > MAX_STEPS:
             raise CheckpointError(f"{label}: too many assignments of indices to parameters fit. {REMEDY}")
         layers.append(reached)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_wsl.checkpoint.document import LazyTensor, materialize
+from lit_wsl.checkpoint.document import Leaf, materialize
 from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.checkpoint.records import as_mapping
 from lit_wsl.convert.saved_optimizer import NOTHING, NewOrder, kind_of
@@ -117,7 +117,7 @@ def _carry_values(
     views: bool = False,
 ) -> list[Any]:
     """Carry the values of one key, one per source, to one per target; as views of the sources where those will do."""
-    shown = [tuple(v.shape) if isinstance(v, (Tensor, LazyTensor)) else type(v).__name__ for v in values[:3]]
+    shown = [tuple(v.shape) if isinstance(v, Leaf) else type(v).__name__ for v in values[:3]]
     if len(kinds) != 1 or None in kinds:
         raise NotCarriedError(f"{key!r} ({shown}) is neither one value per weight, nor a factor, nor a scalar")
     kind = kinds.pop()
