@@ -20,32 +20,28 @@ def run(options: Any) -> int:
     """Run the command."""
     refuse_same(options.checkpoint, options.output)
     try:
-        plan = _plan(options)
+        return _convert(options)
     except CoverageError as error:
         remark(f"lit-wsl convert: {error}")
         return NO
+
+
+def _convert(options: Any) -> int:
+    plan = _plan(options)
     needs_values = any(op.needs_target for entry in plan.entries for op in entry.operations)
     needs_values |= bool(plan.unmatched_target or plan.ambiguous)  # what has no source is the model's own
     model = build_model(options, meta=not needs_values) if wanted(options) else None
-    try:
-        with progress("converting") as step:
-            done = convert_checkpoint(
-                options.checkpoint,
-                options.output,
-                plan,
-                target=model,
-                parameter_names=_names(options.parameter_names),
-                on_lost=options.on_lost,
-                drop=options.drop,
-                weights_only=options.weights_only,
-                keep_foreign=options.keep_foreign,
-                checkpoint_weights=options.checkpoint_weights,
-                min_coverage=options.min_coverage,
-                progress=step,
-            )
-    except CoverageError as error:
-        remark(f"lit-wsl convert: {error}")
-        return NO
+    alike = ("on_lost", "drop", "weights_only", "keep_foreign", "checkpoint_weights", "min_coverage")
+    with progress("converting") as step:
+        done = convert_checkpoint(
+            options.checkpoint,
+            options.output,
+            plan,
+            target=model,
+            parameter_names=_names(options.parameter_names),
+            progress=step,
+            **{name: getattr(options, name) for name in alike},
+        )
     for note in done.notes:
         remark(f"note: {note}")
     counts = {"parameters": done.coverage.target, "buffers": done.coverage.target_buffers} if done.coverage else {}

@@ -89,14 +89,11 @@ def build_from(path: str, arguments: Mapping[str, Any]) -> nn.Module:
             raise UsageError(f"{path} is a {type(made).__name__}, not a class or function that gives a model.")
         try:
             made = made(**arguments)
-        except LitWslError:
-            raise
-        except NotImplementedError:
+        except (LitWslError, NotImplementedError):
             raise
         except Exception as error:
-            raise UsageError(
-                f"{path} with arguments {dict(arguments)} fails: {type(error).__name__}: {error}"
-            ) from error
+            told = f"{type(error).__name__}: {error}"
+            raise UsageError(f"{path} with arguments {dict(arguments)} fails: {told}") from error
     if not isinstance(made, nn.Module):
         raise UsageError(f"{path} gives a {type(made).__name__}, not a torch.nn.Module.")
     return _configured(made)
@@ -190,11 +187,8 @@ def data_from_config(file: str) -> Any:
     from lightning.pytorch import LightningDataModule
 
     document = _read_config(file)
-    places = [document, *(document.get(name) for name in ("fit", "validate"))] if isinstance(document, Mapping) else []
-    section = next((p["data"] for p in places if isinstance(p, Mapping) and p.get("data")), None)
-    if isinstance(section, str):
-        section = {"class_path": section}
-    if not isinstance(section, Mapping) or "class_path" not in section:
+    section = _section(document, "data", ("fit", "validate"))
+    if section is None or "class_path" not in section:
         return None
     made = look_up(section["class_path"])
     if not (isinstance(made, type) and issubclass(made, LightningDataModule)):
@@ -206,7 +200,9 @@ def data_from_config(file: str) -> Any:
 
 def _from_config(options: Any) -> nn.Module:
     """The model of a LightningCLI config, as LightningCLI would build it."""
-    section = _model_section(_read_config(options.config), options.config)
+    section = _section(_read_config(options.config), "model", ("fit", "validate", "test", "predict"))
+    if section is None:
+        raise UsageError(f"{options.config} is no LightningCLI config: it has no section 'model'.")
     if "class_path" in section:
         path, arguments = section["class_path"], section.get("init_args") or {}
     elif options.model is not None:
@@ -218,17 +214,13 @@ def _from_config(options: Any) -> nn.Module:
     return _instantiate(path, {**arguments, **options.model_args}, options.config)
 
 
-def _model_section(document: Any, file: str) -> Mapping[str, Any]:
-    """The ``model`` section, at the top or inside a subcommand's (``fit``)."""
-    places = [document]
-    if isinstance(document, Mapping):
-        places += [document.get(name) for name in ("fit", "validate", "test", "predict")]
-    for place in places:
-        if isinstance(place, Mapping) and isinstance(place.get("model"), Mapping):
-            return place["model"]
-        if isinstance(place, Mapping) and isinstance(place.get("model"), str):
-            return {"class_path": place["model"]}
-    raise UsageError(f"{file} is no LightningCLI config: it has no section 'model'.")
+def _section(document: Any, name: str, commands: Sequence[str]) -> Mapping[str, Any] | None:
+    """A section of a config, at the top or inside a subcommand's (``fit``)."""
+    places = [document, *(document.get(command) for command in commands)] if isinstance(document, Mapping) else []
+    for section in (place.get(name) for place in places if isinstance(place, Mapping)):
+        if isinstance(section, (str, Mapping)):
+            return {"class_path": section} if isinstance(section, str) else section
+    return None
 
 
 def _instantiate(path: str, arguments: Mapping[str, Any], file: str) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.checkpoint.records import as_mapping
 from lit_wsl.convert.saved_optimizer import NOTHING, NewOrder, kind_of
 from lit_wsl.errors import CheckpointError, PlanError, listed
-from lit_wsl.plan.entries import PlanEntry
+from lit_wsl.plan.entries import PlanEntry, fingerprint
 from lit_wsl.plan.notation import registration_order
 from lit_wsl.plan.operations import (
     Cast,
@@ -284,10 +283,7 @@ def proven_order(plan: TransferPlan) -> list[tuple[str, str]] | None:
     for rows in (known + loose, loose + known):
         by_module = [rows[i] for i in registration_order([name for name, _, _ in rows])]
         for candidate in (by_module, rows):
-            digest = hashlib.sha256()
-            for name, shape, _ in candidate:
-                digest.update(f"{name}\0{shape}\0".encode())
-            if digest.hexdigest() == plan.target.fingerprint:
+            if fingerprint((name, shape) for name, shape, _ in candidate) == plan.target.fingerprint:
                 return [(name, kind) for name, _, kind in candidate]
     return None
 

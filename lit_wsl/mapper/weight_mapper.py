@@ -120,20 +120,6 @@ def hierarchy_of(groups: Mapping[str, Group]) -> HierarchyNode:
     return node("", 0, None)
 
 
-def execution_order(module: nn.Module, dummy_input: Any, side: str) -> tuple[dict[str, int] | None, str | None]:
-    """Execution order of one sample call, or none and the reason."""
-    if dummy_input is None:
-        return None, None
-    args, kwargs = as_call(dummy_input)
-    try:
-        return trace_execution_order(module, args, kwargs), None
-    except Exception as error:  # the model's own code: anything may come
-        return None, (
-            f"dummy_input could not be run through the {side} ({type(error).__name__}: {error}); matching continues "
-            "without execution order."
-        )
-
-
 def as_call(dummy_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A sample call from what users write: a dict is keyword arguments, a tuple or list positional ones.
 
@@ -472,11 +458,7 @@ class WeightMapper(MappingViews):
         return mapper
 
     def _set_up(
-        self,
-        source: ModelDescription,
-        target_module: nn.Module,
-        dummy_input: Any,
-        options: dict[str, Any],
+        self, source: ModelDescription, target_module: nn.Module, dummy_input: Any, options: dict[str, Any]
     ) -> None:
         require_module(target_module, "target_module")
         self.source = source
@@ -490,11 +472,15 @@ class WeightMapper(MappingViews):
 
     def _order(self, module: nn.Module, dummy_input: Any, side: str) -> dict[str, int] | None:
         """Execution order of one sample call; without one where the call fails, saying so."""
-        order, note = execution_order(module, dummy_input, side)
-        if note is not None:
-            self._notes.append(note)
-            warnings.warn(note, stacklevel=4)
-        return order
+        if dummy_input is None:
+            return None
+        try:
+            return trace_execution_order(module, *as_call(dummy_input))
+        except Exception as error:  # the model's own code: anything may come
+            why = f"dummy_input could not be run through the {side} ({type(error).__name__}: {error})"
+            self._notes.append(f"{why}; matching continues without execution order.")
+            warnings.warn(self._notes[-1], stacklevel=4)
+            return None
 
     def suggest_mapping(
         self, threshold: float = 0.6, strategy: Strategy = "best_match", weights: Mapping[str, float] | None = None

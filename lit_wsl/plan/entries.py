@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -142,7 +143,7 @@ class SideSummary:
         parameter_elements: Number of their elements.
         buffers: Number of buffers.
         buffer_elements: Number of their elements.
-        fingerprint: SHA-256 over names, shapes and kinds.
+        fingerprint: SHA-256 over names and shapes, in order.
     """
 
     label: str
@@ -155,11 +156,6 @@ class SideSummary:
     @classmethod
     def of(cls, side: ModelDescription) -> SideSummary:
         """Summarise a description."""
-        import hashlib
-
-        digest = hashlib.sha256()
-        for info in side.parameters:
-            digest.update(f"{info.name}\0{info.shape}\0".encode())
         kinds: dict[Kind, list[int]] = {"parameter": [], "buffer": []}
         for info in side.parameters:
             kinds[info.kind].append(info.numel)
@@ -169,8 +165,16 @@ class SideSummary:
             parameter_elements=sum(kinds["parameter"]),
             buffers=len(kinds["buffer"]),
             buffer_elements=sum(kinds["buffer"]),
-            fingerprint=digest.hexdigest(),
+            fingerprint=fingerprint((info.name, info.shape) for info in side.parameters),
         )
+
+
+def fingerprint(tensors: Iterable[tuple[str, Shape]]) -> str:
+    """What tells a side from others: a digest over all names and shapes, in order."""
+    digest = hashlib.sha256()
+    for name, shape in tensors:
+        digest.update(f"{name}\0{shape}\0".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -69,13 +69,12 @@ def plan_to_document(plan: PlanData) -> dict[str, Any]:
         "reason": _most_common((e.reason for e in plan.entries), ""),
         "evidence": _most_common((e.evidence for e in plan.entries), ""),
     }
-    sections: dict[str, list[dict[str, Any]]] = {}
-    order: dict[str, Order] = {}
-    sections["entries"], order["entries"] = _entries(plan, defaults)
-    sections["ambiguous"], order["ambiguous"] = _ambiguous(plan)
-    for side in ("source", "target"):
-        name = f"unmatched_{side}"
-        sections[name], order[name] = _unmatched(plan, name)
+    folded = {
+        "entries": _entries(plan, defaults),
+        "ambiguous": _ambiguous(plan),
+        "unmatched_source": _unmatched(plan.unmatched_source),
+        "unmatched_target": _unmatched(plan.unmatched_target),
+    }
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -86,9 +85,9 @@ def plan_to_document(plan: PlanData) -> dict[str, Any]:
         **({"measured": measured_dict(plan.measured)} if plan.measured is not None else {}),
         "options": _sorted_keys(plan.options),
         "notes": list(plan.notes),
-        "order": {key: value for key, value in order.items() if value != "tree"},
+        "order": {section: order for section, (_, order) in folded.items() if order != "tree"},
         "defaults": defaults,
-        **sections,
+        **{section: lines for section, (lines, _) in folded.items()},
     }
 
 
@@ -115,7 +114,7 @@ def _entries(plan: PlanData, defaults: Mapping[str, Any]) -> tuple[list[dict[str
         if first.source_shapes:
             document |= _shapes(first.source_shapes)
         if first.operations:
-            document["ops"] = [compact_operation(operation) for operation in first.operations]
+            document["ops"] = _compact(first.operations)
         if first.target_shapes != derived_shapes(first.operations, first.source_shapes, len(first.targets)):
             document["target_shapes"] = [list(shape) for shape in first.target_shapes]
         document |= {
@@ -144,31 +143,20 @@ def _ambiguous(plan: PlanData) -> tuple[list[dict[str, Any]], Order]:
         first = plan.ambiguous[line.members[0]]
         candidates = []
         for side, candidate in zip(line.sides, first.candidates):
-            entry: dict[str, Any] = {"sources": _side(side), "score": float(candidate.score)}
-            if candidate.operations:
-                entry["ops"] = [compact_operation(operation) for operation in candidate.operations]
-            candidates.append(entry)
-        documents.append(
-            {
-                "targets": _side(line.sides[-1]),
-                "shape": list(first.shape),
-                "reason": first.reason,
-                "candidates": candidates,
-            }
-        )
+            operations = {"ops": _compact(candidate.operations)} if candidate.operations else {}
+            candidates.append({"sources": _side(side), "score": float(candidate.score), **operations})
+        said = {"targets": _side(line.sides[-1]), "shape": list(first.shape), "reason": first.reason}
+        documents.append({**said, "candidates": candidates})
     return documents, order
 
 
-def _unmatched(plan: PlanData, section: str) -> tuple[list[dict[str, Any]], Order]:
-    items = getattr(plan, section)
+def _unmatched(items: Sequence[Unmatched]) -> tuple[list[dict[str, Any]], Order]:
     lines, order = fold_rows([((u.name,),) for u in items], [(u.shape, u.kind, u.reason) for u in items])
-    documents = []
-    for line in lines:
-        first = items[line.members[0]]
-        documents.append(
-            {"name": _side(line.sides[0]), "shape": list(first.shape), "kind": first.kind, "reason": first.reason}
-        )
-    return documents, order
+    firsts = [items[line.members[0]] for line in lines]
+    return [
+        {"name": _side(line.sides[0]), "shape": list(first.shape), "kind": first.kind, "reason": first.reason}
+        for line, first in zip(lines, firsts)
+    ], order
 
 
 def _arrow(line: Line) -> dict[str, Any]:
@@ -201,6 +189,10 @@ def _runs(values: Sequence[Any]) -> Any:
     return runs[0][1] if len(runs) == 1 else runs
 
 
+def _compact(operations: Sequence[Operation]) -> list[Any]:
+    return [compact_operation(operation) for operation in operations]
+
+
 def compact_operation(operation: Operation) -> str | dict[str, Any]:
     """An operation as people write it: its name, or its name with the arguments that differ from the defaults.
 
@@ -231,10 +223,7 @@ _LINE_BREAKS = re.compile("[\x7f-\xa0\u2028\u2029\ufeff]")
 
 
 def save_plan(plan: PlanData, path: str | Path) -> None:
-    """Write a plan as JSON, or as YAML where the suffix is ``.yaml`` or ``.yml``; atomically.
-
-    The same plan always gives the same bytes.
-    """
+    """Write a plan as JSON, or as YAML by the suffix, atomically; the same plan always gives the same bytes."""
     atomic_write_text(path, plan_to_text(plan, yaml=Path(path).suffix.lower() in (".yaml", ".yml")))
 
 

@@ -152,13 +152,12 @@ def expand(sides: Sequence[Sequence[Pattern]], budget: Budget) -> Iterator[tuple
     for pattern in itertools.chain.from_iterable(sides):
         running = [piece for piece in pattern if isinstance(piece, Running)]
         for piece in running:
-            if piece.variable is not None and lengths.setdefault(piece.variable, len(piece.values)) != len(
-                piece.values
-            ):
+            size = len(piece.values)
+            if piece.variable is not None and lengths.setdefault(piece.variable, size) != size:
                 which = f"ranges of {piece.variable!r}" if piece.variable else "ranges without a letter"
                 raise PlanError(
-                    f"{which} walk together, but one has {lengths[piece.variable]} values and another "
-                    f"{len(piece.values)}; give independent ranges letters of their own, such as {{i:0..3}}."
+                    f"{which} walk together, but one has {lengths[piece.variable]} values and another {size}; give "
+                    "independent ranges letters of their own, such as {i:0..3}."
                 )
         copies = math.prod(len(p.values) for p in running if p.variable is None)
         inner += copies
@@ -305,9 +304,8 @@ def registration_order(names: Sequence[str]) -> list[int]:
         node = stack.pop()
         ordered += node.get(None, ())
         children = [component for component in node if component is not None]
-        if any(map(_is_number, children)):
+        if numbers := sorted(filter(_is_number, children), key=int):
             first = next(i for i, component in enumerate(children) if _is_number(component))
-            numbers = sorted(filter(_is_number, children), key=int)
             others = [component for component in children if not _is_number(component)]
             children = others[:first] + numbers + others[first:]
         stack.extend(node[component] for component in reversed(children))
@@ -352,12 +350,9 @@ def _fold_plain(
         flat_keys.append((shapes_of[-1], key))
     for family in fold(flat, flat_keys):
         counts, brackets = shapes_of[family.members[0]]
-        texts = _written(family, brackets)
-        sides_text, start = [], 0
-        for count in counts:
-            sides_text.append(", ".join(texts[start : start + count]))
-            start += count
-        lines.append(Line(tuple(sides_text), tuple(positions[m] for m in family.members)))
+        written = iter(_written(family, brackets))
+        sides_text = tuple(", ".join(itertools.islice(written, count)) for count in counts)
+        lines.append(Line(sides_text, tuple(positions[m] for m in family.members)))
     return lines, alone
 
 
@@ -376,11 +371,9 @@ def _written(family: Family, brackets: Sequence[str]) -> list[str]:
 
 def _letters(count: int) -> list[str]:
     """As many names in alphabetical order, the usual ``i, j, k`` first."""
-    return (
-        [chr(ord("i") + n) for n in range(count)]
-        if count <= 18
-        else [f"v{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(count)]
-    )
+    if count <= 18:
+        return [chr(ord("i") + n) for n in range(count)]
+    return [f"v{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(count)]
 
 
 @functools.lru_cache(maxsize=65536)  # a model has few different components
