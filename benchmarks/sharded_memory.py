@@ -250,7 +250,7 @@ def resume(path: Path, gigabytes: float) -> Measured:
     from lit_wsl.checkpoint import open_checkpoint
     from lit_wsl.convert.engines import Sharded
     from lit_wsl.convert.optimizers import convert_optimizers
-    from lit_wsl.convert.weights import old_parameters
+    from lit_wsl.convert.weights import Translation
 
     model, plan = in_shards(gigabytes)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -258,7 +258,8 @@ def resume(path: Path, gigabytes: float) -> Measured:
     checkpoint = open_checkpoint(path.with_suffix(".training"))
 
     def work() -> None:
-        engine, old = Sharded(run, model, plan), old_parameters(checkpoint, plan)  # type: ignore[arg-type]
+        sides = Translation.of(checkpoint, plan, model)
+        engine, old = Sharded(run, model, sides.order), sides.old_parameters
         order = replace(engine.order(), groups=engine.groups)
         states = checkpoint.unread["optimizer_states"]
         engine.load(convert_optimizers(states, plan, old, order, keep=engine.keep).states)

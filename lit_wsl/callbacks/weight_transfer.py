@@ -32,6 +32,7 @@ from lit_wsl.convert.optimizers import CarryOptions, OnLost
 from lit_wsl.convert.resume import Resume as Resuming
 from lit_wsl.convert.resume import ResumeOptions
 from lit_wsl.convert.saved_optimizer import Wins
+from lit_wsl.convert.weights import Translation
 from lit_wsl.errors import MappingError, TransferError, did_you_mean, listed
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.plan.plan import TransferPlan
@@ -434,9 +435,9 @@ class WeightTransferCallback(Callback):
         before = Before.look(model, only, again=self.again)
         resuming, undo = None, None
         if self._resume_options is not None and trainer.state.fn == "fit" and only is None:
-            options = self._resume_options
-            tensors, target = made.source.tensors, prepared.target
-            resuming = Resuming(trainer, model, tensors, prepared.plan, target, options, made.ranks)
+            tensors: Any = made.source.tensors  # refused by check() if they are those of no file
+            sides = Translation(tensors, prepared.plan, model, made.source.file, prepared.target)
+            resuming = Resuming(trainer, sides, self._resume_options, made.ranks)
             resuming.check()
             undo = UndoLog(spill=True)
             undo.later("the report", partial(setattr, self, "report", self.report))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_wsl.checkpoint.document import build_plain, replace_at, with_entries
-from lit_wsl.checkpoint.reader import Checkpoint, open_checkpoint
+from lit_wsl.checkpoint.reader import open_checkpoint
 from lit_wsl.checkpoint.records import as_mapping, contains_foreign, foreign_calls, names_of_classes
 from lit_wsl.checkpoint.saving import atomic_save, save_safetensors
 from lit_wsl.checkpoint.weights import Weights
@@ -24,17 +24,11 @@ from lit_wsl.convert.copies import CopyConverter, drop_entries
 from lit_wsl.convert.optimizers import CarryOptions, OnLost, convert_optimizers
 from lit_wsl.convert.saved_optimizer import NewGroup, Wins, groups_of
 from lit_wsl.convert.schedulers import schedulers_for_file
-from lit_wsl.convert.weights import (
-    Progress,
-    convert_weights,
-    doubtful_parameters,
-    new_order,
-    old_parameters,
-)
+from lit_wsl.convert.weights import Progress, Translation, convert_weights
 from lit_wsl.errors import CheckpointError, PlanError, listed
 from lit_wsl.plan.coverage import Conversion, Coverage, measure_coverage
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.structure import ModelDescription, describe
+from lit_wsl.structure import ModelDescription
 from lit_wsl.structure.description import ParameterInfo
 from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.memory import shown
@@ -189,13 +183,10 @@ def convert_checkpoint(
         PlanError: If the plan does not fit the checkpoint or the model.
     """
     checkpoint = open_checkpoint(source, weights=checkpoint_weights)
-    coverage = _measure(checkpoint, plan, target, min_coverage)
-    safetensors = Path(destination).suffix == ".safetensors"
-    if safetensors or not checkpoint.prefix:
-        done = _convert_weights_alone(
-            checkpoint, destination, plan, target, progress, safetensors=safetensors, keep_foreign=keep_foreign
-        )
-        return replace(done, coverage=coverage)
+    sides = Translation.of(checkpoint, plan, target)
+    coverage = _measure(sides, min_coverage)
+    if Path(destination).suffix == ".safetensors" or not checkpoint.prefix:
+        return replace(_convert_weights_alone(sides, destination, progress, keep_foreign), coverage=coverage)
     if checkpoint.lossy and not weights_only:
         raise CheckpointError(
             f"{source} holds objects that cannot be written again unchanged. Convert the weights only "
@@ -203,19 +194,15 @@ def convert_checkpoint(
         )
     carry = CarryOptions(parameter_names, on_lost, optimizer_settings, schedule)
     keep = Kept(drop, weights_only, keep_foreign)
-    document, done = convert_document(checkpoint, plan, target, optimizers, carry=carry, keep=keep, progress=progress)
+    document, done = _convert_document(sides, optimizers, carry, keep, progress)
     atomic_save(document, destination, keep_foreign=keep_foreign)
     return replace(done, coverage=coverage)
 
 
-def _measure(
-    checkpoint: Checkpoint, plan: TransferPlan, target: nn.Module | None, min_coverage: float
-) -> Coverage | None:
+def _measure(sides: Translation, min_coverage: float) -> Coverage | None:
     """Coverage of the plan, checked against the minimum; the new model may be known from the plan alone."""
-    source = describe(checkpoint, label=str(checkpoint.path))
-    if target is not None:
-        described = describe(target)
-    else:
+    plan, described = sides.plan, sides.new
+    if described is None:
         known = [(n, s, e.kind) for e in plan.entries for n, s in zip(e.targets, e.target_shapes)]
         if len(known) < sum(len(entry.targets) for entry in plan.entries):
             return None
@@ -223,27 +210,21 @@ def _measure(
         known += [(name, a.shape, "parameter") for a in plan.ambiguous for name in a.targets]
         infos = tuple(ParameterInfo(name, tuple(shape), kind=kind) for name, shape, kind in known)
         described = ModelDescription(infos, label="the new model")
-    coverage = measure_coverage(plan, source, described)
+    coverage = measure_coverage(plan, sides.old, described)
     if min_coverage:
-        check_floor(plan, coverage, source, described, valid_floor(min_coverage))
+        check_floor(plan, coverage, sides.old, described, valid_floor(min_coverage))
     return coverage
 
 
 def _convert_weights_alone(
-    checkpoint: Checkpoint,
-    destination: str | Path,
-    plan: TransferPlan,
-    target: nn.Module | None,
-    progress: Progress | None,
-    *,
-    safetensors: bool,
-    keep_foreign: bool,
+    sides: Translation, destination: str | Path, progress: Progress | None, keep_foreign: bool
 ) -> Conversion:
     """Write a bare state dict."""
-    state, notes = convert_weights(checkpoint, plan, target=target, progress=progress)
+    checkpoint = sides.checkpoint
+    state, notes = convert_weights(sides, progress)
     if not state:
         raise PlanError(f"the plan has no entries, so {destination} would hold no weights.")
-    if safetensors:
+    if Path(destination).suffix == ".safetensors":
         left = [str(key) for key in checkpoint.content] + [k for k, v in state.items() if not isinstance(v, Tensor)]
         if left:
             notes.append(f"left out, as safetensors hold weights only: {', '.join(left)}")
@@ -254,29 +235,26 @@ def _convert_weights_alone(
     return Conversion(len(state), 0, 0, (*checkpoint.notes, *notes))
 
 
-def convert_document(
-    checkpoint: Checkpoint,
-    plan: TransferPlan,
-    target: nn.Module | None = None,
-    optimizers: Sequence[Optimizer] | None = None,
-    *,
-    carry: CarryOptions | None = None,
-    keep: Kept | None = None,
-    progress: Progress | None = None,
+def _convert_document(
+    sides: Translation,
+    optimizers: Sequence[Optimizer] | None,
+    carry: CarryOptions,
+    keep: Kept,
+    progress: Progress | None,
 ) -> tuple[Any, Conversion]:
-    """Convert the whole content of a checkpoint in memory; arguments as :func:`convert_checkpoint`."""
-    keep = keep or Kept()
+    """Convert the whole content of a checkpoint in memory."""
+    checkpoint = sides.checkpoint
     document = without_dropped(checkpoint.document(), keep.drop, str(checkpoint.path))
     tree = as_mapping(document)
     if tree is None or not checkpoint.prefix:
         raise CheckpointError(f"{checkpoint.path} holds weights only; there is nothing else to convert.")
-    if optimizers is not None and target is None:
+    if optimizers is not None and sides.target is None:
         raise CheckpointError("optimizers= needs the model whose parameters they hold: give target= too.")
-    state, notes = convert_weights(checkpoint, plan, target=target, progress=progress)
+    state, notes = convert_weights(sides, progress)
     entries: dict[Hashable, Any] = {}
     calls = (lambda _: []) if keep.foreign else foreign_calls
     training = TRAINING | {place[0] for place in find_optimizers(tree)}
-    copies = CopyConverter(checkpoint, plan, target, lambda: new_order(plan, target))
+    copies = CopyConverter(sides)
     for key, value in tree.items():
         if keep.weights_only and (key in training or (checkpoint.lossy and contains_foreign(value)) or calls(value)):
             notes.append(f"left out: {key!r}")
@@ -293,7 +271,7 @@ def convert_document(
     states = carried = 0
     if not keep.weights_only:
         notes += remembered_files(tree.get("callbacks"))
-        made, saved, remarks = _convert_training(checkpoint, tree, plan, target, optimizers, carry, copies)
+        made, saved, remarks = _convert_training(tree, optimizers, carry, copies)
         entries.update(made)
         if checkpoint.format == "dcp":  # sharded files hold them one by one; in one file Lightning looks for a list
             gather_optimizers(entries)
@@ -347,16 +325,10 @@ def recorded_names(
 
 
 def _convert_training(
-    checkpoint: Checkpoint,
-    tree: Mapping[Any, Any],
-    plan: TransferPlan,
-    target: nn.Module | None,
-    optimizers: Sequence[Optimizer] | None,
-    options: CarryOptions | None,
-    copies: CopyConverter,
+    tree: Mapping[Any, Any], optimizers: Sequence[Optimizer] | None, options: CarryOptions, copies: CopyConverter
 ) -> tuple[dict[Any, Any], list[dict[str, Any]], list[str]]:
     """Convert every optimizer's state in the file: the entries that hold them, the states, and remarks."""
-    options = options or CarryOptions()
+    sides = copies.sides
     if optimizers is None and "run" in (options.settings, options.schedule):
         raise CheckpointError("settings of the new run are known from its optimizers only: give optimizers= too.")
     places = find_optimizers(tree)
@@ -369,15 +341,15 @@ def _convert_training(
             continue
         data = [build_plain(at(tree, place)) for place in chosen]
         names, groups = recorded_names(data, copies)
-        if optimizers is not None and target is not None and chosen is main:
-            groups = groups_of(optimizers, target)
+        if optimizers is not None and sides.target is not None and chosen is main:
+            groups = groups_of(optimizers, sides.target)
         carried = convert_optimizers(
             data,
-            plan,
-            old_parameters(checkpoint, plan),
-            replace(new_order(plan, target), groups=groups),
+            sides.plan,
+            sides.old_parameters,
+            replace(sides.order, groups=groups),
             options=options if options.parameter_names is not None else replace(options, parameter_names=names),
-            doubtful=doubtful_parameters(checkpoint, plan),
+            doubtful=sides.doubtful,
         )
         if chosen is main:
             schedulers, remarks = schedulers_for_file(

@@ -9,26 +9,21 @@ parameters in order.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_wsl.checkpoint.document import Leaf, materialize, tensors_of, with_entries
-from lit_wsl.checkpoint.reader import Checkpoint
 from lit_wsl.checkpoint.records import ForeignObject, as_mapping, children_of, walk
-from lit_wsl.convert.saved_optimizer import NewOrder
-from lit_wsl.convert.weights import convert_tensors, old_parameters, whole_state
+from lit_wsl.convert.weights import Translation, convert_tensors
 from lit_wsl.errors import CheckpointError, PlanError, listed
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import Cast
-from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.structure import describe
-from lit_wsl.structure.description import Shape
 
 Path = tuple[Hashable, ...]
 """Keys from the top of a checkpoint."""
@@ -70,35 +65,29 @@ class CopyConverter:
     """Goes through the entries of a checkpoint and gives those that speak of the old model under the new names.
 
     Attributes:
-        checkpoint: The old checkpoint.
-        plan: From the old model to the new.
-        target: The new model, where it is known.
-        order: Gives the order of the new model's parameters, or raises where it is not known.
+        sides: The plan with both of its sides.
         sharded: Whether the run holds the model in parts, into which no copy is restored.
         notes: Remarks.
         problems: What could not be converted, in order.
         groups: Where parameter groups are written down by name: the place, and the old and new names of each group.
     """
 
-    checkpoint: Checkpoint
-    plan: TransferPlan
-    target: nn.Module | None
-    order: Callable[[], NewOrder]
+    sides: Translation
     sharded: bool = False
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     groups: list[tuple[Path, list[list[str]], list[list[str]]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        tied = describe(self.checkpoint).tied
-        self._place = {name: at for at, name in enumerate(self.checkpoint)}
-        self._shapes = {name: tuple(self.checkpoint.meta(name).shape) for name in self.checkpoint}
+        checkpoint, self.plan, self.target = self.sides.checkpoint, self.sides.plan, self.sides.target
+        self._place = {name: at for at, name in enumerate(checkpoint)}
+        self._shapes = {name: tuple(checkpoint.meta(name).shape) for name in checkpoint}
         self._new: dict[str, str | None] = {}  # None: split, or joined with others
         for entry in self.plan.entries:
             alone = len(entry.sources) == len(entry.targets) == 1
             for source in entry.sources:
                 self._new[source] = entry.targets[0] if alone and source not in self._new else None
-        self._new.update((name, self._new[first]) for name, first in tied.items() if first in self._new)
+        self._new.update((name, self._new[first]) for name, first in self.sides.old.tied.items() if first in self._new)
         self._seen: dict[int, Any] = {}
 
     def convert(self, path: Path, value: Any) -> Any:
@@ -116,10 +105,6 @@ class CopyConverter:
         made = self._convert_mapping(path, value, mapping) if mapping is not None else self._convert_items(path, value)
         self._seen[id(value)] = made
         return made
-
-    @cached_property
-    def _parameters(self) -> dict[str, Shape]:
-        return old_parameters(self.checkpoint, self.plan)
 
     @cached_property
     def _modules(self) -> set[str]:
@@ -176,7 +161,7 @@ class CopyConverter:
         if places != sorted(places):
             return names
         try:
-            place = {name: at for at, name in enumerate(self.order().names)}
+            place = {name: at for at, name in enumerate(self.sides.order.names)}
         except CheckpointError:
             return names
         known = all(name[len(prefix) :] in place for name in names)
@@ -320,8 +305,8 @@ class CopyConverter:
             self.problems.append(Problem(path, f"is a copy of the weights: {error}", grave=True))
             return None
         whole = len(tensors) == len(self._place)
-        parameters = set(self._parameters)
-        ordered, fresh, missing = whole_state(made, self.plan, self.target)
+        parameters = set(self.sides.old_parameters)
+        ordered, fresh, missing = self.sides.whole_state(made)
         if not whole:  # a copy of some of the weights has no others
             kept: set[str] = set()
             if self.target is not None and parameters <= set(tensors):  # all parameters: those without a source, too
@@ -341,7 +326,7 @@ class CopyConverter:
     def _convert_listed(self, path: Path, value: Any, items: Sequence[Any]) -> Any:
         """Tensors in the order of the parameters, as libraries of averages keep them."""
         shapes = [tuple(item.shape) for item in items]
-        parameters = self._parameters
+        parameters = self.sides.old_parameters
         kept = {name: shape for name, shape in parameters.items() if name in self._new}
         lists = (list(self._shapes), list(parameters), list(kept))
         names = next((names for names in lists if [self._shapes[name] for name in names] == shapes), None)
@@ -351,7 +336,7 @@ class CopyConverter:
         if converted is None:
             return value
         try:
-            order = list(converted) if names is lists[0] and self.target is not None else list(self.order().names)
+            order = list(converted) if names is lists[0] and self.target is not None else list(self.sides.order.names)
         except CheckpointError as error:
             self.problems.append(Problem(path, f"lists a tensor for each parameter, and {error}", grave=True))
             return value
@@ -413,7 +398,7 @@ class CopyConverter:
                     "as it is"
                 )
         elif isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point():
-            parameters = self._parameters
+            parameters = self.sides.old_parameters
             total = sum(torch.Size(shape).numel() for shape in parameters.values())
             if len(parameters) > 1 and value.numel() == total:
                 self.notes.append(

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_wsl.convert.saved_optimizer import NewGroup, NewOrder, groups_of, kind_of
-from lit_wsl.convert.weights import Keep, NotCarriedError, new_order
+from lit_wsl.convert.weights import Keep, NotCarriedError
 from lit_wsl.errors import CheckpointError
-from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import ModelDescription
 from lit_wsl.transfer.apply import copy_into
 from lit_wsl.transfer.ranks import is_sharded
@@ -48,10 +47,14 @@ class Whole:
 
     keep: Keep | None = None
 
-    def __init__(self, trainer: pl.Trainer, model: pl.LightningModule, plan: TransferPlan) -> None:
+    def __init__(self, trainer: pl.Trainer, model: nn.Module, order: NewOrder) -> None:
         self.trainer = trainer
         self.groups = groups_of(trainer.optimizers, model)
-        self.order = partial(new_order, plan, model)
+        self._order = order
+
+    def order(self) -> NewOrder:
+        """That of the model that the plan fills."""
+        return self._order
 
     def load(self, states: Sequence[dict[str, Any]]) -> None:
         """As Lightning does, devices included."""
@@ -66,8 +69,8 @@ class Sharded(Whole):
     So no rank ever holds the whole optimizer, and nothing is sent between ranks.
     """
 
-    def __init__(self, trainer: pl.Trainer, model: pl.LightningModule, plan: TransferPlan) -> None:
-        super().__init__(trainer, model, plan)
+    def __init__(self, trainer: pl.Trainer, model: nn.Module, order: NewOrder) -> None:
+        super().__init__(trainer, model, order)
         self.keep = partial(part_of, dict(model.named_parameters(remove_duplicate=False)))
 
     def load(self, states: Sequence[dict[str, Any]]) -> None:

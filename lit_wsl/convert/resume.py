@@ -46,10 +46,8 @@ from lit_wsl.convert.engines import (
 from lit_wsl.convert.optimizers import Carried, CarryOptions, convert_optimizers
 from lit_wsl.convert.saved_optimizer import SavedOptimizer, assign_names
 from lit_wsl.convert.schedulers import carry_schedulers
-from lit_wsl.convert.weights import doubtful_parameters, new_order, old_parameters
+from lit_wsl.convert.weights import Translation
 from lit_wsl.errors import CheckpointError
-from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.structure import ModelDescription
 from lit_wsl.transfer.apply import copy_into
 from lit_wsl.transfer.ranks import Ranks, has_sharded_tensors
 
@@ -90,26 +88,15 @@ class Resume:
 
     Args:
         trainer: The run.
-        model: The model, which the plan fills.
-        checkpoint: The opened checkpoint.
-        plan: What fills the model.
-        target: The model as it is now: an engine may flatten it later.
+        sides: The plan, the checkpoint, and the model as it is now: an engine may flatten it later.
         options: What to resume.
         ranks: The processes of the run, all of which make every call.
     """
 
-    def __init__(
-        self,
-        trainer: pl.Trainer,
-        model: pl.LightningModule,
-        checkpoint: object,
-        plan: TransferPlan,
-        target: ModelDescription,
-        options: ResumeOptions,
-        ranks: Ranks,
-    ) -> None:
-        self.trainer, self.model, self.checkpoint = trainer, model, checkpoint
-        self.plan, self.target, self.options, self.ranks = plan, target, options, ranks
+    def __init__(self, trainer: pl.Trainer, sides: Translation, options: ResumeOptions, ranks: Ranks) -> None:
+        assert sides.target is not None
+        self.trainer, self.sides, self.options, self.ranks = trainer, sides, options, ranks
+        self.model, self.checkpoint = sides.target, sides.checkpoint
         self.notes: list[str] = []
         self._content: dict[Any, Any] = {}
         self._ours: dict[str, Any] = {}  # what Lightning restores from
@@ -166,9 +153,9 @@ class Resume:
         self._recorded = recorded_names(saved, copies)[0]
         assign_names(
             [SavedOptimizer.read(data, f"optimizer {number}") for number, data in enumerate(saved)],
-            old_parameters(checkpoint, self.plan),
+            self.sides.old_parameters,
             self._carry_options.parameter_names,
-            doubtful_parameters(checkpoint, self.plan),
+            self.sides.doubtful,
         )
         if mode == "all":
             self.notes += remembered_files(self._content.get("callbacks"))
@@ -222,8 +209,7 @@ class Resume:
         """Give what speaks of the old model's tensors the new names, in entries that this run restores."""
         sharded = has_sharded_tensors(self.model) or not self.trainer.strategy.lightning_restore_optimizer
         sharded = sharded or self.options.mode != "all"  # then only the names count
-        order = partial(new_order, self.plan, self.model)
-        copies = CopyConverter(checkpoint, self.plan, self.model, order, sharded=sharded)
+        copies = CopyConverter(self.sides, sharded=sharded)
         for key in self._content:
             if key in ("optimizer_states", "lr_schedulers", "loops"):
                 continue
@@ -375,7 +361,6 @@ class Resume:
         except ImportError:  # checkpoints of this very version need no migration
             pass
         else:
-            assert isinstance(self.checkpoint, Checkpoint)
             content = _pl_migrate_checkpoint(content, str(self.checkpoint.path))
         if "loops" not in content:
             self.notes.append("the checkpoint does not tell how far its loops were: epochs and steps count from zero")
@@ -417,14 +402,13 @@ class Resume:
 
     def _carry(self, engine: Engine, content: Mapping[str, Any]) -> tuple[Carried, list[Any]]:
         """States for the run's optimizers and schedulers. Changes nothing and communicates nothing."""
-        assert isinstance(self.checkpoint, Checkpoint)
         carried = convert_optimizers(
             content["optimizer_states"],
-            self.plan,
-            old_parameters(self.checkpoint, self.plan),
+            self.sides.plan,
+            self.sides.old_parameters,
             replace(engine.order(), groups=engine.groups),
             options=self._carry_options,
-            doubtful=doubtful_parameters(self.checkpoint, self.plan),
+            doubtful=self.sides.doubtful,
             keep=engine.keep,
         )
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
@@ -448,16 +432,17 @@ class Resume:
     def _engine(self) -> Engine:
         model, trainer = self.trainer.strategy.model, self.trainer
         if model is not None and is_flattened(model):
-            return Flattened(model, trainer.optimizers, self.target)
+            assert self.sides.new is not None
+            return Flattened(model, trainer.optimizers, self.sides.new)
         if has_sharded_tensors(self.model):
-            return Sharded(trainer, self.model, self.plan)
+            return Sharded(trainer, self.model, self.sides.order)
         if not trainer.strategy.lightning_restore_optimizer:
             raise CheckpointError(
                 f"resume={self.options.mode!r} cannot carry optimizer states into a model that "
                 f"{type(trainer.strategy).__name__} has partitioned. Convert the file first (plan.convert_checkpoint, "
                 "or the convert command), and resume from that."
             )
-        return Whole(trainer, self.model, self.plan)
+        return Whole(trainer, self.model, self.sides.order)
 
 
 def _plain_key(key: Any) -> Any:

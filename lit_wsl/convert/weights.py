@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from lit_wsl.plan.operations import (
     run_shapes,
 )
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.structure import describe
+from lit_wsl.structure import ModelDescription, describe
 from lit_wsl.structure.description import Shape
 
 State = Mapping[str, Any]
@@ -231,46 +233,100 @@ def _step(operation: Operation, factors: list[Tensor], shapes: list[Shape], key:
     )
 
 
-def old_parameters(checkpoint: Mapping[str, Tensor], plan: TransferPlan) -> dict[str, Shape]:
-    """Names and shapes of the old model's parameters, in registration order, tied ones once.
+@dataclass(frozen=True)
+class Translation:
+    """A plan with the checkpoint that it takes from and the model that it fills, each described once.
 
-    What the plan knows to be a buffer, from the model that it was matched with, goes before what is inferred.
+    Attributes:
+        checkpoint: The old checkpoint.
+        plan: From the old model to the new.
+        target: The new model, where it is known; it may be on the meta device.
+        old: What is known of the checkpoint.
+        new: What is known of the new model.
     """
-    kinds = {u.name: u.kind for u in plan.unmatched_source}
-    kinds.update((source, entry.kind) for entry in plan.entries for source in entry.sources)
-    inferred = describe(checkpoint).parameters
-    return {info.name: info.shape for info in inferred if kinds.get(info.name, info.kind) != "buffer"}
 
+    checkpoint: Checkpoint
+    plan: TransferPlan
+    target: nn.Module | None
+    old: ModelDescription
+    new: ModelDescription | None
 
-def doubtful_parameters(checkpoint: Mapping[str, Tensor], plan: TransferPlan) -> frozenset[str]:
-    """Those of the old parameters that may be buffers: the tensors of modules of which the new model has nothing.
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, plan: TransferPlan, target: nn.Module | None = None) -> Translation:
+        """Describe both sides."""
+        described = describe(target) if target is not None else None
+        return cls(checkpoint, plan, target, describe(checkpoint, label=str(checkpoint.path)), described)
 
-    Class weights of a loss look like a bias; that it is no parameter only the old code could tell.
-    """
-    used = {source for entry in plan.entries for source in entry.sources}
-    used.update(source for a in plan.ambiguous for candidate in a.candidates for source in candidate.sources)
-    alive = {name.rpartition(".")[0] for name in used}
-    return frozenset(name for name in old_parameters(checkpoint, plan) if name.rpartition(".")[0] not in alive)
+    @cached_property
+    def old_parameters(self) -> dict[str, Shape]:
+        """Names and shapes of the old model's parameters, in registration order, tied ones once.
 
+        What the plan knows to be a buffer, from the model that it was matched with, goes before what is inferred.
+        """
+        kinds = {u.name: u.kind for u in self.plan.unmatched_source}
+        kinds.update((source, entry.kind) for entry in self.plan.entries for source in entry.sources)
+        return {i.name: i.shape for i in self.old.parameters if kinds.get(i.name, i.kind) != "buffer"}
 
-def new_order(plan: TransferPlan, target: nn.Module | None = None) -> NewOrder:
-    """The order in which the new model registers its parameters.
+    @cached_property
+    def doubtful(self) -> frozenset[str]:
+        """Those of the old parameters that may be buffers: the tensors of modules of which the new model has nothing.
 
-    Without the model it is worked out from the plan, and accepted only if the fingerprint of the target, a hash over
-    all names and shapes in order, proves it.
-    """
-    if target is not None:
-        gradients = {name: p.requires_grad for name, p in target.named_parameters(remove_duplicate=False)}
-        names = [info.name for info in describe(target).parameters if info.kind == "parameter"]
-        return NewOrder(tuple(names), frozenset(n for n in names if not gradients.get(n, True)), known=True)
-    proven = proven_order(plan)
-    if proven is not None:
-        return NewOrder(tuple(name for name, kind in proven if kind == "parameter"))
-    raise CheckpointError(
-        "the order in which the new model registers its parameters, which is that of the optimizer's states, does not "
-        "follow from the plan alone (it was edited, or some parameters have no source). Give the new model: "
-        "target=..., or --model on the command line; or convert the weights only (weights_only=True, --weights-only)."
-    )
+        Class weights of a loss look like a bias; that it is no parameter only the old code could tell.
+        """
+        used = {source for entry in self.plan.entries for source in entry.sources}
+        used.update(source for a in self.plan.ambiguous for candidate in a.candidates for source in candidate.sources)
+        alive = {name.rpartition(".")[0] for name in used}
+        return frozenset(name for name in self.old_parameters if name.rpartition(".")[0] not in alive)
+
+    @cached_property
+    def order(self) -> NewOrder:
+        """The order in which the new model registers its parameters.
+
+        Without the model it is worked out from the plan, and accepted only if the fingerprint of the target, a hash
+        over all names and shapes in order, proves it.
+        """
+        if self.target is not None and self.new is not None:
+            gradients = {name: p.requires_grad for name, p in self.target.named_parameters(remove_duplicate=False)}
+            names = [info.name for info in self.new.parameters if info.kind == "parameter"]
+            return NewOrder(tuple(names), frozenset(n for n in names if not gradients.get(n, True)), known=True)
+        proven = proven_order(self.plan)
+        if proven is not None:
+            return NewOrder(tuple(name for name, kind in proven if kind == "parameter"))
+        raise CheckpointError(
+            "the order in which the new model registers its parameters, which is that of the optimizer's states, does "
+            "not follow from the plan alone (it was edited, or some parameters have no source). Give the new model: "
+            "target=..., or --model on the command line; or convert the weights only (weights_only=True, "
+            "--weights-only)."
+        )
+
+    def whole_state(self, filled: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
+        """Put converted tensors in the new model's order, under tied names too, and what has no source beside them.
+
+        Returns:
+            The tensors; the names of those whose values are the target's own; those that have no value, since there is
+            no target or it is on the meta device.
+        """
+        if self.target is None or self.new is None:
+            proven = proven_order(self.plan)
+            names = [name for name, _ in proven] if proven is not None else list(filled)
+            missing = [u.name for u in self.plan.unmatched_target]
+            missing += [name for a in self.plan.ambiguous for name in a.targets]
+            return {name: filled[name] for name in names if name in filled}, [], missing
+        strange = next((name for name in filled if name not in self.new), None)
+        if strange is not None:
+            raise PlanError(f"the plan fills {strange!r}, which {self.new.label} does not have; make a new plan.")
+        state: dict[str, Tensor] = {}
+        fresh, lacking = [], []
+        for name, tensor in self.target.state_dict(keep_vars=True).items():
+            first = self.new.tied.get(name, name)
+            if first in filled:
+                state[name] = filled[first]
+            elif not isinstance(tensor, Tensor) or nn.parameter.is_lazy(tensor) or tensor.is_meta:
+                lacking.append(name)
+            else:
+                state[name] = state[first] if first in state else tensor.detach().clone()
+                fresh.append(name)
+        return state, fresh, lacking
 
 
 def proven_order(plan: TransferPlan) -> list[tuple[str, str]] | None:
@@ -292,12 +348,11 @@ Progress = Callable[[int, int], None]
 """Called with the number of entries done and their total."""
 
 
-def convert_weights(
-    checkpoint: Checkpoint, plan: TransferPlan, *, target: nn.Module | None = None, progress: Progress | None = None
-) -> tuple[dict[str, Any], list[str]]:
+def convert_weights(sides: Translation, progress: Progress | None = None) -> tuple[dict[str, Any], list[str]]:
     """The new model's state dict, in its order, and remarks."""
+    checkpoint, plan, target = sides.checkpoint, sides.plan, sides.target
     notes: list[str] = []
-    ordered, fresh, missing = whole_state(convert_tensors(checkpoint, plan, target, progress), plan, target)
+    ordered, fresh, missing = sides.whole_state(convert_tensors(checkpoint, plan, target, progress))
     if fresh:
         notes.append(f"{len(fresh)} tensors of the new model have no source and its own fresh values: {listed(fresh)}")
     if missing:
@@ -305,7 +360,7 @@ def convert_weights(
             f"{len(missing)} tensors of the new model are not in the new checkpoint, so it loads with strict=False "
             f"(Lightning: strict_loading=False): {listed(missing)}"
         )
-    notes += _left_over(checkpoint, plan)
+    notes += _left_over(sides)
     state: dict[str, Any] = OrderedDict(ordered)
     moved = {e.sources[0].rpartition(".")[0]: e.targets[0].rpartition(".")[0] for e in plan.entries}
     for name, value in checkpoint.extra.items():  # the extra state of a module moves with it
@@ -315,45 +370,13 @@ def convert_weights(
     return state, notes
 
 
-def whole_state(
-    filled: Mapping[str, Tensor], plan: TransferPlan, target: nn.Module | None
-) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Put converted tensors in the new model's order, under tied names too, and what has no source beside them.
-
-    Returns:
-        The tensors; the names of those whose values are the target's own; those that have no value, since there is no
-        target or it is on the meta device.
-    """
-    if target is None:
-        proven = proven_order(plan)
-        names = [name for name, _ in proven] if proven is not None else list(filled)
-        missing = [u.name for u in plan.unmatched_target] + [n for a in plan.ambiguous for n in a.targets]
-        return {name: filled[name] for name in names if name in filled}, [], missing
-    described = describe(target)
-    strange = next((name for name in filled if name not in described), None)
-    if strange is not None:
-        raise PlanError(f"the plan fills {strange!r}, which {described.label} does not have; make a new plan.")
-    state: dict[str, Tensor] = {}
-    fresh, lacking = [], []
-    for name, tensor in target.state_dict(keep_vars=True).items():
-        first = described.tied.get(name, name)
-        if first in filled:
-            state[name] = filled[first]
-        elif not isinstance(tensor, Tensor) or nn.parameter.is_lazy(tensor) or tensor.is_meta:
-            lacking.append(name)
-        else:
-            state[name] = state[first] if first in state else tensor.detach().clone()
-            fresh.append(name)
-    return state, fresh, lacking
-
-
-def _left_over(checkpoint: Checkpoint, plan: TransferPlan) -> list[str]:
+def _left_over(sides: Translation) -> list[str]:
     """Say which tensors of the checkpoint are unused; what the plan does not know came since it was made."""
+    plan, tied = sides.plan, sides.old.tied
     used = {source for entry in plan.entries for source in entry.sources}
     known = {u.name for u in plan.unmatched_source}
     known.update(source for a in plan.ambiguous for candidate in a.candidates for source in candidate.sources)
-    tied = describe(checkpoint).tied
-    left = [name for name in checkpoint if tied.get(name, name) not in used and name not in used]
+    left = [name for name in sides.checkpoint if tied.get(name, name) not in used and name not in used]
     strange = [name for name in left if name not in known]
     notes = [f"{len(left)} tensors of the checkpoint are not used: {listed(left)}"] if left else []
     if strange and (plan.unmatched_source or plan.source.fingerprint):

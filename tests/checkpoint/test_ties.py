@@ -12,7 +12,7 @@ from torch import nn
 from lit_wsl import WeightRenamer, transfer_weights
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.convert.checkpoint import convert_checkpoint
-from lit_wsl.convert.weights import old_parameters
+from lit_wsl.convert.weights import Translation
 from lit_wsl.mapper import build_plan
 from lit_wsl.plan.entries import SideSummary
 from lit_wsl.plan.plan import TransferPlan
@@ -79,7 +79,8 @@ def test_a_file_knows_the_ties_of_its_model(kind, tmp_path):
     found = describe(checkpoint)
     assert found.tied == describe(Old()).tied == {"lm_head.weight": "embed.weight"}
     assert "lm_head.weight" not in [info.name for info in found.parameters]
-    assert list(old_parameters(checkpoint, _no_plan(checkpoint))) == [n for n, _ in Old().named_parameters()]
+    sides = Translation.of(checkpoint, _no_plan(checkpoint))
+    assert list(sides.old_parameters) == [n for n, _ in Old().named_parameters()]
 
 
 def _no_plan(checkpoint):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from conversion_models import NewTransformer, OldTransformer, fit, tokens, transformer_plan
 from torch import nn
 
-from lit_wsl import transfer_weights
+from lit_wsl import WeightTransferCallback, transfer_weights
+from lit_wsl.structure.description import describe
 from lit_wsl.transfer import sides
 from lit_wsl.transfer.sides import Source, Target
 
@@ -38,6 +42,48 @@ def test_a_transfer_with_the_old_code_describes_each_side_once(monkeypatch, wrap
     torch.testing.assert_close(new(x), old(x))
     assert [s is new for s in seen].count(True) == 1
     assert len(seen) == 2
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """What is described, by whichever module of the package but those of the matching, which try parts of their own."""
+    seen = []
+    note = lambda side, **how: seen.append(type(side)) or describe(side, **how)  # noqa: E731
+    for name, module in list(sys.modules.items()):
+        ours = name.startswith("lit_wsl.") and not name.startswith("lit_wsl.matching.")
+        if ours and getattr(module, "describe", None) is describe:
+            monkeypatch.setattr(module, "describe", note)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("old")
+    old = OldTransformer()
+    fit(old, tokens(), folder, 2).save_checkpoint(folder / "old.ckpt")
+    return old, folder / "old.ckpt"
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("resume", ["weights", "optimizer", "all"])
+def test_a_run_that_resumes_describes_each_side_once(described, old_run, tmp_path, resume, planned):
+    """With a sample, the proof on its loss where no plan is given, its optimizers, and what callbacks keep."""
+    old, file = old_run
+    new = NewTransformer()
+    plan = transformer_plan(old, new) if planned else None
+    described.clear()
+    callback = WeightTransferCallback(file, plan=plan, resume=resume, verbose=False)
+    fit(new, tokens(), tmp_path, 3, callbacks=[callback])
+    assert callback.report.applied
+    assert sorted(side.__name__ for side in described) == ["Checkpoint", "NewTransformer"]
+
+
+def test_a_conversion_describes_each_side_once(described, old_run, tmp_path):
+    old, file = old_run
+    plan = transformer_plan(old, NewTransformer())
+    described.clear()
+    plan.convert_checkpoint(file, tmp_path / "new.ckpt", target=NewTransformer())
+    assert sorted(side.__name__ for side in described) == ["Checkpoint", "NewTransformer"]
 
 
 def test_a_source_knows_what_its_module_knows():
