@@ -33,6 +33,24 @@ def listed(names: Sequence[object], most: int = 4) -> str:
     return ", ".join([*map(str, names[:most]), *(["..."] if len(names) > most else [])])
 
 
+def counted(names: Sequence[object], most: int) -> str:
+    """The first names of some, and how many more there are.
+
+    >>> counted(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def reason(error: BaseException, most: int = 160) -> str:
+    """The kind of an error and the first line of what it says.
+
+    >>> reason(ValueError("no such layer"))
+    'ValueError: no such layer'
+    """
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:most]}"
+
+
 class LitWslError(Exception):
     """Base of all errors that lit_wsl raises on purpose."""
 

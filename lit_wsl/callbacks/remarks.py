@@ -10,7 +10,7 @@ from torch import nn
 
 from lit_wsl.callbacks.lifecycle import mind_copies
 from lit_wsl.callbacks.state_dicts import given_while_built
-from lit_wsl.errors import listed
+from lit_wsl.errors import counted, listed
 from lit_wsl.report.report import TransferReport
 from lit_wsl.transfer.memory import given_by_hand, recall, was_trained_here
 
@@ -79,9 +79,8 @@ def remarked(
 
 def given(paths: Sequence[str], model: nn.Module) -> str:
     """That some modules were given weights by hand."""
-    shown_paths = [path or type(model).__name__ for path in paths]
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return f"{', '.join(shown_paths[:3])}{more} held weights that load_state_dict gave before"
+    named = [path or type(model).__name__ for path in paths]
+    return f"{counted(named, 3)} held weights that load_state_dict gave before"
 
 
 def _written(paths: Sequence[str], loaded: Sequence[str]) -> list[str]:

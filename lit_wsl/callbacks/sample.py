@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_wsl.callbacks.streams import NoSampleError, first_of_stream
+from lit_wsl.errors import reason
 from lit_wsl.structure.execution_order import Step, only_child
 from lit_wsl.structure.running import Call, preserved_objects, preserved_rng, ways_to_call
 
@@ -68,7 +69,7 @@ def find_samples(trainer: pl.Trainer, module: pl.LightningModule, stage: str) ->
             except NoSampleError as error:
                 reasons.append(str(error))
             except Exception as error:
-                reasons.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
+                reasons.append(reason(error))
             else:
                 calls += ways_to_call(_callee(module), batch)
                 steps += [((Step(STEPS[kind], batch),), {})] if is_overridden(STEPS[kind], module) else []

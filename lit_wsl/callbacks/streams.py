@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lit_wsl.errors import reason
 from lit_wsl.structure.losses import NoDataError
 
 WAIT = 30.0  # seconds for the first batch and for all others together
@@ -105,8 +106,7 @@ def _serve(loader: Any, pipe: Connection) -> None:
         pipe.send_bytes(pickle.dumps((None, "the stream is at its end")))
     except BaseException as error:
         with suppress(BaseException):
-            text = (str(error).splitlines() or [""])[0][:160]
-            pipe.send_bytes(pickle.dumps((None, f"{type(error).__name__}: {text}")))
+            pipe.send_bytes(pickle.dumps((None, reason(error))))
     finally:
         os._exit(0)
 

@@ -13,7 +13,7 @@ from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.document import Leaf, numpy_array
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
-from lit_wsl.structure.families import AVERAGE_WORDS, find_average, words_of
+from lit_wsl.structure.families import find_average, speaks_of_average
 
 MAX_NAMES = 4_000_000
 MAX_MODULE_DEPTH = 300
@@ -110,7 +110,7 @@ class Nest:
     @property
     def averaged(self) -> bool:
         """Whether a word on its path says that it is a running average of the weights."""
-        return any(words_of(part) & AVERAGE_WORDS for part in self.path)
+        return any(speaks_of_average(part) for part in self.path)
 
     @property
     def label(self) -> str:
@@ -208,7 +208,7 @@ def _lists(tree: Any) -> Iterator[tuple[tuple[str, ...], Sequence[Tensor]]]:
         path, value = stack.pop()
         if isinstance(value, (list, tuple)):
             tensors = len(value) > 1 and all(isinstance(item, Tensor) for item in value)
-            if tensors and any(words_of(part) & AVERAGE_WORDS for part in path):
+            if tensors and any(speaks_of_average(part) for part in path):
                 yield path, value
         elif id(value) not in seen and len(path) < MAX_NEST:
             seen.add(id(value))

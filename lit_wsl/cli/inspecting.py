@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_wsl.checkpoint import Checkpoint, open_checkpoint
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.cli.console import fields, put_json, remark, say, size_text, table
-from lit_wsl.structure.description import shape_text
+from lit_wsl.structure.description import dtype_text, shape_text
 from lit_wsl.structure.families import fold
 
 
@@ -34,7 +34,7 @@ def run(options: Any) -> int:
 
 def _head(checkpoint: Checkpoint) -> None:
     tensors = [tensor for _, tensor in checkpoint.meta_items()]
-    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in tensors)
+    dtypes = Counter(dtype_text(t.dtype) for t in tensors)
     version = checkpoint.content.get("pytorch-lightning_version")
     elements, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
     pairs = [
@@ -51,7 +51,7 @@ def _head(checkpoint: Checkpoint) -> None:
 
 
 def _rows(found: list[tuple[str, Tensor]], *, unfolded: bool) -> list[tuple[str, ...]]:
-    keys = [(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for _, tensor in found]
+    keys = [(tuple(tensor.shape), dtype_text(tensor.dtype)) for _, tensor in found]
     if unfolded:
         return [
             (name, shape_text(shape), dtype, "1", f"{tensor.numel():,}")
@@ -111,7 +111,7 @@ def _as_data(checkpoint: Checkpoint, found: list[tuple[str, Tensor]]) -> dict[st
             {
                 "name": name,
                 "shape": list(tensor.shape),
-                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "dtype": dtype_text(tensor.dtype),
                 "elements": tensor.numel(),
             }
             for name, tensor in found

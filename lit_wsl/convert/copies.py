@@ -24,6 +24,7 @@ from lit_wsl.convert.weights import Translation, convert_tensors
 from lit_wsl.errors import CheckpointError, PlanError, listed
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import Cast
+from lit_wsl.structure.description import dtype_text
 
 Path = tuple[Hashable, ...]
 """Keys from the top of a checkpoint."""
@@ -422,7 +423,7 @@ def _common_module(names: Sequence[str]) -> str:
 
 def _without_foreign_casts(entry: PlanEntry, tensors: Sequence[Any]) -> PlanEntry:
     """An average may be kept in another dtype than the weights; it stays in it."""
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    dtypes = {dtype_text(tensor.dtype) for tensor in tensors}
     operations = tuple(op for op in entry.operations if not isinstance(op, Cast) or dtypes == {op.source})
     return replace(entry, operations=operations) if len(operations) != len(entry.operations) else entry
 

@@ -33,7 +33,7 @@ from lit_wsl.plan.operations import (
 )
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import ModelDescription, describe
-from lit_wsl.structure.description import Shape
+from lit_wsl.structure.description import Shape, dtype_text
 
 State = Mapping[str, Any]
 
@@ -131,7 +131,7 @@ def _carry_values(
             )
         return [v.clone() if isinstance((v := values[0]), Tensor) else v for _ in entry.targets]
     if kind == "same":
-        dtypes = {str(value.dtype).removeprefix("torch.") for value in values}
+        dtypes = {dtype_text(value.dtype) for value in values}
         operations = [op for op in entry.operations if not isinstance(op, Cast) or dtypes == {op.source}]
         results = run_operations(operations, values)
         return results if views else [own_memory(result, shared=len(results) > 1) for result in results]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lit_wsl.errors import RebasinError, listed
+from lit_wsl.errors import RebasinError, listed, reason
 from lit_wsl.rebasin.inference.infer import infer_permutation_spec
 from lit_wsl.rebasin.inference.trace import ForwardError
 from lit_wsl.rebasin.inference.unused import unused_tensors
@@ -216,7 +216,7 @@ def prove_spec(
 def _reason(error: Exception) -> tuple[float, str]:
     """How far a call got (operations of the model; what fails later got further), and why it failed."""
     far = error.operations if isinstance(error, ForwardError) else math.inf
-    return far, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    return far, reason(error, 300)
 
 
 def _furthest(reasons: Sequence[tuple[float, str]]) -> str:

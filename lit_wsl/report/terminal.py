@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from lit_wsl.errors import printable
+from lit_wsl.errors import counted, printable
 from lit_wsl.plan.coverage import Count, Coverage, excluded_names
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
@@ -265,7 +265,7 @@ def _listed(title: str, found: Sequence[Gap], limit: int | None) -> list[str]:
     for reason, alike in ordered if limit is None else ordered[:limit]:
         shown = alike if limit is None else alike[:limit]
         hidden += len(alike) - len(shown)
-        names = ", ".join(gap.text for gap in shown) + (f" and {len(alike) - len(shown)} more" if shown < alike else "")
+        names = counted([gap.text for gap in alike], len(shown))
         if len(ordered) == 1:
             lines[0] += f" {names}"
         else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich.console import RenderableType
 from rich.table import Table
 
+from lit_wsl.errors import counted
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.drawing import Text, View, broken
@@ -254,8 +255,7 @@ def _line(line: TreeLine, partners: Mapping[str, tuple[str, ...]], width: int) -
     named = dict.fromkeys(target for path in line.paths for target in partners.get(path, ()))
     if named:
         folded = fold_names([target or "(root)" for target in named])
-        more = f" and {len(folded) - 2} more" if len(folded) > 2 else ""
-        _append(text, " → " + ", ".join(folded[:2]) + more, "green", line.hang, width)
+        _append(text, f" → {counted(folded, 2)}", "green", line.hang, width)
     return text
 
 

@@ -24,30 +24,14 @@ from lit_wsl.errors import ArgumentTypeError, MappingError
 
 
 def require_module(value: Any, argument: str, hint: str | None = None) -> None:
-    """Refuse what is not a model.
-
-    Args:
-        value: What was given.
-        argument: As what.
-        hint: What was probably meant, if that is not clear from the argument's name.
-
-    Raises:
-        ArgumentTypeError: With what was given, and where it belongs.
-    """
+    """Refuse what is not a model; the hint says what was probably meant, if the argument's name doesn't."""
     if not isinstance(value, nn.Module):
         meant = _hint(value, argument) if hint is None else hint
         raise ArgumentTypeError(f"{argument} must be a model (an nn.Module), but it is {what_it_is(value)}.{meant}")
 
 
 def require_state_dict(value: Any, argument: str, *, module: str = "", path: str = "") -> None:
-    """Refuse what is not a mapping of names to tensors; errors as in :func:`require_module`.
-
-    Args:
-        value: What was given.
-        argument: As what.
-        module: What to do with a module instead; by default to give its state dict.
-        path: What to do with a path; by default to load it.
-    """
+    """Refuse what is not a mapping of names to tensors, and say what to do with a module or a path instead."""
     if not isinstance(value, Mapping):
         hint = ""
         if isinstance(value, nn.Module):
@@ -61,11 +45,7 @@ def require_state_dict(value: Any, argument: str, *, module: str = "", path: str
 
 
 def refuse_whole_checkpoint(value: Mapping[Any, Any], argument: str) -> None:
-    """Refuse what ``torch.load`` gives where its state dict is meant.
-
-    Raises:
-        MappingError: With the entry that is the state dict.
-    """
+    """Refuse what ``torch.load`` gives where its state dict is meant, and name the entry that is one."""
 
     def has_tensors(mapping: Mapping[Any, Any]) -> bool:
         return any(isinstance(item, Tensor) for item in mapping.values())
@@ -79,7 +59,7 @@ def refuse_whole_checkpoint(value: Mapping[Any, Any], argument: str) -> None:
 
 
 def require_batches(value: Any, argument: str = "batches") -> None:
-    """Refuse what gives no batches, and a single batch; errors as in :func:`require_module`."""
+    """Refuse what gives no batches, and a single batch."""
     many = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
     if isinstance(value, (Tensor, str, Mapping)) or not many:
         hint = f" For a single batch: {argument}=[x]." if isinstance(value, (Tensor, Mapping)) else ""
@@ -89,7 +69,7 @@ def require_batches(value: Any, argument: str = "batches") -> None:
 
 
 def require_state_dicts(values: Any, argument: str) -> None:
-    """Refuse what is not a list of state dicts; errors as in :func:`require_module`."""
+    """Refuse what is not a list of state dicts."""
     if isinstance(values, (Mapping, nn.Module, str, os.PathLike)):
         raise ArgumentTypeError(
             f"{argument} must be a list of state dicts, but it is {what_it_is(values)}. Put it in a list, also if it "
@@ -100,12 +80,7 @@ def require_state_dicts(values: Any, argument: str) -> None:
 
 
 def require_path(value: Any, argument: str) -> None:
-    """Refuse what is not a path, and the empty path, which would be the current folder.
-
-    Raises:
-        ArgumentTypeError: If it is something else.
-        MappingError: If it is empty.
-    """
+    """Refuse what is not a path, and the empty path, which would be the current folder."""
     if not isinstance(value, (str, os.PathLike)):
         hint = ""
         if isinstance(value, nn.Module) and argument == "checkpoint_path":
@@ -119,15 +94,7 @@ def require_path(value: Any, argument: str) -> None:
 
 
 def require_sample(args: Any, kwargs: Any) -> None:
-    """Refuse a sample call that cannot be one: a bare tensor instead of a tuple of arguments.
-
-    Args:
-        args: What was given as ``example_args``.
-        kwargs: What was given as ``example_kwargs``.
-
-    Raises:
-        ArgumentTypeError: With the call that was probably meant.
-    """
+    """Refuse a sample call that cannot be one (a bare tensor, no tuple of arguments), with the one probably meant."""
     if not isinstance(args, (tuple, list)):
         raise ArgumentTypeError(
             f"example_args must be a tuple of the positional arguments of one call, but it is {what_it_is(args)}. For "
@@ -178,6 +145,11 @@ def shape_text(shape: Sequence[int]) -> str:
     ('64x3x7x7', 'scalar', '5')
     """
     return "x".join(map(str, shape)) or "scalar"
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """A kind of number as people write it: ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 _TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -315,30 +287,6 @@ class ModuleNode:
             yield node
             stack.extend(reversed(node.children))
 
-    def find(self, path: str) -> ModuleNode:
-        """Return the node at a dotted path below this one.
-
-        Raises:
-            KeyError: If there is no such node.
-        """
-        node = self
-        for part in path.split(".") if path else ():
-            found = next((child for child in node.children if child.name == part), None)
-            if found is None:
-                raise KeyError(path)
-            node = found
-        return node
-
-    @property
-    def numel(self) -> int:
-        """Number of elements in the whole subtree."""
-        return sum(node.group.numel for node in self.walk())
-
-    @property
-    def depth(self) -> int:
-        """Number of modules above this one."""
-        return 0 if not self.path else self.path.count(".") + 1
-
 
 @dataclass(frozen=True)
 class ModelDescription:
@@ -390,11 +338,6 @@ class ModelDescription:
     def has_execution_order(self) -> bool:
         """Whether a sample call has been traced."""
         return any(info.execution_order is not None for info in self.parameters)
-
-    @property
-    def numel(self) -> int:
-        """Number of elements of all tensors."""
-        return sum(info.numel for info in self.parameters)
 
 
 def _child_paths(groups: Mapping[str, ParameterGroup]) -> dict[str, list[str]]:
@@ -502,18 +445,11 @@ def _describe_tensors(tensors: Mapping[str, Tensor], order: Mapping[str, int], l
     tied = _tied_names(found)
     found = [(name, tensor) for name, tensor in found if name not in tied]
     buffers = _infer_buffers(found)
-    infos = tuple(
-        ParameterInfo(
-            name=name,
-            shape=tuple(tensor.shape),
-            dtype=tensor.dtype,
-            kind="buffer" if name in buffers else "parameter",
-            index=index,
-            execution_order=order.get(name),
-        )
-        for index, (name, tensor) in enumerate(found)
-    )
-    return ModelDescription(infos, tied, label)
+    infos: list[ParameterInfo] = []
+    for name, tensor in found:
+        kind: Kind = "buffer" if name in buffers else "parameter"
+        infos.append(ParameterInfo(name, tuple(tensor.shape), tensor.dtype, kind, len(infos), order.get(name)))
+    return ModelDescription(tuple(infos), tied, label)
 
 
 def _tied_names(found: list[tuple[str, Tensor]]) -> dict[str, str]:

@@ -14,16 +14,15 @@ import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lit_wsl.structure.description import core
+from lit_wsl.structure.description import core, tokenize
 
 AVERAGE_WORDS = frozenset({"ema", "average", "averaged", "averaging", "avg", "swa", "shadow", "polyak"})
 PROBES = 8  # names that are looked for, so that not all of them need to stand on both sides
 
 
-def words_of(text: str) -> set[str]:
-    """Cut a key into lower-case words: ``state_dict_ema``, ``EMACallback``, ``modelEma``."""
-    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", text)
-    return {part.lower() for part in parts}
+def speaks_of_average(text: str) -> bool:
+    """Whether a word of a key says average: ``state_dict_ema``, ``EMACallback``, ``modelEma``."""
+    return not AVERAGE_WORDS.isdisjoint(tokenize(text))
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def find_average(shapes: Mapping[str, tuple[int, ...]]) -> Average | None:
             under.setdefault(prefix, []).append(name)
     dotted: set[str] | None = None  # most checkpoints never ask for it
     for prefix, mine in sorted(under.items()):
-        told = bool(words_of(prefix) & AVERAGE_WORDS)
+        told = speaks_of_average(prefix)
         flat = all("." not in name[len(prefix) :].removeprefix("module.") for name in mine)
         if len(mine) < 2 or not (told or flat):
             continue

@@ -218,8 +218,7 @@ def _holds(container: Any, content: Any) -> bool:
 def preserved_objects(*roots: Any) -> Iterator[None]:
     """Put back the Python state of some objects and of what they hold: attributes, containers, generators.
 
-    Tensors and arrays are taken for data and not looked at, neither are modules; what is inside them is another
-    guard's task. Containers of many elements are data too.
+    Tensors, arrays and containers of many elements are data, and modules have guards of their own: not looked at.
 
     >>> class Counting:
     ...     reads = 0
@@ -340,11 +339,7 @@ def ways_to_call(module: nn.Module, batch: Any) -> list[Call]:
             calls.append((tuple(batch), {}))
             if len(batch) > 2:
                 calls.append((tuple(batch[:-1]), {}))
-    unique: list[Call] = []
-    for call in calls:
-        if not any(call is other for other in unique):
-            unique.append(call)
-    return unique
+    return calls
 
 
 def hindrance(module: nn.Module) -> str:

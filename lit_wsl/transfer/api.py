@@ -306,10 +306,9 @@ def finish_transfer(
         if undo is None and not getattr(error, "not_restored", ()):  # filled whole, or in part: not lazy any more
             make_lazy()
         raise
-    warnings = applied.warnings
-    warnings = (*_refuted(prepared.plan), *warnings)
     changing = [describe_entry(entry) for entry in prepared.plan.entries if entry.changes_values]
-    changed = tuple(f"values were changed, as asked for: {text}" for text in changing)
+    changed = (f"values were changed, as asked for: {text}" for text in changing)
+    warnings = (*_refuted(prepared.plan), *applied.warnings)
     return prepared.report(warnings=warnings, notes=(*changed, *applied.notes))
 
 

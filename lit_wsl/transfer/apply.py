@@ -27,7 +27,7 @@ from lit_wsl.errors import LitWslError, TransferError
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import Cast, run_operations
 from lit_wsl.plan.plan import TransferPlan, describe_entry
-from lit_wsl.structure.description import HasMeta
+from lit_wsl.structure.description import HasMeta, dtype_text
 from lit_wsl.transfer.ranks import ALONE, Ranks, copy_into_shard, has_sharded_tensors, held_part, is_sharded, local_part
 from lit_wsl.transfer.undo import UndoLog, admit_loss, interrupt_later, only_filler, room_on_disk, same_bits
 
@@ -79,8 +79,8 @@ def look_at(name: str, value: Tensor, wanted: torch.dtype) -> Iterator[str]:
     if bad:
         yield f"{name} {tuple(value.shape)}: {bad} of {value.numel()} values are not finite (NaN or infinite)"
     if over:
-        kind = str(wanted).removeprefix("torch.")
-        yield f"{name} {tuple(value.shape)}: {over} values are out of the range of {kind} and become infinite"
+        shape, kind = tuple(value.shape), dtype_text(wanted)
+        yield f"{name} {shape}: {over} values are out of the range of {kind} and become infinite"
 
 
 def is_plain(target: Tensor, value: Tensor) -> bool:
@@ -368,16 +368,12 @@ def _verify(
                 look(entry, values)
             if any(op.name == "tie" or not op.lossless for op in entry.operations):
                 run_operations(entry.operations, values, [targets[name] for name in entry.targets])
-        dtype, wanted = _short(values[0].dtype), _short(targets[entry.targets[0]].dtype)
+        dtype, wanted = dtype_text(values[0].dtype), dtype_text(targets[entry.targets[0]].dtype)
         if dtype != wanted:
             casts[dtype, wanted] = casts.get((dtype, wanted), 0) + len(entry.targets)
         del values, value  # before the next is read
         progress("verify", size)
     return casts
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _copy(job: _Job, given: UndoLog | None) -> None:

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lit_wsl.checkpoint.reader import is_address
-from lit_wsl.transfer.ranks import held_part, is_sharded
+from lit_wsl.transfer.ranks import ends_of, held_part, is_sharded
 
 _ENDS = 32  # values at either end of each
 _MARK = "_weight_transfer"  # the attribute of a module that holds its mark
@@ -125,7 +124,7 @@ def remember(
     """Mark all tensors of a model as being what they should be: filled, trained, or left as they are on purpose."""
     marks = _marks(model)
     versions = {id(p): version for mark in marks.values() for p, version in mark.alive()}
-    transfers = {k: w for mark in marks.values() for k, w in mark.transfers.items()} | ({key: words} if key else {})
+    transfers = _transfers(marks) | ({key: words} if key else {})
     still_given = {
         sub
         for path, sub in model.named_modules()
@@ -142,7 +141,7 @@ def remember(
 def write_memory(model: nn.Module, state: Any, prefix: str = "") -> None:
     """Let a state dict tell what the model was filled with; nothing for a model that was not."""
     metadata = getattr(state, "_metadata", None)
-    transfers = {k: w for mark in _marks(model).values() for k, w in mark.transfers.items()}
+    transfers = _transfers(_marks(model))
     if metadata is not None and transfers:
         metadata.setdefault(prefix[:-1], {})[_METADATA] = transfers
 
@@ -218,7 +217,7 @@ def recall(model: nn.Module, before: Held | None = None, *, given: bool = False)
             fresh.update(id(buffer) for buffer in sub.buffers(recurse=False))
     state = model.state_dict(keep_vars=True)
     return Memory(
-        transfers={k: w for mark in marks.values() for k, w in mark.transfers.items()},
+        transfers=_transfers(marks),
         fresh=frozenset(name for name, tensor in state.items() if id(tensor) in fresh),
         replaced=tuple(replaced),
         untouched=not replaced and all(version is not None and version == _version(p) for p, version in held),
@@ -345,9 +344,7 @@ def _fingerprint(model: nn.Module) -> str:
     for name, parameter in parameters:
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
         with suppress(RuntimeError, TypeError, NotImplementedError):  # kinds of tensors that have no plain values
-            flat = held_part(parameter).detach().reshape(-1)
-            ends = torch.cat([flat[:_ENDS], flat[-_ENDS:]]).cpu().contiguous().view(torch.uint8)
-            digest.update(ends.numpy().tobytes())
+            digest.update(ends_of(held_part(parameter), _ENDS))
     return digest.hexdigest()
 
 
@@ -381,6 +378,10 @@ def _marks(model: nn.Module) -> dict[nn.Module, _Mark]:
         if isinstance(mark, _Mark):
             found[sub] = mark
     return found
+
+
+def _transfers(marks: Mapping[nn.Module, _Mark]) -> dict[str, str]:
+    return {key: words for mark in marks.values() for key, words in mark.transfers.items()}
 
 
 def _version(tensor: Tensor | None) -> int | None:

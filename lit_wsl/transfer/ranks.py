@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_wsl import errors
-from lit_wsl.errors import LitWslError, TransferError
+from lit_wsl.errors import LitWslError, TransferError, counted
 
 T = TypeVar("T")
 _SAMPLED = 64  # tensors of which values are compared between ranks
@@ -113,16 +113,11 @@ class Ranks:
         family = getattr(errors, kind, None)
         if not (isinstance(family, type) and issubclass(family, LitWslError)):
             family, message = TransferError, f"{kind}: {message}"
-        where = "" if len(failed) == self.size else f" (on rank {_listed(failed)} of {self.size})"
+        where = "" if len(failed) == self.size else f" (on rank {counted(failed, 8)} of {self.size})"
         raise family(f"{message}{where}") from error
 
 
 ALONE = Ranks()
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8]))
-    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -216,7 +211,7 @@ def check_same_source(ranks: Ranks, tensors: Mapping[str, Tensor], names: Sequen
     if other:
         name = next(n for n, a, b in zip(looked_at, seen[0], seen[other[0]]) if a != b)
         raise TransferError(
-            f"rank {_listed(other)} of {ranks.size} reads other values of {name} {tuple(tensors[name].shape)} than "
+            f"rank {counted(other, 8)} of {ranks.size} reads other values of {name} {tuple(tensors[name].shape)} than "
             "rank 0: the files are not the same. Put one and the same checkpoint on every node. Nothing was changed."
         )
 
@@ -224,9 +219,13 @@ def check_same_source(ranks: Ranks, tensors: Mapping[str, Tensor], names: Sequen
 def _digest(tensor: Tensor) -> str:
     if is_sharded(tensor):  # refused later, with the remedy
         return ""
+    return hashlib.sha256(ends_of(tensor, _ENDS)).hexdigest()
+
+
+def ends_of(tensor: Tensor, count: int) -> bytes:
+    """The first and the last values of a tensor."""
     flat = tensor.detach().reshape(-1)
-    ends = torch.cat([flat[:_ENDS], flat[-_ENDS:]]).cpu().contiguous()
-    return hashlib.sha256(ends.view(torch.uint8).numpy().tobytes()).hexdigest() if ends.numel() else ""
+    return torch.cat([flat[:count], flat[-count:]]).cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def refuse_wrapped(model: nn.Module, strategy: object = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lit_wsl.checkpoint import open_checkpoint
-from lit_wsl.errors import ArgumentTypeError, MappingError
+from lit_wsl.errors import ArgumentTypeError, MappingError, reason
 from lit_wsl.structure import ModelDescription, ParameterInfo, describe, trace_execution_order
 from lit_wsl.structure.description import (
     kinds_and_types,
@@ -190,7 +190,7 @@ def _run_samples(model: nn.Module, samples: Sequence[Call]) -> tuple[nn.Module, 
                 return whole, order, ""
             failures.append("it does not call them")
         except Exception as error:
-            failures.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
+            failures.append(reason(error))
     if lazy:
         names = [n for n, t in model.state_dict(keep_vars=True).items() if nn.parameter.is_lazy(t)]
         raise MappingError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_wsl.errors import TransferError
+from lit_wsl.errors import TransferError, counted
 
 UNDO_MEMORY = 32 << 20  # bytes a log takes before it goes to a file
 _SHOWN = 20  # names in a message; the error has them all
@@ -137,15 +137,12 @@ def admit_loss(error: BaseException, names: tuple[str, ...], *, whole: bool = Fa
     message = (
         str(error).replace("The model is unchanged.", "").strip() if known else f"{type(error).__name__}: {error}."
     )
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     end = (
         "It came when all had been written, so the model holds the new weights, all of them."
         if whole
         else "So the model is NOT as it was; build it again."
     )
-    told = TransferError(
-        f"{message} What these held before could not be put back: {', '.join(names[:_SHOWN])}{more}. {end}"
-    )
+    told = TransferError(f"{message} What these held before could not be put back: {counted(names, _SHOWN)}. {end}")
     told.not_restored = names
     told.__cause__ = error
     return told
