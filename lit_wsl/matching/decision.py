@@ -397,7 +397,7 @@ class ClassSolver:
             i, j = next(iter(open_s)), next(iter(open_t))
             better = max(shared[i].max(), shared[:, j].max()) > shared[i, j]
             s, t = left_s[0].members[0], left_t[0].members[0]
-            whole = bool(leading) and {s.level, t.level} <= {0, 2} and not self.learned.renames.are_all(s, t)
+            whole = bool(leading) and min(s.level, t.level) == 2 and not self.learned.renames.are_all(s, t)
             better = better or ((fixed or whole) and called_otherwise(s, t))
             head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:

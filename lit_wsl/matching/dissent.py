@@ -15,6 +15,7 @@ from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.matching.formula import spelled
 from lit_wsl.matching.likeness import (
+    CONTAINERS,
     ENDS,
     FORMULA,
     KINDS,
@@ -154,7 +155,10 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
     whole = max(p.source.level, p.target.level) == 2
     if whole or len(siblings) < KEPT:
         listed = any(i.path.rpartition(".")[2].isdigit() for i in (p.source, p.target))
-        alike = whole and liken(own_name(p.source), own_name(p.target)).shared  # yolo_backbone, resnet_backbone
+        ours, theirs = own_name(p.source), own_name(p.target)
+        alike = (whole and liken(ours, theirs).shared) or {*ours} & {
+            *theirs
+        } & CONTAINERS  # a_backbone, b_backbone
         renamed, kept = learned.renames.others(p.source, p.target)
         if listed or alike or renamed or not kept:
             return False
@@ -191,7 +195,7 @@ def _has_namesake(s: Item, t: Item, region: Region) -> bool:
     for (home_s, ours), (home_t, theirs) in zip(*map(pairwise, chains)):
         whole = ours is s and theirs is t
         if (ours is s) != (theirs is t) and _is_member_beside_like(ours, theirs, s, t):
-            return ours.path.rpartition(".")[2] == theirs.path.rpartition(".")[2]
+            return True
         if whole or ours.level == theirs.level == 2:
             alike = region.namesakes(home_s, home_t, same=whole)
             if alike[0].get(id(ours), id(theirs)) != id(theirs) or alike[1].get(id(theirs), id(ours)) != id(ours):
@@ -202,6 +206,8 @@ def _has_namesake(s: Item, t: Item, region: Region) -> bool:
 def _is_member_beside_like(ours: Item, theirs: Item, s: Item, t: Item) -> bool:
     """Whether a whole list on one side is a member of a list on the other side, which has more of its kind."""
     whole, member = (theirs, t) if ours is s else (ours, s)
+    if own_name(whole) != own_name(s if ours is s else t) or whole.path[-1:].isdigit():
+        return False
     inside = [c for c in whole.children if c.level == 2 and relative(c, whole).partition(".")[0].isdigit()]
     return len(inside) > 1 and any(c is member for c in inside)
 
@@ -298,7 +304,9 @@ def _counts(families: Sequence[Family]) -> list[list[tuple[int, ...]]]:
 
 
 def _is_list_cut(whole: Sequence[Family], parts: Sequence[Family]) -> bool:
-    """Whether the members of one list stand in several on the other side: one after another, or by turns."""
+    """Whether the blocks of one list stand in several on the other side: one after another, or by turns."""
+    if min(f.members[0].level for f in (*whole, *parts)) < 2:
+        return False  # a flat list of all that there is
     lists = [{f.pattern for f in side} for side in (whole, parts)]
     return len(lists[0]) == 1 < len(lists[1]) and min(Counter(f.pattern for f in parts).values()) > 1
 

@@ -205,7 +205,7 @@ class Likeness:
     def kind(self) -> str:
         """The cell of a pair that leads by it; none if each says something that the other does not."""
         left = {*self.left_s, *self.left_t}
-        if ((self.only_near or self.only_sides) and left) or left & SIDES:
+        if (self.only_near and left) or left & SIDES or (self.only_sides and not all(map(_is_general, left))):
             return NEAR_WORDS
         if self.only_layers and left:
             return LAYER_WORDS

@@ -40,7 +40,7 @@ class Orientation:
 
     def __init__(self, matches: Sequence[Matched], doubts: Sequence[Doubted] = ()) -> None:
         self._seen: dict[Make, set[bool | None]] = defaultdict(set)
-        self.turned = False
+        self.turned = self.kept = False
         for sources, targets, operations in matches:
             if len(sources) == len(targets) == 1 or _is_stack(sources, targets):
                 self._see(*_members(sources, targets), certain=True)
@@ -61,6 +61,7 @@ class Orientation:
         if s not in (t, (*t[:-2], t[-1], t[-2])) or _is_table(target):
             return
         self.turned = self.turned or turned
+        self.kept = self.kept or not turned
         for make in _makes(source, target):
             self._seen[make].add(turned if certain else None)
 
@@ -125,8 +126,9 @@ class Orientation:
         """Whether a square matrix is stored the other way round; ``None`` where nothing tells."""
         if any(make in self._seen for make in _makes(s, t)):
             return self._shown(s, t)
-        same_make = _leaf(s) == _leaf(t) and len(s.shape) == len(t.shape)
-        return False if same_make and not self.turned else None
+        same_make = _leaf(s) == _leaf(t) and len(core(s.shape)) == len(core(t.shape))
+        kernel = len(s.shape) != len(t.shape)  # of one by one, where there was a matrix, or the other way round
+        return False if same_make and not self.turned and (self.kept or not kernel) else None
 
     def _is_kept_beside(self, s: ParameterInfo, t: ParameterInfo) -> bool:
         """Whether a matrix beside one that has to be turned is stored the same way round on both sides."""
@@ -188,13 +190,10 @@ def _make(info: ParameterInfo) -> Make:
 def _makes(s: ParameterInfo, t: ParameterInfo) -> tuple[Make, ...]:
     """What a pair of matrices shares its orientation with, the nearest first.
 
-    The matrices of the module that it stands in, on both sides; all of its kind, where the kinds of both are known, or
-    all that became kernels of one by one.
+    The matrices of the module that it stands in, on both sides; all of its kind, where the kinds of both are known.
     """
     both = (_make(s), _make(t))
     around = tuple([split_numbers(i.module_path.rpartition(".")[0])[0] for i in (s, t)])
-    if len(s.shape) != len(t.shape):
-        return (around, *both), (len(s.shape), len(t.shape))
     return ((around, *both), both) if s.module_type and t.module_type else ((around, *both),)
 
 
