@@ -156,9 +156,7 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
     if whole or len(siblings) < KEPT:
         listed = any(i.path.rpartition(".")[2].isdigit() for i in (p.source, p.target))
         ours, theirs = own_name(p.source), own_name(p.target)
-        alike = (whole and liken(ours, theirs).shared) or {*ours} & {
-            *theirs
-        } & CONTAINERS  # a_backbone, b_backbone
+        alike = (whole and liken(ours, theirs).shared) or {*ours} & {*theirs} & CONTAINERS  # a_backbone, b_backbone
         renamed, kept = learned.renames.others(p.source, p.target)
         if listed or alike or renamed or not kept:
             return False
