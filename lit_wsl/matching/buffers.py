@@ -173,7 +173,8 @@ def _unwrapped(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo])
                 alike[path[:cut]] += shapes[theirs].get(path[cut:]) == shape
                 cut = path.find(".", cut) + 1
         prefix, count = max(alike.items(), key=lambda item: (item[1], item[0]), default=("", 0))
-        if 2 * count > min(map(len, shapes)):
+        rivals = [p for p, c in alike.items() if c == count and not (p.startswith(prefix) or prefix.startswith(p))]
+        if 2 * count > min(map(len, shapes)) and not rivals:  # of two copies none is all of it
             inner = {n: p.removeprefix(prefix) if p.startswith(prefix) else f"/{p}" for n, p in paths[ours].items()}
             return (inner, paths[1]) if ours == 0 else (paths[0], inner)
     return paths

@@ -60,6 +60,7 @@ AGAINST_NAMES = "their order says one thing and their names another"
 LISTS_CUT = "one list became several that names tell apart: which member went into which can't be told from a number"
 TWINS_RENAMED = "everything beside them kept its name, and only theirs are new: their order may be new as well"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
+TASKS = frozenset(("cls", "classifier", "classify", "lm"))  # what some last layers are for
 KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
 
 
@@ -156,7 +157,7 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
     if whole or len(siblings) < KEPT:
         listed = any(i.path.rpartition(".")[2].isdigit() for i in (p.source, p.target))
         ours, theirs = own_name(p.source), own_name(p.target)
-        alike = (whole and liken(ours, theirs).shared) or {*ours} & {*theirs} & CONTAINERS  # a_backbone, b_backbone
+        alike = {*ours} & {*theirs} & (CONTAINERS - {"decoder"})  # yolo_backbone, resnet_backbone
         renamed, kept = learned.renames.others(p.source, p.target)
         if listed or alike or renamed or not kept:
             return False
@@ -177,7 +178,7 @@ def _alike_inside(s: Item, t: Item) -> bool:
 
 def _mean_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     """Whether both names hold words that tell something, and that the other one lacks."""
-    likeness, general = liken(ours, theirs), (ENDS - {"cls"}) | KINDS | LAYERS
+    likeness, general = liken(ours, theirs), (ENDS - TASKS) | KINDS | LAYERS
     left = (ours, likeness.left_s), (theirs, likeness.left_t)
     return all(
         any((len(w) > 1 or w in FORMULA or len(name) > 1) and w not in general for w in words) for name, words in left

@@ -139,3 +139,21 @@ def test_an_encoder_and_a_decoder_of_one_make_are_a_choice_for_a_model_that_is_o
     report = transfer_weights(new, old.state_dict(), min_coverage=0.0)
     assert set(report.plan.by_target) == {"emb.weight"}
     assert any("source_prefix" in note for note in report.plan.notes)
+
+
+def _twice(first: str, second: str) -> nn.Module:
+    return nn.ModuleDict({first: network(), second: network()})
+
+
+@pytest.mark.parametrize("names", [("left", "right"), ("policy", "policy_old"), ("q_target", "q")])
+def test_one_network_is_a_choice_for_a_model_that_holds_two(names):
+    old, new = network(), _twice(*names)
+    for order in (list, sorted):
+        plan = transfer_weights(new, dict(order(old.state_dict().items())), min_coverage=0.0).plan
+        assert not plan.by_target
+
+
+def test_the_last_and_the_best_are_a_choice():
+    plan = transfer_weights(renamed(), _twice("last", "best").state_dict(), min_coverage=0.0).plan
+    assert not plan.by_target
+    assert any("source_prefix" in note for note in plan.notes)

@@ -656,3 +656,37 @@ def test_buffers_of_one_network_are_not_those_of_another_that_lost_a_block():
 
     old = {**network("encoder_q.layer", 1), **network("encoder_k.layer", 2)}
     loaded(old, network("encoder_q.convs", 2), {})
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["seg_decoder depth_decoder", "classifier regressor", "lm_head tag_head", "time_mlp cond_mlp", "policy value"],
+)
+@pytest.mark.parametrize("deep", [True, False])
+def test_where_all_else_kept_its_name_another_task_is_a_new_part(names: str, deep: bool):
+    ours, theirs = names.split()
+    part = _mlp if deep else (lambda name: {name: linear(WIDTH, 3)})
+
+    def net(name: str) -> dict[str, nn.Module]:
+        return {"entry": linear(5), "body": linear(), **part(name)}
+
+    kept = {"entry", "body"}
+    assert loaded(net(ours), net(theirs), {n: n for n in kept}) == kept
+
+
+def test_the_letter_of_a_network_names_no_key():
+    old = {**_mlp("encoder_q"), **_mlp("encoder_k"), "out": linear(WIDTH, 3)}
+    new = {**_mlp("keypoints"), **_mlp("queue"), "out": linear(WIDTH, 3)}
+    assert loaded(old, new, {"out": "out"}) == {"out"}
+
+
+def test_what_stands_before_something_is_not_what_stands_before_all():
+    def block(*norms: str) -> dict[str, nn.Module]:
+        parts: dict[str, nn.Module] = {f"attn.{n}": linear() for n in "qkv"}
+        return {f"blocks.0.{n}": m for n, m in {norms[0]: norm(), **parts, norms[1]: norm()}.items()}
+
+    # registered the other way round, so that order says nothing
+    old = dict(reversed(block("input_layernorm", "pre_feedforward_layernorm").items()))
+    new = block("pre_norm", "mid_norm")
+    truth = {n: n for n in new} | {"blocks.0.pre_norm": "blocks.0.input_layernorm"}
+    loaded(old, new, truth | {"blocks.0.mid_norm": "blocks.0.pre_feedforward_layernorm"})
