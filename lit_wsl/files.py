@@ -37,14 +37,7 @@ def not_found(path: Path) -> CheckpointNotFoundError:
 def begin(path: Path) -> tuple[int, Path]:
     """Make the temporary file for a target, in its folder, locked; leftovers of killed writers are removed first.
 
-    Args:
-        path: the target.
-
-    Returns:
-        A descriptor, to be closed when the file has its final name or is gone; the temporary file's path.
-
-    Raises:
-        OSError: if it cannot be made.
+    Its descriptor is to be closed when the file has its final name or is gone.
     """
     _remove_leftovers(path)
     while True:

@@ -18,7 +18,6 @@ from lit_wsl.callbacks.sample import find_samples, quiet
 from lit_wsl.checkpoint import atomic_write_text, open_checkpoint
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.job import (
-    MEAN_STATISTICS,
     REPORT_FILE,
     AlignOptions,
     Matcher,
@@ -282,10 +281,7 @@ class RebasinCallback(Callback):
                 raise RebasinError("repair_batches is 0")
             if is_sharded(module):
                 raise RebasinError("the model is sharded and cannot run on one rank")
-            batches = train_batches(trainer, module)
-            state, note = repaired(module, report.merged, batches, call, self.repair_batches)
-            notes = tuple(n for n in report.notes if n != MEAN_STATISTICS)
-            return replace(report, merged=state, notes=(*notes, note))
+            return repaired(module, report, train_batches(trainer, module), call, self.repair_batches)
         except Exception as error:
             note = f"batch norm statistics of the merged model could not be estimated anew: {error}"
             rank_zero_warn(f"Rebasin: {note}")

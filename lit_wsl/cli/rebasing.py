@@ -16,7 +16,7 @@ from lit_wsl.cli.console import fields, put_json, remark, say, table
 from lit_wsl.cli.models import UsageError, build_model, look_up, sample_call
 from lit_wsl.errors import LitWslError, RebasinError
 from lit_wsl.rebasin import RebaseResult, rebase, task_vector
-from lit_wsl.rebasin.job import MEAN_STATISTICS, AlignOptions, On, RebasinReport, align, names_of, write_results
+from lit_wsl.rebasin.job import AlignOptions, On, RebasinReport, align, names_of, write_results
 from lit_wsl.rebasin.job_model import (
     UNPROVEN,
     MainOutputs,
@@ -70,9 +70,7 @@ def run(options: Any) -> int:
     report = align(models, base, spec, settings, parameters=parameters, reason=reason, matcher=matcher)
     report = replace(report, notes=(*remarks, *report.notes))
     if report.merged is not None and options.data is not None and has_batch_statistics(model):
-        merged, note = repaired(model, report.merged, load_batches(options.data), call, options.repair_batches)
-        notes = tuple(n for n in report.notes if n != MEAN_STATISTICS)
-        report = replace(report, merged={n: merged[n] for n in report.merged}, notes=(*notes, note))
+        report = repaired(model, report, load_batches(options.data), call, options.repair_batches)
     if options.output:
         report = write_results(report, options.output)
     if options.json:

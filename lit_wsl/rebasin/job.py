@@ -91,6 +91,10 @@ class AlignOptions:
         if self.merge_weights is not None and self.merge is None:
             raise RebasinError("merge_weights say nothing without a merged model: choose merge='average'")
 
+    def search(self) -> dict[str, Any]:
+        """What every matching is told: sweeps, seed, further starts, progress."""
+        return {key: getattr(self, key) for key in ("max_iter", "seed", "restarts", "progress")}
+
     def shares(self, count: int) -> list[float]:
         """How much each of so many models counts; the sum is one."""
         weights = self.merge_weights or (1.0,) * count
@@ -148,7 +152,6 @@ class RebasinReport(Summarised):
         options: how it was done.
         models: the others by name.
         merged: the merged state dict, if it was asked for.
-        merge_weights: names of the models that were merged.
         spec: the permutation spec that was used.
         reason: why the models were not aligned.
         notes: remarks for the reader.
@@ -381,13 +384,7 @@ def align(
         return RebasinReport(
             False, reference, options, aligned, reason=reason or "no permutation spec was given", notes=notes
         )
-    settings: dict[str, Any] = {
-        "max_iter": options.max_iter,
-        "seed": options.seed,
-        "restarts": options.restarts,
-        "device": options.device,
-        "progress": options.progress,
-    }
+    settings = {"device": options.device, **options.search()}
     steady = without_constants(spec, *models.values())
     if fixed := [name for name in spec.groups if name not in steady.groups]:
         notes += (f"{len(fixed)} of {len(spec.groups)} groups stay, each {CONSTANT}: {', '.join(fixed[:5])}",)
@@ -454,8 +451,6 @@ def _merge(
     whole = 1.0 if options.merge_scale is None else options.merge_scale * len(vectors)
     scale = [share * whole for share in shares]
     merged = task_arithmetic({n: t for n, t in pretrained.items() if n in states[0]}, vectors, scale)
-    mean = average(
-        states, shares
-    )  # for statistics, and for what the pretrained model does not have, such as a new head
+    mean = average(states, shares)  # for statistics, and for what only the models have, such as a new head
     summed = {name for name in vectors[0] if not is_statistic(name)}
     return {name: merged[name] if name in summed else tensor for name, tensor in mean.items()}

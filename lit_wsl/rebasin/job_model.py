@@ -17,7 +17,7 @@ from lit_wsl.rebasin.inference.infer import infer_permutation_spec
 from lit_wsl.rebasin.inference.trace import ForwardError
 from lit_wsl.rebasin.inference.unused import unused_tensors
 from lit_wsl.rebasin.inference.verify import verify_permutation_spec
-from lit_wsl.rebasin.job import AlignOptions, Matcher, RebasinReport, under_names_of
+from lit_wsl.rebasin.job import MEAN_STATISTICS, AlignOptions, Matcher, RebasinReport, under_names_of
 from lit_wsl.rebasin.matching.activations import best_matching
 from lit_wsl.rebasin.matching.many import match_many
 from lit_wsl.rebasin.matching.weights import MatchingResult, weight_matching_for_task_vectors
@@ -284,19 +284,22 @@ def _renamed(spec: PermutationSpec, rename: Callable[[str], str]) -> Permutation
 
 
 def repaired(
-    module: nn.Module, merged: Mapping[str, Tensor], batches: Iterable[Any], call: Call | None, max_batches: int
-) -> tuple[dict[str, Tensor], str]:
-    """The merged state dict with batch norm statistics estimated anew, and a remark that says so."""
+    module: nn.Module, report: RebasinReport, batches: Iterable[Any], call: Call | None, max_batches: int
+) -> RebasinReport:
+    """The report with batch norm statistics of the merged state dict estimated anew, and a note that says so."""
+    merged = report.merged or {}
     probe = copy.deepcopy(module)
-    probe.load_state_dict(dict(merged), strict=False)
+    probe.load_state_dict(merged, strict=False)
     called, _ = callee(probe)
 
     def forward(_: Any, batch: Any) -> None:
         call_like(called, batch, call)
 
     count = reestimate_batchnorm(probe, batches, forward=forward, max_batches=max_batches)
-    state = {n: t.detach().clone() for n, t in probe.state_dict().items() if isinstance(t, Tensor)}
-    return state, f"batch norm statistics of the merged model were estimated on {count} training batches"
+    own = probe.state_dict()
+    note = f"batch norm statistics of the merged model were estimated on {count} training batches"
+    notes = (*(n for n in report.notes if n != MEAN_STATISTICS), note)
+    return replace(report, merged={n: own[n].detach().clone() for n in merged}, notes=notes)
 
 
 def completed(report: RebasinReport, run: str, own: Mapping[str, Tensor]) -> RebasinReport:
@@ -330,7 +333,7 @@ def best_matcher(
 
     def match(states: Sequence[Mapping[str, Tensor]]) -> list[MatchingResult]:
         whole = [{**probe.state_dict(), **state} for state in states]
-        settings: dict[str, Any] = {key: getattr(options, key) for key in ("max_iter", "seed", "restarts", "progress")}
+        settings = options.search()
         if len(whole) > 2:
             return match_many(spec, whole, model=probe, batches=batches, forward=forward, **settings)
         found = best_matching(spec, probe, whole[0], whole[1], batches, forward=forward, **settings)

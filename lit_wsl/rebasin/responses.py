@@ -170,11 +170,7 @@ class Responses:
         self._given, self.forward = forward, self._forward
 
     def _forward(self, model: nn.Module, batch: Any) -> Any:
-        """Call the model as asked for; what it does not take is said.
-
-        Raises:
-            RebasinError: the model fails on the batch.
-        """
+        """Call the model as asked for; what it does not take is said."""
         try:
             return self._given(model, batch)
         except RebasinError:

@@ -73,9 +73,7 @@ def average(state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float
     require_state_dicts(state_dicts, "state_dicts")
     if not state_dicts:
         raise RebasinError("nothing to average: give at least one state dict")
-    weights = [1.0 / len(state_dicts)] * len(state_dicts) if weights is None else list(weights)
-    if len(weights) != len(state_dicts):
-        raise RebasinError(f"{len(state_dicts)} state dicts but {len(weights)} weights")
+    weights = _one_for_each("state dicts", len(state_dicts), weights, 1.0 / len(state_dicts))
     first = state_dicts[0]
     for number, other in enumerate(state_dicts[1:], start=1):
         _check_same_layout(first, other, f"state dict {number}")
@@ -86,6 +84,13 @@ def average(state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float
         for name, tensor in first.items()
     }
     return _with_valid_variances(merged)
+
+
+def _one_for_each(what: str, count: int, weights: Sequence[float] | None, default: float) -> list[float]:
+    given = [default] * count if weights is None else [float(weight) for weight in weights]
+    if len(given) != count:
+        raise RebasinError(f"{count} {what} but {len(given)} weights")
+    return given
 
 
 def interpolate(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -157,9 +162,7 @@ def ties(
     """
     if not 0 < density <= 1:
         raise RebasinError(f"density={density} is not a share: choose it above 0 and at most 1")
-    weights = [1.0] * len(task_vectors) if weights is None else [float(w) for w in weights]
-    if len(weights) != len(task_vectors):
-        raise RebasinError(f"{len(task_vectors)} task vectors but {len(weights)} weights")
+    weights = _one_for_each("task vectors", len(task_vectors), weights, 1.0)
     if not task_vectors or min(weights) < 0 or sum(weights) <= 0:
         raise RebasinError("ties needs one task vector at least, and weights that are not negative and not all zero")
     _check_task_vectors(pretrained, task_vectors)
@@ -366,9 +369,7 @@ def repair(
     if has_batch_statistics(model):
         reestimate_batchnorm(model, batches, forward=forward)
         return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    weights = [1.0 / len(endpoints)] * len(endpoints) if weights is None else list(weights)
-    if len(weights) != len(endpoints):
-        raise RebasinError(f"{len(endpoints)} end points but {len(weights)} weights")
+    weights = _one_for_each("end points", len(endpoints), weights, 1.0 / len(endpoints))
     layers, data = _hidden_layers(model, spec), Responses(model, batches, forward)
     wanted = [_statistics(data, endpoint, layers) for endpoint in endpoints]
     for name in wanted[0]:  # in the order of execution

@@ -19,6 +19,7 @@ from lit_wsl.errors import RebasinError
 
 #: Share of the squared singular values that the compared subspaces hold, where no number of directions is given.
 ENERGY = 0.9
+MATRIX_METRICS = ("spectrum_overlap", "left_subspace_overlap", "right_subspace_overlap", "interaction_overlap")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def matrix_metrics(a: Spectrum, b: Spectrum, k: int | None = None) -> dict[str, 
     """All metrics of a pair of matrices of the same shape.
 
     Returns:
-        ``spectrum_overlap``, ``left_subspace_overlap``, ``right_subspace_overlap``, ``interaction_overlap``.
+        Their values by the names of :data:`MATRIX_METRICS`.
 
     Raises:
         RebasinError: the shapes differ.
@@ -118,12 +119,8 @@ def matrix_metrics(a: Spectrum, b: Spectrum, k: int | None = None) -> dict[str, 
     if a.U.shape != b.U.shape or a.Vh.shape != b.Vh.shape:
         shapes = [(s.U.shape[0], s.Vh.shape[1]) for s in (a, b)]
         raise RebasinError(f"cannot compare matrices of shapes {shapes[0]} and {shapes[1]}")
-    return {
-        "spectrum_overlap": spectrum_overlap(a, b),
-        "left_subspace_overlap": left_subspace_overlap(a, b, k),
-        "right_subspace_overlap": right_subspace_overlap(a, b, k),
-        "interaction_overlap": interaction_overlap(a, b),
-    }
+    left, right = left_subspace_overlap(a, b, k), right_subspace_overlap(a, b, k)
+    return dict(zip(MATRIX_METRICS, (spectrum_overlap(a, b), left, right, interaction_overlap(a, b)), strict=True))
 
 
 def is_matrix(tensor: Tensor) -> bool:
@@ -367,7 +364,7 @@ def compare_vectors(
 
 def _means(layers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     means = {}
-    for key in ("spectrum_overlap", "left_subspace_overlap", "right_subspace_overlap", "interaction_overlap"):
+    for key in MATRIX_METRICS:
         values = [v[key] for v in layers.values() if key in v and not math.isnan(v[key])]
         if values:
             means[key] = sum(values) / len(values)

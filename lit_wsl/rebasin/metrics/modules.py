@@ -19,7 +19,14 @@ from torchmetrics import Metric, MetricCollection
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.metrics import functional
-from lit_wsl.rebasin.metrics.functional import PairMoments, is_matrix, matrix_metrics, pair_moments, spectrum
+from lit_wsl.rebasin.metrics.functional import (
+    MATRIX_METRICS,
+    PairMoments,
+    is_matrix,
+    matrix_metrics,
+    pair_moments,
+    spectrum,
+)
 
 Vector = Tensor | Mapping[str, Tensor]
 
@@ -122,9 +129,6 @@ class StackSpectralGap(_VectorMetric):
     formula = staticmethod(lambda m: functional.spectral_gap(functional.stack_singular_values(m)))
 
 
-_MATRIX_KEYS = ("spectrum_overlap", "left_subspace_overlap", "right_subspace_overlap", "interaction_overlap")
-
-
 class _MatrixMetric(Metric):
     """Mean over matrices; all subclasses have the same states, so that a collection decomposes each matrix once."""
 
@@ -137,8 +141,8 @@ class _MatrixMetric(Metric):
     def __init__(self, k: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.k = k
-        self.add_state("sums", torch.zeros(len(_MATRIX_KEYS), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(len(_MATRIX_KEYS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(MATRIX_METRICS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(MATRIX_METRICS), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, a: Vector, b: Vector) -> None:
         """Add a pair of matrices, or all matrices of two mappings; tensors that are no matrices are passed over."""
@@ -146,13 +150,13 @@ class _MatrixMetric(Metric):
             if not is_matrix(x):
                 continue
             values = matrix_metrics(spectrum(x), spectrum(y), self.k)
-            row = torch.tensor([values[key] for key in _MATRIX_KEYS], dtype=torch.float64, device=self.sums.device)
+            row = torch.tensor([values[key] for key in MATRIX_METRICS], dtype=torch.float64, device=self.sums.device)
             self.sums += torch.nan_to_num(row)
             self.counts += ~torch.isnan(row)
 
     def compute(self) -> Tensor:
         """Mean over the matrices that have a value, a float64 scalar; nan without any."""
-        index = _MATRIX_KEYS.index(self.key)
+        index = MATRIX_METRICS.index(self.key)
         return self.sums[index] / self.counts[index]
 
 
@@ -193,10 +197,7 @@ _VECTOR_METRICS: dict[str, type[Metric]] = {
     "spectral_gap": StackSpectralGap,
 }
 _MATRIX_METRICS: dict[str, type[Metric]] = {
-    "spectrum_overlap": SpectrumOverlap,
-    "left_subspace_overlap": LeftSubspaceOverlap,
-    "right_subspace_overlap": RightSubspaceOverlap,
-    "interaction_overlap": InteractionOverlap,
+    metric.key: metric for metric in (SpectrumOverlap, LeftSubspaceOverlap, RightSubspaceOverlap, InteractionOverlap)
 }
 
 

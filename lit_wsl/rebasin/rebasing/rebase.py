@@ -2,9 +2,9 @@
 
 ``new_base + moved(finetuned - old_base)``: what moves the units of the old base to those of the new one is found on the
 bases and applied to the task vector (Rinaldi et al. 2025, "Update Your Transformer to the Latest Release: Re-Basin of
-Task Vectors", permute). Beyond permuting, a task vector may be turned (:mod:`lit_wsl.rebasin.rebasing.fitting`) and
-fitted to unlabelled data (:mod:`lit_wsl.rebasin.rebasing.fitting`). How much of it arrives needs no labels either: the
-outputs of the fine-tuned model differ from the old base's, and those of the result from the new base's should alike.
+Task Vectors", permute). Beyond permuting, a task vector may be turned, and fitted to unlabelled data
+(:mod:`lit_wsl.rebasin.rebasing.fitting`). How much of it arrives needs no labels either: the outputs of the fine-tuned
+model differ from the old base's, and those of the result from the new base's should alike.
 """
 
 from __future__ import annotations
