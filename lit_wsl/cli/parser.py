@@ -81,6 +81,10 @@ def _plainly(message: str, parser: ArgumentParser) -> str:
     return f"{message}.{meant}" if meant else message
 
 
+FILE: dict[str, Any] = {"type": str, "metavar": "FILE"}
+NAME: dict[str, Any] = {"type": str, "metavar": "MODULE:NAME"}
+
+
 def _parser(description: str) -> ArgumentParser:
     return _Parser(description=description.strip(), formatter_class=_HelpFormatter)
 
@@ -175,8 +179,8 @@ are written all the same, so that the plan can be completed by hand.
 """)
     parser.add_argument("checkpoint", type=str, help="the old checkpoint, of any format")
     _add_model(parser)
-    parser.add_argument("--plan", type=str, metavar="FILE", help="write the plan, as .json or .yaml")
-    parser.add_argument("--html", type=str, metavar="FILE", help="write the report as one HTML page")
+    parser.add_argument("--plan", **FILE, help="write the plan, as .json or .yaml")
+    parser.add_argument("--html", **FILE, help="write the report as one HTML page")
     _add_json(parser)
     parser.add_argument(
         "--proof",
@@ -184,8 +188,8 @@ are written all the same, so that the plan can be completed by hand.
         default="auto",
         help="with --config: let the loss on the config's own data decide what names leave open",
     )
-    parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
-    parser.add_argument("--source-model", type=str, metavar="MODULE:NAME", help="the old model's class, if still there")
+    parser.add_argument("--sample", **NAME, help="a function that gives one sample input")
+    parser.add_argument("--source-model", **NAME, help="the old model's class, if still there")
     parser.add_argument("--source-model-args", type=dict[str, Any], default={}, metavar="ARGS", help="its arguments")
     _add_matching(parser)
     _add_min_coverage(parser)
@@ -216,10 +220,8 @@ Exit code 1 means: less found a place than --min-coverage asks for, and
 nothing was written.
 """)
     parser.add_argument("checkpoint", type=str, help="the old checkpoint")
-    parser.add_argument(
-        "--plan", type=str, metavar="FILE", help="the plan, from lit-wsl map; without one, --model is matched"
-    )
-    parser.add_argument("-o", "--output", type=str, required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--plan", **FILE, help="the plan, from lit-wsl map; without one, --model is matched")
+    parser.add_argument("-o", "--output", required=True, **FILE, help="the file to write")
     parser.add_argument("--reverse", action="store_true", help="go the other way: from the new model to the old")
     _add_model(parser)
     parser.add_argument("--weights-only", action="store_true", help="leave optimizers, schedulers and callbacks out")
@@ -233,8 +235,7 @@ nothing was written.
     )
     parser.add_argument(
         "--parameter-names",
-        type=str,
-        metavar="FILE",
+        **FILE,
         help="JSON: for each optimizer the old names in index order, where they cannot be inferred",
     )
     parser.add_argument(
@@ -269,7 +270,7 @@ Several changes are made in this order: --map, --prefix, --remove-prefix,
   lit-wsl rename old.ckpt --regex 'layer(\\d+)=layers.\\1' --dry-run
 """)
     parser.add_argument("checkpoint", type=str, help="the checkpoint")
-    parser.add_argument("-o", "--output", type=str, metavar="FILE", help="the file to write")
+    parser.add_argument("-o", "--output", **FILE, help="the file to write")
     parser.add_argument("--map", action="append", type=str, metavar="OLD=NEW", help="a name, or a JSON or YAML file")
     parser.add_argument("--prefix", action="append", type=str, metavar="OLD=NEW", help="a module's path")
     parser.add_argument("--remove-prefix", action="append", type=str, metavar="PATH", help="take a path off all names")
@@ -294,7 +295,7 @@ Exit code 0: all are equal, 1: some differ.
 """)
     parser.add_argument("first", type=str, help="a checkpoint")
     parser.add_argument("second", type=str, help="another checkpoint")
-    parser.add_argument("--plan", type=str, metavar="FILE", help="a plan that takes the first to the second")
+    parser.add_argument("--plan", **FILE, help="a plan that takes the first to the second")
     parser.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference taken for equal")
     parser.add_argument("--limit", type=int, default=30, help="lines to show at most; 0 for all")
     _add_json(parser)
@@ -321,7 +322,7 @@ arguments); models with example_input_array need none.
 Exit code 1 means: the models could not be aligned, only compared.
 """)
     parser.add_argument("checkpoints", type=str, nargs="+", help="two or more, the reference first")
-    parser.add_argument("--base", type=str, metavar="FILE", help="the pretrained checkpoint, for task vectors")
+    parser.add_argument("--base", **FILE, help="the pretrained checkpoint, for task vectors")
     _add_spec(parser)
     parser.add_argument("-o", "--output", type=str, metavar="FOLDER", help="where to write aligned checkpoints")
     parser.add_argument("--on", type=Literal["task_vectors", "weights"], default=None, help="what to align")
@@ -336,9 +337,7 @@ Exit code 1 means: the models could not be aligned, only compared.
         default="weights",
         help="best: match also on how units respond to --data",
     )
-    parser.add_argument(
-        "--data", type=str, metavar="MODULE:NAME", help="training data: batch norm statistics of the merged model"
-    )
+    parser.add_argument("--data", **NAME, help="training data: batch norm statistics of the merged model")
     parser.add_argument("--repair-batches", type=int, default=32, help="how many batches of it; 0: keep the mean")
     parser.add_argument("--device", type=str, metavar="DEVICE", help="where to match, e.g. cuda; default: the CPU")
     parser.add_argument("--max-iter", type=int, default=100, help="maximum number of sweeps of the matching")
@@ -364,12 +363,12 @@ its names first; what no base has, such as a new head, is carried whole.
 Exit code 1 means: nothing of the model can be permuted, nothing was written.
 """)
     parser.add_argument("checkpoint", type=str, help="the fine-tuned checkpoint")
-    parser.add_argument("--base", type=str, metavar="FILE", required=True, help="what it was fine-tuned from")
-    parser.add_argument("--onto", type=str, metavar="FILE", required=True, help="the new release")
+    parser.add_argument("--base", required=True, **FILE, help="what it was fine-tuned from")
+    parser.add_argument("--onto", required=True, **FILE, help="the new release")
     _add_spec(parser)
-    parser.add_argument("--data", type=str, metavar="MODULE:NAME", help="batches of the task; labels are not used")
+    parser.add_argument("--data", **NAME, help="batches of the task; labels are not used")
     parser.add_argument("--max-batches", type=int, default=32, help="how many of them")
-    parser.add_argument("-o", "--output", type=str, metavar="FILE", required=True, help="the checkpoint to write")
+    parser.add_argument("-o", "--output", required=True, **FILE, help="the checkpoint to write")
     parser.add_argument(
         "--method", type=Literal["auto", "add", "permute", "turn", "fit"], default="auto", help="how to carry it"
     )
@@ -382,23 +381,19 @@ Exit code 1 means: nothing of the model can be permuted, nothing was written.
 
 def _add_model(parser: ArgumentParser) -> None:
     """How to name the model: a class or function, or the config of a LightningCLI."""
-    parser.add_argument(
-        "--model", type=str, metavar="MODULE:NAME", help="a class or function that gives the model, e.g. my.models:Net"
-    )
+    parser.add_argument("--model", **NAME, help="a class or function that gives the model, e.g. my.models:Net")
     parser.add_argument(
         "--model-args", type=dict[str, Any], default={}, metavar="ARGS", help="its arguments: --model-args.depth 12"
     )
-    parser.add_argument("--config", type=str, metavar="FILE", help="a LightningCLI config that has the model")
+    parser.add_argument("--config", **FILE, help="a LightningCLI config that has the model")
 
 
 def _add_spec(parser: ArgumentParser) -> None:
     """The model, and what tells which of its units may be permuted."""
     _add_model(parser)
-    parser.add_argument("--sample", type=str, metavar="MODULE:NAME", help="a function that gives one sample input")
-    parser.add_argument(
-        "--outputs", type=str, metavar="MODULE:NAME", help="a function that picks what counts of what it returns"
-    )
-    parser.add_argument("--spec", type=str, metavar="FILE", help="a permutation spec (JSON), instead of a sample")
+    parser.add_argument("--sample", **NAME, help="a function that gives one sample input")
+    parser.add_argument("--outputs", **NAME, help="a function that picks what counts of what it returns")
+    parser.add_argument("--spec", **FILE, help="a permutation spec (JSON), instead of a sample")
 
 
 def _add_min_coverage(parser: ArgumentParser) -> None:

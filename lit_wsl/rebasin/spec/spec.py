@@ -40,28 +40,8 @@ from lit_wsl.rebasin.spec.axis import AxisSpec as AxisSpec
 from lit_wsl.rebasin.spec.axis import AxisUse as AxisUse
 from lit_wsl.structure.description import require_path, require_state_dict, what_it_is
 
-
-def describe(spec: PermutationSpec, max_lines: int = 20) -> str:
-    """Groups found, share of the parameters covered, and what stays fixed and why."""
-    nested = sum(group.parent is not None for group in spec.groups.values())
-    lines = [
-        f"{len(spec.groups)} permutation groups ({nested} nested) move {len(spec.axes)} of {len(spec.shapes)} tensors: "
-        f"{spec.coverage:.1%} of the parameters' elements, {spec.axis_coverage:.1%} of their axes.",
-        _proof(spec),
-    ]
-    for name, group in list(spec.groups.items())[:max_lines]:
-        inside = f" inside {group.parent}" if group.parent else ""
-        lines.append(f"  {name}: {group.size} units{inside}, {len(spec.uses(name))} axes")
-    if len(spec.groups) > max_lines:
-        lines.append(f"  ... and {len(spec.groups) - max_lines} more")
-    reasons = Counter(reason for by_axis in spec.frozen.values() for reason in by_axis.values())
-    if reasons:
-        lines.append(f"Fixed: {sum(reasons.values())} axes.")
-        lines += [f"  {count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda i: (-i[1], i[0]))]
-    if spec.dropped:
-        lines.append(f"Dropped: {len(spec.dropped)} groups.")
-        lines += [f"  {name}: {reason}" for name, reason in spec.dropped.items()]
-    return "\n".join(lines)
+#: Groups that a summary shows.
+SHOWN = 20
 
 
 def _proof(spec: PermutationSpec) -> str:
@@ -340,14 +320,11 @@ class PermutationSpec(Summarised):
             tensor: {axis: kept for axis, spec in by_axis.items() if (kept := spec.without(removed)).groups}
             for tensor, by_axis in self.axes.items()
         }
-        return PermutationSpec(
+        return replace(
+            self,
             groups={name: group for name, group in self.groups.items() if name not in removed},
             axes={tensor: by_axis for tensor, by_axis in axes.items() if by_axis},
-            shapes=self.shapes,
-            parameters=self.parameters,
-            frozen=self.frozen,
             dropped={**self.dropped, **{name: reason for name in self.groups if name in removed}},
-            proof=self.proof,
         )
 
     def with_group(self, group: PermutationGroup, axes: Mapping[tuple[str, int], AxisSpec]) -> PermutationSpec:
@@ -362,7 +339,25 @@ class PermutationSpec(Summarised):
 
     def summary(self) -> str:
         """Groups found, share of the parameters covered, and what stays fixed and why, as text."""
-        return describe(self)
+        nested = sum(group.parent is not None for group in self.groups.values())
+        lines = [
+            f"{len(self.groups)} permutation groups ({nested} nested) move {len(self.axes)} of {len(self.shapes)} "
+            f"tensors: {self.coverage:.1%} of the parameters' elements, {self.axis_coverage:.1%} of their axes.",
+            _proof(self),
+        ]
+        for name, group in list(self.groups.items())[:SHOWN]:
+            inside = f" inside {group.parent}" if group.parent else ""
+            lines.append(f"  {name}: {group.size} units{inside}, {len(self.uses(name))} axes")
+        if len(self.groups) > SHOWN:
+            lines.append(f"  ... and {len(self.groups) - SHOWN} more")
+        reasons = Counter(reason for by_axis in self.frozen.values() for reason in by_axis.values())
+        if reasons:
+            lines.append(f"Fixed: {sum(reasons.values())} axes.")
+            lines += [f"  {count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda i: (-i[1], i[0]))]
+        if self.dropped:
+            lines.append(f"Dropped: {len(self.dropped)} groups.")
+            lines += [f"  {name}: {reason}" for name, reason in self.dropped.items()]
+        return "\n".join(lines)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PermutationSpec):
@@ -384,7 +379,30 @@ class PermutationSpec(Summarised):
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON-able data; see :mod:`lit_wsl.rebasin.spec.axis`."""
-        return spec_to_dict(self)
+        axes: dict[str, Any] = {}
+        for tensor, by_axis in self.axes.items():
+            axes[tensor] = {}
+            for axis, axis_spec in by_axis.items():
+                parts = [axis_to_segments(part) for _, part in axis_spec.slices()]
+                entry: dict[str, Any] = {"segments": parts[0]}
+                if axis_spec.stack_axis is not None:
+                    entry = {"stack_axis": axis_spec.stack_axis, "slices": parts}
+                if axis_spec.outer_axis is not None:
+                    entry["outer_axis"] = axis_spec.outer_axis
+                axes[tensor][str(axis)] = entry
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "groups": {
+                name: {"size": g.size, **({"parent": g.parent} if g.parent else {})} for name, g in self.groups.items()
+            },
+            "axes": axes,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "parameters": list(self.parameters),
+            "frozen": {name: {str(axis): why for axis, why in by.items()} for name, by in self.frozen.items()},
+            "dropped": dict(self.dropped),
+            **({"proof": asdict(self.proof)} if self.proof is not None else {}),
+        }
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The spec as JSON text, also written to ``path`` where one is given."""
@@ -395,8 +413,36 @@ class PermutationSpec(Summarised):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PermutationSpec:
-        """Inverse of :meth:`to_dict`."""
-        return spec_from_dict(data)
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            RebasinError: The data is not a permutation spec, or of a newer version.
+        """
+        if data.get("format") != FORMAT or int(data.get("version", 0)) > VERSION:
+            raise RebasinError(
+                f"Not a permutation spec this version reads: format {data.get('format')!r}, "
+                f"version {data.get('version')!r}; expected {FORMAT!r}, at most {VERSION}."
+            )
+        try:
+            groups = {n: PermutationGroup(n, int(g["size"]), g.get("parent")) for n, g in data["groups"].items()}
+            axes = {
+                tensor: {int(axis): _axis_from_dict(entry, list(groups)) for axis, entry in by_axis.items()}
+                for tensor, by_axis in data["axes"].items()
+            }
+            proof = data.get("proof")
+            return cls(
+                groups,
+                axes,
+                shapes={name: tuple(shape) for name, shape in data.get("shapes", {}).items()},
+                parameters=tuple(data.get("parameters", ())),
+                frozen={n: {int(a): why for a, why in by.items()} for n, by in data.get("frozen", {}).items()},
+                dropped=dict(data.get("dropped", {})),
+                proof=Proof(**{**proof, "unseen": tuple(proof.get("unseen", ()))}) if proof else None,
+            )
+        except RebasinError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise RebasinError(f"The permutation spec is damaged: {type(error).__name__}: {error}") from error
 
     @classmethod
     def from_json(cls, source: str | Path) -> PermutationSpec:
@@ -419,73 +465,11 @@ class PermutationSpec(Summarised):
         return cls.from_dict(data)
 
 
-def spec_to_dict(spec: PermutationSpec) -> dict[str, Any]:
-    """The spec as JSON-able data."""
-    axes: dict[str, Any] = {}
-    for tensor, by_axis in spec.axes.items():
-        axes[tensor] = {}
-        for axis, axis_spec in by_axis.items():
-            entry: dict[str, Any] = {"segments": axis_to_segments(axis_spec)} if axis_spec.stack_axis is None else {}
-            if axis_spec.stack_axis is not None:
-                entry["stack_axis"] = axis_spec.stack_axis
-                entry["slices"] = [axis_to_segments(part) for _, part in axis_spec.slices()]
-            if axis_spec.outer_axis is not None:
-                entry["outer_axis"] = axis_spec.outer_axis
-            axes[tensor][str(axis)] = entry
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "groups": {
-            name: {"size": g.size, **({"parent": g.parent} if g.parent else {})} for name, g in spec.groups.items()
-        },
-        "axes": axes,
-        "shapes": {name: list(shape) for name, shape in spec.shapes.items()},
-        "parameters": list(spec.parameters),
-        "frozen": {name: {str(axis): why for axis, why in by.items()} for name, by in spec.frozen.items()},
-        "dropped": dict(spec.dropped),
-        **({"proof": asdict(spec.proof)} if spec.proof is not None else {}),
-    }
-
-
 def _axis_from_dict(entry: Mapping[str, Any], order: Sequence[str]) -> AxisSpec:
     outer_axis, stack_axis = entry.get("outer_axis"), entry.get("stack_axis")
     if stack_axis is None:
         return axis_from_segments(entry["segments"], order, outer_axis)
     return stacked([axis_from_segments(part, order, outer_axis) for part in entry["slices"]], int(stack_axis), order)
-
-
-def spec_from_dict(data: Mapping[str, Any]) -> PermutationSpec:
-    """Inverse of :func:`spec_to_dict`.
-
-    Raises:
-        RebasinError: The data is not a permutation spec, or of a newer version.
-    """
-    if data.get("format") != FORMAT or int(data.get("version", 0)) > VERSION:
-        raise RebasinError(
-            f"Not a permutation spec this version reads: format {data.get('format')!r}, "
-            f"version {data.get('version')!r}; expected {FORMAT!r}, at most {VERSION}."
-        )
-    try:
-        groups = {n: PermutationGroup(n, int(g["size"]), g.get("parent")) for n, g in data["groups"].items()}
-        axes = {
-            tensor: {int(axis): _axis_from_dict(entry, list(groups)) for axis, entry in by_axis.items()}
-            for tensor, by_axis in data["axes"].items()
-        }
-        return PermutationSpec(
-            groups,
-            axes,
-            shapes={name: tuple(shape) for name, shape in data.get("shapes", {}).items()},
-            parameters=tuple(data.get("parameters", ())),
-            frozen={n: {int(a): why for a, why in by.items()} for n, by in data.get("frozen", {}).items()},
-            dropped=dict(data.get("dropped", {})),
-            proof=Proof(**{**data["proof"], "unseen": (*data["proof"].get("unseen", ()),)})
-            if data.get("proof")
-            else None,
-        )
-    except RebasinError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise RebasinError(f"The permutation spec is damaged: {type(error).__name__}: {error}") from error
 
 
 def permute_tensor(spec: PermutationSpec, permutations: Permutations, name: str, tensor: Tensor) -> Tensor:
