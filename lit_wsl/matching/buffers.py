@@ -103,6 +103,7 @@ def match_buffers(
     Returns:
         ``(source, target, evidence)``, one to one, shapes equal.
     """
+    pairs = list(pairs)
     homes: tuple[dict[str, Counter[str]], dict[str, Counter[str]]] = (defaultdict(Counter), defaultdict(Counter))
     for s, t in pairs:
         homes[0][t.module_path][s.module_path] += 1
@@ -122,13 +123,38 @@ def match_buffers(
             found += [(s, t, FOLLOWS) for t, s in _within_module(candidates, members)]
     taken = {s.name for s, _, _ in found}
     filled = {t.name for _, t, _ in found}
-    free = {s.name for s in buffers_s} - taken
-    found += [
-        (twins[t.name], t, SAME_PATH)
-        for t in buffers_t
-        if t.name in twins and twins[t.name].name in free and t.name not in filled and t.module_path not in units
-    ]
+    free = {s.name: s for s in buffers_s if s.name not in taken}
+    left = [t for t in buffers_t if t.name not in filled and t.module_path not in units]
+    around = _as_seen_from_neighbours([t.name for t in left], [(s.name, t.name) for s, t in pairs]) if left else {}
+    for t in left:
+        twin = twins.get(t.name)
+        s = free.get(around.get(t.name, "")) or free.get(twin.name if twin else "")
+        if s is not None and s.shape == t.shape:
+            del free[s.name]
+            found.append((s, t, SAME_PATH))
     return _counters_with_their_statistics(found, groups)
+
+
+def _as_seen_from_neighbours(names: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """For names of the target the same paths in the source, where the nearest that is matched around them agrees."""
+    moved: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for source, target in pairs:
+        ours, theirs = source.split("."), target.split(".")
+        same = next(
+            (k for k, (a, b) in enumerate(zip(ours[::-1], theirs[::-1])) if a != b), min(len(ours), len(theirs))
+        )
+        places = ".".join(ours[: len(ours) - same]), ".".join(theirs[: len(theirs) - same])
+        for k in range(len(theirs)):
+            moved[".".join(theirs[:k])].add(places)
+    found = {}
+    for name in names:
+        parts = name.split(".")
+        module = next((m for k in range(len(parts) - 2, -1, -1) if (m := ".".join(parts[:k])) in moved), None)
+        if module is not None and len(moved[module]) == 1:
+            ((there, here),) = moved[module]
+            if f"{module}.".startswith(f"{here}." if here else ""):
+                found[name] = f"{there}.{name[len(here) :].lstrip('.')}".lstrip(".")
+    return found
 
 
 def _counters_with_their_statistics(

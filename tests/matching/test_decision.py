@@ -1,5 +1,7 @@
 """What evidence may never do: each kind of silent wrong load that was reported, with known truth."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -218,3 +220,14 @@ def test_statistics_of_a_longer_list_go_to_the_layer_of_their_number():
     assert not wrong
     assert {"list.0.running_mean", "list.2.running_var"} <= right
     assert all(name[:6] in ("list.3", "list.4") or "num_batches" in name for name in left)
+
+
+def test_statistics_without_weights_stand_where_the_maps_around_them_stand():
+    def head():
+        return nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(6, 6), nn.BatchNorm1d(6, affine=False))))
+
+    body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+    old, new = named(online=nn.Sequential(body, head())), named(backbone=copy.deepcopy(body), head=head())
+    _, wrong, left = fill(old, new, lambda name: name.replace("backbone.", "online.0.").replace("head.", "online.1."))
+    assert not wrong
+    assert not [name for name in left if "num_batches" not in name]
