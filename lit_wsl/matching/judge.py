@@ -24,10 +24,11 @@ from lit_wsl.matching.balance import Balance
 from lit_wsl.matching.entries import cast_between
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
+from lit_wsl.matching.moments import Moments
 from lit_wsl.matching.search import FEW_COVERS, Budget, Choice, Search, Trials
 from lit_wsl.matching.space import Space, filled, is_doubtful, is_only_renamed
 from lit_wsl.matching.symmetries import Gradients, turnings
-from lit_wsl.matching.witnesses import AGREES, risk_by_gradient, risk_of, unrest
+from lit_wsl.matching.witnesses import AGREES, risk_by_gradient, risk_of, together, unrest
 from lit_wsl.plan.entries import Ambiguity, Candidate, Decided, Measured, PlanEntry, Proof, ProofBy
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription
@@ -58,6 +59,7 @@ class LossJudge:
     """Tests what a search has found."""
 
     def __init__(self, trials: Trials) -> None:
+        self.moments: Moments | None = None  # what norms have recorded
         self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
         self.rounds, self.searched = 0, 0  # tests, and samples of the first batch that were looked at before
         self._unrest: dict[Choice, float] = {}
@@ -82,6 +84,22 @@ class LossJudge:
             near = {c for c in places if _exchanges(decision.options[c[d]], decision.options[choice[d]]) <= 2}
             out[d] = [c for c in places if c in near and not any(places[o] < places[c] for o in places)]
         return {d: others for d, others in out.items() if others}
+
+    def preferred(self, choice: Choice) -> Choice:
+        """A choice, or a rival of it that hangs together clearly better where the loss hardly tells them apart."""
+        balance, seen = self.trials.balance, {choice}
+        while balance is not None and self.budget.left():
+            rivals = [r for group in self.rivals(choice).values() for r in group]
+            near = [r for r in rivals if r not in seen and balance.risk(choice, r) < RISK / len(rivals)]
+            near = [r for r in near if risk_of(self._screened(r), self._screened(choice)) > AGREES]
+            if not near:
+                break
+            choice = max(near, key=lambda r: balance.lead(r, choice))
+            seen.add(choice)
+        return choice
+
+    def _screened(self, choice: Choice) -> list[float]:
+        return self.trials.losses(choice, self.trials.screen)
 
     def test(self, choice: Choice) -> tuple[Choice, dict[Choice, float]]:
         """Compare a choice with its rivals: on the batch that it was found on, then on fresh ones.
@@ -178,19 +196,33 @@ class LossJudge:
     def _by_balance(
         self, choice: Choice, pairs: Mapping[Choice, tuple[list[float], list[float]]], count: int, *, agreeing: bool
     ) -> dict[Choice, float]:
-        """Risks by what training left in the weights, of rivals that it calls worse.
+        """Risks by what training left in the weights, or norms have recorded, of rivals that it calls worse.
 
         It has a third of the risk, shared by those that are put to it: half where the loss agrees, before more samples
-        are spent, half at last where the loss has not told, and does not speak against it.
+        are spent, half at last where the loss has not told: half of that goes to what both say together, and it counts
+        the less the more the loss speaks against it.
         """
-        balance = self.trials.balance
-        if balance is None:
-            return {}
         found = {}
         for c, (theirs, own) in pairs.items():
-            if (risk_of(theirs, own) < AGREES) if agreeing else (risk_of(own, theirs) > AGREES):
-                found[c] = min(1.0, 6 * count * self._again * balance.risk(c, choice))
+            if agreeing and risk_of(theirs, own) >= AGREES:
+                continue
+            risk = self._told_by_weights(c, choice, whole=not agreeing)
+            if not agreeing:
+                both = together(risk, risk_of(theirs, own, self.rounding))
+                risk = 2 * min(risk, both) / max(risk_of(own, theirs, self.rounding), 1e-300)
+            found[c] = min(1.0, 6 * count * self._again * risk)
         return {c: risk for c, risk in found.items() if risk < RISK}
+
+    def _told_by_weights(self, rival: Choice, choice: Choice, *, whole: bool) -> float:
+        """The risk by balances and by records; by both, each of them has half of it."""
+        balance, moments = self.trials.balance, self.moments
+        risks = [balance.risk(rival, choice)] if balance is not None else []
+        risks += [moments.risk(rival, choice, whole=whole)] if moments is not None and moments.norms else []
+        return len(risks) * min(risks, default=1.0)
+
+    def rests(self, choice: Choice) -> bool:
+        """Whether there is no need to look far from a choice: training may have stopped there, or all norms agree."""
+        return self.unrest(choice) < RESTLESS or (self.moments is not None and self.moments.hold(choice))
 
     def unrest(self, choice: Choice) -> float:
         """How far from a place where training could have stopped a choice is; infinite if the gradient can't tell."""
@@ -313,19 +345,19 @@ def _judge(
     meter: LossMeter,
     budget: Budget,
 ) -> TransferPlan:
-    space = Space(*sides, plan)
     bench = _Bench(tensors, meter, budget, meter.losses({}, 0))
-    if not space.is_open:
+    if not Space(*sides, plan).is_open:
         return _as_planned(plan, bench, [e for e in plan if is_doubtful(e)])
     gradients = _gradients(meter)
     turns = turnings(regions(sides[1]), gradients) if gradients else []
-    judge, choice = _searched(Space(*sides, plan, turns) if turns else space, plan, bench, gradients)
-    if RESTLESS <= judge.unrest(choice) < math.inf:
-        wide = Space(*sides, plan, turns, wide=True)
+    judge, choice = _searched(Space(*sides, plan, turns, counts=True), plan, bench, gradients)
+    if judge.unrest(choice) < math.inf and not judge.rests(choice):
+        wide = Space(*sides, plan, turns, wide=True, counts=True)
         if len(wide.decisions) > len(judge.space.decisions):
             judge, choice = _searched(wide, plan, bench, gradients, judge.trials.tried)
-    if judge.unrest(choice) >= RESTLESS:
-        choice = Search(judge.trials, SEARCH).widen(choice)
+    if not judge.rests(choice):
+        choice = Search(judge.trials, SEARCH, rests=judge.rests).widen(choice)
+    choice = judge.preferred(choice)
     trials = judge.trials
     asked = {t for entry, _ in judge.space.entries(choice) for t in entry.targets}
     questioned = [e for e in plan if asked.intersection(e.targets)]
@@ -342,7 +374,7 @@ def _judge(
     # Where every tensor stands where it stood, order is trusted as long as nothing better is found.
     # And where all is decided, but the gradient is far from rest, the truth is not among what was asked.
     renamed, unrest = is_only_renamed(plan, *sides), judge.unrest(choice)
-    keeps = unrest >= RESTLESS if is_open else RESTLESS * FAR <= unrest < math.inf
+    keeps = not judge.rests(choice) if is_open else RESTLESS * FAR <= unrest < math.inf
     if (is_open and renamed) or (keeps and not renamed) or not bench.falls(best):
         judged = _as_planned(plan, bench, questioned, trials)
         far = f"the gradient there is {unrest:.0f} times its noise: training was short, or a part is mapped wrong"
@@ -362,7 +394,8 @@ def _searched(
     trials = Trials(space, bench.tensors, bench.meter, fixed, bench.budget, before)
     trials.balance = _balance(trials, gradients)
     judge = LossJudge(trials)
-    return judge, Search(trials, SEARCH, rests=lambda choice: judge.unrest(choice) < RESTLESS).find()
+    judge.moments = Moments(trials)
+    return judge, Search(trials, SEARCH, rests=judge.rests, arrange=judge.moments.arranged).find()
 
 
 def _gradients(meter: LossMeter) -> Gradients | None:
@@ -394,13 +427,13 @@ def _as_planned(
     """The verdict where no answer was found: what is in question is withdrawn if the data refutes it.
 
     Refuted: the best mapping that was tried lowers the loss, and does so significantly more than the plan; or the plan
-    fills the whole model, and its loss is above the fresh model's.
+    has something for every parameter, and the loss of what it fills is above the fresh model's.
     """
     losses, beaten = bench.losses(plan), False
     if trials is not None:
         best = trials.losses(trials.best, at_once=True)
         beaten = risk_of(losses, best) < RISK / trials.tried and bench.falls(best)
-    rises = _mean(losses) > _mean(bench.fresh) + statistics.pstdev(bench.fresh) and not _unfilled(plan)
+    rises = _mean(losses) > _mean(bench.fresh) + statistics.pstdev(bench.fresh) and not _missing(plan)
     if not questioned or not (beaten or rises):
         return _verdict(plan, bench, losses, ())
     left = leave_open(plan, {e.targets[0]: REFUTED for e in questioned})
@@ -410,10 +443,14 @@ def _as_planned(
     return replace(judged, proof="refuted", proof_by="data", notes=(*judged.notes, note))
 
 
+def _missing(plan: TransferPlan) -> list[str]:
+    """Parameters that the plan has nothing for, such as those of a new head."""
+    return [u.name for u in plan.unmatched_target if u.kind == "parameter"]
+
+
 def _unfilled(plan: TransferPlan) -> list[str]:
     """Parameters that the plan does not fill."""
-    missing = [u.name for u in plan.unmatched_target if u.kind == "parameter"]
-    return [*missing, *(t for a in plan.ambiguous for t in a.targets)]
+    return [*_missing(plan), *(t for a in plan.ambiguous for t in a.targets)]
 
 
 def _values(entries: Iterable[PlanEntry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

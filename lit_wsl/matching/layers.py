@@ -287,9 +287,9 @@ def is_fused(unit: Unit) -> bool:
 def is_square(unit: Unit) -> bool:
     """Whether its largest tensor is a square, or a stack of squares."""
     shape = core(unit.shapes[0])
-    return (len(shape) == 2 or (len(shape) == 3 and not is_kernel(shape))) and shape[-1] == shape[-2]
+    return (len(shape) == 2 or (len(shape) > 2 and not is_kernel(shape))) and shape[-1] == shape[-2]
 
 
 def is_kernel(shape: Shape) -> bool:
-    """Whether three axes are those of a convolution, not of a stack of matrices."""
+    """Whether three axes or more are those of a convolution, not of a stack of matrices."""
     return min(shape[-2:]) < 8

@@ -295,6 +295,11 @@ class Part:
         found |= {j for pair in self.fusions if all(map(is_square, self.parts(pair))) for j in pair[1]}
         return [self.target[j] for j in sorted(found)]
 
+    @property
+    def renames(self) -> bool:
+        """Whether the tensors themselves have other names, as where a bare parameter stands for a layer's weight."""
+        return len({u.names[0][0][0].rpartition(".")[2] for u in (*self.source, *self.target)}) > 1
+
     def decisions_of(self, cover: Cover) -> list[int]:
         """Its own decisions that say more of one way to assign its layers."""
         keys = [self.key(pair) for pair in cover if len(pair[0]) + len(pair[1]) > 2]

@@ -28,6 +28,7 @@ KEPT = 4  # candidates that stay to the end
 WIDE = 2048  # the same, where the weights tell most of them without a pass
 SWEEPS = 3  # over all layer groups, to find what hangs together
 STARTS = 6  # ways to assign layers that are started from, where they are too many to look at each
+SAME = 1e-3  # difference of how well two choices hang together that is none
 MAX_STARTS = 24  # orders of norms that are started from
 IN_STEP = 0.6  # share of its budget after which nothing else is tried where gates in one order were
 FEW_COVERS = 64  # ways to assign layers that are all tried
@@ -169,6 +170,16 @@ class Trials:
         return min(sorted(known), key=self.score)
 
 
+def options_of(space: Space, choice: Choice, decision: int) -> list[Choice]:
+    """A choice with all options of one decision; with any two layers exchanged where there are many."""
+    options = space.decisions[decision].options
+    part = next((part for part in space.parts if part.which == decision), None)
+    found = [] if part is None else list(space.exchanges(choice, part))
+    if part is None or len(options) <= FEW_COVERS:
+        found = [*((*choice[:decision], o, *choice[decision + 1 :]) for o in range(len(options))), *found]
+    return found or [choice]
+
+
 class Search:
     """Finds the choice of the least loss.
 
@@ -177,12 +188,18 @@ class Search:
         share: The share of the budget that the search may spend.
         joint: Most choices that are tried one and all.
         rests: Whether a choice is where training may have stopped, so that nothing far from it is sought.
+        arrange: Makes more of a start without looking at the loss, and says whether it is sure of all that is open.
     """
 
     def __init__(
-        self, trials: Trials, share: float, joint: int = JOINT, rests: Callable[[Choice], bool] = lambda choice: False
+        self,
+        trials: Trials,
+        share: float,
+        joint: int = JOINT,
+        rests: Callable[[Choice], bool] = lambda choice: False,
+        arrange: Callable[[Choice], tuple[Choice, bool]] = lambda choice: (choice, False),
     ) -> None:
-        self.joint, self.rests = joint, rests
+        self.joint, self.rests, self.arrange = joint, rests, arrange
         self.trials, self.space, self.score, self.share = trials, trials.space, trials.score, share
         self.confirmed: set[int] = set()  # layer groups of which alone and together the same looks best
 
@@ -198,6 +215,10 @@ class Search:
         if every:
             return self._ranked(every, self.trials.size)[0]
         start = self._best([start, *self.space.in_order(start)])
+        arranged, sure = self.arrange(start)
+        if sure:
+            return arranged
+        start = self._best([start, arranged])
         start = min(start, self._in_step(start), key=self.score)
         tops = [start]
         if self.rests(start):
@@ -231,13 +252,16 @@ class Search:
         return every if len(every) <= self.joint else []
 
     def widen(self, choice: Choice) -> Choice:
-        """What changes of any two decisions at once make better, the cheapest first."""
+        """What changes of any two decisions at once make better, the cheapest first, until nothing does."""
         opened = [d for d, decision in enumerate(self.space.decisions) if len(decision.options) > 1]
-        wide = {d: len(self._with(choice, d)) for d in opened}
-        for one, other in sorted(combinations(opened, 2), key=lambda both: wide[both[0]] * wide[both[1]]):
-            if not self.left or wide[one] * wide[other] > self.joint:
-                break
-            choice = self._better(choice, [c for o in self._with(choice, one) for c in self._with(o, other)])
+        before, most = None, self.joint if self.trials.balance is None else WIDE
+        while choice != before and self.left and not self.rests(choice):
+            before = choice
+            wide = {d: len(self._with(choice, d)) for d in opened}
+            for one, other in sorted(combinations(opened, 2), key=lambda both: wide[both[0]] * wide[both[1]]):
+                if not self.left or wide[one] * wide[other] > most:
+                    break
+                choice = self._better(choice, [c for o in self._with(choice, one) for c in self._with(o, other)])
         return choice
 
     def _in_step(self, choice: Choice) -> Choice:
@@ -256,14 +280,18 @@ class Search:
         if balance is None:
             return choice
         for region in range(len(self.space.regions)):  # what is in one says nothing about another
-            parts = [part for part in self.space.parts if part.region == region]
+            parts = sorted((p for p in self.space.parts if p.region == region), key=lambda p: not p.has_matrices)
             starts = [choice]
             for part in (part for part in parts if not part.has_matrices):
-                if len(starts) * len(part.covers) <= MAX_STARTS:
-                    starts = [
-                        (*s[: part.which], o, *s[part.which + 1 :]) for s in starts for o in range(len(part.covers))
-                    ]
-            choice = max((self._settled(start, parts, balance) for start in starts), key=balance.total)
+                covers: Sequence[int] = range(len(part.covers))
+                if len(starts) * len(covers) > MAX_STARTS:
+                    covers = [part.numbers[cover] for cover in part.in_order({}) if cover in part.numbers]
+                if len(starts) * len(covers) <= MAX_STARTS:
+                    starts = [(*s[: part.which], o, *s[part.which + 1 :]) for s in starts for o in covers] or starts
+            settled = list(dict.fromkeys(self._settled(start, parts, balance) for start in starts))
+            top = max(settled, key=balance.total)
+            same = [c for c in settled if abs(balance.total(c) - balance.total(top)) < SAME]
+            choice = self._best(same) if len(same) > 1 else top  # where pairs change places together
         return choice
 
     def _settled(self, choice: Choice, parts: Sequence[Part], balance: Balance) -> Choice:
@@ -295,7 +323,7 @@ class Search:
 
     def _better(self, choice: Choice, among: Sequence[Choice]) -> Choice:
         """The best of some choices, and what is better around it; the first if none is better."""
-        better = self._best([choice, *among[: self.joint]])
+        better = self._best([choice, *self._plausible([choice, *among])[: self.joint]])
         return self.climb(better) if self.score(better) < self.score(choice) else choice
 
     def _groups(self) -> list[list[Part]]:
@@ -326,13 +354,7 @@ class Search:
         return self._ranked(candidates)[0]
 
     def _with(self, choice: Choice, decision: int) -> list[Choice]:
-        """A choice with all options of one decision; with any two layers exchanged where there are many."""
-        options = self.space.decisions[decision].options
-        part = next((part for part in self.space.parts if part.which == decision), None)
-        found = [] if part is None else list(self.space.exchanges(choice, part))
-        if part is None or len(options) <= FEW_COVERS:
-            found = [*((*choice[:decision], o, *choice[decision + 1 :]) for o in range(len(options))), *found]
-        return found or [choice]
+        return options_of(self.space, choice, decision)
 
     def climb(self, choice: Choice, among: Sequence[int] | None = None) -> Choice:
         """Change one decision after the other until nothing gets better."""

@@ -77,6 +77,7 @@ class Space:
         plan: What names and structure say. What it is sure of is no question.
         turnings: Rows that turn with their position, as the model's gradient shows.
         wide: Whether what is rare is asked, too: two parts that alternate, head by head or row by row.
+        counts: Whether the numbers of blocks are asked about even where names tell what is in them.
 
     Attributes:
         decisions: What is open; some may have one option only.
@@ -90,8 +91,9 @@ class Space:
         turnings: Sequence[Turning] = (),
         *,
         wide: bool = False,
+        counts: bool = False,
     ) -> None:
-        self.source, self.target, self.wide = source, target, wide
+        self.source, self.target, self.wide, self.counts = source, target, wide, counts
         self.decisions: list[Decision] = []
         self.parts: list[Part] = []
         self.numbering: dict[int, int] = {}
@@ -132,15 +134,18 @@ class Space:
         ):
             self._rotations = Rotations(())  # names know of more
         parts_of = [[Part(k, s, t) for s, t in groups_of(a.units, b.units)] for k, (a, b) in enumerate(self.regions)]
-        orders = {k: self._orders_of(k, [self._tell(part) for part in parts_of[k]]) for k in range(1, len(parts_of))}
+        told = {k: bool(sum(map(self._tell, parts_of[k]))) for k in range(1, len(parts_of))}
+        orders = {k: self._orders_of(k, told[k]) for k in told}
         # Where lists have other names and any order, the numbers of what stands beside them tell as little.
-        counted = all(len(orders[k]) == 1 or share_words(*self.regions[k]) for k in orders)
+        counted = all(told[k] or len(orders[k]) == 1 or share_words(*self.regions[k]) for k in orders)
         for part in parts_of[0]:
             self._tell(part, counted)
         for k, parts in enumerate(parts_of):
             if k:
                 labels = [listed(o) for o in orders[k]]
-                self.numbering[k] = self._add(f"numbering of {self.regions[k][1].copies[0]}", orders[k], labels)
+                self.numbering[k] = self._add(
+                    f"numbering of {self.regions[k][1].copies[0]}", orders[k], labels, told[k]
+                )
             layers = [(u, t) for part in parts for u in (*part.source, *part.target) for t in part.target]
             self._turning |= any(
                 len(u.shapes[0]) == 2 and self._turns(u) and self._open(t) and self._rotates(t.all_names[0])
@@ -177,13 +182,13 @@ class Space:
             for a, b in pairs
         ]
 
-    def _orders_of(self, k: int, told: Sequence[bool]) -> list[tuple[int, ...]]:
+    def _orders_of(self, k: int, told: bool) -> list[tuple[int, ...]]:
         """Which copy goes where: as their names tell, as they are counted in a family of names, or open."""
         copies = [side.copies for side in self.regions[k]]
         same = tuple(range(len(copies[0])))
         names = [[p.rstrip(".").rpartition(".")[2] for p in side] for side in copies]
         if all(n.isdigit() for side in names for n in side):
-            return [same] if any(told) else _numberings(len(same))
+            return [same] if told and not self.counts else _numberings(len(same))
         spoken = len(set(names[0])) == len(same) and set(names[0]) == set(names[1])
         return [tuple(map(names[0].index, names[1]))] if spoken else _numberings(len(same))
 
@@ -230,7 +235,8 @@ class Space:
             return
         settled = not any(self._open(u) or self._may_be_laid_out(u, part) for u in part.target)
         squares, fusions = part.squares, part.fusions
-        guessed = bool(fusions or (squares and self._turned))
+        doubted = bool(self._turned or self.counts or part.renames)
+        guessed = bool(fusions or (squares and doubted))
         settled = settled and not guessed  # the order of parts and the orientation of squares are never quite sure
         numbering = self.numbering.get(part.region)
         if settled and (numbering is None or len(self.decisions[numbering].options) == 1):
@@ -241,8 +247,8 @@ class Space:
         for cover in fusions:
             if part.key(cover) not in part.order:
                 self._fusion(part, cover)
-        told = not any(map(self._open, squares))
-        if squares and (self._turned or fusions or not told):
+        told = not part.renames and not any(map(self._open, squares))
+        if squares and (doubted or fusions or not told):
             guess = any(n in self._turned for u in squares for n in u.all_names)
             options = [guess, not guess]
             labels = ["transposed" if turn else "as they are" for turn in options]

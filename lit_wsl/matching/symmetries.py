@@ -351,7 +351,7 @@ def _splits(count: int, values: set[int]) -> Iterator[tuple[list[int], list[int]
     rest = [r for r in range(count) if r not in values]
     queries = len(rest) - len(values)
     for groups in range(1, len(values) + 1):
-        if len(values) % groups or queries < len(values):
+        if len(values) % groups or len(rest) % groups or queries < len(values):
             continue
         rows = torch.tensor(rest).reshape(groups, -1)
         width = len(values) // groups

@@ -21,14 +21,16 @@ def turns(s: Shape, t: Shape, turn: bool) -> bool:
 
 def turned(s: Shape, t: Shape, turn: bool) -> tuple[Operation, ...]:
     """What takes one tensor to another of the same elements, squares turned or not."""
-    if turn and s == t and len(s) > 1 and s[-1] == s[-2] and not (len(s) == 3 and is_kernel(s)):
+    if turn and s == t and len(s) > 1 and s[-1] == s[-2] and not (len(s) > 2 and is_kernel(s)):
         return transposed(s)
     return operations_between(s, t) or ()
 
 
 def transposed(shape: Shape) -> tuple[Operation, ...]:
     """What turns a matrix, or each of a stack, round; nothing for others."""
-    return {2: (Transpose(),), 3: (Permute((0, 2, 1)),)}.get(len(shape), ())
+    if len(shape) < 3:
+        return (Transpose(),) * (len(shape) == 2)
+    return (Permute((0, 2, 1)),) if len(shape) == 3 else (Transpose(len(shape) - 2, len(shape) - 1),)
 
 
 def is_turn(op: Operation) -> bool:

@@ -44,6 +44,16 @@ def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -
     return min(1.0, 2 * student, 2 * sign)
 
 
+def together(one: float, other: float) -> float:
+    """The risk of being wrong by two witnesses that know nothing of each other (Fisher's method).
+
+    >>> round(together(0.01, 0.01), 6), together(1.0, 1.0)
+    (0.001021, 1.0)
+    """
+    both = one * other
+    return both * (1 - math.log(both)) if both > 0 else 0.0
+
+
 def risk_by_gradient(rival: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor]) -> float:
     """The same by loss, norm of the gradient and mean gradient together, each in units of its own spread.
 
