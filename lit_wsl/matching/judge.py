@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from lit_wsl.errors import listed
 from lit_wsl.matching.balance import Balance
+from lit_wsl.matching.changes import FEW_COVERS, Choice, twins_exchanged
 from lit_wsl.matching.entries import cast_between
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.moments import Moments
-from lit_wsl.matching.search import FEW_COVERS, Budget, Choice, Search, Trials
+from lit_wsl.matching.search import Budget, Search, Trials
 from lit_wsl.matching.space import Space, filled, is_doubtful, is_only_renamed
 from lit_wsl.matching.symmetries import Gradients, turnings
 from lit_wsl.matching.witnesses import AGREES, risk_by_gradient, risk_of, together, unrest
@@ -69,7 +70,8 @@ class LossJudge:
         """The other options of each decision, the rest as chosen, that change least.
 
         What names have told and the loss bears out has none. What means the same is no rival, and what changes all that
-        another rival does and more (three norms in a circle where two exchanged are worse) was compared in the search.
+        another rival does and more (three norms in a circle where two exchanged are worse) was compared in the search;
+        but for two modules that change places as a whole.
         """
         own = self.space.meaning(choice)
         out = {}
@@ -83,6 +85,8 @@ class LossJudge:
             places = {c: {t for e in both for t in e.targets} for c, both in changed.items() if both}
             near = {c for c in places if _exchanges(decision.options[c[d]], decision.options[choice[d]]) <= 2}
             out[d] = [c for c in places if c in near and not any(places[o] < places[c] for o in places)]
+        for c in twins_exchanged(self.space, choice):
+            out.setdefault(next(d for d in range(len(c)) if c[d] != choice[d]), []).append(c)
         return {d: others for d, others in out.items() if others}
 
     def preferred(self, choice: Choice) -> Choice:
@@ -90,7 +94,7 @@ class LossJudge:
         balance, seen = self.trials.balance, {choice}
         while balance is not None and self.budget.left():
             rivals = [r for group in self.rivals(choice).values() for r in group]
-            near = [r for r in rivals if r not in seen and balance.risk(choice, r) < RISK / len(rivals)]
+            near = [r for r in rivals if r not in seen and balance.risk(choice, r) < RISK]
             near = [r for r in near if risk_of(self._screened(r), self._screened(choice)) > AGREES]
             if not near:
                 break
@@ -199,8 +203,8 @@ class LossJudge:
         """Risks by what training left in the weights, or norms have recorded, of rivals that it calls worse.
 
         It has a third of the risk, shared by those that are put to it: half where the loss agrees, before more samples
-        are spent, half at last where the loss has not told: half of that goes to what both say together, and it counts
-        the less the more the loss speaks against it.
+        are spent, half at last where the loss has not told: a quarter of that goes to what both say together, and all
+        counts the less the more the loss speaks against it.
         """
         found = {}
         for c, (theirs, own) in pairs.items():
@@ -209,7 +213,7 @@ class LossJudge:
             risk = self._told_by_weights(c, choice, whole=not agreeing)
             if not agreeing:
                 both = together(risk, risk_of(theirs, own, self.rounding))
-                risk = 2 * min(risk, both) / max(risk_of(own, theirs, self.rounding), 1e-300)
+                risk = min(4 / 3 * risk, 4 * both) / max(risk_of(own, theirs, self.rounding), 1e-300)
             found[c] = min(1.0, 6 * count * self._again * risk)
         return {c: risk for c, risk in found.items() if risk < RISK}
 
@@ -318,7 +322,8 @@ class _Bench:
         """Whether the loss falls by more than one random start differs from another.
 
         Where the fall is less than the samples of the fresh model differ, two more random starts, the fresh weights
-        shuffled, tell how much that is; where these are too few, three further ones at a tenth of the risk.
+        shuffled, tell how much that is; where these are too few, three further ones at a tenth of the risk. Losses that
+        can't be negative are compared by how many times one is the other.
         """
         before, after = _mean(self.fresh), _mean(best)
         if not math.isfinite(after) or after >= before or (len(self.fresh) > 2 and risk_of(self.fresh, best) > RISK):
@@ -332,8 +337,9 @@ class _Bench:
                 start = _shuffled(self.meter.model, 1 + len(self.starts))
                 self.starts.append(_mean(self.meter.losses(start, 0)))
             starts = [before, *self.starts[:count]]
+            *starts, end = map(math.log, (*starts, after)) if min(*starts, after) > 0 else (*starts, after)
             spread = statistics.stdev(starts) * math.sqrt(1 + 1 / len(starts))
-            if float(stdtr(count, -(_mean(starts) - after) / max(spread, 1e-12))) < risk:
+            if float(stdtr(count, -(_mean(starts) - end) / max(spread, 1e-12))) < risk:
                 return True
         return False
 

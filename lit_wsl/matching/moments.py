@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lit_wsl.matching.search import Choice, Trials, options_of
+from lit_wsl.matching.changes import Choice, options_of
+from lit_wsl.matching.search import Trials
 from lit_wsl.matching.witnesses import AGREES as HEARD
 from lit_wsl.matching.witnesses import risk_of
 

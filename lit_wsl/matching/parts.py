@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
-from itertools import combinations, pairwise, product
+from itertools import combinations, pairwise, permutations, product
 
 from lit_wsl.matching.layers import Region, Unit, apart, dissolved, is_kernel, is_square, lists, merged, single
 from lit_wsl.matching.shapes import join_axis, operations_between
@@ -326,7 +326,7 @@ def paired_lists(
         What is left of both, and the pairs.
     """
     sides, pairs = [list(source), list(target)], []
-    thin = [lists(side[0].units) for side in sides]
+    thin = [lists([*side[0].units, *_apart_from_lists(side[1:])]) for side in sides]
     for count in sorted({len(region.copies) for side in sides for region in side[1:]}):
         whole = [[r for r in side[1:] if len(r.copies) == count and r.is_counted] for side in sides]
         own = [[r for r in side if len(r.copies) == count][:MAX_LISTS] for side in thin]
@@ -340,11 +340,17 @@ def paired_lists(
     return sides, pairs
 
 
+def _apart_from_lists(regions: Sequence[Region]) -> list[Unit]:
+    """The layers of two modules that are alike but no members of a list, such as two lists that are."""
+    return [unit for region in regions if not region.is_counted for unit in dissolved(region, False)]
+
+
 def _without(side: Sequence[Region], taken: Sequence[Region]) -> list[Region]:
     """What is outside of all, and regions, without some that were taken."""
     names = {name for region in taken for name in region.names}
-    outside = tuple(unit for unit in side[0].units if not names.issuperset(unit.all_names))
-    return [Region(side[0].copies, outside), *(region for region in side[1:] if region not in taken)]
+    rest = [region for region in side[1:] if not names & region.names]
+    units = (*side[0].units, *_apart_from_lists([region for region in side[1:] if names & region.names]))
+    return [Region(side[0].copies, tuple(u for u in units if not names.issuperset(u.all_names))), *rest]
 
 
 def with_dissolved(outside: Region, lonely: Sequence[Region], other: Region) -> Region:
@@ -391,6 +397,14 @@ def _words(unit: Unit, counted: bool) -> set[str]:
     words = {w for p in parts for w in re.findall(r"[a-z]+\d*", p)}
     words |= {f"{a}.{b}" for a, b in pairwise(parts) if b.isdigit()}
     return words if counted else {w for w in words if not w[-1].isdigit()}
+
+
+def numberings(count: int) -> list[tuple[int, ...]]:
+    """Orders of copies: all of a few; of more the same, reversed, and shifted by one."""
+    if count <= 3:
+        return list(permutations(range(count)))
+    same = tuple(range(count))
+    return [same, same[::-1], (*same[1:], same[0]), (same[-1], *same[:-1])]
 
 
 def share_words(a: Region, b: Region) -> bool:

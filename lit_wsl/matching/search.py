@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.matching.balance import Balance
+from lit_wsl.matching.changes import Choice, options_of, twins_exchanged
 from lit_wsl.matching.parts import Part
 from lit_wsl.matching.space import Space, filled
 from lit_wsl.structure.losses import MANY, LossMeter
@@ -31,13 +32,10 @@ STARTS = 6  # ways to assign layers that are started from, where they are too ma
 SAME = 1e-3  # difference of how well two choices hang together that is none
 MAX_STARTS = 24  # orders of norms that are started from
 IN_STEP = 0.6  # share of its budget after which nothing else is tried where gates in one order were
-FEW_COVERS = 64  # ways to assign layers that are all tried
 BUSY = 3.0  # so many times as long may a search take where others compute, too
 ASKED = 0.02  # seconds between two looks at the clock, which are no cheaper than a trial on some machines
 OFF = -1
 WHOLE = -1
-
-Choice = tuple[int, ...]
 
 
 @dataclass
@@ -170,16 +168,6 @@ class Trials:
         return min(sorted(known), key=self.score)
 
 
-def options_of(space: Space, choice: Choice, decision: int) -> list[Choice]:
-    """A choice with all options of one decision; with any two layers exchanged where there are many."""
-    options = space.decisions[decision].options
-    part = next((part for part in space.parts if part.which == decision), None)
-    found = [] if part is None else list(space.exchanges(choice, part))
-    if part is None or len(options) <= FEW_COVERS:
-        found = [*((*choice[:decision], o, *choice[decision + 1 :]) for o in range(len(options))), *found]
-    return found or [choice]
-
-
 class Search:
     """Finds the choice of the least loss.
 
@@ -209,7 +197,13 @@ class Search:
         return self.trials.budget.left(self.share)
 
     def find(self) -> Choice:
-        """The best choice, from several starts."""
+        """The best choice, from several starts, and what is better with two modules exchanged."""
+        choice, before = self._found(), None
+        while choice != before and self.left:
+            before, choice = choice, self._better(choice, twins_exchanged(self.space, choice))
+        return choice
+
+    def _found(self) -> Choice:
         start = self._balanced(self.space.first)
         every = self._every()
         if every:

@@ -27,6 +27,7 @@ from lit_wsl.matching.parts import (
     fits,
     groups_of,
     joins,
+    numberings,
     paired_lists,
     share_words,
     spell_parts,
@@ -188,9 +189,9 @@ class Space:
         same = tuple(range(len(copies[0])))
         names = [[p.rstrip(".").rpartition(".")[2] for p in side] for side in copies]
         if all(n.isdigit() for side in names for n in side):
-            return [same] if told and not self.counts else _numberings(len(same))
+            return [same] if told and not self.counts else numberings(len(same))
         spoken = len(set(names[0])) == len(same) and set(names[0]) == set(names[1])
-        return [tuple(map(names[0].index, names[1]))] if spoken else _numberings(len(same))
+        return [tuple(map(names[0].index, names[1]))] if spoken else numberings(len(same))
 
     def _tell(self, part: Part, counted: bool = True) -> bool:
         """Keep the covers that agree with what names tell, and numbers, if these do; whether sizes don't tell it."""
@@ -575,14 +576,6 @@ def _first_of_parts(entry: PlanEntry) -> tuple[str, ...]:
         return ()
     stack = steps.get("stack") or steps.get("unstack")
     return names[:: stack.count] if isinstance(stack, (Stack, Unstack)) else names
-
-
-def _numberings(count: int) -> list[tuple[int, ...]]:
-    """Orders of copies: all of a few; of more the same, reversed, and shifted by one."""
-    if count <= 3:
-        return list(permutations(range(count)))
-    same = tuple(range(count))
-    return [same, same[::-1], (*same[1:], same[0]), (same[-1], *same[:-1])]
 
 
 def is_only_renamed(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> bool:

@@ -202,9 +202,10 @@ def test_balances_are_heard_at_once_where_the_loss_agrees_and_never_against_it(g
     judge = judge_with(balance=SimpleNamespace(risk=lambda rival, choice: 1e-6))
     for agreeing, told in ((True, early), (False, late)):
         assert bool(judge._by_balance((0,), {(1,): (theirs, own)}, 1, agreeing=agreeing)) == told
-    doubtful = judge_with(balance=SimpleNamespace(risk=lambda rival, choice: RISK / 7))
+    doubtful = judge_with(balance=SimpleNamespace(risk=lambda rival, choice: RISK / 9))
     assert bool(doubtful._by_balance((0,), {(1,): (theirs, own)}, 1, agreeing=False)) == late
-    assert doubtful._by_balance((0,), {(1,): (theirs, own)}, 2, agreeing=False) == {}  # its risk is shared
+    # Its risk is shared, and may be too much, unless the loss says the same.
+    assert bool(doubtful._by_balance((0,), {(1,): (theirs, own)}, 2, agreeing=False)) == early
 
 
 def test_samples_that_the_search_has_seen_do_not_count_as_unseen():
@@ -252,12 +253,12 @@ def bench_of(fresh, *starts, **options):
 
 def test_the_loss_falls_if_no_random_start_comes_near():
     bench = bench_of(10.0, 10.4, 9.7, 10.1, 9.9, 10.2)
-    assert bench.falls(spread_around(7.5))  # told by six starts, not by three
+    assert bench.falls(spread_around(7.8))  # told by six starts, not by three
     assert len(bench.starts) == 5
-    assert bench.falls(spread_around(7.5))  # known starts cost no pass
+    assert bench.falls(spread_around(7.8))  # known starts cost no pass
     assert not bench.falls(spread_around(9.4))
     assert not bench.falls(spread_around(math.nan))
-    assert not bench_of(10.0, 10.4, 9.7, passes=MOST).falls(spread_around(7.5))  # there is no pass left for more
+    assert not bench_of(10.0, 10.4, 9.7, passes=MOST).falls(spread_around(7.8))  # there is no pass left for more
 
 
 def test_one_more_random_start_is_seldom_taken_for_trained():

@@ -205,8 +205,32 @@ def two_attentions():
     return old, new, truth
 
 
+def lists_that_are_alike():
+    """A list for each kind of layer, two and two of them alike, against blocks that hold both in one."""
+    kinds = ("filter", "gate", "skip", "back")
+    rows = dict(zip(kinds, (4, 4, D, D)))
+    old = Net({n: {str(k): layer(rows[n], D if rows[n] == 4 else 4) for k in range(4)} for n in kinds})
+    new = Net({"b": {str(k): {"x": layer(8, D), "y": layer(2 * D, 4)} for k in range(4)}})
+
+    def truth(s):
+        parts = (("x", ("gate", "filter")), ("y", ("skip", "back")))
+        return {
+            f"b.{k}.{whole}.{n}": torch.cat([s[f"{p}.{3 - k}.{n}"] for p in own])
+            for k, (whole, own), n in product(range(4), parts, ("weight", "bias"))
+        }
+
+    return old, new, truth
+
+
+def stacks_of_squares():
+    """A bare tensor of four axes, the last two of which are exchanged."""
+    old = Net({"caps": {"W": (2, 3, 8, 8)}, "out": layer(5, 4)})
+    new = Net({"o": layer(5, 4), "c": {"m": (2, 3, 8, 8)}})
+    return old, new, lambda s: {"c.m": s["caps.W"].mT, "o.weight": s["out.weight"], "o.bias": s["out.bias"]}
+
+
 CASES = [turned_layout, stacked_experts, fused_experts, turned_parts, square_stacks, alternating_parts, lists_of_layers]
-CASES += [many_siblings, table_in_the_first_block, two_attentions]
+CASES += [many_siblings, table_in_the_first_block, two_attentions, lists_that_are_alike, stacks_of_squares]
 
 
 @pytest.mark.parametrize("case", [*CASES, *map(reversed_case, CASES)])
@@ -286,3 +310,15 @@ def test_layers_of_several_modules_are_asked_about_where_the_other_side_has_one_
     (part,) = space.parts
     assert len(part.source) == len(part.target) == 8
     assert len(list(space.exchanges(space.first, part))) >= 8 * 7 / 2  # any two, and both layers of two modules
+
+
+def test_numbers_are_asked_about_if_wanted_even_where_names_tell_what_is_in_the_blocks():
+    blocks = {str(k): {n: layer(D, D) for n in ("query", "key", "value")} for k in range(2)}
+    sides = describe(Net({"layers": blocks}).state_dict()), describe(Net({"stage": blocks}))
+    plan = build_plan(*sides, MatchingOptions())
+    doubtful = replace(plan, entries=tuple(replace(e, margin=0.0) for e in plan))
+    asked = {
+        counts: [(len(d.options), d.told) for d in Space(*sides, doubtful, counts=counts).decisions if "numb" in d.text]
+        for counts in (False, True)
+    }
+    assert asked == {False: [], True: [(2, True)]} or asked == {False: [(1, True)], True: [(2, True)]}

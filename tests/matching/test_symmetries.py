@@ -11,7 +11,7 @@ from torch import nn
 
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.rotary import Rotations
-from lit_wsl.matching.symmetries import Gradients, relations, turnings
+from lit_wsl.matching.symmetries import Gradients, _splits, relations, turnings
 from lit_wsl.plan.operations import run_operations
 from lit_wsl.structure.description import describe
 from lit_wsl.structure.running import shaken_state
@@ -97,6 +97,13 @@ def rescaled(state, region, view, factors, copy):
     for k, factor in enumerate(factors):
         value[list((k,) if view.rows is None else view.rows[k])] *= factor
     state[name] = value.movedim(0, view.axes[0])
+
+
+@pytest.mark.parametrize("values", [8, 16, 24])
+def test_rows_that_are_no_values_are_split_only_into_groups_that_are_as_large(values):
+    for queries, keys in _splits(50, set(range(values))):
+        assert sorted(queries + keys) == list(range(values, 50))
+        assert len(keys) == values
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,91 @@
+"""Changes of a choice: one decision, any two layers of a group, or all that two modules hold.
+
+Two modules that are alike, such as two residual branches, may change places as a whole and lose little, where any of
+their layers alone would lose much. So they are exchanged together, across all groups of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+from lit_wsl.matching.layers import Unit
+from lit_wsl.matching.parts import Part
+from lit_wsl.matching.space import Space
+from lit_wsl.plan.entries import PlanEntry
+
+FEW_COVERS = 64  # ways to assign layers that are all tried
+MAX_TWINS = 24  # pairs of modules that are exchanged
+
+Choice = tuple[int, ...]
+Layers = dict[str, tuple[int, Unit]]  # by their name in a module: the number of their group, and the layer
+
+
+def options_of(space: Space, choice: Choice, decision: int) -> list[Choice]:
+    """A choice with all options of one decision; with any two layers exchanged where there are many."""
+    options = space.decisions[decision].options
+    part = next((part for part in space.parts if part.which == decision), None)
+    found = [] if part is None else list(space.exchanges(choice, part))
+    if part is None or len(options) <= FEW_COVERS:
+        found = [*((*choice[:decision], o, *choice[decision + 1 :]) for o in range(len(options))), *found]
+    return found or [choice]
+
+
+def twins_exchanged(space: Space, choice: Choice) -> list[Choice]:
+    """The choice with all that two modules of one side hold exchanged, where several groups of layers share in that."""
+    found = [_exchanged(space, choice, *pair, side) for side in (0, 1) for pair in _twins(space.parts, side)]
+    return [other for other in dict.fromkeys(found) if other is not None and other != choice]
+
+
+def _twins(parts: Sequence[Part], side: int) -> list[tuple[Layers, Layers]]:
+    """Pairs of modules of one side with the same layers, of more than one group."""
+    modules: dict[tuple[int, str], Layers] = {}
+    for number, part in enumerate(parts):
+        for unit in (part.source, part.target)[side]:
+            words = unit.path.split(".")
+            for depth in range(1, len(words)):
+                own = modules.setdefault((part.region, ".".join(words[:depth])), {})
+                own[".".join(words[depth:])] = number, unit
+    alike: dict[object, list[Layers]] = {}
+    for (region, _), layers in modules.items():
+        if len({number for number, _ in layers.values()}) > 1:
+            key = region, *sorted((name, number, unit.shapes) for name, (number, unit) in layers.items())
+            alike.setdefault(key, []).append(layers)
+    return [pair for own in alike.values() for pair in combinations(own, 2)][:MAX_TWINS]
+
+
+def _exchanged(space: Space, choice: Choice, one: Layers, other: Layers, side: int) -> Choice | None:
+    """The choice with the layers of two modules exchanged, if that is a choice."""
+    swapped = {
+        a: b
+        for name, (_, unit) in one.items()
+        for x, y in zip(unit.all_names, other[name][1].all_names)
+        for a, b in ((x, y), (y, x))
+    }
+    for number in sorted({number for number, _ in one.values()}):
+        part = space.parts[number]
+        if choice[part.which] < 0 or space.decisions[part.which].told:
+            return None
+        wanted = _places(space.entries_of(number, choice), swapped, side)
+        made = (
+            c for c in options_of(space, choice, part.which) if _places(space.entries_of(number, c), {}, side) == wanted
+        )
+        choice = next(made, choice)
+        if _places(space.entries_of(number, choice), {}, side) != wanted:
+            return None
+    return choice
+
+
+def _places(
+    entries: Sequence[PlanEntry], swapped: Mapping[str, str], side: int
+) -> frozenset[tuple[frozenset[str], ...]]:
+    """Which tensors go where, some of one side exchanged."""
+
+    def sides() -> Iterator[tuple[frozenset[str], ...]]:
+        for entry in entries:
+            if entry.kind == "parameter":
+                ends = [entry.sources, entry.targets]
+                ends[side] = tuple(swapped.get(name, name) for name in ends[side])
+                yield tuple(map(frozenset, ends))
+
+    return frozenset(sides())

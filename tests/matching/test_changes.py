@@ -1,0 +1,82 @@
+"""Changes of a choice: two modules that are alike change places with all that they hold."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lit_wsl.matching.changes import options_of, twins_exchanged
+from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.planner import build_plan
+from lit_wsl.matching.space import Space
+from lit_wsl.structure.description import describe
+
+D = 6
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+
+    def forward(self, x):
+        return x + self.down(F.relu(self.up(x)))
+
+
+class Apart(nn.Module):
+    """Two branches and a third that is larger, each a module, in no list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.inlet = Branch(), Branch(), nn.Linear(3, D)
+
+
+class Flat(nn.Module):
+    """The same layers in two lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i = nn.Linear(3, D)
+        self.d = nn.ModuleList(nn.Linear(2 * D, D) for _ in range(3))
+        self.u = nn.ModuleList(nn.Linear(D, 2 * D) for _ in range(3))
+
+
+class Three(Apart):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.ModuleDict({"up": nn.Linear(D, 2 * D), "down": nn.Linear(2 * D, D), "norm": nn.LayerNorm(D)})
+
+
+def space_of(source, target):
+    sides = describe(source.state_dict()), describe(target)
+    return Space(*sides, build_plan(*sides, MatchingOptions()))
+
+
+def filled_from(space, choice):
+    return {t: e.sources[0] for e in space.meaning(choice) for t in e.targets}
+
+
+def test_all_that_two_modules_hold_is_exchanged_at_once():
+    torch.manual_seed(0)
+    flat = Flat()
+    flat.n = nn.LayerNorm(D)
+    for source, target in ((Three(), flat), (flat, Three())):
+        space = space_of(source, target)
+        before = filled_from(space, space.first)
+        found = twins_exchanged(space, space.first)
+        moved = [{t for t, s in filled_from(space, choice).items() if before[t] != s} for choice in found]
+        assert found
+        assert all(len(own) == 8 for own in moved)  # two layers of two branches, weight and bias
+        for choice in found:
+            after = filled_from(space, choice)
+            assert sorted(after.values()) == sorted(before.values())
+            assert space.first in twins_exchanged(space, choice)
+
+
+def test_what_one_group_of_layers_holds_alone_is_among_its_own_options():
+    space = space_of(Apart(), Apart())
+    assert twins_exchanged(space, space.first) == []
+    flat = space_of(Flat(), Flat())
+    for part in flat.parts:
+        assert len(options_of(flat, flat.first, part.which)) >= len(part.covers)
