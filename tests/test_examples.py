@@ -53,8 +53,15 @@ def test_the_readme_shows_what_the_demo_prints(demo):
     (shown,) = (block for block in blocks(ROOT / "README.md") if "demo_digits" in block.output)
     printed = done.stdout.replace(str(folder), "demo-output").replace("\ndemo-output", " demo-output")
     printed = printed.replace(f"{folder.name}/", "demo-output/")
-    lines = [[shape(line).strip() for line in text.splitlines()] for text in (shown.code, printed)]
-    assert lines[0] == lines[1], "python docs/pages.py README.md"
+    decided = [{line for line in text.splitlines() if "next best" in line} for text in (shown.code, printed)]
+    assert all(
+        len(lines) > 2 for lines in decided
+    )  # which one is the most decisive depends on the processor's rounding
+    rest = [
+        [shape(line).strip() for line in text.splitlines() if line not in some]
+        for text, some in zip((shown.code, printed), decided)
+    ]
+    assert rest[0] == rest[1], "python docs/pages.py README.md"
 
 
 def test_demo_leaves_checkpoint_and_report(demo):
