@@ -30,9 +30,18 @@ def number_map(f: Family, g: Family, ordered: bool, written: bool) -> tuple[tupl
             if len(set(a)) == len(a) == len(b) and set(a) == set(b):  # chunk and number, against number
                 place_1 = dict(zip(b, g.members))
                 return tuple(place_1[n] for n in a), NUMBERS
-    if ordered and up_s == up_t == 1:
+    if ordered and up_s == up_t == 1 and not _number_names(f, g):
         return g.members, ASCENDING
     return None
+
+
+def _number_names(f: Family, g: Family) -> bool:
+    """Whether numbers stand in words and count nothing, and some stand on both sides: 2019 and 2020, 2020 and 2021."""
+    if len(f.axes()) != 1 or len(g.axes()) != 1:
+        return False
+    ours, theirs = ({n[fam.axes()[0]] for n in fam.numbers} for fam in (f, g))
+    listed = any(part.isdigit() for fam in (f, g) for m in fam.members for part in m.path.split("."))
+    return not listed and bool(ours & theirs) and ours != theirs and max(min(ours), min(theirs)) > 1
 
 
 def _levels_exchanged(f: Family, g: Family) -> bool:

@@ -100,3 +100,22 @@ def test_a_list_of_blocks_that_stand_the_other_way_round_may_be_counted_so_too(t
     transfer_weights(target, source.state_dict(), min_coverage=0.0)
     same = [torch.equal(target.units[0].v.weight, source.blocks[k].a.weight) for k in (0, 1)]
     assert same == [not turned, False]
+
+
+@pytest.mark.parametrize("names", [("m2019 m2020", "model_2020 model_2021"), ("k3 k5", "kernel5 kernel7")])
+def test_a_number_in_a_word_that_both_sides_have_names_its_own(names):
+    ours, theirs = (side.split() for side in names)
+
+    def net(first, second):
+        return nn.ModuleDict({"stem": nn.Linear(4, 8), first: nn.Linear(8, 8), second: nn.Linear(8, 8)})
+
+    old, new = net(*ours), net(*theirs)
+    fresh = {n: t.clone() for n, t in new.state_dict().items()}
+    transfer_weights(new, old.state_dict(), min_coverage=0.0)
+    held = new.state_dict()
+    for leaf in ("weight", "bias"):  # the first of the new ones is the second of the old ones, the other one is new
+        assert any(
+            torch.equal(held[f"{theirs[0]}.{leaf}"], x[n])
+            for x, n in ((old.state_dict(), f"{ours[1]}.{leaf}"), (fresh, f"{theirs[0]}.{leaf}"))
+        )
+        assert torch.equal(held[f"{theirs[1]}.{leaf}"], fresh[f"{theirs[1]}.{leaf}"])
