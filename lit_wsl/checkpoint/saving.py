@@ -1,8 +1,4 @@
-"""Atomic writing: the old file stays whole until the new one is complete on disk.
-
-A temporary file is written in the folder of the target, flushed to disk (fsync), and renamed over it; then the folder's
-entry is flushed too. A crash, a full disk or ``kill -9`` at any moment leaves either the old file or the new one. What
-``kill -9`` leaves of the temporary file is removed by the next write of the same target.
+"""Checkpoints written as ``torch.save`` and safetensors write them, atomically (:mod:`lit_wsl.files`).
 
 Inert records become again the orders they were made from, nothing is imported: a checkpoint whose hyper-parameters are
 objects of classes that are not there (or not trusted) can be changed and written again, with those objects untouched.
@@ -48,8 +44,7 @@ def atomic_save(obj: Any, path: str | os.PathLike[str], *, keep_foreign: bool = 
 
     Args:
         obj: anything ``torch.save`` takes, inert records of foreign objects included (they are written as the same
-            orders that the original file had); for ``.safetensors`` a mapping
-            of names to tensors.
+            orders that the original file had); for ``.safetensors`` a mapping of names to tensors.
         path: the file to write.
         keep_foreign: whether to write records that call something of the file's choice, too: code, for whoever loads
             the new file with ``weights_only=False``. Objects and plain values (:mod:`lit_wsl.checkpoint.records`) are

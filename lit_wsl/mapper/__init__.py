@@ -1,4 +1,4 @@
-"""Matching two models: options, scores, alignment, and the ``WeightMapper`` face."""
+"""The ``WeightMapper`` face of the matching: both models and their mapping, to look at before anything is done."""
 
 from lit_wsl.mapper.result import MappingResult
 from lit_wsl.mapper.weight_mapper import WeightMapper

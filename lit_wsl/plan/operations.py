@@ -1,4 +1,4 @@
-"""What every operation of a plan is: small, pure, and data itself."""
+"""The operations of a plan that rearrange tensors, as splits and transposes do: each small, pure, and data itself."""
 
 from __future__ import annotations
 

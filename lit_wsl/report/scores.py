@@ -1,4 +1,4 @@
-"""What a report is made from: a plan, both sides, coverage and remarks, gathered from whatever a caller has."""
+"""What a report is made from, gathered from whatever a caller has, and how the score of one match comes about."""
 
 from __future__ import annotations
 
