@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference.slots import candidates, on_own_axes, with_slots
 from lit_wsl.rebasin.inference.trace import all_output_tensors, named_tensors, traceable
+from lit_wsl.rebasin.spec.axis import Permutations
 from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof, apply_permutation
 from lit_wsl.structure.description import require_module, require_sample
 from lit_wsl.structure.running import cuda_devices, nested_tensors, seed
@@ -318,8 +319,14 @@ class _Proving:
 
     def keeps(self, spec: PermutationSpec, name: str) -> bool:
         """Whether an odd permutation of one group keeps the outputs."""
-        moved = apply_permutation(spec, {name: odd_permutations(spec, self.seed)[name]}, self.state)
-        return relative_difference(self.before, self.function({**self.state, **moved})) <= self.tolerance
+        return self._change(spec, {name: odd_permutations(spec, self.seed)[name]}) <= self.tolerance
+
+    def _change(self, spec: PermutationSpec, permutations: Permutations) -> float:
+        """How much permutations change the outputs."""
+        # Nothing of the state is the model's, so who guards the model need not look on, which takes most of the time.
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            moved = apply_permutation(spec, permutations, self.state)
+        return relative_difference(self.before, self.function({**self.state, **moved}))
 
     def _nudged(self) -> list[Tensor]:
         """The outputs for weights and inputs that are moved by about their last bit."""
@@ -358,9 +365,7 @@ class _Proving:
         """How much a draw changes the outputs, and the groups that go if it is too much."""
 
         def difference(names: Sequence[str]) -> float:
-            chosen = {name: permutations[name] for name in names}
-            after = self.function({**self.state, **apply_permutation(spec, chosen, self.state)})
-            return relative_difference(self.before, after)
+            return self._change(spec, {name: permutations[name] for name in names})
 
         bad: list[str] = []
         names = list(spec.groups)

@@ -233,11 +233,12 @@ class Text(Tower):
         return self.ln_final(x)[torch.arange(len(x)), text.argmax(-1)] @ self.text_projection
 
 
-IMAGE, SMALL, TEXT = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 8, 8), torch.randint(0, 13, (2, 6))
+IMAGE, HALF, SMALL = (torch.randn(2, 3, side, side) for side in (32, 16, 8))  # five, three and no halvings
+TEXT = torch.randint(0, 13, (2, 6))
 KNOWN = {
-    "ResNet20": (lambda: resnet20(pad=False), IMAGE, lambda sd: permutation_spec("resnet20", sd)),
-    "ResNet20 option A": (lambda: resnet20(pad=True), IMAGE, lambda sd: permutation_spec("resnet20", sd)),
-    "ResNet50": (resnet50, IMAGE, lambda sd: permutation_spec("resnet50", sd)),
+    "ResNet20": (lambda: resnet20(pad=False), HALF, lambda sd: permutation_spec("resnet20", sd)),
+    "ResNet20 option A": (lambda: resnet20(pad=True), HALF, lambda sd: permutation_spec("resnet20", sd)),
+    "ResNet50": (resnet50, HALF, lambda sd: permutation_spec("resnet50", sd)),
     "VGG16": (lambda: VGG(norm=False), IMAGE, lambda sd: permutation_spec("vgg16", sd)),
     "VGG16-BN": (lambda: VGG(norm=True), IMAGE, lambda sd: permutation_spec("vgg16_bn", sd)),
     "timm ViT": (TimmViT, SMALL, lambda sd: permutation_spec("ViT", sd, heads=3)),
@@ -370,13 +371,16 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("layout", PUBLISHED)
-@pytest.mark.parametrize("name", ["ResNet20", "resnet-20", "ResNet20_CIFAR10"])
-def test_residual_networks_in_every_layout(layout, name):
+def test_residual_networks_in_every_layout(layout):
     model = Published(*PUBLISHED[layout])
-    spec = permutation_spec(name, model)
+    spec, *others = (permutation_spec(name, model) for name in ("ResNet20", "resnet-20", "ResNet20_CIFAR10"))
+    assert all(other == spec for other in others)
     assert verify_permutation_spec(spec, model, (SMALL,)).ok
     inferred = infer_permutation_spec(model, (SMALL,), verify=False)
     assert {n: sorted(by) for n, by in spec.axes.items()} == {n: sorted(by) for n, by in inferred.axes.items()}
+
+
+TRANSFORMERS = ("ViT-B-32", "ViT-B/16", "ViT-L-14", "CLIP ViT-B-32", "CLIP ViT-L-14", "clip", "ViT")
 
 
 class WholeClip(nn.Module):
@@ -394,18 +398,24 @@ class WholeClip(nn.Module):
     through = Text.through
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B/16", "ViT-L-14", "CLIP ViT-B-32", "CLIP ViT-L-14", "clip", "ViT"])
-def test_what_the_tensors_are_decides(name):
-    """One name, six layouts: timm, torchvision, both towers of CLIP and the whole, and with a prefix."""
-    clip = WholeClip()
-    for model, args, count in (
-        (TimmViT(), (SMALL,), 9), (TorchvisionViT(), (SMALL,), 9), (Visual(), (SMALL,), 9), (Text(), (TEXT,), 9),
-        (clip, (SMALL, TEXT), 18),
-    ):  # fmt: skip
-        spec = permutation_spec(name, model)
-        assert len(spec.groups) == count
-        assert "unproven" in repr(spec)
-        assert verify_permutation_spec(spec, model, args).ok
+@pytest.mark.parametrize(
+    ("build", "args", "count"),
+    [(TimmViT, (SMALL,), 9), (TorchvisionViT, (SMALL,), 9), (Visual, (SMALL,), 9), (Text, (TEXT,), 9),
+     (WholeClip, (SMALL, TEXT), 18)],
+    ids=["timm", "torchvision", "CLIP's visual tower", "CLIP's text tower", "CLIP"],
+)  # fmt: skip
+def test_what_the_tensors_are_decides(build, args, count):
+    """Under any name the layout is that of the tensors: timm, torchvision, both towers of CLIP and the whole."""
+    model = build()
+    spec, *others = (permutation_spec(name, model) for name in TRANSFORMERS)
+    assert len(spec.groups) == count
+    assert "unproven" in repr(spec)
+    assert all(other == spec for other in others)
+    assert verify_permutation_spec(spec, model, args).ok
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_tensors_may_stand_under_a_prefix(name):
     state = {f"model.{key}": tensor for key, tensor in TimmViT().state_dict().items()}
     assert len(permutation_spec(name, state, heads=3).groups) == 9
 
