@@ -10,14 +10,16 @@ siblings that were run are not all moved alike, nothing is concluded.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from torch import nn
 
 from lit_wsl.rebasin.inference.groups import UNUSED
 from lit_wsl.rebasin.spec.axis import AxisSpec, PermutationGroup
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.structure.description import Shape
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -52,13 +54,23 @@ def with_unused_siblings(spec: PermutationSpec, model: nn.Module) -> Permutation
     if not unused:
         return spec
     modules = dict(model.named_modules())
+    shapes: dict[str, dict[str, Shape]] = {}
+    for tensor, shape in spec.shapes.items():
+        for name in _above(tensor):
+            shapes.setdefault(name, {})[tensor[len(name) :]] = shape
+
+    def alike(one: str, two: str) -> bool:
+        """Whether two modules, or two tensors, are of one class and of the same shapes."""
+        same = bool(shapes.get(one)) and shapes[one] == shapes.get(two)
+        return same and type(modules.get(one)) is type(modules.get(two))
+
     by_key: dict[str, list[Element]] = {}
     for name in _outermost(spec, unused, modules):
         if (element := Element.of(name, modules)) is not None:
             by_key.setdefault(element.key, []).append(element)
     for together in by_key.values():
         for elements in (together, *([one] for one in together)):
-            spec = _like_siblings(spec, elements, modules)
+            spec = _like_siblings(spec, elements, alike)
     return spec
 
 
@@ -71,28 +83,38 @@ def _is_in(tensor: str, name: str) -> bool:
     return tensor == name or tensor.startswith(f"{name}.")
 
 
+def _above(name: str) -> Iterator[str]:
+    """The names that a name stands under, and itself."""
+    return accumulate(name.split("."), "{}.{}".format)
+
+
+def _all_above(names: Iterable[str]) -> set[str]:
+    return {above for name in names for above in _above(name)}
+
+
 def _outermost(spec: PermutationSpec, unused: set[str], modules: Mapping[str, nn.Module]) -> list[str]:
     """The modules that were not run, and what was not used of those that were; without what is inside of them."""
-    wide = [tensor for tensor, shape in spec.shapes.items() if any(size > 1 for size in shape)]
-    run = {name for name in modules if any(_is_in(tensor, name) for tensor in wide if tensor not in unused)}
-    found: list[str] = []
+    wide = (tensor for tensor, shape in spec.shapes.items() if any(size > 1 for size in shape))
+    run, idle = _all_above(tensor for tensor in wide if tensor not in unused), _all_above(unused)
+    found: dict[str, None] = {}
     for name in (*(name for name in modules if name and name not in run), *sorted(unused)):
-        if any(_is_in(tensor, name) for tensor in unused) and not any(_is_in(name, other) for other in found):
-            found.append(name)
-    return found
+        if name in idle and found.keys().isdisjoint(_above(name)):
+            found[name] = None
+    return list(found)
 
 
-def _like_siblings(spec: PermutationSpec, elements: list[Element], modules: Mapping[str, nn.Module]) -> PermutationSpec:
+def _like_siblings(
+    spec: PermutationSpec, elements: list[Element], alike: Callable[[str, str], bool]
+) -> PermutationSpec:
     """The spec with some elements moved like those of another key, where all of these are moved alike."""
-    unused = unused_tensors(spec)
-    if not all(any(_is_in(tensor, element.name) for tensor in unused) for element in elements):
+    idle = _all_above(unused_tensors(spec))
+    if not all(element.name in idle for element in elements):
         return spec  # concluded before
     found = []
     for key in _keys_beside(spec, elements[0]):
         beside = [replace(element, key=key) for element in elements]
-        if all(_alike(spec, a.name, b.name, modules) for a, b in zip(beside, elements, strict=True)) and not any(
-            _is_in(tensor, one.name) for tensor in unused for one in beside
-        ):
+        same = all(alike(a.name, b.name) for a, b in zip(beside, elements, strict=True))
+        if same and not any(one.name in idle for one in beside):
             found.append(Inside.of(spec, [one.name for one in beside]))
     agree = found and all(one == found[0] for one in found)
     return found[0].moved_to(spec, [element.name for element in elements]) if agree else spec
@@ -102,15 +124,6 @@ def _keys_beside(spec: PermutationSpec, element: Element) -> list[str]:
     pattern = re.compile(rf"{re.escape(element.before)}([^.]+){re.escape(element.after)}(\.|$)")
     keys = (match[1] for tensor in spec.shapes if (match := pattern.match(tensor)))
     return [key for key in dict.fromkeys(keys) if key != element.key and key.isdigit() >= element.key.isdigit()]
-
-
-def _alike(spec: PermutationSpec, one: str, two: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether two modules, or two tensors, are of one class and of the same shapes."""
-    first, second = (
-        {tensor[len(name) :]: shape for tensor, shape in spec.shapes.items() if _is_in(tensor, name)}
-        for name in (one, two)
-    )
-    return bool(first) and first == second and type(modules.get(one)) is type(modules.get(two))
 
 
 @dataclass(frozen=True)
