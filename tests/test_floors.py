@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import lit_wsl
@@ -49,9 +50,15 @@ def modules():
     return {".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
 
 
+@cache
+def nodes(path):
+    """The syntax tree of a module, parsed once for all tests."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path, names):
     """Modules of the package that a module imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lit_wsl":
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
@@ -82,7 +89,7 @@ def test_arrows_point_down():
 def test_names_that_are_looked_up_point_down_but_for_one():
     found = set()
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Constant) and re.fullmatch(r"lit_wsl(\.\w+)+:\w+", str(node.value)):
                 other = node.value.partition(":")[0]
                 if floor(other) not in FLOORS[floor(name)] | GROUND | {floor(name)}:
@@ -127,7 +134,7 @@ FACES = {  # what a user calls has an option for each thing that a user may want
 def test_no_function_takes_more_than_seven_parameters():
     found = set()
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 if len([a for a in arguments if a.arg not in ("self", "cls")]) > 7:

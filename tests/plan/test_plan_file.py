@@ -216,7 +216,7 @@ def test_lists_sorted_by_name_fold_as_well():
     assert TransferPlan.from_text(plan_to_text(plan)) == plan
 
 
-def test_a_plan_of_120000_entries_is_saved_in_linear_time():
+def test_a_plan_of_45000_entries_is_saved_in_linear_time():
     def saved(experts):
         plan = make_plan(
             entry(f"m.{i}.experts.{e}.{old}.weight", f"model.{i}.ffn.{e}.{new}.weight", score=0.9 + i / 1000)
@@ -227,8 +227,8 @@ def test_a_plan_of_120000_entries_is_saved_in_linear_time():
         start = time.process_time()
         return plan, plan_to_text(plan), time.process_time() - start
 
-    _, _, tenth = saved(67)
-    plan, text, whole = saved(667)
+    _, _, tenth = saved(25)
+    plan, text, whole = saved(250)
     assert whole < 30 * tenth  # quadratic would be a hundred times
     assert len(text) < 10_000
     assert TransferPlan.from_text(text) == plan
