@@ -200,13 +200,7 @@ def _batches(trainer: pl.Trainer, module: pl.LightningModule, data: _Data) -> It
 
 
 class _Data:
-    """A place that has data.
-
-    Args:
-        owner: The loaders, or who makes them.
-        name: By which method.
-        seconds: How long to wait for streams.
-    """
+    """A place that has data: loaders, or who makes them by a method of this name; streams are waited for so long."""
 
     def __init__(self, owner: Any, name: str | None, seconds: float) -> None:
         self.owner, self.name, self.seconds = owner, name, seconds

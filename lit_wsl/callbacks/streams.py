@@ -34,12 +34,7 @@ class NoSampleError(NoDataError):
 def stream(loader: Any, seconds: float = WAIT) -> Generator[Any, None, None]:
     """Yield a loader's batches, read by a copy of this process that ends with the iterator.
 
-    Args:
-        loader: Anything that can be iterated; a ``DataLoader`` is read without workers of its own.
-        seconds: How long to wait for batches.
-
-    Raises:
-        NoSampleError: If there is no first batch, none comes in time, or this system can't copy a process.
+    A ``DataLoader`` is read without workers of its own. Refused where no batch comes in time, or no copy can be made.
     """
     if not sys.platform.startswith("linux"):
         raise NoSampleError("the data set is a stream, and reading from it would take samples away from the run")

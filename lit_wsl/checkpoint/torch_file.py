@@ -279,11 +279,7 @@ def read_zip(file: MappedFile, start: int = 0, length: int | None = None) -> Unp
 
 
 def verify_checksums(path: Path) -> int:
-    """Read a whole file of ``torch.save`` and compare the CRC-32 of each of its parts.
-
-    Returns:
-        The number of bytes compared; 0 for files without checksums.
-    """
+    """Read a whole file of ``torch.save``, compare the CRC-32 of each part, and give the number of bytes compared."""
     file = MappedFile(path)
     if file.data[:2] != b"PK":
         return 0

@@ -84,13 +84,9 @@ class WayBack(Protocol):
 
 
 class Resume:
-    """One run that resumes the training of an old checkpoint.
+    """One run that resumes the training of an old checkpoint; all of its processes make every call.
 
-    Args:
-        trainer: The run.
-        sides: The plan, the checkpoint, and the model as it is now: an engine may flatten it later.
-        options: What to resume.
-        ranks: The processes of the run, all of which make every call.
+    Both sides are described before, since an engine may flatten the model later.
     """
 
     def __init__(self, trainer: pl.Trainer, sides: Translation, options: ResumeOptions, ranks: Ranks) -> None:

@@ -135,11 +135,7 @@ def _order(
 
 
 def _rates_by_function(state: Mapping[str, Any], scheduler: Any, groups: Sequence[int], label: str) -> str:
-    """What rates tell of a scheduler by functions: ``LambdaLR`` and ``MultiplicativeLR`` have the same attributes.
-
-    Returns:
-        A remark where the run's functions give neither kind's rates.
-    """
+    """A remark where the functions of a ``LambdaLR`` or ``MultiplicativeLR``, alike in attributes, give other rates."""
     own = next((kind for kind in (LambdaLR, MultiplicativeLR) if isinstance(scheduler, kind)), None)
     functions, epoch = getattr(scheduler, "lr_lambdas", ()), state.get("last_epoch")
     base, last = state.get("base_lrs"), state.get("_last_lr")

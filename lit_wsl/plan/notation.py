@@ -242,16 +242,10 @@ class Line:
 
 
 def fold_rows(rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable]) -> tuple[list[Line], Order]:
-    """Fold rows into lines.
+    """Fold rows into lines, and tell how the rows are ordered: by ``tree``, ``sorted`` by name, or ``listed``.
 
-    Args:
-        rows: For each row its sides, and for each side its names: sources and targets, or a single name. The first
-            name of the last side places the row.
-        keys: What must be equal within a line (operations, shapes), one per row.
-
-    Returns:
-        The lines, and how their rows are ordered: ``tree`` (by modules, see :func:`registration_order`), ``sorted``
-        (by name) or ``listed`` (line by line; less is folded then).
+    A row has sides, and a side has names (sources and targets, or a single name); the first name of the last side
+    places the row. Its key (operations, shapes) must be equal within a line. Of what is listed less is folded.
     """
     names = [row[-1][0] for row in rows]
     described = _Names(names)

@@ -145,16 +145,9 @@ Listener = Callable[[nn.Module, Any, Any], None]
 
 
 class Responses:
-    """What a model answers to batches, inside and at its end, under any state dict.
+    """What a copy of a model answers to batches, inside and at its end, under any state dict.
 
-    Args:
-        model: gives the architecture; it is copied, and the copy runs in eval mode without gradients.
-        batches: a dataloader or list of batches.
-        forward: how to call the model on a batch.
-        max_batches: use so many at most; None for all, which are then not kept but iterated anew each time.
-
-    Raises:
-        RebasinError: there is no batch, or the model does not take one.
+    Without ``max_batches`` the batches are not kept, but iterated anew each time.
     """
 
     def __init__(

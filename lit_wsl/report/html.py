@@ -238,11 +238,7 @@ GOOD, BAD, GREY = "var(--high, #15803d)", "var(--low, #c0262d)", "var(--muted, #
 
 
 def decision_chart(measured: Measured) -> str:
-    """An SVG with one row for each decision, on one axis of the loss.
-
-    Returns:
-        The SVG as text; empty if nothing was decided.
-    """
+    """An SVG with one row for each decision, on one axis of the loss; empty if nothing was decided."""
     drawn = [d for d in measured.decisions if math.isfinite(d.loss)][:MOST]
     losses = [measured.fresh, measured.transferred, *(d.loss for d in drawn), *(d.rival_loss for d in drawn)]
     known = [loss for loss in losses if math.isfinite(loss)]

@@ -32,25 +32,14 @@ class NoDataError(Exception):
 class LossMeter:
     """Losses of one model under other weights, on batches that are taken when they are first needed.
 
-    All candidates see the same samples and the same random numbers, so their losses can be compared pair by pair.
-
-    Args:
-        model: The model; it is put back after every pass, whatever the loss does.
-        loss: ``loss(model, batch)``, a scalar, the lower the better.
-        batches: The batches.
-        watch: Called with the number of passes so far after each measurement.
+    All candidates see the same samples and the same random numbers, so their losses can be compared pair by pair. The
+    model is put back after every pass, whatever the loss does; ``watch`` is told the number of passes so far.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        batches: Iterable[Any],
-        watch: Callable[[float], None] | None = None,
+        self, model: nn.Module, loss: Loss, batches: Iterable[Any], watch: Callable[[float], None] | None = None
     ) -> None:
-        self.model = model
-        self.loss = loss
-        self.watch = watch
+        self.model, self.loss, self.watch = model, loss, watch
         self.passes = 0.0
         self.elements = 1  # losses of one sample that the model's is the mean of
         self._source = iter(batches)
@@ -75,13 +64,9 @@ class LossMeter:
         return batch_size(self._batches[number]) if self.has(number) else 0
 
     def losses(self, state: Mapping[str, Tensor], number: int, start: int = 0, stop: int | None = None) -> list[float]:
-        """The losses of the samples of a batch, or of its pieces where the loss is not a mean over samples.
+        """The losses of samples ``start`` to ``stop`` of a batch, or of pieces where the loss is no mean over samples.
 
-        Args:
-            state: Values to lend the model's tensors, by name.
-            number: Which batch.
-            start: Its first sample.
-            stop: Behind its last; all by default. Samples of many elements (tokens, pixels) give several losses each.
+        Samples of many elements (tokens, pixels) give several losses each.
         """
         batch, size = self._batches[number], self.size(number)
         stop = size if stop is None else min(stop, size)

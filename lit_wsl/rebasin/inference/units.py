@@ -375,13 +375,9 @@ class Units:
 
 
 def blocks_of_rows(units: Units, matrix: Array) -> Array | None:
-    """The block of each row of a matrix of units: its units move only together with the row.
+    """The block of each row of a matrix of units, which move only together with it; None if they are in others already.
 
-    Rows of equal content share their block.
-
-    Returns:
-        One unit per row, frozen or not (0 for rows without a unit that moves); None if the units are in other
-        blocks already.
+    Rows of equal content share their block; the block of rows without a unit that moves is 0.
 
     >>> units = Units()
     >>> heads = units.fresh(6).reshape(2, 3)

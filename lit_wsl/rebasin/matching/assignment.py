@@ -50,14 +50,8 @@ def assign(similarity: Tensor, potential: Tensor | None = None) -> tuple[Tensor,
     ``potential[j]`` off column ``j`` changes no difference between permutations; with half the squared norm of what
     stands behind the column, "the largest inner product" becomes "the nearest neighbour".
 
-    Rows that cannot be told apart are in the answer as the solver leaves them.
-
-    Args:
-        similarity: (n, n), any device and floating dtype.
-        potential: (n,), taken off the columns.
-
-    Returns:
-        LongTensor (n,) on the CPU with the column of each row, and whether the row-wise maxima were the answer.
+    Rows that cannot be told apart are in the answer as the solver leaves them. With it comes whether the row-wise
+    maxima were the answer.
 
     >>> assign(torch.tensor([[1.0, 5.0], [2.0, 3.0]]))
     (tensor([1, 0]), False)
@@ -80,13 +74,6 @@ def assign_lazily(upper: np.ndarray, value: Callable[[int, int], float]) -> np.n
     Solve with the upper bounds; put the exact values of the chosen entries in their place; solve again; until all
     chosen entries are exact. The last solution is then an optimum of the exact matrix, because no other permutation
     can be worth more than its bound says. Usually little more than one exact value per row is computed.
-
-    Args:
-        upper: (n, n) float64, no entry smaller than its value.
-        value: the exact entry at a row and column.
-
-    Returns:
-        (n,) the column of each row.
     """
     matrix = upper.copy()
     exact = np.zeros(matrix.shape, dtype=bool)
@@ -127,16 +114,7 @@ Floats = NDArray[np.float64]
 
 
 def assign_large(similarity: Tensor) -> Tensor:
-    """The permutation of the largest sum ``S[i, p[i]]`` for a large matrix.
-
-    Passes over the whole matrix are on its device; what is on the CPU is the core.
-
-    Args:
-        similarity: (n, n), any device, float32 or float64, finite.
-
-    Returns:
-        LongTensor (n,) on the CPU with the column of each row.
-    """
+    """The permutation of the largest sum ``S[i, p[i]]`` for a large finite matrix, on whose device all passes are."""
     priced = _soft_prices(similarity)
     if priced is None:
         return _solve_dense(similarity, similarity.amax(dim=0))
@@ -267,15 +245,7 @@ def _dual_prices(
     """The highest prices up to ``start`` under which no entry beats the permutation; None if they don't settle.
 
     A row's own column may cost no more than the cheapest alternative, ``v[match[i]] <= v[j] - gain``: shortest paths,
-    by Bellman-Ford.
-
-    Args:
-        begin: where the entries of each row begin.
-        columns: the column of each entry.
-        gains: what a row would gain by each entry, without prices.
-        match: (n,) the permutation.
-        start: (n,) prices.
-        tolerance: changes that do not count.
+    by Bellman-Ford. The entries of row ``i`` begin at ``begin[i]``; ``gains`` are without prices.
     """
     v = start.copy()
     for _ in range(MAX_STEPS):
@@ -303,13 +273,7 @@ class Solution:
 
 
 class TreeSolver:
-    """Solves one tree from the similarities of its groups.
-
-    Args:
-        spec: the permutation spec.
-        tree: which tree.
-        similarities: group, or coupled pair of groups, to its similarity. Groups without one have no evidence.
-    """
+    """Solves one tree from the similarities of its groups and coupled pairs of groups; some may have no evidence."""
 
     def __init__(self, spec: PermutationSpec, tree: Tree, similarities: Mapping[tuple[str, ...], Similarity]) -> None:
         self.spec, self.tree, self.similarities = spec, tree, similarities

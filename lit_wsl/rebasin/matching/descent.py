@@ -229,14 +229,7 @@ CHUNK = 2**22
 
 
 class Descent:
-    """The other model in its present order, against the reference.
-
-    Args:
-        spec: permutation spec.
-        reference: the tensors that count in the objective.
-        other: tensors of the same names and shapes.
-        device: where to compute; by default where the reference is.
-    """
+    """The other model in its present order, against the reference: those of their tensors that count."""
 
     def __init__(
         self,

@@ -29,13 +29,9 @@ class Similarity:
     """Inner products between the units of both models, for every pair of ancestor units.
 
     Rows of the terms are added one after the other and not kept, unless there are too many pairs to hold at once.
-    Thin terms (biases, gains) wait for each other: one product with all of them writes the matrix once.
-
-    Args:
-        ancestors: units of all ancestors together.
-        size: units (for a coupled pair, the product of both sizes).
-        potential: (ancestors, size) half the squared norm of the other model's rows over all terms to come, where it
-            is known already.
+    Thin terms (biases, gains) wait for each other: one product with all of them writes the matrix once. For a coupled
+    pair ``size`` is the product of both sizes; ``potential``, where it is known already, is half the squared norm of
+    the other model's rows over all terms to come.
     """
 
     def __init__(self, ancestors: int, size: int, potential: Tensor | None = None) -> None:
