@@ -32,7 +32,7 @@ from lit_wsl.matching.likeness import (
     strength,
 )
 from lit_wsl.matching.numbers import counted_apart, counted_down
-from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO
+from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO, AS_ELSEWHERE
 from lit_wsl.matching.regions import Learned, Pair, Region, Renames, Tie, makes_of
 from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
@@ -277,8 +277,8 @@ def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
     single = [
         (f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets) if len(f.members) == 1 == len(g.members)
     ]
-    alone = len(single) == len(tie.sources) and not cell.startswith((AMONG_MANY, AMONG_TWO))
-    if alone and any(_are_towers(s, t) for s, t in single):
+    told = cell.startswith((AMONG_MANY, AMONG_TWO)) and cell.endswith(f", {AS_ELSEWHERE}")
+    if len(single) == len(tie.sources) and not told and any(_are_towers(s, t) for s, t in single):
         return TOWERS
     return COUNTED_OTHERWISE if any(counted_apart(s, t, region) for s, t in single) else ""
 
