@@ -320,7 +320,8 @@ def called_otherwise(s: Item, t: Item) -> bool:
     """Whether both have names of their own that don't agree: where the others kept theirs, it is another thing."""
     own = [plain_words((i.path if i.level == 2 else owner_path(i.main.path)).rpartition(".")[2]) for i in (s, t)]
     likeness = liken(own[0], own[1])
-    return all(any(len(w) > 2 for w in left) for left in (likeness.left_s, likeness.left_t))
+    left = likeness.left_s, likeness.left_t
+    return all(any(len(w) > 2 for w in ws) for ws in left) or (likeness.shared > 0 and all(left))  # branch_a, branch_c
 
 
 def own_words(item: Item) -> frozenset[str]:
