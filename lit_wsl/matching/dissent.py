@@ -205,7 +205,8 @@ def _has_namesake(s: Item, t: Item, region: Region) -> bool:
 def _is_member_beside_like(ours: Item, theirs: Item, s: Item, t: Item) -> bool:
     """Whether a whole list on one side is a member of a list on the other side, which has more of its kind."""
     whole, member = (theirs, t) if ours is s else (ours, s)
-    if own_name(whole) != own_name(s if ours is s else t) or whole.path[-1:].isdigit():
+    name = (ours if whole is theirs else theirs).path.rpartition(".")[2]
+    if whole.path.rpartition(".")[2] != name or name.isdigit():
         return False
     inside = [c for c in whole.children if c.level == 2 and relative(c, whole).partition(".")[0].isdigit()]
     return len(inside) > 1 and any(c is member for c in inside)
@@ -277,7 +278,8 @@ def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
     single = [
         (f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets) if len(f.members) == 1 == len(g.members)
     ]
-    told = cell.startswith((AMONG_MANY, AMONG_TWO)) and cell.endswith(f", {AS_ELSEWHERE}")
+    counted = all(len({f.pattern for f in side}) == 1 for side in (tie.sources, tie.targets))
+    told = counted or (cell.startswith((AMONG_MANY, AMONG_TWO)) and cell.endswith(f", {AS_ELSEWHERE}"))
     if len(single) == len(tie.sources) and not told and any(_are_towers(s, t) for s, t in single):
         return TOWERS
     return COUNTED_OTHERWISE if any(counted_apart(s, t, region) for s, t in single) else ""
