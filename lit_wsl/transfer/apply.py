@@ -185,7 +185,7 @@ _CHECKS: dict[torch.dtype, Callable[[_Array], bool]] = {
     torch.bfloat16: _exponents_below(0x7F80),
 }
 
-_UNDO_MEMORY = 16 << 20  # bytes the undo log may take; as much again is kept spare
+_UNDO_MEMORY = 16 << 20  # bytes the undo log may take
 _VIEWS = frozenset({"permute", "transpose", "reshape", "split", "unstack", "fan_out"})  # allocate nothing, cannot fail
 Progress = Callable[[str, int], None]
 Look = Callable[[PlanEntry, Sequence[Tensor]], None]
@@ -386,7 +386,7 @@ def _copy(job: _Job, given: UndoLog | None) -> None:
     shared = _sharing({name: job.targets[name] for entry in job.entries for name in job.written(entry)})
     spill = _spills(job) or _reads(job.tensors)
     with interrupt_later() as answer, ExitStack() as stack:
-        undo = given or stack.enter_context(UndoLog(_UNDO_MEMORY, spare=_UNDO_MEMORY, spill=spill))
+        undo = given or stack.enter_context(UndoLog(_UNDO_MEMORY, spill=spill))
 
         def copy_all(stage: Sequence[PlanEntry]) -> None:
             for entry in stage:

@@ -30,17 +30,16 @@ class UndoLog:
     the same leaves the others with all of theirs done; then these are remembered too, as far as there is room.
 
     Args:
-        memory: Bytes of memory the log may take in all.
-        spare: Bytes of these for writes that are not expected to fail; all of them by default.
-        spill: Whether these go to the file too, once there is no memory to spare.
+        memory: Bytes of memory the log may take.
+        spill: Whether writes that are not expected to fail go to the file too, once there is no memory left.
 
     Attributes:
         lost: Bytes that were overwritten and not remembered.
         lost_names: The names of the tensors that held them.
     """
 
-    def __init__(self, memory: int = UNDO_MEMORY, spare: int | None = None, *, spill: bool = False) -> None:
-        self._left, self._spare, self._spill = memory, memory if spare is None else spare, spill
+    def __init__(self, memory: int = UNDO_MEMORY, *, spill: bool = False) -> None:
+        self._left, self._spill = memory, spill
         self._steps: list[tuple[str, Callable[[], None]]] = []
         self._file: Any = None
         self._moved: Mapping[str, Tensor] = {}
@@ -62,9 +61,8 @@ class UndoLog:
 
     def remember(self, target: Tensor, *, must: bool, name: str = "") -> None:
         """Keep a target's value."""
-        if target.nbytes <= (self._left if must else min(self._left, self._spare)):
+        if target.nbytes <= self._left:
             self._left -= target.nbytes
-            self._spare -= 0 if must else target.nbytes
             with _plainly():
                 value = target.detach().clone()
             self.later(name, lambda: _put_back(self._moved.get(name, target), value))

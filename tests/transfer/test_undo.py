@@ -22,13 +22,12 @@ def make(sizes):
 @given(
     sizes=st.lists(st.integers(0, 5), min_size=1, max_size=8),
     memory=st.integers(0, 200),
-    spare=st.integers(0, 200),
     musts=st.lists(st.booleans(), min_size=8, max_size=8),
 )
-def test_everything_comes_back(sizes, memory, spare, musts):
+def test_everything_comes_back(sizes, memory, musts):
     tensors = make(sizes)
     before = [tensor.clone() for tensor in tensors]
-    with UndoLog(memory, spare, spill=True) as log:
+    with UndoLog(memory, spill=True) as log:
         for tensor, must in zip(tensors, musts):
             log.remember(tensor, must=must)
             tensor.zero_()
@@ -40,7 +39,7 @@ def test_everything_comes_back(sizes, memory, spare, musts):
 def test_views_come_back_in_place():
     whole = torch.arange(12.0).view(3, 4)
     column = whole[:, 1]
-    with UndoLog(0, 0, spill=True) as log:
+    with UndoLog(0, spill=True) as log:
         log.remember(column, must=False)
         column.fill_(-1)
         log.restore()
@@ -49,7 +48,7 @@ def test_views_come_back_in_place():
 
 def test_what_is_not_remembered_is_counted():
     tensors = make([2, 2])
-    with UndoLog(24, 24) as log:
+    with UndoLog(24) as log:
         for tensor in tensors:
             log.remember(tensor, must=False)
     assert log.lost == tensors[1].nbytes
@@ -69,7 +68,7 @@ def full_disk(monkeypatch):
 @pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_stops_copies_that_may_fail_and_no_others():
     a, b = make([2, 4])
-    with UndoLog(0, 0, spill=True) as log:
+    with UndoLog(0, spill=True) as log:
         log.remember(a, must=False)
         assert log.lost == a.nbytes
         with pytest.raises(TransferError, match=r"/full has no room .*No space left.*TMPDIR"):
