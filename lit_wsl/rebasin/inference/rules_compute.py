@@ -309,15 +309,16 @@ def glu(run: Run, node: Node) -> Label:
 def batch_norm(run: Run, node: Node) -> list[Label]:
     """Each channel by itself, with its statistics."""
     x = run.label(node.args["input"])
-    operands = [x]
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        if isinstance(node.args.get(name), tuple) or node.args.get(name) is None:
-            continue
-        one = run.label(node.args[name])
-        operands.append(reshape_label(run.algebra, one, (one.shape[0], *(1,) * (x.ndim - 2))))
-    axes = [a for a in range(x.ndim) if a != 1]
-    result = run.algebra.join([run.algebra.normalise(x, axes), *operands[1:]], x.shape)
+    operands = _by_channel(run, node, ("weight", "bias", "running_mean", "running_var"), x.ndim)
+    normalised = run.algebra.normalise(x, [a for a in range(x.ndim) if a != 1])
+    result = run.algebra.join([normalised, *operands], x.shape)
     return [result, *(Label(run.shape(out)) for out in list(flat_refs(node.outs))[1:])]
+
+
+def _by_channel(run: Run, node: Node, names: Sequence[str], ndim: int) -> list[Label]:
+    """The arguments of these names that are given, each with its one axis where the channels of a tensor stand."""
+    given = [run.label(node.args[name]) for name in names if isinstance(node.args.get(name), Ref)]
+    return [reshape_label(run.algebra, one, (one.shape[0], *(1,) * (ndim - 2))) for one in given]
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
@@ -343,11 +344,7 @@ def group_norm(run: Run, node: Node) -> list[Label]:
     n, c = x.shape[:2]
     split_up = reshape_label(run.algebra, x, (n, groups, c // groups, *x.shape[2:]))
     run.algebra.normalise(split_up, range(2, split_up.ndim))
-    operands = [x]
-    for name in ("weight", "bias"):
-        if node.args.get(name) is not None:
-            operands.append(reshape_label(run.algebra, run.label(node.args[name]), (c, *(1,) * (x.ndim - 2))))
-    result = run.algebra.join(operands, x.shape)
+    result = run.algebra.join([x, *_by_channel(run, node, ("weight", "bias"), x.ndim)], x.shape)
     return [result, *(Label(run.shape(out)) for out in list(flat_refs(node.outs))[1:])]
 
 
@@ -524,18 +521,10 @@ def convolution(run: Run, node: Node) -> Label:
     sizes = {"n": n, "g": groups, "i": c // groups, "o": outs}
     result = algebra.contract([x, weight], words, "ngo", sizes)
     result = reshape_label(algebra, result, (n, groups * outs))
-    spatial = len(shape) - 2
-    result = replace(
-        result,
-        shape=shape,
-        factors=tuple(f.reshape((*f.shape, *(1,) * spatial)) for f in result.factors),
-        varies=(True,) * len(shape),
-    )
-    if args.get("bias") is None:
-        return result
-    bias = run.label(args["bias"])
-    bias = reshape_label(algebra, bias, (bias.shape[0], *(1,) * spatial))
-    return algebra.join([result, bias], shape)
+    factors = tuple(f.reshape((*f.shape, *(1,) * (len(shape) - 2))) for f in result.factors)
+    result = replace(result, shape=shape, factors=factors, varies=(True,) * len(shape))
+    bias = _by_channel(run, node, ("bias",), len(shape))
+    return algebra.join([result, *bias], shape) if bias else result
 
 
 def _channels_only(label: Label) -> Label:
