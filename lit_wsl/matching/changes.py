@@ -32,13 +32,15 @@ def options_of(space: Space, choice: Choice, decision: int) -> list[Choice]:
 
 
 def twins_exchanged(space: Space, choice: Choice) -> list[Choice]:
-    """The choice with all that two modules of one side hold exchanged, where several groups of layers share in that."""
+    """The choice with all that two modules of one side hold exchanged, or all parts of two wholes."""
     found = [_exchanged(space, choice, *pair, side) for side in (0, 1) for pair in _twins(space.parts, side)]
+    asked = [part for part in space.parts if not space.decisions[part.which].told]
+    found += [other for part in asked for other in space.exchanges(choice, part, wholes=True)]
     return [other for other in dict.fromkeys(found) if other is not None and other != choice]
 
 
 def _twins(parts: Sequence[Part], side: int) -> list[tuple[Layers, Layers]]:
-    """Pairs of modules of one side with the same layers, of more than one group."""
+    """Pairs of modules of one side, or of numbers in several lists, with the same layers, of more than one group."""
     modules: dict[tuple[int, str], Layers] = {}
     for number, part in enumerate(parts):
         for unit in (part.source, part.target)[side]:
@@ -46,6 +48,8 @@ def _twins(parts: Sequence[Part], side: int) -> list[tuple[Layers, Layers]]:
             for depth in range(1, len(words)):
                 own = modules.setdefault((part.region, ".".join(words[:depth])), {})
                 own[".".join(words[depth:])] = number, unit
+            if words[-1].isdigit():
+                modules.setdefault((part.region, f"*.{words[-1]}"), {})[".".join(words[:-1])] = number, unit
     alike: dict[object, list[Layers]] = {}
     for (region, _), layers in modules.items():
         if len({number for number, _ in layers.values()}) > 1:

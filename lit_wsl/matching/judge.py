@@ -41,6 +41,8 @@ PASSES = 60.0  # most forward passes of a whole batch that trials may take
 MOST = 64.0  # the same, with what else is measured
 FEW = 2  # rivals whose gradients are measured
 RESTLESS = 1.0  # times the noise of its batch is a gradient where training has not stopped
+NEAR = 3.0  # the same, where little is left open
+LITTLE = 8  # rivals to each that may be left open there
 FAR = 10.0  # times that it is where training never was; a model trained for some hundred steps has up to seven
 SEARCH = 0.7  # share of them that the search may take
 BY_LOSS = "the loss on data decides it"
@@ -331,7 +333,7 @@ class _Bench:
         if before - after > statistics.pstdev(self.fresh):
             return True
         for count, risk in ((2, RISK), (5, RISK / 10)):
-            if len(self.starts) < count and count > 2 and self.meter.passes + count - 2 > MOST:
+            if len(self.starts) < count and self.meter.passes + count - len(self.starts) > MOST:
                 return False
             while len(self.starts) < count:
                 start = _shuffled(self.meter.model, 1 + len(self.starts))
@@ -376,11 +378,14 @@ def _judge(
         better, risks = judge.test(choice)
     best = trials.losses(choice, at_once=True)
     is_open = better != choice or any(risk >= RISK for risk in risks.values())
-    # Where much makes no difference, the search may have ended far from the truth, and all that was decided is void.
+    # Where much makes no difference, the search may have ended far from the truth, and all that was decided is void;
+    # little may be left open if the gradient is not far from rest.
     # Where every tensor stands where it stood, order is trusted as long as nothing better is found.
     # And where all is decided, but the gradient is far from rest, the truth is not among what was asked.
     renamed, unrest = is_only_renamed(plan, *sides), judge.unrest(choice)
-    keeps = not judge.rests(choice) if is_open else RESTLESS * FAR <= unrest < math.inf
+    much = better != choice or LITTLE * sum(risk >= RISK for risk in risks.values()) > len(risks)
+    keeps = not judge.rests(choice) and (much or unrest >= RESTLESS * NEAR) if is_open else unrest >= RESTLESS * FAR
+    keeps = keeps and (is_open or unrest < math.inf)
     if (is_open and renamed) or (keeps and not renamed) or not bench.falls(best):
         judged = _as_planned(plan, bench, questioned, trials)
         far = f"the gradient there is {unrest:.0f} times its noise: training was short, or a part is mapped wrong"
@@ -433,13 +438,17 @@ def _as_planned(
     """The verdict where no answer was found: what is in question is withdrawn if the data refutes it.
 
     Refuted: the best mapping that was tried lowers the loss, and does so significantly more than the plan; or the plan
-    has something for every parameter, and the loss of what it fills is above the fresh model's.
+    has something for every parameter, and the loss of what it fills is above the fresh model's, significantly, or
+    though some other mapping lowers it significantly.
     """
-    losses, beaten = bench.losses(plan), False
+    losses, beaten, informs = bench.losses(plan), False, False
     if trials is not None:
         best = trials.losses(trials.best, at_once=True)
         beaten = risk_of(losses, best) < RISK / trials.tried and bench.falls(best)
-    rises = _mean(losses) > _mean(bench.fresh) + statistics.pstdev(bench.fresh) and not _missing(plan)
+        informs = risk_of(bench.fresh, best) < RISK / trials.tried  # the checkpoint knows of this data
+    above = _mean(losses) - _mean(bench.fresh)
+    significant = above > statistics.pstdev(bench.fresh) or risk_of(losses, bench.fresh) < RISK
+    rises = not _missing(plan) and above > 0 and (significant or informs)
     if not questioned or not (beaten or rises):
         return _verdict(plan, bench, losses, ())
     left = leave_open(plan, {e.targets[0]: REFUTED for e in questioned})

@@ -151,19 +151,21 @@ class Moments:
 
     def _varied(self, modules: Sequence[str], choice: Choice, kept: Mapping[str, Any]) -> Iterator[Choice]:
         """The choice, and others that fill some modules otherwise, each way once, and leave alone what is done."""
-        ways = [choice]
+        ways = {self._means(modules, choice): choice}
         for d in self._decisions(modules, choice):
-            options = [options_of(self.space, way, d) for way in ways]
-            if sum(map(len, options)) <= JOINT:
-                ways = [*ways, *(one for some in options for one in some)]
-            else:
-                ways = [*ways, *options[0]]
-        seen = set()
-        for one in ways:
-            means = frozenset(self._filled(modules, one).items())
-            if means not in seen and self._filled(kept, one) == kept:
-                seen.add(means)
-                yield one
+            # Where two of the modules take their layers from the same ones, each may have to change.
+            part = next((part for part in self.space.parts if part.which == d), None)
+            names = {name.rpartition(".")[0] for unit in part.target for name in unit.all_names} if part else set()
+            for _ in range(max(1, len(names.intersection(modules)))):
+                more = [one for way in ways.values() for one in options_of(self.space, way, d)]
+                for one in more[: 2 * JOINT]:
+                    means = self._means(modules, one)
+                    if means not in ways and len(ways) < JOINT and self._filled(kept, one) == kept:
+                        ways[means] = one
+        yield from ways.values()
+
+    def _means(self, modules: Sequence[str], choice: Choice) -> frozenset[tuple[str, Any]]:
+        return frozenset(self._filled(modules, choice).items())
 
     def _decisions(self, modules: Sequence[str], choice: Choice) -> list[int]:
         """What is open about some modules."""

@@ -237,15 +237,21 @@ class Part:
             for g, h in cover
         )
 
-    def exchanges(self, cover: Cover, orders: Mapping[tuple[str, int], Sequence[int]]) -> Iterator[Exchange]:
-        """A cover with any two layers exchanged, or two modules, and the orders of the parts of its wholes then."""
+    def exchanges(
+        self, cover: Cover, orders: Mapping[tuple[str, int], Sequence[int]], *, only_wholes: bool = False
+    ) -> Iterator[Exchange]:
+        """A cover with any two layers exchanged, modules, or wholes, and the orders of the parts of its wholes then."""
         joined = len(self.source) >= len(self.target)
         places = []
         for pair in cover:
             own = pair[0 if joined else 1]
             places.append([own[i] for i in orders[self.key(pair)]] if len(own) > 1 else list(own))
-        for other in self._swaps:
-            made = [[other.get(i, i) for i in own] for own in places]
+        swaps = [] if only_wholes else self._swaps
+        moved = [[[other.get(i, i) for i in own] for own in places] for other in swaps]
+        for a, b in combinations(range(len(places)), 2):
+            if len(places[a]) == len(places[b]) > 1:  # two wholes, with all their parts
+                moved.append([places[{a: b, b: a}.get(k, k)] for k in range(len(places))])
+        for made in moved:
             changed = tuple(
                 (tuple(sorted(own)), pair[1]) if joined else (pair[0], tuple(sorted(own)))
                 for own, pair in zip(made, cover)
@@ -259,12 +265,14 @@ class Part:
 
     @cached_property
     def _swaps(self) -> list[dict[int, int]]:
-        """Which layers may be exchanged: any two, and those of two modules that have layers of the same names."""
+        """Which layers may be exchanged: any two, and those of two modules, or numbers, that hold the same names."""
         parts = self.source if len(self.source) >= len(self.target) else self.target
         modules: dict[str, dict[str, int]] = {}
         for k, unit in enumerate(parts):
             above, _, own = unit.path.rpartition(".")
             modules.setdefault(above, {})[own] = k
+            if own.isdigit():
+                modules.setdefault(f"*.{own}", {})[above] = k
         movable = [k for k in range(len(parts)) if k not in self.fixed]
         swaps = [{a: b, b: a} for a, b in combinations(movable, 2)]
         for one, other in combinations(modules.values(), 2):

@@ -29,6 +29,7 @@ KEPT = 4  # candidates that stay to the end
 WIDE = 2048  # the same, where the weights tell most of them without a pass
 SWEEPS = 3  # over all layer groups, to find what hangs together
 STARTS = 6  # ways to assign layers that are started from, where they are too many to look at each
+FEW_TWINS = 6  # pairs of modules of which two are exchanged at once
 SAME = 1e-3  # difference of how well two choices hang together that is none
 MAX_STARTS = 24  # orders of norms that are started from
 IN_STEP = 0.6  # share of its budget after which nothing else is tried where gates in one order were
@@ -198,9 +199,13 @@ class Search:
 
     def find(self) -> Choice:
         """The best choice, from several starts, and what is better with two modules exchanged."""
-        choice, before = self._found(), None
+        share, choice, before = self.share, self._found(), None
+        self.share = share
         while choice != before and self.left:
-            before, choice = choice, self._better(choice, twins_exchanged(self.space, choice))
+            twins = twins_exchanged(self.space, choice)
+            if len(twins) <= FEW_TWINS:  # three in a circle
+                twins += [other for one in twins for other in twins_exchanged(self.space, one)]
+            before, choice = choice, self._better(choice, list(dict.fromkeys(twins)))
         return choice
 
     def _found(self) -> Choice:

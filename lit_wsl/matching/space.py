@@ -398,12 +398,12 @@ class Space:
                     return False
         return True
 
-    def exchanges(self, choice: Sequence[int], part: Part) -> Iterator[tuple[int, ...]]:
-        """A choice with any two layers of a group exchanged, the places of the others as they are."""
+    def exchanges(self, choice: Sequence[int], part: Part, *, wholes: bool = False) -> Iterator[tuple[int, ...]]:
+        """A choice with any two layers of a group exchanged, or only wholes; the places of the others as they are."""
         if choice[part.which] < 0:
             return
         orders = {key: self.decisions[d].options[choice[d]] for key, d in part.order.items()}
-        found = list(part.exchanges(part.covers[choice[part.which]], orders))
+        found = list(part.exchanges(part.covers[choice[part.which]], orders, only_wholes=wholes))
         labels = self.decisions[part.which].labels
         labels += [part.describe(cover) for cover in part.covers[len(labels) :]]
         for number, changed in found:

@@ -80,3 +80,24 @@ def test_what_one_group_of_layers_holds_alone_is_among_its_own_options():
     flat = space_of(Flat(), Flat())
     for part in flat.parts:
         assert len(options_of(flat, flat.first, part.which)) >= len(part.covers)
+
+
+def test_wholes_change_places_with_all_their_parts():
+    """The layers of a highway network: gate and transform apart, in two lists, against both in one."""
+    old, new = nn.Module(), nn.Module()
+    old.transform, old.gate = (nn.ModuleList(nn.Linear(D, D) for _ in range(3)) for _ in range(2))
+    new.h = nn.ModuleList(nn.Linear(D, 2 * D) for _ in range(3))
+    old.out, new.o = nn.Linear(D, 3), nn.Linear(D, 3)
+    for source, target in ((old, new), (new, old)):
+        space = space_of(source, target)
+        (part,) = [part for part in space.parts if part.fusions]
+        pairs = tuple(((k, k + 3), (k,)) if source is old else ((k,), (k, k + 3)) for k in range(3))
+        choice = (*space.first[: part.which], part.numbers[pairs], *space.first[part.which + 1 :])
+        reached, edge = {choice}, [choice]
+        while edge:
+            edge = [c for one in edge for c in twins_exchanged(space, one) if c not in reached]
+            reached |= set(edge)
+        orders = {part.covers[c[part.which]] for c in reached}
+        together = {frozenset(whole) for cover in orders for pair in cover for whole in pair if len(whole) > 1}
+        assert len(orders) == 6  # of three pairs
+        assert together == {frozenset({k, k + 3}) for k in range(3)}  # none was parted
