@@ -242,7 +242,8 @@ class ClassSolver:
                 continue  # two up and one down fit only one way
             firsts = [min((p.source.start, p.target.start) for p in pairs) for pairs in (mine, others)]
             kept_make = all(len({role_of(i.main.path) for i in (p.source, p.target)}) == 1 for p in (*mine, *others))
-            if self.ordered and ascending(sorted(firsts)) and kept_make:
+            agree = {self.learned.rows.agree(region, p.source, p.target) for p in (*mine, *others)}
+            if self.ordered and ascending(sorted(firsts)) and kept_make and agree <= {"", "in order", "in line"}:
                 continue
             gone = {id(p) for p in (*mine, *others)}
             out.pairs = [p for p in out.pairs if id(p) not in gone]
@@ -331,7 +332,7 @@ class ClassSolver:
         for i in t:
             path = relative(i, region.target)
             twin = theirs.get(path)
-            twin = self._wrapped_twin(i, starts) if twin is None else twin
+            twin = self._wrapped_twin(i, starts, region) if twin is None else twin
             if twin is None or counted_down(twin, i, region) or self.costs.of(twin, i) is None:
                 continue
             if path in theirs and not region.same_numbers(path):
@@ -340,13 +341,14 @@ class ClassSolver:
             taken |= {id(twin), id(i)}
         return [i for i in s if id(i) not in taken], [i for i in t if id(i) not in taken]
 
-    def _wrapped_twin(self, t: Item, starts: Mapping[int, Item]) -> Item | None:
+    def _wrapped_twin(self, t: Item, starts: Mapping[int, Item], region: Region) -> Item | None:
         """What has the path of an item, but for a module around all of the model on one side."""
         twin = starts.get(self.sources_of.get(t.start, -1))
         if twin is None or t.virtual:
             return None
         short, long = sorted((f".{twin.path}", f".{t.path}"), key=len)
-        return twin if long.endswith(short) else None
+        alike = region.count_alike(relative(twin, region.source), relative(t, region.target))
+        return twin if alike and long.endswith(short) else None
 
     # words -------------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class Orientation:
         if s not in (t, (*t[:-2], t[-1], t[-2])) or _is_table(target):
             return
         self.turned = self.turned or turned
-        self.kept = self.kept or not turned
+        self.kept = self.kept or not (turned or _leaf(source) == "own")
         for make in _makes(source, target):
             self._seen[make].add(turned if certain else None)
 

@@ -118,6 +118,11 @@ class Region:
         """Whether every number along a path counts the same things on both sides."""
         return not self._unlike or all(place not in self._unlike for place, _ in counted(path))
 
+    def count_alike(self, ours: str, theirs: str) -> bool:
+        """Whether every number along two paths, from their ends, counts as many things on both sides."""
+        places = zip(reversed(counted(ours)), reversed(counted(theirs)))
+        return all(self.lists[0].get(a, {}).keys() == self.lists[1].get(b, {}).keys() for (a, _), (b, _) in places)
+
     def like_numbers(self, path: str) -> bool:
         """Whether the numbers along a path are those of the other side, or among them: nothing is counted from one."""
         return not self._not_within or all(place not in self._not_within for place, _ in counted(path))
