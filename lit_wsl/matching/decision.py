@@ -171,7 +171,7 @@ class ClassSolver:
             return RENAMED_ALONE
         alone, last = p.cell.startswith(ALONE), p.cell.startswith(EXCLUSION)
         agree = self.learned.rows.agree(region, p.source, p.target) if self.ordered else ""
-        if last and agree == "out of line":
+        if agree == "out of line" and (last or (p.cell.startswith(COUNT) and " among kept" in cell)):
             return OUT_OF_ORDER
         if last and "module name" in cell and agree not in ("in order", "in line"):
             return OTHER_WORDS  # what is left of two towers, where the name of one was hardly known
