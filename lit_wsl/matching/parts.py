@@ -50,16 +50,34 @@ def joins(whole: Unit, parts: Sequence[Unit]) -> tuple[int, bool] | None:
     if None in within or len({p.times for p in parts}) > 1 or {len(p.shapes) for p in parts} != {len(whole.shapes)}:
         return None
     shapes = within[0] or ()
-    if len(shapes[0]) < 2:
+    main, own = level(shapes[0], [p.shapes[0] for p in parts])
+    if len(main) < 2:
         return None
-    own = [p.shapes[0] for p in parts]
-    found = (0, False) if _joined(shapes[0], own, 0) else None
-    if len(shapes[0]) == 2 or (len(shapes[0]) == 3 and found is None and not is_kernel(shapes[0])):
-        found = join_axis(shapes[0], own)
+    found = (0, False) if _joined(main, own, 0) else None
+    if len(main) == 2 or (len(main) == 3 and found is None and not is_kernel(main)):
+        found = join_axis(main, own)
     if found is None:
         return None
     others = ((shapes[j], [p.shapes[j] for p in parts]) for j in range(1, len(shapes)))
-    return found if all(_joined(other, theirs, vector_axis(shapes[0], other)) for other, theirs in others) else None
+    return found if all(_joined(other, theirs, vector_axis(main, other)) for other, theirs in others) else None
+
+
+def level(whole: Shape, parts: Sequence[Shape]) -> tuple[Shape, list[Shape]]:
+    """Shapes without axes of one at the end, where they have other numbers of axes: some convolutions are linear.
+
+    >>> level((6, 4), [(3, 4, 1), (3, 4, 1)])
+    ((6, 4), [(3, 4), (3, 4)])
+    """
+    least = max(2, min(map(len, (whole, *parts))))
+    if all(len(shape) == len(whole) for shape in parts):
+        return whole, list(parts)
+
+    def plain(shape: Shape) -> Shape:
+        while len(shape) > least and shape[-1] == 1:
+            shape = shape[:-1]
+        return shape
+
+    return plain(whole), [plain(shape) for shape in parts]
 
 
 def _joined(whole: Shape, parts: Sequence[Shape], axis: int) -> bool:
@@ -146,7 +164,7 @@ def _may_join(part: Unit, whole: Unit) -> bool:
     within = _within(part, whole)
     if within is None:
         return False
-    p, w = part.shapes[0], within[0]
+    w, (p,) = level(within[0], [part.shapes[0]])
     if len(p) != len(w) or len(w) < 2 or len(part.shapes) != len(whole.shapes):
         return False
     if len(w) == 3 and p[0] == w[0] and not is_kernel(w):

@@ -27,6 +27,7 @@ from lit_wsl.matching.parts import (
     fits,
     groups_of,
     joins,
+    level,
     numberings,
     paired_lists,
     share_words,
@@ -38,7 +39,19 @@ from lit_wsl.matching.parts import (
 from lit_wsl.matching.rotary import Rotations
 from lit_wsl.matching.shapes import transpose_shape
 from lit_wsl.matching.symmetries import Turning
-from lit_wsl.matching.turns import by_head, groupings, is_turn, laid_out, layouts_of, listed, transposed, turned, turns
+from lit_wsl.matching.turns import (
+    by_head,
+    first_of_parts,
+    groupings,
+    is_turn,
+    laid_out,
+    layouts_of,
+    listed,
+    squeezed,
+    transposed,
+    turned,
+    turns,
+)
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import (
     Concat,
@@ -115,7 +128,7 @@ class Space:
             if len({c.sources for c in doubt.candidates}) == 1:  # where it comes from is known, how it is laid out not
                 self._claims.update({t: set(doubt.candidates[0].sources) for t in doubt.targets})
         self._turned = {t for e in plan for t in e.targets if any(map(is_turn, e.operations))}
-        self._orders = {frozenset(names): names for e in plan if (names := _first_of_parts(e))}
+        self._orders = {frozenset(names): names for e in plan if (names := first_of_parts(e))}
         self._told: set[str] = set()  # targets whose names, or whose place in the same code, tell their source
         self._rotations = Rotations(turnings)
         self._rotates = rotating_towers(source, target)
@@ -251,13 +264,11 @@ class Space:
         told = not part.renames and not any(map(self._open, squares))
         if squares and (doubted or fusions or not told):
             guess = any(n in self._turned for u in squares for n in u.all_names)
-            options = [guess, not guess]
-            labels = ["transposed" if turn else "as they are" for turn in options]
-            part.turn = self._add(f"squares of {shown}", options, labels, told)
+            labels = ["transposed" if turn else "as they are" for turn in (guess, not guess)]
+            part.turn = self._add(f"squares of {shown}", [guess, not guess], labels, told)
         fused = [u for u in part.target if self._may_be_laid_out(u, part)]
         if fused:
-            options, labels = layouts_of(min(fused[0].shapes[0]))
-            part.layout = self._add(f"layout of {fused[0].path}", options, labels)
+            part.layout = self._add(f"layout of {fused[0].path}", *layouts_of(min(fused[0].shapes[0])))
 
     def _may_be_laid_out(self, unit: Unit, part: Part) -> bool:
         """Whether queries, keys and values in one may stand otherwise: other names, and the shape tells nothing."""
@@ -490,9 +501,8 @@ class Space:
                     ops = (*rows, *turned(s.shapes[i], t.shapes[j], turn), *laid_out(t.shapes[j], layout), *last)
                     out.append(PlanEntry((x,), (y,), ops, (s.shapes[i],), (t.shapes[j],)))
             elif t.times == 1:  # experts into a stack
-                whole = (s.times, *s.shapes[i])
-                ops = (*rows, *((Transpose(),) if len(s.shapes[i]) == 2 and turns(whole, t.shapes[j], turn) else ()))
-                ops = (*ops, Stack(0, s.times))
+                turned_too = len(s.shapes[i]) == 2 and turns((s.times, *s.shapes[i]), t.shapes[j], turn)
+                ops = (*rows, *((Transpose(),) if turned_too else ()), Stack(0, s.times))
                 out.append(PlanEntry(names_s, names_t, ops, (s.shapes[i],) * s.times, (t.shapes[j],)))
             else:
                 whole = (t.times, *t.shapes[j])
@@ -524,16 +534,17 @@ class Space:
         stacked = parts[0].times if parts[0].times > whole.times else 1
         out = []
         for j, whole_shape in enumerate(whole.shapes):
-            shapes = [p.shapes[j] for p in parts]
+            given = [p.shapes[j] for p in parts]
+            flat, shapes = level(whole_shape, given)
             axis, turn = found if j == 0 else (vector_axis(whole.shapes[0], whole_shape), False)
             if j == 0 and part.turn is not None and all(map(is_square, parts)):
                 turn = bool(pick(part.turn))
             sizes = tuple((transpose_shape(s) if turn else s)[axis] for s in shapes)
             first: tuple[Operation, ...] = self._rotary_of(parts, shapes, pick)
             last: tuple[Operation, ...] = ()
-            lead = int(stacked > 1 or (j == 0 and axis > 0 and len(whole_shape) == 3) or (j > 0 and axis > 0))
+            lead = int(stacked > 1 or (j == 0 and axis > 0 and len(flat) == 3) or (j > 0 and axis > 0))
             axis += stacked > 1
-            alternating = by_head(whole_shape, sizes, heads, join, axis, lead)
+            alternating = by_head(flat, sizes, heads, join, axis, lead)
             turn = turn if alternating is None or axis == lead else not turn  # by head they are joined by rows
             side = transposed(shapes[0]) if turn else ()
             chain = alternating or ((Concat(axis, sizes),) if join else (Split(axis, sizes),))
@@ -545,15 +556,15 @@ class Space:
                 last = self._rotations.convert_each([p.names[j][b][0] for p in parts], shapes, way)
             before = (*first, *side, Stack(0, stacked)) if stacked > 1 else (*first, *side, *last)
             after = (Unstack(0, stacked), *side, *first) if stacked > 1 else (*side, *first, *last)
-            ends = tuple(s for s in shapes for _ in range(stacked))
+            ends = tuple(s for s in given for _ in range(stacked))
             for x in range(whole.times):
                 own = [p.names[j][a if join else b] for p in parts]
                 names = tuple(n for copies in own for n in (copies if stacked > 1 else copies[x : x + 1]))
                 name = (whole.names[j][b if join else a][x],)
-                if join:
-                    out.append(PlanEntry(names, name, (*before, *chain), ends, (whole_shape,)))
-                else:
-                    out.append(PlanEntry(name, names, (*chain, *after), (whole_shape,), ends))
+                ops = (*squeezed(given[0], shapes[0]), *before, *chain, *squeezed(flat, whole_shape))
+                back = (*squeezed(whole_shape, flat), *chain, *after, *squeezed(shapes[0], given[0]))
+                sides = (names, name, ops, ends, (whole_shape,)) if join else (name, names, back, (whole_shape,), ends)
+                out.append(PlanEntry(*sides))
         return out
 
     def _rotary_of(self, parts: Sequence[Unit], shapes: Sequence[Shape], pick: Pick) -> tuple[Operation, ...]:
@@ -566,16 +577,6 @@ class Space:
             return ()
         width, rotated, to_pairs = rows
         return (Rotary(width, rotated, to_pairs, only),)
-
-
-def _first_of_parts(entry: PlanEntry) -> tuple[str, ...]:
-    """The parts of a fusion in their order, of a stack of fusions those of the first; nothing if heads alternate."""
-    steps = {op.name: op for op in entry.operations}
-    names = max(entry.sources, entry.targets, key=len)
-    if entry.kind != "parameter" or len(names) < 2 or "reshape" in steps or not steps.keys() & {"concat", "split"}:
-        return ()
-    stack = steps.get("stack") or steps.get("unstack")
-    return names[:: stack.count] if isinstance(stack, (Stack, Unstack)) else names
 
 
 def is_only_renamed(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> bool:

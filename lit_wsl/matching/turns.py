@@ -8,7 +8,8 @@ from typing import Any
 
 from lit_wsl.matching.layers import is_kernel
 from lit_wsl.matching.shapes import operations_between, transpose_shape
-from lit_wsl.plan.operations import Concat, Operation, Permute, Reorder, Reshape, Split, Transpose
+from lit_wsl.plan.entries import PlanEntry
+from lit_wsl.plan.operations import Concat, Operation, Permute, Reorder, Reshape, Split, Stack, Transpose, Unstack
 from lit_wsl.structure.description import Shape
 
 
@@ -31,6 +32,11 @@ def transposed(shape: Shape) -> tuple[Operation, ...]:
     if len(shape) < 3:
         return (Transpose(),) * (len(shape) == 2)
     return (Permute((0, 2, 1)),) if len(shape) == 3 else (Transpose(len(shape) - 2, len(shape) - 1),)
+
+
+def squeezed(shape: Shape, plain: Shape) -> tuple[Operation, ...]:
+    """What takes tensors of one shape, but for its first axis, to another with fewer or more axes of one behind."""
+    return () if shape[1:] == plain[1:] else (Reshape((-1, *shape[1:]), (-1, *plain[1:])),)
 
 
 def is_turn(op: Operation) -> bool:
@@ -103,3 +109,13 @@ def laid_out(shape: Shape, layout: Any) -> tuple[Operation, ...]:
 def listed(order: Sequence[int]) -> str:
     """An order in words."""
     return ", ".join(map(str, order))
+
+
+def first_of_parts(entry: PlanEntry) -> tuple[str, ...]:
+    """The parts of a fusion in their order, of a stack of fusions those of the first; nothing if heads alternate."""
+    steps = {op.name: op for op in entry.operations}
+    names = max(entry.sources, entry.targets, key=len)
+    if entry.kind != "parameter" or len(names) < 2 or "reshape" in steps or not steps.keys() & {"concat", "split"}:
+        return ()
+    stack = steps.get("stack") or steps.get("unstack")
+    return names[:: stack.count] if isinstance(stack, (Stack, Unstack)) else names

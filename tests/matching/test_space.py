@@ -222,6 +222,18 @@ def lists_that_are_alike():
     return old, new, truth
 
 
+def linear_layers_for_convolutions():
+    """Convolutions of size one, which are square, against one linear layer that holds all."""
+    old = Net({"a": {n: {"weight": (D, D, 1), "bias": (D,)} for n in ("q", "k", "v")}})
+    new = Net({"b": {"x": layer(3 * D, D)}})
+
+    def truth(s):
+        weight = torch.cat([s[f"a.{p}.weight"][..., 0] for p in "vqk"])
+        return {"b.x.weight": weight, "b.x.bias": torch.cat([s[f"a.{p}.bias"] for p in "vqk"])}
+
+    return old, new, truth
+
+
 def stacks_of_squares():
     """A bare tensor of four axes, the last two of which are exchanged."""
     old = Net({"caps": {"W": (2, 3, 8, 8)}, "out": layer(5, 4)})
@@ -231,6 +243,7 @@ def stacks_of_squares():
 
 CASES = [turned_layout, stacked_experts, fused_experts, turned_parts, square_stacks, alternating_parts, lists_of_layers]
 CASES += [many_siblings, table_in_the_first_block, two_attentions, lists_that_are_alike, stacks_of_squares]
+CASES += [linear_layers_for_convolutions]
 
 
 @pytest.mark.parametrize("case", [*CASES, *map(reversed_case, CASES)])
