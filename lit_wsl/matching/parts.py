@@ -13,6 +13,7 @@ from lit_wsl.matching.tree import role_of
 from lit_wsl.structure.description import Shape, core
 
 MAX_OPTIONS = 1536  # two modules of four layers have 1152
+MOST_TRIED = 20_000  # steps on the way to them: where nothing fits, there may be as many as subsets
 MAX_LISTS = 8  # lists of single layers of which all subsets are tried
 FREE, WHOLE_BY_WHOLE, MODULE_BY_MODULE = range(3)
 
@@ -143,17 +144,25 @@ def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, level: i
         for m in range(1, min(4, spare + 1) + 1):
             yield from (group for group in combinations(free, m) if makes_up(w, group))
 
+    dead: set[tuple[int, ...]] = set()  # what may be left over of the parts, so that nothing comes of it
+    tried = 0
+
     def recurse(w: int, free: tuple[int, ...], chosen: list) -> None:
-        if len(found) > limit:
+        nonlocal tried
+        tried += 1
+        if len(found) > limit or tried > MOST_TRIED or (w, *free) in dead:
             return
         if w == len(wholes):
             if not free:
                 found.append(tuple((g, (i,)) if fuse else ((i,), g) for i, g in enumerate(chosen)))
             return
+        before = len(found)
         for group in options(w, free):
             if level == MODULE_BY_MODULE and not stays(group, chosen):
                 continue
             recurse(w + 1, tuple(p for p in free if p not in group), [*chosen, group])
+        if len(found) == before and level != MODULE_BY_MODULE:
+            dead.add((w, *free))
 
     recurse(0, tuple(range(len(parts))), [])
     return found
