@@ -129,10 +129,10 @@ def match_buffers(
     around = _as_seen_from_neighbours([t.name for t in left], [(s.name, t.name) for s, t in pairs]) if left else {}
     for t in left:
         twin = twins.get(t.name)
-        s = free.get(around.get(t.name, "")) or free.get(twin.name if twin else "")
-        if s is not None and s.shape == t.shape:
-            del free[s.name]
-            found.append((s, t, SAME_PATH))
+        place = around.get(t.name, "")
+        place = place if place in free else twin.name if twin else ""
+        if place in free and free[place].shape == t.shape:
+            found.append((free.pop(place), t, SAME_PATH))
     return _counters_with_their_statistics(found, groups)
 
 

@@ -106,7 +106,7 @@ def _is_part_or_whole(unit: Unit, beside: Sequence[Unit], others: Sequence[Unit]
     return whole or any(joins(unit, group) for m in (2, 3) for group in combinations(others, m))
 
 
-def covers(source: Sequence[Unit], target: Sequence[Unit], limit: int = MAX_OPTIONS) -> list[Cover]:
+def covers(source: Sequence[Unit], target: Sequence[Unit]) -> list[Cover]:
     """All ways to assign the layers of one side to those of the other, each used once; parts may make up a whole.
 
     Where these are too many, parts of one whole are taken from one module; where they still are, the layers of a module
@@ -114,9 +114,9 @@ def covers(source: Sequence[Unit], target: Sequence[Unit], limit: int = MAX_OPTI
     """
     found: list[Cover] = []
     for level in (FREE, WHOLE_BY_WHOLE, MODULE_BY_MODULE):
-        fewer = _covers(source, target, limit, level)
+        fewer = _covers(source, target, MAX_OPTIONS, level)
         found = fewer or found
-        if len(fewer) <= limit:
+        if len(fewer) <= MAX_OPTIONS:
             break
     return found
 
