@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
-from lit_wsl.matching.likeness import CONTAINERS
+from lit_wsl.matching.likeness import WHOLES
 from lit_wsl.matching.scoring import near
 from lit_wsl.matching.words import ABBREVIATION, counted, lists_along, plain_words, token_similarity, unlike_lists
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape, tokenize
@@ -202,7 +202,7 @@ def _unwrapped(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo])
         prefix, count = max(alike.items(), key=lambda item: (item[1], item[0]), default=("", 0))
         rivals = [p for p, c in alike.items() if c == count and p.count(".") == prefix.count(".")]
         if len(rivals) > 1:  # of two copies none is all of it, but for one that is called so
-            rivals = [p for p in rivals if CONTAINERS.issuperset(plain_words(p))]
+            rivals = [p for p in rivals if WHOLES.issuperset(plain_words(p))]
         if 2 * count > min(map(len, shapes)) and len(rivals) == 1:
             prefix = rivals[0]
             inner = {n: p.removeprefix(prefix) if p.startswith(prefix) else f"/{p}" for n, p in paths[ours].items()}

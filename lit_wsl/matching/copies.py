@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
-from lit_wsl.matching.likeness import CONTAINERS, strength
+from lit_wsl.matching.likeness import WHOLES, strength
 from lit_wsl.matching.words import plain_words
 from lit_wsl.plan.entries import AVERAGE, CANDIDATE, Ambiguity, Candidate, PlanEntry, Unmatched
 from lit_wsl.plan.plan import TransferPlan
@@ -158,7 +158,7 @@ def _told(places: Sequence[str], target: ModelDescription) -> str | None:
     common = set.intersection(*words)
     parts = {".".join(i.name.split(".")[:-1][:DEPTH]) for i in target.parameters}
     theirs = {w for part in parts for w in plain_words(part) if len(w) > 2}
-    telling = [ws - common - (CONTAINERS - {"decoder"}) for ws in words]  # beside an encoder it says which
+    telling = [ws - common - WHOLES for ws in words]
     called = [p for p, ws in zip(places, telling) if any(strength(w, x)[0] >= 0.8 for w in ws for x in theirs)]
     plain = [p for p, ws in zip(places, telling) if not ws]
     return next((found[0] for found in (called, plain) if len(found) == 1), None)

@@ -125,7 +125,8 @@ ENDS = frozenset(  # what the last layer is called in any model, so that it says
     )
 )
 KINDS = frozenset(("bn", "ln", "gn", "conv", "convolution", "embed", "embedding", "embeddings", "weight"))
-CONTAINERS = frozenset(("backbone", "model", "net", "module", "decoder"))
+WHOLES = frozenset(("backbone", "model", "net", "module"))  # what a model is called, or most of it
+CONTAINERS = WHOLES | {"decoder"}
 LAYERS = {
     "bn",
     "ln",
@@ -278,7 +279,12 @@ def leads(shared: np.ndarray) -> list[tuple[int, int, float]]:
 
 def own_name(item: Item, parts: int = 1) -> tuple[str, ...]:
     """The words of the last parts of a path that have any, without numbers."""
-    return _last_words(owner_path(item.main.path) if item.level < 2 else item.path, parts)
+    return _last_words(_named_path(item), parts)
+
+
+def _named_path(item: Item) -> str:
+    """The path of a module, or of the one that a layer's tensors stand in."""
+    return owner_path(item.main.path) if item.level < 2 else item.path
 
 
 @lru_cache(maxsize=10_000)
@@ -318,7 +324,7 @@ def called_alike(s: Item, t: Item) -> bool:
 
 def called_otherwise(s: Item, t: Item) -> bool:
     """Whether both have names of their own that don't agree: where the others kept theirs, it is another thing."""
-    own = [plain_words((i.path if i.level == 2 else owner_path(i.main.path)).rpartition(".")[2]) for i in (s, t)]
+    own = [plain_words(_named_path(i).rpartition(".")[2]) for i in (s, t)]
     likeness = liken(own[0], own[1])
     left = likeness.left_s, likeness.left_t
     return all(any(len(w) > 2 for w in ws) for ws in left) or (likeness.shared > 0 and all(left))  # branch_a, branch_c
