@@ -153,12 +153,7 @@ class Pair:
         if (layout and name in self._unseen) or mixed:
             verdict = "unseen"
         wanted = "nothing" if truth is None else origin.get(truth.numpy().tobytes(), "several")
-        member = verdict == "wrong" and entry and truth is not None and _same_member(entry.sources, name)
-        if member and entry and (self._other_length or _same_list(entry.sources, wanted)):
-            verdict = "assumed"
-        if verdict == "wrong" and entry and _same_numbers(entry.sources, wanted, name):
-            verdict = "assumed"
-        if verdict == "wrong" and entry and truth is None and self._same_make(entry.sources, name):
+        if verdict == "wrong" and entry and self._is_assumed(entry.sources, name, wanted, truth is None):
             verdict = "assumed"
         judged = Judged(name, verdict, layout, buffer)
         if entry is None:
@@ -171,6 +166,14 @@ class Pair:
             evidence=str(getattr(entry, "evidence", "")),
             wanted=wanted,
         )
+
+    def _is_assumed(self, sources: tuple[str, ...], target: str, wanted: str, new: bool) -> bool:
+        """Whether the names along the way say that it is the same, which is wrong only for what nobody can see."""
+        if new and self._same_make(sources, target):
+            return True
+        member = not new and _same_member(sources, target)
+        counted = member and (self._other_length or _same_list(sources, wanted))
+        return counted or _same_numbers(sources, wanted, target)
 
     def _same_make(self, sources: tuple[str, ...], target: str) -> bool:
         """Whether the tensors beside both have the same names, which say more than weight and bias."""

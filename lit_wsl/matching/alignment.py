@@ -29,7 +29,7 @@ from lit_wsl.matching.dissent import against_order
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
 from lit_wsl.matching.likeness import ENDS, LAYERS
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.order import ORDER_ALONE, Kept, agreement, is_mirrored, kept_elsewhere, order_cell
+from lit_wsl.matching.order import Kept, agreement, is_mirrored, kept_elsewhere, order_cell
 from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
@@ -40,7 +40,6 @@ from lit_wsl.structure.description import Shape
 
 MAX_CANDIDATES = 16
 RUN_OTHERWISE = "the model registers these in one order and runs them in another"
-NAMELESS_ORDER = "nothing around them is decided, their names have nothing in common, and order alone does not decide"
 REPEATED_WEIGHT = 1000
 Profile = tuple[int, str, tuple[tuple[Shape, int], ...]]
 
@@ -457,9 +456,6 @@ class RegionMatch:
         for f, g in zip(tie.sources, tie.targets):
             self.aligner.classes._zip(f, g, cell, decision)
         judged = [self.aligner.classes.judge(p, self.region) for p in decision.pairs]
-        if cell.startswith(ORDER_ALONE) and any(", other" in p.cell for p, _ in judged):
-            self._doubt(replace(tie, reason=NAMELESS_ORDER))
-            return
         if why := next((why for _, why in judged if why), ""):
             self._doubt(replace(tie, reason=why))
             return

@@ -24,11 +24,16 @@ Layers = dict[str, tuple[int, Unit]]  # by their name in a module: the number of
 def options_of(space: Space, choice: Choice, decision: int) -> list[Choice]:
     """A choice with all options of one decision; with any two layers exchanged where there are many."""
     options = space.decisions[decision].options
-    part = next((part for part in space.parts if part.which == decision), None)
+    part = part_of(space, decision)
     found = [] if part is None else list(space.exchanges(choice, part))
     if part is None or len(options) <= FEW_COVERS:
         found = [*((*choice[:decision], o, *choice[decision + 1 :]) for o in range(len(options))), *found]
     return found or [choice]
+
+
+def part_of(space: Space, decision: int) -> Part | None:
+    """The group of layers that a decision assigns, if it is one of these."""
+    return next((part for part in space.parts if part.which == decision), None)
 
 
 def twins_exchanged(space: Space, choice: Choice) -> list[Choice]:

@@ -25,6 +25,7 @@ from dataclasses import replace
 import numpy as np
 
 from lit_wsl.matching.dissent import (
+    NAMELESS_ORDER,
     NEIGHBOUR,
     OTHER_LETTER,
     OUT_OF_ORDER,
@@ -56,7 +57,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.numbers import NUMBERS, counted_down, in_count, number_map, runs_apart
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.order import ORDER
+from lit_wsl.matching.order import ORDER, ORDER_ALONE
 from lit_wsl.matching.regions import (
     FEW,
     Decision,
@@ -163,6 +164,8 @@ class ClassSolver:
         """What speaks against a pair, for or against which names may speak at all."""
         if p.cell in (PATH, TIED) or not self.names:
             return OTHER_LETTER if p.cell == PATH and self.names and letters_apart(p.source, p.target, region) else ""
+        if p.cell.startswith(ORDER_ALONE) and ", other" in cell:
+            return NAMELESS_ORDER
         at_end = p.cell.startswith(ORDER) and " at an end" in cell
         at_head = " at a head" in cell and p.target.start in self.heads
         if at_end or (at_head and not self.learned.renames.are_all(p.source, p.target)):
@@ -202,15 +205,15 @@ class ClassSolver:
         if self._are_mirrored(s, t, [root.path.rpartition(".")[2] for _, root in sides]) and all(
             relative(i, root).isdigit() for items, root in sides for i in items
         ):
-            fs, ft = (_literal(families_of(items, root)) for items, root in sides)
-            out.ties.append(Tie(tuple(fs), tuple(ft), MIRRORED))
+            fs, ft = (families_of(items, root) for items, root in sides)
+            out.ties.append(Tie.between(fs, ft, MIRRORED))
             return out
         parts = cut_by_shapes(s, t, exact=not self.costs.turned, by_core=region.by_core)
         if len(parts) > 1 and self.names and self._named_turned(s, t, region):
             left = [list(x) for x in self._by_path(s, t, region, out)]
             if all(left):
-                fs, ft = (_literal(families_of(x, r)) for x, r in zip(left, (region.source, region.target)))
-                out.ties.append(Tie(tuple(fs), tuple(ft), TURNED))
+                fs, ft = (families_of(x, r) for x, r in zip(left, (region.source, region.target)))
+                out.ties.append(Tie.between(fs, ft, TURNED))
             return out
         for a, b, balanced in parts:
             self._solve_part(a, b, balanced, region, out)
@@ -248,10 +251,10 @@ class ClassSolver:
             gone = {id(p) for p in (*mine, *others)}
             out.pairs = [p for p in out.pairs if id(p) not in gone]
             fs, ft = (
-                _literal(families_of([getattr(p, side) for p in (*mine, *others)], root))
+                families_of([getattr(p, side) for p in (*mine, *others)], root)
                 for side, root in (("source", region.source), ("target", region.target))
             )
-            out.ties.append(Tie(tuple(fs), tuple(ft), TURNED))
+            out.ties.append(Tie.between(fs, ft, TURNED))
 
     def _named_turned(self, s: list[Item], t: list[Item], region: Region) -> bool:
         """Whether names single out a partner that would have to be transposed, where the shapes say another."""
@@ -331,24 +334,22 @@ class ClassSolver:
             return s, t
         for i in t:
             path = relative(i, region.target)
-            twin = theirs.get(path)
-            twin = self._wrapped_twin(i, starts, region) if twin is None else twin
+            twin = theirs.get(path) or self._wrapped_twin(i, starts)
             if twin is None or counted_down(twin, i, region) or self.costs.of(twin, i) is None:
                 continue
-            if path in theirs and not region.same_numbers(path):
+            if not region.count_alike(relative(twin, region.source), path):
                 continue
             out.pairs.append(Pair(twin, i, PATH, first=not path or path[-1] in "0" or not path[-1].isdigit()))
             taken |= {id(twin), id(i)}
         return [i for i in s if id(i) not in taken], [i for i in t if id(i) not in taken]
 
-    def _wrapped_twin(self, t: Item, starts: Mapping[int, Item], region: Region) -> Item | None:
+    def _wrapped_twin(self, t: Item, starts: Mapping[int, Item]) -> Item | None:
         """What has the path of an item, but for a module around all of the model on one side."""
         twin = starts.get(self.sources_of.get(t.start, -1))
         if twin is None or t.virtual:
             return None
         short, long = sorted((f".{twin.path}", f".{t.path}"), key=len)
-        alike = region.count_alike(relative(twin, region.source), relative(t, region.target))
-        return twin if alike and long.endswith(short) else None
+        return twin if long.endswith(short) else None
 
     # words -------------------------------------------------------------------------------------------------------
 
@@ -359,12 +360,12 @@ class ClassSolver:
         if n == m == 1:
             if sure or fs[0].pattern == ft[0].pattern:
                 if fixed and called_otherwise(fs[0].members[0], ft[0].members[0]):
-                    out.ties.append(Tie(tuple(_literal(fs)), tuple(_literal(ft)), OTHER_WORDS))
+                    out.ties.append(Tie.between(fs, ft, OTHER_WORDS))
                     return
                 cell = EXCLUSION if fixed else ALONE if region.complete else STRONG
                 cell = cell if sure else "open " + cell
                 if any(self._is_other_head(a, b) for a, b in zip(fs[0].members, ft[0].members)):
-                    out.ties.append(Tie(tuple(_literal(fs)), tuple(_literal(ft)), OTHER_HEAD))
+                    out.ties.append(Tie.between(fs, ft, OTHER_HEAD))
                 elif may_load(cell):
                     self._zip(fs[0], ft[0], cell, out)
             return
@@ -403,8 +404,7 @@ class ClassSolver:
             better = better or ((fixed or whole) and called_otherwise(s, t))
             head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
-                why = OTHER_HEAD if head else OTHER_WORDS
-                out.ties.append(Tie(tuple(_literal(left_s)), tuple(_literal(left_t)), why))
+                out.ties.append(Tie.between(left_s, left_t, OTHER_HEAD if head else OTHER_WORDS))
             else:
                 self._zip(left_s[0], left_t[0], EXCLUSION, out)
             return
@@ -470,7 +470,7 @@ class ClassSolver:
         found = None if mirrored else number_map(f, g, self.ordered, self.written)
         if found is None:
             why = MIRRORED if mirrored else NUMBERED_OTHERWISE
-            out.ties.append(Tie(tuple(_literal([f])), tuple(_literal([g])), why))
+            out.ties.append(Tie.between([f], [g], why))
             return
         members, kind = found
         for k, (a, b) in enumerate(zip(f.members, members)):

@@ -15,7 +15,6 @@ from rapidfuzz.distance import Levenshtein
 
 from lit_wsl.matching.formula import spelled
 from lit_wsl.matching.likeness import (
-    CONTAINERS,
     ENDS,
     FORMULA,
     KINDS,
@@ -24,6 +23,7 @@ from lit_wsl.matching.likeness import (
     LETTERS,
     NEAR_WORDS,
     SIDES,
+    WHOLES,
     contrast,
     liken,
     of_one_role,
@@ -58,6 +58,7 @@ TOWERS = (
 )
 AGAINST_NAMES = "their order says one thing and their names another"
 LISTS_CUT = "one list became several that names tell apart: which member went into which can't be told from a number"
+NAMELESS_ORDER = "nothing around them is decided, their names have nothing in common, and order alone does not decide"
 TWINS_RENAMED = "everything beside them kept its name, and only theirs are new: their order may be new as well"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
 TASKS = frozenset(("cls", "classifier", "classify", "lm"))  # what some last layers are for
@@ -157,7 +158,7 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
     if whole or len(siblings) < KEPT:
         listed = any(i.path.rpartition(".")[2].isdigit() for i in (p.source, p.target))
         ours, theirs = own_name(p.source), own_name(p.target)
-        alike = {*ours} & {*theirs} & (CONTAINERS - {"decoder"})  # yolo_backbone, resnet_backbone
+        alike = {*ours} & {*theirs} & WHOLES  # yolo_backbone, resnet_backbone
         renamed, kept = learned.renames.others(p.source, p.target)
         if listed or alike or renamed or not kept:
             return False
@@ -205,8 +206,8 @@ def _has_namesake(s: Item, t: Item, region: Region) -> bool:
 def _is_member_beside_like(ours: Item, theirs: Item, s: Item, t: Item) -> bool:
     """Whether a whole list on one side is a member of a list on the other side, which has more of its kind."""
     whole, member = (theirs, t) if ours is s else (ours, s)
-    name = (ours if whole is theirs else theirs).path.rpartition(".")[2]
-    if whole.path.rpartition(".")[2] != name or name.isdigit():
+    names = [i.path.rpartition(".")[2] for i in (ours, theirs)]
+    if names[0] != names[1] or names[0].isdigit():
         return False
     inside = [c for c in whole.children if c.level == 2 and relative(c, whole).partition(".")[0].isdigit()]
     return len(inside) > 1 and any(c is member for c in inside)

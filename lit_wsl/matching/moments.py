@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lit_wsl.matching.changes import Choice, options_of
+from lit_wsl.matching.changes import Choice, options_of, part_of
 from lit_wsl.matching.search import Trials
 from lit_wsl.matching.witnesses import AGREES as HEARD
 from lit_wsl.matching.witnesses import risk_of
@@ -154,7 +154,7 @@ class Moments:
         ways = {self._means(modules, choice): choice}
         for d in self._decisions(modules, choice):
             # Where two of the modules take their layers from the same ones, each may have to change.
-            part = next((part for part in self.space.parts if part.which == d), None)
+            part = part_of(self.space, d)
             names = {name.rpartition(".")[0] for unit in part.target for name in unit.all_names} if part else set()
             for _ in range(max(1, len(names.intersection(modules)))):
                 more = [one for way in ways.values() for one in options_of(self.space, way, d)]

@@ -51,7 +51,7 @@ def joins(whole: Unit, parts: Sequence[Unit]) -> tuple[int, bool] | None:
     if None in within or len({p.times for p in parts}) > 1 or {len(p.shapes) for p in parts} != {len(whole.shapes)}:
         return None
     shapes = within[0] or ()
-    main, own = level(shapes[0], [p.shapes[0] for p in parts])
+    main, own = trimmed(shapes[0], [p.shapes[0] for p in parts])
     if len(main) < 2:
         return None
     found = (0, False) if _joined(main, own, 0) else None
@@ -63,10 +63,10 @@ def joins(whole: Unit, parts: Sequence[Unit]) -> tuple[int, bool] | None:
     return found if all(_joined(other, theirs, vector_axis(main, other)) for other, theirs in others) else None
 
 
-def level(whole: Shape, parts: Sequence[Shape]) -> tuple[Shape, list[Shape]]:
+def trimmed(whole: Shape, parts: Sequence[Shape]) -> tuple[Shape, list[Shape]]:
     """Shapes without axes of one at the end, where they have other numbers of axes: some convolutions are linear.
 
-    >>> level((6, 4), [(3, 4, 1), (3, 4, 1)])
+    >>> trimmed((6, 4), [(3, 4, 1), (3, 4, 1)])
     ((6, 4), [(3, 4), (3, 4)])
     """
     least = max(2, min(map(len, (whole, *parts))))
@@ -173,7 +173,7 @@ def _may_join(part: Unit, whole: Unit) -> bool:
     within = _within(part, whole)
     if within is None:
         return False
-    w, (p,) = level(within[0], [part.shapes[0]])
+    w, (p,) = trimmed(within[0], [part.shapes[0]])
     if len(p) != len(w) or len(w) < 2 or len(part.shapes) != len(whole.shapes):
         return False
     if len(w) == 3 and p[0] == w[0] and not is_kernel(w):

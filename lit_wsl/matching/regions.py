@@ -26,7 +26,7 @@ from lit_wsl.matching.likeness import (
     liken,
     own_name,
 )
-from lit_wsl.matching.tree import Family, Item, families_of, owner_path, place_in, relative, shape_key
+from lit_wsl.matching.tree import Family, Item, families_of, literal, owner_path, place_in, relative, shape_key
 from lit_wsl.matching.words import Lists, counted, plain_words, split_numbers, unlike_lists
 from lit_wsl.structure.description import ParameterInfo, Shape
 
@@ -119,7 +119,9 @@ class Region:
         return not self._unlike or all(place not in self._unlike for place, _ in counted(path))
 
     def count_alike(self, ours: str, theirs: str) -> bool:
-        """Whether every number along two paths, from their ends, counts as many things on both sides."""
+        """Whether every number along two paths, from their ends, counts the same things on both sides."""
+        if ours == theirs:
+            return self.same_numbers(ours)
         places = zip(reversed(counted(ours)), reversed(counted(theirs)))
         return all(self.lists[0].get(a, {}).keys() == self.lists[1].get(b, {}).keys() for (a, _), (b, _) in places)
 
@@ -267,6 +269,11 @@ class Tie:
     def of(cls, s: Item, t: Item, region: Region, reason: str) -> Tie:
         """Two items that belong together or to nothing."""
         return cls(tuple(families_of([s], region.source)), tuple(families_of([t], region.target)), reason)
+
+    @classmethod
+    def between(cls, sources: Sequence[Family], targets: Sequence[Family], reason: str) -> Tie:
+        """The members of families, one by one."""
+        return cls(tuple(literal(sources)), tuple(literal(targets)), reason)
 
     @property
     def rank(self) -> int:

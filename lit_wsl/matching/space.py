@@ -27,12 +27,12 @@ from lit_wsl.matching.parts import (
     fits,
     groups_of,
     joins,
-    level,
     numberings,
     paired_lists,
     share_words,
     spell_parts,
     taken_apart,
+    trimmed,
     vector_axis,
     with_dissolved,
 )
@@ -535,7 +535,7 @@ class Space:
         out = []
         for j, whole_shape in enumerate(whole.shapes):
             given = [p.shapes[j] for p in parts]
-            flat, shapes = level(whole_shape, given)
+            flat, shapes = trimmed(whole_shape, given)
             axis, turn = found if j == 0 else (vector_axis(whole.shapes[0], whole_shape), False)
             if j == 0 and part.turn is not None and all(map(is_square, parts)):
                 turn = bool(pick(part.turn))
