@@ -145,7 +145,9 @@ def _twice(first: str, second: str) -> nn.Module:
     return nn.ModuleDict({first: network(), second: network()})
 
 
-@pytest.mark.parametrize("names", [("left", "right"), ("policy", "policy_old"), ("q_target", "q"), ("encoder", "decoder")])
+@pytest.mark.parametrize(
+    "names", [("left", "right"), ("policy", "policy_old"), ("q_target", "q"), ("encoder", "decoder")]
+)
 def test_one_network_is_a_choice_for_a_model_that_holds_two(names):
     old, new = network(), _twice(*names)
     for order in (list, sorted):
