@@ -22,6 +22,7 @@ from lit_wsl.structure.families import find_average
 DEPTH = 3  # of modules that may be copies
 FEWEST = 8  # tensors of a copy; smaller modules are alike by chance
 LARGE = 0.2  # of all elements: copies are of the model, or of most of it
+SHORTEST = 4  # letters of a word that stands for another; fewer begin too many
 ALIKE = 0.8  # of the tensors of the smaller copy: one may have a head that the other lacks
 COPIES = "copies of one network"
 COPY = "stands in a copy of what is taken; source_prefix takes another"
@@ -159,9 +160,14 @@ def _told(places: Sequence[str], target: ModelDescription) -> str | None:
     parts = {".".join(i.name.split(".")[:-1][:DEPTH]) for i in target.parameters}
     theirs = {w for part in parts for w in plain_words(part) if len(w) > 2}
     telling = [ws - common - WHOLES for ws in words]
-    called = [p for p, ws in zip(places, telling) if any(strength(w, x)[0] >= 0.8 for w in ws for x in theirs)]
+    called = [p for p, ws in zip(places, telling) if any(_says(w, x) for w in ws for x in theirs)]
     plain = [p for p, ws in zip(places, telling) if not ws]
     return next((found[0] for found in (called, plain) if len(found) == 1), None)
+
+
+def _says(word: str, other: str) -> bool:
+    """Whether a word of a copy is a word of the model, be it shortened; ``pre`` is no ``previous``."""
+    return word == other or (min(len(word), len(other)) >= SHORTEST and strength(word, other)[0] >= 0.8)
 
 
 def _needs(target: ModelDescription, source: ModelDescription, others: tuple[str, ...], second: Counter[Shape]) -> bool:

@@ -86,6 +86,7 @@ from lit_wsl.matching.tree import (
 )
 from lit_wsl.matching.tree import literal as _literal
 from lit_wsl.matching.words import path_tokens, plain_words
+from lit_wsl.structure.description import core
 
 PATH, TIED = "path", "tied"
 ALONE, DISTINCT = "alone", "distinct shape"
@@ -118,7 +119,7 @@ class ClassSolver:
         self.learned = learned
         self.names = options.strategy != "shape_only"
         self.costs = costs
-        self.ties, self.heads = sides.ties, sides.heads
+        self.ties, self.heads, self.backwards = sides.ties, sides.heads, sides.backwards
         self.ordered, self.written = sides.ordered, sides.written
         self.sources_of = sides.sources_of
 
@@ -203,7 +204,7 @@ class ClassSolver:
         out = Decision()
         sides = (s, region.source), (t, region.target)
         if self._are_mirrored(s, t, [root.path.rpartition(".")[2] for _, root in sides]) and all(
-            relative(i, root).isdigit() for items, root in sides for i in items
+            relative(i, root).partition(".")[0].isdigit() for items, root in sides for i in items
         ):
             fs, ft = (families_of(items, root) for items, root in sides)
             out.ties.append(Tie.between(fs, ft, MIRRORED))
@@ -237,8 +238,9 @@ class ClassSolver:
         """
         nameless: dict[tuple[int, ...], list[Pair]] = {}
         for p in out.pairs:
-            if p.source.level < 2 and len(p.target.main.shape) in (2, 3) and not (is_named(p.cell) or p.cell == ROLE):
-                nameless.setdefault(p.target.main.shape, []).append(p)
+            shape = core(p.target.main.shape)
+            if p.source.level < 2 and len(shape) in (2, 3) and not (is_named(p.cell) or p.cell == ROLE):
+                nameless.setdefault(shape, []).append(p)
         for shape, mine in nameless.items():
             others = nameless.get(transpose_shape(shape), [])
             if shape[-2] <= shape[-1] or len(others) != len(mine):
@@ -467,7 +469,7 @@ class ClassSolver:
             out.pairs.append(Pair(f.members[0], g.members[0], cell, lead))
             return
         mirrored = self._are_mirrored(f.members, g.members, [f.pattern, g.pattern])
-        found = None if mirrored else number_map(f, g, self.ordered, self.written)
+        found = None if mirrored else number_map(f, g, self.ordered, self.written, self.backwards)
         if found is None:
             why = MIRRORED if mirrored else NUMBERED_OTHERWISE
             out.ties.append(Tie.between([f], [g], why))

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Container, Sequence
+from itertools import pairwise, product
 
 from lit_wsl.matching.likeness import LAYER_NAMES, liken
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, relative, telling_words
-from lit_wsl.matching.words import counted
+from lit_wsl.matching.words import Lists, counted
 
 NUMBERS, ASCENDING = "numbers", "ascending"
 
 
-def number_map(f: Family, g: Family, ordered: bool, written: bool) -> tuple[tuple[Item, ...], str] | None:
-    """The members of ``g`` in the order of ``f``, and by which evidence; ``None`` if nothing tells."""
+def number_map(
+    f: Family, g: Family, ordered: bool, written: bool, backwards: Container[tuple[str, str]] = ()
+) -> tuple[tuple[Item, ...], str] | None:
+    """The members of ``g`` in the order of ``f``, and by which evidence; ``None`` if nothing tells.
+
+    Where lists of these names count down elsewhere (:func:`lists_backwards`), the same numbers tell nothing.
+    """
     if len(f.members) != len(g.members) or _levels_exchanged(f, g):
+        return None
+    ours, theirs = (counted(fam.members[0].path)[-1:] for fam in (f, g))
+    if ours and theirs and (_list_name(ours[0][0]), _list_name(theirs[0][0])) in backwards:
         return None
     up_s, up_t = _direction(f.members), _direction(g.members)
     sets = [[tuple(n[a] for n in fam.numbers) for a in fam.axes()] for fam in (f, g)]
@@ -33,6 +41,27 @@ def number_map(f: Family, g: Family, ordered: bool, written: bool) -> tuple[tupl
     if ordered and up_s == up_t == 1 and not _number_names(f, g):
         return g.members, ASCENDING
     return None
+
+
+def lists_backwards(ours: Lists, theirs: Lists) -> frozenset[tuple[str, str]]:
+    """Names of lists that have the same sizes only if one is read backwards, wherever lists of these names stand."""
+    named: list[dict[tuple[int, ...], set[str]]] = [{}, {}]
+    for side, lists in zip(named, (ours, theirs)):
+        for place, members in lists.items():
+            sizes = tuple(members[n] for n in sorted(members, key=int))
+            if sizes != sizes[::-1]:
+                side.setdefault(sizes, set()).add(_list_name(place))
+    pairs = [
+        {pair for sizes, names in named[0].items() for pair in product(names, named[1].get(sizes[::step], ()))}
+        for step in (1, -1)
+    ]
+    return frozenset(pairs[1] - pairs[0])
+
+
+def _list_name(place: str) -> str:
+    """What a list is called, by the place where it counts: ``blocks`` of ``encoder.blocks.#``."""
+    around, _, last = place.rpartition(".")
+    return around.rpartition(".")[2] if last == "#" else last
 
 
 def _number_names(f: Family, g: Family) -> bool:
@@ -85,12 +114,13 @@ def _direction(items: Sequence[Item]) -> int:
 
 def runs_apart(s: Sequence[Item], t: Sequence[Item], region: Region) -> bool:
     """Whether the members of two lists are counted alike, but registered in opposite directions."""
-    counted = [
-        {int(relative(i, root)): i.start for i in side if relative(i, root).isdigit()}
-        for side, root in ((s, region.source), (t, region.target))
-    ]
-    shared = sorted(set(counted[0]) & set(counted[1]))
-    ups = [[places[a] < places[b] for a, b in pairwise(shared)] for places in counted]
+    places: list[dict[int, int]] = [{}, {}]
+    for place, side, root in zip(places, (s, t), (region.source, region.target)):
+        for number, start in ((relative(i, root).partition(".")[0], i.start) for i in side):
+            if number.isdigit():
+                place.setdefault(int(number), start)
+    shared = sorted(places[0].keys() & places[1].keys())
+    ups = [[place[a] < place[b] for a, b in pairwise(shared)] for place in places]
     return bool(ups[0]) and any(all(ups[k]) and not any(ups[1 - k]) for k in (0, 1))
 
 

@@ -127,4 +127,6 @@ def kept_elsewhere(here: bool, others: Iterable[Kept]) -> str:
     if level != here:
         return "as on other levels"
     by_chance = math.prod(math.factorial(min(n, 10)) for n in told[level])
-    return AS_ELSEWHERE if by_chance >= 100 else AS_SOMEWHERE  # in one of so many orders all of it would agree
+    return (
+        AS_ELSEWHERE if by_chance >= math.factorial(MANY) else AS_SOMEWHERE
+    )  # in one of so many orders all of it would agree

@@ -17,6 +17,7 @@ from lit_wsl.matching.copies import one_of_copies, settle
 from lit_wsl.matching.entries import EntryWriter
 from lit_wsl.matching.hints import hints, scaled_weights
 from lit_wsl.matching.layouts import hidden_layouts, leave_open
+from lit_wsl.matching.numbers import lists_backwards
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER
 from lit_wsl.matching.orientation import Orientation
@@ -419,7 +420,8 @@ def align(
         place_s, place_t = ({i.name: k for k, i in enumerate(order)} for order in (order_s, order_t))
         twins = {place_s[s.name]: place_t[t] for t, s in names.items()}
     executed = tuple(info.execution_order for info in order_t)
-    sides = Sides(ties or {}, ordered, written, executed, ends_of(order_t), twins)
+    backwards = lists_backwards(root_s.lists, root_t.lists)
+    sides = Sides(ties or {}, ordered, written, executed, ends_of(order_t), twins, backwards)
     aligner = Aligner(options, builder, Evidence(), forbidden, sides)
     aligner.align(root_s, root_t)
     outcome = Aligner(options, builder, aligner.gathered, forbidden, sides).align(root_s, root_t)

@@ -46,6 +46,7 @@ class Sides:
         execution: When the target runs each of its tensors, by ordinal.
         twins: Ordinals of source tensors, and of the target's tensors of the same path and shape.
         heads: Ordinals of the target's matrices at its ends (:func:`ends_of`).
+        backwards: Names of lists that count down on one side (:func:`~lit_wsl.matching.numbers.lists_backwards`).
     """
 
     ties: Mapping[str, int] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class Sides:
     execution: tuple[int | None, ...] = ()
     heads: frozenset[int] = frozenset()
     twins: Mapping[int, int] = field(default_factory=dict)
+    backwards: frozenset[tuple[str, str]] = frozenset()
 
     @cached_property
     def sources_of(self) -> dict[int, int]:
