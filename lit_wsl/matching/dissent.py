@@ -47,6 +47,9 @@ OTHER_LETTER = "one is named after the queries, keys or values of an attention, 
 NETWORK_LETTER = "one letter of the names of two whole networks agrees, which may stand for anything"
 OPPOSITE = "their names differ in words that distinguish neighbouring modules of other models"
 NAMESAKE = "another module beside them has the name of one of the two in another size: it may have been resized"
+OTHER_TOWER = (
+    "each stands in a part of its model that also holds what the other's part has not: it stands elsewhere there"
+)
 INSIDE_OUT = "each holds a module that is called like the other: what was outside may be inside now"
 OTHER_VALUES = "one is named after a function of the other, so its values are different"
 RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
@@ -81,6 +84,8 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         return OPPOSITE
     if _has_namesake(p.source, p.target, region):
         return NAMESAKE
+    if _stand_in_other_towers(p.source, p.target, region):
+        return OTHER_TOWER
     if min(p.source.level, p.target.level) == 2 and _is_inside_out(p.source, p.target):
         return INSIDE_OUT
     if max(p.source.level, p.target.level) < 2 and _is_function(p.source, p.target):
@@ -200,6 +205,21 @@ def _has_namesake(s: Item, t: Item, region: Region) -> bool:
             alike = region.namesakes(home_s, home_t, same=whole)
             if alike[0].get(id(ours), id(theirs)) != id(theirs) or alike[1].get(id(theirs), id(ours)) != id(ours):
                 return True
+    return False
+
+
+def _stand_in_other_towers(s: Item, t: Item, region: Region) -> bool:
+    """Whether both stand in large modules that share nothing of what only one module of the size has on each side.
+
+    Of two encoders one holds the only table of words and the other the only patch projection, whatever they are called.
+    """
+    homes = (_chain(i, homes)[1:-1] for i, homes in zip((s, t), region.homes))
+    for ours, theirs in zip(*homes):
+        if min(len(ours.tensors), len(theirs.tensors)) < TOWER:
+            return False
+        single = [{t.shape for t in i.tensors if t.shape in region.single_shapes} for i in (ours, theirs)]
+        if all(single) and single[0].isdisjoint(single[1]):
+            return True
     return False
 
 

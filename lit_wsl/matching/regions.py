@@ -165,6 +165,14 @@ class Region:
         return makes_of(self.source), makes_of(self.target)
 
     @cached_property
+    def single_shapes(self) -> frozenset[Shape]:
+        """Shapes of which each side has just one tensor."""
+        ours, theirs = (
+            {x for x, n in Counter(t.shape for t in i.tensors).items() if n == 1} for i in (self.source, self.target)
+        )
+        return frozenset(ours & theirs)
+
+    @cached_property
     def letters(self) -> tuple[Letters, Letters]:
         """Which units are what in an attention; source and target."""
         return letters_below(self.source), letters_below(self.target)
