@@ -238,7 +238,8 @@ class ClassSolver:
         """
         nameless: dict[tuple[int, ...], list[Pair]] = {}
         for p in out.pairs:
-            shape = core(p.target.main.shape)
+            shape = p.target.main.shape
+            shape = shape if len(shape) == len(p.source.main.shape) else core(shape)  # a matrix that became a kernel
             if p.source.level < 2 and len(shape) in (2, 3) and not (is_named(p.cell) or p.cell == ROLE):
                 nameless.setdefault(shape, []).append(p)
         for shape, mine in nameless.items():

@@ -209,13 +209,14 @@ def _has_namesake(s: Item, t: Item, region: Region) -> bool:
 
 
 def _stand_in_other_towers(s: Item, t: Item, region: Region) -> bool:
-    """Whether both stand in large modules that share nothing of what only one module of the size has on each side.
+    """Whether both stand in large modules of one make that share nothing of what each side has only once.
 
     Of two encoders one holds the only table of words and the other the only patch projection, whatever they are called.
     """
     homes = (_chain(i, homes)[1:-1] for i, homes in zip((s, t), region.homes))
     for ours, theirs in zip(*homes):
-        if min(len(ours.tensors), len(theirs.tensors)) < TOWER:
+        sizes = len(ours.tensors), len(theirs.tensors)
+        if min(sizes) < TOWER or 2 * (ours.profile & theirs.profile).total() < max(sizes):
             return False
         single = [{t.shape for t in i.tensors if t.shape in region.single_shapes} for i in (ours, theirs)]
         if all(single) and single[0].isdisjoint(single[1]):
@@ -292,6 +293,8 @@ def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
         return AGAINST_NAMES
     if _counted_backwards(tie.sources, tie.targets) or _counted_backwards(tie.targets, tie.sources):
         return COUNTED_OTHERWISE
+    if any(_leaves_formula(side, k, region) for k, side in enumerate((tie.sources, tie.targets))):
+        return COUNTED_OTHERWISE
     if _is_list_cut(tie.sources, tie.targets) or _is_list_cut(tie.targets, tie.sources):
         return LISTS_CUT
     if _are_twins_renamed(tie, renames):
@@ -315,6 +318,13 @@ def _counted_backwards(families: Sequence[Family], others: Sequence[Family]) -> 
     counted = any(len(numbers) > 1 for numbers in _counts(others))
     blocks = families[0].members[0].level == 2 and counted
     return any(numbers != up and not (blocks and numbers == up[::-1]) for numbers, up in orders)
+
+
+def _leaves_formula(families: Sequence[Family], side: int, region: Region) -> bool:
+    """Whether the parts of an attention are not registered in the order of its formula, in which others count them."""
+    letters = [region.letters_of(f.members[0], side) for f in sorted(families, key=lambda f: f.start)]
+    places = ["qkvo".index(*found) for found in letters if len(found) == 1]
+    return len(places) == len(families) and places != sorted(places)
 
 
 def _counts(families: Sequence[Family]) -> list[list[tuple[int, ...]]]:
