@@ -452,6 +452,9 @@ class RegionMatch:
 
     def _follow_order(self, tie: Tie, cell: str) -> None:
         """Take the pairs of a tie in their order, all of them or none: what speaks against one speaks against it."""
+        if any(len(f.members) != len(g.members) for f, g in zip(tie.sources, tie.targets)):
+            self._doubt(tie)
+            return
         decision = Decision()
         for f, g in zip(tie.sources, tie.targets):
             self.aligner.classes._zip(f, g, cell, decision)

@@ -61,6 +61,8 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
         enough = ALIKE * len(target.parameters)
         found = [g for g in found if _is_outside(*g[:2]) or sum(n.startswith(g[-1]) for n in shapes) >= enough]
     for group in found:
+        if sum(any(i.name.startswith(p) for i in target.parameters) for p in group) > 1:
+            continue  # it holds both under their own names
         best = group[0] if _is_outside(*group[:2]) else _told(group, target)
         taken = group[0] if best is None else best
         others = tuple(p for p in group if p != taken)

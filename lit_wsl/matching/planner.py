@@ -147,7 +147,9 @@ _STYLES = (  # how torch.nn.utils.parametrizations stores what older functions o
 def _build(source: ModelDescription, target: ModelDescription, options: MatchingOptions) -> TransferPlan:
     """The plan of lossless operations alone; parametrized weights go by the names that older code gives them."""
     sides, names = [], []
-    whole, inside = source, part_of(source, options.source_prefix)
+    whole, summary_t = source, SideSummary.of(target)
+    inside, around_s = _without_wrappers(part_of(source, options.source_prefix))
+    target, around_t = _without_wrappers(target)
     source, copies = one_of_copies(inside, target)
     left_out = [(copies, inside)] if copies else []
     if copies and copies.reason == AVERAGE:  # beside it there may be a teacher
@@ -163,11 +165,24 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
         infos = tuple(replace(i, name=renamed[i.name]) if i.name in renamed else i for i in side.parameters)
         sides.append(replace(side, parameters=infos) if renamed else side)
         names.append({new: old for old, new in renamed.items()})
-    summaries = SideSummary.of(whole), SideSummary.of(target)
+    summaries = SideSummary.of(whole), summary_t
     plan = _named_back(_build_lossless(sides[0], sides[1], options, summaries), names[0], names[1])
     for copies, around in reversed(left_out):
         plan = settle(plan, copies, around)
-    return plan
+    return _named_back(plan, around_s, around_t)
+
+
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[.]")
+
+
+def _without_wrappers(side: ModelDescription) -> tuple[ModelDescription, dict[str, str]]:
+    """A side without the modules that torch puts around others (compile, FSDP), and by new names the old ones."""
+    short = {i.name: plain for i in side.parameters if (plain := _WRAPPERS.sub("", i.name)) != i.name}
+    infos = tuple(replace(i, name=short[i.name]) if i.name in short else i for i in side.parameters)
+    if not short or len({i.name for i in infos}) < len(infos):
+        return side, {}
+    tied = {alias: short.get(first, first) for alias, first in side.tied.items()}
+    return replace(side, parameters=infos, tied=tied), {plain: name for name, plain in short.items()}
 
 
 def _named_back(plan: TransferPlan, source: Mapping[str, str], target: Mapping[str, str]) -> TransferPlan:
