@@ -33,7 +33,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO, AS_ELSEWHERE
-from lit_wsl.matching.regions import Learned, Pair, Region, Renames, Tie, makes_of
+from lit_wsl.matching.regions import Learned, Pair, Region, Renames, Tie, makes_of, other_name
 from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
 
@@ -49,6 +49,9 @@ OPPOSITE = "their names differ in words that distinguish neighbouring modules of
 NAMESAKE = "another module beside them has the name of one of the two in another size: it may have been resized"
 OTHER_TOWER = (
     "each stands in a part of its model that also holds what the other's part has not: it stands elsewhere there"
+)
+LEFT_HOME = (
+    "what one of them stands in is still there without it, and their names have nothing in common: it may be a new part"
 )
 INSIDE_OUT = "each holds a module that is called like the other: what was outside may be inside now"
 OTHER_VALUES = "one is named after a function of the other, so its values are different"
@@ -86,6 +89,8 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         return NAMESAKE
     if _stand_in_other_towers(p.source, p.target, region):
         return OTHER_TOWER
+    if _left_home(p.source, p.target, region):
+        return LEFT_HOME
     if min(p.source.level, p.target.level) == 2 and _is_inside_out(p.source, p.target):
         return INSIDE_OUT
     if max(p.source.level, p.target.level) < 2 and _is_function(p.source, p.target):
@@ -222,6 +227,22 @@ def _stand_in_other_towers(s: Item, t: Item, region: Region) -> bool:
         if all(single) and single[0].isdisjoint(single[1]):
             return True
     return False
+
+
+def _left_home(s: Item, t: Item, region: Region) -> bool:
+    """Whether two units of a block have foreign names, and the module that one stands in is on the other side, too.
+
+    Norms are moved freely.
+    """
+    listed = all(any(c.isdigit() for c in i.path) for i in (s, t))
+    if not listed or s.rank < 2 or max(s.level, t.level) == 2 or not other_name(s, t, region):
+        return False
+    places = place_in(s, region.source), place_in(t, region.target)
+    homes = [place.rpartition(".")[0] for place in places]
+    return any(
+        home in region.modules[1 - side] and not place.startswith(f"{home}.") and not home.rpartition(".")[2].isdigit()
+        for side, (home, place) in enumerate(zip(homes, places[::-1]))
+    )
 
 
 def _is_member_beside_like(ours: Item, theirs: Item, s: Item, t: Item) -> bool:

@@ -193,6 +193,12 @@ class Region:
         return self.source.names, self.target.names
 
     @cached_property
+    def modules(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The paths of all modules below, source and target."""
+        ours, theirs = (frozenset(p for n in set(map(owner_path, side)) for p in _around(n)) for side in self.names)
+        return ours, theirs
+
+    @cached_property
     def words(self) -> tuple[Counter[str], Counter[str]]:
         """How many tensors have each word in their path, source and target."""
         return _word_counts(self.source), _word_counts(self.target)
