@@ -16,7 +16,7 @@ from dataclasses import replace
 from lit_wsl.matching.turns import is_turn, transposed
 from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.operations import Concat, Operation, Reshape, Split
-from lit_wsl.structure.description import ParameterInfo, core
+from lit_wsl.structure.description import ParameterInfo, Shape, core
 
 _TABLE = re.compile("embed|pos|token|table")
 OPEN = "a square matrix, and nothing shows whether both sides store it the same way round"
@@ -36,9 +36,15 @@ class Orientation:
         matches: Source tensors, target tensors and operations of all matches.
         doubts: Target tensors and their candidates, of what is open: where only a turned matrix would fit, or names
             speak for one, something was stored the other way round, though nobody knows what.
+        tensors: All tensors of both sides: where those left over fit only turned, so may the squares beside them.
     """
 
-    def __init__(self, matches: Sequence[Matched], doubts: Sequence[Doubted] = ()) -> None:
+    def __init__(
+        self,
+        matches: Sequence[Matched],
+        doubts: Sequence[Doubted] = (),
+        tensors: tuple[Sequence[ParameterInfo], Sequence[ParameterInfo]] = ((), ()),
+    ) -> None:
         self._seen: dict[Make, set[bool | None]] = defaultdict(set)
         self.turned = self.kept = False
         for sources, targets, operations in matches:
@@ -50,6 +56,7 @@ class Orientation:
             for sources, _ in candidates:
                 if len(sources) == len(targets) == 1:
                     self._see(sources[0], targets[0], certain=False)
+        self._see_left(matches, tensors)
 
     def _see(self, source: ParameterInfo, target: ParameterInfo, *, certain: bool) -> None:
         s, t = core(source.shape), core(target.shape)
@@ -64,6 +71,26 @@ class Orientation:
         self.kept = self.kept or not (turned or _leaf(source) == "own")
         for make in _makes(source, target):
             self._seen[make].add(turned if certain else None)
+
+    def _see_left(
+        self, matches: Sequence[Matched], tensors: tuple[Sequence[ParameterInfo], Sequence[ParameterInfo]]
+    ) -> None:
+        """What found no partner in two modules shows that squares beside it may be turned, if it would fit turned."""
+        matched = [{i.name for match in matches for i in match[side]} for side in (0, 1)]
+        left: list[dict[object, set[Shape]]] = [defaultdict(set), defaultdict(set)]
+        for side, infos in enumerate(tensors):
+            for i in infos:
+                if len(core(i.shape)) == 2 and i.name not in matched[side]:
+                    left[side][_around(i)].add(core(i.shape))
+        if not all(left):
+            return
+        for sources, targets, _ in matches:
+            if len(sources) == len(targets) == 1 and len(core(sources[0].shape)) == 2:
+                ours, theirs = (known.get(_around(i), set()) for known, (i,) in zip(left, (sources, targets)))
+                if any(a != b and (b, a) in theirs and (a, b) not in theirs for a, b in ours):
+                    self.turned = True
+                    for make in _makes(sources[0], targets[0]):
+                        self._seen[make].add(None)
 
     def _see_parts(
         self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo], operations: Sequence[Operation]
@@ -193,8 +220,13 @@ def _makes(s: ParameterInfo, t: ParameterInfo) -> tuple[Make, ...]:
     The matrices of the module that it stands in, on both sides; all of its kind, where the kinds of both are known.
     """
     both = (_make(s), _make(t))
-    around = tuple([split_numbers(i.module_path.rpartition(".")[0])[0] for i in (s, t)])
+    around = _around(s), _around(t)
     return ((around, *both), both) if s.module_type and t.module_type else ((around, *both),)
+
+
+def _around(info: ParameterInfo) -> tuple[str, ...]:
+    """The module that the tensor's own stands in, without numbers."""
+    return split_numbers(info.module_path.rpartition(".")[0])[0]
 
 
 def _is_table(info: ParameterInfo) -> bool:

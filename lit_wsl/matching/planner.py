@@ -269,6 +269,7 @@ def _build_lossless(
     orientation = Orientation(
         [(sources, targets, match.operations) for sources, targets, match in alignment.matches],
         [(targets, candidates) for targets, candidates, _ in alignment.doubts],
+        (weights_s, weights_t),
     )
     twins = twins_of(source.parameters, target.parameters)
     factors_s, factors_t = factor_roles(source.parameters), factor_roles(target.parameters)
