@@ -333,8 +333,8 @@ class ClassSolver:
         theirs = {relative(i, region.source): i for i in s}
         starts = {i.start: i for i in s if not i.virtual}
         taken: set[int] = set()
-        renamed = region.source.path.rpartition(".")[2] != region.target.path.rpartition(".")[2]
-        if self.written and renamed and runs_apart(s, t, region):
+        names = region.source.path.rpartition(".")[2], region.target.path.rpartition(".")[2]
+        if names[0] != names[1] and (names in self.backwards or (self.written and runs_apart(s, t, region))):
             return s, t
         for i in t:
             path = relative(i, region.target)

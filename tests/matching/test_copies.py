@@ -159,3 +159,36 @@ def test_the_last_and_the_best_are_a_choice():
     plan = transfer_weights(renamed(), _twice("last", "best").state_dict(), min_coverage=0.0).plan
     assert not plan.by_target
     assert any("source_prefix" in note for note in plan.notes)
+
+
+def test_a_copy_is_not_told_by_a_word_that_begins_another():
+    """``pre`` in a name of the model is no ``previous``."""
+    model = nn.ModuleDict({"pre_net": network(), "post": nn.Linear(6, 4)})
+    source = {
+        f"{place}net.{n}": torch.randn_like(t)
+        for place in ("current.", "previous.")
+        for n, t in network().state_dict().items()
+    }
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    transfer_weights(model, source, min_coverage=0.0)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_model_that_holds_both_copies_needs_both_whatever_stands_beside_each_weight():
+    model = nn.ModuleDict({"coarse": network(), "fine": network()})
+    source = {n: torch.randn_like(t) for n, t in model.state_dict().items()}
+    beside = {f"{n}_init": torch.randn_like(t) for n, t in source.items()}
+    transfer_weights(model, dict(sorted((source | beside).items())), min_coverage=0.0)
+    assert all(torch.equal(t, source[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_what_torch_wraps_around_modules_is_no_name(wrapper):
+    """Each stage was wrapped alone, the average as a whole: the weights are still taken, not their average."""
+    model = network()
+    whole = {n: torch.randn_like(t) for n, t in model.state_dict().items()}
+    source = {n.replace(".", f".{wrapper}.", 1): t for n, t in whole.items()}
+    source |= {f"ema.ema_model.{wrapper}.{n}": torch.randn_like(t) for n, t in whole.items()}
+    report = transfer_weights(model, source)
+    assert all(torch.equal(t, whole[n]) for n, t in model.state_dict().items())
+    assert {s for e in report.plan for s in e.sources} <= set(source)

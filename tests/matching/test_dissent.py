@@ -690,3 +690,75 @@ def test_what_stands_before_something_is_not_what_stands_before_all():
     new = block("pre_norm", "mid_norm")
     truth = {n: n for n in new} | {"blocks.0.pre_norm": "blocks.0.input_layernorm"}
     loaded(old, new, truth | {"blocks.0.mid_norm": "blocks.0.pre_feedforward_layernorm"})
+
+
+def _encoder(entry: nn.Module, around: str, attention: Mapping[str, int], end: str) -> dict[str, nn.Module]:
+    feed = {"mlp.linear_fc1": linear(WIDTH, 16, bias=False), "mlp.linear_fc2": linear(16, WIDTH, bias=False)}
+    block = {
+        **{f"attention.{n}": linear(WIDTH, size, bias=False) for n, size in attention.items()},
+        "layernorm_before": norm(),
+        **feed,
+    }
+    return {"entry": entry, **{f"{around}.0.{n}": m for n, m in block.items()}, end: norm()}
+
+
+def test_two_towers_are_told_apart_by_what_only_one_of_them_holds():
+    """A tower's name is like the other's, but it holds the table of words, and the other the patches."""
+    fused = {"self.query": WIDTH, "kv": 16, "output.dense": WIDTH}
+    apart = dict.fromkeys(("q", "k", "v", "output.dense"), WIDTH)
+    entries = nn.Conv2d(3, WIDTH, 2), nn.Embedding(19, WIDTH)
+    sides = []
+    for names, *inside in (
+        (("my_vision_encoder", "my_detr_encoder"), "my_resblocks", fused, "final_layer_norm"),
+        (("keypoint_detector", "transformer_layers"), "layer1", apart, "ln_out"),
+    ):
+        towers = {name: _encoder(entry, *inside) for name, entry in zip(names, entries)}
+        sides.append(Tree({f"{name}.{n}": m for name, tower in towers.items() for n, m in tower.items()}))
+    plan = transfer_weights(sides[1], sides[0].state_dict(), min_coverage=0.0).plan
+    found = {(e.targets[0].split(".")[0], s.split(".")[0]) for e in plan for s in e.sources}
+    assert found <= {("keypoint_detector", "my_vision_encoder"), ("transformer_layers", "my_detr_encoder")}
+
+
+def test_a_unit_that_left_its_module_under_another_name_may_be_a_new_part():
+    """The norm of ``part2`` is still there, but its map is gone; a gate of that size stands beside it."""
+
+    def blocks(middle: str) -> dict[str, nn.Module]:
+        row: dict[str, nn.Module] = {}
+        for k in range(2):
+            row |= {f"blocks.{k}.part1.0": linear(WIDTH, 16), f"blocks.{k}.part1.1": norm(16)}
+            row |= {f"blocks.{k}.{middle}": linear(16, WIDTH), f"blocks.{k}.part2.1": norm()}
+        return row
+
+    new = blocks("memory_gate")
+    truth = {n: n for n in new if "gate" not in n}
+    filled = loaded(blocks("part2.0"), new, truth)
+    assert {n for n in new if n.endswith(".1")} <= filled
+
+
+def test_parts_of_an_attention_registered_against_its_formula_are_not_counted():
+    """On the other side they have only numbers, which may follow the formula or the registration."""
+    formula = ("q", "k", "v", "out")
+    old = {f"blocks.{k}.attn.{n}": linear() for k in range(3) for n in ("out", "q", "k", "v")}
+    new = {f"blocks.{k}.attn.{n}": linear() for k in range(3) for n in range(4)}
+    truth = {n: f"{n.rpartition('.')[0]}.{formula[int(n[-1])]}" for n in new}
+    same = {f"blocks.{k}.feed.{n}": linear(WIDTH, width) for k in range(3) for n, width in zip("abcde", range(9, 14))}
+    loaded({**old, **same}, {**new, **same}, truth | {n: n for n in same})
+
+
+def test_families_of_other_lengths_follow_no_order():
+    """Three evaluators and three older ones: the older ones have words now, and no numbers."""
+    sizes = {"mlp": (6, 7), "score": (7, 1)}
+    old = {
+        f"{name}.{k}.{n}": linear(*sizes[n])
+        for name in ("evaluators", "evaluators_old")
+        for k in range(3)
+        for n in sizes
+    }
+    words = ("early", "mid", "late")
+    new = {f"critics.{k}.{n}": linear(*sizes[n]) for k in range(3) for n in sizes}
+    new |= {f"critics_ema_{w}.{n}": linear(*sizes[n]) for w in words for n in sizes}
+    truth = {n: n.replace("critics", "evaluators") for n in new if n.startswith("critics.")}
+    truth |= {f"critics_ema_{w}.{n}": f"evaluators_old.{k}.{n}" for k, w in enumerate(words) for n in sizes}
+    before = {"lagrange": linear(1, 2), "controller.mlp": linear(4, 6), "controller.mean": linear(6, 5)}
+    after = {"log_temp": linear(1, 2), "agent.actor": linear(4, 6), "agent.mean": linear(6, 5)}
+    loaded({**before, **old}, {**after, **new}, truth | dict(zip(after, before)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pairs import randomise
 from small_nets import Tree
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_wsl import WeightMapper, transfer_weights
@@ -265,3 +265,50 @@ def test_parts_of_a_square_do_not_show_which_way_round_it_is_stored():
         query = new.state_dict()["blocks.0.attn.q.weight"]
         right = old.state_dict()["blocks.0.attn.q.weight"], fresh["blocks.0.attn.q.weight"]
         assert any(torch.equal(query, one) for one in right)
+
+
+def _kernels(turned: bool) -> tuple[dict[str, Tensor], nn.Module]:
+    """A feed-forward as matrices, stored either way, and as kernels of one by one under other names."""
+    maps = {"block.intermediate": (24, 8), "block.output": (8, 24)}
+    state = {f"{n}.weight": torch.randn(*(size[::-1] if turned else size)) for n, size in maps.items()}
+    model = nn.ModuleDict(
+        {"block": nn.ModuleDict({"lin1": nn.Conv2d(8, 24, 1, bias=False), "lin2": nn.Conv2d(24, 8, 1, bias=False)})}
+    )
+    return state, model
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_matrices_that_became_kernels_may_be_stored_the_other_way_round(turned):
+    state, model = _kernels(turned)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    transfer_weights(model, dict(sorted(state.items())), min_coverage=0.0)
+    for name, old in (("block.lin1.weight", "block.intermediate.weight"), ("block.lin2.weight", "block.output.weight")):
+        right = state[old].T if turned else state[old]
+        now = model.state_dict()[name]
+        assert torch.equal(now, before[name]) or torch.equal(now[..., 0, 0], right)
+
+
+def test_squares_are_open_where_what_is_left_beside_them_fits_only_turned():
+    """Queries and output are square; keys and values, of fewer heads, show that the kernels stood the other way."""
+    sizes = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8)}
+    state = {f"b.{k}.attn.{n}.weight": torch.randn(*size[::-1]) for k in range(2) for n, size in sizes.items()}
+    state |= {
+        f"b.{k}.mlp.{n}.weight": torch.randn(*size)
+        for k in range(2)
+        for n, size in (("up", (16, 8)), ("down", (8, 16)))
+    }
+    inside = {
+        f"{k}": nn.ModuleDict(
+            {
+                "attn": nn.ModuleDict({n: nn.Conv2d(i, o, 1, bias=False) for n, (o, i) in sizes.items()}),
+                "mlp": nn.ModuleDict({"up": nn.Conv2d(8, 16, 1, bias=False), "down": nn.Conv2d(16, 8, 1, bias=False)}),
+            }
+        )
+        for k in range(2)
+    }
+    model = nn.ModuleDict({"b": nn.ModuleDict(inside)})
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    transfer_weights(model, state, min_coverage=0.0)
+    for name, tensor in model.state_dict().items():
+        right = state[name].T if "attn" in name else state[name]
+        assert torch.equal(tensor, before[name]) or torch.equal(tensor[..., 0, 0], right), name

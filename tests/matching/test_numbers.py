@@ -119,3 +119,49 @@ def test_a_number_in_a_word_that_both_sides_have_names_its_own(names):
             for x, n in ((old.state_dict(), f"{ours[1]}.{leaf}"), (fresh, f"{theirs[0]}.{leaf}"))
         )
         assert torch.equal(held[f"{theirs[1]}.{leaf}"], fresh[f"{theirs[1]}.{leaf}"])
+
+
+def lists(encoder: str, decoder: str, name: str, *, down: bool) -> nn.Module:
+    """Two lists: one of widths that tell the direction, one of equal blocks."""
+    rising = [nn.Linear(4 + k, 5 + k) for k in range(3)]
+    equal = [nn.Sequential(nn.Linear(7, 7), nn.LayerNorm(7)) for _ in range(3)]
+    inside = {
+        f"{around}.{name}.{2 - k if down else k}": layer
+        for around, row in ((encoder, rising), (decoder, equal))
+        for k, layer in enumerate(row)
+    }
+    return Tree(inside)
+
+
+def test_a_list_that_counts_down_where_sizes_show_it_tells_nothing_by_number_under_that_name():
+    old, new = lists("encoder", "decoder", "stages", down=True), lists("encoder", "decoder", "levels", down=False)
+    for tensor in old.parameters():
+        torch.nn.init.normal_(tensor)
+    before = {n: t.clone() for n, t in new.state_dict().items()}
+    transfer_weights(new, dict(sorted(old.state_dict().items())), min_coverage=0.0)
+    state = old.state_dict()
+    for name, tensor in new.state_dict().items():
+        around, _, number, *leaf = name.split(".")
+        right = state[".".join((around, "stages", str(2 - int(number)), *leaf))]
+        assert torch.equal(tensor, before[name]) or torch.equal(tensor, right), name
+
+
+def test_members_that_hold_one_module_each_are_asked_for_their_direction():
+    """Registered from 2 down to 0, under another name: the numbers may stand for other places."""
+    old = Tree(
+        {
+            f"trunk.{k}.m.{name}": layer
+            for k in (2, 1, 0)
+            for name, layer in (("a", nn.Linear(6, 7)), ("b", nn.Linear(7, 6)))
+        }
+    )
+    new = Tree(
+        {
+            f"chain.{k}.m.{name}": layer
+            for k in (0, 1, 2)
+            for name, layer in (("a", nn.Linear(6, 7)), ("b", nn.Linear(7, 6)))
+        }
+    )
+    before = {n: t.clone() for n, t in new.state_dict().items()}
+    transfer_weights(new, old.state_dict(), min_coverage=0.0)
+    assert all(torch.equal(t, before[n]) for n, t in new.state_dict().items() if ".1." not in n)
