@@ -235,9 +235,7 @@ class RegionMatch:
             if level == "tensor":
                 units_s, units_t = _tensors(units_s), _tensors(units_t)
             units_s, units_t = self._match_level(units_s, units_t)
-        kept = Kept(self.region.in_list, agreement(self.certain))
-        self.aligner.gathered.agreement[self.region.key] = kept
-        self.aligner.gathered.learned.reordered |= kept.siblings < 0
+        self.aligner.gathered.agreement[self.region.key] = Kept(self.region.in_list, agreement(self.certain))
         if is_mirrored(self.certain):
             self.aligner.gathered.learned.mirrored.add(self.region.key)
         self._settle_ties()

@@ -249,8 +249,7 @@ class ClassSolver:
             firsts = [min((p.source.start, p.target.start) for p in pairs) for pairs in (mine, others)]
             kept_make = all(len({role_of(i.main.path) for i in (p.source, p.target)}) == 1 for p in (*mine, *others))
             agree = {self.learned.rows.agree(region, p.source, p.target) for p in (*mine, *others)}
-            kept = self.ordered and not self.learned.reordered and agree <= {"", "in order", "in line"}
-            if kept and kept_make and ascending(sorted(firsts)):
+            if self.ordered and ascending(sorted(firsts)) and kept_make and agree <= {"", "in order", "in line"}:
                 continue
             gone = {id(p) for p in (*mine, *others)}
             out.pairs = [p for p in out.pairs if id(p) not in gone]

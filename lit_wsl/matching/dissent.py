@@ -220,6 +220,8 @@ def _stand_in_other_towers(s: Item, t: Item, region: Region) -> bool:
     """
     homes = (_chain(i, homes)[1:-1] for i, homes in zip((s, t), region.homes))
     for ours, theirs in zip(*homes):
+        if any(i.path.rpartition(".")[2].isdigit() for i in (ours, theirs)):
+            return False  # what leads from one stage to the next may stand in either
         sizes = len(ours.tensors), len(theirs.tensors)
         if min(sizes) < TOWER or 2 * (ours.profile & theirs.profile).total() < max(sizes):
             return False
@@ -314,7 +316,7 @@ def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
         return AGAINST_NAMES
     if _counted_backwards(tie.sources, tie.targets) or _counted_backwards(tie.targets, tie.sources):
         return COUNTED_OTHERWISE
-    if any(_leaves_formula(side, k, region) for k, side in enumerate((tie.sources, tie.targets))):
+    if _leaves_formula(tie.sources, 0, tie.targets, region) or _leaves_formula(tie.targets, 1, tie.sources, region):
         return COUNTED_OTHERWISE
     if _is_list_cut(tie.sources, tie.targets) or _is_list_cut(tie.targets, tie.sources):
         return LISTS_CUT
@@ -341,11 +343,18 @@ def _counted_backwards(families: Sequence[Family], others: Sequence[Family]) -> 
     return any(numbers != up and not (blocks and numbers == up[::-1]) for numbers, up in orders)
 
 
-def _leaves_formula(families: Sequence[Family], side: int, region: Region) -> bool:
-    """Whether the parts of an attention are not registered in the order of its formula, in which others count them."""
-    letters = [region.letters_of(f.members[0], side) for f in sorted(families, key=lambda f: f.start)]
+def _leaves_formula(named: Sequence[Family], side: int, counted_only: Sequence[Family], region: Region) -> bool:
+    """Whether the parts of an attention are not registered as in its formula, and stand in a list of their own there.
+
+    Its numbers may follow either.
+    """
+    letters = [region.letters_of(f.members[0], side) for f in sorted(named, key=lambda f: f.start)]
     places = ["qkvo".index(*found) for found in letters if len(found) == 1]
-    return len(places) == len(families) and places != sorted(places)
+    if len(places) < len(named) or places == sorted(places):
+        return False
+    root = (region.source, region.target)[1 - side]
+    lists = {counted(relative(f.members[0].main, root))[-1:] for f in counted_only}
+    return all(lists) and all(len(root.lists[place]) == len(named) for found in lists for place, _ in found)
 
 
 def _counts(families: Sequence[Family]) -> list[list[tuple[int, ...]]]:

@@ -461,7 +461,6 @@ class Learned:
     renames: Renames = field(default_factory=Renames)
     rows: Rows = field(default_factory=Rows)
     mirrored: set[tuple[int, int]] = field(default_factory=set)  # keys of regions that stand the other way round
-    reordered: bool = False  # whether any region did not keep its order
 
 
 def other_name(s: Item, t: Item, region: Region) -> str:
