@@ -19,6 +19,7 @@ from pathlib import Path
 
 import lit_wsl.matching.likeness
 from benchmarks.refactors.structures import Split
+from lit_wsl.matching.words import path_tokens
 
 HERE = Path(__file__).parent
 HARVESTED = HERE / "harvested.json"
@@ -113,7 +114,7 @@ def other(split: Split) -> Split | None:
 
 
 def lexicon(split: Split | None = None) -> dict[str, list[str]]:
-    """What public libraries call each role, from one part of the corpus or from both; without words of ours."""
+    """What public libraries call each role, from one part of the corpus or from both; the words of a name apart."""
     found: dict[str, set[str]] = defaultdict(set)
     harvested = json.loads(HARVESTED.read_text())["groups"]
     for name in UNITS:
@@ -122,7 +123,7 @@ def lexicon(split: Split | None = None) -> dict[str, list[str]]:
         for words in (words for words, _ in entries if words in theirs):
             for role, word in words.items():
                 if word and role not in MODULES and not all(part.isdigit() for part in word.split(".")):
-                    found[f"{name}/{role}"].add(word)
+                    found[f"{name}/{role}"].add(" ".join(path_tokens(word)))
     return {role: sorted(names) for role, names in sorted(found.items())}
 
 

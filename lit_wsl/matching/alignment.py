@@ -111,12 +111,14 @@ class Evidence:
         turned_matrices: Matched matrices that only fit transposed.
         agreement: By region, how well the order of its decided siblings agrees.
         learned: What pairs tell of others.
+        regions: The regions so far, by the identity of their items: what is known of one holds in every pass.
     """
 
     exact_matrices: int = 0
     turned_matrices: int = 0
     agreement: dict[tuple[int, int], Kept] = field(default_factory=dict)
     learned: Learned = field(default_factory=Learned)
+    regions: dict[tuple[int, int, bool], Region] = field(default_factory=dict)
 
 
 class Aligner:
@@ -139,7 +141,7 @@ class Aligner:
         self.execution = sides.execution
         self.twins = sides.twins
         self.sources_of = sides.sources_of
-        self.gathered = Evidence()
+        self.gathered = Evidence(regions=evidence.regions)
         self.turned = evidence.turned_matrices > evidence.exact_matrices
         self.costs = PairCosts(forbidden, self.turned)
         self.classes = ClassSolver(options, self.costs, sides, evidence.learned)
@@ -148,10 +150,8 @@ class Aligner:
 
     def align(self, source: Item, target: Item) -> Outcome:
         """Align two whole trees."""
-        shapes = tuple(Counter(shape_key(t.shape) for t in side.tensors) for side in (source, target))
         self.by_core = source.numel != target.numel and source.core_numel == target.core_numel
-        region = replace(self.region(source, target), shapes=(shapes[0], shapes[1]))
-        return RegionMatch(self, region).solve([source], [target])
+        return RegionMatch(self, self.region(source, target, whole=True)).solve([source], [target])
 
     def size(self, item: Item) -> int:
         """What items are compared by; what holds several matrices and what holds none never have one size."""
@@ -160,9 +160,13 @@ class Aligner:
         single = item.level == 2 and item.core.total() == 1  # a matrix and its norm may stand apart on the other side
         return 2 * item.numel + 1 if single or not item.core else 2 * item.core_numel
 
-    def region(self, s: Item, t: Item) -> Region:
+    def region(self, s: Item, t: Item, *, whole: bool = False) -> Region:
         """Two items that correspond, as a place where others are compared."""
-        return Region(s, t, complete=self.size(s) == self.size(t), by_core=self.by_core)
+        key = (id(s), id(t), whole)
+        if key not in self.evidence.regions:
+            complete = self.size(s) == self.size(t)
+            self.evidence.regions[key] = Region(s, t, complete, whole=whole, by_core=self.by_core)
+        return self.evidence.regions[key]
 
     def elsewhere(self, region: Region) -> str:
         """Whether other regions kept their order, as the pass before saw it."""
@@ -354,13 +358,9 @@ class RegionMatch:
     def _twins(self) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
         """Of either side's tensors those of the same shape and path on the other, as a whole or seen from here."""
         found: tuple[dict[int, set[int]], dict[int, set[int]]] = (defaultdict(set), defaultdict(set))
-        theirs = dict(zip(self.region.names[1], self.region.target.tensors))
-        for path, s in zip(self.region.names[0], self.region.source.tensors):
-            t = theirs.get(path)
-            if t is not None and t.shape == s.shape and self.region.like_numbers(path):
-                ours, its = s.start, t.start
-                found[0][ours].add(its)
-                found[1][its].add(ours)
+        for ours, theirs in self.region.twins:
+            found[0][ours].add(theirs)
+            found[1][theirs].add(ours)
         for side, known in enumerate((self.aligner.twins, self.aligner.sources_of)):
             for t in (self.region.source, self.region.target)[side].tensors if known else ():
                 if (start := t.start) in known:

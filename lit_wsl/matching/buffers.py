@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def split_kinds(
     """
     leaves_t = {i.leaf for i in target.parameters if i.kind == "parameter"}
     as_buffer: set[tuple[str, tuple[int, ...]]] = set()
-    if not source.is_module and target.is_module:
+    if not source.is_module and target.is_module and any(i.kind == "buffer" for i in target.parameters):
         known = {(i.leaf, i.shape) for i in target.parameters if i.kind == "buffer" and i.leaf not in leaves_t}
         named = {leaf for leaf, _ in known} | leaves_t
         unknown = {(i.leaf, i.shape) for i in source.parameters if i.leaf not in named}
@@ -45,9 +46,11 @@ def split_kinds(
             if any(shape == other and _leaf_similarity(leaf, name) >= ABBREVIATION for name, other in known)
         }
     buffers = (
-        [i for i in source.parameters if i.kind == "buffer" or (i.leaf, i.shape) in as_buffer],
+        [i for i in source.parameters if i.kind == "buffer" or (as_buffer and (i.leaf, i.shape) in as_buffer)],
         [i for i in target.parameters if i.kind == "buffer"],
     )
+    if not any(buffers):
+        return list(source.parameters), [], list(target.parameters), []
     names = {i.name for i in buffers[0]}
     leaves_s = {i.leaf for i in source.parameters if i.name not in names}
     aligned: list[set[str]] = [set(), set()]
@@ -170,11 +173,14 @@ def _counters_with_their_statistics(
     return [(s, t, reason) for s, t, reason in found if not alone(t)]
 
 
+Paths = tuple[dict[str, str], dict[str, str]]
+
+
 def twins_of(
-    source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], *, within: bool = False
+    source: Sequence[ParameterInfo], target: Sequence[ParameterInfo], paths: Paths, *, within: bool = False
 ) -> dict[str, ParameterInfo]:
     """By the target's names the source tensors of the same path and shape, where both sides count alike along it."""
-    paths_s, paths_t = _unwrapped(source, target)
+    paths_s, paths_t = paths
     by_path = {paths_s[s.name]: s for s in source}
     found = ((path, t, by_path[path]) for t in target if (path := paths_t[t.name]) in by_path)
     twins = [(path, t, s) for path, t, s in found if s.shape == t.shape]
@@ -185,7 +191,7 @@ def twins_of(
     return {t.name: s for path, t, s in twins if unlike.isdisjoint(place for place, _ in counted(path))}
 
 
-def _unwrapped(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]) -> tuple[dict[str, str], ...]:
+def unwrapped(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]) -> Paths:
     """Relative paths; where most of one side is all of a module of the other (``backbone.``), as seen from there."""
     paths = relative_paths(source), relative_paths(target)
     shapes = [{path[i.name]: i.shape for i in infos} for path, infos in zip(paths, (source, target))]
@@ -194,11 +200,14 @@ def _unwrapped(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo])
         return paths
     for ours, theirs in ((0, 1), (1, 0)):
         alike: Counter[str] = Counter()
+        firsts = {path.partition(".")[0] for path in shapes[theirs]}
         for path, shape in shapes[ours].items():
-            cut = path.find(".") + 1
-            while cut > 0 and path.count(".", 0, cut) <= WRAPPERS:
-                alike[path[:cut]] += shapes[theirs].get(path[cut:]) == shape
-                cut = path.find(".", cut) + 1
+            parts = path.split(".")
+            cut = 0
+            for part, first in pairwise(parts[: WRAPPERS + 1]):
+                cut += len(part) + 1
+                if first in firsts and shapes[theirs].get(path[cut:]) == shape:
+                    alike[path[:cut]] += 1
         prefix, count = max(alike.items(), key=lambda item: (item[1], item[0]), default=("", 0))
         rivals = [p for p, c in alike.items() if c == count and p.count(".") == prefix.count(".")]
         if len(rivals) > 1:  # of two copies none is all of it, but for one that is called so

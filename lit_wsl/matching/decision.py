@@ -317,7 +317,7 @@ class ClassSolver:
             likeness = liken(plain_words(paths[0]), plain_words(paths[1]))
             if likeness.shared and likeness.kind == WORDS:
                 cell = "open " + WORDS
-            elif region.shapes is not None and s.rank >= 2 and region.alike(s, t) and _unique(s, t, region):
+            elif region.whole and s.rank >= 2 and region.alike(s, t) and _unique(s, t, region):
                 cell = DISTINCT
             elif called_alike(s, t):
                 cell = "open own name"
@@ -437,7 +437,7 @@ class ClassSolver:
                 if self.costs.of_families(f, g) is None:
                     continue
                 blocks = min(m.level for m in (f.members[0], g.members[0])) == 2
-                likeness = liken(words_s[i], words_t[j], near_s, near_t, LAYERS | BLOCKS if blocks else LAYERS)
+                likeness = liken(words_s[i], words_t[j], near_s, near_t, BLOCKS if blocks else LAYERS)
                 shared[i, j] = likeness.shared
                 elsewhere = likeness.only_near and (region.loose or SIDES & set(f.words) != SIDES & set(g.words))
                 kinds[i][j] = NEAR_WORDS if elsewhere else likeness.kind
@@ -499,5 +499,4 @@ def is_strong(item: Item) -> bool:
 
 
 def _unique(s: Item, t: Item, region: Region) -> bool:
-    assert region.shapes is not None
-    return all(counts[shape_key(i.main.shape)] == 1 for counts, i in zip(region.shapes, (s, t)))
+    return all(root.profile[shape_key(i.main.shape)] == 1 for root, i in ((region.source, s), (region.target, t)))

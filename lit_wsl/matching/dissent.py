@@ -68,6 +68,7 @@ NAMELESS_ORDER = "nothing around them is decided, their names have nothing in co
 TWINS_RENAMED = "everything beside them kept its name, and only theirs are new: their order may be new as well"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
 TASKS = frozenset(("cls", "classifier", "classify", "lm"))  # what some last layers are for
+NOTHING = (ENDS - TASKS) | KINDS | LAYERS  # words that say nothing of what a module is for
 KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
 
 
@@ -189,10 +190,10 @@ def _alike_inside(s: Item, t: Item) -> bool:
 
 def _mean_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     """Whether both names hold words that tell something, and that the other one lacks."""
-    likeness, general = liken(ours, theirs), (ENDS - TASKS) | KINDS | LAYERS
+    likeness = liken(ours, theirs)
     left = (ours, likeness.left_s), (theirs, likeness.left_t)
     return all(
-        any((len(w) > 1 or w in FORMULA or len(name) > 1) and w not in general for w in words) for name, words in left
+        any((len(w) > 1 or w in FORMULA or len(name) > 1) and w not in NOTHING for w in words) for name, words in left
     )
 
 
@@ -294,7 +295,7 @@ def _is_function(s: Item, t: Item) -> bool:
 def letters_apart(s: Item, t: Item, region: Region) -> bool:
     """Whether two items are named after different ones of the queries, keys, values and the output of an attention."""
     ours, theirs = region.letters_of(s, 0), region.letters_of(t, 1)
-    if (ours ^ theirs) & region.shared_letters:
+    if ours != theirs and (ours ^ theirs) & region.shared_letters:
         return True
     names = spelled(own_name(s)), spelled(own_name(t))
     if max(s.level, t.level) == 2:

@@ -28,6 +28,7 @@ class EntryWriter:
         self.target = target
         self.options = options
         self.context = context
+        self.floor = options.floor
         self._entries: dict[str, tuple[PlanEntry, tuple[ParameterInfo, ...], tuple[ParameterInfo, ...]]] = {}
         self._doubts: list[Ambiguity] = []
         self._reasons: dict[tuple[str, str], str] = {}  # the other side and the name: names may be on both
@@ -45,8 +46,8 @@ class EntryWriter:
     ) -> None:
         """Take a match as an entry, unless its score is below the threshold."""
         score = self.score(sources, targets, operations)
-        if score < self.options.floor:
-            short = f"scores {score:.2f}, below the threshold {self.options.floor:.2f}"
+        if score < self.floor:
+            short = f"scores {score:.2f}, below the threshold {self.floor:.2f}"
             self._reasons |= {("source", t.name): f"the best source, {sources[0].name}, {short}" for t in targets}
             self._reasons |= {("target", s.name): f"the best target, {targets[0].name}, {short}" for s in sources}
             return

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 from lit_wsl.matching.tree import Item, relative, stem_of
 from lit_wsl.matching.words import path_tokens
@@ -19,7 +18,6 @@ LETTERS = {"q": ("q", "query", "queries", "wq"), "k": ("k", "key", "keys", "wk")
 OUTPUTS = (("o", "wo"), ("out",), ("proj", "output", "dense", "projection"))  # the more telling ones first
 _WORDS = {word: letter for letter, words in LETTERS.items() for word in words}
 Letters = Mapping[str, frozenset[str]]
-_KNOWN: WeakKeyDictionary[Item, Letters] = WeakKeyDictionary()
 
 
 def spelled(words: Sequence[str]) -> frozenset[str]:
@@ -52,7 +50,7 @@ def letters_below(root: Item) -> Letters:
     A value is one only where queries or keys stand beside it; beside a gate it is something else.
     """
     root = root.like if root.like and root.level == 2 else root  # modules of one structure have the same names inside
-    if root not in _KNOWN:  # a module stands in the regions of all modules around it
+    if root.letters is None:  # a module stands in the regions of all modules around it
         found: dict[str, frozenset[str]] = {}
         for child in (c for c in root.children if c.level == 2):
             found |= {f"{relative(child, root)}.{name}": letters for name, letters in letters_below(child).items()}
@@ -64,8 +62,8 @@ def letters_below(root: Item) -> Letters:
             found |= {u.name: letters for u, letters in named}
             output = _output([u for u in units if u.unit.rank >= 2 and not u.letters], [u for u, _ in named])
             found |= {u.name: frozenset("o") for u in output}
-        _KNOWN[root] = found
-    return _KNOWN[root]
+        root.letters = found
+    return root.letters
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations, islice, permutations
 
 from lit_wsl.matching.formula import Letters
 from lit_wsl.matching.likeness import GENERAL
@@ -306,7 +306,8 @@ def spell_otherwise(s: Item, t: Item) -> bool:
 def spells_parts(whole: Item, partner: Item, region: Region) -> bool:
     """Whether a unit's name spells siblings on the other side that would make it up: ``gate_up``, where both are."""
     root = region.source if id(whole) in region.homes[1] else region.target
-    units = [u for u in root.units if u.numel < whole.numel and u is not partner and u.rank >= 2]
+    smaller = (u for u in root.units if u.numel < whole.numel and u is not partner and u.rank >= 2)
+    units = list(islice(smaller, MAX_UNITS + 1))
     if len(units) > MAX_UNITS:
         return False
     singles = [Family(split_numbers(u.path)[0], (u,), (split_numbers(u.path)[1],)) for u in units]

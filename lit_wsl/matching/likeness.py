@@ -30,13 +30,13 @@ def _roles() -> dict[tuple[str, ...], frozenset[str]]:
     found: dict[tuple[str, ...], set[str]] = {}
     for role, names in table().items():
         for name in names:
-            found.setdefault(path_tokens(name), set()).add(role)
+            found.setdefault(tuple(name.split()), set()).add(role)
     return {words: frozenset(roles) for words, roles in found.items()}
 
 
 @cache
 def table() -> dict[str, list[str]]:
-    """Role -> names that were found for it."""
+    """Role -> names that were found for it, their words apart."""
     known: dict[str, list[str]] = _read("lexicon.json")
     return known
 
@@ -127,27 +127,29 @@ ENDS = frozenset(  # what the last layer is called in any model, so that it says
 KINDS = frozenset(("bn", "ln", "gn", "conv", "convolution", "embed", "embedding", "embeddings", "weight"))
 WHOLES = frozenset(("backbone", "model", "net", "module"))  # what a model is called, or most of it
 CONTAINERS = WHOLES | {"decoder"}
-LAYERS = {
-    "bn",
-    "ln",
-    "gn",
-    "conv",
-    "convolution",
-    "weight",
-    "fc",
-    "linear",
-    "lin",
-    "proj",
-    "projection",
-    "dense",
-    "layer",
-    "to",
-    "module",
-    "net",
-    "model",
-}
+LAYERS = frozenset(
+    (
+        "bn",
+        "ln",
+        "gn",
+        "conv",
+        "convolution",
+        "weight",
+        "fc",
+        "linear",
+        "lin",
+        "proj",
+        "projection",
+        "dense",
+        "layer",
+        "to",
+        "module",
+        "net",
+        "model",
+    )
+)
 LISTS = frozenset(("block", "blocks", "layers", "unit", "units", "stage", "stages", "modules"))
-BLOCKS = {  # names of modules that all have the same structure, so that they do not say which of them
+BLOCKS = LAYERS | {  # and names of modules that all have the same structure, so that they do not say which of them
     "attn",
     "attention",
     "att",
@@ -222,13 +224,20 @@ def liken(
     b: Sequence[str],
     near_a: frozenset[str] = frozenset(),
     near_b: frozenset[str] = frozenset(),
-    general: Collection[str] = LAYERS,
+    general: frozenset[str] = LAYERS,
 ) -> Likeness:
     """Pair the words of two lists one to one, the strongest first.
 
     A word and its abbreviation share as much as a word and itself, so that ``enrich`` is no more like
     ``enrich_context`` than like ``enrichment``; names of which nothing is left over share a little more.
     """
+    return _liken(tuple(a), tuple(b), near_a, near_b, general)
+
+
+@lru_cache(maxsize=20_000)  # blocks of a list have the same names
+def _liken(
+    a: tuple[str, ...], b: tuple[str, ...], near_a: frozenset[str], near_b: frozenset[str], general: frozenset[str]
+) -> Likeness:
     scored = sorted(
         (-value * (LITTLE if _names_layer(x, y, general) else 1.0), -kind, i, j)
         for i, x in enumerate(a)
@@ -260,7 +269,7 @@ def liken(
     return Likeness(shared, best, left_a, left_b, some and near, some and layers, some and sides and not layers)
 
 
-def _names_layer(a: str, b: str, general: Collection[str]) -> bool:
+def _names_layer(a: str, b: str, general: frozenset[str]) -> bool:
     """Whether what two words have in common names a kind of layer: ``attention`` and ``selfattention``."""
     return any(w in general or w == "backbone" for w in (a, b)) or ("norm" in a and "norm" in b)
 
@@ -299,15 +308,15 @@ def _last_words(path: str, parts: int) -> tuple[str, ...]:
     return found
 
 
-def foreign(a: Sequence[str], b: Sequence[str]) -> bool:
+@lru_cache(maxsize=20_000)
+def foreign(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
     """Whether two names share no word. Names that say no more than a kind, of a norm or a last layer, agree."""
-    a, b = ([w for w in words if len(w) > 1 or w in FORMULA] for words in (a, b))  # a letter may stand for anything
-    if all(_is_general(w) for w in (*a, *b)):
+    names = [[w for w in words if len(w) > 1 or w in FORMULA] for words in (a, b)]  # a letter may stand for anything
+    if all(_is_general(w) for words in names for w in words):
         return False
-    telling = [[w for w in words if not _is_general(w) or w in CONTAINERS] for words in (a, b)]
-    if all(telling):
-        a, b = telling
-    return bool(a and b) and liken(a, b).shared == 0.0
+    telling = [[w for w in words if not _is_general(w) or w in CONTAINERS] for words in names]
+    names = telling if all(telling) else names
+    return all(names) and liken(names[0], names[1]).shared == 0.0
 
 
 def _is_general(word: str) -> bool:

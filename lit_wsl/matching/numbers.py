@@ -221,11 +221,11 @@ def counted_apart(s: Item, t: Item, region: Region) -> bool:
 
 def counted_down(s: Item, t: Item, region: Region) -> bool:
     """Whether two members of lists that count in opposite directions don't stand opposite to each other."""
-    along = _counted_along(s, t, region)
+    along = _counted_along(s, t, region) if region.backwards else ((), ())
     if len(along[0]) != 1 or len(along[1]) != 1:
         return False
     (ours, number), (theirs, other) = along[0][0], along[1][0]
-    if not region.counts_down(ours, theirs):
+    if (ours, theirs) not in region.backwards:
         return False
     numbers = [sorted(lists[place], key=int) for lists, place in zip(region.lists, (ours, theirs))]
     return numbers[0].index(number) + numbers[1].index(other) != len(numbers[0]) - 1

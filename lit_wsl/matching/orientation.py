@@ -114,7 +114,7 @@ class Orientation:
         if _is_stack(sources, targets):
             s, t = _members(sources, targets)
             square = len(s.shape) == 2 and s.shape[0] == s.shape[1] and not _is_table(t)
-            if square and self._shown(s, t) is not any(map(is_turn, operations)):
+            if square and self._shown(_makes(s, t)) is not any(map(is_turn, operations)):
                 return None, OPEN
             return operations, ""
         if any(isinstance(op, (Split, Concat)) for op in operations) and _fits_both_ways(sources, targets):
@@ -151,8 +151,9 @@ class Orientation:
 
     def _verdict(self, s: ParameterInfo, t: ParameterInfo) -> bool | None:
         """Whether a square matrix is stored the other way round; ``None`` where nothing tells."""
-        if any(make in self._seen for make in _makes(s, t)):
-            return self._shown(s, t)
+        makes = _makes(s, t)
+        if any(make in self._seen for make in makes):
+            return self._shown(makes)
         same_make = _leaf(s) == _leaf(t) and len(core(s.shape)) == len(core(t.shape))
         kernel = len(s.shape) != len(t.shape)  # of one by one, where there was a matrix, or the other way round
         return False if same_make and not self.turned and (self.kept or not kernel) else None
@@ -161,9 +162,9 @@ class Orientation:
         """Whether a matrix beside one that has to be turned is stored the same way round on both sides."""
         return False in self._seen.get(_makes(s, t)[0], ())
 
-    def _shown(self, s: ParameterInfo, t: ParameterInfo) -> bool | None:
+    def _shown(self, makes: Sequence[Make]) -> bool | None:
         """What the nearest make that shows anything shows."""
-        seen = next((self._seen[make] for make in _makes(s, t) if make in self._seen), None)
+        seen = next((self._seen[make] for make in makes if make in self._seen), None)
         return next(iter(seen)) if seen and len(seen) == 1 else None
 
 

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
 from lit_wsl.matching.alignment import RUN_OTHERWISE, Aligner, Evidence, Match
-from lit_wsl.matching.buffers import averaging_norms, match_buffers, refuse_modules, split_kinds, twins_of
+from lit_wsl.matching.buffers import (
+    Paths,
+    averaging_norms,
+    match_buffers,
+    refuse_modules,
+    split_kinds,
+    twins_of,
+    unwrapped,
+)
 from lit_wsl.matching.copies import one_of_copies, settle
 from lit_wsl.matching.entries import EntryWriter
 from lit_wsl.matching.hints import hints, scaled_weights
@@ -261,7 +269,9 @@ def _build_lossless(
     norms = averaging_norms(source, buffers_s), averaging_norms(target, buffers_t)
     if not all(norms):
         norms = set(), set()  # a file may hold weights alone, and a model other norms in place of all batch norms
-    alignment = align(weights_s, weights_t, options, known, norms, ordered=ordered, written=written)
+    paths = unwrapped(source.parameters, target.parameters)
+    bare = not (buffers_s or buffers_t)
+    alignment = align(weights_s, weights_t, options, Sides(known, ordered, written), norms, paths if bare else None)
     if target.has_execution_order:
         alignment = _with_execution_order(alignment, weights_s, weights_t, options, norms, ordered=ordered)
     names = ([[info.name for info in side] for side in match[:2]] for match in alignment.matches)
@@ -271,7 +281,7 @@ def _build_lossless(
         [(targets, candidates) for targets, candidates, _ in alignment.doubts],
         (weights_s, weights_t),
     )
-    twins = twins_of(source.parameters, target.parameters)
+    twins = twins_of(source.parameters, target.parameters, paths)
     factors_s, factors_t = factor_roles(source.parameters), factor_roles(target.parameters)
     notes: list[str] = []
     scaled = scaled_weights(source.parameters)
@@ -307,7 +317,7 @@ def _build_lossless(
         evidence = writer.evidence_by_module()
         units = {i.module_path for i in target.parameters if i.kind == "parameter"}
         follow = {i.name for i in buffers_t}  # others were aligned like weights: what was left open stays so
-        at_path = twins_of(source.parameters, target.parameters, within=True)
+        at_path = twins_of(source.parameters, target.parameters, paths, within=True)
         at_path = {name: twin for name, twin in at_path.items() if name in follow or name == twin.name}
         for s, t, reason in match_buffers(writer.pairs(), running, rest_s, rest_t, units, at_path):
             writer.add((s,), (t,), (), 1.0, evidence.get(t.module_path, reason), reason)
@@ -335,14 +345,14 @@ def is_sorted(side: ModelDescription) -> bool:
         return True
     names = [info.name for info in side.parameters]
     runs = 1 + sum(a > b for a, b in pairwise(names))
-    return len(names) >= RUN * runs or names in (sorted(names), sorted(names, key=lambda n: n.split(".")))
+    return len(names) >= RUN * runs or runs == 1 or all(a <= b for a, b in pairwise(n.split(".") for n in names))
 
 
 def has_order(side: ModelDescription) -> bool:
-    """Whether the order of a side's tensors may be that in which a model registered them."""
+    """Whether the order of a side's tensors, if it is not sorted, may be that in which a model registered them."""
     written = [info for info in side.parameters if info.kind == "parameter"]
     whole = _in_one_piece(path for path, _ in groupby(i.module_path for i in written))
-    return whole and not _in_two_minds(written) and not is_sorted(side)
+    return whole and not _in_two_minds(written)
 
 
 RUN = 12  # so many names in a row are in alphabetical order only where they were sorted
@@ -354,9 +364,8 @@ def _in_two_minds(infos: Iterable[ParameterInfo]) -> bool:
     paths: dict[str, None] = {}
     lists: dict[str, dict[int, None]] = {}
     for info in infos:
-        path, _, leaf = info.name.rpartition(".")
-        leaves.setdefault(path, []).append(leaf)
-        paths[info.name if leaf.isdigit() else path] = None
+        leaves.setdefault(info.module_path, []).append(info.leaf)
+        paths[info.name if info.leaf.isdigit() else info.module_path] = None
     for path in paths:
         parts = path.split(".")
         for k, part in enumerate(parts):
@@ -388,19 +397,22 @@ BY_CHANCE = 100  # one model in so many is in alphabetical order without meaning
 
 def by_alphabet(infos: Sequence[ParameterInfo]) -> bool:
     """Whether all modules of a side are registered in alphabetical order, which no other order is by chance."""
-    below: dict[str, dict[str, None]] = {}
+    below: dict[str, list[str]] = {}
     known = {""}
     for info in infos:
         path = info.module_path
         while path not in known:
             known.add(path)
             around, _, part = path.rpartition(".")
-            below.setdefault(around, {})[part] = None
+            if len(part) > 1 and not part.isdigit():  # letters count
+                names = below.setdefault(around, [])
+                if names and names[-1] > part:
+                    return False
+                names.append(part)
             path = around
-    levels = {tuple(n for n in names if len(n) > 1 and not n.isdigit()) for names in below.values()}  # letters count
-    if any(list(names) != sorted(names) for names in levels):
-        return False
-    orders = (math.factorial(min(len({plain_words(n) for n in names}), 10)) for names in levels)
+    orders = (
+        math.factorial(min(len({plain_words(n) for n in names}), 10)) for names in set(map(tuple, below.values()))
+    )
     return math.prod(orders) >= BY_CHANCE
 
 
@@ -408,11 +420,9 @@ def align(
     source: Sequence[ParameterInfo],
     target: Sequence[ParameterInfo],
     options: MatchingOptions,
-    ties: Mapping[str, int] | None = None,
-    norms: tuple[Container[str], Container[str]] = ((), ()),
-    *,
-    ordered: bool = True,
-    written: bool = True,
+    sides: Sides,
+    norms: tuple[Container[str], Container[str]],
+    paths: Paths | None = None,
 ) -> Alignment:
     """Align two sides, twice: the first time tells what order, orientation and other blocks are worth.
 
@@ -420,10 +430,9 @@ def align(
         source: Its weights.
         target: Its weights.
         options: How to match.
-        ties: How many names each tied source tensor has.
+        sides: What is known of the two: ties and order.
         norms: Paths of the norms that keep running statistics, source and target.
-        ordered: Whether the source has an order of registration.
-        written: Whether its order, be it only that of a dict, says something, so that it may contradict.
+        paths: The relative paths of just these weights (:func:`unwrapped`), where they are known.
     """
     if not source or not target:
         return Alignment((), ())
@@ -432,12 +441,12 @@ def align(
     root_t, order_t = builder.build(target, norms[1])
     forbidden = IncompatiblePairs(options.incompatible_pairs)
     twins = {}
-    if names := twins_of(order_s, order_t, within=True):
+    if names := twins_of(order_s, order_t, paths or unwrapped(order_s, order_t), within=True):
         place_s, place_t = ({i.name: k for k, i in enumerate(order)} for order in (order_s, order_t))
         twins = {place_s[s.name]: place_t[t] for t, s in names.items()}
     executed = tuple(info.execution_order for info in order_t)
     backwards = lists_backwards(root_s.lists, root_t.lists)
-    sides = Sides(ties or {}, ordered, written, executed, ends_of(order_t), twins, backwards)
+    sides = replace(sides, execution=executed, heads=ends_of(order_t), twins=twins, backwards=backwards)
     aligner = Aligner(options, builder, Evidence(), forbidden, sides)
     aligner.align(root_s, root_t)
     outcome = Aligner(options, builder, aligner.gathered, forbidden, sides).align(root_s, root_t)
@@ -529,7 +538,7 @@ def _with_execution_order(
     both_traced = any(info.execution_order is not None for info in source)
     if not (ordered or both_traced) or (len(matched) == len(target) and not both_traced):
         return first
-    second = align(_by_execution(source), _by_execution(target), options, norms=norms)
+    second = align(_by_execution(source), _by_execution(target), options, Sides(), norms)
     if both_traced:
         first = _doubt_contradictions(first, second)
         matched = {t.name for _, targets, _ in first.matches for t in targets}

@@ -28,7 +28,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.tree import Family, Item, families_of, literal, owner_path, place_in, relative, shape_key
 from lit_wsl.matching.words import Lists, counted, plain_words, split_numbers, unlike_lists
-from lit_wsl.structure.description import ParameterInfo, Shape
+from lit_wsl.structure.description import ParameterInfo
 
 TELLING = (WORDS, SHORT_WORDS, HALF_WORDS)  # likenesses by which a name singles out another
 BLOCK = 64  # tensors; larger regions teach nothing about their like
@@ -71,7 +71,7 @@ class Region:
         source: Root of the source's side.
         target: Root of the target's side.
         complete: Whether both sides have the same number of elements, so that everything must find a partner.
-        shapes: How many tensors of each shape (up to order and ones) the whole models have, source and target.
+        whole: Whether these are the whole models.
         by_core: Whether only matrices are compared, as one side has biases or norms that the other does without.
         loose: Whether vectors stand in other modules on the two sides, so that these say nothing about them.
     """
@@ -79,7 +79,7 @@ class Region:
     source: Item
     target: Item
     complete: bool
-    shapes: tuple[Counter[Shape], Counter[Shape]] | None = None
+    whole: bool = False
     loose: bool = False
     by_core: bool = False
 
@@ -98,18 +98,14 @@ class Region:
         return self.source.lists, self.target.lists
 
     @cached_property
-    def _backwards(self) -> dict[tuple[str, str], bool]:
-        return {}
-
-    def counts_down(self, ours: str, theirs: str) -> bool:
-        """Whether the members of two lists have the same sizes only if one is read backwards."""
-        if (ours, theirs) not in self._backwards:
-            a, b = (
-                [members[n] for n in sorted(members, key=int)]
-                for members in (self.lists[0].get(ours, {}), self.lists[1].get(theirs, {}))
-            )
-            self._backwards[ours, theirs] = a != b and a == b[::-1]
-        return self._backwards[ours, theirs]
+    def backwards(self) -> frozenset[tuple[str, str]]:
+        """Places of two lists whose members have the same sizes only if one is read backwards."""
+        sizes = [
+            {place: [members[n] for n in sorted(members, key=int)] for place, members in lists.items()}
+            for lists in self.lists
+        ]
+        rows = [[(place, row) for place, row in side.items() if row != row[::-1]] for side in sizes]
+        return frozenset((ours, theirs) for ours, a in rows[0] for theirs, b in rows[1] if a == b[::-1])
 
     @property
     def in_list(self) -> bool:
@@ -197,6 +193,13 @@ class Region:
         """The paths of all modules below, source and target."""
         ours, theirs = (frozenset(p for n in set(map(owner_path, side)) for p in _around(n)) for side in self.names)
         return ours, theirs
+
+    @cached_property
+    def twins(self) -> tuple[tuple[int, int], ...]:
+        """Tensors of the same path and shape, as seen from here, where both sides count alike along it: ordinals."""
+        theirs = dict(zip(self.names[1], self.target.tensors))
+        found = ((path, s, theirs.get(path)) for path, s in zip(self.names[0], self.source.tensors))
+        return tuple((s.start, t.start) for path, s, t in found if t and t.shape == s.shape and self.like_numbers(path))
 
     @cached_property
     def words(self) -> tuple[Counter[str], Counter[str]]:
@@ -325,13 +328,11 @@ class Roles:
     def partners(self, region: Region, s: Item, t: Item) -> bool:
         """Whether two places, or modules around them, were partners in other blocks, and nothing else was."""
         a, b = _around(_in_member(s, region.source)), _around(_in_member(t, region.target))
-        known = {
-            pair
-            for key, (other, pairs) in self._regions.items()
-            if key != region.key and _same_make(region, other)
-            for pair in pairs
-            if pair[0] in a or pair[1] in b
-        }
+        known: set[tuple[str, str]] = set()
+        for key, (other, pairs) in self._regions.items():
+            found = {pair for pair in pairs if pair[0] in a or pair[1] in b} if key != region.key else ()
+            if found and _same_make(region, other):
+                known.update(found)
         return bool(known) and all(one in a and other in b for one, other in known)
 
 
@@ -484,7 +485,9 @@ def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
     What stands in a part of the model beside two others, and not all of it, is no end: a branch, a gate.
     """
     matrices = [i.module_path.rpartition(".")[0] for i in infos if len(shape_key(i.shape)) >= 2]
-    parts = Counter(part for path in matrices for part in _around(path))
+    parts: Counter[str] = Counter()
+    for path, count in Counter(matrices).items():
+        parts.update(dict.fromkeys(_around(path), count))
     large = {part for part, count in parts.items() if part and 2 < count <= len(matrices) / 2}
     found: set[int] = set()
     taken_in: set[int] = set()
@@ -492,8 +495,8 @@ def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
         if len(shape_key(i.shape)) < 2:
             continue
         is_map = "Embed" not in i.module_type and i.leaf in ("weight", "kernel")  # no table, no gates of a cell
-        inside = not large.isdisjoint(_around(i.module_path.rpartition(".")[0]))
-        if is_map and i.shape[0] > 1 and i.shape[0] not in taken_in and not inside:
+        is_end = is_map and i.shape[0] > 1 and i.shape[0] not in taken_in
+        if is_end and large.isdisjoint(_around(i.module_path.rpartition(".")[0])):
             found.add(k)
         taken_in.add(i.shape[1])
     return frozenset(found)

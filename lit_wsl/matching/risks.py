@@ -25,7 +25,8 @@ def counted(cell: str) -> tuple[int, int]:
     """
     row = table().get(cell, {"right": 0, "wrong": 0})
     while cell and row["right"] + row["wrong"] < ENOUGH:
-        rows = [row for name, row in table().items() if name == cell or name.startswith(cell + ", ")]
+        start = f"{cell}, "
+        rows = [row for name, row in table().items() if name == cell or name.startswith(start)]
         row = {verdict: sum(row[verdict] for row in rows) for verdict in ("right", "wrong")}
         cell = cell.rpartition(", ")[0]
     return row["right"], row["wrong"]

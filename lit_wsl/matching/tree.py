@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain
 
-from lit_wsl.matching.words import Lists, lists_along, split_numbers
+from lit_wsl.matching.words import Lists, counted, lists_along, split_numbers
 from lit_wsl.plan.operations import Operation
 from lit_wsl.structure.description import ParameterInfo, Shape
 
@@ -38,6 +38,7 @@ class Item:
         virtual: Whether operations make any of the tensors below.
         like: The first item of this structure, which knows what follows from shapes and relative names alone.
         averaging: Whether a tensor belongs to a norm that keeps running statistics.
+        letters: Which units below are what in an attention, once :func:`~lit_wsl.matching.formula.letters_below` told.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Item:
     virtual: bool = False
     like: Item | None = None
     averaging: bool = False
+    letters: Mapping[str, frozenset[str]] | None = None
 
     @property
     def start(self) -> int:
@@ -70,19 +72,40 @@ class Item:
     @cached_property
     def units(self) -> tuple[Item, ...]:
         """All units below, in registration order."""
-        return (
-            tuple([u for c in self.children for u in (c.units if c.level > 1 else (c,))]) if self.level > 1 else (self,)
-        )
+        found: list[Item] = []
+        left = [self]
+        while left:
+            item = left.pop()
+            if item.level < 2:
+                found.append(item)
+            else:
+                left += reversed(item.children)
+        return tuple(found)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Paths of all tensors below, as seen from here."""
-        return tuple([relative(t, self) for t in self.tensors])
+        if self.like and self.level == 2:
+            return self.like.names
+        prefix = f"{self.path}." if self.path else ""
+        return tuple([t.path.removeprefix(prefix) for t in self.tensors])
 
     @cached_property
     def lists(self) -> Lists:
         """By each place where these paths count the sizes of what stands there, by number."""
-        return lists_along(zip(self.names, (t.numel for t in self.tensors)))
+        if self.level < 2:
+            return lists_along(zip(self.names, (t.numel for t in self.tensors)))
+        if self.like:
+            return self.like.lists
+        found: dict[str, dict[str, int]] = {}
+        for item in chain.from_iterable([c] if c.level == 2 else c.tensors for c in self.children):
+            path = relative(item, self)
+            for place, number in counted(path):
+                members = found.setdefault(place, {})
+                members[number] = members.get(number, 0) + item.numel
+            for place, sizes in (item.like or item).lists.items() if item.level == 2 else ():
+                found[f"{path}.{place}"] = dict(sizes)
+        return found
 
     @cached_property
     def largest(self) -> dict[str, Item]:

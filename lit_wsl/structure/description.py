@@ -193,12 +193,12 @@ class ParameterInfo:
     execution_order: int | None = None
     module_type: str = ""
 
-    @property
+    @cached_property
     def module_path(self) -> str:
         """Dotted path of the owning module; ``""`` for the root."""
         return self.name.rpartition(".")[0]
 
-    @property
+    @cached_property
     def leaf(self) -> str:
         """Last component of the name: ``weight``, ``bias``, ``running_mean``..."""
         return self.name.rpartition(".")[2]

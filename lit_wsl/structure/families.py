@@ -102,8 +102,9 @@ def _numbered(prefix: str, mine: Sequence[str], shapes: Mapping[str, tuple[int, 
 def _prefixes(name: str) -> list[str]:
     """What may stand before the name of the original: the first modules, or the first words of a name without dots."""
     mark = "." if "." in name else "_"
-    parts = name.split(mark, 2)
-    return [mark.join((*parts[:k], "")) for k in (1, 2) if k < len(parts)]
+    first = name.find(mark) + 1
+    second = name.find(mark, first) + 1 if first else 0
+    return [name[:end] for end in (first, second) if end]
 
 
 def _squeezed(name: str) -> str:
