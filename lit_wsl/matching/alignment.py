@@ -23,6 +23,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named, is_strong
 from lit_wsl.matching.dissent import against_order
@@ -44,20 +45,18 @@ REPEATED_WEIGHT = 1000
 Profile = tuple[int, str, tuple[tuple[Shape, int], ...]]
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """Source tensors become target tensors: ordinals of the two sides, and the weakest cell on the way."""
 
     sources: tuple[int, ...]
     targets: tuple[int, ...]
     operations: tuple[Operation, ...]
     cell: str
-    margin: float = 1.0
 
     def shifted(self, s: int, t: int, cell: str = "") -> Match:
         """The same match in another region of the same structure, reached by a decision of another kind."""
         sources, targets = tuple([p + s for p in self.sources]), tuple([p + t for p in self.targets])
-        return Match(sources, targets, self.operations, weakest(self.cell, cell), self.margin)
+        return Match(sources, targets, self.operations, weakest(self.cell, cell))
 
 
 @dataclass(frozen=True)

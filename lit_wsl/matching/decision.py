@@ -269,7 +269,7 @@ class ClassSolver:
             return True
         fs, ft = families_of(s, region.source), families_of(t, region.target)
         shared, _ = self._likenesses(fs, ft, region)
-        return any(self.costs.of_families(fs[i], ft[j]) == TRANSPOSED for i, j, _ in leads(shared))
+        return any(self.costs.of_families(fs[i], ft[j]) == TRANSPOSED for i, j in leads(shared))
 
     def _solve_part(self, s: list[Item], t: list[Item], balanced: bool, region: Region, out: Decision) -> None:
         if len(s) == len(t) == 1:
@@ -381,7 +381,7 @@ class ClassSolver:
             shared[i, :] = shared[:, j] = -1.0
         leading = leads(shared)
         complete = len(leading) == n == m
-        for i, j, lead in leading:
+        for i, j in leading:
             cell = LAYER_WORDS if kinds[i][j] == LAYER_ONLY and not complete else kinds[i][j]
             cell = WORDS if cell == LAYER_ONLY else cell
             if not cell or (cell == LAYER_WORDS and not sure):
@@ -389,7 +389,7 @@ class ClassSolver:
             cell = cell if sure else "open " + cell
             if not may_load(cell):
                 continue
-            self._zip(fs[i], ft[j], cell, out, lead)
+            self._zip(fs[i], ft[j], cell, out)
             open_s.discard(i)
             open_t.discard(j)
         if not sure or not open_s or not open_t:
@@ -464,10 +464,10 @@ class ClassSolver:
 
     # families and ties --------------------------------------------------------------------------------------------
 
-    def _zip(self, f: Family, g: Family, cell: str, out: Decision, lead: float = 1.0) -> None:
+    def _zip(self, f: Family, g: Family, cell: str, out: Decision) -> None:
         """Pair the members of two families by number."""
         if len(f.members) == 1:
-            out.pairs.append(Pair(f.members[0], g.members[0], cell, lead))
+            out.pairs.append(Pair(f.members[0], g.members[0], cell))
             return
         mirrored = self._are_mirrored(f.members, g.members, [f.pattern, g.pattern])
         found = None if mirrored else number_map(f, g, self.ordered, self.written, self.backwards)
@@ -477,7 +477,7 @@ class ClassSolver:
             return
         members, kind = found
         for k, (a, b) in enumerate(zip(f.members, members)):
-            out.pairs.append(Pair(a, b, cell if kind == NUMBERS else f"{cell}, {kind}", lead, first=k == 0))
+            out.pairs.append(Pair(a, b, cell if kind == NUMBERS else f"{cell}, {kind}", first=k == 0))
 
     def _tie(self, left_s: list[Family], left_t: list[Family], out: Decision) -> None:
         """Leave families open that fit together; order may decide."""

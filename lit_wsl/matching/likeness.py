@@ -15,7 +15,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def table() -> dict[str, list[str]]:
 
 
 def _read(name: str) -> Any:
-    return json.loads(resources.files(__package__).joinpath(name).read_text())
+    return json.loads(Path(__file__).with_name(name).read_text())
 
 
 @lru_cache(maxsize=100_000)
@@ -274,15 +274,13 @@ def _names_layer(a: str, b: str, general: frozenset[str]) -> bool:
     return any(w in general or w == "backbone" for w in (a, b)) or ("norm" in a and "norm" in b)
 
 
-def leads(shared: np.ndarray) -> list[tuple[int, int, float]]:
-    """Pairs that lead over every rival of their row and of their column, and by how much."""
+def leads(shared: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs that lead over every rival of their row and of their column."""
     found = []
-    for i, row in enumerate(shared):
-        j = int(row.argmax())
-        value = row[j]
-        rivals = max((*np.delete(row, j), *np.delete(shared[:, j], i)), default=0.0)
-        if value > 0 and value > rivals + 1e-9:
-            found.append((i, j, float(min(1.0, value - max(rivals, 0.0)))))
+    for i, j in enumerate(shared.argmax(1).tolist()):
+        least = shared[i, j] - 1e-9
+        if least > 0 and (shared[i] >= least).sum() == (shared[:, j] >= least).sum() == 1:
+            found.append((i, j))
     return found
 
 

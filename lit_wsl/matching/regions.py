@@ -233,7 +233,7 @@ def _called_alike(ours: Item, theirs: Item) -> list[tuple[Item, Item]]:
             if len(modules) == 1 and likeness.kind in known and not likeness.only_layers:
                 shared[i, j] = likeness.shared
     items = [list(side.values()) for side in sides]
-    return [(items[0][i], items[1][j]) for i, j, _ in leads(shared)] if all(sides) else []
+    return [(items[0][i], items[1][j]) for i, j in leads(shared)] if all(sides) else []
 
 
 def _by_name(home: Item) -> dict[tuple[str, ...], Item]:
@@ -272,7 +272,6 @@ class Pair:
     source: Item
     target: Item
     cell: str
-    margin: float = 1.0
     first: bool = True  # of its family: the others follow from it, so they don't vote
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from functools import cache, lru_cache
-from importlib import resources
 from math import sqrt
+from pathlib import Path
 
 RISK_LIMIT, ENOUGH = 0.05, 40  # a kind loads if it is wrong less often, with 95 % confidence, or never in so many
 
@@ -120,11 +120,7 @@ def _variety(variety: str) -> str:
 @cache
 def table() -> dict[str, dict[str, int]]:
     """How often each kind of evidence was right and wrong, as ``make calibrate`` counted it."""
-    try:
-        text = resources.files(__package__).joinpath("risks.json").read_text()
-    except FileNotFoundError:
-        return {}
-    known: dict[str, dict[str, int]] = json.loads(text)
+    known: dict[str, dict[str, int]] = json.loads(Path(__file__).with_name("risks.json").read_text())
     return known
 
 
