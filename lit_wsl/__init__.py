@@ -37,7 +37,7 @@ _HOMES = {
     "TransferPlan": "lit_wsl.plan.plan",
     "TransferReport": "lit_wsl.report.report",
     "WeightMapper": "lit_wsl.mapper",
-    "WeightRenamer": "lit_wsl.models.weight_renamer",
+    "WeightRenamer": "lit_wsl.renamer",
     "WeightTransferCallback": "lit_wsl.callbacks.weight_transfer",
     "load_checkpoint_as_dict": "lit_wsl.checkpoint",
     "transfer_weights": "lit_wsl.transfer.api",

@@ -24,7 +24,7 @@ FLOORS = {
     "mapper": {"structure", "checkpoint", "plan", "matching", "report"},
     "rebasin": {"structure", "checkpoint"},
     "renamer": {"checkpoint"},
-    "models": {"checkpoint", "mapper", "renamer"},
+    "models": set(),
     "callbacks": {"structure", "checkpoint", "plan", "matching", "report", "transfer", "convert", "rebasin"},
     "cli": {
         "structure",

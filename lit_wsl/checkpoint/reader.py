@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint.allowlist import RefusedError
-from lit_wsl.checkpoint.dcp import read_distributed
-from lit_wsl.checkpoint.deepspeed import is_deepspeed, read_deepspeed
 from lit_wsl.checkpoint.document import Document, LazyTensor
 from lit_wsl.checkpoint.records import ForeignObject, as_mapping
 from lit_wsl.checkpoint.safetensors_file import is_safetensors, read_safetensors
+from lit_wsl.checkpoint.sharded import is_deepspeed, read_deepspeed, read_distributed
 from lit_wsl.checkpoint.torch_file import read_torch_file, verify_checksums
 from lit_wsl.checkpoint.weights import Selection, Weights, select_weights
 from lit_wsl.errors import CheckpointError

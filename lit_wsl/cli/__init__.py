@@ -13,13 +13,13 @@ from collections.abc import Sequence
 DONE, NO, WRONG = 0, 1, 2
 
 COMMANDS = {
-    "inspect": "lit_wsl.cli.inspecting:run",
-    "map": "lit_wsl.cli.mapping:run",
-    "convert": "lit_wsl.cli.converting:run",
-    "rename": "lit_wsl.cli.renaming:run",
-    "diff": "lit_wsl.cli.diffing:run",
-    "rebasin": "lit_wsl.cli.rebasing:run",
-    "rebase": "lit_wsl.cli.rebasing:run_rebase",
+    "inspect": "lit_wsl.cli.inspecting:inspect",
+    "map": "lit_wsl.cli.mapping:map_",
+    "convert": "lit_wsl.cli.converting:convert",
+    "rename": "lit_wsl.cli.converting:rename",
+    "diff": "lit_wsl.cli.inspecting:diff",
+    "rebasin": "lit_wsl.cli.rebasing:rebasin",
+    "rebase": "lit_wsl.cli.rebasing:rebase_",
 }
 
 

@@ -1,23 +1,27 @@
-"""``lit-wsl convert``: write a checkpoint for the new model."""
+"""``lit-wsl convert`` and ``lit-wsl rename``: write a checkpoint for the new model, or the same under other names."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lit_wsl.cli import NO
-from lit_wsl.cli.console import progress, put_json, remark, say
+from lit_wsl.cli.console import progress, put_json, remark, say, table
 from lit_wsl.cli.models import UsageError, build_model, matching_options, wanted
 from lit_wsl.convert.checkpoint import convert_checkpoint
 from lit_wsl.errors import CoverageError
 from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.renamer import WeightRenamer
 from lit_wsl.report.terminal import gap_lines
+from lit_wsl.structure.families import fold
 
 
-def run(options: Any) -> int:
-    """Run the command."""
+def convert(options: Any) -> int:
+    """Run ``convert``."""
     refuse_same(options.checkpoint, options.output)
     try:
         return _convert(options)
@@ -97,4 +101,72 @@ def _names(file: str | None) -> list[list[str]] | None:
         data = [data]
     if not isinstance(data, list) or not all(isinstance(o, list) and all(isinstance(n, str) for n in o) for o in data):
         raise UsageError(f'{file} must hold a list of names for each optimizer: [["a.weight", "a.bias"]].')
+    return data
+
+
+def rename(options: Any) -> int:
+    """Run ``rename``."""
+    if not options.dry_run and options.output is None:
+        raise UsageError("say where to write the result: -o new.ckpt, or look only: --dry-run.")
+    if options.output is not None:
+        refuse_same(options.checkpoint, options.output)
+    renamer = WeightRenamer(options.checkpoint)
+    before = renamer.list_keys()
+    _rename(renamer, options)
+    changed = [(old, new) for old, new in zip(before, renamer.list_keys()) if old != new]
+    if not options.json:
+        table(("old", "new"), [family.patterns for family in fold(changed)])
+    if changed and not options.dry_run:
+        renamer.save(options.output, keep_foreign=options.keep_foreign)
+        if not options.json:
+            say(f"{options.output}: {len(changed)} of {len(before)} tensors renamed")
+    if options.json:
+        put_json({"renamed": dict(changed), "tensors": len(before)}, options.json)
+    if not changed:
+        remark("lit-wsl rename: no name changes")
+        return 1
+    return 0
+
+
+def _rename(renamer: WeightRenamer, options: Any) -> None:
+    if options.map:
+        names: dict[str, str] = {}
+        for item in options.map:
+            names.update(_mapping(item))
+        renamer.rename_keys(names)
+    for item in options.prefix or ():
+        renamer.rename_with_prefix(*_pair(item, "--prefix"))
+    for item in options.remove_prefix or ():
+        renamer.remove_prefix(item.rstrip("."))
+    for item in options.add_prefix or ():
+        renamer.add_prefix(item.rstrip("."))
+    for item in options.regex or ():
+        pattern, new = _pair(item, "--regex")
+        try:
+            compiled = re.compile(pattern)
+            compiled.sub(new, "")
+        except (re.error, IndexError) as error:
+            raise UsageError(f"--regex {item}: {error}") from error
+        renamer.rename_by(lambda name, compiled=compiled, new=new: compiled.sub(new, name))  # type: ignore[misc]
+
+
+def _pair(item: str, option: str) -> tuple[str, str]:
+    old, mark, new = item.partition("=")
+    if not mark or not old:
+        raise UsageError(f"{option} takes OLD=NEW, got {item!r}.")
+    return old, new
+
+
+def _mapping(item: str) -> Mapping[str, str]:
+    """``old=new``, or a JSON or YAML file of old and new names."""
+    if not Path(item).is_file():
+        return dict([_pair(item, "--map")])
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(item).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{item} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(data, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in data.items()):
+        raise UsageError(f"{item} must be a mapping of old to new names.")
     return data

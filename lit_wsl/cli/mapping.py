@@ -23,8 +23,8 @@ from lit_wsl.transfer.floor import likely_cause
 from lit_wsl.transfer.sides import Source, Target
 
 
-def run(options: Any) -> int:
-    """Run the command."""
+def map_(options: Any) -> int:
+    """Run ``map``."""
     old = build_from(options.source_model, options.source_model_args) if options.source_model else None
     data_module = data_from_config(options.config) if options.config and options.proof == "auto" else None
     model = build_model(options, meta=options.sample is None and data_module is None)

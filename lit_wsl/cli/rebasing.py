@@ -35,7 +35,7 @@ from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.running import Call, ways_to_call
 
 
-def run(options: Any) -> int:
+def rebasin(options: Any) -> int:
     """Run ``rebasin``."""
     if len(options.checkpoints) < 2:
         raise UsageError("give two checkpoints at least; the first is the reference.")
@@ -160,7 +160,7 @@ def _show(report: RebasinReport) -> None:
     table(("model", "metric", "before", "after"), rows, right=(2, 3))
 
 
-def run_rebase(options: Any) -> int:
+def rebase_(options: Any) -> int:
     """Run ``rebase``."""
     model = build_model(options, meta=False)
     call = sample_call(options.sample, model)

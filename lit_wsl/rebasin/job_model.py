@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_wsl.errors import RebasinError, listed, reason
+from lit_wsl.rebasin.inference.additions import unused_tensors
 from lit_wsl.rebasin.inference.infer import infer_permutation_spec
 from lit_wsl.rebasin.inference.trace import ForwardError
-from lit_wsl.rebasin.inference.unused import unused_tensors
 from lit_wsl.rebasin.inference.verify import verify_permutation_spec
 from lit_wsl.rebasin.job import MEAN_STATISTICS, AlignOptions, Matcher, RebasinReport, under_names_of
 from lit_wsl.rebasin.matching.activations import best_matching

@@ -529,9 +529,9 @@ def test_names_in_a_file_cannot_control_the_terminal(tmp_path, capsys):
 
 
 def test_diff_is_readable_at_80_columns(trained, tmp_path, capsys, monkeypatch):
-    from lit_wsl.cli import diffing
+    from lit_wsl.cli import inspecting
 
-    monkeypatch.setattr(diffing, "on_terminal", lambda: True)
+    monkeypatch.setattr(inspecting, "on_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
     names = [f"model.decoder.layers.{i}.self_attention.query_projection.weight" for i in range(3)]
     torch.save({n: torch.ones(64, 64) for n in names}, tmp_path / "a.pt")

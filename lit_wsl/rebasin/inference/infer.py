@@ -22,10 +22,10 @@ from torch import nn
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference import (  # noqa: F401  (registers the rules)
     rules_compute,
-    rules_diagonal,
     rules_index,
     rules_shape,
 )
+from lit_wsl.rebasin.inference.additions import united, with_unused_siblings
 from lit_wsl.rebasin.inference.groups import build_spec
 from lit_wsl.rebasin.inference.labels import Label, depends
 from lit_wsl.rebasin.inference.rules_compute import cat_labels
@@ -52,9 +52,7 @@ from lit_wsl.rebasin.inference.trace import (
     traceable,
     written_arguments,
 )
-from lit_wsl.rebasin.inference.united import united
 from lit_wsl.rebasin.inference.units import Array
-from lit_wsl.rebasin.inference.unused import with_unused_siblings
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.description import require_module, require_sample
 

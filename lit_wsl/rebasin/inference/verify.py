@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lit_wsl.errors import RebasinError
-from lit_wsl.rebasin.inference.slots import candidates, on_own_axes, with_slots
+from lit_wsl.rebasin.inference.additions import candidates, on_own_axes, with_slots
 from lit_wsl.rebasin.inference.trace import all_output_tensors, named_tensors, traceable
 from lit_wsl.rebasin.spec.axis import Permutations
 from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof, apply_permutation
@@ -292,7 +292,7 @@ def with_interchangeable_slots(
     example_kwargs: Mapping[str, Any] | None,
     outputs: Callable[[Any], Any] | None,
 ) -> PermutationSpec:
-    """The spec with the orders that only a trial can tell, see :mod:`lit_wsl.rebasin.inference.slots`."""
+    """The spec with the orders that only a trial can tell, see :mod:`lit_wsl.rebasin.inference.additions`."""
     if next(candidates(spec), None) is None and next(on_own_axes(spec), None) is None:
         return spec
     try:
