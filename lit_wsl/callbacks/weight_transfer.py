@@ -33,8 +33,8 @@ from lit_wsl.convert.resume import Resume as Resuming
 from lit_wsl.convert.resume import ResumeOptions
 from lit_wsl.convert.saved_optimizer import Wins
 from lit_wsl.convert.weights import Translation
-from lit_wsl.errors import MappingError, TransferError, did_you_mean, listed
-from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
+from lit_wsl.errors import MappingError, TransferError, listed
+from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy, one_of
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.loggers import transfer_progress
 from lit_wsl.report.report import TransferReport
@@ -193,11 +193,7 @@ class WeightTransferCallback(Callback):
             ("on_lost", on_lost, get_args(OnLost)),
             ("proof", proof, ("auto", "off")),
         ):
-            if value not in allowed:
-                known = ", ".join(map(repr, allowed))
-                raise MappingError(
-                    f"{option} must be one of {known}; got {value!r}.{did_you_mean(str(value), allowed)}"
-                )
+            one_of(option, value, allowed)
         numbers = isinstance(proof_batches, int | float) and isinstance(proof_seconds, int | float)
         if not numbers or proof_batches < 1 or not proof_seconds >= 0:
             raise MappingError(

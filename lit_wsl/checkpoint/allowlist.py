@@ -131,17 +131,18 @@ def _rebuild_sparse(layout: Any, data: Any) -> Tensor:
     if not isinstance(data, tuple) or not all(isinstance(part, (Tensor, tuple, bool, torch.Size)) for part in data):
         raise RefusedError("a sparse tensor of unknown form")
     if layout == torch.sparse_coo and len(data) in (3, 4) and all(isinstance(part, Tensor) for part in data[:2]):
-        size = _sizes(data[2], "size")
-        if math.prod(size) > 1 << 48:
-            raise RefusedError(f"a sparse tensor of shape {size}")
-        return torch.sparse_coo_tensor(data[0], data[1], size, check_invariants=True)
+        return torch.sparse_coo_tensor(data[0], data[1], _sparse_size(data[2]), check_invariants=True)
     layouts = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
     if layout in layouts and len(data) == 4 and all(isinstance(part, Tensor) for part in data[:3]):
-        size = _sizes(data[3], "size")
-        if math.prod(size) > 1 << 48:
-            raise RefusedError(f"a sparse tensor of shape {size}")
-        return torch.sparse_compressed_tensor(*data[:3], size, layout=layout, check_invariants=True)
+        return torch.sparse_compressed_tensor(*data[:3], _sparse_size(data[3]), layout=layout, check_invariants=True)
     raise RefusedError("a sparse tensor of unknown form")
+
+
+def _sparse_size(sizes: Any) -> tuple[int, ...]:
+    size = _sizes(sizes, "size")
+    if math.prod(size) > 1 << 48:
+        raise RefusedError(f"a sparse tensor of shape {size}")
+    return size
 
 
 def _rebuild_quantized(

@@ -71,10 +71,10 @@ class MatchingOptions:
             object.__setattr__(self, name, value)
         if not isinstance(self.source_prefix, str | None):
             raise ArgumentTypeError(f"source_prefix must be a name, got {self.source_prefix!r}.")
-        _one_of("buffers", self.buffers, get_args(BufferMode))
-        _one_of("strategy", self.strategy, get_args(Strategy))
+        one_of("buffers", self.buffers, get_args(BufferMode))
+        one_of("strategy", self.strategy, get_args(Strategy))
         for name in self.adapt:
-            _one_of("adapt", name, get_args(Adaptation))
+            one_of("adapt", name, get_args(Adaptation))
         if not 0.0 <= self.threshold <= 1.0:
             raise MappingError(f"threshold must lie between 0 and 1, got {self.threshold!r}.")
         if not self.shape_tolerance >= 0.0:
@@ -127,7 +127,8 @@ class MatchingOptions:
         }
 
 
-def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that an option does not know."""
     if value not in allowed:
         known = ", ".join(map(repr, allowed))
         raise MappingError(f"{option} must be one of {known}; got {value!r}.{did_you_mean(str(value), allowed)}")
