@@ -35,7 +35,7 @@ class PlanEntry:
         target_shapes: Shape of each target.
         kind: Whether the targets are parameters or buffers.
         score: What users see, 0 to 1: shape, name and hierarchy, weighted.
-        margin: How much worse the best alternative of the whole assignment would be, 0 to 1.
+        margin: How far the kind of evidence sets the pair apart from its rivals, 0 to 1; for sorting.
         reason: Why these belong together, in words.
         evidence: The kind of evidence that decided, the weakest on the way (:mod:`lit_wsl.matching.decision`).
     """
