@@ -73,18 +73,12 @@ class Outcome:
     """What a region gave: its own matches and doubts, and the outcomes of the regions inside it.
 
     Regions of one structure share an outcome, which stands at the ordinals of the first of them; ``inside`` holds by
-    how much the others are shifted, and the cell of the pair that led to them. ``pairs`` are the region's own items.
+    how much the others are shifted, and the cell of the pair that led to them.
     """
 
     matches: list[Match] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
     inside: list[tuple[Outcome, int, int, str]] = field(default_factory=list)
-    pairs: list[tuple[Item, Item]] = field(default_factory=list)
-
-    @cached_property
-    def size(self) -> int:
-        """Number of targets that are matched; call it when the outcome is complete."""
-        return sum(len(m.targets) for m in self.matches) + sum(o.size for o, *_ in self.inside)
 
     def flat(self) -> tuple[list[Match], list[Doubt]]:
         """All matches and doubts at their own ordinals."""
@@ -390,7 +384,6 @@ class RegionMatch:
     def _take_pair(self, p: Pair) -> None:
         outcome, ds, dt = self.aligner.inside(p.source, p.target)
         self.out.inside.append((outcome, ds, dt, p.cell))
-        self.out.pairs.append((p.source, p.target))
         learned = self.aligner.gathered.learned
         if min(self.region.source.level, self.region.target.level) >= 2:
             learned.renames.teach(self.region, p.source, p.target)

@@ -58,13 +58,13 @@ def refuse_whole_checkpoint(value: Mapping[Any, Any], argument: str) -> None:
         )
 
 
-def require_batches(value: Any, argument: str = "batches") -> None:
+def require_batches(value: Any) -> None:
     """Refuse what gives no batches, and a single batch."""
     many = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
     if isinstance(value, (Tensor, str, Mapping)) or not many:
-        hint = f" For a single batch: {argument}=[x]." if isinstance(value, (Tensor, Mapping)) else ""
+        hint = " For a single batch: batches=[x]." if isinstance(value, (Tensor, Mapping)) else ""
         raise ArgumentTypeError(
-            f"{argument} must be a DataLoader or a list of batches, but it is {what_it_is(value)}.{hint}"
+            f"batches must be a DataLoader or a list of batches, but it is {what_it_is(value)}.{hint}"
         )
 
 

@@ -44,12 +44,12 @@ class Spectrum:
         cutoff = self.S[0] * max(self.U.shape[0], self.Vh.shape[1]) * torch.finfo(self.S.dtype).eps
         return int((cutoff < self.S).sum())
 
-    def directions(self, energy: float = ENERGY) -> int:
-        """Smallest number of leading directions that hold the given share of ``sum(S ** 2)``."""
+    def directions(self) -> int:
+        """Smallest number of leading directions that hold :data:`ENERGY` of ``sum(S ** 2)``."""
         squares = torch.cumsum(self.S.square(), 0)
         if squares.numel() == 0 or float(squares[-1]) == 0.0:
             return 0
-        return int((squares < energy * squares[-1]).sum()) + 1
+        return int((squares < ENERGY * squares[-1]).sum()) + 1
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
