@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from lit_wsl.matching.turns import is_turn, transposed
 from lit_wsl.matching.words import split_numbers
@@ -81,12 +82,12 @@ class Orientation:
         for side, infos in enumerate(tensors):
             for i in infos:
                 if len(core(i.shape)) == 2 and i.name not in matched[side]:
-                    left[side][_around(i)].add(core(i.shape))
+                    left[side][_around(i.module_path)].add(core(i.shape))
         if not all(left):
             return
         for sources, targets, _ in matches:
             if len(sources) == len(targets) == 1 and len(core(sources[0].shape)) == 2:
-                ours, theirs = (known.get(_around(i), set()) for known, (i,) in zip(left, (sources, targets)))
+                ours, theirs = (known.get(_around(i.module_path), set()) for known, (i,) in zip(left, (sources, targets)))
                 if any(a != b and (b, a) in theirs and (a, b) not in theirs for a, b in ours):
                     self.turned = True
                     for make in _makes(sources[0], targets[0]):
@@ -215,19 +216,20 @@ def _make(info: ParameterInfo) -> Make:
     return info.module_type, _leaf(info), len(core(info.shape))
 
 
+@lru_cache(maxsize=4096)
+def _around(path: str) -> tuple[str, ...]:
+    """The pattern of what a module stands in."""
+    return split_numbers(path.rpartition(".")[0])[0]
+
+
 def _makes(s: ParameterInfo, t: ParameterInfo) -> tuple[Make, ...]:
     """What a pair of matrices shares its orientation with, the nearest first.
 
     The matrices of the module that it stands in, on both sides; all of its kind, where the kinds of both are known.
     """
     both = (_make(s), _make(t))
-    around = _around(s), _around(t)
+    around = _around(s.module_path), _around(t.module_path)
     return ((around, *both), both) if s.module_type and t.module_type else ((around, *both),)
-
-
-def _around(info: ParameterInfo) -> tuple[str, ...]:
-    """The module that the tensor's own stands in, without numbers."""
-    return split_numbers(info.module_path.rpartition(".")[0])[0]
 
 
 def _is_table(info: ParameterInfo) -> bool:

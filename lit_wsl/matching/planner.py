@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 from lit_wsl.matching.alignment import RUN_OTHERWISE, Aligner, Evidence, Match
 from lit_wsl.matching.buffers import (
@@ -351,8 +351,7 @@ def is_sorted(side: ModelDescription) -> bool:
 def has_order(side: ModelDescription) -> bool:
     """Whether the order of a side's tensors, if it is not sorted, may be that in which a model registered them."""
     written = [info for info in side.parameters if info.kind == "parameter"]
-    whole = _in_one_piece(path for path, _ in groupby(i.module_path for i in written))
-    return whole and not _in_two_minds(written)
+    return _in_one_piece(i.module_path for i in written) and not _in_two_minds(written)
 
 
 RUN = 12  # so many names in a row are in alphabetical order only where they were sorted
@@ -380,12 +379,12 @@ def _in_one_piece(modules: Iterable[str]) -> bool:
     known: set[str] = set()
     around: list[str] = []  # the last path and what it stands in, each with a dot behind it
     for path in modules:
-        while around and not f"{path}.".startswith(around[-1]):
+        dotted = f"{path}."
+        while around and not dotted.startswith(around[-1]):
             around.pop()
         at = len(around[-1]) if around else 0
-        for part in f"{path}."[at:].split(".")[:-1]:
-            at += len(part) + 1
-            around.append(f"{path}."[:at])
+        while at := dotted.find(".", at) + 1:
+            around.append(dotted[:at])
             if around[-1] in known:
                 return False
             known.add(around[-1])
@@ -451,11 +450,12 @@ def align(
     aligner.align(root_s, root_t)
     outcome = Aligner(options, builder, aligner.gathered, forbidden, sides).align(root_s, root_t)
     flat, unsure = outcome.flat()
-    matches = tuple((tuple(order_s[p] for p in m.sources), tuple(order_t[p] for p in m.targets), m) for m in flat)
+    at_s, at_t = order_s.__getitem__, order_t.__getitem__
+    matches = tuple([(tuple(map(at_s, m.sources)), tuple(map(at_t, m.targets)), m) for m in flat])
     doubts = tuple(
         (
-            tuple(order_t[p] for p in d.targets),
-            tuple((tuple(order_s[p] for p in sources), operations) for sources, operations in d.candidates),
+            tuple(map(at_t, d.targets)),
+            tuple((tuple(map(at_s, s)), operations) for s, operations in d.candidates),
             d.reason,
         )
         for d in unsure

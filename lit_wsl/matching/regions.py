@@ -434,6 +434,8 @@ class Rows:
         Those that names decided come first: ``in order``, ``against order``, or ``reordered`` if they don't agree among
         themselves; of all that are decided it is ``in line`` or ``out of line``.
         """
+        if not self._rows:
+            return ""
         mine = _place(region, s, t)
         for named, words in ((True, ("in order", "against order")), (False, ("in line", "out of line"))):
             others = sorted(self._rows.get((*region.key, named), set()) - {mine})

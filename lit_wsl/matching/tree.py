@@ -120,7 +120,7 @@ class Item:
     @cached_property
     def profile(self) -> Counter[Shape]:
         """How many tensors of each shape are below; sizes of one and the order of axes don't count."""
-        return self.like.profile if self.like else Counter(shape_key(t.shape) for t in self.tensors)
+        return self.like.profile if self.like else Counter([shape_key(t.shape) for t in self.tensors])
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
@@ -218,9 +218,9 @@ class TreeBuilder:
     def group(self, path: str, children: Sequence[Item], level: int) -> Item:
         """A unit or module of these children."""
         offset = len(path) + 1 if path else 0
-        key = (level, tuple((c.path[offset:], c.structure) for c in children))
+        key = (level, tuple([(c.path[offset:], c.structure) for c in children]))
         positions = tuple(chain.from_iterable(c.positions for c in children))
-        numel, virtual = sum(c.numel for c in children), any(c.virtual for c in children)
+        numel, virtual = sum([c.numel for c in children]), any(c.virtual for c in children)
         number = self._number(key)
         like = self._first.get(number)
         item = Item(path, tuple(children), positions, numel, number, level, virtual=virtual, like=like)
