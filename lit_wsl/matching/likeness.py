@@ -90,77 +90,22 @@ LETTERS, NEAR_WORDS, LAYER_WORDS = "letters", "neighbour's words", "words for an
 SHORT_WORDS = "short words"
 WEAK = (SHORT_WORDS, HALF_WORDS, "open ")  # what order may overrule
 FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter may stand for anything
-ENDS = frozenset(  # what the last layer is called in any model, so that it says nothing about what it is for
-    (
-        "head",
-        "heads",
-        "fc",
-        "classifier",
-        "classify",
-        "linear",
-        "last",
-        "final",
-        "logits",
-        "output",
-        "out",
-        "proj",
-        "projection",
-        "dense",
-        "layer",
-        "lm",
-        "predictions",
-        "prediction",
-        "pred",
-        "logit",
-        "readout",
-        "decoder",
-        "cls",
-        "model",
-        "net",
-        "module",
-        "backbone",
-        "to",
-        "lin",
-        "score",
-    )
-)
+ENDS = frozenset((  # what the last layer is called in any model, so that it says nothing about what it is for
+    "head", "heads", "fc", "classifier", "classify", "linear", "last", "final", "logits", "output", "out", "proj",
+    "projection", "dense", "layer", "lm", "predictions", "prediction", "pred", "logit", "readout", "decoder", "cls",
+    "model", "net", "module", "backbone", "to", "lin", "score",
+))  # fmt: skip
 KINDS = frozenset(("bn", "ln", "gn", "conv", "convolution", "embed", "embedding", "embeddings", "weight"))
 WHOLES = frozenset(("backbone", "model", "net", "module"))  # what a model is called, or most of it
 CONTAINERS = WHOLES | {"decoder"}
-LAYERS = frozenset(
-    (
-        "bn",
-        "ln",
-        "gn",
-        "conv",
-        "convolution",
-        "weight",
-        "fc",
-        "linear",
-        "lin",
-        "proj",
-        "projection",
-        "dense",
-        "layer",
-        "to",
-        "module",
-        "net",
-        "model",
-    )
-)
+LAYERS = frozenset((
+    "bn", "ln", "gn", "conv", "convolution", "weight", "fc", "linear", "lin", "proj", "projection", "dense", "layer",
+    "to", "module", "net", "model",
+))  # fmt: skip
 LISTS = frozenset(("block", "blocks", "layers", "unit", "units", "stage", "stages", "modules"))
-BLOCKS = LAYERS | {  # and names of modules that all have the same structure, so that they do not say which of them
-    "attn",
-    "attention",
-    "att",
-    "mha",
-    "mlp",
-    "ffn",
-    "ff",
-    "feed",
-    "forward",
-    *LISTS,
-}
+BLOCKS = LAYERS | LISTS | {  # and modules that all have the same structure, so that they do not say which of them
+    "attn", "attention", "att", "mha", "mlp", "ffn", "ff", "feed", "forward",
+}  # fmt: skip
 LAYER_NAMES = (ENDS | KINDS | LAYERS) - {"decoder"}  # say a kind of layer, or a place that any model has
 INFLECTION = 5  # letters at the end of a word that only change its form: combine, combination
 LITTLE = 0.1  # what a word for any layer says, beside words that say which
