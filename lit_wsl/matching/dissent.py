@@ -350,7 +350,7 @@ def _leaves_formula(named: Sequence[Family], side: int, counted_only: Sequence[F
     Its numbers may follow either.
     """
     letters = [region.letters_of(f.members[0], side) for f in sorted(named, key=lambda f: f.start)]
-    places = ["qkvo".index(*found) for found in letters if len(found) == 1]
+    places = ["qkvo".index("".join(found)) for found in letters if len(found) == 1]
     if len(places) < len(named) or places == sorted(places):
         return False
     root = (region.source, region.target)[1 - side]

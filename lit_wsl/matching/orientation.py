@@ -87,7 +87,7 @@ class Orientation:
             return
         for sources, targets, _ in matches:
             if len(sources) == len(targets) == 1 and len(core(sources[0].shape)) == 2:
-                ours, theirs = (known.get(_around(i.module_path), set()) for known, (i,) in zip(left, (sources, targets)))
+                ours, theirs = (left[k].get(_around(i.module_path), set()) for k, (i,) in enumerate((sources, targets)))
                 if any(a != b and (b, a) in theirs and (a, b) not in theirs for a, b in ours):
                     self.turned = True
                     for make in _makes(sources[0], targets[0]):

@@ -28,7 +28,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.tree import Family, Item, families_of, literal, owner_path, place_in, relative, shape_key
 from lit_wsl.matching.words import Lists, counted, plain_words, split_numbers, unlike_lists
-from lit_wsl.structure.description import ParameterInfo
+from lit_wsl.structure.description import ParameterInfo, Shape
 
 TELLING = (WORDS, SHORT_WORDS, HALF_WORDS)  # likenesses by which a name singles out another
 BLOCK = 64  # tensors; larger regions teach nothing about their like
