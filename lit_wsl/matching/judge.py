@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -20,34 +20,33 @@ from scipy.special import stdtr
 from torch import Tensor, nn
 
 from lit_wsl.errors import listed
+from lit_wsl.matching.answers import answered, filled, is_doubtful, is_only_renamed, what_it_does
 from lit_wsl.matching.balance import Balance
 from lit_wsl.matching.changes import FEW_COVERS, Choice, twins_exchanged
-from lit_wsl.matching.entries import cast_between
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.moments import Moments
 from lit_wsl.matching.search import Budget, Search, Trials
-from lit_wsl.matching.space import Space, filled, is_doubtful, is_only_renamed
+from lit_wsl.matching.space import Space
 from lit_wsl.matching.symmetries import Gradients, turnings
 from lit_wsl.matching.witnesses import AGREES, risk_by_gradient, risk_of, together, unrest
-from lit_wsl.plan.entries import Ambiguity, Candidate, Decided, Measured, PlanEntry, Proof, ProofBy
+from lit_wsl.plan.entries import Decided, Measured, PlanEntry, Proof, ProofBy
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription
 from lit_wsl.structure.losses import LossMeter, NoDataError
 from lit_wsl.structure.running import hindrance, shaken_state
 
 RISK = 0.01  # of one wrong decision among all rivals tried
-PASSES = 60.0  # most forward passes of a whole batch that trials may take
+PASSES = 58.0  # most forward passes of a whole batch that trials may take
 MOST = 64.0  # the same, with what else is measured
 FEW = 2  # rivals whose gradients are measured
 RESTLESS = 1.0  # times the noise of its batch is a gradient where training has not stopped
-NEAR = 3.0  # the same, where little is left open
-LITTLE = 8  # rivals to each that may be left open there
-FAR = 10.0  # times that it is where training never was; a model trained for some hundred steps has up to seven
+FAR = 3.0  # the same, where training may not have been at all
+LITTLE = 8  # rivals to each that may be left open where it is less
+STEPS = (0.003, 0.01)  # of descent, as shares of a tensor's norm
+GAIN = 0.02  # share of the fall of the loss that one of them adds where training never was
 SEARCH = 0.7  # share of them that the search may take
-BY_LOSS = "the loss on data decides it"
 REFUTED = "the loss on data refutes what names and shapes say, and does not say what is right"
-STILL_OPEN = "the loss on data does not decide between the candidates"
 
 
 def _exchanges(one: object, other: object) -> int:
@@ -240,6 +239,31 @@ class LossJudge:
                 self._unrest[choice] = math.inf
         return self._unrest[choice]
 
+    def is_far(self, choice: Choice, fall: float) -> bool:
+        """Whether training never was at a choice: the gradient is far from rest, and one step down it gains much.
+
+        Args:
+            choice: The choice.
+            fall: What the loss has fallen by from the fresh model.
+        """
+        return self.unrest(choice) >= FAR and self._gain(choice) >= GAIN * fall
+
+    def _gain(self, choice: Choice) -> float:
+        """By how much the loss on half of a batch falls after a step down its gradient on the other half."""
+        meter, state = self.trials.meter, self.trials.state(choice)
+        half, size = -(-self.trials.size // 2), self.trials.size
+        if not meter.has_slopes or meter.passes + (1 + len(STEPS)) / 2 + 1 > MOST:
+            return math.inf
+        _, slopes = next(iter(meter.gradients(state, 0, 2)))
+        weights = {name: p.detach() for name, p in meter.model.named_parameters(remove_duplicate=False)} | state
+        found = [_mean(meter.losses(state, 0, half, size))]
+        for share in STEPS:
+            steps = {n: share * weights[n].norm() / s.norm().clamp_min(1e-30) * s for n, s in slopes.items()}
+            found.append(
+                _mean(meter.losses(state | {n: weights[n] - step for n, step in steps.items()}, 0, half, size))
+            )
+        return found[0] - min(x for x in found if math.isfinite(x))
+
     @property
     def _again(self) -> int:
         """How the risk is shared by repeated tests, should a rival turn out better: a half, a sixth, ..."""
@@ -384,12 +408,12 @@ def _judge(
     # And where all is decided, but the gradient is far from rest, the truth is not among what was asked.
     renamed, unrest = is_only_renamed(plan, *sides), judge.unrest(choice)
     much = better != choice or LITTLE * sum(risk >= RISK for risk in risks.values()) > len(risks)
-    keeps = not judge.rests(choice) and (much or unrest >= RESTLESS * NEAR) if is_open else unrest >= RESTLESS * FAR
-    keeps = keeps and (is_open or unrest < math.inf)
+    far = not judge.rests(choice) and unrest < math.inf and judge.is_far(choice, _mean(bench.fresh) - _mean(best))
+    keeps = not judge.rests(choice) and (much or far or unrest == math.inf) if is_open else far
     if (is_open and renamed) or (keeps and not renamed) or not bench.falls(best):
         judged = _as_planned(plan, bench, questioned, trials)
-        far = f"the gradient there is {unrest:.0f} times its noise: training was short, or a part is mapped wrong"
-        return judged if is_open or not keeps else replace(judged, notes=(*judged.notes, far))
+        note = f"the gradient there is {unrest:.0f} times its noise: training was short, or a part is mapped wrong"
+        return judged if is_open or not keeps else replace(judged, notes=(*judged.notes, note))
     decisions = tuple(sorted(_decided(judge, choice, risks), key=lambda d: d.risk))
     judged = _with_answers(plan, judge, choice, risks, sides)
     final = best if all(d.taken for d in decisions) else bench.losses(judged)
@@ -499,62 +523,9 @@ def _with_answers(
         for rival in rivals:
             if risks.get(rival, 1.0) >= RISK:
                 others = {e.targets: e for e, _ in judge.space.entries(rival)}
-                open_ |= {t for ts, e in chosen.items() if _what(others.get(ts)) != _what(e) for t in ts}
-                open_ |= {t for ts, e in others.items() if _what(chosen.get(ts)) != _what(e) for t in ts}
+                open_ |= {t for ts, e in chosen.items() if what_it_does(others.get(ts)) != what_it_does(e) for t in ts}
+                open_ |= {t for ts, e in others.items() if what_it_does(chosen.get(ts)) != what_it_does(e) for t in ts}
     return answered(plan, list(chosen.values()), sides, open_=open_)
-
-
-def answered(
-    plan: TransferPlan,
-    answers: Sequence[PlanEntry],
-    sides: tuple[ModelDescription, ModelDescription],
-    *,
-    open_: Collection[str] = (),
-    reason: str = BY_LOSS,
-    refuted: str = "the loss refutes it",
-) -> TransferPlan:
-    """The plan with the entries that a judge has found, but for targets that it leaves open."""
-    source, target = sides
-    before = {e.targets: e for e in plan}
-    taken: list[PlanEntry] = []
-    notes: list[str] = []
-    for entry in answers:
-        if set(entry.targets).intersection(open_):
-            continue
-        known = before.get(entry.targets)
-        if known is not None and _what(known) == _what(entry):
-            taken.append(known)
-            continue
-        if known is not None:
-            notes.append(f"replaced, since {refuted}: {known.sources[0]} -> {entry.targets[0]}")
-        cast = cast_between(source[entry.sources[0]], target[entry.targets[0]])
-        taken.append(replace(entry, operations=(*entry.operations, *cast), reason=reason))
-    filled = {t for e in taken for t in e.targets}
-    asked = {t for e in answers for t in e.targets}
-    kept = [e for e in plan if not filled.union(asked).intersection(e.targets)]
-    entries = [*kept, *taken]
-    filled, used = {t for e in entries for t in e.targets}, {s for e in entries for s in e.sources}
-    place = {info.name: info.index for info in target.parameters}
-    listed = {t for a in plan.ambiguous for t in a.targets} | filled
-    doubts = tuple(
-        Ambiguity(e.targets, (Candidate(e.sources, 1.0, e.operations),), e.target_shapes[0], STILL_OPEN)
-        for e in answers
-        if set(e.targets).intersection(open_) and not listed.intersection(e.targets)
-    )
-    shown = notes if len(notes) <= 3 else [*notes[:3], f"and {len(notes) - 3} more like these"]
-    return replace(
-        plan,
-        entries=tuple(sorted(entries, key=lambda e: place.get(e.targets[0], 0))),
-        ambiguous=(*(a for a in plan.ambiguous if not set(a.targets) <= filled), *doubts),
-        unmatched_target=tuple(u for u in plan.unmatched_target if u.name not in filled),
-        unmatched_source=tuple(u for u in plan.unmatched_source if u.name not in used),
-        notes=(*plan.notes, *shown),
-    )
-
-
-def _what(entry: PlanEntry | None) -> object:
-    """What an entry does, without a change of data type."""
-    return entry and (entry.sources, entry.targets, tuple(op for op in entry.operations if op.name != "cast"))
 
 
 def _shuffled(model: nn.Module, seed: int) -> dict[str, Tensor]:

@@ -35,6 +35,11 @@ class Unit:
         return all(len(set(words)) == 1 or all(w[-1:].isdigit() for w in words) for words in zip(*own))
 
     @property
+    def is_weight(self) -> bool:
+        """Whether its largest tensor is called a weight, as in torch's own layers."""
+        return self.names[0][0][0].rpartition(".")[2] == "weight"
+
+    @property
     def all_names(self) -> list[str]:
         """Names of all its tensors in all copies."""
         return [n for copies in self.names for own in copies for n in own]
@@ -80,6 +85,13 @@ def dissolved(region: Region, stacked: bool) -> list[Unit]:
         for k, prefix in enumerate(region.copies)
         for unit in region.units
     ]
+
+
+def reordered(unit: Unit, order: Sequence[int]) -> Unit:
+    """A layer with the copies that are nested in each copy in another order, if there are as many."""
+    if unit.times != len(order):
+        return unit
+    return replace(unit, names=tuple(tuple(tuple(own[k] for k in order) for own in copies) for copies in unit.names))
 
 
 def apart(unit: Unit) -> list[Unit]:
@@ -287,7 +299,12 @@ def is_fused(unit: Unit) -> bool:
 def is_square(unit: Unit) -> bool:
     """Whether its largest tensor is a square, or a stack of squares."""
     shape = core(unit.shapes[0])
-    return (len(shape) == 2 or (len(shape) > 2 and not is_kernel(shape))) and shape[-1] == shape[-2]
+    return may_turn(shape) and shape[-1] == shape[-2]
+
+
+def may_turn(shape: Shape) -> bool:
+    """Whether it is a matrix, or a stack of some; those of a convolution stand the same way in all code."""
+    return len(shape) == 2 or (len(shape) > 2 and not is_kernel(shape))
 
 
 def is_kernel(shape: Shape) -> bool:

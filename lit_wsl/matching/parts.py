@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cache, cached_property
 from itertools import combinations, pairwise, permutations, product
 
-from lit_wsl.matching.layers import Region, Unit, apart, dissolved, is_kernel, is_square, lists, merged, single
+from lit_wsl.matching.layers import (
+    Region,
+    Unit,
+    apart,
+    dissolved,
+    is_kernel,
+    is_square,
+    lists,
+    merged,
+    reordered,
+    single,
+)
 from lit_wsl.matching.shapes import join_axis, operations_between
 from lit_wsl.matching.tree import role_of
 from lit_wsl.structure.description import Shape, core
@@ -19,6 +31,7 @@ FREE, WHOLE_BY_WHOLE, MODULE_BY_MODULE = range(3)
 
 Cover = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (wholes or sources, targets)
 CoverPair = tuple[tuple[int, ...], tuple[int, ...]]
+Manner = tuple[bool, bool]  # whether the tensors of both sides are called weights, or are bare parameters
 Exchange = tuple[int, dict[tuple[str, int], list[int]]]
 
 
@@ -228,7 +241,7 @@ class Part:
         self.which = -1
         self.order: dict[tuple[str, int], int] = {}
         self.heads: dict[tuple[str, int], int] = {}
-        self.turn: int | None = None
+        self.turns: dict[Manner, int] = {}
         self.layout: int | None = None
 
     def _are_alike(self) -> bool:
@@ -314,6 +327,22 @@ class Part:
         return {cover: number for number, cover in enumerate(self.covers)}
 
     @property
+    def is_nested(self) -> bool:
+        """Whether there are layers of which several copies stand in each copy."""
+        return any(u.times > 1 for u in (*self.source, *self.target))
+
+    def numbered(self, order: Sequence[int] | None) -> Part:
+        """The same with the nested copies of its sources in another order, or of its targets where only they nest."""
+        if order is None or list(order) == sorted(order):
+            return self
+        made = copy(self)
+        if any(u.times == len(order) for u in self.source):
+            made.source = [reordered(u, order) for u in self.source]
+        else:
+            made.target = [reordered(u, order) for u in self.target]
+        return made
+
+    @property
     def has_matrices(self) -> bool:
         """Whether its layers take part in a residual stream as branches: what multiplies more than one axis."""
         return any(len(core(u.main)) >= 2 for u in self.target)
@@ -322,6 +351,17 @@ class Part:
     def fusions(self) -> list[CoverPair]:
         """All that parts may make up, or be made up of."""
         return list(dict.fromkeys(pair for cover in self.covers for pair in cover if len(pair[0]) + len(pair[1]) > 2))
+
+    def manner(self, pair: CoverPair) -> Manner:
+        """In what manner the layers of both sides are kept: squares of one manner stand alike."""
+        s, t = self.source[pair[0][0]], self.target[pair[1][0]]
+        return s.is_weight, t.is_weight
+
+    @cached_property
+    def manners(self) -> list[Manner]:
+        """In what manners squares may be taken to others."""
+        pairs = dict.fromkeys(pair for cover in self.covers for pair in cover)
+        return list(dict.fromkeys(self.manner(pair) for pair in pairs if all(map(is_square, self.parts(pair)))))
 
     @property
     def squares(self) -> list[Unit]:
@@ -339,13 +379,14 @@ class Part:
         """Its own decisions that say more of one way to assign its layers."""
         keys = [self.key(pair) for pair in cover if len(pair[0]) + len(pair[1]) > 2]
         found = [d for key in keys for d in (self.order[key], self.heads.get(key)) if d is not None]
-        return [*found, *(d for d in (self.turn, self.layout) if d is not None)]
+        turns = (self.turns.get(self.manner(pair)) for pair in cover)
+        return [*found, *(d for d in (*dict.fromkeys(turns), self.layout) if d is not None)]
 
     @property
     def decisions(self) -> list[int]:
         """Its own decisions, which goes where first."""
-        more = (d for d in (self.turn, self.layout) if d is not None)
-        return [self.which, *self.order.values(), *self.heads.values(), *more]
+        more = () if self.layout is None else (self.layout,)
+        return [self.which, *self.order.values(), *self.heads.values(), *self.turns.values(), *more]
 
 
 def paired_lists(

@@ -19,10 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_wsl.matching.alternatives import BY_FUNCTION, Variant, layout_variants, open_questions
-from lit_wsl.matching.judge import answered
+from lit_wsl.matching.answers import answered, filled, is_doubtful
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.search import Budget, Search, Trials
-from lit_wsl.matching.space import Space, filled, is_doubtful
+from lit_wsl.matching.space import Space
 from lit_wsl.matching.tree import role_of
 from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.entries import PlanEntry, Proof

@@ -17,10 +17,11 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
+from lit_wsl.matching.answers import filled
 from lit_wsl.matching.balance import Balance
 from lit_wsl.matching.changes import Choice, options_of, twins_exchanged
 from lit_wsl.matching.parts import Part
-from lit_wsl.matching.space import Space, filled
+from lit_wsl.matching.space import Space
 from lit_wsl.structure.losses import MANY, LossMeter
 
 SCREEN = 8  # samples that candidates are compared on at last, fewer if each has many elements

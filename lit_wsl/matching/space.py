@@ -9,15 +9,14 @@ blocks. A decision holds for all copies in a region: if one block has it so, all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
-from torch import Tensor
-
+from lit_wsl.matching.answers import is_doubtful, is_only_renamed
 from lit_wsl.matching.formula import is_query_or_key
-from lit_wsl.matching.layers import Region, Unit, is_fused, is_square, regions
+from lit_wsl.matching.layers import Region, Unit, is_fused, is_square, may_turn, regions
 from lit_wsl.matching.layouts import rotating_towers
 from lit_wsl.matching.parts import (
     MAX_OPTIONS,
@@ -62,12 +61,9 @@ from lit_wsl.plan.operations import (
     Stack,
     Transpose,
     Unstack,
-    run_operations,
 )
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
-
-ORDER_MARGIN = 0.25  # more than what order alone gives
 
 Pick = Callable[["int | None"], Any]
 
@@ -111,6 +107,7 @@ class Space:
         self.decisions: list[Decision] = []
         self.parts: list[Part] = []
         self.numbering: dict[int, int] = {}
+        self.inner: dict[int, int] = {}  # the same of what is nested in the copies of a region, such as experts
         self.rotary: int | None = None
         self.gates: int | None = None
         self._all: dict[int, list[int]] = {}
@@ -160,6 +157,7 @@ class Space:
                 self.numbering[k] = self._add(
                     f"numbering of {self.regions[k][1].copies[0]}", orders[k], labels, told[k]
                 )
+            self._count_inner(k, parts)
             layers = [(u, t) for part in parts for u in (*part.source, *part.target) for t in part.target]
             self._turning |= any(
                 len(u.shapes[0]) == 2 and self._turns(u) and self._open(t) and self._rotates(t.all_names[0])
@@ -205,6 +203,16 @@ class Space:
             return [same] if told and not self.counts else numberings(len(same))
         spoken = len(set(names[0])) == len(same) and set(names[0]) == set(names[1])
         return [tuple(map(names[0].index, names[1]))] if spoken else numberings(len(same))
+
+    def _count_inner(self, k: int, parts: Sequence[Part]) -> None:
+        """Ask about the numbers of copies that are nested in those of a region."""
+        nested = [(max(u.times for u in (*p.source, *p.target)), p) for p in parts]
+        times = {count for count, part in nested if count > 1}
+        if self.counts and len(times) == 1:
+            orders = numberings(max(times))
+            told = self._told.issuperset(n for count, p in nested if count > 1 for u in p.target for n in u.all_names)
+            text = f"numbering inside of {self.regions[k][1].copies[0] or 'the model'}"
+            self.inner[k] = self._add(text, orders, [listed(o) for o in orders], told)
 
     def _tell(self, part: Part, counted: bool = True) -> bool:
         """Keep the covers that agree with what names tell, and numbers, if these do; whether sizes don't tell it."""
@@ -253,7 +261,8 @@ class Space:
         guessed = bool(fusions or (squares and doubted))
         settled = settled and not guessed  # the order of parts and the orientation of squares are never quite sure
         numbering = self.numbering.get(part.region)
-        if settled and (numbering is None or len(self.decisions[numbering].options) == 1):
+        counted = numbering is None or len(self.decisions[numbering].options) == 1
+        if settled and counted and (part.region not in self.inner or not part.is_nested):
             return
         shown = ", ".join(u.path for u in part.target[:4])
         part.which = self._add(shown, part.covers, [part.describe(c) for c in part.covers])
@@ -265,7 +274,8 @@ class Space:
         if squares and (doubted or fusions or not told):
             guess = any(n in self._turned for u in squares for n in u.all_names)
             labels = ["transposed" if turn else "as they are" for turn in (guess, not guess)]
-            part.turn = self._add(f"squares of {shown}", [guess, not guess], labels, told)
+            for manner in part.manners:
+                part.turns[manner] = self._add(f"squares of {shown}", [guess, not guess], labels, told)
         fused = [u for u in part.target if self._may_be_laid_out(u, part)]
         if fused:
             part.layout = self._add(f"layout of {fused[0].path}", *layouts_of(min(fused[0].shapes[0])))
@@ -373,7 +383,7 @@ class Space:
 
     def others_of(self, part: Part) -> list[int]:
         """Decisions beside its own that change what a group of layers does: its region's numbering, norms, rows."""
-        found = [self.numbering.get(part.region), self.gates]
+        found = [self.numbering.get(part.region), self.inner.get(part.region) if part.is_nested else None, self.gates]
         if any(map(self._turns, (*part.source, *part.target))):
             found.append(self.rotary)
         norms = [d for p in self.parts if p.region == part.region and not p.has_matrices for d in p.decisions]
@@ -428,7 +438,8 @@ class Space:
         """All decisions that say what becomes of a group of layers."""
         if number not in self._all:
             part = self.parts[number]
-            shared = (self.numbering.get(part.region), self.rotary, self.gates)
+            inner = self.inner.get(part.region) if part.is_nested else None
+            shared = (self.numbering.get(part.region), inner, self.rotary, self.gates)
             self._all[number] = [d for d in (*part.decisions, *shared) if d is not None]
         return self._all[number]
 
@@ -456,6 +467,7 @@ class Space:
         part = self.parts[number]
         copies = len(self.regions[part.region][0].copies)
         order = pick(self.numbering.get(part.region)) or tuple(range(copies))
+        inner = pick(self.inner.get(part.region)) if part.is_nested else None
         entries: list[PlanEntry] = []
         for cover in pick(part.which):
             whole = part.key(cover)
@@ -463,10 +475,11 @@ class Space:
             own, fill = (
                 ((part.layout,), self._one) if alone else ((part.order[whole], part.heads.get(whole)), self._several)
             )
-            said = tuple(pick(d) for d in (part.turn, *own, self.rotary, self.gates))
+            turn = part.turns.get(part.manner(cover))
+            said = inner, *(pick(d) for d in (turn, *own, self.rotary, self.gates))
             if (number, cover, order, said) not in self._pieces:
                 self._pieces[number, cover, order, said] = [
-                    entry for k in range(copies) for entry in fill(part, cover, order[k], k, pick)
+                    entry for k in range(copies) for entry in fill(part.numbered(inner), cover, order[k], k, pick)
                 ]
             entries += self._pieces[number, cover, order, said]
         return entries
@@ -488,7 +501,7 @@ class Space:
 
     def _one(self, part: Part, cover: CoverPair, a: int, b: int, pick: Pick) -> list[PlanEntry]:
         """Entries of one layer that becomes another as a whole, from copy ``a`` to copy ``b``."""
-        s, t, turn = part.source[cover[0][0]], part.target[cover[1][0]], bool(pick(part.turn))
+        s, t, turn = part.source[cover[0][0]], part.target[cover[1][0]], bool(pick(part.turns.get(part.manner(cover))))
         layout = pick(part.layout) if is_fused(t) else None
         out = []
         for i, j in fits(s, t) or []:
@@ -537,8 +550,8 @@ class Space:
             given = [p.shapes[j] for p in parts]
             flat, shapes = trimmed(whole_shape, given)
             axis, turn = found if j == 0 else (vector_axis(whole.shapes[0], whole_shape), False)
-            if j == 0 and part.turn is not None and all(map(is_square, parts)):
-                turn = bool(pick(part.turn))
+            if j == 0 and part.turns and all(map(is_square, parts)) and may_turn(shapes[0]):
+                turn = bool(pick(part.turns[part.manner(cover)]))
             sizes = tuple((transpose_shape(s) if turn else s)[axis] for s in shapes)
             first: tuple[Operation, ...] = self._rotary_of(parts, shapes, pick)
             last: tuple[Operation, ...] = ()
@@ -577,24 +590,3 @@ class Space:
             return ()
         width, rotated, to_pairs = rows
         return (Rotary(width, rotated, to_pairs, only),)
-
-
-def is_only_renamed(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> bool:
-    """Whether every parameter stands where it stood and nothing is done to any: the same code under other names."""
-    whole = [e for e in plan if e.kind == "parameter"]
-    if plan.ambiguous or any(op.name not in ("cast", "fan_out") for e in whole for op in e.operations):
-        return False
-    sides = [[i for i in side.parameters if i.kind == "parameter"] for side in (source, target)]
-    places = [source[e.sources[0]].index for e in whole]
-    return len(whole) == len(sides[0]) == len(sides[1]) and places == sorted(places)
-
-
-def filled(entry: PlanEntry, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an entry puts into the model, by name."""
-    values = run_operations(entry.operations, [tensors[s] for s in entry.sources])
-    return {n: v.reshape(s).contiguous() for n, v, s in zip(entry.targets, values, entry.target_shapes)}
-
-
-def is_doubtful(entry: PlanEntry) -> bool:
-    """Whether nothing but order decided an entry."""
-    return entry.margin <= ORDER_MARGIN

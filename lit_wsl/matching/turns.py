@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
-from lit_wsl.matching.layers import is_kernel
+from lit_wsl.matching.layers import may_turn
 from lit_wsl.matching.shapes import operations_between, transpose_shape
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import Concat, Operation, Permute, Reorder, Reshape, Split, Stack, Transpose, Unstack
@@ -22,7 +22,7 @@ def turns(s: Shape, t: Shape, turn: bool) -> bool:
 
 def turned(s: Shape, t: Shape, turn: bool) -> tuple[Operation, ...]:
     """What takes one tensor to another of the same elements, squares turned or not."""
-    if turn and s == t and len(s) > 1 and s[-1] == s[-2] and not (len(s) > 2 and is_kernel(s)):
+    if turn and s == t and may_turn(s) and s[-1] == s[-2]:
         return transposed(s)
     return operations_between(s, t) or ()
 

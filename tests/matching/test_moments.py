@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl import transfer_weights
+from lit_wsl.matching.answers import filled
 from lit_wsl.matching.moments import Moments
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.search import Budget, Trials
-from lit_wsl.matching.space import Space, filled
+from lit_wsl.matching.space import Space
 from lit_wsl.structure.description import describe
 from lit_wsl.structure.losses import LossMeter
 

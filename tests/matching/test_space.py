@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from lit_wsl.matching.answers import filled
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
-from lit_wsl.matching.space import Space, filled
+from lit_wsl.matching.space import Space
 from lit_wsl.structure.description import describe
 
 D = 6
