@@ -53,6 +53,7 @@ class Balance:
         fixed: Values of what is not open, by name in the model.
         gradients: Of the model to be filled.
         in_time: Whether there is time to look at more.
+        known: The same of another space of the same models.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class Balance:
         fixed: Mapping[str, Tensor],
         gradients: Gradients,
         in_time: Callable[[], bool],
+        known: Balance | None = None,
     ) -> None:
         self.space, self.tensors, self.fixed, self.in_time = space, tensors, fixed, in_time
         self.regions = [ours for _, ours in space.regions]
-        self.relations = relations(self.regions, gradients)
+        self.relations: list[Relation] = relations(self.regions, gradients) if known is None else known.relations
         parts = {t: number for number in range(len(space.parts)) for t in self._targets(number)}
         self._places = []
         for relation in self.relations:

@@ -98,3 +98,25 @@ def _places(
                 yield tuple(map(frozenset, ends))
 
     return frozenset(sides())
+
+
+def questions(space: Space) -> list[object]:
+    """What is asked, to see whether another space of the same models asks more."""
+    return [[(d.text, len(d.options), d.told) for d in space.decisions], [part.fixed for part in space.parts]]
+
+
+def carried(choice: Choice, from_: Space, to: Space) -> Choice:
+    """The same choice in another space of the same models, as far as that has its options."""
+    known = dict(zip(_numbered(from_), range(len(choice))))
+    options = [
+        from_.decisions[known[key]].options[max(choice[known[key]], 0)] if key in known else None
+        for key in _numbered(to)
+    ]
+    places = zip(to.decisions, options)
+    return tuple(decision.options.index(option) if option in decision.options else 0 for decision, option in places)
+
+
+def _numbered(space: Space) -> list[tuple[str, int]]:
+    """What the decisions are about, those about the same numbered."""
+    texts = [decision.text for decision in space.decisions]
+    return [(text, texts[:k].count(text)) for k, text in enumerate(texts)]

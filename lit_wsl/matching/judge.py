@@ -11,40 +11,35 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
-from scipy.special import stdtr
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_wsl.errors import listed
-from lit_wsl.matching.answers import answered, filled, is_doubtful, is_only_renamed, what_it_does
-from lit_wsl.matching.balance import Balance
-from lit_wsl.matching.changes import FEW_COVERS, Choice, twins_exchanged
+from lit_wsl.matching.answers import STILL_OPEN, answered, is_doubtful, is_only_renamed, what_it_does
+from lit_wsl.matching.balance import MARGIN, Balance
+from lit_wsl.matching.bench import Bench, mean, values
+from lit_wsl.matching.changes import FEW_COVERS, Choice, carried, questions, twins_exchanged
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.moments import Moments
 from lit_wsl.matching.search import Budget, Search, Trials
 from lit_wsl.matching.space import Space
 from lit_wsl.matching.symmetries import Gradients, turnings
-from lit_wsl.matching.witnesses import AGREES, risk_by_gradient, risk_of, together, unrest
+from lit_wsl.matching.witnesses import AGREES, RISK, risk_by_gradient, risk_of, together, unrest
 from lit_wsl.plan.entries import Decided, Measured, PlanEntry, Proof, ProofBy
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription
 from lit_wsl.structure.losses import LossMeter, NoDataError
 from lit_wsl.structure.running import hindrance, shaken_state
 
-RISK = 0.01  # of one wrong decision among all rivals tried
 PASSES = 58.0  # most forward passes of a whole batch that trials may take
-MOST = 64.0  # the same, with what else is measured
 FEW = 2  # rivals whose gradients are measured
 RESTLESS = 1.0  # times the noise of its batch is a gradient where training has not stopped
-FAR = 3.0  # the same, where training may not have been at all
 LITTLE = 8  # rivals to each that may be left open where it is less
-STEPS = (0.003, 0.01)  # of descent, as shares of a tensor's norm
-GAIN = 0.02  # share of the fall of the loss that one of them adds where training never was
 SEARCH = 0.7  # share of them that the search may take
 REFUTED = "the loss on data refutes what names and shapes say, and does not say what is right"
 
@@ -60,12 +55,17 @@ def _exchanges(one: object, other: object) -> int:
 class LossJudge:
     """Tests what a search has found."""
 
-    def __init__(self, trials: Trials) -> None:
-        self.moments: Moments | None = None  # what norms have recorded
+    def __init__(self, trials: Trials, moments: Moments | None = None) -> None:
+        self.moments = moments  # what norms have recorded
         self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
         self.rounds, self.searched = 0, 0  # tests, and samples of the first batch that were looked at before
         self._unrest: dict[Choice, float] = {}
         self.rounding = 0.0  # differences of losses below count as none
+
+    @cached_property
+    def search(self) -> Search:
+        """The search for what it judges."""
+        return Search(self.trials, SEARCH, rests=self.rests, arrange=self.moments.arranged if self.moments else None)
 
     def rivals(self, choice: Choice) -> dict[int, list[Choice]]:
         """The other options of each decision, the rest as chosen, that change least.
@@ -225,6 +225,14 @@ class LossJudge:
         risks += [moments.risk(rival, choice, whole=whole)] if moments is not None and moments.norms else []
         return len(risks) * min(risks, default=1.0)
 
+    def agreed(self, choice: Choice, risks: Mapping[Choice, float]) -> dict[str, object]:
+        """What fills the targets that a choice and all its remaining rivals agree on."""
+        found, *others = (
+            {t: what_it_does(e) for e, _ in self.space.entries(c) for t in e.targets}
+            for c in (choice, *(r for rs in self.rivals(choice).values() for r in rs if risks.get(r, 1.0) >= RISK))
+        )
+        return {t: does for t, does in found.items() if all(other.get(t) == does for other in others)}
+
     def rests(self, choice: Choice) -> bool:
         """Whether there is no need to look far from a choice: training may have stopped there, or all norms agree."""
         return self.unrest(choice) < RESTLESS or (self.moments is not None and self.moments.hold(choice))
@@ -238,31 +246,6 @@ class LossJudge:
             except (RuntimeError, ValueError):
                 self._unrest[choice] = math.inf
         return self._unrest[choice]
-
-    def is_far(self, choice: Choice, fall: float) -> bool:
-        """Whether training never was at a choice: the gradient is far from rest, and one step down it gains much.
-
-        Args:
-            choice: The choice.
-            fall: What the loss has fallen by from the fresh model.
-        """
-        return self.unrest(choice) >= FAR and self._gain(choice) >= GAIN * fall
-
-    def _gain(self, choice: Choice) -> float:
-        """By how much the loss on half of a batch falls after a step down its gradient on the other half."""
-        meter, state = self.trials.meter, self.trials.state(choice)
-        half, size = -(-self.trials.size // 2), self.trials.size
-        if not meter.has_slopes or meter.passes + (1 + len(STEPS)) / 2 + 1 > MOST:
-            return math.inf
-        _, slopes = next(iter(meter.gradients(state, 0, 2)))
-        weights = {name: p.detach() for name, p in meter.model.named_parameters(remove_duplicate=False)} | state
-        found = [_mean(meter.losses(state, 0, half, size))]
-        for share in STEPS:
-            steps = {n: share * weights[n].norm() / s.norm().clamp_min(1e-30) * s for n, s in slopes.items()}
-            found.append(
-                _mean(meter.losses(state | {n: weights[n] - step for n, step in steps.items()}, 0, half, size))
-            )
-        return found[0] - min(x for x in found if math.isfinite(x))
 
     @property
     def _again(self) -> int:
@@ -330,46 +313,6 @@ def _untested(plan: TransferPlan, reason: str) -> TransferPlan:
     return replace(plan, notes=(*plan.notes, f"not tested on data: {reason}"))
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """What a plan is measured with, and what the fresh model lost."""
-
-    tensors: Mapping[str, Tensor]
-    meter: LossMeter
-    budget: Budget
-    fresh: Sequence[float]
-    starts: list[float] = field(default_factory=list)  # what other random starts lose
-
-    def losses(self, plan: TransferPlan) -> list[float]:
-        """The losses of the model that a plan fills."""
-        return self.meter.losses(_values(plan, self.tensors), 0)
-
-    def falls(self, best: Sequence[float]) -> bool:
-        """Whether the loss falls by more than one random start differs from another.
-
-        Where the fall is less than the samples of the fresh model differ, two more random starts, the fresh weights
-        shuffled, tell how much that is; where these are too few, three further ones at a tenth of the risk. Losses that
-        can't be negative are compared by how many times one is the other.
-        """
-        before, after = _mean(self.fresh), _mean(best)
-        if not math.isfinite(after) or after >= before or (len(self.fresh) > 2 and risk_of(self.fresh, best) > RISK):
-            return False
-        if before - after > statistics.pstdev(self.fresh):
-            return True
-        for count, risk in ((2, RISK), (5, RISK / 10)):
-            if len(self.starts) < count and self.meter.passes + count - len(self.starts) > MOST:
-                return False
-            while len(self.starts) < count:
-                start = _shuffled(self.meter.model, 1 + len(self.starts))
-                self.starts.append(_mean(self.meter.losses(start, 0)))
-            starts = [before, *self.starts[:count]]
-            *starts, end = map(math.log, (*starts, after)) if min(*starts, after) > 0 else (*starts, after)
-            spread = statistics.stdev(starts) * math.sqrt(1 + 1 / len(starts))
-            if float(stdtr(count, -(_mean(starts) - end) / max(spread, 1e-12))) < risk:
-                return True
-        return False
-
-
 def _judge(
     plan: TransferPlan,
     sides: tuple[ModelDescription, ModelDescription],
@@ -377,22 +320,13 @@ def _judge(
     meter: LossMeter,
     budget: Budget,
 ) -> TransferPlan:
-    bench = _Bench(tensors, meter, budget, meter.losses({}, 0))
-    if not Space(*sides, plan).is_open:
+    bench = Bench(tensors, meter, budget, meter.losses({}, 0))
+    if not Space(*sides, plan).is_open and bench.bears_out(plan):
         return _as_planned(plan, bench, [e for e in plan if is_doubtful(e)])
-    gradients = _gradients(meter)
-    turns = turnings(regions(sides[1]), gradients) if gradients else []
-    judge, choice = _searched(Space(*sides, plan, turns, counts=True), plan, bench, gradients)
-    if judge.unrest(choice) < math.inf and not judge.rests(choice):
-        wide = Space(*sides, plan, turns, wide=True, counts=True)
-        if len(wide.decisions) > len(judge.space.decisions):
-            judge, choice = _searched(wide, plan, bench, gradients, judge.trials.tried)
-    if not judge.rests(choice):
-        choice = Search(judge.trials, SEARCH, rests=judge.rests).widen(choice)
-    choice = judge.preferred(choice)
+    judge, choice = _found(plan, sides, bench)
     trials = judge.trials
     asked = {t for entry, _ in judge.space.entries(choice) for t in entry.targets}
-    questioned = [e for e in plan if asked.intersection(e.targets)]
+    questioned = [e for e in plan if asked.intersection(e.targets) or is_doubtful(e)]
     better, risks = judge.test(choice)
     beaten: set[Choice] = set()
     while better not in (choice, *beaten) and budget.left():
@@ -402,35 +336,76 @@ def _judge(
         better, risks = judge.test(choice)
     best = trials.losses(choice, at_once=True)
     is_open = better != choice or any(risk >= RISK for risk in risks.values())
-    # Where much makes no difference, the search may have ended far from the truth, and all that was decided is void;
-    # little may be left open if the gradient is not far from rest.
+    # Where much makes no difference, the search may have ended far from the truth, and all that was decided is void,
+    # but for what names say, too; little may be left open if the gradient is not far from rest.
     # Where every tensor stands where it stood, order is trusted as long as nothing better is found.
     # And where all is decided, but the gradient is far from rest, the truth is not among what was asked.
     renamed, unrest = is_only_renamed(plan, *sides), judge.unrest(choice)
     much = better != choice or LITTLE * sum(risk >= RISK for risk in risks.values()) > len(risks)
-    far = not judge.rests(choice) and unrest < math.inf and judge.is_far(choice, _mean(bench.fresh) - _mean(best))
+    far = not judge.rests(choice) and unrest < math.inf and bench.is_far(trials.state(choice), unrest, best)
     keeps = not judge.rests(choice) and (much or far or unrest == math.inf) if is_open else far
     if (is_open and renamed) or (keeps and not renamed) or not bench.falls(best):
-        judged = _as_planned(plan, bench, questioned, trials)
+        agreed = None if renamed else judge.agreed(choice, risks)
+        judged = _as_planned(plan, bench, questioned, trials, agreed)
         note = f"the gradient there is {unrest:.0f} times its noise: training was short, or a part is mapped wrong"
         return judged if is_open or not keeps else replace(judged, notes=(*judged.notes, note))
     decisions = tuple(sorted(_decided(judge, choice, risks), key=lambda d: d.risk))
-    judged = _with_answers(plan, judge, choice, risks, sides)
+    agreed = judge.agreed(choice, risks)
+    answers = [e for e, _ in judge.space.entries(choice)]
+    judged = answered(plan, answers, sides, open_={t for e in answers for t in e.targets if t not in agreed})
     final = best if all(d.taken for d in decisions) else bench.losses(judged)
     return _verdict(judged, bench, final, decisions)
 
 
-def _searched(
-    space: Space, plan: TransferPlan, bench: _Bench, gradients: Gradients | None, before: int = 0
+def _found(
+    plan: TransferPlan, sides: tuple[ModelDescription, ModelDescription], bench: Bench
 ) -> tuple[LossJudge, Choice]:
-    """What a search finds among all that is open."""
+    """What a search finds: among what names leave open, with what is rare, and where names tell nothing.
+
+    The next is asked where training would not have stopped; names are doubted where it never was, and from the start
+    where the weights hang together clearly better without them.
+    """
+    gradients = _gradients(bench.meter)
+    turns = turnings(regions(sides[1]), gradients) if gradients else []
+    judge = _judge_of(Space(*sides, plan, turns, counts=True), plan, bench, gradients)
+    nameless = _judge_of(Space(*sides, plan, turns, counts=True, trust=False), plan, bench, gradients, judge)
+    if _mislead(judge, nameless):
+        judge = nameless
+    choice = judge.search.find()
+    if judge.unrest(choice) < math.inf and not judge.rests(choice):
+        wide = Space(*sides, plan, turns, wide=True, counts=True, trust=judge.space.trust)
+        if questions(wide) != questions(judge.space):
+            start, judge = carried(choice, judge.space, wide), _judge_of(wide, plan, bench, gradients, judge)
+            choice = judge.search.find(start)
+    if not judge.rests(choice):
+        choice = judge.search.widen(choice)
+    losses = judge.trials.losses(choice)
+    far = not judge.rests(choice) and bench.is_far(judge.trials.state(choice), judge.unrest(choice), losses)
+    doubtful = far or not bench.falls(losses)
+    if doubtful and judge.space.trust and questions(nameless.space) != questions(judge.space):
+        nameless.trials.before = judge.trials.tried
+        choice, judge = nameless.search.find(carried(choice, judge.space, nameless.space)), nameless
+    return judge, judge.preferred(choice)
+
+
+def _mislead(judge: LossJudge, nameless: LossJudge) -> bool:
+    """Whether names mislead: without them the weights hang together clearly better."""
+    balance = nameless.trials.balance
+    if balance is None or questions(nameless.space) == questions(judge.space):
+        return False
+    told = carried(judge.search.balanced(judge.space.first), judge.space, nameless.space)
+    return balance.lead(nameless.search.balanced(told), told) > MARGIN
+
+
+def _judge_of(
+    space: Space, plan: TransferPlan, bench: Bench, gradients: Gradients | None, judge: LossJudge | None = None
+) -> LossJudge:
+    """Who judges about a space, after another one has about the same models."""
     asked = {t for entry, _ in space.entries(space.first) for t in entry.targets}
-    fixed = _values([e for e in plan if not asked.intersection(e.targets)], bench.tensors)
-    trials = Trials(space, bench.tensors, bench.meter, fixed, bench.budget, before)
-    trials.balance = _balance(trials, gradients)
-    judge = LossJudge(trials)
-    judge.moments = Moments(trials)
-    return judge, Search(trials, SEARCH, rests=judge.rests, arrange=judge.moments.arranged).find()
+    fixed = values([e for e in plan if not asked.intersection(e.targets)], bench.tensors)
+    trials = Trials(space, bench.tensors, bench.meter, fixed, bench.budget, judge.trials.tried if judge else 0)
+    trials.balance = _balance(trials, gradients, judge.trials.balance if judge else None)
+    return LossJudge(trials, Moments(trials))
 
 
 def _gradients(meter: LossMeter) -> Gradients | None:
@@ -442,44 +417,56 @@ def _gradients(meter: LossMeter) -> Gradients | None:
         return None
 
 
-def _balance(trials: Trials, gradients: Gradients | None) -> Balance | None:
+def _balance(trials: Trials, gradients: Gradients | None, known: Balance | None) -> Balance | None:
     """What the weights tell without a pass."""
     if gradients is None:
         return None
     try:
         in_time = partial(trials.budget.in_time, 0.5)
-        return Balance(trials.space, trials.tensors, trials.fixed, gradients, in_time)
+        return Balance(trials.space, trials.tensors, trials.fixed, gradients, in_time, known)
     except (RuntimeError, ValueError, KeyError):
         return None
 
 
 def _as_planned(
     plan: TransferPlan,
-    bench: _Bench,
+    bench: Bench,
     questioned: Sequence[PlanEntry],
     trials: Trials | None = None,
+    agreed: Mapping[str, object] | None = None,
 ) -> TransferPlan:
     """The verdict where no answer was found: what is in question is withdrawn if the data refutes it.
 
     Refuted: the best mapping that was tried lowers the loss, and does so significantly more than the plan; or the plan
     has something for every parameter, and the loss of what it fills is above the fresh model's, significantly, or
-    though some other mapping lowers it significantly.
+    though some other mapping lowers it significantly. Of what is not refuted that is withdrawn, too, on which names and
+    the search do not agree.
     """
     losses, beaten, informs = bench.losses(plan), False, False
     if trials is not None:
         best = trials.losses(trials.best, at_once=True)
         beaten = risk_of(losses, best) < RISK / trials.tried and bench.falls(best)
         informs = risk_of(bench.fresh, best) < RISK / trials.tried  # the checkpoint knows of this data
-    above = _mean(losses) - _mean(bench.fresh)
+    above = mean(losses) - mean(bench.fresh)
     significant = above > statistics.pstdev(bench.fresh) or risk_of(losses, bench.fresh) < RISK
     rises = not _missing(plan) and above > 0 and (significant or informs)
     if not questioned or not (beaten or rises):
-        return _verdict(plan, bench, losses, ())
+        doubted = {e.targets[0]: STILL_OPEN for e in questioned if agreed is not None and not _agrees(e, agreed)}
+        left = leave_open(plan, doubted)
+        judged = _verdict(left, bench, bench.losses(left) if doubted else losses, ())
+        return (
+            judged if agreed is None or judged.proof != "proven" else replace(judged, proof="not tested", proof_by="")
+        )
     left = leave_open(plan, {e.targets[0]: REFUTED for e in questioned})
     shown = listed([e.targets[0] for e in questioned], 3)
     judged = _verdict(left, bench, bench.losses(left), ())
-    note = f"REFUTED on data: loss {_mean(bench.fresh):.4g} fresh, {_mean(losses):.4g} with {shown}: withdrawn"
+    note = f"REFUTED on data: loss {mean(bench.fresh):.4g} fresh, {mean(losses):.4g} with {shown}: withdrawn"
     return replace(judged, proof="refuted", proof_by="data", notes=(*judged.notes, note))
+
+
+def _agrees(entry: PlanEntry, agreed: Mapping[str, object]) -> bool:
+    """Whether a search and all that it left open say the same of an entry's targets, or say nothing of them."""
+    return all(agreed.get(target) == what_it_does(entry) for target in entry.targets)
 
 
 def _missing(plan: TransferPlan) -> list[str]:
@@ -490,12 +477,6 @@ def _missing(plan: TransferPlan) -> list[str]:
 def _unfilled(plan: TransferPlan) -> list[str]:
     """Parameters that the plan does not fill."""
     return [*_missing(plan), *(t for a in plan.ambiguous for t in a.targets)]
-
-
-def _values(entries: Iterable[PlanEntry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What entries put into the model; those that need the model's present values are left out."""
-    plain = (e for e in entries if not any(op.needs_target for op in e.operations))
-    return {name: value for entry in plain for name, value in filled(entry, tensors).items()}
 
 
 def _decided(judge: LossJudge, choice: Choice, risks: Mapping[Choice, float]) -> Iterator[Decided]:
@@ -509,45 +490,13 @@ def _decided(judge: LossJudge, choice: Choice, risks: Mapping[Choice, float]) ->
         )
 
 
-def _with_answers(
-    plan: TransferPlan,
-    judge: LossJudge,
-    choice: Choice,
-    risks: Mapping[Choice, float],
-    sides: tuple[ModelDescription, ModelDescription],
-) -> TransferPlan:
-    """The plan with the answers: what all remaining candidates agree on is filled, the rest stays as it was."""
-    chosen = {e.targets: e for e, _ in judge.space.entries(choice)}
-    open_: set[str] = set()
-    for rivals in judge.rivals(choice).values():
-        for rival in rivals:
-            if risks.get(rival, 1.0) >= RISK:
-                others = {e.targets: e for e, _ in judge.space.entries(rival)}
-                open_ |= {t for ts, e in chosen.items() if what_it_does(others.get(ts)) != what_it_does(e) for t in ts}
-                open_ |= {t for ts, e in others.items() if what_it_does(chosen.get(ts)) != what_it_does(e) for t in ts}
-    return answered(plan, list(chosen.values()), sides, open_=open_)
-
-
-def _shuffled(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """The model's weights, each tensor's values in a random order: another start like the first."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: p.detach().reshape(-1)[torch.randperm(p.numel(), generator=generator).to(p.device)].reshape(p.shape)
-        for name, p in model.named_parameters()
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(len(values), 1)
-
-
-def _verdict(plan: TransferPlan, bench: _Bench, final: Sequence[float], decisions: tuple[Decided, ...]) -> TransferPlan:
+def _verdict(plan: TransferPlan, bench: Bench, final: Sequence[float], decisions: tuple[Decided, ...]) -> TransferPlan:
     """The plan with its proof: does the loss fall, and is nothing left open?"""
     fresh = bench.fresh
     falls = bench.falls(final)
     seconds = time.monotonic() - bench.budget.started
     spent = round(bench.meter.passes, 2), round(seconds, 2), statistics.pstdev(fresh)
-    measured = Measured(_mean(fresh), _mean(final), *spent, decisions)
+    measured = Measured(mean(fresh), mean(final), *spent, decisions)
     text = f"loss {measured.fresh:.4g} fresh, {measured.transferred:.4g} transferred"
     proof: Proof
     unfilled = _unfilled(plan)

@@ -22,6 +22,7 @@ from lit_wsl.matching.balance import Balance
 from lit_wsl.matching.changes import Choice, options_of, twins_exchanged
 from lit_wsl.matching.parts import Part
 from lit_wsl.matching.space import Space
+from lit_wsl.matching.witnesses import errors_apart
 from lit_wsl.structure.losses import MANY, LossMeter
 
 SCREEN = 8  # samples that candidates are compared on at last, fewer if each has many elements
@@ -187,7 +188,7 @@ class Search:
         share: float,
         joint: int = JOINT,
         rests: Callable[[Choice], bool] = lambda choice: False,
-        arrange: Callable[[Choice], tuple[Choice, bool]] = lambda choice: (choice, False),
+        arrange: Callable[[Choice], tuple[Choice, bool]] | None = None,
     ) -> None:
         self.joint, self.rests, self.arrange = joint, rests, arrange
         self.trials, self.space, self.score, self.share = trials, trials.space, trials.score, share
@@ -198,9 +199,9 @@ class Search:
         """Whether the search may go on."""
         return self.trials.budget.left(self.share)
 
-    def find(self) -> Choice:
-        """The best choice, from several starts, and what is better with two modules exchanged."""
-        share, choice, before = self.share, self._found(), None
+    def find(self, start: Choice | None = None) -> Choice:
+        """The best choice, from one start or several, and what is better with two modules exchanged."""
+        share, choice, before = self.share, self._found() if start is None else self._from(start), None
         self.share = share
         while choice != before and self.left:
             twins = twins_exchanged(self.space, choice)
@@ -210,12 +211,12 @@ class Search:
         return choice
 
     def _found(self) -> Choice:
-        start = self._balanced(self.space.first)
+        start = self.balanced(self.space.first)
         every = self._every()
         if every:
             return self._ranked(every, self.trials.size)[0]
         start = self._best([start, *self.space.in_order(start)])
-        arranged, sure = self.arrange(start)
+        arranged, sure = self.arrange(start) if self.arrange else (start, False)
         if sure:
             return arranged
         start = self._best([start, arranged])
@@ -238,7 +239,11 @@ class Search:
         tops.append(self._improve(self._switch_on(none, groups)))
         if not groups or self.score(tops[-1]) >= self.score(none):  # nothing can be seen where layers are switched off
             tops.append(self._improve(start))
-        return min(tops, key=self.score)
+        return self._ranked(tops, self.trials.size)[0]
+
+    def _from(self, start: Choice) -> Choice:
+        """The best choice around one, or around that which hangs together best."""
+        return self._improve(self._ranked([start, self.balanced(start)], self.trials.size)[0])
 
     def _every(self) -> list[Choice]:
         """All choices, as far as the weights hang together, where they can all be tried."""
@@ -274,7 +279,7 @@ class Search:
             choice = self._best(same)
         return choice
 
-    def _balanced(self, choice: Choice) -> Choice:
+    def balanced(self, choice: Choice) -> Choice:
         """The choice that hangs together best, from each order of the norms, one layer group after the other."""
         balance = self.trials.balance
         if balance is None:
@@ -324,7 +329,25 @@ class Search:
     def _better(self, choice: Choice, among: Sequence[Choice]) -> Choice:
         """The best of some choices, and what is better around it; the first if none is better."""
         better = self._best([choice, *self._plausible([choice, *among])[: self.joint]])
-        return self.climb(better) if self.score(better) < self.score(choice) else choice
+        return self.climb(better) if self._gains(better, choice) else choice
+
+    def _gains(self, better: Choice, choice: Choice) -> bool:
+        """Whether a choice loses less than another, and by more than the weights speak against it.
+
+        Both are counted in standard errors, since on a few samples what is wrong may lose a little less by chance.
+        """
+        if self.score(better) >= self.score(choice):
+            return False
+        balance = self.trials.balance
+        against = 0.0 if balance is None else balance.lead(choice, better)
+        if against <= 0.0:
+            return True
+        lead = errors_apart(
+            self.trials.losses(choice, self.trials.screen), self.trials.losses(better, self.trials.screen)
+        )
+        if lead <= against:
+            lead = errors_apart(self.trials.losses(choice), self.trials.losses(better))
+        return lead > against
 
     def _groups(self) -> list[list[Part]]:
         """Layers that are switched on together: of repeated blocks, if there are any, those that leave nothing open."""
@@ -368,7 +391,7 @@ class Search:
                 if choice[d] == OFF or not self.left:
                     continue
                 better = self._best([choice, *self._with(choice, d)])
-                if better != choice and self.score(better) < self.score(choice):
+                if better != choice and self._gains(better, choice):
                     choice, since = better, 0
             if since >= len(places):
                 break

@@ -88,6 +88,7 @@ class Space:
         turnings: Rows that turn with their position, as the model's gradient shows.
         wide: Whether what is rare is asked, too: two parts that alternate, head by head or row by row.
         counts: Whether the numbers of blocks are asked about even where names tell what is in them.
+        trust: Whether names tell anything.
 
     Attributes:
         decisions: What is open; some may have one option only.
@@ -102,8 +103,9 @@ class Space:
         *,
         wide: bool = False,
         counts: bool = False,
+        trust: bool = True,
     ) -> None:
-        self.source, self.target, self.wide, self.counts = source, target, wide, counts
+        self.source, self.target, self.wide, self.counts, self.trust = source, target, wide, counts, trust
         self.decisions: list[Decision] = []
         self.parts: list[Part] = []
         self.numbering: dict[int, int] = {}
@@ -134,7 +136,7 @@ class Space:
         self._turning = False  # whether rows of queries and keys are asked about
         self.hidden, self._gate_count = 0, 0
         self.regions: list[tuple[Region, Region]] = []
-        if is_only_renamed(plan, source, target) and not any(map(is_doubtful, plan)):
+        if trust and is_only_renamed(plan, source, target) and not any(map(is_doubtful, plan)):
             return  # nothing is open
         self.hidden, self._gate_count = self._cells()
         self.regions = self._pair_regions(regions(source), regions(target))
@@ -217,6 +219,9 @@ class Space:
     def _tell(self, part: Part, counted: bool = True) -> bool:
         """Keep the covers that agree with what names tell, and numbers, if these do; whether sizes don't tell it."""
         alone = len(part.covers) == 1
+        if not self.trust and not alone:
+            part.covers.sort(key=lambda c: sum(not self._claimed(*part.units(pair)) for pair in c))
+            return False
         told = [
             (i, j)
             for j, t in enumerate(part.target)

@@ -14,6 +14,7 @@ import torch
 from scipy.special import bdtr, stdtr
 from torch import Tensor
 
+RISK = 0.01  # of one wrong decision among all rivals tried
 FEWEST = 8  # pieces that three witnesses are heard on
 AGREES = 0.1  # risk at which each single witness has to agree
 
@@ -42,6 +43,16 @@ def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -
     student = float(stdtr(n - 1, -mean / (spread / math.sqrt(n))))
     sign = float(bdtr(sum(g < 0 for g in told), len(told), 0.5)) if told else 1.0
     return min(1.0, 2 * student, 2 * sign)
+
+
+def errors_apart(more: Sequence[float], less: Sequence[float]) -> float:
+    """By how many standard errors some losses are more than others of the same samples."""
+    gaps = [a - b for a, b in zip(more, less)]
+    if len(gaps) < 2 or not all(map(math.isfinite, gaps)):
+        return math.inf if gaps and not all(map(math.isfinite, more)) else 0.0
+    mean = sum(gaps) / len(gaps)
+    spread = math.sqrt(sum((g - mean) ** 2 for g in gaps) / (len(gaps) - 1))
+    return mean / max(spread / math.sqrt(len(gaps)), 1e-12)
 
 
 def together(one: float, other: float) -> float:
@@ -77,18 +88,19 @@ def risk_by_gradient(rival: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor]) 
     return _student(torch.stack(gaps).sum(0))
 
 
-def unrest(slopes: Tensor) -> float:
+def unrest(slopes: Tensor, fewest: int = FEWEST) -> float:
     """How many times the noise of a batch's gradient the gradient itself is: below one where training has stopped.
 
     Args:
         slopes: Gradients ``(n, d)`` on the n pieces of a batch, whose mean has the n-th part of a piece's noise; see
             the noise scale of McCandlish et al., "An Empirical Model of Large-Batch Training" (2018).
+        fewest: Number of pieces that it takes to tell.
 
     Returns:
         The ratio of the squared norms; infinite where the pieces are too few to tell.
     """
     slopes = slopes.double()
-    common = float(_size_of_mean(slopes).mean()) if len(slopes) >= FEWEST else math.inf
+    common = float(_size_of_mean(slopes).mean()) if len(slopes) >= fewest else math.inf
     noise = (float(slopes.pow(2).sum(1).mean()) - common) / max(len(slopes), 1)
     return common / noise if noise > 0 else math.inf
 

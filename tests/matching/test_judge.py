@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl import TransferPlan, transfer_weights
-from lit_wsl.matching.judge import MOST, RISK, LossJudge, _Bench, judge_by_loss
+from lit_wsl.matching.bench import FAR, MOST, Bench
+from lit_wsl.matching.judge import LossJudge, judge_by_loss
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
-from lit_wsl.matching.witnesses import risk_of
+from lit_wsl.matching.witnesses import RISK, risk_of
 from lit_wsl.plan.operations import Reorder, Rotary
 from lit_wsl.structure.description import describe
 from lit_wsl.structure.losses import LossMeter
@@ -63,7 +64,10 @@ def batches(points):
 @pytest.fixture(scope="module")
 def trained(points):
     torch.manual_seed(0)
-    net = Old()
+    return fitted(Old(), points)
+
+
+def fitted(net, points):
     optimizer = torch.optim.Adam(net.parameters(), 0.02)
     for _ in range(150):
         optimizer.zero_grad()
@@ -208,6 +212,43 @@ def test_balances_are_heard_at_once_where_the_loss_agrees_and_never_against_it(g
     assert bool(doubtful._by_balance((0,), {(1,): (theirs, own)}, 2, agreeing=False)) == early
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_short_training_is_told_from_a_wrong_mapping_by_what_a_step_gains(far):
+    generator = torch.Generator().manual_seed(0)
+    net, x = nn.Linear(6, 1, bias=False), torch.randn(32, 6, generator=generator)
+    wanted = torch.randn(1, 6, generator=generator)
+    meter = LossMeter(net, lambda net, batch: F.mse_loss(net(batch[0]), batch[1]), [(x, x @ wanted.T)])
+    assert meter.has(0)
+    state = {"weight": 0.3 * wanted + 0.7 * wanted.flip(1) if far else 0.99 * wanted}
+    losses, fresh = (meter.losses(weights, 0) for weights in (state, {"weight": 0 * wanted}))
+    restless = judge_with(meter=meter, size=32, state=lambda choice: state).unrest((0,))
+    assert restless > FAR  # all samples pull the same way: the gradient alone does not tell
+    assert Bench({}, meter, None, fresh).is_far(state, restless, losses) == far
+
+
+def test_where_names_mislead_the_data_finds_what_is_right():
+    class Misnamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inlet = nn.Linear(3, 12)
+            self.value, self.gate = nn.Linear(12, 12), nn.Linear(12, 12)
+            self.out = nn.Linear(12, 2)
+
+        def forward(self, x):
+            x = torch.tanh(self.inlet(x))
+            return self.out(torch.sigmoid(self.value(x)) * torch.relu(self.gate(x)))
+
+    torch.manual_seed(1)
+    x = torch.randn(512, 3)
+    points = x, (torch.sin(2 * x[:, 0]) + x[:, 1] > 0).long()
+    old = fitted(Old(), points)
+    new = Misnamed()
+    batches = list(zip(x.split(64), points[1].split(64)))
+    report = transfer_weights(new, old.state_dict(), loss=loss, batches=batches)
+    assert report.plan.proof == "proven"
+    torch.testing.assert_close(new(x), old(x), rtol=1e-4, atol=1e-4)
+
+
 def test_samples_that_the_search_has_seen_do_not_count_as_unseen():
     losses = {(0,): [float(i) for i in range(16)], (1,): [float(-i) for i in range(16)]}
     trials = {"size": 8, "losses": losses.__getitem__, "meter": SimpleNamespace(in_pieces=False)}
@@ -248,7 +289,7 @@ def spread_around(mean):
 
 
 def bench_of(fresh, *starts, **options):
-    return _Bench({}, Starts(*starts, **options), None, spread_around(fresh))
+    return Bench({}, Starts(*starts, **options), None, spread_around(fresh))
 
 
 def test_the_loss_falls_if_no_random_start_comes_near():

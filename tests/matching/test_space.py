@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lit_wsl.matching.answers import filled
+from lit_wsl.matching.changes import carried, questions
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.space import Space
@@ -242,9 +243,38 @@ def stacks_of_squares():
     return old, new, lambda s: {"c.m": s["caps.W"].mT, "o.weight": s["out.weight"], "o.bias": s["out.bias"]}
 
 
+def experts_counted_from_the_end():
+    """Blocks whose experts are counted the other way round in the other code."""
+
+    def blocks(own, inner, up, down):
+        experts = {str(k): {up: layer(4, D), down: layer(D, 4)} for k in range(4)}
+        return Net({own: {str(k): {inner: experts, "r": layer(4, D)} for k in range(2)}})
+
+    def truth(s):
+        out = {}
+        for block, n in product(range(2), ("weight", "bias")):
+            out[f"b.{block}.r.{n}"] = s[f"layers.{block}.r.{n}"]
+            for k, (old, new) in product(range(4), (("up", "x"), ("down", "y"))):
+                out[f"b.{block}.e.{3 - k}.{new}.{n}"] = s[f"layers.{block}.experts.{k}.{old}.{n}"]
+        return out
+
+    return blocks("layers", "experts", "up", "down"), blocks("b", "e", "x", "y"), truth
+
+
+def bare_squares_beside_layers():
+    """Squares of which one is a bare tensor of inputs by outputs in the other code, the others are layers."""
+    old = Net({"a": {n: layer(D, D, False) for n in "qko"}})
+    new = Net({"b": {"x": layer(D, D, False), "y": {"kernel": (D, D)}, "z": layer(D, D, False)}})
+    return (
+        old,
+        new,
+        lambda s: {"b.x.weight": s["a.k.weight"], "b.y.kernel": s["a.o.weight"].T, "b.z.weight": s["a.q.weight"]},
+    )
+
+
 CASES = [turned_layout, stacked_experts, fused_experts, turned_parts, square_stacks, alternating_parts, lists_of_layers]
 CASES += [many_siblings, table_in_the_first_block, two_attentions, lists_that_are_alike, stacks_of_squares]
-CASES += [linear_layers_for_convolutions]
+CASES += [linear_layers_for_convolutions, experts_counted_from_the_end, bare_squares_beside_layers]
 
 
 @pytest.mark.parametrize("case", [*CASES, *map(reversed_case, CASES)])
@@ -255,7 +285,7 @@ def test_a_choice_means_the_truth(case):
     wanted = truth(tensors)
     sides = describe(tensors), describe(new)
     plan = build_plan(*sides, MatchingOptions())
-    space = Space(*sides, plan, wide=True)
+    space = Space(*sides, plan, wide=True, counts=True, trust=False)
 
     def means_it(number, choice):
         made = {n: v for entry in space.entries_of(number, choice) for n, v in filled(entry, tensors).items()}
@@ -265,8 +295,7 @@ def test_a_choice_means_the_truth(case):
     asked = {n for part in space.parts for unit in part.target for n in unit.all_names}
     assert told | asked == set(wanted)
     for number, part in enumerate(space.parts):
-        shared = [d for d in (space.numbering.get(part.region), space.rotary, space.gates) if d is not None]
-        places = [*part.decisions, *shared]
+        places = [*part.decisions, *(d for d in space.all_of(number) if d not in part.decisions)]
         choices = product(*(range(len(space.decisions[d].options)) for d in places))
         found = (tuple(dict(zip(places, own)).get(d, 0) for d in range(len(space.decisions))) for own in choices)
         assert any(means_it(number, choice) for choice in found), part.describe(part.covers[0])
@@ -336,3 +365,32 @@ def test_numbers_are_asked_about_if_wanted_even_where_names_tell_what_is_in_the_
         for counts in (False, True)
     }
     assert asked == {False: [], True: [(2, True)]} or asked == {False: [(1, True)], True: [(2, True)]}
+
+
+def test_kernels_of_size_one_are_not_turned():
+    parts = {n: {"weight": (D, D, 1), "bias": (D,)} for n in ("res", "skip")}
+    sides = (
+        describe(Net({"a": parts}).state_dict()),
+        describe(Net({"b": {"x": {"weight": (2 * D, D, 1), "bias": (2 * D,)}}})),
+    )
+    space = Space(*sides, build_plan(*sides, MatchingOptions()))
+    (part,) = space.parts
+    (turn,) = part.turns.values()
+    choices = [(*space.first[:turn], option, *space.first[turn + 1 :]) for option in range(2)]
+    assert space.meaning(choices[0]) == space.meaning(choices[1])
+
+
+def test_names_that_tell_tell_nothing_where_they_are_not_trusted():
+    source = Net({"block": {"norm1": {"weight": (D,)}, "norm2": {"weight": (D,)}, "fc": layer(2 * D, D)}})
+    sides = (
+        describe(source.state_dict()),
+        describe(Net({"b": {"norm2": {"weight": (D,)}, "norm1": {"weight": (D,)}, "fc": layer(2 * D, D)}})),
+    )
+    plan = build_plan(*sides, MatchingOptions())
+    named, nameless = (Space(*sides, plan, counts=True, trust=trust) for trust in (True, False))
+    assert not named.is_open
+    assert nameless.is_open
+    assert questions(named) != questions(nameless)
+    exchanged = tuple(1 for _ in nameless.first)
+    assert carried(carried(exchanged, nameless, named), named, nameless) == nameless.first
+    assert carried(exchanged, nameless, nameless) == exchanged

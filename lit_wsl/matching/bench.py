@@ -1,0 +1,129 @@
+"""What plans lose on the data, beside the fresh model and other random starts."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from scipy.special import stdtr
+from torch import Tensor, nn
+
+from lit_wsl.matching.answers import filled
+from lit_wsl.matching.search import Budget
+from lit_wsl.matching.witnesses import RISK, risk_of, unrest
+from lit_wsl.plan.entries import PlanEntry
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.structure.losses import LossMeter, folded
+
+MOST = 64.0  # forward passes of a whole batch, with what else is measured
+FAR = 3.0  # times the noise of its batch is a gradient where training may not have been at all
+STEPS = (0.003, 0.01, 0.03)  # of descent, as shares of a tensor's norm
+GAIN = 0.02  # share of the fall of the loss that one of them adds where training never was
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a plan is measured with, and what the fresh model lost."""
+
+    tensors: Mapping[str, Tensor]
+    meter: LossMeter
+    budget: Budget
+    fresh: Sequence[float]
+    starts: list[float] = field(default_factory=list)  # what other random starts lose
+    known: list[tuple[TransferPlan, list[float]]] = field(default_factory=list)
+
+    def losses(self, plan: TransferPlan) -> list[float]:
+        """The losses of the model that a plan fills."""
+        found = next((losses for one, losses in self.known if one is plan), None)
+        if found is None:
+            found = self.meter.losses(values(plan, self.tensors), 0)
+            self.known.append((plan, found))
+        return found
+
+    def bears_out(self, plan: TransferPlan) -> bool:
+        """Whether the loss of a plan falls, and training may have been there; in one pass if nothing speaks against it.
+
+        The gradient on the halves of a batch tells whether it rests there.
+        """
+        state = values(plan, self.tensors)
+        try:
+            halves = list(self.meter.gradients(state, 0, 2))
+        except (RuntimeError, ValueError):  # a loss without a gradient
+            return self.falls(self.losses(plan))
+        losses = [loss for own, _ in halves for loss in own]
+        self.known.append((plan, losses if len(losses) == len(self.fresh) else self.meter.losses(state, 0)))
+        far = unrest(torch.stack([folded(slopes.values()) for _, slopes in halves]), 2)
+        return self.falls(self.losses(plan)) and not self.is_far(state, far, losses)
+
+    def is_far(self, state: Mapping[str, Tensor], restless: float, losses: Sequence[float]) -> bool:
+        """Whether training never was at some weights: the gradient is far from rest, and one step down it gains much.
+
+        Args:
+            state: The weights, by name.
+            restless: How many times its noise the gradient is.
+            losses: Of these weights.
+        """
+        return restless >= FAR and self._gain(state) >= GAIN * (mean(self.fresh) - mean(losses))
+
+    def _gain(self, state: Mapping[str, Tensor]) -> float:
+        """By how much the loss on half of a batch falls after a step down its gradient on the other half."""
+        meter, size = self.meter, self.meter.size(0)
+        half = -(-size // 2)
+        if meter.passes + (2 + len(STEPS)) / 2 > MOST:
+            return math.inf
+        _, slopes = next(iter(meter.gradients(state, 0, 2)))
+        weights = {name: p.detach() for name, p in meter.model.named_parameters(remove_duplicate=False)} | dict(state)
+        found = [mean(meter.losses(state, 0, half, size))]
+        for share in STEPS:
+            steps = {n: share * weights[n].norm() / s.norm().clamp_min(1e-30) * s for n, s in slopes.items()}
+            lower = {**state, **{n: weights[n] - step for n, step in steps.items()}}
+            found.append(mean(meter.losses(lower, 0, half, size)))
+        return found[0] - min(x for x in found if math.isfinite(x))
+
+    def falls(self, best: Sequence[float]) -> bool:
+        """Whether the loss falls by more than one random start differs from another.
+
+        Where the fall is less than the samples of the fresh model differ, two more random starts, the fresh weights
+        shuffled, tell how much that is; where these are too few, three further ones at a tenth of the risk. Losses that
+        can't be negative are compared by how many times one is the other.
+        """
+        before, after = mean(self.fresh), mean(best)
+        if not math.isfinite(after) or after >= before or (len(self.fresh) > 2 and risk_of(self.fresh, best) > RISK):
+            return False
+        if before - after > statistics.pstdev(self.fresh):
+            return True
+        for count, risk in ((2, RISK), (5, RISK / 10)):
+            if len(self.starts) < count and self.meter.passes + count - len(self.starts) > MOST:
+                return False
+            while len(self.starts) < count:
+                start = _shuffled(self.meter.model, 1 + len(self.starts))
+                self.starts.append(mean(self.meter.losses(start, 0)))
+            starts = [before, *self.starts[:count]]
+            *starts, end = map(math.log, (*starts, after)) if min(*starts, after) > 0 else (*starts, after)
+            spread = statistics.stdev(starts) * math.sqrt(1 + 1 / len(starts))
+            if float(stdtr(count, -(mean(starts) - end) / max(spread, 1e-12))) < risk:
+                return True
+        return False
+
+
+def values(entries: Iterable[PlanEntry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What entries put into the model; those that need the model's present values are left out."""
+    plain = (e for e in entries if not any(op.needs_target for op in e.operations))
+    return {name: value for entry in plain for name, value in filled(entry, tensors).items()}
+
+
+def _shuffled(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """The model's weights, each tensor's values in a random order: another start like the first."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: p.detach().reshape(-1)[torch.randperm(p.numel(), generator=generator).to(p.device)].reshape(p.shape)
+        for name, p in model.named_parameters()
+    }
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; zero of nothing."""
+    return sum(values) / max(len(values), 1)
