@@ -19,6 +19,7 @@ from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.losses import LossMeter, folded
 
 MOST = 64.0  # forward passes of a whole batch, with what else is measured
+LAST = 3.0  # of them that the verdict may take
 FAR = 3.0  # times the noise of its batch is a gradient where training may not have been at all
 STEPS = (0.003, 0.01, 0.03)  # of descent, as shares of a tensor's norm
 GAIN = 0.02  # share of the fall of the loss that one of them adds where training never was
@@ -55,24 +56,23 @@ class Bench:
             return self.falls(self.losses(plan))
         losses = [loss for own, _ in halves for loss in own]
         self.known.append((plan, losses if len(losses) == len(self.fresh) else self.meter.losses(state, 0)))
-        far = unrest(torch.stack([folded(slopes.values()) for _, slopes in halves]), 2)
-        return self.falls(self.losses(plan)) and not self.is_far(state, far, losses)
+        restless = unrest(torch.stack([folded(slopes.values()) for _, slopes in halves]), 2) >= FAR
+        return self.falls(self.losses(plan)) and not (restless and self.is_far(state, losses))
 
-    def is_far(self, state: Mapping[str, Tensor], restless: float, losses: Sequence[float]) -> bool:
-        """Whether training never was at some weights: the gradient is far from rest, and one step down it gains much.
+    def is_far(self, state: Mapping[str, Tensor], losses: Sequence[float]) -> bool:
+        """Whether training never was at some weights from which the gradient is far from rest: a step gains much.
 
         Args:
             state: The weights, by name.
-            restless: How many times its noise the gradient is.
             losses: Of these weights.
         """
-        return restless >= FAR and self._gain(state) >= GAIN * (mean(self.fresh) - mean(losses))
+        return self._gain(state) >= GAIN * (mean(self.fresh) - mean(losses))
 
     def _gain(self, state: Mapping[str, Tensor]) -> float:
         """By how much the loss on half of a batch falls after a step down its gradient on the other half."""
         meter, size = self.meter, self.meter.size(0)
         half = -(-size // 2)
-        if meter.passes + (2 + len(STEPS)) / 2 > MOST:
+        if meter.passes + (2 + len(STEPS)) / 2 + LAST > MOST:
             return math.inf
         _, slopes = next(iter(meter.gradients(state, 0, 2)))
         weights = {name: p.detach() for name, p in meter.model.named_parameters(remove_duplicate=False)} | dict(state)

@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_wsl.errors import listed
 from lit_wsl.matching.answers import STILL_OPEN, answered, is_doubtful, is_only_renamed, what_it_does
 from lit_wsl.matching.balance import MARGIN, Balance
-from lit_wsl.matching.bench import Bench, mean, values
+from lit_wsl.matching.bench import FAR, Bench, mean, values
 from lit_wsl.matching.changes import FEW_COVERS, Choice, carried, questions, twins_exchanged
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
@@ -36,7 +36,7 @@ from lit_wsl.structure.description import ModelDescription
 from lit_wsl.structure.losses import LossMeter, NoDataError
 from lit_wsl.structure.running import hindrance, shaken_state
 
-PASSES = 58.0  # most forward passes of a whole batch that trials may take
+PASSES = 60.0  # most forward passes of a whole batch that trials may take
 FEW = 2  # rivals whose gradients are measured
 RESTLESS = 1.0  # times the noise of its batch is a gradient where training has not stopped
 LITTLE = 8  # rivals to each that may be left open where it is less
@@ -60,6 +60,7 @@ class LossJudge:
         self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
         self.rounds, self.searched = 0, 0  # tests, and samples of the first batch that were looked at before
         self._unrest: dict[Choice, float] = {}
+        self._far: dict[Choice, bool] = {}
         self.rounding = 0.0  # differences of losses below count as none
 
     @cached_property
@@ -247,6 +248,14 @@ class LossJudge:
                 self._unrest[choice] = math.inf
         return self._unrest[choice]
 
+    def is_far(self, choice: Choice, bench: Bench) -> bool:
+        """Whether training never was at a choice."""
+        if self.rests(choice) or self.unrest(choice) < FAR:
+            return False
+        if choice not in self._far:
+            self._far[choice] = bench.is_far(self.trials.state(choice), self.trials.losses(choice))
+        return self._far[choice]
+
     @property
     def _again(self) -> int:
         """How the risk is shared by repeated tests, should a rival turn out better: a half, a sixth, ..."""
@@ -322,11 +331,9 @@ def _judge(
 ) -> TransferPlan:
     bench = Bench(tensors, meter, budget, meter.losses({}, 0))
     if not Space(*sides, plan).is_open and bench.bears_out(plan):
-        return _as_planned(plan, bench, [e for e in plan if is_doubtful(e)])
+        return _as_planned(plan, bench)
     judge, choice = _found(plan, sides, bench)
     trials = judge.trials
-    asked = {t for entry, _ in judge.space.entries(choice) for t in entry.targets}
-    questioned = [e for e in plan if asked.intersection(e.targets) or is_doubtful(e)]
     better, risks = judge.test(choice)
     beaten: set[Choice] = set()
     while better not in (choice, *beaten) and budget.left():
@@ -342,11 +349,11 @@ def _judge(
     # And where all is decided, but the gradient is far from rest, the truth is not among what was asked.
     renamed, unrest = is_only_renamed(plan, *sides), judge.unrest(choice)
     much = better != choice or LITTLE * sum(risk >= RISK for risk in risks.values()) > len(risks)
-    far = not judge.rests(choice) and unrest < math.inf and bench.is_far(trials.state(choice), unrest, best)
+    far = unrest < math.inf and judge.is_far(choice, bench)
     keeps = not judge.rests(choice) and (much or far or unrest == math.inf) if is_open else far
     if (is_open and renamed) or (keeps and not renamed) or not bench.falls(best):
-        agreed = None if renamed else judge.agreed(choice, risks)
-        judged = _as_planned(plan, bench, questioned, trials, agreed)
+        told = None if renamed else judge.agreed(choice, risks)
+        judged = _as_planned(plan, bench, Space(*sides, plan, counts=True, trust=False), judge.space, trials, told)
         note = f"the gradient there is {unrest:.0f} times its noise: training was short, or a part is mapped wrong"
         return judged if is_open or not keeps else replace(judged, notes=(*judged.notes, note))
     decisions = tuple(sorted(_decided(judge, choice, risks), key=lambda d: d.risk))
@@ -376,15 +383,15 @@ def _found(
         wide = Space(*sides, plan, turns, wide=True, counts=True, trust=judge.space.trust)
         if questions(wide) != questions(judge.space):
             start, judge = carried(choice, judge.space, wide), _judge_of(wide, plan, bench, gradients, judge)
-            choice = judge.search.find(start)
+            choice = judge.search.around(start)
     if not judge.rests(choice):
         choice = judge.search.widen(choice)
-    losses = judge.trials.losses(choice)
-    far = not judge.rests(choice) and bench.is_far(judge.trials.state(choice), judge.unrest(choice), losses)
-    doubtful = far or not bench.falls(losses)
+    doubtful = judge.is_far(choice, bench) or not bench.falls(judge.trials.losses(choice))
     if doubtful and judge.space.trust and questions(nameless.space) != questions(judge.space):
         nameless.trials.before = judge.trials.tried
-        choice, judge = nameless.search.find(carried(choice, judge.space, nameless.space)), nameless
+        start, judge = carried(choice, judge.space, nameless.space), nameless
+        choice = judge.search.find(start)
+        choice = choice if judge.rests(choice) else judge.search.widen(choice)
     return judge, judge.preferred(choice)
 
 
@@ -431,7 +438,8 @@ def _balance(trials: Trials, gradients: Gradients | None, known: Balance | None)
 def _as_planned(
     plan: TransferPlan,
     bench: Bench,
-    questioned: Sequence[PlanEntry],
+    everything: Space | None = None,
+    space: Space | None = None,
     trials: Trials | None = None,
     agreed: Mapping[str, object] | None = None,
 ) -> TransferPlan:
@@ -439,8 +447,8 @@ def _as_planned(
 
     Refuted: the best mapping that was tried lowers the loss, and does so significantly more than the plan; or the plan
     has something for every parameter, and the loss of what it fills is above the fresh model's, significantly, or
-    though some other mapping lowers it significantly. Of what is not refuted that is withdrawn, too, on which names and
-    the search do not agree.
+    though some other mapping lowers it significantly. Then names may be wrong as well. Of what is not refuted that is
+    withdrawn, too, on which names and the search do not agree.
     """
     losses, beaten, informs = bench.losses(plan), False, False
     if trials is not None:
@@ -450,18 +458,25 @@ def _as_planned(
     above = mean(losses) - mean(bench.fresh)
     significant = above > statistics.pstdev(bench.fresh) or risk_of(losses, bench.fresh) < RISK
     rises = not _missing(plan) and above > 0 and (significant or informs)
+    questioned = _questioned(plan, everything)
     if not questioned or not (beaten or rises):
-        doubted = {e.targets[0]: STILL_OPEN for e in questioned if agreed is not None and not _agrees(e, agreed)}
+        asked = _questioned(plan, space) if agreed is not None else []
+        doubted = {e.targets[0]: STILL_OPEN for e in asked if not _agrees(e, agreed or {})}
         left = leave_open(plan, doubted)
         judged = _verdict(left, bench, bench.losses(left) if doubted else losses, ())
-        return (
-            judged if agreed is None or judged.proof != "proven" else replace(judged, proof="not tested", proof_by="")
-        )
+        proven = judged.proof == "proven" and agreed is not None
+        return replace(judged, proof="not tested", proof_by="") if proven else judged
     left = leave_open(plan, {e.targets[0]: REFUTED for e in questioned})
     shown = listed([e.targets[0] for e in questioned], 3)
     judged = _verdict(left, bench, bench.losses(left), ())
     note = f"REFUTED on data: loss {mean(bench.fresh):.4g} fresh, {mean(losses):.4g} with {shown}: withdrawn"
     return replace(judged, proof="refuted", proof_by="data", notes=(*judged.notes, note))
+
+
+def _questioned(plan: TransferPlan, space: Space | None) -> list[PlanEntry]:
+    """The entries of a plan that are doubtful, or that a space asks about."""
+    asked = {t for entry, _ in space.entries(space.first) for t in entry.targets} if space is not None else set()
+    return [e for e in plan if asked.intersection(e.targets) or is_doubtful(e)]
 
 
 def _agrees(entry: PlanEntry, agreed: Mapping[str, object]) -> bool:

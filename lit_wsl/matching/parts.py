@@ -26,6 +26,7 @@ from lit_wsl.structure.description import Shape, core
 
 MAX_OPTIONS = 1536  # two modules of four layers have 1152
 MOST_TRIED = 20_000  # steps on the way to them: where nothing fits, there may be as many as subsets
+MAX_STARTS = 8  # ways from which exchanges lead to all others
 MAX_LISTS = 8  # lists of single layers of which all subsets are tried
 FREE, WHOLE_BY_WHOLE, MODULE_BY_MODULE = range(3)
 
@@ -234,8 +235,10 @@ class Part:
 
     def __init__(self, region: int, source: list[Unit], target: list[Unit]) -> None:
         self.region, self.source, self.target = region, source, target
+        self._known: dict[CoverPair, bool] = {}
         self.covers = covers(source, target)
-        self.grows = len(self.covers) > MAX_OPTIONS and self._are_alike()
+        self.grows = len(self.covers) > MAX_OPTIONS  # where they are too many to list, exchanges lead to them
+        self._starts = self._first_and_last()
         self.covers = self.in_order({}) if self.grows else self.covers
         self.fixed: frozenset[int] = frozenset()  # what names tell of
         self.which = -1
@@ -244,17 +247,53 @@ class Part:
         self.turns: dict[Manner, int] = {}
         self.layout: int | None = None
 
-    def _are_alike(self) -> bool:
-        """Whether any may take the place of any; where those are too many to list, exchanges lead to them."""
-        pairs = product(self.source, self.target)
-        return len(self.source) == len(self.target) and all(fits(s, t) is not None for s, t in pairs)
+    @property
+    def joins(self) -> bool:
+        """Whether sources may be parts of targets, not the other way round."""
+        return len(self.source) >= len(self.target)
+
+    def _first_and_last(self) -> list[Cover]:
+        """Of the covers in which parts of the same shapes make up each whole the first and the last."""
+        side = self.source if self.joins else self.target
+        found: dict[object, list[Cover]] = {}
+        for cover in self.covers:
+            own = [sorted(side[k].shapes for k in pair[0 if self.joins else 1]) for pair in cover]
+            found.setdefault(repr(own), []).append(cover)
+        return list(dict.fromkeys(cover for covers in found.values() for cover in (covers[0], covers[-1])))[:MAX_STARTS]
 
     def in_order(self, known: Mapping[int, int]) -> list[Cover]:
-        """One to one in the order in which they stand, and in the opposite order, but for what is known."""
+        """In the order in which they stand, and in the opposite order, but for what is known, target by target."""
+        if len(self.source) != len(self.target):
+            return list(dict.fromkeys(self._placed(cover, known) for cover in self._starts))
         free = [i for i in range(len(self.source)) if i not in known.values()]
         rest = [j for j in range(len(self.target)) if j not in known]
         orders = ({**known, **dict(zip(rest, order))} for order in (free, free[::-1]))
         return [tuple(((order[j],), (j,)) for j in sorted(order)) for order in orders]
+
+    def _placed(self, cover: Cover, known: Mapping[int, int]) -> Cover:
+        """A cover with what is known in its place, in exchange for what was there."""
+        own, other = (0, 1) if self.joins else (1, 0)
+        for j, i in known.items():
+            part, whole = (i, j) if self.joins else (j, i)
+            there = next(pair[own] for pair in cover if pair[other] == (whole,))
+            swap = {part: there[0], there[0]: part} if len(there) == 1 else {}
+            moved = [tuple(sorted(swap.get(k, k) for k in pair[own])) for pair in cover]
+            cover = tuple((own_, pair[1]) if self.joins else (pair[0], own_) for own_, pair in zip(moved, cover))
+        return cover
+
+    def _is_possible(self, cover: Cover) -> bool:
+        """Whether all shapes fit."""
+        return all(self._makes_up(pair) for pair in cover)
+
+    def _makes_up(self, pair: CoverPair) -> bool:
+        if pair not in self._known:
+            sources, targets = self.units(pair)
+            if len(sources) == len(targets):
+                self._known[pair] = fits(sources[0], targets[0]) is not None
+            else:
+                whole, parts = (targets[0], sources) if len(sources) > 1 else (sources[0], targets)
+                self._known[pair] = joins(whole, parts) is not None
+        return self._known[pair]
 
     def key(self, cover: tuple[Sequence[int], Sequence[int]]) -> tuple[str, int]:
         """The whole of a fusion, and how many parts it has."""
@@ -281,7 +320,7 @@ class Part:
         self, cover: Cover, orders: Mapping[tuple[str, int], Sequence[int]], *, only_wholes: bool = False
     ) -> Iterator[Exchange]:
         """A cover with any two layers exchanged, modules, or wholes, and the orders of the parts of its wholes then."""
-        joined = len(self.source) >= len(self.target)
+        joined = self.joins
         places = []
         for pair in cover:
             own = pair[0 if joined else 1]
@@ -296,7 +335,7 @@ class Part:
                 (tuple(sorted(own)), pair[1]) if joined else (pair[0], tuple(sorted(own)))
                 for own, pair in zip(made, cover)
             )
-            if self.grows and changed not in self.numbers:
+            if self.grows and changed not in self.numbers and self._is_possible(changed):
                 self.numbers[changed] = len(self.covers)
                 self.covers.append(changed)
             if changed != cover and changed in self.numbers:
@@ -306,7 +345,7 @@ class Part:
     @cached_property
     def _swaps(self) -> list[dict[int, int]]:
         """Which layers may be exchanged: any two, and those of two modules, or numbers, that hold the same names."""
-        parts = self.source if len(self.source) >= len(self.target) else self.target
+        parts = self.source if self.joins else self.target
         modules: dict[str, dict[str, int]] = {}
         for k, unit in enumerate(parts):
             above, _, own = unit.path.rpartition(".")

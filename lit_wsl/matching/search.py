@@ -199,23 +199,24 @@ class Search:
         """Whether the search may go on."""
         return self.trials.budget.left(self.share)
 
-    def find(self, start: Choice | None = None) -> Choice:
-        """The best choice, from one start or several, and what is better with two modules exchanged."""
-        share, choice, before = self.share, self._found() if start is None else self._from(start), None
+    def find(self, *starts: Choice) -> Choice:
+        """The best choice, from some starts besides its own, and what is better with two modules exchanged."""
+        share, choice, before = self.share, self._found(*starts), None
         self.share = share
         while choice != before and self.left:
             twins = twins_exchanged(self.space, choice)
             if len(twins) <= FEW_TWINS:  # three in a circle
                 twins += [other for one in twins for other in twins_exchanged(self.space, one)]
+            twins.append(self.balanced(choice))  # what moved as the loss of few samples told
             before, choice = choice, self._better(choice, list(dict.fromkeys(twins)))
         return choice
 
-    def _found(self) -> Choice:
+    def _found(self, *starts: Choice) -> Choice:
         start = self.balanced(self.space.first)
         every = self._every()
         if every:
             return self._ranked(every, self.trials.size)[0]
-        start = self._best([start, *self.space.in_order(start)])
+        start = self._best([start, *starts, *self.space.in_order(start)])
         arranged, sure = self.arrange(start) if self.arrange else (start, False)
         if sure:
             return arranged
@@ -241,7 +242,7 @@ class Search:
             tops.append(self._improve(start))
         return self._ranked(tops, self.trials.size)[0]
 
-    def _from(self, start: Choice) -> Choice:
+    def around(self, start: Choice) -> Choice:
         """The best choice around one, or around that which hangs together best."""
         return self._improve(self._ranked([start, self.balanced(start)], self.trials.size)[0])
 

@@ -240,7 +240,7 @@ class Space:
         ]
         if part.grows:
             part.covers = part.in_order({j: i for i, j in told})
-            part.fixed = frozenset(i for i, _ in told)
+            part.fixed = frozenset(i if part.joins else j for i, j in told)
         sure = [((i,), (j,)) for i, j in told] + [(tuple(g), tuple(h)) for g, h in spelled]
         keeping = [c for c in part.covers if all(pair in c for pair in sure)]
         part.covers = keeping or part.covers
@@ -516,7 +516,12 @@ class Space:
                 for x, y in zip(names_s, names_t):
                     way = pick(self.rotary)
                     last = self._rotations.convert(y, t.shapes[j], way) if way else ()
-                    ops = (*rows, *turned(s.shapes[i], t.shapes[j], turn), *laid_out(t.shapes[j], layout), *last)
+                    ops = (
+                        *rows,
+                        *turned(s.shapes[i], t.shapes[j], turn),
+                        *(laid_out(t.shapes[j], layout) if max(t.shapes[j]) == max(t.shapes[0]) else ()),
+                        *last,
+                    )
                     out.append(PlanEntry((x,), (y,), ops, (s.shapes[i],), (t.shapes[j],)))
             elif t.times == 1:  # experts into a stack
                 turned_too = len(s.shapes[i]) == 2 and turns((s.times, *s.shapes[i]), t.shapes[j], turn)
