@@ -97,14 +97,15 @@ class LossJudge:
         while balance is not None and self.budget.left():
             rivals = [r for group in self.rivals(choice).values() for r in group]
             near = [r for r in rivals if r not in seen and balance.risk(choice, r) < RISK]
-            near = [r for r in near if risk_of(self._screened(r), self._screened(choice)) > AGREES]
+            near = [r for r in near if risk_of(self.screened(r), self.screened(choice)) > AGREES]
             if not near:
                 break
             choice = max(near, key=lambda r: balance.lead(r, choice))
             seen.add(choice)
         return choice
 
-    def _screened(self, choice: Choice) -> list[float]:
+    def screened(self, choice: Choice) -> list[float]:
+        """Losses on the samples that a search compares choices on."""
         return self.trials.losses(choice, self.trials.screen)
 
     def test(self, choice: Choice) -> tuple[Choice, dict[Choice, float]]:
@@ -352,7 +353,7 @@ def _judge(
     far = unrest < math.inf and judge.is_far(choice, bench)
     keeps = not judge.rests(choice) and (much or far or unrest == math.inf) if is_open else far
     if (is_open and renamed) or (keeps and not renamed) or not bench.falls(best):
-        told = None if renamed else judge.agreed(choice, risks)
+        told = None if renamed or not bench.falls(best) else judge.agreed(choice, risks)
         judged = _as_planned(plan, bench, Space(*sides, plan, counts=True, trust=False), judge.space, trials, told)
         note = f"the gradient there is {unrest:.0f} times its noise: training was short, or a part is mapped wrong"
         return judged if is_open or not keeps else replace(judged, notes=(*judged.notes, note))
@@ -386,7 +387,7 @@ def _found(
             choice = judge.search.around(start)
     if not judge.rests(choice):
         choice = judge.search.widen(choice)
-    doubtful = judge.is_far(choice, bench) or not bench.falls(judge.trials.losses(choice))
+    doubtful = judge.is_far(choice, bench) or not bench.falls(judge.screened(choice))
     if doubtful and judge.space.trust and questions(nameless.space) != questions(judge.space):
         nameless.trials.before = judge.trials.tried
         start, judge = carried(choice, judge.space, nameless.space), nameless
@@ -460,7 +461,7 @@ def _as_planned(
     rises = not _missing(plan) and above > 0 and (significant or informs)
     questioned = _questioned(plan, everything)
     if not questioned or not (beaten or rises):
-        asked = _questioned(plan, space) if agreed is not None else []
+        asked = _questioned(plan, space) if agreed is not None and informs else []
         doubted = {e.targets[0]: STILL_OPEN for e in asked if not _agrees(e, agreed or {})}
         left = leave_open(plan, doubted)
         judged = _verdict(left, bench, bench.losses(left) if doubted else losses, ())

@@ -252,6 +252,11 @@ class Part:
         """Whether sources may be parts of targets, not the other way round."""
         return len(self.source) >= len(self.target)
 
+    @cached_property
+    def in_line(self) -> bool:
+        """Whether any may take the place of any."""
+        return all(fits(s, t) is not None for s, t in product(self.source, self.target))
+
     def _first_and_last(self) -> list[Cover]:
         """Of the covers in which parts of the same shapes make up each whole the first and the last."""
         side = self.source if self.joins else self.target
@@ -263,8 +268,9 @@ class Part:
 
     def in_order(self, known: Mapping[int, int]) -> list[Cover]:
         """In the order in which they stand, and in the opposite order, but for what is known, target by target."""
-        if len(self.source) != len(self.target):
-            return list(dict.fromkeys(self._placed(cover, known) for cover in self._starts))
+        if len(self.source) != len(self.target) or not self.in_line:
+            placed = [c for c in (self._placed(cover, known) for cover in self._starts) if self._is_possible(c)]
+            return list(dict.fromkeys(placed)) or self._starts
         free = [i for i in range(len(self.source)) if i not in known.values()]
         rest = [j for j in range(len(self.target)) if j not in known]
         orders = ({**known, **dict(zip(rest, order))} for order in (free, free[::-1]))

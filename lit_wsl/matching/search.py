@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.matching.answers import filled
-from lit_wsl.matching.balance import Balance
+from lit_wsl.matching.balance import MARGIN, Balance
 from lit_wsl.matching.changes import Choice, options_of, twins_exchanged
 from lit_wsl.matching.parts import Part
 from lit_wsl.matching.space import Space
@@ -240,7 +240,9 @@ class Search:
         tops.append(self._improve(self._switch_on(none, groups)))
         if not groups or self.score(tops[-1]) >= self.score(none):  # nothing can be seen where layers are switched off
             tops.append(self._improve(start))
-        return self._ranked(tops, self.trials.size)[0]
+        least = self.trials.losses(min(tops, key=self.score), self.trials.screen)
+        near = [c for c in tops if errors_apart(self.trials.losses(c, self.trials.screen), least) < MARGIN]
+        return self._ranked(near, self.trials.size)[0]
 
     def around(self, start: Choice) -> Choice:
         """The best choice around one, or around that which hangs together best."""
@@ -343,10 +345,9 @@ class Search:
         against = 0.0 if balance is None else balance.lead(choice, better)
         if against <= 0.0:
             return True
-        lead = errors_apart(
-            self.trials.losses(choice, self.trials.screen), self.trials.losses(better, self.trials.screen)
-        )
-        if lead <= against:
+        screen, size = self.trials.screen, self.trials.size
+        lead = errors_apart(self.trials.losses(choice, screen), self.trials.losses(better, screen))
+        if lead <= against < lead * math.sqrt(size / screen):  # more samples may tell
             lead = errors_apart(self.trials.losses(choice), self.trials.losses(better))
         return lead > against
 

@@ -209,12 +209,12 @@ class Space:
     def _count_inner(self, k: int, parts: Sequence[Part]) -> None:
         """Ask about the numbers of copies that are nested in those of a region."""
         nested = [(max(u.times for u in (*p.source, *p.target)), p) for p in parts]
-        times = {count for count, part in nested if count > 1}
+        times = {count for count, _ in nested if count > 1}
         if self.counts and len(times) == 1:
-            orders = numberings(max(times))
+            orders = numberings(*times)
             told = self._told.issuperset(n for count, p in nested if count > 1 for u in p.target for n in u.all_names)
-            text = f"numbering inside of {self.regions[k][1].copies[0] or 'the model'}"
-            self.inner[k] = self._add(text, orders, [listed(o) for o in orders], told)
+            labels = [listed(o) for o in orders]
+            self.inner[k] = self._add(f"numbering inside of {self.regions[k][1].copies[0]}", orders, labels, told)
 
     def _tell(self, part: Part, counted: bool = True) -> bool:
         """Keep the covers that agree with what names tell, and numbers, if these do; whether sizes don't tell it."""
@@ -516,12 +516,8 @@ class Space:
                 for x, y in zip(names_s, names_t):
                     way = pick(self.rotary)
                     last = self._rotations.convert(y, t.shapes[j], way) if way else ()
-                    ops = (
-                        *rows,
-                        *turned(s.shapes[i], t.shapes[j], turn),
-                        *(laid_out(t.shapes[j], layout) if max(t.shapes[j]) == max(t.shapes[0]) else ()),
-                        *last,
-                    )
+                    laid = laid_out(t.shapes[j], layout) if max(t.shapes[j]) == max(t.shapes[0]) else ()
+                    ops = (*rows, *turned(s.shapes[i], t.shapes[j], turn), *laid, *last)
                     out.append(PlanEntry((x,), (y,), ops, (s.shapes[i],), (t.shapes[j],)))
             elif t.times == 1:  # experts into a stack
                 turned_too = len(s.shapes[i]) == 2 and turns((s.times, *s.shapes[i]), t.shapes[j], turn)

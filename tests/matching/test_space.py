@@ -367,6 +367,44 @@ def test_numbers_are_asked_about_if_wanted_even_where_names_tell_what_is_in_the_
     assert asked == {False: [], True: [(2, True)]} or asked == {False: [(1, True)], True: [(2, True)]}
 
 
+def test_exchanges_lead_to_any_assignment_of_many_squares_of_which_some_are_one():
+    squares = ("q", "k", "v", "o", "x", "y", "z", "w", "p")
+    source = Net({n: layer(D, D) for n in squares})
+    target = Net({"i": layer(3 * D, D), **{n: layer(D, D) for n in "abcdef"}})
+    sides = describe(source.state_dict()), describe(target)
+    space = Space(*sides, build_plan(*sides, MatchingOptions()))
+    (part,) = space.parts
+    assert part.grows
+    wanted = dict(zip(sorted(u.path for u in part.target), ("xyz", "p", "o", "k", "q", "v", "w")[::-1]))
+
+    def right(choice):
+        cover = part.covers[choice[part.which]]
+        return sum(part.source[i].path in wanted[part.target[h[0]].path] for g, h in cover for i in g)
+
+    choice = max(
+        ((*space.first[: part.which], o, *space.first[part.which + 1 :]) for o in range(len(part.covers))), key=right
+    )
+    wanted["i"], wanted[next(k for k, v in wanted.items() if v == "xyz")] = "xyz", wanted["i"]
+    for _ in range(9):
+        choice = max([choice, *space.exchanges(choice, part)], key=right)
+    assert right(choice) == 9
+    names = {t for entry in space.entries_of(0, choice) for t in entry.targets}
+    assert names == set(target.state_dict())
+
+
+def test_rows_of_a_bias_are_not_laid_out_where_the_columns_of_its_weight_are():
+    sides = describe(Net({"a": layer(8, 24)}).state_dict()), describe(Net({"b": layer(8, 24)}))
+    plan = build_plan(*sides, MatchingOptions())
+    space = Space(*sides, replace(plan, entries=tuple(replace(e, margin=0.0) for e in plan)), trust=False)
+    (part,) = space.parts
+    options = range(len(space.decisions[part.layout].options))
+    for option in options:
+        choice = (*space.first[: part.layout], option, *space.first[part.layout + 1 :])
+        tensors = {name: torch.randn(info.shape) for name, info in ((i.name, i) for i in sides[0].parameters)}
+        made = {n: v for entry in space.entries_of(0, choice) for n, v in filled(entry, tensors).items()}
+        assert torch.equal(made["b.bias"], tensors["a.bias"])
+
+
 def test_kernels_of_size_one_are_not_turned():
     parts = {n: {"weight": (D, D, 1), "bias": (D,)} for n in ("res", "skip")}
     sides = (
