@@ -166,9 +166,8 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
     for side in (source, target):
         renamed = _plain_leaves(side.parameters)
         renamed |= {i.name: _plain_name(i.name) for i in side.parameters if "parametrizations." in i.name}
-        if len({i.name for i in side.parameters if i.name not in renamed} | set(renamed.values())) < len(
-            side.parameters
-        ):
+        kept = {i.name for i in side.parameters if i.name not in renamed} if renamed else ()
+        if renamed and len({*kept, *renamed.values()}) < len(side.parameters):
             renamed = {}
         infos = tuple(replace(i, name=renamed[i.name]) if i.name in renamed else i for i in side.parameters)
         sides.append(replace(side, parameters=infos) if renamed else side)
@@ -185,9 +184,12 @@ _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_
 
 def _without_wrappers(side: ModelDescription) -> tuple[ModelDescription, dict[str, str]]:
     """A side without the modules that torch puts around others (compile, FSDP), and by new names the old ones."""
-    short = {i.name: plain for i in side.parameters if (plain := _WRAPPERS.sub("", i.name)) != i.name}
+    marked = (i.name for i in side.parameters if "_wrapped_module." in i.name or "_orig_mod." in i.name)
+    short = {name: plain for name in marked if (plain := _WRAPPERS.sub("", name)) != name}
+    if not short:
+        return side, {}
     infos = tuple(replace(i, name=short[i.name]) if i.name in short else i for i in side.parameters)
-    if not short or len({i.name for i in infos}) < len(infos):
+    if len({i.name for i in infos}) < len(infos):
         return side, {}
     tied = {alias: short.get(first, first) for alias, first in side.tied.items()}
     return replace(side, parameters=infos, tied=tied), {plain: name for name, plain in short.items()}
