@@ -536,13 +536,26 @@ def share_words(a: Region, b: Region) -> bool:
 
 def agree_most(s: Unit, t: Unit, sources: Sequence[Unit], targets: Sequence[Unit], counted: bool = True) -> bool:
     """Whether two layers have more words in common than either has with another layer that would fit."""
+    letters = _letters(sources, counted), _letters(targets, counted)
+    void = set() if _spell_alike(*letters) else set.union(*letters)
 
     def common(one: Unit, other: Unit) -> int:
-        return len(_words(one, counted) & _words(other, counted))
+        return len((_words(one, counted) & _words(other, counted)) - void)
 
     others = [common(o, t) for o in sources if o is not s and fits(o, t) is not None]
     others += [common(s, o) for o in targets if o is not t and fits(s, o) is not None]
     return common(s, t) > max(others, default=0)
+
+
+def _letters(units: Sequence[Unit], counted: bool) -> set[str]:
+    """The words of one letter by which some of the layers are told from others."""
+    words = [_words(unit, counted) for unit in units]
+    return {w for w in set[str]().union(*words) - set[str].intersection(*words) if len(w.rstrip("0123456789.")) == 1}
+
+
+def _spell_alike(some: set[str], others: set[str]) -> bool:
+    """Whether letters stand for the same on both sides: one may be chance, and so may some of different ones."""
+    return len(some & others) > 1 and (some <= others or others <= some)
 
 
 def spell_parts(sources: Sequence[Unit], targets: Sequence[Unit]) -> bool:

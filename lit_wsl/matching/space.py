@@ -9,6 +9,7 @@ blocks. A decision holds for all copies in a region: if one block has it so, all
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -146,6 +147,8 @@ class Space:
             for u in b.units
         ):
             self._rotations = Rotations(())  # names know of more
+        units = (unit for _, ours in self.regions for unit in ours.units)
+        self._widths = Counter(size for unit in units for size in {n for shape in unit.shapes for n in shape})
         parts_of = [[Part(k, s, t) for s, t in groups_of(a.units, b.units)] for k, (a, b) in enumerate(self.regions)]
         told = {k: bool(sum(map(self._tell, parts_of[k]))) for k in range(1, len(parts_of))}
         orders = {k: self._orders_of(k, told[k]) for k in told}
@@ -291,7 +294,8 @@ class Space:
         if any("_hh_" in name or "_ih_" in name for u in (unit, *like) for name in u.all_names):
             return False  # rows of gates
         names = {s.path.rpartition(".")[2] for s in like}
-        return is_fused(unit) and bool(names) and names != {unit.path.rpartition(".")[2]}
+        as_wide = self._widths[min(unit.shapes[0])] > 1  # what goes in is as wide as other layers
+        return is_fused(unit) and as_wide and bool(names) and names != {unit.path.rpartition(".")[2]}
 
     def _fusion(self, part: Part, cover: tuple[Sequence[int], Sequence[int]]) -> None:
         key, parts = part.key(cover), part.parts(cover)
@@ -310,11 +314,9 @@ class Space:
         part.heads[key] = self._add(f"heads of {key[0]}", groups, labels, told)
 
     def _open(self, unit: Unit) -> bool:
-        if self.hidden and unit.shapes[0][:1] == (self.hidden,):
+        if (self.hidden and unit.shapes[0][:1] == (self.hidden,)) or (self._turning and self._turns(unit)):
             return True
-        if self._turning and self._turns(unit):
-            return True
-        return not all(n in self._told and n in self._filled for n in unit.all_names)
+        return not (self._told & self._filled).issuperset(unit.all_names)
 
     def _turns(self, unit: Unit) -> bool:
         """Whether there are queries or keys in a layer, as the model's gradient shows, or else its name."""

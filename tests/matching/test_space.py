@@ -12,7 +12,9 @@ from torch import nn
 
 from lit_wsl.matching.answers import filled
 from lit_wsl.matching.changes import carried, questions
+from lit_wsl.matching.layers import Unit
 from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.parts import agree_most
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.space import Space
 from lit_wsl.structure.description import describe
@@ -392,16 +394,49 @@ def test_exchanges_lead_to_any_assignment_of_many_squares_of_which_some_are_one(
     assert names == set(target.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "told"),
+    [
+        (("to_b", "to_c"), ("c", "v"), False),
+        (("w_q", "w_k", "w_o"), ("q", "k", "out"), True),
+        (("q",), ("q", "z"), False),
+    ],
+)
+def test_letters_tell_where_all_of_one_side_are_on_the_other_and_one_tells_nothing(theirs, ours, told):
+    sources, targets = (
+        [Unit(f"m.{n}", (((f"m.{n}.weight",),),), ((D, D),)) for n in names] for names in (theirs, ours)
+    )
+    agreeing = {(s.path, t.path) for s in sources for t in targets if agree_most(s, t, sources, targets)}
+    assert agreeing == ({("m.w_q", "m.q"), ("m.w_k", "m.k")} if told else set())
+
+
+def test_a_table_whose_width_no_other_layer_has_is_no_fusion():
+    def layouts(tree):
+        sides = (
+            describe(Net({"a": {"latents": (8, 24)}, **tree}).state_dict()),
+            describe(Net({"b": {"z": (8, 24)}, **tree})),
+        )
+        plan = build_plan(*sides, MatchingOptions())
+        doubtful = replace(plan, entries=tuple(replace(e, margin=0.0) for e in plan))
+        return [part.layout for part in Space(*sides, doubtful, trust=False).parts if part.layout is not None]
+
+    assert not layouts({"x": layer(24, 5)})
+    assert layouts({"x": layer(24, 8)})
+
+
 def test_rows_of_a_bias_are_not_laid_out_where_the_columns_of_its_weight_are():
-    sides = describe(Net({"a": layer(8, 24)}).state_dict()), describe(Net({"b": layer(8, 24)}))
+    sides = (
+        describe(Net({"a": layer(8, 24), "c": layer(5, 8)}).state_dict()),
+        describe(Net({"b": layer(8, 24), "d": layer(5, 8)})),
+    )
     plan = build_plan(*sides, MatchingOptions())
     space = Space(*sides, replace(plan, entries=tuple(replace(e, margin=0.0) for e in plan)), trust=False)
-    (part,) = space.parts
+    number, part = next((k, part) for k, part in enumerate(space.parts) if part.layout is not None)
     options = range(len(space.decisions[part.layout].options))
     for option in options:
         choice = (*space.first[: part.layout], option, *space.first[part.layout + 1 :])
         tensors = {name: torch.randn(info.shape) for name, info in ((i.name, i) for i in sides[0].parameters)}
-        made = {n: v for entry in space.entries_of(0, choice) for n, v in filled(entry, tensors).items()}
+        made = {n: v for entry in space.entries_of(number, choice) for n, v in filled(entry, tensors).items()}
         assert torch.equal(made["b.bias"], tensors["a.bias"])
 
 
