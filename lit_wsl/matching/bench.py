@@ -23,6 +23,7 @@ LAST = 3.0  # of them that the verdict may take
 FAR = 3.0  # times the noise of its batch is a gradient where training may not have been at all
 STEPS = (0.01, 0.03)  # of descent, as shares of a tensor's norm; smaller ones gain where training swings about a valley
 GAIN = 0.04  # share of the fall of the loss that one adds where training never was; elsewhere it was up to 0.026
+DOUBT = GAIN / 2  # the same, where names are doubted
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,17 @@ class Bench:
         losses = [loss for own, _ in halves for loss in own]
         self.known.append((plan, losses if len(losses) == len(self.fresh) else self.meter.losses(state, 0)))
         restless = unrest(torch.stack([folded(slopes.values()) for _, slopes in halves]), 2) >= FAR
-        return self.falls(self.losses(plan)) and not (restless and self.is_far(state, losses))
+        return self.falls(self.losses(plan)) and not (restless and self.gain(state, losses) >= DOUBT)
 
-    def is_far(self, state: Mapping[str, Tensor], losses: Sequence[float]) -> bool:
-        """Whether training never was at some weights from which the gradient is far from rest: a step gains much.
+    def gain(self, state: Mapping[str, Tensor], losses: Sequence[float]) -> float:
+        """What share of the fall of the loss a step down its gradient adds.
 
         Args:
-            state: The weights, by name.
+            state: Weights, by name.
             losses: Of these weights.
         """
-        return self._gain(state) >= GAIN * (mean(self.fresh) - mean(losses))
+        fall = mean(self.fresh) - mean(losses)
+        return self._gain(state) / fall if fall > 0 else math.inf
 
     def _gain(self, state: Mapping[str, Tensor]) -> float:
         """By how much the loss on half of a batch falls after a step down its gradient on the other half."""

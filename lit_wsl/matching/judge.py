@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_wsl.errors import listed
 from lit_wsl.matching.answers import STILL_OPEN, answered, is_doubtful, is_only_renamed, what_it_does
 from lit_wsl.matching.balance import MARGIN, Balance
-from lit_wsl.matching.bench import FAR, Bench, mean, values
+from lit_wsl.matching.bench import DOUBT, FAR, GAIN, Bench, mean, values
 from lit_wsl.matching.changes import FEW_COVERS, Choice, carried, questions, twins_exchanged
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
@@ -60,7 +60,7 @@ class LossJudge:
         self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
         self.rounds, self.searched = 0, 0  # tests, and samples of the first batch that were looked at before
         self._unrest: dict[Choice, float] = {}
-        self._far: dict[Choice, bool] = {}
+        self._gains: dict[Choice, float] = {}
         self.rounding = 0.0  # differences of losses below count as none
 
     @cached_property
@@ -249,13 +249,13 @@ class LossJudge:
                 self._unrest[choice] = math.inf
         return self._unrest[choice]
 
-    def is_far(self, choice: Choice, bench: Bench) -> bool:
-        """Whether training never was at a choice."""
+    def gain(self, choice: Choice, bench: Bench) -> float:
+        """What a step down the gradient gains at a choice, which is far from rest if that is much, else nothing."""
         if self.rests(choice) or self.unrest(choice) < FAR:
-            return False
-        if choice not in self._far:
-            self._far[choice] = bench.is_far(self.trials.state(choice), self.trials.losses(choice))
-        return self._far[choice]
+            return 0.0
+        if choice not in self._gains:
+            self._gains[choice] = bench.gain(self.trials.state(choice), self.trials.losses(choice))
+        return self._gains[choice]
 
     @property
     def _again(self) -> int:
@@ -350,7 +350,7 @@ def _judge(
     # And where all is decided, but the gradient is far from rest, the truth is not among what was asked.
     renamed, unrest = is_only_renamed(plan, *sides), judge.unrest(choice)
     much = better != choice or LITTLE * sum(risk >= RISK for risk in risks.values()) > len(risks)
-    far = unrest < math.inf and judge.is_far(choice, bench)
+    far = unrest < math.inf and judge.gain(choice, bench) >= GAIN
     keeps = not judge.rests(choice) and (much or far or unrest == math.inf) if is_open else far
     if (is_open and renamed) or (keeps and not renamed) or not bench.falls(best):
         told = None if renamed or not bench.falls(best) else judge.agreed(choice, risks)
@@ -387,7 +387,7 @@ def _found(
             choice = judge.search.around(start)
     if not judge.rests(choice):
         choice = judge.search.widen(choice)
-    doubtful = judge.is_far(choice, bench) or not bench.falls(judge.screened(choice))
+    doubtful = judge.gain(choice, bench) >= DOUBT or not bench.falls(judge.screened(choice))
     if doubtful and judge.space.trust and questions(nameless.space) != questions(judge.space):
         nameless.trials.before = judge.trials.tried
         start, judge = carried(choice, judge.space, nameless.space), nameless
