@@ -163,6 +163,8 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
     Many siblings of a unit tell; of a module, or fewer siblings, only where nothing was renamed anywhere.
     """
     siblings = learned.renames.beside(region, p.source, p.target)
+    if _is_only_new_name(p.source, p.target, region):
+        return True
     if any(ours != theirs for ours, theirs in siblings):
         return False
     whole = max(p.source.level, p.target.level) == 2
@@ -173,9 +175,24 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
         renamed, kept = learned.renames.others(p.source, p.target)
         if listed or alike or renamed or not kept:
             return False
-    if set(own_name(p.source)) <= set(own_name(p.target, 2)) or set(own_name(p.target)) <= set(own_name(p.source, 2)):
-        return False  # one is wrapped
-    return _mean_otherwise(own_name(p.source), own_name(p.target)) and not _alike_inside(p.source, p.target)
+    return _renamed_to_other(p.source, p.target)
+
+
+def _is_only_new_name(s: Item, t: Item, region: Region) -> bool:
+    """Whether all other units of the module that two units stand in have the same names on both sides."""
+    homes = [known.get(id(i)) for known, i in zip(region.homes, (s, t))]
+    if max(s.level, t.level) == 2 or s.rank < 2 or None in homes:
+        return False
+    names = [{place_in(u, home) for u in home.units if u is not i} for home, i in zip(homes, (s, t)) if home]
+    listed = any(i.path.rpartition(".")[2].isdigit() for i in (s, t))
+    return not listed and names[0] == names[1] and len(names[0]) >= KEPT - 1 and _renamed_to_other(s, t)
+
+
+def _renamed_to_other(s: Item, t: Item) -> bool:
+    """Whether two names mean different things, and neither is the other, wrapped."""
+    if set(own_name(s)) <= set(own_name(t, 2)) or set(own_name(t)) <= set(own_name(s, 2)):
+        return False
+    return _mean_otherwise(own_name(s), own_name(t)) and not _alike_inside(s, t)
 
 
 def _alike_inside(s: Item, t: Item) -> bool:

@@ -17,8 +17,9 @@ ORDER = "order"
 AMONG_MANY, AMONG_TWO, BESIDE_ONE = "order among many", "order among two", "order beside one"
 ORDER_OF_KIND, ORDER_ALONE = "order of a kind", "order alone"
 MANY = 4  # by chance one in 24 orders is the reverse of another
-AS_ELSEWHERE, AS_SOMEWHERE, UNLIKE_ELSEWHERE = "as elsewhere", "as somewhere else", "unlike elsewhere"
-NEEDED = {ORDER_ALONE: (AS_ELSEWHERE,), BESIDE_ONE: (AS_ELSEWHERE,)}  # of other regions of this level
+AS_ELSEWHERE, AS_OFTEN, AS_SOMEWHERE = "as elsewhere", "as often elsewhere", "as somewhere else"
+UNLIKE_ELSEWHERE = "unlike elsewhere"
+NEEDED = {ORDER_ALONE: (AS_ELSEWHERE, AS_OFTEN), BESIDE_ONE: (AS_ELSEWHERE, AS_OFTEN)}  # of other regions of this level
 
 
 def order_cell(certain: Sequence[Pair], tie: Tie, others: Sequence[Tie], elsewhere: str) -> str | None:
@@ -127,6 +128,6 @@ def kept_elsewhere(here: bool, others: Iterable[Kept]) -> str:
     if level != here:
         return "as on other levels"
     by_chance = math.prod(math.factorial(min(n, 10)) for n in told[level])
-    return (
-        AS_ELSEWHERE if by_chance >= math.factorial(MANY) else AS_SOMEWHERE
-    )  # in one of so many orders all of it would agree
+    if by_chance >= 100:  # in one of so many orders all of it would agree
+        return AS_ELSEWHERE
+    return AS_OFTEN if by_chance >= math.factorial(MANY) else AS_SOMEWHERE

@@ -61,7 +61,9 @@ class Orientation:
 
     def _see(self, source: ParameterInfo, target: ParameterInfo, *, certain: bool) -> None:
         s, t = core(source.shape), core(target.shape)
-        if len(s) < 2:
+        if len(s) < 2:  # a map to one number
+            column = len(source.shape) == len(target.shape) == 2 and source.shape != target.shape
+            self.turned = self.turned or column
             return
         turned = s != t
         if len(s) != len(t) or len(s) not in (2, 3) or s[-1] == s[-2] or not (certain or turned):
@@ -83,13 +85,14 @@ class Orientation:
             for i in infos:
                 if len(core(i.shape)) == 2 and i.name not in matched[side]:
                     left[side][_around(i.module_path)].add(core(i.shape))
-        if not all(left):
+        ours, theirs = (set().union(*side.values()) for side in left)
+        self.turned = self.turned or any(a != b and (b, a) in theirs and (a, b) not in theirs for a, b in ours)
+        if not self.turned:
             return
         for sources, targets, _ in matches:
             if len(sources) == len(targets) == 1 and len(core(sources[0].shape)) == 2:
                 ours, theirs = (left[k].get(_around(i.module_path), set()) for k, (i,) in enumerate((sources, targets)))
                 if any(a != b and (b, a) in theirs and (a, b) not in theirs for a, b in ours):
-                    self.turned = True
                     for make in _makes(sources[0], targets[0]):
                         self._seen[make].add(None)
 

@@ -90,6 +90,7 @@ _VARIETIES = {
     "out of line": "against the order of the others",
     "reordered": "where others were reordered",
     "as elsewhere": "other levels of this kind kept their order",
+    "as often elsewhere": "some other levels of this kind kept their order",
     "as somewhere else": "another level of this kind kept its order",
     "as on other levels": "levels of another kind kept their order",
 }
