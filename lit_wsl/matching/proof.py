@@ -182,6 +182,11 @@ class _Prover:
             e for e in plan if not asked.intersection(e.targets) and not any(op.needs_target for op in e.operations)
         ]
         values = {name: value for e in fixed for name, value in filled(e, self.shaken).items()}
+
+        def answer_with(choice: Sequence[int]) -> TransferPlan:
+            entries = [e for e, _ in space.entries(choice)]
+            return answered(plan, entries, self.sides, reason=BY_FUNCTION, refuted="the function refutes it")
+
         try:
             if not meter.has(0):
                 return None
@@ -189,17 +194,20 @@ class _Prover:
                 meter.losses({}, 0)
                 trials = Trials(space, self.shaken, meter, values, Budget(SECONDS, PASSES, meter))
                 choice = Search(trials, 1.0, JOINT).find()
-            found = answered(
-                plan,
-                [e for e, _ in space.entries(choice)],
-                self.sides,
-                reason=BY_FUNCTION,
-                refuted="the function refutes it",
-            )
+            found = answer_with(choice)
             run = self.run(found.entries)
+            if not self.proven(run):
+                return None
+            for number in (k for k, answer in enumerate(choice) if answer):  # what no function tells stays as it is
+                if self.budget <= 0:
+                    break
+                plainer = answer_with((*choice[:number], 0, *choice[number + 1 :]))
+                trial = self.run(plainer.entries)
+                if self.proven(trial):
+                    choice, found, run = (*choice[:number], 0, *choice[number + 1 :]), plainer, trial
         except (RuntimeError, ValueError, TypeError):  # outputs that can't be compared
             return None
-        return (found, run) if self.proven(run) else None
+        return found, run
 
     def _verdict(self, plan: TransferPlan, run: Run) -> tuple[TransferPlan, Proof, str]:
         """The plan, without what may be to blame if it is refuted; its proof; and what was found, in words."""
