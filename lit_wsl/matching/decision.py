@@ -224,17 +224,15 @@ class ClassSolver:
 
     def _are_mirrored(self, s: Sequence[Item], t: Sequence[Item], names: Sequence[object]) -> bool:
         """Whether blocks of a list of another name stand the other way round: then so may the list."""
-        known = self.learned.mirrored if self.written and names[0] != names[1] and len(s) > 1 else set()
-        if not known:
+        if not (self.learned.mirrored and self.written and names[0] != names[1] and len(s) > 1):
             return False
         ours, theirs = ({i.structure for i in side} for side in (s, t))
-        return any(a in ours and b in theirs for a, b in known)
+        return any(a in ours and b in theirs for a, b in self.learned.mirrored)
 
     def _leave_turned(self, out: Decision, region: Region) -> None:
         """Leave open what would fit crosswise if one side stored its matrices the other way round.
 
-        The matrices of a feed-forward, (24, 8) and (8, 24), fit theirs as they are and each the other's turned. Names
-        tell which it is, and order may.
+        Of a feed-forward (24, 8) and (8, 24) fit theirs as they are and each the other's turned; names tell, or order.
         """
         nameless: dict[tuple[int, ...], list[Pair]] = {}
         for p in out.pairs:
