@@ -169,11 +169,8 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
         return False
     whole = max(p.source.level, p.target.level) == 2
     if whole or len(siblings) < KEPT:
-        listed = any(i.path.rpartition(".")[2].isdigit() for i in (p.source, p.target))
-        ours, theirs = own_name(p.source), own_name(p.target)
-        alike = {*ours} & {*theirs} & WHOLES  # yolo_backbone, resnet_backbone
         renamed, kept = learned.renames.others(p.source, p.target)
-        if listed or alike or renamed or not kept:
+        if renamed or not kept or _may_have_any_name(p.source, p.target):
             return False
     return _renamed_to_other(p.source, p.target)
 
@@ -184,8 +181,15 @@ def _is_only_new_name(s: Item, t: Item, region: Region) -> bool:
     if max(s.level, t.level) == 2 or s.rank < 2 or None in homes:
         return False
     names = [{place_in(u, home) for u in home.units if u is not i} for home, i in zip(homes, (s, t)) if home]
+    if names[0] != names[1] or len(names[0]) < KEPT - 1 or _may_have_any_name(s, t):
+        return False
+    return _renamed_to_other(s, t)
+
+
+def _may_have_any_name(s: Item, t: Item) -> bool:
+    """Whether one is a member of a list, or both are a whole of two kinds: ``yolo_backbone``, ``resnet_backbone``."""
     listed = any(i.path.rpartition(".")[2].isdigit() for i in (s, t))
-    return not listed and names[0] == names[1] and len(names[0]) >= KEPT - 1 and _renamed_to_other(s, t)
+    return listed or bool({*own_name(s)} & {*own_name(t)} & WHOLES)
 
 
 def _renamed_to_other(s: Item, t: Item) -> bool:
