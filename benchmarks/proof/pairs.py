@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.gauntlet.truth import Rule, Tensors, invert
-from benchmarks.proof import encoders, layouts, public, text, vision
+from benchmarks.proof import encoders, layouts, names, public, text, vision
 from benchmarks.proof.data import dataset
 
 CACHE = Path(__file__).parents[2] / "build" / "proof"
@@ -78,6 +78,10 @@ PAIRS = (
     Pair("gru", "classify", partial(vision.Recurrent, "gru"), vision.HostileGRU, vision.HostileGRU.truth, 400),
     Pair("t5", "classify", encoders.T5, encoders.HostileT5, encoders.HostileT5.truth, 400, code=("data", "encoders")),
     Pair("towers", "contrast", vision.TwoTowers, vision.HostileTwoTowers, vision.HostileTwoTowers.truth),
+    Pair("highway", "classify", names.Highway, names.Misnamed, names.Misnamed.truth, code=("data", "names")),
+    Pair(
+        "experts", "classify", names.Experts, names.HostileExperts, names.HostileExperts.truth, code=("data", "names")
+    ),
     *(
         Pair(
             name,

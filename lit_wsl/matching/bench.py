@@ -6,7 +6,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy
 import torch
 from scipy.special import stdtr
 from torch import Tensor, nn
@@ -36,6 +38,11 @@ class Bench:
     fresh: Sequence[float]
     starts: list[float] = field(default_factory=list)  # what other random starts lose
     known: list[tuple[TransferPlan, list[float]]] = field(default_factory=list)
+
+    @cached_property
+    def spread(self) -> float:
+        """How much the samples of the fresh model differ."""
+        return float(numpy.std(self.fresh))
 
     def losses(self, plan: TransferPlan) -> list[float]:
         """The losses of the model that a plan fills."""
@@ -95,7 +102,7 @@ class Bench:
         before, after = mean(self.fresh), mean(best)
         if not math.isfinite(after) or after >= before or (len(self.fresh) > 2 and risk_of(self.fresh, best) > RISK):
             return False
-        if before - after > statistics.pstdev(self.fresh):
+        if before - after > self.spread:
             return True
         for count, risk in ((2, RISK), (5, RISK / 10)):
             if len(self.starts) < count and self.meter.passes + count - len(self.starts) > MOST:

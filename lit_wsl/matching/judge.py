@@ -9,7 +9,6 @@ batches that the search has not seen, with the loss's gradient as a second witne
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -448,8 +447,8 @@ def _as_planned(
 
     Refuted: the best mapping that was tried lowers the loss, and does so significantly more than the plan; or the plan
     has something for every parameter, and the loss of what it fills is above the fresh model's, significantly, or
-    though some other mapping lowers it significantly. Then names may be wrong as well. Of what is not refuted that is
-    withdrawn, too, on which names and the search do not agree.
+    though some other mapping lowers it significantly. Then names may be wrong as well. Where names leave
+    something open, and what is filled is not refuted, that is withdrawn on which names and the search do not agree.
     """
     losses, beaten, informs = bench.losses(plan), False, False
     if trials is not None:
@@ -457,11 +456,11 @@ def _as_planned(
         beaten = risk_of(losses, best) < RISK / trials.tried and bench.falls(best)
         informs = risk_of(bench.fresh, best) < RISK / trials.tried  # the checkpoint knows of this data
     above = mean(losses) - mean(bench.fresh)
-    significant = above > statistics.pstdev(bench.fresh) or risk_of(losses, bench.fresh) < RISK
+    significant = above > bench.spread or risk_of(losses, bench.fresh) < RISK
     rises = not _missing(plan) and above > 0 and (significant or informs)
     questioned = _questioned(plan, everything)
     if not questioned or not (beaten or rises):
-        asked = _questioned(plan, space) if agreed is not None and informs else []
+        asked = _questioned(plan, space) if agreed is not None and informs and _unfilled(plan) else []
         doubted = {e.targets[0]: STILL_OPEN for e in asked if not _agrees(e, agreed or {})}
         left = leave_open(plan, doubted)
         judged = _verdict(left, bench, bench.losses(left) if doubted else losses, ())
@@ -511,7 +510,7 @@ def _verdict(plan: TransferPlan, bench: Bench, final: Sequence[float], decisions
     fresh = bench.fresh
     falls = bench.falls(final)
     seconds = time.monotonic() - bench.budget.started
-    spent = round(bench.meter.passes, 2), round(seconds, 2), statistics.pstdev(fresh)
+    spent = round(bench.meter.passes, 2), round(seconds, 2), bench.spread
     measured = Measured(mean(fresh), mean(final), *spent, decisions)
     text = f"loss {measured.fresh:.4g} fresh, {measured.transferred:.4g} transferred"
     proof: Proof

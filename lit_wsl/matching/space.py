@@ -294,7 +294,7 @@ class Space:
         if any("_hh_" in name or "_ih_" in name for u in (unit, *like) for name in u.all_names):
             return False  # rows of gates
         names = {s.path.rpartition(".")[2] for s in like}
-        as_wide = self._widths[min(unit.shapes[0])] > 1  # what goes in is as wide as other layers
+        as_wide = self._widths[min(unit.shapes[0], default=0)] > 1  # what goes in is as wide as other layers
         return is_fused(unit) and as_wide and bool(names) and names != {unit.path.rpartition(".")[2]}
 
     def _fusion(self, part: Part, cover: tuple[Sequence[int], Sequence[int]]) -> None:

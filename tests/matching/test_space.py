@@ -467,3 +467,11 @@ def test_names_that_tell_tell_nothing_where_they_are_not_trusted():
     exchanged = tuple(1 for _ in nameless.first)
     assert carried(carried(exchanged, nameless, named), named, nameless) == nameless.first
     assert carried(exchanged, nameless, nameless) == exchanged
+
+
+def test_single_numbers_are_asked_about_like_others():
+    source, target = (Net({a: {b: ()}, "fc": layer(D, D)}) for a, b in (("t", "temperature"), ("u", "x")))
+    sides = describe(source.state_dict()), describe(target)
+    plan = build_plan(*sides, MatchingOptions())
+    doubtful = replace(plan, entries=tuple(replace(e, margin=0.0) for e in plan))
+    assert Space(*sides, doubtful, counts=True, trust=False).regions
