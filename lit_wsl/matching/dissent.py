@@ -350,7 +350,7 @@ def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
         (f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets) if len(f.members) == 1 == len(g.members)
     ]
     counted = all(len({f.pattern for f in side}) == 1 for side in (tie.sources, tie.targets))
-    told = counted or (cell.startswith((AMONG_MANY, AMONG_TWO)) and cell.endswith(f", {AS_ELSEWHERE}"))
+    told = counted or (cell.startswith(AMONG_MANY) and cell.endswith(f", {AS_ELSEWHERE}"))
     if len(single) == len(tie.sources) and not told and any(_are_towers(s, t) for s, t in single):
         return TOWERS
     return COUNTED_OTHERWISE if any(counted_apart(s, t, region) for s, t in single) else ""
