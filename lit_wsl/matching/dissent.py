@@ -32,7 +32,7 @@ from lit_wsl.matching.likeness import (
     strength,
 )
 from lit_wsl.matching.numbers import counted_apart, counted_down, levels_crossed
-from lit_wsl.matching.order import AMONG_MANY, AMONG_TWO, AS_ELSEWHERE
+from lit_wsl.matching.order import AMONG_MANY, AS_ELSEWHERE
 from lit_wsl.matching.regions import Learned, Pair, Region, Renames, Tie, makes_of, other_name
 from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
 from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
