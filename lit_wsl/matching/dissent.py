@@ -31,7 +31,7 @@ from lit_wsl.matching.likeness import (
     own_words,
     strength,
 )
-from lit_wsl.matching.numbers import counted_apart, counted_down, levels_crossed
+from lit_wsl.matching.numbers import counted_apart, counted_down
 from lit_wsl.matching.order import AMONG_MANY, AS_ELSEWHERE
 from lit_wsl.matching.regions import Learned, Pair, Region, Renames, Tie, makes_of, other_name
 from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
@@ -103,8 +103,6 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         return OTHER_NUMBER
     if counted_down(p.source, p.target, region):
         return OTHER_DIRECTION
-    if levels_crossed(p.source, p.target, region):
-        return INSIDE_OUT
     if not region.complete and p.cell.startswith(STRONG):
         if agree in ("against order", "out of line"):
             return OUT_OF_ORDER

@@ -8,7 +8,7 @@ from itertools import pairwise, product
 from lit_wsl.matching.likeness import LAYER_NAMES, liken
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, relative, telling_words
-from lit_wsl.matching.words import Lists, counted, plain_words
+from lit_wsl.matching.words import Lists, counted
 
 NUMBERS, ASCENDING = "numbers", "ascending"
 
@@ -229,15 +229,6 @@ def counted_down(s: Item, t: Item, region: Region) -> bool:
         return False
     numbers = [sorted(lists[place], key=int) for lists, place in zip(region.lists, (ours, theirs))]
     return numbers[0].index(number) + numbers[1].index(other) != len(numbers[0]) - 1
-
-
-def levels_crossed(s: Item, t: Item, region: Region) -> bool:
-    """Whether of two lists, one in the other, the inner one is called like the outer one on the other side."""
-    names = [[set(plain_words(_list_name(place))) for place, _ in side] for side in _counted_along(s, t, region)]
-    if [len(side) for side in names] != [2, 2]:
-        return False
-    (a, b), (c, d) = names
-    return bool((a & d) | (b & c)) and not (a & c) | (b & d)
 
 
 def _counted_along(s: Item, t: Item, region: Region) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -763,3 +763,16 @@ def test_families_of_other_lengths_follow_no_order():
     before = {"lagrange": linear(1, 2), "controller.mlp": linear(4, 6), "controller.mean": linear(6, 5)}
     after = {"log_temp": linear(1, 2), "agent.actor": linear(4, 6), "agent.mean": linear(6, 5)}
     loaded({**before, **old}, {**after, **new}, truth | dict(zip(after, before)))
+
+
+def test_the_only_new_name_of_a_module_is_a_new_part_whatever_is_called_otherwise_elsewhere():
+    def network(stem: str, last: str) -> dict[str, nn.Module]:
+        row: dict[str, nn.Module] = {stem: linear(5)}
+        for k in range(2):
+            sizes = {"query": (WIDTH, 9), "key": (WIDTH, 10), "scale": (10, 11), last: (11, 12)}
+            row |= {f"up.{k}.{n}": linear(*size) for n, size in sizes.items()}
+        return row
+
+    new = network("entry", "router_map")
+    truth = {n: n for n in new if "router" not in n} | {"entry": "stem"}
+    loaded(network("stem", "upsample"), new, truth)

@@ -312,3 +312,18 @@ def test_squares_are_open_where_what_is_left_beside_them_fits_only_turned():
     for name, tensor in model.state_dict().items():
         right = state[name].T if "attn" in name else state[name]
         assert torch.equal(tensor, before[name]) or torch.equal(tensor[..., 0, 0], right), name
+
+
+def test_a_map_to_one_number_shows_how_matrices_are_stored():
+    """All maps are square but the last one, a row here and a column there: nothing else shows that all were turned."""
+    names = ("q", "k", "v", "o")
+    state = {f"blocks.{k}.attn.{n}.weight": torch.randn(8, 8) for k in range(2) for n in names}
+    state["score.weight"] = torch.randn(8, 1)
+    maps = nn.ModuleList(
+        nn.ModuleDict({"attn": nn.ModuleDict({n: nn.Linear(8, 8, bias=False) for n in names})}) for _ in range(2)
+    )
+    model = nn.ModuleDict({"blocks": maps, "score": nn.Linear(8, 1, bias=False)})
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    transfer_weights(model, state, min_coverage=0.0)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) or torch.equal(tensor, state[name].T), name
