@@ -162,17 +162,18 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
 
     Many siblings of a unit tell; of a module, or fewer siblings, only where nothing was renamed anywhere.
     """
-    siblings = learned.renames.beside(region, p.source, p.target)
+    if not _renamed_to_other(p.source, p.target):
+        return False
     if _is_only_new_name(p.source, p.target, region):
         return True
+    siblings = learned.renames.beside(region, p.source, p.target)
     if any(ours != theirs for ours, theirs in siblings):
         return False
     whole = max(p.source.level, p.target.level) == 2
     if whole or len(siblings) < KEPT:
         renamed, kept = learned.renames.others(p.source, p.target)
-        if renamed or not kept or _may_have_any_name(p.source, p.target):
-            return False
-    return _renamed_to_other(p.source, p.target)
+        return not renamed and kept > 0 and not _may_have_any_name(p.source, p.target)
+    return True
 
 
 def _is_only_new_name(s: Item, t: Item, region: Region) -> bool:
@@ -181,9 +182,7 @@ def _is_only_new_name(s: Item, t: Item, region: Region) -> bool:
     if max(s.level, t.level) == 2 or s.rank < 2 or None in homes:
         return False
     names = [{place_in(u, home) for u in home.units if u is not i} for home, i in zip(homes, (s, t)) if home]
-    if names[0] != names[1] or len(names[0]) < KEPT - 1 or _may_have_any_name(s, t):
-        return False
-    return _renamed_to_other(s, t)
+    return names[0] == names[1] and len(names[0]) >= KEPT - 1 and not _may_have_any_name(s, t)
 
 
 def _may_have_any_name(s: Item, t: Item) -> bool:
@@ -247,7 +246,7 @@ def _stand_in_other_towers(s: Item, t: Item, region: Region) -> bool:
         sizes = len(ours.tensors), len(theirs.tensors)
         if min(sizes) < TOWER or 2 * (ours.profile & theirs.profile).total() < max(sizes):
             return False
-        single = [{t.shape for t in i.tensors if t.shape in region.single_shapes} for i in (ours, theirs)]
+        single = [{x.shape for x in i.tensors if x.shape in region.single_shapes} for i in (ours, theirs)]
         if all(single) and single[0].isdisjoint(single[1]):
             return True
     return False

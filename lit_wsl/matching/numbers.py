@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from itertools import pairwise, product
+from itertools import pairwise
 
 from lit_wsl.matching.likeness import LAYER_NAMES, liken
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, relative, telling_words
-from lit_wsl.matching.words import Lists, counted
+from lit_wsl.matching.words import Lists, counted, lists_of_one_size
 
 NUMBERS, ASCENDING = "numbers", "ascending"
 
 
 def number_map(
-    f: Family, g: Family, ordered: bool, written: bool, backwards: Container[tuple[str, str]] = ()
+    f: Family, g: Family, ordered: bool, written: bool, backwards: Container[tuple[str, str]]
 ) -> tuple[tuple[Item, ...], str] | None:
     """The members of ``g`` in the order of ``f``, and by which evidence; ``None`` if nothing tells.
 
@@ -45,17 +45,10 @@ def number_map(
 
 def lists_backwards(ours: Lists, theirs: Lists) -> frozenset[tuple[str, str]]:
     """Names of lists that have the same sizes only if one is read backwards, wherever lists of these names stand."""
-    named: list[dict[tuple[int, ...], set[str]]] = [{}, {}]
-    for side, lists in zip(named, (ours, theirs)):
-        for place, members in lists.items():
-            sizes = tuple(members[n] for n in sorted(members, key=int))
-            if sizes != sizes[::-1]:
-                side.setdefault(sizes, set()).add(_list_name(place))
-    pairs = [
-        {pair for sizes, names in named[0].items() for pair in product(names, named[1].get(sizes[::step], ()))}
-        for step in (1, -1)
-    ]
-    return frozenset(pairs[1] - pairs[0])
+    straight, backwards = (
+        {(_list_name(a), _list_name(b)) for a, b in lists_of_one_size(ours, theirs, step)} for step in (1, -1)
+    )
+    return frozenset(backwards - straight)
 
 
 def _list_name(place: str) -> str:

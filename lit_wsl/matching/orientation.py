@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from functools import lru_cache
 
@@ -86,13 +86,13 @@ class Orientation:
                 if len(core(i.shape)) == 2 and i.name not in matched[side]:
                     left[side][_around(i.module_path)].add(core(i.shape))
         ours, theirs = (set().union(*side.values()) for side in left)
-        self.turned = self.turned or any(a != b and (b, a) in theirs and (a, b) not in theirs for a, b in ours)
+        self.turned = self.turned or _fits_only_turned(ours, theirs)
         if not self.turned:
             return
         for sources, targets, _ in matches:
             if len(sources) == len(targets) == 1 and len(core(sources[0].shape)) == 2:
                 ours, theirs = (left[k].get(_around(i.module_path), set()) for k, (i,) in enumerate((sources, targets)))
-                if any(a != b and (b, a) in theirs and (a, b) not in theirs for a, b in ours):
+                if _fits_only_turned(ours, theirs):
                     for make in _makes(sources[0], targets[0]):
                         self._seen[make].add(None)
 
@@ -170,6 +170,11 @@ class Orientation:
         """What the nearest make that shows anything shows."""
         seen = next((self._seen[make] for make in makes if make in self._seen), None)
         return next(iter(seen)) if seen and len(seen) == 1 else None
+
+
+def _fits_only_turned(ours: Set[Shape], theirs: Set[Shape]) -> bool:
+    """Whether a matrix of one side has the shape of one on the other turned, and of none as it is."""
+    return any(a != b and (b, a) in theirs and (a, b) not in theirs for a, b in ours)
 
 
 def _is_stack(sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo]) -> bool:

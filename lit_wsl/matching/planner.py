@@ -166,12 +166,9 @@ def _build(source: ModelDescription, target: ModelDescription, options: Matching
     for side in (source, target):
         renamed = _plain_leaves(side.parameters)
         renamed |= {i.name: _plain_name(i.name) for i in side.parameters if "parametrizations." in i.name}
-        kept = {i.name for i in side.parameters if i.name not in renamed} if renamed else ()
-        if renamed and len({*kept, *renamed.values()}) < len(side.parameters):
-            renamed = {}
-        infos = tuple(replace(i, name=renamed[i.name]) if i.name in renamed else i for i in side.parameters)
-        sides.append(replace(side, parameters=infos) if renamed else side)
-        names.append({new: old for old, new in renamed.items()})
+        plain, back = _renamed(side, renamed)
+        sides.append(plain)
+        names.append(back)
     summaries = SideSummary.of(whole), summary_t
     plan = _named_back(_build_lossless(sides[0], sides[1], options, summaries), names[0], names[1])
     for copies, around in reversed(left_out):
@@ -186,13 +183,18 @@ def _without_wrappers(side: ModelDescription) -> tuple[ModelDescription, dict[st
     """A side without the modules that torch puts around others (compile, FSDP), and by new names the old ones."""
     marked = (i.name for i in side.parameters if "_wrapped_module." in i.name or "_orig_mod." in i.name)
     short = {name: plain for name in marked if (plain := _WRAPPERS.sub("", name)) != name}
-    if not short:
+    renamed, back = _renamed(side, short)
+    if not back:
         return side, {}
-    infos = tuple(replace(i, name=short[i.name]) if i.name in short else i for i in side.parameters)
-    if len({i.name for i in infos}) < len(infos):
+    return replace(renamed, tied={alias: short.get(first, first) for alias, first in side.tied.items()}), back
+
+
+def _renamed(side: ModelDescription, names: Mapping[str, str]) -> tuple[ModelDescription, dict[str, str]]:
+    """A side with some tensors under other names, and by these the old ones; as it is if two would have one name."""
+    infos = tuple(replace(i, name=names[i.name]) if i.name in names else i for i in side.parameters) if names else ()
+    if not names or len({i.name for i in infos}) < len(infos):
         return side, {}
-    tied = {alias: short.get(first, first) for alias, first in side.tied.items()}
-    return replace(side, parameters=infos, tied=tied), {plain: name for name, plain in short.items()}
+    return replace(side, parameters=infos), {new: old for old, new in names.items()}
 
 
 def _named_back(plan: TransferPlan, source: Mapping[str, str], target: Mapping[str, str]) -> TransferPlan:

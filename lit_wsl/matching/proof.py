@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_wsl.matching.alternatives import BY_FUNCTION, Variant, layout_variants, open_questions
-from lit_wsl.matching.answers import answered, filled, is_doubtful
+from lit_wsl.matching.answers import answered, is_doubtful
+from lit_wsl.matching.bench import values
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.search import Budget, Search, Trials
 from lit_wsl.matching.space import Space
@@ -178,10 +179,7 @@ class _Prover:
         args, kwargs = self.call
         meter = LossMeter(self.new, _distance, [(args, kwargs, self.reference.outputs)])
         asked = {t for entry, _ in space.entries(space.first) for t in entry.targets}
-        fixed = [
-            e for e in plan if not asked.intersection(e.targets) and not any(op.needs_target for op in e.operations)
-        ]
-        values = {name: value for e in fixed for name, value in filled(e, self.shaken).items()}
+        fixed = values((e for e in plan if not asked.intersection(e.targets)), self.shaken)
 
         def answer_with(choice: Sequence[int]) -> TransferPlan:
             entries = [e for e, _ in space.entries(choice)]
@@ -192,7 +190,7 @@ class _Prover:
                 return None
             with meter.session():
                 meter.losses({}, 0)
-                trials = Trials(space, self.shaken, meter, values, Budget(SECONDS, PASSES, meter))
+                trials = Trials(space, self.shaken, meter, fixed, Budget(SECONDS, PASSES, meter))
                 choice = Search(trials, 1.0, JOINT).find()
             found = answer_with(choice)
             run = self.run(found.entries)
@@ -201,10 +199,11 @@ class _Prover:
             for number in (k for k, answer in enumerate(choice) if answer):  # what no function tells stays as it is
                 if self.budget <= 0:
                     break
-                plainer = answer_with((*choice[:number], 0, *choice[number + 1 :]))
+                plain = (*choice[:number], 0, *choice[number + 1 :])
+                plainer = answer_with(plain)
                 trial = self.run(plainer.entries)
                 if self.proven(trial):
-                    choice, found, run = (*choice[:number], 0, *choice[number + 1 :]), plainer, trial
+                    choice, found, run = plain, plainer, trial
         except (RuntimeError, ValueError, TypeError):  # outputs that can't be compared
             return None
         return found, run
@@ -299,10 +298,10 @@ class _Prover:
     def _comparisons(self, plan: TransferPlan, run: Run) -> Iterator[tuple[bool, str]]:
         """Modules of the new model in order of execution, and whether their partner computed the same."""
         partner = _partners(plan)
-        for path, values in run.trace.items():
+        for path, own in run.trace.items():
             theirs = self.reference.trace.get(partner.get(path, "\0"))
-            if theirs is not None and theirs.numel() == values.numel():
-                yield close(theirs, values), path
+            if theirs is not None and theirs.numel() == own.numel():
+                yield close(theirs, own), path
 
     def _doubtful_modules(self, plan: TransferPlan, run: Run) -> list[str]:
         """Modules between the last that agrees and the first that differs, both included, nearest last."""

@@ -27,7 +27,7 @@ from lit_wsl.matching.likeness import (
     own_name,
 )
 from lit_wsl.matching.tree import Family, Item, families_of, literal, owner_path, place_in, relative, shape_key
-from lit_wsl.matching.words import Lists, counted, plain_words, split_numbers, unlike_lists
+from lit_wsl.matching.words import Lists, counted, lists_of_one_size, plain_words, split_numbers, unlike_lists
 from lit_wsl.structure.description import ParameterInfo, Shape
 
 TELLING = (WORDS, SHORT_WORDS, HALF_WORDS)  # likenesses by which a name singles out another
@@ -100,12 +100,7 @@ class Region:
     @cached_property
     def backwards(self) -> frozenset[tuple[str, str]]:
         """Places of two lists whose members have the same sizes only if one is read backwards."""
-        sizes = [
-            {place: [members[n] for n in sorted(members, key=int)] for place, members in lists.items()}
-            for lists in self.lists
-        ]
-        rows = [[(place, row) for place, row in side.items() if row != row[::-1]] for side in sizes]
-        return frozenset((ours, theirs) for ours, a in rows[0] for theirs, b in rows[1] if a == b[::-1])
+        return frozenset(lists_of_one_size(*self.lists, -1))
 
     @property
     def in_list(self) -> bool:

@@ -316,7 +316,7 @@ class Space:
     def _open(self, unit: Unit) -> bool:
         if (self.hidden and unit.shapes[0][:1] == (self.hidden,)) or (self._turning and self._turns(unit)):
             return True
-        return not (self._told & self._filled).issuperset(unit.all_names)
+        return not all(known.issuperset(unit.all_names) for known in (self._told, self._filled))
 
     def _turns(self, unit: Unit) -> bool:
         """Whether there are queries or keys in a layer, as the model's gradient shows, or else its name."""

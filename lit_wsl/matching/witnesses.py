@@ -34,8 +34,7 @@ def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -
     n = len(gaps)
     if n < 3 or not all(map(math.isfinite, gaps)):
         return 0.0 if any(math.isinf(a) or math.isnan(a) for a in rival) and all(map(math.isfinite, best)) else 1.0
-    mean = sum(gaps) / n
-    spread = math.sqrt(sum((g - mean) ** 2 for g in gaps) / (n - 1))
+    mean, spread = _mean_and_spread(gaps)
     if mean <= floor:
         return 1.0
     spread = max(spread, floor, 1e-3 * mean)
@@ -50,9 +49,14 @@ def errors_apart(more: Sequence[float], less: Sequence[float]) -> float:
     gaps = [a - b for a, b in zip(more, less)]
     if len(gaps) < 2 or not all(map(math.isfinite, gaps)):
         return math.inf if gaps and not all(map(math.isfinite, more)) else 0.0
-    mean = sum(gaps) / len(gaps)
-    spread = math.sqrt(sum((g - mean) ** 2 for g in gaps) / (len(gaps) - 1))
+    mean, spread = _mean_and_spread(gaps)
     return mean / max(spread / math.sqrt(len(gaps)), 1e-12)
+
+
+def _mean_and_spread(gaps: Sequence[float]) -> tuple[float, float]:
+    """The mean of at least two numbers, and their standard deviation (of a sample)."""
+    mean = sum(gaps) / len(gaps)
+    return mean, math.sqrt(sum((g - mean) ** 2 for g in gaps) / (len(gaps) - 1))
 
 
 def together(one: float, other: float) -> float:

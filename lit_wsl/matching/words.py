@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 
 from rapidfuzz.distance import Levenshtein
 
@@ -124,6 +125,21 @@ def unlike_lists(a: Lists, b: Lists, *, within: bool = False) -> frozenset[str]:
         for ours, theirs in [(a.get(place, {}).keys(), b.get(place, {}).keys())]
         if not (ours == theirs or (within and (ours <= theirs or theirs <= ours)))
     )
+
+
+def lists_of_one_size(ours: Lists, theirs: Lists, step: int) -> Iterator[tuple[str, str]]:
+    """Places of two lists whose members have the same sizes, those of the second read backwards if ``step`` is -1.
+
+    Lists that are the same backwards are left out.
+    """
+    rows: list[dict[tuple[int, ...], list[str]]] = [{}, {}]
+    for row, lists in zip(rows, (ours, theirs)):
+        for place, members in lists.items():
+            sizes = tuple(members[n] for n in sorted(members, key=int))
+            if sizes != sizes[::-1]:
+                row.setdefault(sizes, []).append(place)
+    for sizes, places in rows[0].items():
+        yield from product(places, rows[1].get(sizes[::step], ()))
 
 
 def is_abbreviation(short: str, long: str) -> bool:

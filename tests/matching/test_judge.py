@@ -227,12 +227,10 @@ def test_short_training_is_told_from_a_wrong_mapping_by_what_a_step_gains(far):
 
 
 def test_where_names_mislead_the_data_finds_what_is_right():
-    class Misnamed(nn.Module):
+    class Misnamed(Old):
         def __init__(self) -> None:
             super().__init__()
-            self.inlet = nn.Linear(3, 12)
             self.value, self.gate = nn.Linear(12, 12), nn.Linear(12, 12)
-            self.out = nn.Linear(12, 2)
 
         def forward(self, x):
             x = torch.tanh(self.inlet(x))
