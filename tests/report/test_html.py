@@ -102,9 +102,16 @@ class Page:
         )
 
     def row(self, side, label):
-        found = [r for r in self.driver.find_elements("css selector", f"#{side} .row") if label in r.text.split("\n")]
+        """The row of a label, looked up in one go once the page has drawn: rows that it draws anew are gone."""
+        found = self.driver.execute_async_script(
+            "const [side, label, done] = arguments; requestAnimationFrame(() => requestAnimationFrame(() => "
+            "done([...document.querySelectorAll(`#${side} .row`)]"
+            ".find(row => row.innerText.split('\\n').includes(label)))))",
+            side,
+            label,
+        )
         assert found, f"no row {label} in {self.rows(side)}"
-        return found[0]
+        return found
 
     def search(self, text):
         box = self.driver.find_element("id", "search")
