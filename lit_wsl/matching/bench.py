@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lit_wsl.matching.answers import filled
 from lit_wsl.matching.search import Budget
-from lit_wsl.matching.witnesses import RISK, risk_of, unrest
+from lit_wsl.matching.witnesses import RISK, products_of, risk_of, unrest_of
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.structure.losses import LossMeter, folded
+from lit_wsl.structure.losses import LossMeter
 
 MOST = 64.0  # forward passes of a whole batch, with what else is measured
 LAST = 3.0  # of them that the verdict may take
@@ -64,7 +64,7 @@ class Bench:
             return self.falls(self.losses(plan))
         losses = [loss for own, _ in halves for loss in own]
         self.known.append((plan, losses if len(losses) == len(self.fresh) else self.meter.losses(state, 0)))
-        restless = unrest(torch.stack([folded(slopes.values()) for _, slopes in halves]), 2) >= FAR
+        restless = unrest_of(products_of([slopes for _, slopes in halves])) >= FAR if len(halves) > 1 else True
         return self.falls(self.losses(plan)) and not (restless and self.gain(state, losses) >= DOUBT)
 
     def gain(self, state: Mapping[str, Tensor], losses: Sequence[float]) -> float:

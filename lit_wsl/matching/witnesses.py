@@ -8,7 +8,7 @@ all three together may be, if none speaks against it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from scipy.special import bdtr, stdtr
@@ -84,7 +84,7 @@ def risk_by_gradient(rival: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor]) 
     gaps = [
         rival[0].double() - best[0].double(),
         rival[1].double().norm(dim=1).log() - best[1].double().norm(dim=1).log(),
-        _size_of_mean(rival[1].double()) - _size_of_mean(best[1].double()),
+        _size_of_mean(_squared(rival[1])) - _size_of_mean(_squared(best[1])),
     ]
     gaps = [gap / gap.std() for gap in gaps]
     if not all(bool(gap.isfinite().all()) and _student(gap) < AGREES for gap in gaps):
@@ -92,31 +92,46 @@ def risk_by_gradient(rival: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor]) 
     return _student(torch.stack(gaps).sum(0))
 
 
-def unrest(slopes: Tensor, fewest: int = FEWEST) -> float:
+def unrest(slopes: Tensor) -> float:
     """How many times the noise of a batch's gradient the gradient itself is: below one where training has stopped.
 
     Args:
         slopes: Gradients ``(n, d)`` on the n pieces of a batch, whose mean has the n-th part of a piece's noise; see
             the noise scale of McCandlish et al., "An Empirical Model of Large-Batch Training" (2018).
-        fewest: Number of pieces that it takes to tell.
 
     Returns:
         The ratio of the squared norms; infinite where the pieces are too few to tell.
     """
-    slopes = slopes.double()
-    common = float(_size_of_mean(slopes).mean()) if len(slopes) >= fewest else math.inf
-    noise = (float(slopes.pow(2).sum(1).mean()) - common) / max(len(slopes), 1)
+    return unrest_of(_squared(slopes)) if len(slopes) >= FEWEST else math.inf
+
+
+def unrest_of(products: Tensor) -> float:
+    """The same by the products ``(n, n)`` of the gradients."""
+    common = float(_size_of_mean(products).mean())
+    noise = (float(products.diagonal().mean()) - common) / len(products)
     return common / noise if noise > 0 else math.inf
 
 
-def _size_of_mean(slopes: Tensor) -> Tensor:
+def products_of(slopes: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """All products ``(n, n)`` of some gradients, which may be too long to be copied."""
+    flat = [[g.flatten().float() for g in own.values()] for own in slopes]
+    found = [[torch.stack([*map(torch.dot, a, b)]).sum() for b in flat] for a in flat]
+    return torch.stack([torch.stack(row) for row in found]).double().cpu()
+
+
+def _size_of_mean(products: Tensor) -> Tensor:
     """Pseudo-values of the jackknife, ``(n,)``, whose mean is the squared norm of the expected gradient.
 
     The squared norm of a mean of samples is more than that, by their own spread; products of different samples are not.
     """
-    n = len(slopes)
-    products = (slopes @ slopes.sum(0) - slopes.pow(2).sum(1)) / (n - 1)
-    return 2 * products - products.mean()
+    others = (products.sum(1) - products.diagonal()) / (len(products) - 1)
+    return 2 * others - others.mean()
+
+
+def _squared(slopes: Tensor) -> Tensor:
+    """All products ``(n, n)`` of gradients ``(n, d)``."""
+    slopes = slopes.double()
+    return slopes @ slopes.T
 
 
 def _student(values: Tensor) -> float:

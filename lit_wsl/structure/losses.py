@@ -6,7 +6,7 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lit_wsl.structure.running import cuda_devices, lendable, lent, lent_to, seed, undisturbed
+from lit_wsl.structure.running import WriteGuard, cuda_devices, lendable, lent_to, seed, undisturbed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 PIECES = 4  # of a sample of many elements, and of a batch whose gradients show a model's symmetries
@@ -97,16 +97,17 @@ class LossMeter:
         batch, size = self._batches[number], self.size(number)
         for start, stop in pieces(size, most):
             part = cut(batch, start, stop, size)
-            with self._ready(state, number), torch.enable_grad(), _Elements() as seen:
+            with self._ready(state, number), torch.enable_grad():
                 named = self.model.named_parameters(remove_duplicate=False)
                 weights = {name: p for name, p in named if p.is_floating_point()}
                 for weight in weights.values():
                     weight.requires_grad_(True)
-                value = self.loss(self.model, part)
+                with _Elements() as seen:
+                    value = self.loss(self.model, part)
                 slopes = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 total = float(value.detach())
                 found = {
-                    name: (torch.zeros_like(weight) if slope is None else slope).detach()
+                    name: torch.zeros_like(weight) if slope is None else slope.detach()
                     for (name, weight), slope in zip(weights.items(), slopes)
                 }
             self._spend((stop - start) / max(size, 1))
@@ -129,9 +130,9 @@ class LossMeter:
     @contextmanager
     def session(self) -> Iterator[None]:
         """One guard around many measurements: those of a loss that changes nothing need little of their own."""
-        with undisturbed(self.model, guard=False):
+        with undisturbed(self.model, guard=False) as world:
             self._tensors, self._devices = lendable(self.model), cuda_devices(self.model)
-            self._numbers = random.getstate(), numpy.random.get_state()
+            self._numbers, self._put_back = world.numbers, world.put_back
             try:
                 yield
             finally:
@@ -140,28 +141,38 @@ class LossMeter:
     @contextmanager
     def _ready(self, state: Mapping[str, Tensor], number: int) -> Iterator[None]:
         """The model in eval mode with lent weights and known random numbers."""
-        if self._tensors is not None and self._idle:
-            random.setstate(self._numbers[0])
-            numpy.random.set_state(self._numbers[1])
-            seed(number, self._devices)
-            with lent_to(self._tensors, state):
+        if self._tensors is None:
+            with self.session(), self._ready(state, number):
                 yield
             return
-        with lent(self.model, state), undisturbed(self.model, guard=self._guarded) as wrote:
-            self.model.eval()
-            before = _attributes(self.model) if self._guarded else []
-            seed(number, cuda_devices(self.model))
-            yield
-            if self._guarded:
-                self._guarded = wrote()
-                self._idle = not self._guarded and before == _attributes(self.model)
+        random.setstate(self._numbers[0])
+        numpy.random.set_state(self._numbers[1])
+        seed(number, self._devices)
+        try:
+            with lent_to(self._tensors, state), self._watched() if self._guarded else nullcontext():
+                yield
+        finally:
+            if not self._idle:
+                self._put_back()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """See whether a pass writes to the model's tensors, which are put back, or to its modules' attributes."""
+        before, writes = _attributes(self.model), WriteGuard(self.model)
+        try:
+            with writes:
+                yield
+        finally:
+            writes.restore()
+        self._guarded = writes.wrote
+        self._idle = not self._guarded and before == _attributes(self.model)
 
 
 def _attributes(model: nn.Module) -> list[tuple[int, ...]]:
     """Which objects the attributes of a model's modules hold, and the lists and dicts among them."""
-    values = [value for sub in model.modules() for value in vars(sub).values()]
-    inside = (v.values() if isinstance(v, dict) else v if isinstance(v, (list, tuple)) else () for v in values)
-    return [tuple(map(id, values)), *(tuple(map(id, items)) for items in inside)]
+    held = [value for sub in model.modules() for value in vars(sub).values()]
+    inside = [value for value in held if isinstance(value, (dict, list, tuple)) and value]
+    return [tuple(map(id, v)) for v in (held, *(v.values() if isinstance(v, dict) else v for v in inside))]
 
 
 def folded(slopes: Iterable[Tensor]) -> Tensor:
@@ -187,15 +198,17 @@ class _Elements(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor) and result.dim() == 0 and _reduces(func):
-            bound = inspect.signature(func).bind(*args, **kwargs)
+        signature = _signature(func)
+        if signature is not None and isinstance(result, Tensor) and result.dim() == 0:
+            bound = signature.bind(*args, **kwargs)
             if bound.arguments.get("reduction", "mean") in ("mean", "sum"):
                 bound.arguments["reduction"] = "none"
                 try:
-                    elements = func(*bound.args, **bound.kwargs)
+                    with torch.no_grad():
+                        elements = func(*bound.args, **bound.kwargs)
                 except Exception:  # a loss that knows no elements
                     return result
-                self._seen.append((float(result.detach()), elements.detach().double()))
+                self._seen.append((float(result.detach()), elements.double()))
         return result
 
     @property
@@ -213,7 +226,7 @@ class _Elements(TorchFunctionMode):
             if math.isclose(whole * scale, total, rel_tol=1e-4, abs_tol=1e-8):
                 parts = samples * (PIECES if all(_divides(e.numel() // samples) for _, e in usable) else 1)
                 sums = sum(_shares(value, e.reshape(parts, -1).sum(1)) * scale for value, e in usable)
-                return [float(v) for v in sums]  # type: ignore[union-attr]
+                return sums.tolist()  # type: ignore[union-attr]
         return []
 
 
@@ -229,13 +242,15 @@ def _shares(value: float, sums: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=512)
-def _reduces(func: Any) -> bool:
+def _signature(func: Any) -> inspect.Signature | None:
+    """What a loss takes that torch reduces to one number; ``None`` for other functions."""
     if getattr(func, "__module__", "") != "torch.nn.functional":
-        return False
+        return None
     try:
-        return "reduction" in inspect.signature(func).parameters
+        signature = inspect.signature(func)
     except (TypeError, ValueError):
-        return False
+        return None
+    return signature if "reduction" in signature.parameters else None
 
 
 def batch_size(batch: Any) -> int:

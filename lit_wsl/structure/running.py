@@ -11,7 +11,8 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from functools import partial
+from functools import lru_cache, partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ _SKIP = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, t
 
 
 @contextmanager
-def preserved_rng(module: nn.Module | None = None) -> Iterator[None]:
+def preserved_rng(module: nn.Module | None = None) -> Iterator[tuple[Any, Any]]:
     """Put the generators of Python, NumPy and torch (CPU, and the devices of the module) back at the end.
+
+    Yields:
+        The states of Python's and of NumPy's.
 
     >>> torch.manual_seed(0).initial_seed()
     0
@@ -35,14 +39,16 @@ def preserved_rng(module: nn.Module | None = None) -> Iterator[None]:
     """
     import numpy
 
-    devices = cuda_devices(module)
+    generators = [torch.default_generator, *map(torch.cuda.default_generators.__getitem__, cuda_devices(module))]
+    states = [generator.get_state() for generator in generators]
     python, arrays = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(arrays)
+    try:
+        yield python, arrays
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
+        for generator, state in zip(generators, states):
+            generator.set_state(state)
 
 
 def seed(number: int, devices: Sequence[int] = ()) -> None:
@@ -61,8 +67,23 @@ def cuda_devices(module: nn.Module | None) -> list[int]:
     return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """What can be said and done about a module while it is kept as it was.
+
+    Attributes:
+        wrote: Tells whether an operation wrote to one of its tensors.
+        put_back: Puts attributes, containers and buffers back for another run in eval mode.
+        numbers: States of the generators of Python and NumPy at the start.
+    """
+
+    wrote: Callable[[], bool]
+    put_back: Callable[[], None]
+    numbers: tuple[Any, Any]
+
+
 @contextmanager
-def undisturbed(module: nn.Module, *, guard: bool = True) -> Iterator[Callable[[], bool]]:
+def undisturbed(module: nn.Module, *, guard: bool = True) -> Iterator[Undisturbed]:
     """Put a module in eval mode to run it, and leave it and the world as they were.
 
     Put back at the end, whatever the run did: the mode of every sub-module; attributes, buffers and parameters that
@@ -81,34 +102,45 @@ def undisturbed(module: nn.Module, *, guard: bool = True) -> Iterator[Callable[[
     flags = [(p, p.requires_grad, p.grad) for p in module.parameters()]
     buffers = [(b, b.detach().clone()) for b in module.buffers() if not (b.is_meta or nn.parameter.is_lazy(b))]
     fast_path = torch.backends.mha.get_fastpath_enabled()  # fuses whole layers, so hides the order of their parts
+
+    def restore_buffers() -> None:
+        for buffer, value in buffers:  # batch norm writes its statistics without declaring it
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
+
     with ExitStack() as stack:
-        stack.enter_context(preserved_rng(module))
-        stack.enter_context(_preserved_modules(module))
+        numbers = stack.enter_context(preserved_rng(module))
+        restore_modules = stack.enter_context(_preserved_modules(module))
         if hasattr(torch.compiler, "set_stance") and "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        writes = _WriteGuard(module)
-        if guard:
-            stack.enter_context(writes)
+        writes = stack.enter_context(WriteGuard(module)) if guard else None
+
+        def put_back() -> None:
+            restore_buffers()
+            restore_modules()
+            module.eval()
+
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             module.eval()
-            yield lambda: writes.wrote
+            yield Undisturbed(lambda: writes is not None and writes.wrote, put_back, numbers)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
-            writes.restore()
-            for buffer, value in buffers:  # batch norm writes its statistics without declaring it
-                if not torch.equal(buffer, value):
-                    with torch.no_grad():
-                        buffer.copy_(value)
+            if writes is not None:
+                writes.restore()
+            restore_buffers()
             for sub, training in modes:  # scripted modules keep theirs where no dict shows it
                 if sub.training != training:
                     sub.training = training
             for parameter, requires_grad, grad in flags:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
+                if parameter.grad is not grad:
+                    parameter.grad = grad
 
 
-class _WriteGuard(TorchDispatchMode):
+class WriteGuard(TorchDispatchMode):
     """Copy on write: keep the memory behind a module's tensors when an operation is about to write to it."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -118,10 +150,8 @@ class _WriteGuard(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for place, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
+        for place, name in _written(func):
+            value = args[place] if place < len(args) else kwargs.get(name)
             for tensor in value if isinstance(value, (list, tuple)) else [value]:
                 storage = _storage_of(tensor) if isinstance(tensor, Tensor) else None
                 key = storage.data_ptr() if storage is not None else 0
@@ -138,6 +168,13 @@ class _WriteGuard(TorchDispatchMode):
         """Put the kept memory back."""
         for key, content in self._kept.items():
             self._known[key].copy_(content)
+
+
+@lru_cache(maxsize=4096)
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Place and name of the arguments that an operation writes to."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((k, a.name) for k, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _all_tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -164,54 +201,56 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 
 @contextmanager
-def _preserved_modules(module: nn.Module) -> Iterator[None]:
-    """Put back what the modules' attributes refer to, and the content of containers and objects there."""
+def _preserved_modules(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put back what the modules' attributes refer to, and the content of containers and objects there, also at call."""
     saved: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
-    restorers: list[Callable[[], None]] = []
+    containers: list[tuple[Any, Any]] = []
     others: list[Any] = []
     for sub in module.modules():
         saved.append((sub, type(sub), dict(vars(sub))))
         for value in vars(sub).values():
             if isinstance(value, (dict, list, set, collections.deque)):
-                restorers.append(_refill(value, dict(value) if isinstance(value, dict) else value.copy()))
+                containers.append((value, dict(value) if isinstance(value, dict) else value.copy()))
                 inside = value.values() if isinstance(value, dict) else value
                 others.extend(inside if len(value) <= _LIMIT else ())
             else:
                 others.append(value)
     others = [value for value in others if not isinstance(value, (*_SKIP, Tensor, nn.Module))]
-    with preserved_objects(*others):
-        try:
-            yield
-        finally:
-            for sub, kind, attributes in saved:
-                if type(sub) is not kind:
-                    sub.__class__ = kind
-                _refill(vars(sub), attributes)()
-            for restore in restorers:
-                restore()
+    objects = list(_walk(others))
+
+    def restore() -> None:
+        for sub, kind, attributes in saved:
+            if type(sub) is not kind:
+                sub.__class__ = kind
+            _refill(vars(sub), attributes)
+        for container, content in containers:
+            _refill(container, content)
+        for put_back in objects:
+            put_back()
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
-def _refill(container: Any, content: Any) -> Callable[[], None]:
-    """What puts the content of a list, deque, set or dict back, keeping the container itself."""
-
-    def refill() -> None:
-        if _holds(container, content):  # never empty, not even for a moment, what another thread may be reading
-            return
-        container.clear()
-        container.extend(content) if hasattr(container, "extend") else container.update(content)
-
-    return refill
+def _refill(container: Any, content: Any) -> None:
+    """Put the content of a list, deque, set or dict back, keeping the container itself."""
+    if _holds(container, content):  # never empty, not even for a moment, what another thread may be reading
+        return
+    container.clear()
+    container.extend(content) if hasattr(container, "extend") else container.update(content)
 
 
 def _holds(container: Any, content: Any) -> bool:
     """Whether a container still holds the very same objects."""
-    if len(container) != len(content):
-        return False
+    if len(container) != len(content) or not content:
+        return not container and not content
     if isinstance(container, dict):
-        return all(key in container and container[key] is value for key, value in content.items())
+        return list(container) == list(content) and all(map(is_, container.values(), content.values()))
     if isinstance(container, set):
         return bool(container == content)
-    return all(a is b for a, b in zip(container, content))
+    return all(map(is_, container, content))
 
 
 @contextmanager
@@ -259,7 +298,7 @@ def _walk(queue: list[Any]) -> Iterator[Callable[[], Any]]:
             yield partial(value.setstate, value.getstate())
         elif isinstance(value, (list, dict, set, collections.deque)):
             if len(value) <= _LIMIT:
-                yield _refill(value, value.copy())
+                yield partial(_refill, value, value.copy())
                 pending.extend(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, (tuple, frozenset)):
             pending.extend(value if len(value) <= _LIMIT else ())
@@ -269,7 +308,7 @@ def _walk(queue: list[Any]) -> Iterator[Callable[[], Any]]:
             continue
         elif isinstance(getattr(value, "__dict__", None), dict):
             attributes = vars(value)
-            yield _refill(attributes, dict(attributes))
+            yield partial(_refill, attributes, dict(attributes))
             if not _is_engine(value):
                 pending.extend(attributes.values())
 

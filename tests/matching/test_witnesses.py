@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lit_wsl.matching.witnesses import risk_by_gradient, unrest
+from lit_wsl.matching.witnesses import products_of, risk_by_gradient, unrest, unrest_of
 from lit_wsl.structure.losses import FOLD, folded
 
 
@@ -44,6 +44,13 @@ def test_a_gradient_is_at_rest_where_the_noise_of_a_batch_hides_its_mean():
     assert unrest(pieces(torch.zeros(200), count=16)[1]) < 1
     assert 1 < unrest(pieces(torch.full((200,), 0.5), count=16)[1]) < math.inf
     assert unrest(pieces(torch.zeros(200), count=4)[1]) == math.inf  # too few to tell
+
+
+def test_rest_is_told_by_the_products_of_gradients_that_stay_where_they_are():
+    _, slopes = pieces(torch.full((20,), 0.4), count=8)
+    apart = [{"weight": own[:12].view(3, 4), "bias": own[12:]} for own in slopes]
+    assert unrest_of(products_of(apart)) == pytest.approx(unrest(slopes), rel=1e-4)
+    assert unrest_of(products_of(apart[:2])) > 0  # as few as two pieces
 
 
 def test_folded_gradients_keep_their_products():

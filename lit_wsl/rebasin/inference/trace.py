@@ -273,7 +273,7 @@ def traceable(model: nn.Module) -> Iterator[Callable[[], bool]]:
     Train mode is entered for a moment first: some networks cache attention biases on the way into evaluation mode.
     """
     with ExitStack() as stack:
-        wrote = stack.enter_context(undisturbed(model))
+        wrote = stack.enter_context(undisturbed(model)).wrote
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
         stack.enter_context(NoDropout())
