@@ -25,7 +25,7 @@ from lit_wsl.matching.changes import FEW_COVERS, Choice, carried, questions, twi
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.moments import Moments
-from lit_wsl.matching.search import Budget, Search, Trials
+from lit_wsl.matching.search import OFF, Budget, Search, Trials
 from lit_wsl.matching.space import Space
 from lit_wsl.matching.symmetries import Gradients, turnings
 from lit_wsl.matching.witnesses import AGREES, RISK, risk_by_gradient, risk_of, together, unrest
@@ -60,6 +60,7 @@ class LossJudge:
         self.rounds, self.searched = 0, 0  # tests, and samples of the first batch that were looked at before
         self._unrest: dict[Choice, float] = {}
         self._gains: dict[Choice, float] = {}
+        self._close: dict[Choice, list[Choice]] = {}  # rivals of what was tested that the search has come across
         self.rounding = 0.0  # differences of losses below count as none
 
     @cached_property
@@ -72,7 +73,7 @@ class LossJudge:
 
         What names have told and the loss bears out has none. What means the same is no rival, and what changes all that
         another rival does and more (three norms in a circle where two exchanged are worse) was compared in the search;
-        but for two modules that change places as a whole.
+        but for two modules that change places as a whole, and what the search has seen to be about as good.
         """
         own = self.space.meaning(choice)
         out = {}
@@ -86,9 +87,20 @@ class LossJudge:
             places = {c: {t for e in both for t in e.targets} for c, both in changed.items() if both}
             near = {c for c in places if _exchanges(decision.options[c[d]], decision.options[choice[d]]) <= 2}
             out[d] = [c for c in places if c in near and not any(places[o] < places[c] for o in places)]
-        for c in twins_exchanged(self.space, choice):
-            out.setdefault(next(d for d in range(len(c)) if c[d] != choice[d]), []).append(c)
+        known = {self.space.meaning(c) for others in out.values() for c in others} | {own}
+        for c in dict.fromkeys([*twins_exchanged(self.space, choice), *self._close.get(choice, [])]):
+            if self.space.meaning(c) not in known:
+                out.setdefault(next(d for d in range(len(c)) if c[d] != choice[d]), []).append(c)
         return {d: others for d, others in out.items() if others}
+
+    def _as_good(self, choice: Choice) -> list[Choice]:
+        """What the search has tried on as many samples and found not significantly worse."""
+        found: dict[frozenset[PlanEntry], Choice] = {}
+        for c in self.trials.screened:
+            samples = min(self.trials.extent(c), self.trials.extent(choice))
+            if OFF not in c and risk_of(self.trials.losses(c, samples), self.trials.losses(choice, samples)) >= RISK:
+                found.setdefault(self.space.meaning(c), c)
+        return list(found.values())
 
     def preferred(self, choice: Choice) -> Choice:
         """A choice, or a rival of it that hangs together clearly better where the loss hardly tells them apart."""
@@ -119,6 +131,7 @@ class LossJudge:
         self.rounds += 1
         self.searched = self.trials.reached if self.rounds == 1 else self.trials.size
         self.rounding = 1e-6 * max(abs(self.score(choice)), 1e-6)
+        self._close.setdefault(choice, self._as_good(choice))
         rivals = [r for group in self.rivals(choice).values() for r in group]
         better, risks = self._on_first_batch(choice, rivals)
         fresh: dict[Choice, _Seen] = {}

@@ -144,6 +144,10 @@ class Trials:
         """Whether a choice was measured on so many samples."""
         return (choice, 0, 0 if samples <= self.least else samples // 2) in self.seen
 
+    def extent(self, choice: Choice) -> int:
+        """All samples of the first batch if a choice was measured on them, else those of the screening."""
+        return self.size if self.known(choice, self.size) else self.screen
+
     def mean(self, choice: Choice, samples: int) -> float:
         """Mean loss on some samples."""
         values = self.losses(choice, samples)
@@ -167,8 +171,12 @@ class Trials:
     @property
     def best(self) -> Choice:
         """The choice of the least loss among those that were measured on all samples of the screening."""
-        known = {choice for choice, _, _ in self.seen if self.known(choice, self.screen)}
-        return min(sorted(known), key=self.score)
+        return min(self.screened, key=self.score)
+
+    @property
+    def screened(self) -> list[Choice]:
+        """The choices that were measured on all samples of the screening."""
+        return sorted({choice for choice, _, _ in self.seen if self.known(choice, self.screen)})
 
 
 class Search:
@@ -436,24 +444,35 @@ class Search:
     def _jointly(self, choice: Choice, part: Part) -> list[Choice]:
         """All that a layer group's own decisions can mean, each once, as far as the weights hang together."""
         balance = self.trials.balance
-        found: list[Choice] = []
-        most = self.joint if balance is None else WIDE
-        if part.grows and balance is not None:
+        if balance is None:
+            return self._product(choice, part, self.joint)
+        if part.grows:
             return self._around(choice, part, balance)
+        found = self._product(choice, part, WIDE, WIDE)
+        if not found:
+            return self._around(choice, part, balance)
+        found = balance.plausible(found)
+        if len(found) > self.joint:  # the weights tell little
+            found = balance.plausible(self._product(choice, part, max(1, self.joint // len(part.covers))))
+        return found
+
+    def _product(self, choice: Choice, part: Part, most: int, total: float = math.inf) -> list[Choice]:
+        """All ways to assign a layer group, each with at most so many for the rest; none if there are more in total."""
+        found: list[Choice] = []
         for option, cover in enumerate(part.covers):
             own = part.decisions_of(cover)
             sizes = [len(self.space.decisions[d].options) for d in own]
             while math.prod(sizes) > most:  # the rest is left to the climb
                 own, sizes = own[:-1], sizes[:-1]
-            if balance is not None and len(found) + math.prod(sizes) > WIDE:
-                return self._around(choice, part, balance)
+            if len(found) + math.prod(sizes) > total:
+                return []
             for options in product(*map(range, sizes)):
                 made = list(choice)
                 made[part.which] = option
                 for d, o in zip(own, options):
                     made[d] = o
                 found.append(tuple(made))
-        return self._plausible(found)
+        return found
 
     def _around(self, choice: Choice, part: Part, balance: Balance) -> list[Choice]:
         """The plausible choices around those that hang together best, where there are too many to look at each."""

@@ -45,6 +45,7 @@ class LossMeter:
         self._source = iter(batches)
         self._batches: list[Any] = []
         self.in_pieces = False
+        self._uneven = False  # the loss is over some places of the samples, in the order of the samples
         self.has_slopes = True  # until the loss was seen to have no gradient
         self._guarded = True  # until a whole pass was seen to write to none of the model's tensors
         self._idle = False  # whether that pass left the modules' attributes alone, too
@@ -71,18 +72,26 @@ class LossMeter:
         batch, size = self._batches[number], self.size(number)
         stop = size if stop is None else min(stop, size)
         count = stop - start
+        seen = None
         if not self.in_pieces:
-            values = self._run(state, cut(batch, start, stop, size), count, number)
+            values, seen = self._run(state, cut(batch, start, stop, size), count, number)
             self._spend(count / max(size, 1))
-            if len(values) > 1 or count < 2:
+            if len(values) > 1 or count < 2 or self._uneven:
                 return values
             self.in_pieces = True
             if count < 2 * RUNS:
                 return values
-        found = []
+        found, elements = [], 0
         for first, last in pieces(count, RUNS):
-            found += self._run(state, cut(batch, start + first, start + last, size), 0, number)[:1]
+            value, piece = self._run(state, cut(batch, start + first, start + last, size), 0, number)
+            found += value
+            elements += piece.elements
             self._spend((last - first) / max(size, 1))
+        if seen is not None and seen.elements / 2 < elements < 2 * seen.elements:  # no pairs of samples
+            told = seen.by_sample(values[0], count, uneven=True)
+            if told:
+                self.in_pieces, self._uneven = False, True
+                return told
         return found
 
     def slopes(self, state: Mapping[str, Tensor], number: int) -> list[tuple[list[float], Tensor]]:
@@ -111,21 +120,21 @@ class LossMeter:
                     for (name, weight), slope in zip(weights.items(), slopes)
                 }
             self._spend((stop - start) / max(size, 1))
-            yield seen.by_sample(total, stop - start) or [total], found
+            yield seen.by_sample(total, stop - start, self._uneven) or [total], found
 
     def _spend(self, passes: float) -> None:
         self.passes += passes
         if self.watch is not None:
             self.watch(self.passes)
 
-    def _run(self, state: Mapping[str, Tensor], batch: Any, samples: int, number: int) -> list[float]:
+    def _run(self, state: Mapping[str, Tensor], batch: Any, samples: int, number: int) -> tuple[list[float], _Elements]:
         with self._ready(state, number), torch.no_grad(), _Elements() as seen:
             value = self.loss(self.model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(f"the loss must be one number, not {type(value).__name__}")
-        found = seen.by_sample(float(value.detach()), samples)
+        found = seen.by_sample(float(value.detach()), samples, self._uneven)
         self.elements = seen.elements // samples if found else 1
-        return found or [float(value.detach())]
+        return found or [float(value.detach())], seen
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -216,29 +225,40 @@ class _Elements(TorchFunctionMode):
         """How many elements there were."""
         return sum(e.numel() for _, e in self._seen)
 
-    def by_sample(self, total: float, samples: int) -> list[float]:
-        """The losses of single samples, if the total is made of reduced losses alone."""
-        usable = [(value, e) for value, e in self._seen if samples and e.numel() and e.numel() % samples == 0]
+    def by_sample(self, total: float, samples: int, uneven: bool = False) -> list[float]:
+        """The losses of single samples, if the total is made of reduced losses alone.
+
+        Uneven: samples have other numbers of elements, such as masked tokens; then those of as many equal pieces.
+        """
+        fits = (lambda n: n >= samples) if uneven else (lambda n: n and n % samples == 0)
+        usable = [(value, e) for value, e in self._seen if samples and fits(e.numel())]
         if not usable or len(usable) != len(self._seen):
             return []
         whole = sum(value for value, _ in usable)
         for scale in (1.0, 1.0 / len(usable)):
             if math.isclose(whole * scale, total, rel_tol=1e-4, abs_tol=1e-8):
-                parts = samples * (PIECES if all(_divides(e.numel() // samples) for _, e in usable) else 1)
-                sums = sum(_shares(value, e.reshape(parts, -1).sum(1)) * scale for value, e in usable)
+                parts = samples * (PIECES if all(_divides(e.numel() / samples) for _, e in usable) else 1)
+                sums = sum(_shares(value, _in_parts(e, parts)) * scale for value, e in usable)
                 return sums.tolist()  # type: ignore[union-attr]
         return []
 
 
-def _divides(elements: int) -> bool:
+def _divides(elements: float) -> bool:
     """Whether a sample of so many elements is told in pieces."""
     return elements >= MANY and elements % PIECES == 0
 
 
-def _shares(value: float, sums: Tensor) -> Tensor:
+def _in_parts(elements: Tensor, parts: int) -> Tensor:
+    """Means of as many parts of some elements, in their order."""
+    if elements.numel() % parts:
+        return torch.stack([part.mean() for part in elements.flatten().tensor_split(parts)])
+    return elements.reshape(parts, -1).mean(1)
+
+
+def _shares(value: float, means: Tensor) -> Tensor:
     """What each sample gives to a reduced loss, so that their mean is the loss."""
-    total = float(sums.mean())
-    return sums * (value / total) if total else sums
+    total = float(means.mean())
+    return means * (value / total) if total else means
 
 
 @lru_cache(maxsize=512)

@@ -212,6 +212,22 @@ def test_balances_are_heard_at_once_where_the_loss_agrees_and_never_against_it(g
     assert bool(doubtful._by_balance((0,), {(1,): (theirs, own)}, 2, agreeing=False)) == early
 
 
+def test_what_the_search_found_about_as_good_is_a_rival_however_much_it_changes():
+    noise = torch.randn(16, generator=torch.Generator().manual_seed(0)).tolist()
+    seen = {(0, 0): noise, (1, 1): noise[::-1], (1, 0): [x + 9 for x in noise], (0, 1): noise, (-1, 1): noise}
+    judge = LossJudge(
+        SimpleNamespace(
+            space=SimpleNamespace(meaning=lambda c: "same" if c == (0, 1) else c),
+            score=None,
+            budget=None,
+            screened=sorted(seen),
+            extent=lambda c: 16,
+            losses=lambda c, samples: seen[c],
+        )
+    )
+    assert judge._as_good((0, 0)) == [(0, 0), (0, 1), (1, 1)]  # what means the same is no rival in the end
+
+
 @pytest.mark.parametrize("far", [False, True])
 def test_short_training_is_told_from_a_wrong_mapping_by_what_a_step_gains(far):
     generator = torch.Generator().manual_seed(0)

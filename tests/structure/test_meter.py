@@ -4,10 +4,53 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl.structure.losses import LossMeter
+
+
+def masked(net, batch):
+    """A loss over some places of each sample."""
+    (x,) = batch
+    hidden = torch.rand(x.shape[:2]) < 0.3
+    return F.mse_loss(net(x.masked_fill(hidden[..., None], 0.0))[hidden], x[hidden])
+
+
+def paired(net, batch):
+    """A loss over all pairs of samples."""
+    x = net(batch[0].flatten(1))
+    one, other = torch.triu_indices(len(x), len(x), 1)
+    return F.mse_loss(x[one], -x[other])
+
+
+@pytest.mark.parametrize("size", [32, 20])
+def test_a_loss_over_some_places_of_the_samples_is_told_in_as_many_pieces_as_there_are_samples(size):
+    torch.manual_seed(0)
+    net = nn.Linear(5, 5)
+    meter = LossMeter(net, masked, [(torch.randn(size, 9, 5),)])
+    assert meter.has(0)
+    with meter.session():
+        found = meter.losses({}, 0)
+        again = meter.losses({}, 0)
+        few = meter.losses({}, 0, 0, 4)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        whole = float(masked(net, meter._batches[0]))
+    assert len(found) == size
+    assert found == again
+    assert sum(found) / size == pytest.approx(whole, rel=1e-4)
+    assert len(few) == 4
+    assert not meter.in_pieces
+
+
+def test_a_loss_over_pairs_of_samples_is_measured_on_pieces_of_the_batch():
+    torch.manual_seed(0)
+    meter = LossMeter(nn.Linear(6, 1), paired, [(torch.randn(32, 6),)])
+    assert meter.has(0)
+    found = meter.losses({}, 0)
+    assert len(found) == 8
+    assert meter.in_pieces
 
 
 class Counting(nn.Module):
@@ -57,6 +100,9 @@ def test_a_model_that_changes_itself_is_measured_alike_every_time(kind, in_sessi
     assert first != other
     assert rest == [first, other, pytest.approx(other)]
     assert torch.equal(lent["linear.weight"], kept)
-    assert net.training and net.calls == 0 and net.seen == []
+    assert net.training
+    assert net.calls == 0
+    assert net.seen == []
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    assert all(p.requires_grad for p in net.parameters())
+    assert all(p.grad is None for p in net.parameters())
