@@ -22,6 +22,7 @@ from lit_wsl.structure.losses import LossMeter
 
 MOST = 64.0  # forward passes of a whole batch, with what else is measured
 LAST = 3.0  # of them that the verdict may take
+FEW = 8  # samples that are also measured without those beside them
 FAR = 3.0  # times the noise of its batch is a gradient where training may not have been at all
 STEPS = (0.01, 0.03)  # of descent, as shares of a tensor's norm; smaller ones gain where training swings about a valley
 GAIN = 0.04  # share of the fall of the loss that one adds where training never was; elsewhere it was up to 0.026
@@ -43,6 +44,17 @@ class Bench:
     def spread(self) -> float:
         """How much the samples of the fresh model differ."""
         return float(numpy.std(self.fresh))
+
+    @cached_property
+    def depend(self) -> bool:
+        """Whether what a sample loses depends on the samples beside it, as in contrastive losses."""
+        size = self.meter.size(0)
+        if self.meter.in_pieces or size < 2 * FEW:
+            return False
+        alone = self.meter.losses({}, 0, 0, FEW)
+        whole = list(self.fresh)[: len(alone)]
+        floor = 1e-2 * abs(mean(whole))
+        return min(risk_of(alone, whole, floor), risk_of(whole, alone, floor)) < RISK
 
     def losses(self, plan: TransferPlan) -> list[float]:
         """The losses of the model that a plan fills."""

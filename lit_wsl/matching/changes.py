@@ -7,7 +7,7 @@ their layers alone would lose much. So they are exchanged together, across all g
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 
 from lit_wsl.matching.layers import Unit
 from lit_wsl.matching.parts import Part
@@ -42,6 +42,21 @@ def twins_exchanged(space: Space, choice: Choice) -> list[Choice]:
     asked = [part for part in space.parts if not space.decisions[part.which].told]
     found += [other for part in asked for other in space.exchanges(choice, part, wholes=True)]
     return [other for other in dict.fromkeys(found) if other is not None and other != choice]
+
+
+def odd_ones(space: Space, choice: Choice) -> Iterator[tuple[int, Choice]]:
+    """A choice with two like layers exchanged in one of two modules alone, which may count in ways of their own.
+
+    Yields:
+        The decision that it is about; the choice, with the numbers of the group, the copy and the layers behind it.
+    """
+    for number, part in enumerate(space.parts):
+        named = not any(side.is_counted for side in space.regions[part.region])
+        if space.copies(part) == 2 and named and len(choice) == len(space.decisions):
+            two = combinations(range(len(part.target)), 2)
+            pairs = [(i, j) for i, j in two if part.target[i].shapes == part.target[j].shapes]
+            for copy, pair in product(range(2), pairs):
+                yield part.which, (*choice, number, copy, *pair)
 
 
 def _twins(parts: Sequence[Part], side: int) -> list[tuple[Layers, Layers]]:

@@ -21,7 +21,7 @@ from lit_wsl.errors import listed
 from lit_wsl.matching.answers import STILL_OPEN, answered, is_doubtful, is_only_renamed, what_it_does
 from lit_wsl.matching.balance import MARGIN, Balance
 from lit_wsl.matching.bench import DOUBT, FAR, GAIN, Bench, mean, values
-from lit_wsl.matching.changes import FEW_COVERS, Choice, carried, questions, twins_exchanged
+from lit_wsl.matching.changes import FEW_COVERS, Choice, carried, odd_ones, questions, twins_exchanged
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.moments import Moments
@@ -62,6 +62,7 @@ class LossJudge:
         self._gains: dict[Choice, float] = {}
         self._close: dict[Choice, list[Choice]] = {}  # rivals of what was tested that the search has come across
         self.rounding = 0.0  # differences of losses below count as none
+        self.rows_are_free = False  # whether rows of queries and keys may stand in any order that both share
 
     @cached_property
     def search(self) -> Search:
@@ -78,7 +79,7 @@ class LossJudge:
         own = self.space.meaning(choice)
         out = {}
         for d, decision in enumerate(self.space.decisions):
-            if decision.told and choice[d] == 0:
+            if (decision.told and choice[d] == 0) or (d == self.space.rotary and self.rows_are_free):
                 continue  # what the search found better was taken
             others = [(*choice[:d], o, *choice[d + 1 :]) for o in range(len(decision.options)) if o != choice[d]]
             others = others if len(others) < FEW_COVERS else []
@@ -91,6 +92,8 @@ class LossJudge:
         for c in dict.fromkeys([*twins_exchanged(self.space, choice), *self._close.get(choice, [])]):
             if self.space.meaning(c) not in known:
                 out.setdefault(next(d for d in range(len(c)) if c[d] != choice[d]), []).append(c)
+        for d, c in odd_ones(self.space, choice):
+            out.setdefault(d, []).append(c)
         return {d: others for d, others in out.items() if others}
 
     def _as_good(self, choice: Choice) -> list[Choice]:
@@ -99,8 +102,23 @@ class LossJudge:
         for c in self.trials.screened:
             samples = min(self.trials.extent(c), self.trials.extent(choice))
             if OFF not in c and risk_of(self.trials.losses(c, samples), self.trials.losses(choice, samples)) >= RISK:
+                if self.space.rotary is not None and self.rows_are_free:
+                    c = (*c[: self.space.rotary], choice[self.space.rotary], *c[self.space.rotary + 1 :])
                 found.setdefault(self.space.meaning(c), c)
         return list(found.values())
+
+    def with_rows_as_they_are(self, choice: Choice) -> Choice:
+        """A choice without rotary rows if these make no difference to any sample, and the gradient shows none."""
+        rotary = self.space.rotary
+        if rotary is None or self.space.shows_turns or self.trials.balance is None or not self.budget.left():
+            return choice
+        options = [o for o in range(len(self.space.decisions[rotary].options)) if o != choice[rotary]]
+        plain = (*choice[:rotary], 0, *choice[rotary + 1 :])
+        other = (*choice[:rotary], options[0] if choice[rotary] == 0 else 0, *choice[rotary + 1 :])
+        own, theirs = self.trials.losses(choice), self.trials.losses(other)
+        most = 1e-5 * max(map(abs, own))
+        self.rows_are_free = all(abs(a - b) <= most for a, b in zip(own, theirs))
+        return plain if self.rows_are_free else choice
 
     def preferred(self, choice: Choice) -> Choice:
         """A choice, or a rival of it that hangs together clearly better where the loss hardly tells them apart."""
@@ -196,6 +214,11 @@ class LossJudge:
             if seen & (seen - 1) and not last:
                 continue
             looks += 1
+            if last and len(close) <= FEW:  # what was measured while there were more rivals
+                late = [n for n in range(first, number) if n not in known[choice].steep]
+                for n in late[: self.budget.room // (1 + len(close))]:
+                    for c in (choice, *close):
+                        known[c].add_slopes(self.trials, c, n)
             share = shares * (4 / 3 if last else 2 ** (looks + 2))
             least = min(close, key=lambda c: sum(known[c].losses))
             if share * risk_of(known[choice].losses, known[least].losses, self.rounding) < RISK:
@@ -282,21 +305,26 @@ class _Seen:
     losses: list[float] = field(default_factory=list)
     pieces: list[float] = field(default_factory=list)  # what gradients were taken of
     slopes: list[Tensor] = field(default_factory=list)
+    steep: list[int] = field(default_factory=list)  # batches that gradients were taken on
 
     def add(self, trials: Trials, choice: Choice, number: int, slopes: bool) -> None:
         """Measure another batch, with gradients or without."""
-        meter = trials.meter
-        if slopes and meter.has_slopes:
-            try:
-                measured = meter.slopes(trials.state(choice), number)
-            except (RuntimeError, ValueError):
-                meter.has_slopes = False
-            else:
-                self.losses += [loss for losses, _ in measured for loss in losses]
-                self.pieces += [sum(losses) / len(losses) for losses, _ in measured]
-                self.slopes += [slope for _, slope in measured]
-                return
-        self.losses += trials.losses(choice, batch=number) if number else trials.losses(choice)
+        told = self.add_slopes(trials, choice, number) if slopes else []
+        self.losses += told or (trials.losses(choice, batch=number) if number else trials.losses(choice))
+
+    def add_slopes(self, trials: Trials, choice: Choice, number: int) -> list[float]:
+        """Take the gradients on a batch, and say what was lost; nothing where the loss has none."""
+        if not trials.meter.has_slopes:
+            return []
+        try:
+            measured = trials.meter.slopes(trials.state(choice), number)
+        except (RuntimeError, ValueError):
+            trials.meter.has_slopes = False
+            return []
+        self.pieces += [sum(losses) / len(losses) for losses, _ in measured]
+        self.slopes += [slope for _, slope in measured]
+        self.steep.append(number)
+        return [loss for losses, _ in measured for loss in losses]
 
     def risk(self, best: _Seen, rounding: float) -> float:
         """Risk of calling this one worse than another, by the loss or by all witnesses."""
@@ -405,7 +433,7 @@ def _found(
         start, judge = carried(choice, judge.space, nameless.space), nameless
         choice = judge.search.find(start)
         choice = choice if judge.rests(choice) else judge.search.widen(choice)
-    return judge, judge.preferred(choice)
+    return judge, judge.with_rows_as_they_are(judge.preferred(choice))
 
 
 def _mislead(judge: LossJudge, nameless: LossJudge) -> bool:
@@ -423,7 +451,8 @@ def _judge_of(
     """Who judges about a space, after another one has about the same models."""
     asked = {t for entry, _ in space.entries(space.first) for t in entry.targets}
     fixed = values([e for e in plan if not asked.intersection(e.targets)], bench.tensors)
-    trials = Trials(space, bench.tensors, bench.meter, fixed, bench.budget, judge.trials.tried if judge else 0)
+    tried, depend = judge.trials.tried if judge else 0, bench.depend
+    trials = Trials(space, bench.tensors, bench.meter, fixed, bench.budget, tried, depend=depend)
     trials.balance = _balance(trials, gradients, judge.trials.balance if judge else None)
     return LossJudge(trials, Moments(trials))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lit_wsl.matching.tree import role_of, stem_of
-from lit_wsl.structure.description import ModelDescription, Shape, core
+from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape, core
 
 
 @dataclass(frozen=True)
@@ -288,6 +288,30 @@ def _layers(names: Sequence[str], shapes: Mapping[str, Shape]) -> list[tuple[str
             group = sorted(group, key=lambda n: (-math.prod(shapes[n]), role_of(n) == "bias"))
             found.append((f"{path}.{stem}" if stem and path else path or stem, group))
     return found
+
+
+def home_of(unit: Unit, copy: int = 0) -> str:
+    """Path of the module that holds a layer's tensors in one of the copies."""
+    return unit.names[0][copy][0].rpartition(".")[0]
+
+
+def buffers_of(side: ModelDescription) -> dict[str, list[ParameterInfo]]:
+    """The buffers of each module."""
+    found: dict[str, list[ParameterInfo]] = {}
+    for info in side.parameters:
+        if info.kind == "buffer":
+            found.setdefault(info.module_path, []).append(info)
+    return found
+
+
+def recorded(
+    cover: Sequence[tuple[Sequence[int], Sequence[int]]],
+    sides: tuple[Sequence[Unit], Sequence[Unit]],
+    buffers: Sequence[Container[str]],
+) -> bool:
+    """Whether layers with statistics beside them, such as batch norms, go to such layers in a cover."""
+    theirs, ours = ([home_of(unit) in own for unit in units] for units, own in zip(sides, buffers))
+    return all(theirs[i] == ours[j] for g, h in cover for i in g for j in h)
 
 
 def is_fused(unit: Unit) -> bool:

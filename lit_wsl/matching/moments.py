@@ -139,7 +139,8 @@ class Moments:
         """The choice with the layers before a norm, and the norm, that agree best."""
         kept = self._filled(done, choice)
         best, least = choice, float("inf")
-        for made in self._varied(before, choice, kept):
+        ways = list(self._varied(before, choice, kept))
+        for made in ways if len(ways) < JOINT else [choice]:  # where there are more, the right one is hardly among them
             if least <= SAME or not self.trials.budget.left(SHARE):
                 break
             seen = self._run(made)

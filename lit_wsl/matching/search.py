@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations, product
 
 import torch
@@ -26,12 +27,15 @@ from lit_wsl.matching.witnesses import errors_apart
 from lit_wsl.structure.losses import MANY, LossMeter
 
 SCREEN = 8  # samples that candidates are compared on at last, fewer if each has many elements
+RANKED = 1.5  # times the cost of the first look at a few samples is that of all that are ranked
 JOINT = 320  # most candidates that are tried jointly
 KEPT = 4  # candidates that stay to the end
 WIDE = 2048  # the same, where the weights tell most of them without a pass
 SWEEPS = 3  # over all layer groups, to find what hangs together
 STARTS = 6  # ways to assign layers that are started from, where they are too many to look at each
 FEW_TWINS = 6  # pairs of modules of which two are exchanged at once
+UNTOLD = 24  # most choices that hang together as well and are all looked at, as many again with modules exchanged
+SETTLED = 0.1  # share of the time after which nothing that hangs together better is looked for among exchanges
 SAME = 1e-3  # difference of how well two choices hang together that is none
 MAX_STARTS = 24  # orders of norms that are started from
 IN_STEP = 0.6  # share of its budget after which nothing else is tried where gates in one order were
@@ -84,6 +88,7 @@ class Trials:
         fixed: Values of what is not open, by name in the model.
         budget: What it may cost.
         before: How many choices were tried before, about other questions.
+        depend: Whether what a sample loses depends on those beside it, so that few samples say little.
     """
 
     def __init__(
@@ -94,6 +99,8 @@ class Trials:
         fixed: Mapping[str, Tensor],
         budget: Budget,
         before: int = 0,
+        *,
+        depend: bool = False,
     ) -> None:
         self.before = before
         self.space, self.tensors, self.meter, self.fixed, self.budget = space, tensors, meter, fixed, budget
@@ -102,6 +109,8 @@ class Trials:
         self.size = meter.size(0)
         self.screen = min(self.size, SCREEN // 2 if meter.elements >= SCREEN else SCREEN)
         self.least = min(self.screen, 1 if meter.elements >= MANY else SCREEN // 4)
+        if depend:
+            self.least = self.screen = max(self.screen, self.size // 2)
 
     def more(self, samples: int) -> int:
         """The next number of samples to compare on, after some."""
@@ -240,6 +249,11 @@ class Search:
             if self.rests(tops[-1]):
                 return tops[-1]
             self.share *= IN_STEP
+        if not self.rests(start):
+            start = self._untold(start)
+            tops.append(self.climb(start) if self.rests(start) else start)
+            if self.rests(tops[-1]):
+                return tops[-1]
         groups = self._groups()
         dark = list(start)
         for part in (p for group in groups for p in group):
@@ -251,6 +265,23 @@ class Search:
         least = self.trials.losses(min(tops, key=self.score), self.trials.screen)
         near = [c for c in tops if errors_apart(self.trials.losses(c, self.trials.screen), least) < MARGIN]
         return self._ranked(near, self.trials.size)[0]
+
+    def _untold(self, choice: Choice) -> Choice:
+        """The best of what hangs together as well: numbers of blocks, what no balance reaches, modules exchanged."""
+        balance = self.trials.balance
+        if balance is None:
+            return choice
+        total, found, before = balance.total(choice), [choice], None
+        ways = [[c for c in self._with(choice, d) if abs(balance.total(c) - total) < SAME] for d in range(len(choice))]
+        for d, own in sorted(enumerate(ways), key=lambda way: len(way[1])):
+            options = {c[d] for c in own if c[:d] + c[d + 1 :] == choice[:d] + choice[d + 1 :]} | {choice[d]}
+            if len(options) > 1 and len(found) * len(options) <= UNTOLD:
+                found = [(*c[:d], o, *c[d + 1 :]) for c in found for o in sorted(options)]
+        twins = [(c, twins_exchanged(self.space, c)) for c in found]
+        choice = self._best([c for one, others in twins for c in (one, *others)][: 2 * UNTOLD])
+        while choice != before and self.left:
+            before, choice = choice, self._best([choice, *twins_exchanged(self.space, choice)])
+        return choice
 
     def around(self, start: Choice) -> Choice:
         """The best choice around one, or around that which hangs together best."""
@@ -305,6 +336,10 @@ class Search:
                 if len(starts) * len(covers) <= MAX_STARTS:
                     starts = [(*s[: part.which], o, *s[part.which + 1 :]) for s in starts for o in covers] or starts
             settled = list(dict.fromkeys(self._settled(start, parts, balance) for start in starts))
+            turned = self._turned(max(settled, key=balance.total), parts)
+            settled += [c for c in [self._settled(turned, parts, balance)] if c not in settled]
+            tops = sorted(settled, key=balance.total)[-2:]
+            settled = list(dict.fromkeys([*settled, *(self._rearranged(top, parts, balance) for top in tops)]))
             top = max(settled, key=balance.total)
             same = [c for c in settled if abs(balance.total(c) - balance.total(top)) < SAME]
             choice = self._best(same) if len(same) > 1 else top  # where pairs change places together
@@ -317,6 +352,33 @@ class Search:
                 choice = max([choice, *self._jointly(choice, part)], key=balance.total)
             if choice == before or not self.left:
                 break
+        return choice
+
+    def _turned(self, choice: Choice, parts: Sequence[Part]) -> Choice:
+        """A choice with all squares the other way round."""
+        turns = {d for part in parts for d in part.turns.values()}
+        return tuple(1 - o if d in turns and o in (0, 1) else o for d, o in enumerate(choice))
+
+    def _rearranged(self, choice: Choice, parts: Sequence[Part], balance: Balance) -> Choice:
+        """What hangs together better with two norms exchanged, and with them what they feed, until nothing does."""
+        norms = [part for part in parts if not part.has_matrices]
+        rest, before = [part for part in parts if part.has_matrices], None
+        in_time = partial(self.trials.budget.in_time, SETTLED)
+        while choice != before and norms and in_time():
+            before = choice
+            for other in (c for part in norms for c in self.space.exchanges(before, part)):
+                if not in_time():
+                    break
+                choice = max(choice, self._exchanged(other, rest, balance), key=balance.total)
+        return choice
+
+    def _exchanged(self, choice: Choice, parts: Sequence[Part], balance: Balance) -> Choice:
+        """What one change of a layer group, or of two of its layers, makes hang together better, until none does."""
+        before = None
+        while choice != before and self.left:
+            before = choice
+            for part in parts:
+                choice = max([choice, *self._near(choice, part)], key=balance.total)
         return choice
 
     def _plausible(self, choices: Sequence[Choice]) -> list[Choice]:
@@ -392,7 +454,9 @@ class Search:
     def climb(self, choice: Choice, among: Sequence[int] | None = None) -> Choice:
         """Change one decision after the other until nothing gets better."""
         places = [
-            d for d in (range(len(choice)) if among is None else among) if len(self.space.decisions[d].options) > 1
+            d
+            for d in (range(len(self.space.decisions)) if among is None else among)
+            if len(self.space.decisions[d].options) > 1
         ]
         since = 0
         while places and self.left:
@@ -411,7 +475,7 @@ class Search:
         """Look at each layer group with all others off, then switch them on, the one that helps most first."""
         lit_parts = {part.which for group in groups for part in group}
         choice = self.climb(choice, [d for d in range(len(choice)) if d not in lit_parts])
-        alone = [self._ranked(self._lit(choice, group)) for group in groups]
+        alone = [self._ranked(lit) for lit in self._all_lit(choice, groups)]
         for number in sorted(range(len(groups)), key=lambda k: self.score(alone[k][0])):
             group, own = groups[number], {d for part in groups[number] for d in part.decisions}
             meant = [tuple(o[d] if d in own else c for d, c in enumerate(choice)) for o in alone[number][:KEPT]]
@@ -421,11 +485,25 @@ class Search:
                 self.confirmed.add(group[0].which)
         return choice
 
-    def _lit(self, choice: Choice, group: Sequence[Part]) -> list[Choice]:
+    def _all_lit(self, choice: Choice, groups: Sequence[list[Part]]) -> list[list[Choice]]:
+        """All ways to switch each layer group on: so many that there are passes for all groups."""
+        most, lit = self.joint, [self._lit(choice, group) for group in groups]
+        while most > 1 and sum(map(len, lit)) > self._affordable:
+            most //= 2
+            lit = [self._lit(choice, group, most) if len(own) > most else own for group, own in zip(groups, lit)]
+        return lit
+
+    @property
+    def _affordable(self) -> float:
+        """How many choices can be looked at."""
+        budget, trials = self.trials.budget, self.trials
+        return (self.share * budget.passes - trials.meter.passes) * trials.size / trials.least / RANKED
+
+    def _lit(self, choice: Choice, group: Sequence[Part], most: int | None = None) -> list[Choice]:
         """All ways to switch a layer group on, with what its region decides where that is little."""
         lit = [choice]
         for part in group:
-            lit = [c for one in lit for c in self._jointly(one, part)]
+            lit = [c for one in lit for c in self._jointly(one, part, most)]
         return self._beside(lit, group)
 
     def _beside(self, choices: list[Choice], group: Sequence[Part]) -> list[Choice]:
@@ -441,19 +519,19 @@ class Search:
                 choices = [c for one in choices for c in self._with(one, d)]
         return choices
 
-    def _jointly(self, choice: Choice, part: Part) -> list[Choice]:
+    def _jointly(self, choice: Choice, part: Part, most: int | None = None) -> list[Choice]:
         """All that a layer group's own decisions can mean, each once, as far as the weights hang together."""
-        balance = self.trials.balance
+        balance, most = self.trials.balance, most or self.joint
         if balance is None:
-            return self._product(choice, part, self.joint)
+            return self._product(choice, part, most)
         if part.grows:
             return self._around(choice, part, balance)
         found = self._product(choice, part, WIDE, WIDE)
         if not found:
             return self._around(choice, part, balance)
         found = balance.plausible(found)
-        if len(found) > self.joint:  # the weights tell little
-            found = balance.plausible(self._product(choice, part, max(1, self.joint // len(part.covers))))
+        if len(found) > most:  # the weights tell little
+            found = balance.plausible(self._product(choice, part, max(1, most // len(part.covers))))
         return found
 
     def _product(self, choice: Choice, part: Part, most: int, total: float = math.inf) -> list[Choice]:
@@ -474,23 +552,23 @@ class Search:
                 found.append(tuple(made))
         return found
 
+    def _near(self, one: Choice, part: Part) -> list[Choice]:
+        """Choices that differ in one decision of a layer group, or in two of its layers."""
+        own = part.decisions_of(part.covers[one[part.which]])
+        changed = [(*one[:d], o, *one[d + 1 :]) for d in own for o in range(len(self.space.decisions[d].options))]
+        return [*changed, *self.space.exchanges(one, part)]
+
     def _around(self, choice: Choice, part: Part, balance: Balance) -> list[Choice]:
         """The plausible choices around those that hang together best, where there are too many to look at each."""
-
-        def near(one: Choice) -> list[Choice]:
-            own = part.decisions_of(part.covers[one[part.which]])
-            changed = [(*one[:d], o, *one[d + 1 :]) for d in own for o in range(len(self.space.decisions[d].options))]
-            return [*changed, *self.space.exchanges(one, part)]
-
         step = max(1, len(part.covers) // STARTS)
         tops = set()
         for option in range(0, len(part.covers), step):
             one = (*choice[: part.which], option, *choice[part.which + 1 :])
             while self.left:
-                better = max([one, *near(one)], key=balance.total)
+                better = max([one, *self._near(one, part)], key=balance.total)
                 if balance.total(better) <= balance.total(one):
                     break
                 one = better
             tops.add(one)
         best = balance.plausible(sorted(tops))
-        return balance.plausible(list(dict.fromkeys(c for one in best for c in (one, *near(one)))))
+        return balance.plausible(list(dict.fromkeys(c for one in best for c in (one, *self._near(one, part)))))

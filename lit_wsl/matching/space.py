@@ -17,7 +17,7 @@ from typing import Any
 
 from lit_wsl.matching.answers import is_doubtful, is_only_renamed
 from lit_wsl.matching.formula import is_query_or_key
-from lit_wsl.matching.layers import Region, Unit, is_fused, is_square, may_turn, regions
+from lit_wsl.matching.layers import Region, Unit, buffers_of, home_of, is_fused, is_square, may_turn, recorded, regions
 from lit_wsl.matching.layouts import rotating_towers
 from lit_wsl.matching.parts import (
     MAX_OPTIONS,
@@ -43,6 +43,7 @@ from lit_wsl.matching.turns import (
     by_head,
     first_of_parts,
     groupings,
+    in_one_copy,
     is_turn,
     laid_out,
     layouts_of,
@@ -64,7 +65,7 @@ from lit_wsl.plan.operations import (
     Unstack,
 )
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
+from lit_wsl.structure.description import ModelDescription, Shape
 
 Pick = Callable[["int | None"], Any]
 
@@ -116,11 +117,7 @@ class Space:
         self._all: dict[int, list[int]] = {}
         self._known: dict[tuple[int, tuple[int, ...]], list[PlanEntry]] = {}
         self._pieces: dict[tuple[Any, ...], list[PlanEntry]] = {}
-        self._buffers: tuple[dict[str, list[ParameterInfo]], dict[str, list[ParameterInfo]]] = ({}, {})
-        for side, found in zip((source, target), self._buffers):
-            for info in side.parameters:
-                if info.kind == "buffer":
-                    found.setdefault(info.module_path, []).append(info)
+        self._buffers = buffers_of(source), buffers_of(target)
         self._buffers_too = plan.options.get("buffers") != "exclude"
         self._claims = {t: set(e.sources) for e in plan for t in e.targets}
         self._filled = set(self._claims)  # what is not among these is open anyhow
@@ -130,7 +127,7 @@ class Space:
         self._turned = {t for e in plan for t in e.targets if any(map(is_turn, e.operations))}
         self._orders = {frozenset(names): names for e in plan if (names := first_of_parts(e))}
         self._told: set[str] = set()  # targets whose names, or whose place in the same code, tell their source
-        self._rotations = Rotations(turnings)
+        self._rotations, self.shows_turns = Rotations(turnings), bool(turnings)
         self._rotates = rotating_towers(source, target)
         if self._rotations:
             self._rotates = lambda name: True
@@ -141,15 +138,14 @@ class Space:
             return  # nothing is open
         self.hidden, self._gate_count = self._cells()
         self.regions = self._pair_regions(regions(source), regions(target))
-        if any(
-            is_query_or_key(u.path) and len(u.shapes[0]) == 2 and not self._turns(u)
-            for _, b in self.regions
-            for u in b.units
-        ):
+        units = [unit for _, ours in self.regions for unit in ours.units]
+        if any(is_query_or_key(u.path) and len(u.shapes[0]) == 2 and not self._turns(u) for u in units):
             self._rotations = Rotations(())  # names know of more
-        units = (unit for _, ours in self.regions for unit in ours.units)
         self._widths = Counter(size for unit in units for size in {n for shape in unit.shapes for n in shape})
         parts_of = [[Part(k, s, t) for s, t in groups_of(a.units, b.units)] for k, (a, b) in enumerate(self.regions)]
+        for part in (part for parts in parts_of for part in parts if not part.grows):
+            sides = part.source, part.target
+            part.covers = [c for c in part.covers if recorded(c, sides, self._buffers)] or part.covers
         told = {k: bool(sum(map(self._tell, parts_of[k]))) for k in range(1, len(parts_of))}
         orders = {k: self._orders_of(k, told[k]) for k in told}
         # Where lists have other names and any order, the numbers of what stands beside them tell as little.
@@ -463,9 +459,12 @@ class Space:
 
     def entries(self, choice: Sequence[int]) -> Iterator[tuple[PlanEntry, bool]]:
         """The entries that a choice means, and whether they are switched on."""
+        odd = tuple(choice[len(self.decisions) :])
         for number, part in enumerate(self.parts):
-            on = choice[part.which] >= 0
-            yield from ((entry, on) for entry in self.entries_of(number, choice))
+            entries, on = self.entries_of(number, choice), choice[part.which] >= 0
+            if odd and odd[0] == number:
+                entries = in_one_copy(entries, part.target[odd[2]], part.target[odd[3]], odd[1])
+            yield from ((entry, on) for entry in entries)
 
     def _entries_of(self, number: int, choice: Sequence[int]) -> list[PlanEntry]:
         def pick(decision: int | None) -> Any:
@@ -536,7 +535,7 @@ class Space:
         """The buffers beside a layer, which go where it goes."""
         if not self._buffers_too or s.times != 1 or t.times != 1:
             return []
-        theirs, ours = (u.names[0][k][0].rpartition(".")[0] for u, k in ((s, a), (t, b)))
+        theirs, ours = home_of(s, a), home_of(t, b)
         return [
             PlanEntry((i.name,), (j.name,), (), (i.shape,), (j.shape,), kind="buffer")
             for j in self._buffers[1].get(ours, ())

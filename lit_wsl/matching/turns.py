@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
-from lit_wsl.matching.layers import may_turn
+from lit_wsl.matching.layers import Unit, may_turn
 from lit_wsl.matching.shapes import operations_between, transpose_shape
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import Concat, Operation, Permute, Reorder, Reshape, Split, Stack, Transpose, Unstack
@@ -119,3 +120,14 @@ def first_of_parts(entry: PlanEntry) -> tuple[str, ...]:
         return ()
     stack = steps.get("stack") or steps.get("unstack")
     return names[:: stack.count] if isinstance(stack, (Stack, Unstack)) else names
+
+
+def in_one_copy(entries: Sequence[PlanEntry], one: Unit, other: Unit, copy: int) -> list[PlanEntry]:
+    """Entries with what goes to two like layers exchanged in one of the copies."""
+    swapped = {
+        a: b
+        for left, right in zip(one.names, other.names)
+        for x, y in zip(left[copy], right[copy])
+        for a, b in ((x, y), (y, x))
+    }
+    return [replace(e, targets=tuple(swapped.get(name, name) for name in e.targets)) for e in entries]

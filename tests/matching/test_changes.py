@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lit_wsl.matching.changes import options_of, twins_exchanged
+from lit_wsl.matching.changes import odd_ones, options_of, twins_exchanged
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.space import Space
@@ -101,3 +101,21 @@ def test_wholes_change_places_with_all_their_parts():
         together = {frozenset(whole) for cover in orders for pair in cover for whole in pair if len(whole) > 1}
         assert len(orders) == 6  # of three pairs
         assert together == {frozenset({k, k + 3}) for k in range(3)}  # none was parted
+
+
+def test_in_one_of_two_modules_alone_like_layers_may_stand_the_other_way_round():
+    class Pair(nn.Module):
+        def __init__(self, *names) -> None:
+            super().__init__()
+            self.inlet = nn.Linear(3, 6)
+            for name in names:
+                self.add_module(name, nn.ModuleList(nn.Linear(6, 6) for _ in range(2)))
+
+    sides = describe(Pair("a", "b").state_dict()), describe(Pair("attend", "sum"))
+    space = Space(*sides, build_plan(*sides, MatchingOptions()), counts=True)
+    first = {e.targets[0]: e.sources[0] for e in space.meaning(space.first)}
+    odd = [{e.targets[0]: e.sources[0] for e in space.meaning(choice)} for _, choice in odd_ones(space, space.first)]
+    changed = [{name.partition(".")[0] for name in first if first[name] != other[name]} for other in odd]
+    assert sorted(map(sorted, changed)) == [["attend"], ["sum"]]
+    assert all(sorted(other.values()) == sorted(first.values()) for other in odd)
+    assert not list(odd_ones(space, next(choice for _, choice in odd_ones(space, space.first))))

@@ -217,7 +217,7 @@ def test_what_the_search_found_about_as_good_is_a_rival_however_much_it_changes(
     seen = {(0, 0): noise, (1, 1): noise[::-1], (1, 0): [x + 9 for x in noise], (0, 1): noise, (-1, 1): noise}
     judge = LossJudge(
         SimpleNamespace(
-            space=SimpleNamespace(meaning=lambda c: "same" if c == (0, 1) else c),
+            space=SimpleNamespace(meaning=lambda c: "same" if c == (0, 1) else c, rotary=None),
             score=None,
             budget=None,
             screened=sorted(seen),
@@ -226,6 +226,21 @@ def test_what_the_search_found_about_as_good_is_a_rival_however_much_it_changes(
         )
     )
     assert judge._as_good((0, 0)) == [(0, 0), (0, 1), (1, 1)]  # what means the same is no rival in the end
+
+
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_whether_samples_depend_on_each_other_is_seen_by_measuring_some_alone(contrastive):
+    generator = torch.Generator().manual_seed(0)
+    net, x = nn.Linear(6, 6), torch.randn(32, 6, generator=generator)
+
+    def measured(net, batch):
+        (x,) = batch
+        scores = net(x) @ x.T if contrastive else net(x)
+        return F.cross_entropy(scores, torch.arange(len(x)) if contrastive else (x > 0).long().sum(1) % 6)
+
+    meter = LossMeter(net, measured, [(x,)])
+    assert meter.has(0)
+    assert Bench({}, meter, None, meter.losses({}, 0)).depend == contrastive
 
 
 @pytest.mark.parametrize("far", [False, True])

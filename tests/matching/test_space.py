@@ -475,3 +475,20 @@ def test_single_numbers_are_asked_about_like_others():
     plan = build_plan(*sides, MatchingOptions())
     doubtful = replace(plan, entries=tuple(replace(e, margin=0.0) for e in plan))
     assert Space(*sides, doubtful, counts=True, trust=False).regions
+
+
+def test_layers_that_keep_statistics_go_to_such_layers():
+    class Normed(nn.Module):
+        def __init__(self, kinds) -> None:
+            super().__init__()
+            self.inlet = nn.Linear(3, D)
+            for name, kind in kinds.items():
+                self.add_module(name, kind(D))
+
+    old = Normed({"ln": nn.LayerNorm, "bn": nn.BatchNorm1d, "again": nn.LayerNorm})
+    new = Normed({"x": nn.BatchNorm1d, "y": nn.LayerNorm, "z": nn.LayerNorm})
+    sides = describe(old.state_dict()), describe(new)
+    space = Space(*sides, build_plan(*sides, MatchingOptions()), trust=False)
+    part = next(part for part in space.parts if any(unit.path == "x" for unit in part.target))
+    assert len(part.covers) == 2
+    assert all("bn -> x" in part.describe(cover) for cover in part.covers)
