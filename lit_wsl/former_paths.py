@@ -32,6 +32,9 @@ FORMER_PATHS = {
     "lit_wsl.rebasin.metrics.comparison": "lit_wsl.rebasin.metrics.functional",
     "lit_wsl.rebasin.metrics.matrices": "lit_wsl.rebasin.metrics.functional",
     "lit_wsl.rebasin.metrics.vectors": "lit_wsl.rebasin.metrics.functional",
+    "lit_wsl.rebasin.rebasing": "lit_wsl.rebasin.merging.rebase",
+    "lit_wsl.rebasin.rebasing.fitting": "lit_wsl.rebasin.merging.fitting",
+    "lit_wsl.rebasin.rebasing.rebase": "lit_wsl.rebasin.merging.rebase",
     "lit_wsl.rebasin.spec.apply": "lit_wsl.rebasin.spec.spec",
     "lit_wsl.rebasin.spec_axis": "lit_wsl.rebasin.spec.axis",
     "lit_wsl.rebasin.task_vectors": "lit_wsl.rebasin.matching.weights",
@@ -76,7 +79,10 @@ class _FormerPaths:
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         sys.modules[spec.name.rpartition(".")[0]].__class__ = _Package
-        return import_module(FORMER_PATHS[spec.name])
+        module = import_module(FORMER_PATHS[spec.name])
+        if any(path.startswith(f"{spec.name}.") for path in FORMER_PATHS):  # a folder once
+            vars(module).setdefault("__path__", [])
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         from importlib.util import find_spec

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lit_wsl.callbacks.streams import NoSampleError, first_of_stream
 from lit_wsl.errors import reason
-from lit_wsl.structure.execution_order import Step, only_child
+from lit_wsl.structure.execution_order import Step, callee
 from lit_wsl.structure.running import Call, preserved_objects, preserved_rng, ways_to_call
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def find_samples(trainer: pl.Trainer, module: pl.LightningModule, stage: str) ->
             except Exception as error:
                 reasons.append(reason(error))
             else:
-                calls += ways_to_call(_callee(module), batch)
+                calls += ways_to_call(callee(module)[0], batch)
                 steps += [((Step(STEPS[kind], batch),), {})] if is_overridden(STEPS[kind], module) else []
                 break
         calls += [*_example_calls(module), *steps]
@@ -214,9 +214,3 @@ def _example_calls(module: pl.LightningModule) -> list[Call]:
     if isinstance(example, dict):
         return [((), dict(example))]
     return [(tuple(example) if isinstance(example, (tuple, list)) else (example,), {})]
-
-
-def _callee(module: pl.LightningModule) -> nn.Module:
-    """The module whose ``forward`` takes the batch: the model's own, or that of the network it wraps."""
-    path = None if is_overridden("forward", module) else only_child(module)
-    return module if path is None else module.get_submodule(path)

@@ -23,7 +23,6 @@ from lit_wsl.rebasin.job_model import (
     Outputs,
     best_matcher,
     call_like,
-    callee,
     find_spec,
     prove_spec,
     read_run,
@@ -32,6 +31,7 @@ from lit_wsl.rebasin.job_model import (
 from lit_wsl.rebasin.merging.merge import is_continuous, is_statistic
 from lit_wsl.rebasin.responses import has_batch_statistics
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+from lit_wsl.structure.execution_order import callee
 from lit_wsl.structure.running import Call, ways_to_call
 
 

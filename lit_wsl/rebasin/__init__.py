@@ -16,7 +16,7 @@ from lit_wsl.rebasin.matching.weights import (
 )
 from lit_wsl.rebasin.merging.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
 from lit_wsl.rebasin.merging.merge import average, interpolate, repair, slerp, task_arithmetic, ties
-from lit_wsl.rebasin.rebasing.rebase import RebaseResult, rebase
+from lit_wsl.rebasin.merging.rebase import RebaseResult, rebase
 from lit_wsl.rebasin.responses import reestimate_batchnorm
 from lit_wsl.rebasin.spec.axis import AxisSpec, AxisUse, PermutationGroup, Permutations
 from lit_wsl.rebasin.spec.builder import PermutationSpecBuilder

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -24,7 +24,7 @@ from lit_wsl.rebasin.matching.weights import MatchingResult, weight_matching_for
 from lit_wsl.rebasin.merging.merge import FOLD, adapter_factors, is_continuous
 from lit_wsl.rebasin.responses import reestimate_batchnorm
 from lit_wsl.rebasin.spec.spec import PermutationSpec
-from lit_wsl.structure.execution_order import only_child
+from lit_wsl.structure.execution_order import callee
 from lit_wsl.structure.running import Call, named_nested, ways_to_call
 
 if TYPE_CHECKING:
@@ -79,11 +79,8 @@ def resolve_outputs(given: Outputs | str | None) -> Outputs | None:
         if given is not None and not callable(given):
             raise RebasinError(f"outputs={given!r} is neither a function nor the import path of one")
         return given
-    place, _, name = given.rpartition(":" if ":" in given else ".")
     try:
-        found: Any = importlib.import_module(place)
-        for part in name.split("."):
-            found = getattr(found, part)
+        found: Any = resolve_name(given)
     except (ImportError, AttributeError, ValueError) as error:
         raise RebasinError(f"outputs={given!r} cannot be imported: {error}") from error
     if not callable(found):
@@ -156,17 +153,6 @@ def read_run(module: nn.Module, state: Mapping[str, Tensor], what: str, complete
             "(lit-wsl map --adapt), or build the model in its sizes."
         )
     return {name: found[name] for name in own if name in found and name not in other}
-
-
-def callee(module: nn.Module) -> tuple[nn.Module, str]:
-    """The module that a sample is for, and the prefix of its names: the model, or the network it wraps."""
-    from lightning.pytorch import LightningModule
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
-    if not isinstance(module, LightningModule) or is_overridden("forward", module):
-        return module, ""
-    path = only_child(module)
-    return (module, "") if path is None else (module.get_submodule(path), f"{path}.")
 
 
 def find_spec(

@@ -262,6 +262,17 @@ def only_child(module: nn.Module) -> str | None:
     return holding[0] if len(holding) == 1 else None
 
 
+def callee(module: nn.Module) -> tuple[nn.Module, str]:
+    """The module that a sample is for, and the prefix of its names: the model, or the network it wraps."""
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    if not isinstance(module, LightningModule) or is_overridden("forward", module):
+        return module, ""
+    path = only_child(module)
+    return (module, "") if path is None else (module.get_submodule(path), f"{path}.")
+
+
 _HOOKS = (  # what gathers, scatters and reshards around each call; state-dict hooks stay, for the names
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",

@@ -184,6 +184,8 @@ def test_what_was_public_is_found_where_it_was(path: str) -> None:
         ("lit_wsl.mapper.options", "lit_wsl.mapper", "MatchingOptions"),
         ("lit_wsl.rebasin.task_vectors", "lit_wsl.rebasin", "task_vector"),
         ("lit_wsl.rebasin.matching", "lit_wsl.rebasin", "weight_matching"),
+        ("lit_wsl.rebasin.rebasing.rebase", "lit_wsl.rebasin", "RebaseResult"),
+        ("lit_wsl.rebasin.rebasing.fitting", "lit_wsl.rebasin.merging.fitting", "procrustes"),
     ],
 )
 def test_older_paths_give_the_same_object(older: str, newer: str, name: str) -> None:

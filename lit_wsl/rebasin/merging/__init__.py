@@ -1,4 +1,4 @@
-"""One model out of several that were aligned, and what lies between them."""
+"""What is made of aligned models: one out of several, what lies between two, a fine-tuning on another base."""
 
 from lit_wsl.rebasin.merging.merge import average, interpolate, linear_combination, task_arithmetic
 

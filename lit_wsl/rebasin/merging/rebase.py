@@ -3,7 +3,7 @@
 ``new_base + moved(finetuned - old_base)``: what moves the units of the old base to those of the new one is found on the
 bases and applied to the task vector (Rinaldi et al. 2025, "Update Your Transformer to the Latest Release: Re-Basin of
 Task Vectors", permute). Beyond permuting, a task vector may be turned, and fitted to unlabelled data
-(:mod:`lit_wsl.rebasin.rebasing.fitting`). How much of it arrives needs no labels either: the outputs of the fine-tuned
+(:mod:`lit_wsl.rebasin.merging.fitting`). How much of it arrives needs no labels either: the outputs of the fine-tuned
 model differ from the old base's, and those of the result from the new base's should alike.
 """
 
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lit_wsl.errors import RebasinError, Summarised
 from lit_wsl.rebasin.matching.activations import best_matching, joint_matching, midpoint_gap
 from lit_wsl.rebasin.matching.weights import MatchingResult, matched_names, weight_matching
+from lit_wsl.rebasin.merging.fitting import SAMPLES, Maps, Samples, fit_task_vector, layers, procrustes, turn_tensor
 from lit_wsl.rebasin.merging.merge import is_continuous, is_statistic, task_arithmetic
-from lit_wsl.rebasin.rebasing.fitting import SAMPLES, Maps, Samples, fit_task_vector, layers, procrustes, turn_tensor
 from lit_wsl.rebasin.responses import Forward, Responses, call_on_inputs, channel_axis, drawn, output_axis
 from lit_wsl.rebasin.spec.axis import Permutations
 from lit_wsl.rebasin.spec.spec import PermutationSpec, permute_axes

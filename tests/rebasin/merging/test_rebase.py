@@ -11,7 +11,7 @@ from torch import nn
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin import apply_permutation, infer_permutation_spec, rebase, reestimate_batchnorm, task_vector
-from lit_wsl.rebasin.rebasing.fitting import identity_maps, innermost, procrustes, turn_tensor
+from lit_wsl.rebasin.merging.fitting import identity_maps, innermost, procrustes, turn_tensor
 
 
 def conv_net(seed: int = 0, classes: int = 4) -> nn.Module:

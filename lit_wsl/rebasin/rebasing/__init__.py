@@ -1,1 +1,0 @@
-"""Carry a fine-tuning to another release of its pretrained model."""
