@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -149,166 +148,6 @@ def as_module(source: ModelDescription, module: ModelDescription) -> ModelDescri
     return module
 
 
-class MappingViews(ShownInNotebooks, ABC):
-    """The views of a mapping, for a class that holds both sides and makes the mapping when it is first asked for.
-
-    Attributes:
-        source: The source's side.
-        target: The target's side.
-        options: How the mapping was made; up to date once ``result`` has been asked for.
-    """
-
-    source: ModelDescription
-    target: ModelDescription
-    options: MatchingOptions
-    _notes: list[str]  # what the user should know beside the mapping
-
-    @property
-    @abstractmethod
-    def result(self) -> MappingResult:
-        """The mapping to look at."""
-
-    def visualize_mapping(
-        self,
-        result: MappingResult | None = None,
-        show_unmatched: bool = True,
-        max_matches: int | None = 30,
-        max_unmatched: int | None = 15,
-        *,
-        by: By = "group",
-        folded: bool = True,
-        console: Console | None = None,
-    ) -> None:
-        """Print coverage, the mapping, what is ambiguous and what is left over.
-
-        Args:
-            result: The mapping to show; the last one by default.
-            show_unmatched: Also show what found no partner.
-            max_matches: At most so many lines of mappings; the lowest scores always stay. ``None`` for all.
-            max_unmatched: At most so many lines of leftovers per side; ``None`` for all.
-            by: One line per pair of modules (``"group"``) or per step (``"tensor"``).
-            folded: Fold lines that differ only by indices into ``blocks.{0..11}``.
-            console: Where to print.
-
-        Raises:
-            MappingError: If an option has a value that is not allowed.
-        """
-        from lit_wsl.report.terminal import MappingView, ReportView
-
-        if by not in get_args(By):
-            raise MappingError(f"by must be one of {', '.join(map(repr, get_args(By)))}; got {by!r}.")
-        _whole_number(max_matches=max_matches, max_unmatched=max_unmatched)
-        report = self._report(result)
-        table = MappingView(report.plan, by=by, folded=folded, max_rows=max_matches)
-        view = ReportView(
-            report, "Mapping", modules=False, mapping=table, limit=max_unmatched, show_gaps=show_unmatched
-        )
-        (console or Console()).print(view)
-
-    def visualize_hierarchies(
-        self, max_depth: int = 5, show_matches: bool = False, *, folded: bool = True, console: Console | None = None
-    ) -> None:
-        """Print both module trees side by side.
-
-        Args:
-            max_depth: Number of levels to show.
-            show_matches: Mark what is matched, and name the partner beside each module of the source.
-            folded: Fold repeated modules into one line, ``{0..11} x12``.
-            console: Where to print.
-        """
-        from lit_wsl.report.trees import HierarchyView
-
-        _whole_number(max_depth=max_depth)
-        plan = self.result.plan if show_matches else None
-        view = HierarchyView(self.source, self.target, plan, max_depth=max_depth, folded=folded)
-        (console or Console()).print(view)
-
-    def visualize_score_breakdown(self, name: str, *, console: Console | None = None) -> None:
-        """Print how the score of a tensor's match comes about, and who the runner-up was.
-
-        Args:
-            name: Name of a source or target tensor.
-            console: Where to print.
-
-        Raises:
-            MappingError: If neither model has a tensor of this name; the message names the nearest ones.
-        """
-        from lit_wsl.report.scores import BreakdownView
-
-        self._check_name(name)
-        view = BreakdownView(name, self.result.plan, self.source, self.target, self.options)
-        (console or Console()).print(view)
-
-    def print_analysis(self, top_n: int = 10, show_unmatched: bool = True, *, console: Console | None = None) -> None:
-        """Print coverage by module, the matches to look at first, and what is left over by reason.
-
-        Args:
-            top_n: Number of lines in each list.
-            show_unmatched: Also show what found no partner.
-            console: Where to print.
-        """
-        from lit_wsl.report.terminal import AnalysisView
-
-        _whole_number(top_n=top_n)
-        view = AnalysisView(self._report(), top_n=top_n, show_unmatched=show_unmatched)
-        (console or Console()).print(view)
-
-    def export_mapping_report(self, output_path: str | os.PathLike[str]) -> Path:
-        """Write the mapping as JSON: models, counts, coverage, every step with scores, shapes and operation, leftovers.
-
-        Args:
-            output_path: The file to write, atomically. The schema is ``lit_wsl/report/assets/schema.json``.
-
-        Raises:
-            CheckpointError: If the file cannot be written.
-        """
-        from lit_wsl.report.json_report import save_json
-
-        return save_json(self.result, output_path, **self._context())
-
-    def save_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write the interactive report: one file that needs no network.
-
-        Raises:
-            CheckpointError: If the file cannot be written.
-        """
-        from lit_wsl.report.html import save_html
-
-        return save_html(self.result, path, **self._context())
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from lit_wsl.report.terminal import MappingView, ReportView
-
-        report = self._report()
-        yield ReportView(report, "Mapping", modules=False, mapping=MappingView(report.plan, max_rows=10))
-
-    def _repr_html_(self) -> str:
-        from lit_wsl.report.drawing import as_html
-
-        return as_html(self)
-
-    def _report(self, result: MappingResult | None = None) -> TransferReport:
-        """A mapping as the report of a transfer that was not done."""
-        shown = result if result is not None else self.result  # making it adds notes
-        if not isinstance(shown, MappingResult):
-            raise ArgumentTypeError(f"result must be what suggest_mapping returned, but it is {what_it_is(shown)}.")
-        notes = tuple(dict.fromkeys((*shown.plan.notes, *self._notes)))
-        report = TransferReport.of(shown.plan, shown.coverage, self.source, self.target, notes=notes)
-        return replace(report, applied=False)
-
-    def _context(self) -> dict[str, Any]:
-        """What a saved report shows besides the result, once that is there: making it adds notes."""
-        return {"source": self.source, "target": self.target, "notes": self._notes, "options": self.options}
-
-    def _check_name(self, name: str) -> None:
-        if name in self.source or name in self.target:
-            return
-        known = dict.fromkeys(info.name for side in (self.source, self.target) for info in side.parameters)
-        inside = [tensor for tensor in known if tensor.startswith(f"{name}.")]
-        hint = f" It is a module; its tensors are {listed(inside)}." if inside else did_you_mean(str(name), known)
-        raise MappingError(f"neither model has a tensor named {name!r}.{hint}")
-
-
 def _whole_number(**options: int | None) -> None:
     for option, value in options.items():
         if value is not None and not isinstance(value, int):
@@ -318,7 +157,7 @@ def _whole_number(**options: int | None) -> None:
 Pairs = Sequence[tuple[Any, Any]]
 
 
-class WeightMapper(MappingViews):
+class WeightMapper(ShownInNotebooks):
     """Match the tensors of a source model to those of a target model.
 
     The mapper works on names, shapes and structure only. It reads no tensor data, changes neither model, and gives
@@ -337,6 +176,11 @@ class WeightMapper(MappingViews):
             underscores, digits and capitals: ``[({"encoder"}, {"decoder"})]``.
         buffer_matching_mode: ``"exclude"`` ignores buffers, ``"lenient"`` takes them along where they fit,
             ``"strict"`` refuses a module whose buffers don't all match.
+
+    Attributes:
+        source: The source's side.
+        target: The target's side.
+        options: How the mapping was made; up to date once ``result`` has been asked for.
 
     Raises:
         MappingError: If a side is missing or empty, or an option has a value that is not allowed.
@@ -528,6 +372,146 @@ class WeightMapper(MappingViews):
     def get_unmatched(self) -> dict[str, list[str]]:
         """Names without a partner: ``{"source": [...], "target": [...]}``."""
         return self.result.get_unmatched()
+
+    def visualize_mapping(
+        self,
+        result: MappingResult | None = None,
+        show_unmatched: bool = True,
+        max_matches: int | None = 30,
+        max_unmatched: int | None = 15,
+        *,
+        by: By = "group",
+        folded: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        """Print coverage, the mapping, what is ambiguous and what is left over.
+
+        Args:
+            result: The mapping to show; the last one by default.
+            show_unmatched: Also show what found no partner.
+            max_matches: At most so many lines of mappings; the lowest scores always stay. ``None`` for all.
+            max_unmatched: At most so many lines of leftovers per side; ``None`` for all.
+            by: One line per pair of modules (``"group"``) or per step (``"tensor"``).
+            folded: Fold lines that differ only by indices into ``blocks.{0..11}``.
+            console: Where to print.
+
+        Raises:
+            MappingError: If an option has a value that is not allowed.
+        """
+        from lit_wsl.report.terminal import MappingView, ReportView
+
+        if by not in get_args(By):
+            raise MappingError(f"by must be one of {', '.join(map(repr, get_args(By)))}; got {by!r}.")
+        _whole_number(max_matches=max_matches, max_unmatched=max_unmatched)
+        report = self._report(result)
+        table = MappingView(report.plan, by=by, folded=folded, max_rows=max_matches)
+        view = ReportView(
+            report, "Mapping", modules=False, mapping=table, limit=max_unmatched, show_gaps=show_unmatched
+        )
+        (console or Console()).print(view)
+
+    def visualize_hierarchies(
+        self, max_depth: int = 5, show_matches: bool = False, *, folded: bool = True, console: Console | None = None
+    ) -> None:
+        """Print both module trees side by side.
+
+        Args:
+            max_depth: Number of levels to show.
+            show_matches: Mark what is matched, and name the partner beside each module of the source.
+            folded: Fold repeated modules into one line, ``{0..11} x12``.
+            console: Where to print.
+        """
+        from lit_wsl.report.trees import HierarchyView
+
+        _whole_number(max_depth=max_depth)
+        plan = self.result.plan if show_matches else None
+        view = HierarchyView(self.source, self.target, plan, max_depth=max_depth, folded=folded)
+        (console or Console()).print(view)
+
+    def visualize_score_breakdown(self, name: str, *, console: Console | None = None) -> None:
+        """Print how the score of a tensor's match comes about, and who the runner-up was.
+
+        Args:
+            name: Name of a source or target tensor.
+            console: Where to print.
+
+        Raises:
+            MappingError: If neither model has a tensor of this name; the message names the nearest ones.
+        """
+        from lit_wsl.report.scores import BreakdownView
+
+        self._check_name(name)
+        view = BreakdownView(name, self.result.plan, self.source, self.target, self.options)
+        (console or Console()).print(view)
+
+    def print_analysis(self, top_n: int = 10, show_unmatched: bool = True, *, console: Console | None = None) -> None:
+        """Print coverage by module, the matches to look at first, and what is left over by reason.
+
+        Args:
+            top_n: Number of lines in each list.
+            show_unmatched: Also show what found no partner.
+            console: Where to print.
+        """
+        from lit_wsl.report.terminal import AnalysisView
+
+        _whole_number(top_n=top_n)
+        view = AnalysisView(self._report(), top_n=top_n, show_unmatched=show_unmatched)
+        (console or Console()).print(view)
+
+    def export_mapping_report(self, output_path: str | os.PathLike[str]) -> Path:
+        """Write the mapping as JSON: models, counts, coverage, every step with scores, shapes and operation, leftovers.
+
+        Args:
+            output_path: The file to write, atomically. The schema is ``lit_wsl/report/assets/schema.json``.
+
+        Raises:
+            CheckpointError: If the file cannot be written.
+        """
+        from lit_wsl.report.json_report import save_json
+
+        return save_json(self.result, output_path, **self._context())
+
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the interactive report: one file that needs no network.
+
+        Raises:
+            CheckpointError: If the file cannot be written.
+        """
+        from lit_wsl.report.html import save_html
+
+        return save_html(self.result, path, **self._context())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from lit_wsl.report.terminal import MappingView, ReportView
+
+        report = self._report()
+        yield ReportView(report, "Mapping", modules=False, mapping=MappingView(report.plan, max_rows=10))
+
+    def _repr_html_(self) -> str:
+        from lit_wsl.report.drawing import as_html
+
+        return as_html(self)
+
+    def _report(self, result: MappingResult | None = None) -> TransferReport:
+        """A mapping as the report of a transfer that was not done."""
+        shown = result if result is not None else self.result  # making it adds notes
+        if not isinstance(shown, MappingResult):
+            raise ArgumentTypeError(f"result must be what suggest_mapping returned, but it is {what_it_is(shown)}.")
+        notes = tuple(dict.fromkeys((*shown.plan.notes, *self._notes)))
+        report = TransferReport.of(shown.plan, shown.coverage, self.source, self.target, notes=notes)
+        return replace(report, applied=False)
+
+    def _context(self) -> dict[str, Any]:
+        """What a saved report shows besides the result, once that is there: making it adds notes."""
+        return {"source": self.source, "target": self.target, "notes": self._notes, "options": self.options}
+
+    def _check_name(self, name: str) -> None:
+        if name in self.source or name in self.target:
+            return
+        known = dict.fromkeys(info.name for side in (self.source, self.target) for info in side.parameters)
+        inside = [tensor for tensor in known if tensor.startswith(f"{name}.")]
+        hint = f" It is a module; its tensors are {listed(inside)}." if inside else did_you_mean(str(name), known)
+        raise MappingError(f"neither model has a tensor named {name!r}.{hint}")
 
     def __repr__(self) -> str:
         state = "not matched yet" if self._result is None else f"{len(self._result.plan)} steps"
