@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,19 +27,6 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 Layout = list[list[NewGroup]]
-
-
-class Engine(Protocol):
-    """What depends on how a strategy holds the model."""
-
-    groups: Layout
-    keep: Keep | None
-
-    def order(self) -> NewOrder:
-        """The order of the new model's parameters."""
-
-    def load(self, states: Sequence[dict[str, Any]]) -> None:
-        """Give the optimizers their states."""
 
 
 class Whole:
@@ -144,6 +131,10 @@ class Flattened:
                     f"FullyShardedDataParallel does not take the optimizer's states: {error}. With "
                     "FSDPStrategy(use_orig_params=True) parameters that it joins may have states of their own."
                 ) from error
+
+
+Engine = Whole | Flattened
+"""What depends on how a strategy holds the model: the groups, the order, how states are loaded."""
 
 
 def is_flattened(engine: object) -> bool:

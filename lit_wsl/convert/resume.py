@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -50,6 +50,7 @@ from lit_wsl.convert.weights import Translation
 from lit_wsl.errors import CheckpointError
 from lit_wsl.transfer.apply import copy_into
 from lit_wsl.transfer.ranks import Ranks, has_sharded_tensors
+from lit_wsl.transfer.undo import UndoLog
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -71,16 +72,6 @@ class ResumeOptions:
     mode: Literal["optimizer", "all"]
     carry: CarryOptions = field(default_factory=CarryOptions)
     drop: tuple[str, ...] = ()
-
-
-class WayBack(Protocol):
-    """Remembers how to undo what is done next."""
-
-    def later(self, name: str, put_back: Callable[[], None]) -> None:
-        """Remember one thing."""
-
-    def moved(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back into these what was remembered of others of their names."""
 
 
 class Resume:
@@ -232,7 +223,7 @@ class Resume:
 
     def begin(
         self,
-        undo: WayBack,
+        undo: UndoLog,
         done: Callable[[tuple[str, ...]], None],
         failed: Callable[[BaseException], BaseException],
         *,
@@ -279,7 +270,7 @@ class Resume:
                 raise failed(error) from error.__cause__
 
     def _undone(
-        self, error: BaseException, undo: WayBack, failed: Callable[[BaseException], BaseException]
+        self, error: BaseException, undo: UndoLog, failed: Callable[[BaseException], BaseException]
     ) -> BaseException:
         """Take everything back, on all processes at once; a model that was flattened since is made whole for it."""
         engine = self.trainer.strategy.model
@@ -362,7 +353,7 @@ class Resume:
             self.notes.append("the checkpoint does not tell how far its loops were: epochs and steps count from zero")
         return content
 
-    def _restore_training(self, undo: WayBack, restore: Callable[[], None]) -> tuple[str, ...]:
+    def _restore_training(self, undo: UndoLog, restore: Callable[[], None]) -> tuple[str, ...]:
         """Optimizers, schedulers and what comes with them, after every callback's ``on_fit_start``."""
         trainer, mode = self.trainer, self.options.mode
         engine = self._engine()
@@ -453,7 +444,7 @@ def _is_state_of(callback: Any, key: Any) -> bool:
     return key in (callback.state_key, callback._legacy_state_key)
 
 
-def _remember(trainer: pl.Trainer, undo: WayBack) -> None:
+def _remember(trainer: pl.Trainer, undo: UndoLog) -> None:
     """Register the ways back of what is restored now."""
 
     def back(thing: Any) -> Callable[[], None]:
