@@ -30,6 +30,7 @@ from lit_wsl.report.loggers import log_report
 from lit_wsl.report.report import TransferReport
 from lit_wsl.report.terminal import print_report
 from lit_wsl.structure import ModelDescription, describe
+from lit_wsl.structure.families import prefixes
 from lit_wsl.transfer.apply import copy_into, live_tensors
 
 if TYPE_CHECKING:
@@ -151,8 +152,7 @@ def shadows(trainer: pl.Trainer, model: nn.Module, ours: Any) -> Iterator[Shadow
     """Find the copies of the model that other callbacks keep, by structure: modules that hold all its tensors."""
     inside = {id(sub) for sub in model.modules()}
     shapes = {n: t.shape for n, t in live_tensors(model).items() if not nn.parameter.is_lazy(t)}
-    first = next(iter(shapes), None)
-    if first is None:
+    if not shapes:
         return
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
     place = callbacks.index(ours) if ours in callbacks else len(callbacks)
@@ -161,9 +161,8 @@ def shadows(trainer: pl.Trainer, model: nn.Module, ours: Any) -> Iterator[Shadow
             if not isinstance(value, nn.Module) or id(value) in inside:
                 continue
             theirs = {n: t.shape for n, t in live_tensors(value).items() if not nn.parameter.is_lazy(t)}
-            prefixes = [name[: -len(first)] for name in theirs if name == first or name.endswith("." + first)]
-            for prefix in prefixes:
-                if all(theirs.get(prefix + name) == shape for name, shape in shapes.items()):
+            for prefix in prefixes(list(shapes), theirs):
+                if all(theirs[prefix + name] == shape for name, shape in shapes.items()):
                     yield Shadow(callback, value, prefix, index < place)
                     break
 

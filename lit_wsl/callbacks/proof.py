@@ -24,10 +24,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
-from lit_wsl.callbacks.sample import STEPS, instead, places, to_model
+from lit_wsl.callbacks.sample import STEPS, batch_of, instead, places, to_model
 from lit_wsl.callbacks.streams import NoSampleError, stream
 from lit_wsl.checkpoint import Checkpoint
 from lit_wsl.matching.judge import PASSES
@@ -215,13 +214,8 @@ class _Data:
 
     def batch(self, number: int) -> Any:
         """A batch in the form in which the loaders would give it."""
-        loaders = self._made()
-        if isinstance(loaders, (list, tuple)) and loaders and not isinstance(loaders[0], DataLoader):
-            return loaders[number]
         places = itertools.count()
-        if isinstance(loaders, (list, tuple, dict)):
-            return tree_map(lambda loader: self._of(loader, number, next(places)), loaders)
-        return self._of(loaders, number, next(places))
+        return batch_of(self._made(), number, lambda loader: self._of(loader, number, next(places)))
 
     def _made(self) -> Any:
         """The loaders; a datamodule that was not set up for training is, for each batch anew."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,8 @@ def find_samples(trainer: pl.Trainer, module: pl.LightningModule, stage: str) ->
         for kind, owner, name in places(trainer, module, stage, _LOADERS.get(stage, _LOADERS["fit"])):
             try:
                 with preserved_objects(owner):
-                    batch = _batch(getattr(owner, name)() if name is not None else owner)
+                    loaders = getattr(owner, name)() if name is not None else owner
+                    batch = batch_of(loaders, 0, _small_batch)
                     batch = to_model(batch, trainer, module)
             except NoSampleError as error:
                 reasons.append(str(error))
@@ -103,20 +104,20 @@ def places(
             yield name, module, name
 
 
-def _batch(loaders: Any) -> Any:
-    """One small batch in the form in which ``loaders`` would give it."""
+def batch_of(loaders: Any, number: int, read: Callable[[Any], Any]) -> Any:
+    """A batch in the form in which ``loaders`` would give it, made of what is read of each."""
     if isinstance(loaders, CombinedLoader):
         loaders = loaders.iterables
     if isinstance(loaders, (list, tuple)) and loaders and not isinstance(loaders[0], DataLoader):
-        return loaders[0]  # a list of ready batches
+        return loaders[number]  # a list of ready batches
     if isinstance(loaders, (list, tuple, dict)):
         if not loaders:
             raise NoSampleError("the list of data loaders is empty")
-        return tree_map(_loader_batch, loaders)
-    return _loader_batch(loaders)
+        return tree_map(read, loaders)
+    return read(loaders)
 
 
-def _loader_batch(loader: Any) -> Any:
+def _small_batch(loader: Any) -> Any:
     if not hasattr(loader, "dataset"):  # not PyTorch's
         return loader[0] if isinstance(loader, Sequence) and len(loader) else first_of_stream(loader)
     dataset = loader.dataset

@@ -25,6 +25,7 @@ from torch import Tensor
 from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
+from lit_wsl.structure.description import memory_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,14 @@ Leaf = Tensor | LazyTensor
 def tensors_of(entries: Mapping[Any, Any]) -> dict[str, Leaf]:
     """The tensors among the entries of a mapping that have names."""
     return {k: v for k, v in entries.items() if isinstance(k, str) and isinstance(v, Leaf)}
+
+
+def with_ties(tensors: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """Some tensors made anew, and with them those that were tied to them; the others as they are."""
+    tied = {memory_of(tensors[n]): value for n, value in made.items() if isinstance(tensors.get(n), Tensor)}
+    tied.pop(None, None)  # an empty one is tied to none
+    memory = {n: memory_of(value) if isinstance(value, Tensor) else None for n, value in tensors.items()}
+    return {n: made.get(n, tied.get(memory[n], value)) for n, value in tensors.items()}
 
 
 @dataclass(frozen=True)

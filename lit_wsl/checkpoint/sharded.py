@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint.allowlist import RefusedError
-from lit_wsl.checkpoint.document import Document, LazyTensor
+from lit_wsl.checkpoint.document import Document, LazyTensor, with_ties
 from lit_wsl.checkpoint.records import ForeignObject, as_mapping
 from lit_wsl.checkpoint.torch_file import MappedFile, read_zip
 from lit_wsl.checkpoint.unpickler import unpickle
@@ -291,13 +291,7 @@ def _join_stage_2(
             at += math.prod(shape)
         if not 0 <= sum(map(len, vectors)) - at <= 4096 * len(vectors):  # padding for alignment
             raise CheckpointError(_remedy(path, "its optimizer's parts do not add up to the parameters' sizes"))
-    tied = {_place(module[name]): value for name, value in joined.items() if isinstance(module.get(name), Tensor)}
-    return {name: joined.get(name, tied.get(_place(value), value)) for name, value in module.items()} | joined
-
-
-def _place(value: Any) -> Any:
-    """What two names of one tied weight have in common."""
-    return (value.data_ptr(), value.shape) if isinstance(value, Tensor) and value.numel() else None
+    return with_ties(module, joined) | joined
 
 
 def _join_stage_3(

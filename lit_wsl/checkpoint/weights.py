@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_wsl.checkpoint.allowlist import RefusedError
-from lit_wsl.checkpoint.document import Leaf, numpy_array
+from lit_wsl.checkpoint.document import Leaf, numpy_array, with_ties
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject, as_mapping
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.families import find_average, speaks_of_average
@@ -194,9 +194,7 @@ def list_average(tree: Any, model: Nest) -> tuple[str, Nest] | None:
         if places is None:
             continue
         found: dict[str, Leaf] = {names[place]: value for place, value in zip(places, values)}
-        tied = {_address(model.tensors[name]): value for name, value in found.items()}
-        average = {name: found.get(name, tied.get(_address(leaf), leaf)) for name, leaf in model.tensors.items()}
-        return ".".join(path), Nest(model.path, average, model.extra)
+        return ".".join(path), Nest(model.path, with_ties(model.tensors, found), model.extra)
     return None
 
 
@@ -238,10 +236,6 @@ def _only_fit(part: Sequence[tuple[int, ...]], whole: Sequence[tuple[int, ...]])
         places.append(begin)
         begin += 1
     return places
-
-
-def _address(leaf: Leaf) -> Any:
-    return (leaf.data_ptr(), leaf.shape) if isinstance(leaf, Tensor) and leaf.numel() and not leaf.is_meta else None
 
 
 Weights = Literal["auto", "model", "ema"]

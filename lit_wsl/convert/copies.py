@@ -25,6 +25,7 @@ from lit_wsl.errors import CheckpointError, PlanError, listed
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import Cast
 from lit_wsl.structure.description import dtype_text
+from lit_wsl.structure.families import prefixes
 
 Path = tuple[Hashable, ...]
 """Keys from the top of a checkpoint."""
@@ -173,15 +174,12 @@ class CopyConverter:
 
         What changed names are relative to in the new model nobody knows.
         """
-        for name in self._place:
-            module = name[: -len(names[0])]
-            if not name.endswith("." + names[0]) or "." not in names[0]:
-                continue
-            if all(module + other in self._place for other in names):
-                new = [self._new.get(module + other) or "" for other in names]
-                start = new[0][: -len(names[0])]
-                return None if all(n == start + other for n, other in zip(new, names)) else module.rstrip(".")
-        return None
+        module = next(prefixes(names, self._place), None) if "." in names[0] else None
+        if module is None:
+            return None
+        new = [self._new.get(module + other) or "" for other in names]
+        start = new[0][: -len(names[0])]
+        return None if all(n == start + other for n, other in zip(new, names)) else module.rstrip(".")
 
     def _convert_items(self, path: Path, value: Any) -> Any:
         items = list(value)
@@ -357,13 +355,10 @@ class CopyConverter:
         tensors = tensors_of(mapping)
         if len(tensors) < 2:
             return None
-        first, value = next(iter(tensors.items()))
-        for name in self._place:
-            if name.endswith("." + first) and self._fits(name, value):
-                module = name[: -len(first)]
-                under = {n for n in self._place if n.startswith(module)}
-                if len(under) == len(tensors) and all(self._fits(module + k, v) for k, v in tensors.items()):
-                    return module
+        for module in filter(None, prefixes(list(tensors), self._place)):
+            under = [name for name in self._place if name.startswith(module)]
+            if len(under) == len(tensors) and all(self._fits(module + k, v) for k, v in tensors.items()):
+                return module
         return None
 
     def _convert_part(self, path: Path, value: Any, mapping: Mapping[Any, Any], module: str) -> Any:

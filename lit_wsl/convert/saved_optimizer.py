@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from lit_wsl.checkpoint.document import Leaf, materialize
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure.description import Shape
+from lit_wsl.structure.families import prefixes
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -390,9 +391,7 @@ def _written_names(optimizer: SavedOptimizer, parameters: Mapping[str, Shape]) -
     listed = [name for group in groups for name in group]
     if not listed or all(name in parameters for name in listed):
         return groups
-    first = listed[0]
-    prefixes = [name[: -len(first)] for name in parameters if name.endswith("." + first)]
-    fitting = [prefix for prefix in prefixes if all(prefix + name in parameters for name in listed)]
+    fitting = list(prefixes(listed, parameters))
     if len(fitting) != 1:
         lacking = next(name for name in listed if name not in parameters)
         raise CheckpointError(

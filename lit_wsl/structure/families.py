@@ -128,6 +128,19 @@ def _tail(name: str, letters: int) -> str:
     return name[at:]
 
 
+def prefixes(names: Sequence[str], known: Mapping[str, object]) -> Iterator[str]:
+    """What may stand before all of some names so that each is a known one; ``""`` where they are known as they are.
+
+    >>> list(prefixes(["w", "b"], dict.fromkeys(["net.w", "net.b", "head.w"])))
+    ['net.']
+    """
+    for longer in known:
+        if longer == names[0] or longer.endswith(f".{names[0]}"):
+            prefix = longer[: len(longer) - len(names[0])]
+            if all(prefix + name in known for name in names):
+                yield prefix
+
+
 _INDEX = re.compile(r"(?:(?<=[._/])|^)\d+(?=[._/]|$)")
 
 

@@ -30,6 +30,7 @@ from lit_wsl.structure.execution_order import (
     only_child,
     take_shapes,
 )
+from lit_wsl.structure.families import prefixes
 from lit_wsl.transfer.memory import shown
 from lit_wsl.transfer.ranks import has_sharded_tensors
 
@@ -227,11 +228,8 @@ def _named_as(file: ModelDescription, old: nn.Module) -> nn.Module:
     names = [name for name, _ in old.named_parameters()] or list(old.state_dict())
     if all(name in file for name in names):
         return old
-    for longer in (info.name for info in file.parameters):
-        if longer.endswith("." + names[0]):
-            prefix = longer[: -len(names[0]) - 1]
-            if all(f"{prefix}.{name}" in file for name in names):
-                return _Under(old, prefix)
+    for prefix in prefixes(names, {**file.by_name, **file.tied}):
+        return _Under(old, prefix.removesuffix("."))
     for longer in names:
         if longer.endswith("." + file.parameters[0].name):
             prefix = longer[: -len(file.parameters[0].name) - 1]
