@@ -24,6 +24,7 @@ from lit_wsl.report.report import TransferReport
 from lit_wsl.report.rows import By
 from lit_wsl.structure.description import (
     ModelDescription,
+    ModuleNode,
     ParameterInfo,
     describe,
     refuse_whole_checkpoint,
@@ -80,43 +81,24 @@ class HierarchyNode:
             yield from child.walk()
 
 
-def parameters_of(side: ModelDescription, *, buffers: bool) -> Mapping[str, ParameterInfo]:
-    """Name -> tensor, in registration order."""
-    return MappingProxyType({i.name: i for i in side.parameters if buffers or i.kind == "parameter"})
+def groups_of(side: ModelDescription) -> Mapping[str, Group]:
+    """Path of a module -> its tensors, for modules that have any."""
+    return MappingProxyType(
+        {group.module_path: Group(group.module_path, {i.leaf: i for i in group.members}) for group in side.groups}
+    )
 
 
-def groups_of(side: ModelDescription, *, buffers: bool) -> Mapping[str, Group]:
-    """Path of a module -> its tensors, for modules that have any; arguments as in :func:`parameters_of`."""
-    found: dict[str, dict[str, ParameterInfo]] = {}
-    for info in parameters_of(side, buffers=buffers).values():
-        found.setdefault(info.module_path, {})[info.leaf] = info
-    return MappingProxyType({path: Group(path, MappingProxyType(params)) for path, params in found.items()})
+def hierarchy_of(side: ModelDescription) -> HierarchyNode:
+    """The tree of modules, from its root down."""
+    groups = groups_of(side)
 
-
-def groups_by_types(groups: Mapping[str, Group]) -> Mapping[frozenset[str], list[str]]:
-    """Kinds of tensors -> paths of the modules that have exactly these."""
-    found: dict[frozenset[str], list[str]] = {}
-    for path, group in groups.items():
-        found.setdefault(group.param_types, []).append(path)
-    return MappingProxyType(found)
-
-
-def hierarchy_of(groups: Mapping[str, Group]) -> HierarchyNode:
-    """The tree of modules above the groups, from its root down."""
-    below: dict[str, dict[str, None]] = {"": {}}
-    for path in groups:
-        while path:
-            parent = path.rpartition(".")[0]
-            below.setdefault(parent, {})[path] = None
-            path = parent
-
-    def node(path: str, depth: int, parent: HierarchyNode | None) -> HierarchyNode:
+    def node(module: ModuleNode, depth: int, parent: HierarchyNode | None) -> HierarchyNode:
         inside: dict[str, HierarchyNode] = {}
-        made = HierarchyNode(path.rpartition(".")[2], path, depth, parent, groups.get(path), MappingProxyType(inside))
-        inside.update({child.rpartition(".")[2]: node(child, depth + 1, made) for child in below.get(path, ())})
+        made = HierarchyNode(module.name, module.path, depth, parent, groups.get(module.path), MappingProxyType(inside))
+        inside.update({child.name: node(child, depth + 1, made) for child in module.children})
         return made
 
-    return node("", 0, None)
+    return node(side.root, 0, None)
 
 
 def as_call(dummy_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -520,38 +502,43 @@ class WeightMapper(ShownInNotebooks):
     @property
     def source_params(self) -> Mapping[str, ParameterInfo]:
         """Name -> tensor of the source, read-only; without buffers where these are excluded."""
-        return parameters_of(self.source, buffers=self._with_buffers)
+        return MappingProxyType(self._asked(self.source).by_name)
 
     @property
     def target_params(self) -> Mapping[str, ParameterInfo]:
         """The same of the target."""
-        return parameters_of(self.target, buffers=self._with_buffers)
+        return MappingProxyType(self._asked(self.target).by_name)
 
     @property
     def source_groups(self) -> Mapping[str, Group]:
         """Path of a module of the source -> its tensors, read-only."""
-        return groups_of(self.source, buffers=self._with_buffers)
+        return groups_of(self._asked(self.source))
 
     @property
     def target_groups(self) -> Mapping[str, Group]:
         """The same of the target."""
-        return groups_of(self.target, buffers=self._with_buffers)
+        return groups_of(self._asked(self.target))
 
     @property
     def target_groups_by_types(self) -> Mapping[frozenset[str], list[str]]:
         """Kinds of tensors (``{"weight", "bias"}``) -> paths of the target's modules with exactly these."""
-        return groups_by_types(self.target_groups)
+        found: dict[frozenset[str], list[str]] = {}
+        for path, group in self.target_groups.items():
+            found.setdefault(group.param_types, []).append(path)
+        return MappingProxyType(found)
 
     @property
     def source_hierarchy(self) -> HierarchyNode:
         """Root of the source's tree of modules."""
-        return hierarchy_of(self.source_groups)
+        return hierarchy_of(self._asked(self.source))
 
     @property
     def target_hierarchy(self) -> HierarchyNode:
         """Root of the target's tree of modules."""
-        return hierarchy_of(self.target_groups)
+        return hierarchy_of(self._asked(self.target))
 
-    @property
-    def _with_buffers(self) -> bool:
-        return self.options.buffers != "exclude"
+    def _asked(self, side: ModelDescription) -> ModelDescription:
+        """A side without its buffers where these are excluded."""
+        if self.options.buffers != "exclude":
+            return side
+        return replace(side, parameters=tuple(info for info in side.parameters if info.kind == "parameter"))
