@@ -118,13 +118,7 @@ class Run:
 
     def owner(self, factor: Array) -> tuple[int, int] | None:
         """Parameter and axis that all units of a factor were made for, None if they come from several."""
-        found = self.algebra.units.find(factor)
-        low, high = int(found.min()), int(found.max())
-        place = int(np.searchsorted(self._starts, low, side="right")) - 1
-        same = int(np.searchsorted(self._starts, high, side="right")) - 1
-        if low == 0 or place < 0 or place != same:
-            return None
-        return self._owners[place]
+        return self.maker(self.algebra.units.find(factor))
 
     def maker(self, factor: Array) -> tuple[int, int] | None:
         """Parameter and axis that the units of a factor were made for, whatever they were unified with since."""
