@@ -1,17 +1,28 @@
-"""What a user should know of a transfer beside its coverage: which weights were replaced or kept, who has copies."""
+"""What a run is told of a transfer: which weights were replaced or kept, who has copies of them, and the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lit_wsl.callbacks.lifecycle import mind_copies
 from lit_wsl.callbacks.state_dicts import given_while_built
-from lit_wsl.errors import counted, listed
+from lit_wsl.errors import LitWslError, counted, listed
+from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.plan.coverage import measure_coverage
+from lit_wsl.plan.entries import SideSummary
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.loggers import log_report
 from lit_wsl.report.report import TransferReport
+from lit_wsl.report.terminal import print_report
+from lit_wsl.structure import ModelDescription, describe
+from lit_wsl.structure.families import prefixes
+from lit_wsl.transfer.apply import copy_into, live_tensors
 from lit_wsl.transfer.memory import given_by_hand, recall, was_trained_here
 
 if TYPE_CHECKING:
@@ -20,6 +31,114 @@ if TYPE_CHECKING:
     from lit_wsl.convert.resume import Resume
 
 ON_PURPOSE = "give again=True, or call transfer_weights, to fill it on purpose"
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """A copy of the model that another callback keeps, such as the average of ``WeightAveraging``.
+
+    Attributes:
+        callback: The callback.
+        module: The copy.
+        prefix: What stands before the model's names in the copy's state dict.
+        listed_before: Whether that callback is set up before ours.
+    """
+
+    callback: Any
+    module: nn.Module
+    prefix: str
+    listed_before: bool
+
+    def feed(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        """Give the copy the model's values of some tensors."""
+        ours, theirs = live_tensors(model), live_tensors(self.module)
+        for name in names:
+            if self.prefix + name in theirs:
+                copy_into(theirs[self.prefix + name], ours[name].detach())
+
+
+def shadows(trainer: pl.Trainer, model: nn.Module, ours: Any) -> Iterator[Shadow]:
+    """Find the copies of the model that other callbacks keep, by structure: modules that hold all its tensors."""
+    inside = {id(sub) for sub in model.modules()}
+    shapes = {n: t.shape for n, t in live_tensors(model).items() if not nn.parameter.is_lazy(t)}
+    if not shapes:
+        return
+    callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    place = callbacks.index(ours) if ours in callbacks else len(callbacks)
+    for index, callback in enumerate(callbacks):
+        for value in list(vars(callback).values()) if hasattr(callback, "__dict__") else []:
+            if not isinstance(value, nn.Module) or id(value) in inside:
+                continue
+            theirs = {n: t.shape for n, t in live_tensors(value).items() if not nn.parameter.is_lazy(t)}
+            for prefix in prefixes(list(shapes), theirs):
+                if all(theirs[prefix + name] == shape for name, shape in shapes.items()):
+                    yield Shadow(callback, value, prefix, index < place)
+                    break
+
+
+def mind_copies(
+    trainer: pl.Trainer, model: nn.Module, ours: Any, names: tuple[str, ...], *, late: bool, resuming: Resume | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Feed copies of the model that callbacks listed after ours made too early; warn about those listed before.
+
+    A copy that is restored from the checkpoint afterwards, as ``resuming`` tells, needs neither.
+    """
+    warnings, notes = [], []
+    for shadow in shadows(trainer, model, ours):
+        name = type(shadow.callback).__name__
+        if shadow.listed_before and resuming is not None and resuming.restores(shadow.callback):
+            continue
+        if shadow.listed_before:
+            warnings.append(
+                f"{name} is listed before WeightTransferCallback and copied the model before the transfer, "
+                "so its copy starts from the old values; list WeightTransferCallback first"
+            )
+        elif late:
+            shadow.feed(model, names)
+            notes.append(f"the copy of the model in {name} was given the transferred weights too")
+    return tuple(warnings), tuple(notes)
+
+
+REPORT_FILE = "weight_transfer.json"
+
+
+def report_nothing(model: pl.LightningModule, label: str, options: MatchingOptions, note: str) -> TransferReport:
+    """The report of a transfer that was not made, since other weights win."""
+    source = SideSummary(label, 0, 0, 0, 0, "")
+    try:
+        target = describe(model)
+    except LitWslError:  # not built yet
+        target = ModelDescription((), label=type(model).__name__)
+    plan = TransferPlan((), source, SideSummary.of(target), options=options.to_dict())
+    nothing = ModelDescription((), label=label)
+    coverage = measure_coverage(plan, nothing, target)
+    return replace(TransferReport.of(plan, coverage, nothing, target, notes=(note,)), applied=False)
+
+
+def announce(trainer: pl.Trainer, report: TransferReport, *, verbose: bool) -> None:
+    """Print the coverage, if ``verbose``, write the report, and tell the loggers."""
+    if trainer.is_global_zero and verbose:
+        print_report(report)
+    page = write_report(trainer, report)
+    if trainer.is_global_zero:
+        log_report(trainer.loggers, report, page=page)
+
+
+def write_report(trainer: pl.Trainer, report: TransferReport | None) -> Path | None:
+    """Write the report, if there is one, into the run's folder, as JSON and as a page; on all ranks."""
+    directory = trainer.log_dir  # a collective call
+    if report is None or not trainer.is_global_zero or directory is None or getattr(trainer, "fast_dev_run", False):
+        return None
+    path = Path(directory) / REPORT_FILE
+    try:
+        os.makedirs(directory, exist_ok=True)
+        report.to_json(path)
+        if report.applied:
+            report.save_html(path.with_suffix(".html"))
+            return path.with_suffix(".html")
+    except (OSError, LitWslError) as error:  # a full disk is no reason to stop a run that has its weights
+        rank_zero_warn(f"Weight transfer: the report could not be written: {error}")
+    return None
 
 
 class Before(NamedTuple):

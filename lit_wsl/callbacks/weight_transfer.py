@@ -13,18 +13,17 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lit_wsl.callbacks.lifecycle import (
+from lit_wsl.callbacks.lifecycle import has_trained_elsewhere, is_whole, needs_memory, resumed_path, when_whole
+from lit_wsl.callbacks.proof import Recorded, recorded_score, ways_to_prove
+from lit_wsl.callbacks.remarks import (
+    ON_PURPOSE,
+    Before,
     announce,
-    has_trained_elsewhere,
-    is_whole,
-    needs_memory,
+    given,
+    remarked,
     report_nothing,
-    resumed_path,
-    when_whole,
     write_report,
 )
-from lit_wsl.callbacks.proof import Recorded, recorded_score, ways_to_prove
-from lit_wsl.callbacks.remarks import ON_PURPOSE, Before, given, remarked
 from lit_wsl.callbacks.sample import find_samples, quiet
 from lit_wsl.callbacks.state_dicts import extend_state_dicts
 from lit_wsl.convert.engines import is_flattened

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,6 +49,7 @@ from lit_wsl.convert.saved_optimizer import SavedOptimizer, assign_names
 from lit_wsl.convert.schedulers import carry_schedulers
 from lit_wsl.convert.weights import Translation
 from lit_wsl.errors import CheckpointError
+from lit_wsl.structure.running import exchanged
 from lit_wsl.transfer.apply import copy_into
 from lit_wsl.transfer.ranks import Ranks, has_sharded_tensors
 from lit_wsl.transfer.undo import UndoLog
@@ -247,17 +249,10 @@ class Resume:
                 raise self._undone(error, undo, failed) from error.__cause__
             done(remarks)
 
-        take_back: list[Callable[[], None]] = []
-
-        def uninstall() -> None:
-            for one in take_back:
-                one()
-            if vars(connector).get("restore_training_state") is restore_training_state:
-                del connector.restore_training_state
-
-        self._uninstall, self._failed = uninstall, failed
-        connector.restore_training_state = restore_training_state  # type: ignore[method-assign]
-        take_back.append(self._count_schedulers())
+        ways_back = ExitStack()
+        self._uninstall, self._failed = ways_back.close, failed
+        ways_back.callback(exchanged(connector, "restore_training_state", restore_training_state))
+        ways_back.callback(self._count_schedulers())
         if self.options.mode == "all":
             try:
                 self._ours = connector._loaded_checkpoint = self._for_lightning()
@@ -306,7 +301,7 @@ class Resume:
     def _count_schedulers(self) -> Callable[[], None]:
         """Note how many schedulers were configured: SWA takes them out of a resumed run before they are restored."""
         strategy = self.trainer.strategy
-        before, setup_optimizers = vars(strategy).get("setup_optimizers"), strategy.setup_optimizers
+        setup_optimizers = strategy.setup_optimizers
         if self.trainer.lr_scheduler_configs or self.trainer.optimizers:  # made already
             self._configured = len(self.trainer.lr_scheduler_configs)
             return lambda: None
@@ -316,14 +311,7 @@ class Resume:
             setup_optimizers(trainer)
             self._configured = len(trainer.lr_scheduler_configs)
 
-        def take_back() -> None:
-            if vars(strategy).get("setup_optimizers") is counted:
-                if before is None:
-                    del strategy.setup_optimizers
-                else:
-                    strategy.setup_optimizers = before  # type: ignore[method-assign]
-
-        strategy.setup_optimizers = counted  # type: ignore[method-assign]
+        take_back = exchanged(strategy, "setup_optimizers", counted)
         return take_back
 
     def _for_lightning(self) -> dict[str, Any]:

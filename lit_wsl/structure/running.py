@@ -329,6 +329,31 @@ def _is_engine(value: Any) -> bool:
     return isinstance(value, nn.Module) or hasattr(value, "fit_loop")
 
 
+def exchanged(thing: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Give an object another method; what gives its own back, unless somebody else has exchanged it since.
+
+    >>> net = nn.ReLU()
+    >>> put_back = exchanged(net, "extra_repr", lambda: "another")
+    >>> net
+    ReLU(another)
+    >>> put_back()
+    >>> net
+    ReLU()
+    """
+    before = vars(thing).get(name)
+    setattr(thing, name, method)
+
+    def put_back() -> None:
+        if vars(thing).get(name) is not method:
+            return
+        if before is None:
+            delattr(thing, name)
+        else:
+            setattr(thing, name, before)
+
+    return put_back
+
+
 TOLERANCE = 1e-3
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Trace = dict[str, Tensor]
