@@ -51,6 +51,7 @@ FORMER_PATHS = {
     "lit_wsl.structure.tracing": "lit_wsl.structure.execution_order",
     "lit_wsl.transfer.adapt": "lit_wsl.plan.value_changing",
     "lit_wsl.transfer.coverage": "lit_wsl.plan.coverage",
+    "lit_wsl.transfer.floor": "lit_wsl.plan.coverage",
     "lit_wsl.transfer.operation": "lit_wsl.plan.operations",
     "lit_wsl.transfer.operations": "lit_wsl.plan.operations",
     "lit_wsl.transfer.operations_each": "lit_wsl.plan.operations",

@@ -34,6 +34,7 @@ from lit_wsl.convert.saved_optimizer import Wins
 from lit_wsl.convert.weights import Translation
 from lit_wsl.errors import MappingError, TransferError, listed
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy, one_of
+from lit_wsl.plan.coverage import valid_floor
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.loggers import transfer_progress
 from lit_wsl.report.report import TransferReport
@@ -42,7 +43,6 @@ from lit_wsl.structure.execution_order import is_lazy
 from lit_wsl.structure.running import Call
 from lit_wsl.transfer.api import OnData, Prepared, finish_transfer, prepare_transfer
 from lit_wsl.transfer.apply import holds
-from lit_wsl.transfer.floor import valid_floor
 from lit_wsl.transfer.memory import (
     Held,
     Memory,

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from lit_wsl.cli.console import on_terminal, put_json, remark, say
 from lit_wsl.cli.models import build_from, build_model, data_from_config, matching_options, sample_call
+from lit_wsl.plan.coverage import likely_cause
 from lit_wsl.plan.entries import Side
 from lit_wsl.plan.file import plan_to_document
 from lit_wsl.report.report import TransferReport
@@ -19,7 +20,6 @@ from lit_wsl.report.terminal import MappingView, ReportView, amount, excluded_li
 from lit_wsl.structure.description import shape_text
 from lit_wsl.structure.running import Call
 from lit_wsl.transfer.api import OnData, prepare_transfer
-from lit_wsl.transfer.floor import likely_cause
 from lit_wsl.transfer.sides import Source, Target
 
 

@@ -26,11 +26,10 @@ from lit_wsl.convert.saved_optimizer import NewGroup, Wins, groups_of
 from lit_wsl.convert.schedulers import schedulers_for_file
 from lit_wsl.convert.weights import Progress, Translation, convert_weights
 from lit_wsl.errors import CheckpointError, PlanError, listed
-from lit_wsl.plan.coverage import Conversion, Coverage, measure_coverage
+from lit_wsl.plan.coverage import Conversion, Coverage, check_floor, measure_coverage, valid_floor
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure import ModelDescription
 from lit_wsl.structure.description import ParameterInfo
-from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.memory import shown
 
 

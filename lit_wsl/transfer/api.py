@@ -19,7 +19,7 @@ from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.proof import prove
 from lit_wsl.matching.selection import restrict, selected
-from lit_wsl.plan.coverage import Coverage, measure_coverage
+from lit_wsl.plan.coverage import Coverage, check_floor, measure_coverage, valid_floor
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.plan import TransferPlan, check_plan, describe_entry, left_alone, loses_values
 from lit_wsl.report.report import TransferReport
@@ -27,7 +27,6 @@ from lit_wsl.structure import ModelDescription
 from lit_wsl.structure.description import require_batches, require_module, require_sample
 from lit_wsl.structure.losses import Loss, LossMeter
 from lit_wsl.transfer.apply import Progress, apply_plan, live_tensors
-from lit_wsl.transfer.floor import check_floor, valid_floor
 from lit_wsl.transfer.memory import remember, shown, transfer_key
 from lit_wsl.transfer.ranks import ALONE, Ranks, check_same_source, has_sharded_tensors
 from lit_wsl.transfer.sides import OLD_MODEL, Source, Target
