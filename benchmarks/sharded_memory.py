@@ -289,7 +289,7 @@ def sharded(path: Path, gigabytes: float) -> Measured:
 
 def check(model: nn.Module) -> None:
     """Every weight holds its own number, from the first row of this process's part to the last."""
-    from lit_wsl.transfer.ranks import is_sharded
+    from lit_wsl.structure.running import is_sharded
 
     for i, block in enumerate(model["decoder"]):
         q, k, v, w12, w3 = (5 * i + n + 1 for n in range(5))

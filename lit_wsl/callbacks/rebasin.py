@@ -35,7 +35,6 @@ from lit_wsl.rebasin.job_model import (
     best_matcher,
     completed,
     find_spec,
-    is_sharded,
     prove_spec,
     read_run,
     repaired,
@@ -46,7 +45,7 @@ from lit_wsl.rebasin.job_model import (
 from lit_wsl.rebasin.responses import has_batch_statistics
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.description import require_path
-from lit_wsl.structure.running import Call, preserved_rng
+from lit_wsl.structure.running import Call, has_sharded_tensors, preserved_rng
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -245,7 +244,7 @@ class RebasinCallback(Callback):
         given = PermutationSpec.from_json(Path(self.spec_file)) if self.spec_file is not None else None
         if given is not None and not self.verify:
             return None, given, None, ()
-        if is_sharded(module):
+        if has_sharded_tensors(module):
             return (None, None, SHARDED, ()) if given is None else (None, given, None, (UNPROVEN,))
         calls, why = find_samples(trainer, module, "fit")
         if given is not None:
@@ -279,7 +278,7 @@ class RebasinCallback(Callback):
         try:
             if self.repair_batches < 1:
                 raise RebasinError("repair_batches is 0")
-            if is_sharded(module):
+            if has_sharded_tensors(module):
                 raise RebasinError("the model is sharded and cannot run on one rank")
             return repaired(module, report, train_batches(trainer, module), call, self.repair_batches)
         except Exception as error:
@@ -299,7 +298,7 @@ class RebasinCallback(Callback):
 
     def _update(self, module: pl.LightningModule, report: RebasinReport) -> None:
         state = report.merged if self.update_model == "merged" else report.models[RUN].state_dict
-        if self.update_model is not None and state is not None and is_sharded(module):
+        if self.update_model is not None and state is not None and has_sharded_tensors(module):
             rank_zero_warn(f"Rebasin: update_model={self.update_model!r} is left out: the model is sharded.")
         elif self.update_model is not None and state is not None:
             module.load_state_dict(state, strict=False)

@@ -40,7 +40,7 @@ from lit_wsl.report.loggers import transfer_progress
 from lit_wsl.report.report import TransferReport
 from lit_wsl.structure.description import require_module, require_path
 from lit_wsl.structure.execution_order import is_lazy
-from lit_wsl.structure.running import Call
+from lit_wsl.structure.running import Call, has_sharded_tensors
 from lit_wsl.transfer.api import OnData, Prepared, finish_transfer, prepare_transfer
 from lit_wsl.transfer.apply import holds
 from lit_wsl.transfer.memory import (
@@ -59,7 +59,7 @@ from lit_wsl.transfer.memory import (
     was_trained_here,
     watch_optimizers,
 )
-from lit_wsl.transfer.ranks import ALONE, Ranks, has_sharded_tensors, refuse_wrapped
+from lit_wsl.transfer.ranks import ALONE, Ranks, refuse_wrapped
 from lit_wsl.transfer.sides import OLD_MODEL, Source, Target, open_source
 from lit_wsl.transfer.undo import UndoLog, admit_loss, only_filler
 

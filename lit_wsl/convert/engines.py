@@ -20,8 +20,8 @@ from lit_wsl.convert.saved_optimizer import NewGroup, NewOrder, groups_of, kind_
 from lit_wsl.convert.weights import Keep, NotCarriedError
 from lit_wsl.errors import CheckpointError
 from lit_wsl.structure import ModelDescription
+from lit_wsl.structure.running import is_sharded
 from lit_wsl.transfer.apply import copy_into
-from lit_wsl.transfer.ranks import is_sharded
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -49,9 +49,9 @@ from lit_wsl.convert.saved_optimizer import SavedOptimizer, assign_names
 from lit_wsl.convert.schedulers import carry_schedulers
 from lit_wsl.convert.weights import Translation
 from lit_wsl.errors import CheckpointError
-from lit_wsl.structure.running import exchanged
+from lit_wsl.structure.running import exchanged, has_sharded_tensors
 from lit_wsl.transfer.apply import copy_into
-from lit_wsl.transfer.ranks import Ranks, has_sharded_tensors
+from lit_wsl.transfer.ranks import Ranks
 from lit_wsl.transfer.undo import UndoLog
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from lit_wsl.rebasin.merging.merge import FOLD, adapter_factors, is_continuous
 from lit_wsl.rebasin.responses import reestimate_batchnorm
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.execution_order import callee
-from lit_wsl.structure.running import Call, named_nested, ways_to_call
+from lit_wsl.structure.running import Call, has_sharded_tensors, named_nested, ways_to_call
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -94,11 +94,6 @@ SHARDED = (
     "the model is sharded, and its symmetries cannot be inferred on one rank alone. Infer them once on the whole "
     "model, infer_permutation_spec(model, (batch,)).to_json('spec.json'), and give spec='spec.json'"
 )
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters are distributed tensors, as under ``ModelParallelStrategy``."""
-    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
@@ -308,7 +303,7 @@ def best_matcher(
     outputs: Outputs | None,
 ) -> Matcher:
     """Whole weights matched in the way that merges best on data, see :func:`best_matching` and :func:`match_many`."""
-    if is_sharded(module):
+    if has_sharded_tensors(module):
         raise RebasinError("the model is sharded and cannot run on one rank")
     if not batches:
         raise RebasinError("there is no training batch")

@@ -406,6 +406,18 @@ def ways_to_call(module: nn.Module, batch: Any) -> list[Call]:
     return calls
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a ``DTensor``, of which this rank holds only a part (or a replica)."""
+    # No DTensor can exist before its module is imported; importing it to ask would take a second.
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+def has_sharded_tensors(model: nn.Module) -> bool:
+    """Whether any parameter or buffer of a model is a ``DTensor``."""
+    return any(is_sharded(t) for t in model.parameters()) or any(is_sharded(t) for t in model.buffers())
+
+
 def hindrance(module: nn.Module) -> str:
     """Why a module cannot be run here, if so."""
     for tensor in module.state_dict(keep_vars=True).values():
@@ -413,7 +425,7 @@ def hindrance(module: nn.Module) -> str:
             return "a lazy module has no shapes yet"
         if isinstance(tensor, Tensor) and tensor.is_meta:
             return "a model on the meta device cannot run"
-        if hasattr(tensor, "device_mesh"):
+        if is_sharded(tensor):
             return "a model spread over several processes is not run by one of them"
     return ""
 

@@ -1,4 +1,4 @@
-"""Doing it: both sides of a transfer, the plan applied all or nothing, ranks, and the minimum coverage."""
+"""Doing it: both sides of a transfer, the plan applied all or nothing, and ranks."""
 
 from typing import Any
 

@@ -26,9 +26,10 @@ from lit_wsl.report.report import TransferReport
 from lit_wsl.structure import ModelDescription
 from lit_wsl.structure.description import require_batches, require_module, require_sample
 from lit_wsl.structure.losses import Loss, LossMeter
+from lit_wsl.structure.running import has_sharded_tensors
 from lit_wsl.transfer.apply import Progress, apply_plan, live_tensors
 from lit_wsl.transfer.memory import remember, shown, transfer_key
-from lit_wsl.transfer.ranks import ALONE, Ranks, check_same_source, has_sharded_tensors
+from lit_wsl.transfer.ranks import ALONE, Ranks, check_same_source
 from lit_wsl.transfer.sides import OLD_MODEL, Source, Target
 from lit_wsl.transfer.undo import UndoLog, only_filler
 

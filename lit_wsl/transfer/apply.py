@@ -28,7 +28,8 @@ from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import Cast, run_operations
 from lit_wsl.plan.plan import TransferPlan, describe_entry
 from lit_wsl.structure.description import HasMeta, dtype_text
-from lit_wsl.transfer.ranks import ALONE, Ranks, copy_into_shard, has_sharded_tensors, held_part, is_sharded, local_part
+from lit_wsl.structure.running import has_sharded_tensors, is_sharded
+from lit_wsl.transfer.ranks import ALONE, Ranks, copy_into_shard, held_part, local_part
 from lit_wsl.transfer.undo import UndoLog, admit_loss, interrupt_later, only_filler, room_on_disk, same_bits
 
 _PIECE = 1 << 18  # bytes; one of the target and one of the source fit every second-level cache

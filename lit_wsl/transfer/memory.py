@@ -24,7 +24,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lit_wsl.checkpoint.reader import is_address
-from lit_wsl.transfer.ranks import ends_of, held_part, is_sharded
+from lit_wsl.structure.running import is_sharded
+from lit_wsl.transfer.ranks import ends_of, held_part
 
 _ENDS = 32  # values at either end of each
 _MARK = "_weight_transfer"  # the attribute of a module that holds its mark

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from lit_wsl import errors
 from lit_wsl.errors import LitWslError, TransferError, counted
+from lit_wsl.structure.running import has_sharded_tensors, is_sharded
 
 T = TypeVar("T")
 _SAMPLED = 64  # tensors of which values are compared between ranks
@@ -118,18 +118,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a ``DTensor``, of which this rank holds only a part (or a replica)."""
-    # No DTensor can exist before its module is imported; importing it to ask would take a second.
-    loaded = sys.modules.get("torch.distributed.tensor")
-    return loaded is not None and isinstance(tensor, loaded.DTensor)
-
-
-def has_sharded_tensors(model: nn.Module) -> bool:
-    """Whether any parameter or buffer of a model is a ``DTensor``."""
-    return any(is_sharded(t) for t in model.parameters()) or any(is_sharded(t) for t in model.buffers())
 
 
 def held_part(tensor: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ from lit_wsl.structure.execution_order import (
     take_shapes,
 )
 from lit_wsl.structure.families import prefixes
+from lit_wsl.structure.running import has_sharded_tensors
 from lit_wsl.transfer.memory import shown
-from lit_wsl.transfer.ranks import has_sharded_tensors
 
 IN_ONE = (
     "A sharded model is run as a copy on the meta device; where the order is needed, make the plan in one process and "

@@ -16,8 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lit_wsl import transfer_weights
 from lit_wsl.errors import TransferError
+from lit_wsl.structure.running import has_sharded_tensors, is_sharded
 from lit_wsl.transfer.apply import copy_into
-from lit_wsl.transfer.ranks import ALONE, Ranks, has_sharded_tensors, is_sharded, local_part
+from lit_wsl.transfer.ranks import ALONE, Ranks, local_part
 
 
 @contextmanager
