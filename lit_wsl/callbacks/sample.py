@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lit_wsl.callbacks.streams import NoSampleError, first_of_stream
 from lit_wsl.errors import reason
 from lit_wsl.structure.execution_order import Step, callee
-from lit_wsl.structure.running import Call, preserved_objects, preserved_rng, ways_to_call
+from lit_wsl.structure.running import Call, as_call, preserved_objects, preserved_rng, ways_to_call
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -212,6 +212,4 @@ def _example_calls(module: pl.LightningModule) -> list[Call]:
         return []
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
     example = _in_dtype_of(module, tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, example))
-    if isinstance(example, dict):
-        return [((), dict(example))]
-    return [(tuple(example) if isinstance(example, (tuple, list)) else (example,), {})]
+    return [as_call(example)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from lit_wsl.cli import NO
 from lit_wsl.cli.console import progress, put_json, remark, say, table
-from lit_wsl.cli.models import UsageError, build_model, matching_options, wanted
+from lit_wsl.cli.models import UsageError, build_model, matching_options, read_yaml, wanted
 from lit_wsl.convert.checkpoint import convert_checkpoint
 from lit_wsl.errors import CoverageError
 from lit_wsl.plan.plan import TransferPlan
@@ -161,12 +161,7 @@ def _mapping(item: str) -> Mapping[str, str]:
     """``old=new``, or a JSON or YAML file of old and new names."""
     if not Path(item).is_file():
         return dict([_pair(item, "--map")])
-    import yaml
-
-    try:
-        data = yaml.safe_load(Path(item).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{item} cannot be read: {' '.join(str(error).split())}") from error
+    data = read_yaml(item)
     if not isinstance(data, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in data.items()):
         raise UsageError(f"{item} must be a mapping of old to new names.")
     return data

@@ -19,7 +19,7 @@ from lit_wsl.errors import LitWslError, did_you_mean
 from lit_wsl.files import not_found
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.structure.execution_order import is_lazy
-from lit_wsl.structure.running import Call
+from lit_wsl.structure.running import Call, as_call
 
 
 class UsageError(LitWslError):
@@ -170,7 +170,8 @@ def _configured(model: nn.Module) -> nn.Module:
     return model
 
 
-def _read_config(file: str) -> Any:
+def read_yaml(file: str) -> Any:
+    """What a YAML or JSON file holds."""
     import yaml
 
     try:
@@ -186,7 +187,7 @@ def data_from_config(file: str) -> Any:
     from jsonargparse import ArgumentParser
     from lightning.pytorch import LightningDataModule
 
-    document = _read_config(file)
+    document = read_yaml(file)
     section = _section(document, "data", ("fit", "validate"))
     if section is None or "class_path" not in section:
         return None
@@ -200,7 +201,7 @@ def data_from_config(file: str) -> Any:
 
 def _from_config(options: Any) -> nn.Module:
     """The model of a LightningCLI config, as LightningCLI would build it."""
-    section = _section(_read_config(options.config), "model", ("fit", "validate", "test", "predict"))
+    section = _section(read_yaml(options.config), "model", ("fit", "validate", "test", "predict"))
     if section is None:
         raise UsageError(f"{options.config} is no LightningCLI config: it has no section 'model'.")
     if "class_path" in section:
@@ -258,8 +259,4 @@ def sample_call(path: str | None, model: nn.Module) -> Call | None:
             raise UsageError(f"{path} fails: {type(error).__name__}: {error}") from error
     else:
         value = getattr(model, "example_input_array", None)
-    if value is None:
-        return None
-    if isinstance(value, dict):
-        return (), value
-    return (tuple(value) if isinstance(value, (tuple, list)) else (value,)), {}
+    return None if value is None else as_call(value)

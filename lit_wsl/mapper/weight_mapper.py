@@ -34,6 +34,7 @@ from lit_wsl.structure.description import (
     what_it_is,
 )
 from lit_wsl.structure.execution_order import trace_execution_order
+from lit_wsl.structure.running import as_call
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,6 @@ def hierarchy_of(side: ModelDescription) -> HierarchyNode:
         return made
 
     return node(side.root, 0, None)
-
-
-def as_call(dummy_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A sample call from what users write: a dict is keyword arguments, a tuple or list positional ones.
-
-    >>> as_call({"x": 1}), as_call((1, 2)), as_call("batch")
-    (((), {'x': 1}), ((1, 2), {}), (('batch',), {}))
-    """
-    if isinstance(dummy_input, Mapping):
-        return (), dict(dummy_input)
-    if isinstance(dummy_input, (tuple, list)):
-        return tuple(dummy_input), {}
-    return (dummy_input,), {}
 
 
 def as_module(source: ModelDescription, module: ModelDescription) -> ModelDescription:

@@ -373,6 +373,19 @@ class Run:
     trace: Trace
 
 
+def as_call(sample: Any) -> Call:
+    """A sample call from what users write: a dict is keyword arguments, a tuple or list positional ones.
+
+    >>> as_call({"x": 1}), as_call((1, 2)), as_call("batch")
+    (((), {'x': 1}), ((1, 2), {}), (('batch',), {}))
+    """
+    if isinstance(sample, Mapping):
+        return (), dict(sample)
+    if isinstance(sample, (tuple, list)):
+        return tuple(sample), {}
+    return (sample,), {}
+
+
 def ways_to_call(module: nn.Module, batch: Any) -> list[Call]:
     """How ``forward`` may take a batch: as it is, its inputs without the labels, unpacked, by name.
 
