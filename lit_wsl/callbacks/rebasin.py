@@ -35,7 +35,6 @@ from lit_wsl.rebasin.job_model import (
     best_matcher,
     completed,
     find_spec,
-    prove_spec,
     read_run,
     repaired,
     resolve_outputs,
@@ -247,13 +246,10 @@ class RebasinCallback(Callback):
         if has_sharded_tensors(module):
             return (None, None, SHARDED, ()) if given is None else (None, given, None, (UNPROVEN,))
         calls, why = find_samples(trainer, module, "fit")
-        if given is not None:
-            with quiet(trainer, module):
-                return prove_spec(module, given, calls, self.outputs)
-        if not calls:
+        if not calls and given is None:
             return None, None, f"{why}; a sample is needed to infer the permutation symmetries", ()
         with quiet(trainer, module):
-            return find_spec(module, calls, self.outputs, self.verify)
+            return find_spec(module, calls, self.outputs, given=given, verify=self.verify)
 
     def _matcher(
         self, trainer: pl.Trainer, module: pl.LightningModule, spec: PermutationSpec | None, call: Call | None

@@ -24,7 +24,6 @@ from lit_wsl.rebasin.job_model import (
     best_matcher,
     call_like,
     find_spec,
-    prove_spec,
     read_run,
     repaired,
 )
@@ -102,18 +101,15 @@ def load_spec(
     options: Any, model: nn.Module, call: Call | None
 ) -> tuple[PermutationSpec | None, str | None, tuple[str, ...]]:
     """The spec of ``--spec``, or an inferred one; or why there is none; and remarks."""
-    if options.spec is not None:
-        given = PermutationSpec.from_json(Path(options.spec))
-        if call is None:
-            return given, None, (UNPROVEN,)
-        _, spec, reason, remarks = prove_spec(model, given, [call], load_outputs(options))
-        return spec, reason, remarks
+    given = None if options.spec is None else PermutationSpec.from_json(Path(options.spec))
+    if call is None and given is not None:
+        return given, None, (UNPROVEN,)
     if call is None:
         raise UsageError(
             "which units may be permuted is read from one call of the model: name a function that gives a sample input "
             "with --sample my.models:batch, or give the model an example_input_array, or a spec with --spec spec.json."
         )
-    _, spec, reason, remarks = find_spec(model, [call], load_outputs(options), verify=True)
+    _, spec, reason, remarks = find_spec(model, [call], load_outputs(options), given=given)
     return spec, reason, remarks
 
 

@@ -151,9 +151,14 @@ def read_run(module: nn.Module, state: Mapping[str, Tensor], what: str, complete
 
 
 def find_spec(
-    module: nn.Module, calls: Sequence[Call], outputs: Outputs | None, verify: bool
+    module: nn.Module,
+    calls: Sequence[Call],
+    outputs: Outputs | None,
+    *,
+    given: PermutationSpec | None = None,
+    verify: bool = True,
 ) -> tuple[Call | None, PermutationSpec | None, str | None, tuple[str, ...]]:
-    """Infer a spec from the first call that works.
+    """Infer a spec, or prove the given one, on the first call that works.
 
     Returns:
         The call, the spec, why there is none, and remarks for the reader. Never raises.
@@ -163,35 +168,23 @@ def find_spec(
     reasons: list[tuple[float, str]] = []
     for args, kwargs in calls:
         try:
-            spec = infer_permutation_spec(called, args, kwargs, outputs=pick, verify=verify)
+            if given is None:
+                spec = infer_permutation_spec(called, args, kwargs, outputs=pick, verify=verify)
+            else:
+                bare = _without_prefix(given, prefix)
+                spec = verify_permutation_spec(bare, called, args, kwargs, outputs=pick).spec
         except Exception as error:
             reasons.append(_reason(error))
             continue
-        if not spec.groups:
-            reasons.append((math.inf, _nothing_found(spec, outputs is None)))
-            continue
-        return (args, kwargs), prefixed(spec, prefix), None, _remarks(spec, pick)
-    return None, None, _furthest(reasons), ()
-
-
-def prove_spec(
-    module: nn.Module, spec: PermutationSpec, calls: Sequence[Call], outputs: Outputs | None
-) -> tuple[Call | None, PermutationSpec | None, str | None, tuple[str, ...]]:
-    """Prove a spec that was given on the first call that works; returns and arguments as for :func:`find_spec`."""
-    called, prefix = callee(module)
-    pick = outputs or MainOutputs()
-    bare = _without_prefix(spec, prefix)
-    reasons: list[tuple[float, str]] = []
-    for args, kwargs in calls:
-        try:
-            proven = verify_permutation_spec(bare, called, args, kwargs, outputs=pick).spec
-        except Exception as error:
-            reasons.append(_reason(error))
-            continue
-        if not proven.groups:
+        if spec.groups:
+            return (args, kwargs), prefixed(spec, prefix), None, _remarks(spec, pick)
+        if given is not None:
             return None, None, "all groups of the given spec break the function of this model", ()
-        return (args, kwargs), prefixed(proven, prefix), None, _remarks(proven, pick)
-    return None, spec, None, (f"the given spec is not proven on this model: {_furthest(reasons)}",)
+        reasons.append((math.inf, _nothing_found(spec, outputs is None)))
+    why = _furthest(reasons)
+    if given is None:
+        return None, None, why, ()
+    return None, given, None, (f"the given spec is not proven on this model: {why}",)
 
 
 def _reason(error: Exception) -> tuple[float, str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin import PermutationSpecBuilder
-from lit_wsl.rebasin.job_model import find_spec, prove_spec, read_run
+from lit_wsl.rebasin.job_model import find_spec, read_run
 
 
 class Tied(nn.Module):
@@ -62,10 +62,10 @@ class Picky(nn.Module):
 def test_the_reason_is_that_of_the_call_that_got_furthest():
     x = torch.randn(4, 3)
     calls = [((x,), {}), ((x, torch.ones(4)), {}), ((torch.ones(4, 5), torch.ones(4, 2)), {})]
-    call, spec, reason, _ = find_spec(Picky(), calls, None, True)
+    call, spec, reason, _ = find_spec(Picky(), calls, None)
     assert (call, spec) == (None, None)
     assert "too many indices" in reason
-    found = find_spec(Picky(), [*calls, ((x, torch.ones(4, 2)), {})], None, True)
+    found = find_spec(Picky(), [*calls, ((x, torch.ones(4, 2)), {})], None)
     assert found[1].proof is not None
     assert found[2] is None
     assert any("probability of at most" in remark for remark in found[3])
@@ -75,15 +75,15 @@ def test_a_given_spec_is_proven_too():
     model, x, scale = Picky(), torch.randn(4, 3), torch.ones(4, 2)
     builder = PermutationSpecBuilder(model).linear("a", "P", None).linear("b", None, "P")
     right = builder.build()
-    _, spec, reason, remarks = prove_spec(model, right, [((x,), {}), ((x, scale), {})], None)
+    _, spec, reason, remarks = find_spec(model, [((x,), {}), ((x, scale), {})], None, given=right)
     assert (spec, reason) == (right, None)
     assert spec.proof.risk < 1e-6
     wrong = PermutationSpecBuilder(model).linear("a", "P", "inputs").linear("b", None, "P").build()
-    _, spec, reason, remarks = prove_spec(model, wrong, [((x, scale), {})], None)
+    _, spec, reason, remarks = find_spec(model, [((x, scale), {})], None, given=wrong)
     assert set(spec.groups) == {"P"}
     assert any("break the function" in remark for remark in remarks)
     worst = PermutationSpecBuilder(model).linear("a", None, "inputs").build()
-    assert "break the function" in prove_spec(model, worst, [((x, scale), {})], None)[2]
-    _, spec, _, remarks = prove_spec(model, right, [], None)
+    assert "break the function" in find_spec(model, [((x, scale), {})], None, given=worst)[2]
+    _, spec, _, remarks = find_spec(model, [], None, given=right)
     assert spec.proof is None
     assert any("not proven" in remark for remark in remarks)
