@@ -1,23 +1,35 @@
-"""Which words name different things: those of modules that stand beside each other in public models.
+"""Which words name different things: those of modules that stand beside each other in public code.
 
     python -m benchmarks.refactors.contrasts            in the environment of the benchmarks; some minutes
+    python -m benchmarks.refactors.contrasts --code DIR also reads the packages of a folder, about a minute, filled by
+        pip download --no-deps --dest DIR $(cat benchmarks/refactors/packages.txt)
 
 ``self_attn`` and ``cross_attn`` stand in one block, so ``self`` never became ``cross``; ``mlp`` and ``ffn`` never stand
 beside each other. One model of every family of timm, torchvision, transformers and open_clip is built on the meta
 device. Two words count where siblings of one class differ in them alone, in at least three families; words
 for any layer say nothing, but for an ``output`` there is an ``input``.
+
+Of packages the code is read, not run: what a class assigns to ``self`` in one method, where two names differ in one
+word alone (``actor_net``, ``critic_net``) and either share another word or are made by the same call. Two words count
+if two packages say them, or one does in five classes. Words for kinds of layers don't count here, nor do those that
+stand for one thing in the lexicon.
 """
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
 import logging
 import os
 import sys
+import tarfile
 import warnings
-from collections import defaultdict
+import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import combinations
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,31 +37,45 @@ from torch import nn
 import benchmarks.torchvision_guard  # noqa: F401  (before torchvision)
 from benchmarks.refactors.harvest import LIBRARIES, at_most
 from benchmarks.refactors.vocabulary import CONTRASTS
-from lit_wsl.matching.likeness import LAYER_NAMES, liken
+from lit_wsl.matching.likeness import BLOCKS, KINDS, LAYER_NAMES, LISTS, liken, of_one_role, strength
 from lit_wsl.matching.words import plain_words
 
+Pair = tuple[str, str]
 FAMILIES = 3  # so many use two words beside each other
+PACKAGES, CLASSES = 2, 5  # or so many packages, or one package in so many classes
+ATTRIBUTES = 60  # of one method; larger ones hold settings
+WAYS = ({"in", "out"}, {"input", "output"}, {"down", "up"})  # these words are opposites of each other alone
+KINDS_OF_LAYERS = (
+    *("norm", "norms", "convs", "bns", "act", "activation", "fn", "dropout", "loss", "gate"),
+    *("self", "res", "bias", "biases", "weights"),
+)
+LAYER_KINDS = (BLOCKS | LISTS | KINDS | {*KINDS_OF_LAYERS}) - {"forward"}
 
 
-def beside_each_other(model: nn.Module) -> Iterator[tuple[str, str]]:
+def _differing(a: tuple[str, ...], b: tuple[str, ...], general: frozenset[str], *, shared: bool = False) -> Pair | None:
+    """The words in which alone two names differ; with ``shared`` only if they have another one in common."""
+    likeness = liken(a, b)
+    if not len(likeness.left_s) == len(likeness.left_t) == 1 or (shared and not likeness.shared):
+        return None
+    first, second = sorted((*likeness.left_s, *likeness.left_t))
+    if min(len(first), len(second)) < 2 or not general.isdisjoint({first, second} - {"out", "output"}):
+        return None
+    return first, second
+
+
+def beside_each_other(model: nn.Module) -> Iterator[Pair]:
     """Words in which alone two siblings of one class differ."""
     for module in model.modules():
         names = [(type(child).__name__, plain_words(name)) for name, child in module.named_children()]
         names += [(f"{p.ndim} axes", plain_words(name)) for name, p in module.named_parameters(recurse=False)]
         for (class_a, a), (class_b, b) in combinations(names, 2):
-            likeness = liken(a, b)
-            if class_a == class_b and len(likeness.left_s) == len(likeness.left_t) == 1:
-                pair = sorted((*likeness.left_s, *likeness.left_t))
-                if min(map(len, pair)) > 1 and LAYER_NAMES.isdisjoint({*pair} - {"out", "output"}):
-                    yield pair[0], pair[1]
+            if class_a == class_b and (pair := _differing(a, b, LAYER_NAMES)):
+                yield pair
 
 
-def main() -> int:
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.ERROR)
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-    torch.set_num_threads(1)
-    families: dict[tuple[str, str], set[str]] = defaultdict(set)
+def in_models() -> set[Pair]:
+    """The pairs of words of models that are built."""
+    families: dict[Pair, set[str]] = defaultdict(set)
     for library, models_of in LIBRARIES.items():
         for candidate in models_of(1):
             try:
@@ -60,8 +86,86 @@ def main() -> int:
             for pair in beside_each_other(model):
                 families[pair].add(f"{library}/{candidate.family}")
         print(f"{library}: {len(families)} pairs of words", flush=True)
-    rows = sorted(pair for pair, found in families.items() if len(found) >= FAMILIES)
-    CONTRASTS.write_text("[\n" + ",\n".join(json.dumps(pair) for pair in rows) + "\n]\n")
+    return {pair for pair, found in families.items() if len(found) >= FAMILIES}
+
+
+def _files_of(package: Path) -> Iterator[bytes]:
+    if package.suffix in (".whl", ".zip"):
+        with zipfile.ZipFile(package) as archive:
+            yield from (archive.read(name) for name in archive.namelist() if name.endswith(".py"))
+    elif package.name.endswith(".tar.gz"):
+        with tarfile.open(package) as packed:
+            members = (packed.extractfile(m) for m in packed if m.isfile() and m.name.endswith(".py"))
+            yield from (member.read() for member in members if member is not None)
+
+
+def _assigned(method: ast.FunctionDef) -> dict[str, str]:
+    """What a method assigns to ``self``, and the name of what it calls for that."""
+    found = {}
+    for node in ast.walk(method):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            call = node.value.func
+            name = call.attr if isinstance(call, ast.Attribute) else call.id if isinstance(call, ast.Name) else ""
+            for to in node.targets:
+                if isinstance(to, ast.Attribute) and isinstance(to.value, ast.Name) and to.value.id == "self":
+                    found[to.attr] = name
+    return found
+
+
+def in_class(node: ast.ClassDef) -> set[Pair]:
+    """Words in which alone two attributes differ that a class makes in one method."""
+    found: set[Pair] = set()
+    for method in (m for m in node.body if isinstance(m, ast.FunctionDef)):
+        made = _assigned(method)
+        if len(made) <= ATTRIBUTES:
+            for (a, call_a), (b, call_b) in combinations(made.items(), 2):
+                if not (_makes_modules(call_a) or _makes_modules(call_b)):
+                    continue
+                words = plain_words(a), plain_words(b)
+                pair = _differing(*words, LAYER_NAMES - {"cls"}, shared=call_a != call_b)
+                found |= {pair} if pair else set()
+    return found
+
+
+def _makes_modules(call: str) -> bool:
+    return call[:1].isupper() or any(word in call for word in ("build", "make", "mlp", "create"))
+
+
+def in_code(folder: Path) -> set[Pair]:
+    """The pairs of words of the packages in a folder."""
+    counts: dict[Pair, Counter[str]] = defaultdict(Counter)
+    for package in sorted(folder.iterdir()):
+        for source in _files_of(package):
+            try:
+                tree = ast.parse(source) if b"torch" in source else None
+            except (SyntaxError, ValueError):
+                continue
+            for node in ast.walk(tree) if tree else ():
+                if isinstance(node, ast.ClassDef):
+                    for pair in in_class(node):
+                        counts[pair][package.name.split("-")[0]] += 1
+    return {p for p, c in counts.items() if (len(c) >= PACKAGES or c.total() >= CLASSES) and _says_something(*p)}
+
+
+def _says_something(a: str, b: str) -> bool:
+    ways = set().union(*WAYS)
+    if ({a, b} & ways and {a, b} not in WAYS) or {a, b} & LAYER_KINDS:
+        return False
+    return not of_one_role((a,), (b,)) and not strength(a, b)[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.refactors.contrasts")
+    parser.add_argument("--code", type=Path, help="folder of packages to read, beside the models that are built")
+    parser.add_argument("--only-code", action="store_true", help="add to the pairs that are known; build no models")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.ERROR)
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    torch.set_num_threads(1)
+    rows = {(a, b) for a, b in json.loads(CONTRASTS.read_text())} if options.only_code else in_models()
+    rows |= in_code(options.code) if options.code else set()
+    CONTRASTS.write_text("[\n" + ",\n".join(json.dumps(pair) for pair in sorted(rows)) + "\n]\n")
     print(f"{len(rows)} pairs of words in {CONTRASTS}")
     return 0
 
