@@ -21,6 +21,7 @@ from lit_wsl.structure.description import ParameterInfo, Shape, core
 
 _TABLE = re.compile("embed|pos|token|table")
 OPEN = "a square matrix, and nothing shows whether both sides store it the same way round"
+LINEAR = ("Linear", "NonDynamicallyQuantizableLinear", "MultiheadAttention")  # of torch, stored (out, in)
 BOTH_WAYS = "it would have to be turned, but a matrix beside it is stored the same way round on both sides"
 HEADS = "the heads are stored apart on one side, so that nothing shows whether the matrix is stored the same way round"
 OTHER_CONVOLUTION = "one is a transposed convolution, the other is not: no copy of the kernel computes the same"
@@ -47,7 +48,8 @@ class Orientation:
         tensors: tuple[Sequence[ParameterInfo], Sequence[ParameterInfo]] = ((), ()),
     ) -> None:
         self._seen: dict[Make, set[bool | None]] = defaultdict(set)
-        self.turned = self.kept = False
+        self.turned: set[tuple[str, str]] = set()  # what matrices are called that are stored the other way round
+        self.kept = self.left = False
         for sources, targets, operations in matches:
             if len(sources) == len(targets) == 1 or _is_stack(sources, targets):
                 self._see(*_members(sources, targets), certain=True)
@@ -62,15 +64,16 @@ class Orientation:
     def _see(self, source: ParameterInfo, target: ParameterInfo, *, certain: bool) -> None:
         s, t = core(source.shape), core(target.shape)
         if len(s) < 2:  # a map to one number
-            column = len(source.shape) == len(target.shape) == 2 and source.shape != target.shape
-            self.turned = self.turned or column
+            if len(source.shape) == len(target.shape) == 2 and source.shape != target.shape:
+                self.turned.add(_leaves(source, target))
             return
         turned = s != t
         if len(s) != len(t) or len(s) not in (2, 3) or s[-1] == s[-2] or not (certain or turned):
             return
         if s not in (t, (*t[:-2], t[-1], t[-2])) or _is_table(target):
             return
-        self.turned = self.turned or turned
+        if turned:
+            self.turned.add(_leaves(source, target))
         self.kept = self.kept or not (turned or _leaf(source) == "own")
         for make in _makes(source, target):
             self._seen[make].add(turned if certain else None)
@@ -86,8 +89,8 @@ class Orientation:
                 if len(core(i.shape)) == 2 and i.name not in matched[side]:
                     left[side][_around(i.module_path)].add(core(i.shape))
         ours, theirs = (set().union(*side.values()) for side in left)
-        self.turned = self.turned or _fits_only_turned(ours, theirs)
-        if not self.turned:
+        self.left = _fits_only_turned(ours, theirs)
+        if not (self.turned or self.left):
             return
         for sources, targets, _ in matches:
             if len(sources) == len(targets) == 1 and len(core(sources[0].shape)) == 2:
@@ -100,10 +103,12 @@ class Orientation:
         self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo], operations: Sequence[Operation]
     ) -> None:
         """What parts of a whole show: that they stand beside each other, or that only turned they fit."""
-        self.turned = self.turned or _joined_across(sources, targets)
+        if _joined_across(sources, targets):
+            self.turned.add(_leaves(sources[0], targets[0]))
         if all(len(i.shape) == 2 for i in (*sources, *targets)) and not _fits_both_ways(sources, targets):
             turned = any(map(is_turn, operations))
-            self.turned = self.turned or turned
+            if turned:
+                self.turned.add(_leaves(sources[0], targets[0]))
             for make in {m for s in sources for t in targets for m in _makes(s, t)}:
                 self._seen[make].add(turned)
 
@@ -160,7 +165,8 @@ class Orientation:
             return self._shown(makes)
         same_make = _leaf(s) == _leaf(t) and len(core(s.shape)) == len(core(t.shape))
         kernel = len(s.shape) != len(t.shape)  # of one by one, where there was a matrix, or the other way round
-        return False if same_make and not self.turned and (self.kept or not kernel) else None
+        turned = self.left or _leaves(s, t) in self.turned
+        return False if same_make and not turned and (self.kept or not kernel) else None
 
     def _is_kept_beside(self, s: ParameterInfo, t: ParameterInfo) -> bool:
         """Whether a matrix beside one that has to be turned is stored the same way round on both sides."""
@@ -220,6 +226,10 @@ def _leaf(info: ParameterInfo) -> str:
     return last if last in ("weight", "kernel") else "own"
 
 
+def _leaves(s: ParameterInfo, t: ParameterInfo) -> tuple[str, str]:
+    return _leaf(s), _leaf(t)
+
+
 def _make(info: ParameterInfo) -> Make:
     return info.module_type, _leaf(info), len(core(info.shape))
 
@@ -233,11 +243,15 @@ def _around(path: str) -> tuple[str, ...]:
 def _makes(s: ParameterInfo, t: ParameterInfo) -> tuple[Make, ...]:
     """What a pair of matrices shares its orientation with, the nearest first.
 
-    The matrices of the module that it stands in, on both sides; all of its kind, where the kinds of both are known.
+    The matrices of the module that it stands in, on both sides, or on the source's where it is known how torch stores
+    the target's; all of its kind, where the kinds of both are known.
     """
     both = (_make(s), _make(t))
     around = _around(s.module_path), _around(t.module_path)
-    return ((around, *both), both) if s.module_type and t.module_type else ((around, *both),)
+    makes: list[Make] = [(around, *both)]
+    if t.module_type in LINEAR:
+        makes.append((around[0], both[0]))
+    return (*makes, both) if s.module_type and t.module_type else tuple(makes)
 
 
 def _is_table(info: ParameterInfo) -> bool:
