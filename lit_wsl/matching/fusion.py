@@ -51,11 +51,13 @@ class PartOrder:
         order: Indices of the parts, in the order in which they stand in the whole.
         strength: How strong the evidence is: ``SPELLED``, ``FORMULA``, ``NUMBERED`` or ``UNKNOWN``.
         reason: The evidence in words.
+        unsaid: How many words of the parts a name that spells them does without.
     """
 
     order: tuple[int, ...]
     strength: float
     reason: str
+    unsaid: int = 0
 
     @property
     def known(self) -> bool:
@@ -108,14 +110,15 @@ def _spelled(name: str, labels: Sequence[str]) -> PartOrder | None:
     if any(label.isdigit() for label in labels):
         return None  # a number on both sides says nothing
     known = [set(path_tokens(label)) for label in labels]
-    places = []
+    places, unsaid = [], 0
     for words in known:
         telling = {w for w in words if sum(w in others for others in known) == 1} - GENERAL
-        hits = [k for k, tok in enumerate(tokens) if any(token_similarity(w, tok) >= ABBREVIATION for w in telling)]
-        places.append(hits[-1] if hits else -1)
+        said = {w: [k for k, tok in enumerate(tokens) if token_similarity(w, tok) >= ABBREVIATION] for w in telling}
+        places.append(max((k for hits in said.values() for k in hits), default=-1))
+        unsaid += sum(not hits for hits in said.values())
     if min(places) < 0 or len(set(places)) < len(places):
         return None
-    return PartOrder(_sorted_by(places), SPELLED, reason)
+    return PartOrder(_sorted_by(places), SPELLED, reason, unsaid)
 
 
 def _by_formula(whole: str, labels: Sequence[str]) -> PartOrder | None:
@@ -194,9 +197,9 @@ class _Choice:
     in_place: bool
 
     @property
-    def key(self) -> tuple[float, float]:
-        """What names tell: how the order is known, then how alike the surroundings are called."""
-        return self.order.strength, self.near
+    def key(self) -> tuple[float, float, float]:
+        """What names tell: how the order is known and how much of it is said, then how alike the surroundings are."""
+        return self.order.strength, -self.order.unsaid, self.near
 
 
 def find_fusions(
@@ -274,7 +277,7 @@ def _choices(whole: Family, parts: list[Item], rivals: Sequence[Item], root: Ite
     families = of_size(uniform(families_of(parts, root)), len(whole.members))
     sets = {frozenset(id(p) for p in subset): subset for subset in _sets_of_parts(whole, families)}
     choices = [_judge(whole, subset, families, rivals, root, letters) for subset in sets.values()]
-    return sorted(choices, key=lambda c: (-c.order.strength, -c.near, not c.in_place, [p.start for p in c.parts]))
+    return sorted(choices, key=lambda c: (*(-x for x in c.key), not c.in_place, [p.start for p in c.parts]))
 
 
 def _sets_of_parts(whole: Family, families: Sequence[Family]) -> Iterator[tuple[Family, ...]]:
