@@ -7,6 +7,7 @@ weights from one of them; which one, names may tell. Where nothing does, what fi
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -133,8 +134,9 @@ def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
     for place in large:
         around = place[:-1].rpartition(".")[0]
         around += "." if around else ""
-        inside = {name.removeprefix("module."): shape for name, shape in below[place].items()}
-        if sum(shapes.get(around + name) == shape for name, shape in inside.items()) >= ALIKE * len(inside):
+        inside = _called({name.removeprefix("module."): shape for name, shape in below[place].items()})
+        outside = _called({n.removeprefix(around): x for n, x in shapes.items() if not n.startswith(place)})
+        if (inside & outside).total() >= ALIKE * inside.total():
             found.append((around, place))
     for a, b in combinations(sorted(large, key=lambda place: place.count(".")), 2):
         if a.startswith(b) or b.startswith(a) or plain_words(a) == plain_words(b):
@@ -148,6 +150,11 @@ def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
                 found.remove(group)
             found.append((*group, b))
     return sorted(found, key=lambda group: (-sizes[group[-1]], -group[-1].count("."), group))
+
+
+def _called(shapes: Mapping[str, Shape]) -> Counter[tuple[str, Shape]]:
+    """Names and shapes, where what is counted on in the copy has the same name: ``conv2d_1``, ``conv2d_12``."""
+    return Counter((re.sub(r"_?\d+", "", name), shape) for name, shape in shapes.items())
 
 
 def _is_outside(place: str, copy: str) -> bool:
