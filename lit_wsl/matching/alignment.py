@@ -30,16 +30,27 @@ from lit_wsl.matching.dissent import against_order
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
 from lit_wsl.matching.likeness import ENDS, LAYERS
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.order import Kept, agreement, is_mirrored, kept_elsewhere, order_cell
+from lit_wsl.matching.order import Kept, agreement, is_mirrored, kept_elsewhere, order_cell, parting
 from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
-from lit_wsl.matching.tree import Item, TreeBuilder, kind_of, owner_path, relative, role_of, same_kind, shape_key
+from lit_wsl.matching.tree import (
+    Family,
+    Item,
+    TreeBuilder,
+    kind_of,
+    owner_path,
+    relative,
+    role_of,
+    same_kind,
+    shape_key,
+)
 from lit_wsl.matching.words import plain_words
 from lit_wsl.plan.operations import Operation
 from lit_wsl.structure.description import Shape
 
 MAX_CANDIDATES = 16
+BY_HOME = "beside the same"
 RUN_OTHERWISE = "the model registers these in one order and runs them in another"
 REPEATED_WEIGHT = 1000
 Profile = tuple[int, str, tuple[tuple[Shape, int], ...]]
@@ -164,7 +175,7 @@ class Aligner:
     def elsewhere(self, region: Region) -> str:
         """Whether other regions kept their order, as the pass before saw it."""
         others = [kept for key, kept in self.evidence.agreement.items() if key != region.key]
-        return kept_elsewhere(region.in_list, others)
+        return kept_elsewhere(region.level, others)
 
     def inside(self, s: Item, t: Item) -> tuple[Outcome, int, int]:
         """What two corresponding items hold, and by how much it is shifted."""
@@ -232,7 +243,7 @@ class RegionMatch:
             if level == "tensor":
                 units_s, units_t = _tensors(units_s), _tensors(units_t)
             units_s, units_t = self._match_level(units_s, units_t)
-        self.aligner.gathered.agreement[self.region.key] = Kept(self.region.in_list, agreement(self.certain))
+        self.aligner.gathered.agreement[self.region.key] = Kept(self.region.level, agreement(self.certain))
         if is_mirrored(self.certain):
             self.aligner.gathered.learned.mirrored.add(self.region.key)
         self._settle_ties()
@@ -283,7 +294,7 @@ class RegionMatch:
             for side in (0, 1):
                 rest = both[side]
                 waiting = [*units[1 - side], *(i for pool in pools[1 - side].values() for i in pool)] if rest else []
-                folded = fold_run(rest, waiting, self.aligner.builder) if len(rest) > 1 else None
+                folded = fold_run(rest, waiting, self.aligner.builder) if self._may_fold(rest, side) else None
                 if folded is not None:
                     put(side, folded)
                     continue
@@ -293,6 +304,10 @@ class RegionMatch:
                     else:
                         units[side].append(item)
         return sorted(units[0], key=lambda i: i.start), sorted(units[1], key=lambda i: i.start)
+
+    def _may_fold(self, items: Sequence[Item], side: int) -> bool:
+        """Whether items may be a stack on the other side: not if their tensors stand there under their own paths."""
+        return len(items) > 1 and not any(t.start in self._twins[side] for i in items for t in i.tensors)
 
     def _pair_class(self, s: list[Item], t: list[Item]) -> tuple[list[Item], list[Item]]:
         """Pair what a class decides, and return what it leaves open."""
@@ -431,6 +446,9 @@ class RegionMatch:
             if len(tie.sources) != len(tie.targets) or len(tie.sources) == 1 or tie.reason == TURNED:
                 self._doubt(tie)
                 continue
+            if homes := self._by_home(tie):
+                self._follow_order(replace(tie, targets=homes), BY_HOME)
+                continue
             elsewhere = self.aligner.elsewhere(self.region)
             cell = order_cell(self.certain, tie, self.ties, elsewhere) if self.aligner.ordered else None
             if cell is None or not may_load(cell):
@@ -442,6 +460,35 @@ class RegionMatch:
             else:
                 self._follow_order(tie, cell)
 
+    def _by_home(self, tie: Tie) -> tuple[Family, ...]:
+        """The targets of a tie in the order of its sources, if each but one stands in the module of its siblings."""
+        if not self.aligner.classes.names:
+            return ()
+        roots = self.region.source, self.region.target
+        tied = [[f.members[0] for f in side] for side in (tie.sources, tie.targets)]
+        depths = [parting([relative(i, root) for i in side]) for side, root in zip(tied, roots)]
+        homes = [[_home(relative(i, root), d) for i in side] for side, root, d in zip(tied, roots, depths)]
+        if any(len(set(side)) < len(side) for side in homes):
+            return ()
+        known: tuple[dict[str, set[str]], dict[str, set[str]]] = (defaultdict(set), defaultdict(set))
+        count: Counter[tuple[str, str]] = Counter()
+        for p in self.certain:
+            ours, theirs = (_home(relative(i, r), d) for i, r, d in zip((p.source, p.target), roots, depths))
+            if ours in homes[0] and theirs in homes[1]:
+                known[0][ours].add(theirs)
+                known[1][theirs].add(ours)
+                count[ours, theirs] += 1
+        partners = {
+            ours: theirs
+            for ours, theirs in count
+            if known[0][ours] == {theirs} and known[1][theirs] == {ours} and count[ours, theirs] >= 2
+        }
+        left = [[h for h in side if h not in ends] for side, ends in zip(homes, (partners, partners.values()))]
+        if len(left[0]) > 1:
+            return ()
+        partners.update(zip(*left))
+        return tuple(tie.targets[homes[1].index(partners[h])] for h in homes[0])
+
     def _follow_order(self, tie: Tie, cell: str) -> None:
         """Take the pairs of a tie in their order, all of them or none: what speaks against one speaks against it."""
         if any(len(f.members) != len(g.members) for f, g in zip(tie.sources, tie.targets)):
@@ -449,7 +496,7 @@ class RegionMatch:
             return
         decision = Decision()
         for f, g in zip(tie.sources, tie.targets):
-            self.aligner.classes._zip(f, g, cell, decision)
+            self.aligner.classes._zip(f, g, cell, decision, self.region)
         judged = [self.aligner.classes.judge(p, self.region) for p in decision.pairs]
         if why := next((why for _, why in judged if why), ""):
             self._doubt(replace(tie, reason=why))
@@ -488,6 +535,11 @@ class RegionMatch:
         for targets, candidates in rows.items():
             unique = tuple(dict.fromkeys(candidates))[:MAX_CANDIDATES]
             self.out.doubts.append(Doubt(targets, unique, tie.reason))
+
+
+def _home(path: str, depth: int) -> str:
+    """The module at a depth that a path leads through, or around what stands there."""
+    return ".".join(path.split(".")[:-1][: depth + 1])
 
 
 def _without_partner(

@@ -55,7 +55,7 @@ from lit_wsl.matching.likeness import (
     same_role,
     strength,
 )
-from lit_wsl.matching.numbers import NUMBERS, counted_down, in_count, number_map, runs_apart
+from lit_wsl.matching.numbers import NUMBERS, counted_down, in_count, known_for_roles, number_map, runs_apart
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER, ORDER_ALONE
 from lit_wsl.matching.regions import (
@@ -68,6 +68,7 @@ from lit_wsl.matching.regions import (
     Tie,
     ascending,
     other_name,
+    wrapped,
 )
 from lit_wsl.matching.risks import may_load, refusal
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts, cut_by_shapes, transpose_shape
@@ -81,8 +82,7 @@ from lit_wsl.matching.tree import (
     place_in,
     relative,
     role_of,
-    shape_key,
-    telling_words,
+    words_apart,
 )
 from lit_wsl.matching.tree import literal as _literal
 from lit_wsl.matching.words import path_tokens, plain_words
@@ -97,6 +97,7 @@ MIRRORED = "the blocks of one list stand the other way round, so that the list m
 NUMBERED_OTHERWISE = "numbered differently on the two sides, and it is unknown which numbers correspond"
 OTHER_HEAD = "they would fit, but their names mean different things: it may be another head"
 EXCLUSION = "exclusion"
+KNOWN = "known for one role"
 LAYER_ONLY = "layers"  # both names say a kind of layer and no more
 
 
@@ -177,8 +178,8 @@ class ClassSolver:
         agree = self.learned.rows.agree(region, p.source, p.target) if self.ordered else ""
         if agree == "out of line" and (last or (p.cell.startswith(COUNT) and " among kept" in cell)):
             return OUT_OF_ORDER
-        if last and "module name" in cell and agree not in ("in order", "in line"):
-            return OTHER_WORDS  # what is left of two towers, where the name of one was hardly known
+        if last and ("module name" in cell or " at an end" in cell) and agree not in ("in order", "in line"):
+            return OTHER_WORDS  # what is left of two towers or two heads, where the name of one was hardly known
         weak = last or (is_named(p.cell) and p.cell.startswith(WEAK))
         return against(p, region, agree, certain=alone, weak=weak)
 
@@ -315,7 +316,7 @@ class ClassSolver:
             likeness = liken(plain_words(paths[0]), plain_words(paths[1]))
             if likeness.shared and likeness.kind == WORDS:
                 cell = "open " + WORDS
-            elif region.whole and s.rank >= 2 and region.alike(s, t) and _unique(s, t, region):
+            elif region.whole and s.rank >= 2 and region.alike(s, t) and region.holds_once(s, t):
                 cell = DISTINCT
             elif called_alike(s, t):
                 cell = "open own name"
@@ -331,11 +332,15 @@ class ClassSolver:
         starts = {i.start: i for i in s if not i.virtual}
         taken: set[int] = set()
         names = region.source.path.rpartition(".")[2], region.target.path.rpartition(".")[2]
-        if names[0] != names[1] and (names in self.backwards or (self.written and runs_apart(s, t, region))):
+        short, long = sorted((f".{region.source.path}", f".{region.target.path}"), key=len)
+        if names[0] != names[1] and names in self.backwards:
             return s, t
+        if self.written and not long.endswith(short) and runs_apart(s, t, region):
+            return s, t
+        inside = wrapped(s, t, region)
         for i in t:
             path = relative(i, region.target)
-            twin = theirs.get(path) or self._wrapped_twin(i, starts)
+            twin = theirs.get(path) or self._wrapped_twin(i, starts) or inside.get(id(i))
             if twin is None or counted_down(twin, i, region) or self.costs.of(twin, i) is None:
                 continue
             if not region.count_alike(relative(twin, region.source), path):
@@ -368,12 +373,13 @@ class ClassSolver:
                 if any(self._is_other_head(a, b) for a, b in zip(fs[0].members, ft[0].members)):
                     out.ties.append(Tie.between(fs, ft, OTHER_HEAD))
                 elif may_load(cell):
-                    self._zip(fs[0], ft[0], cell, out)
+                    self._zip(fs[0], ft[0], cell, out, region)
             return
         shared, kinds = self._likenesses(fs, ft, region)
         open_s, open_t = set(range(n)), set(range(m))
-        for i, j in self._by_role(fs, ft, region) if sure else ():
-            self._zip(fs[i], ft[j], ROLE, out)
+        by_role = self._by_role(fs, ft, region) if sure else []
+        for i, j in by_role:
+            self._zip(fs[i], ft[j], ROLE, out, region)
             open_s.discard(i)
             open_t.discard(j)
             shared[i, :] = shared[:, j] = -1.0
@@ -387,16 +393,17 @@ class ClassSolver:
             cell = cell if sure else "open " + cell
             if not may_load(cell):
                 continue
-            self._zip(fs[i], ft[j], cell, out)
+            self._zip(fs[i], ft[j], cell, out, region)
             open_s.discard(i)
             open_t.discard(j)
         if not sure or not open_s or not open_t:
             return
         left_s, left_t = [fs[i] for i in sorted(open_s)], [ft[j] for j in sorted(open_t)]
-        if counted := in_count(left_s, left_t):
-            for f, g in counted:
-                self._zip(f, g, COUNT, out)
-            return
+        for paired, cell in ((in_count(left_s, left_t), COUNT), (known_for_roles(left_s, left_t), KNOWN)):
+            for f, g in paired:
+                self._zip(f, g, cell, out, region)
+            if paired:
+                return
         if len(left_s) == len(left_t) == 1 and len(left_s[0].members) == len(left_t[0].members):
             i, j = next(iter(open_s)), next(iter(open_t))
             better = max(shared[i].max(), shared[:, j].max()) > shared[i, j]
@@ -406,8 +413,9 @@ class ClassSolver:
             head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
                 out.ties.append(Tie.between(left_s, left_t, OTHER_HEAD if head else OTHER_WORDS))
-            else:
-                self._zip(left_s[0], left_t[0], EXCLUSION, out)
+            else:  # if all others stand as in other blocks, there is more to it than their names
+                cell = ROLE + ", last" if len(by_role) == n - 1 else EXCLUSION
+                self._zip(left_s[0], left_t[0], cell, out, region)
             return
         self._tie(left_s, left_t, out)
 
@@ -426,7 +434,7 @@ class ClassSolver:
         return [(i, j) for i, j in found if times[0][i] == times[1][j] == 1]
 
     def _likenesses(self, fs: list[Family], ft: list[Family], region: Region) -> tuple[np.ndarray, list[list[str]]]:
-        words_s, words_t = _telling(fs, ft), _telling(ft, fs)
+        words_s, words_t = words_apart(fs, ft), words_apart(ft, fs)
         near_s, near_t = self._near((fs, ft), region, 0), self._near((fs, ft), region, 1)
         shared = np.full((len(fs), len(ft)), -1.0)
         kinds = [[""] * len(ft) for _ in fs]
@@ -462,13 +470,14 @@ class ClassSolver:
 
     # families and ties --------------------------------------------------------------------------------------------
 
-    def _zip(self, f: Family, g: Family, cell: str, out: Decision) -> None:
+    def _zip(self, f: Family, g: Family, cell: str, out: Decision, region: Region) -> None:
         """Pair the members of two families by number."""
         if len(f.members) == 1:
             out.pairs.append(Pair(f.members[0], g.members[0], cell))
             return
         mirrored = self._are_mirrored(f.members, g.members, [f.pattern, g.pattern])
-        found = None if mirrored else number_map(f, g, self.ordered, self.written, self.backwards)
+        written = self.written and self.learned.rows.allow(region, f.members, g.members)
+        found = None if mirrored else number_map(f, g, self.ordered, written, self.backwards)
         if found is None:
             why = MIRRORED if mirrored else NUMBERED_OTHERWISE
             out.ties.append(Tie.between([f], [g], why))
@@ -485,16 +494,6 @@ class ClassSolver:
             out.ties.append(Tie(tuple(left_s), tuple(left_t)))
 
 
-def _telling(families: Sequence[Family], others: Sequence[Family]) -> list[tuple[str, ...]]:
-    """The words that tell families from their rivals; where there is no rival, those that tell the other side's."""
-    common = set.intersection(*(set(f.words) for f in others)) if len(families) == 1 < len(others) else set()
-    return [tuple(w for w in ws if not w.isdigit() and w not in common) for ws in telling_words(families)]
-
-
 def is_strong(item: Item) -> bool:
     """Whether so much structure is below that an equal one elsewhere can't be chance."""
     return len(item.tensors) >= 4 and len(item.profile) >= 2
-
-
-def _unique(s: Item, t: Item, region: Region) -> bool:
-    return all(root.profile[shape_key(i.main.shape)] == 1 for root, i in ((region.source, s), (region.target, t)))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations, pairwise
 
 from rapidfuzz.distance import Levenshtein
@@ -21,6 +22,7 @@ from lit_wsl.matching.likeness import (
     LAYER_WORDS,
     LAYERS,
     LETTERS,
+    LISTS,
     NEAR_WORDS,
     SIDES,
     WHOLES,
@@ -29,12 +31,23 @@ from lit_wsl.matching.likeness import (
     of_one_role,
     own_name,
     own_words,
+    same_role,
     strength,
 )
-from lit_wsl.matching.numbers import counted_apart, counted_down
+from lit_wsl.matching.numbers import ATTENTIONS, FEEDS, counted_apart, counted_down, told_otherwise
 from lit_wsl.matching.order import AMONG_MANY, AS_ELSEWHERE
 from lit_wsl.matching.regions import Learned, Pair, Region, Renames, Tie, makes_of, other_name
-from lit_wsl.matching.tree import Family, Item, layer_kind, owner_path, place_in, relative, telling_words
+from lit_wsl.matching.tree import (
+    ROLES,
+    Family,
+    Item,
+    layer_kind,
+    owner_path,
+    place_in,
+    relative,
+    role_of,
+    telling_words,
+)
 from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
 
 STRONG = "much structure"
@@ -47,6 +60,7 @@ OTHER_LETTER = "one is named after the queries, keys or values of an attention, 
 NETWORK_LETTER = "one letter of the names of two whole networks agrees, which may stand for anything"
 OPPOSITE = "their names differ in words that distinguish neighbouring modules of other models"
 NAMESAKE = "another module beside them has the name of one of the two in another size: it may have been resized"
+OTHER_TWIN = "of twins that letters tell apart on both sides, each has the letter of the other"
 OTHER_TOWER = (
     "each stands in a part of its model that also holds what the other's part has not: it stands elsewhere there"
 )
@@ -54,6 +68,7 @@ LEFT_HOME = (
     "what one of them stands in is still there without it, and their names have nothing in common: it may be a new part"
 )
 INSIDE_OUT = "each holds a module that is called like the other: what was outside may be inside now"
+OTHER_MAKE = "one is a layer's weight and the other a tensor of its own, and their names have nothing in common"
 OTHER_VALUES = "one is named after a function of the other, so its values are different"
 RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
 NEIGHBOUR = "what their names have in common names the modules beside them, or any layer: that decides nothing alone"
@@ -62,13 +77,24 @@ COUNTED_OTHERWISE = "numbered in one order and registered in another"
 TOWERS = (
     "whole networks of the same structure, named differently on the two sides; order alone does not show which is which"
 )
+NAMESAKES_MOVED = "by order each would become what stands under the name of the next one"
 AGAINST_NAMES = "their order says one thing and their names another"
 LISTS_CUT = "one list became several that names tell apart: which member went into which can't be told from a number"
 NAMELESS_ORDER = "nothing around them is decided, their names have nothing in common, and order alone does not decide"
 TWINS_RENAMED = "everything beside them kept its name, and only theirs are new: their order may be new as well"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
 TASKS = frozenset(("cls", "classifier", "classify", "lm"))  # what some last layers are for
-NOTHING = (ENDS - TASKS) | KINDS | LAYERS  # words that say nothing of what a module is for
+NOTHING = (ENDS - TASKS) | KINDS | LAYERS | LISTS  # words that say nothing of what a module is for
+FRONT = frozenset(("emb", "embed", "embedding", "embeddings", "patch", "stem", "input", "first"))
+BACK = frozenset(("head", "final", "last", "out", "output", "logits", "classifier"))
+CALLED = (  # what one thing is called: tables of words and of positions, the two halves of a block
+    frozenset(("word", "words", "token", "tokens", "tok", "wte", "vocab", "emb", "table")),
+    frozenset(("pos", "position", "positions", "positional", "place", "places", "wpe", "emb", "table")),
+    frozenset(("segment", "segments", "seg", "token", "type", "emb", "table")),
+    ATTENTIONS,
+    FEEDS,
+)
+TWINS = frozenset("abxy")  # letters at the end of a name that tell twins apart
 KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
 
 
@@ -84,8 +110,13 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
     """
     if letters_apart(p.source, p.target, region):
         return OTHER_LETTER
-    if p.source.rank >= 2 and _are_opposite(own_name(p.source), own_name(p.target)):
+    if _are_front_and_end(p.source, p.target):
         return OPPOSITE
+    places = [plain_words(place_in(i, r)) for i, r in ((p.source, region.source), (p.target, region.target))]
+    if _are_opposite(own_name(p.source), own_name(p.target)) or _are_opposite(*places):
+        return OPPOSITE
+    if lettered_apart(p.source, p.target, region):
+        return OTHER_TWIN
     if _has_namesake(p.source, p.target, region):
         return NAMESAKE
     if _stand_in_other_towers(p.source, p.target, region):
@@ -94,6 +125,8 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         return LEFT_HOME
     if min(p.source.level, p.target.level) == 2 and _is_inside_out(p.source, p.target):
         return INSIDE_OUT
+    if _is_of_other_make(p.source, p.target, region):
+        return OTHER_MAKE
     if max(p.source.level, p.target.level) < 2 and _is_function(p.source, p.target):
         return OTHER_VALUES
     sure = region.complete and certain and agree not in ("against order", "out of line", "reordered")
@@ -103,6 +136,8 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         return OTHER_NUMBER
     if counted_down(p.source, p.target, region):
         return OTHER_DIRECTION
+    if _leaves_row(p.source, p.target, region):
+        return OTHER_NUMBER
     if not region.complete and p.cell.startswith(STRONG):
         if agree in ("against order", "out of line"):
             return OUT_OF_ORDER
@@ -124,6 +159,22 @@ def _is_number_taken(s: Item, t: Item, region: Region) -> bool:
         return False
     taken = _renumber(paths[1], ours), _renumber(paths[0], theirs)
     return any(f"{name}.".startswith(f"{path}.") for path, names in zip(taken, region.names[::-1]) for name in names)
+
+
+def _leaves_row(s: Item, t: Item, region: Region) -> bool:
+    """Whether two items of one name have other numbers, where what is counted beside them has the same on both sides.
+
+    Of ``conv1, bn1, conv2, bn2`` and ``bn0, conv1, bn1, conv2`` a norm is new and one is gone.
+    """
+    rows = [counted(relative(i, root)) for i, root in ((s, region.source), (t, region.target))]
+    for (place, ours), (other, theirs) in zip(*rows):
+        if place != other or ours == theirs:
+            continue
+        around = place.rpartition(".")[0]
+        beside = [p for p in region.lists[0] if p != place and p.rpartition(".")[0] == around and p in region.lists[1]]
+        if any(len(region.lists[0][p]) > 1 and region.lists[0][p].keys() == region.lists[1][p].keys() for p in beside):
+            return region.lists[0][place].keys() != region.lists[1][place].keys()
+    return False
 
 
 def _renumber(path: str, numbers: Sequence[str]) -> str:
@@ -154,35 +205,59 @@ def _repeats_elsewhere(p: Pair, region: Region) -> bool:
         return False
     ours, theirs = region.makes
     inside = makes_of(p.source)
-    return any(count > 1 and ours[make] > count and ours[make] != theirs[make] for make, count in inside.items())
+    return any(
+        count > 1 and max(ours[make], theirs[make]) > count and ours[make] != theirs[make]
+        for make, count in inside.items()
+    )
 
 
 def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
-    """Whether all siblings kept their very names, and only these two are called after different things.
+    """Whether only these two are called after different things: all siblings kept their names, or all else its meaning.
 
-    Many siblings of a unit tell; of a module, or fewer siblings, only where nothing was renamed anywhere.
+    A new part of the same size is called after what it is for; a code base that is renamed is renamed at many places.
     """
-    if not _renamed_to_other(p.source, p.target):
+    if not _renamed_to_other(p.source, p.target, region):
         return False
     if _is_only_new_name(p.source, p.target, region):
         return True
     siblings = learned.renames.beside(region, p.source, p.target)
-    if any(ours != theirs for ours, theirs in siblings):
+    unit = max(p.source.level, p.target.level) < 2
+    if unit and len(siblings) >= KEPT and not any(ours != theirs for ours, theirs in siblings):
+        return True
+    others = learned.renames.all_but(p.source, p.target)
+    if not others or _may_have_any_name(p.source, p.target):
         return False
-    whole = max(p.source.level, p.target.level) == 2
-    if whole or len(siblings) < KEPT:
-        renamed, kept = learned.renames.others(p.source, p.target)
-        return not renamed and kept > 0 and not _may_have_any_name(p.source, p.target)
-    return True
+    if not any(ours != theirs for ours, theirs in others):
+        return True
+    small = len(p.source.tensors) < TOWER and len(others) >= KEPT
+    listed = any(c.isdigit() for i in (p.source, p.target) for c in i.path)  # what all blocks have is no new part
+    return small and not listed and not any(_are_renamed(ours, theirs) for ours, theirs in others)
+
+
+def _are_renamed(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:
+    """Whether one thing is called after different things on the two sides, as far as its names say what it is for."""
+    known = ours == theirs or of_one_role(ours, theirs) or _are_called_one(ours, theirs)
+    return not known and _mean_otherwise(ours, theirs)
 
 
 def _is_only_new_name(s: Item, t: Item, region: Region) -> bool:
-    """Whether all other units of the module that two units stand in have the same names on both sides."""
-    homes = [known.get(id(i)) for known, i in zip(region.homes, (s, t))]
-    if max(s.level, t.level) == 2 or s.rank < 2 or None in homes:
+    """Whether all other units of the module that two units stand in have the same names on both sides.
+
+    Where they are many, a member of a list would have kept its number.
+    """
+    if max(s.level, t.level) == 2:
         return False
-    names = [{place_in(u, home) for u in home.units if u is not i} for home, i in zip(homes, (s, t)) if home]
-    return names[0] == names[1] and len(names[0]) >= KEPT - 1 and not _may_have_any_name(s, t)
+    homes = tuple(known.get(id(i)) for known, i in zip(region.homes, (s, t)))
+    for around in (homes, (region.source, region.target)):
+        names = [{_last_parts(u) for u in home.units if u is not i} for home, i in zip(around, (s, t)) if home]
+        enough = KEPT if _may_have_any_name(s, t) else KEPT - 1
+        if len(names) == 2 and names[0] == names[1] and len(names[0]) >= enough:
+            return True
+    return False
+
+
+def _last_parts(unit: Item) -> str:
+    return ".".join(owner_path(unit.main.path).split(".")[-2:])
 
 
 def _may_have_any_name(s: Item, t: Item) -> bool:
@@ -191,21 +266,31 @@ def _may_have_any_name(s: Item, t: Item) -> bool:
     return listed or bool({*own_name(s)} & {*own_name(t)} & WHOLES)
 
 
-def _renamed_to_other(s: Item, t: Item) -> bool:
+def _renamed_to_other(s: Item, t: Item, region: Region) -> bool:
     """Whether two names mean different things, and neither is the other, wrapped."""
-    if set(own_name(s)) <= set(own_name(t, 2)) or set(own_name(t)) <= set(own_name(s, 2)):
+    ours, theirs = own_name(s), own_name(t)
+    if ours == theirs and max(s.level, t.level) < 2:  # what they stand in tells: image_net.fc1, text_net.fc1
+        ours, theirs = (tuple(plain_words(place_in(i, r))) for i, r in ((s, region.source), (t, region.target)))
+        return _mean_otherwise(ours, theirs)
+    if set(ours) <= set(own_name(t, 2)) or set(theirs) <= set(own_name(s, 2)):
         return False
-    return _mean_otherwise(own_name(s), own_name(t)) and not _alike_inside(s, t)
+    return _mean_otherwise(ours, theirs) and not _alike_inside(s, t)
 
 
 def _alike_inside(s: Item, t: Item) -> bool:
-    """Whether two units are known for one role, or two modules hold something of one name or role, or blocks."""
+    """Whether two units are known for one role, or two large modules hold something of one name or role, or blocks.
+
+    The insides of two small ones are called alike wherever they are of one class.
+    """
     if max(s.level, t.level) < 2:
-        return of_one_role(own_name(s), own_name(t))
+        return _are_of_one_role(s, t)
     if any(c.level == 2 and relative(c, i).isdigit() for i in (s, t) for c in i.children):
         return True
+    if _are_called_one(own_name(s), own_name(t)):
+        return True
+    large = min(len(i.tensors) for i in (s, t)) >= TOWER
     names = zip(*([plain_words(place_in(u, i)) for u in i.units] for i in (s, t)))
-    return any((a == b and a) or of_one_role(a, b) for a, b in names)
+    return any((a == b and a and large) or of_one_role(a, b) for a, b in names)
 
 
 def _mean_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
@@ -303,6 +388,35 @@ def _are_opposite(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     return contrast(likeness.left_s, likeness.left_t)
 
 
+def _are_front_and_end(s: Item, t: Item) -> bool:
+    """Whether one of two layers is called after the beginning of a model and the other after its end."""
+    if max(s.level, t.level) == 2 or any(c.isdigit() for i in (s, t) for c in i.path):
+        return False
+    names = [{*own_name(i)} for i in (s, t)]
+    places = [(bool(name & FRONT), bool(name & BACK)) for name in names]
+    return sorted(places) == [(False, True), (True, False)]
+
+
+def _is_of_other_make(s: Item, t: Item, region: Region) -> bool:
+    """Whether one is the weight of a layer and the other stands alone, where their names have nothing in common."""
+    if max(s.level, t.level) == 2 or len({role_of(i.main.path) in ROLES for i in (s, t)}) == 1:
+        return False
+    if any(c.isdigit() for i in (s, t) for c in i.path):
+        return False  # blocks are written by hand here and built of layers there
+    return bool(other_name(s, t, region)) and not _are_of_one_role(s, t)
+
+
+def _are_of_one_role(s: Item, t: Item) -> bool:
+    """Whether two layers are known for one role, or two tables hold words or positions."""
+    return same_role(owner_path(s.main.path), owner_path(t.main.path)) or _are_called_one(own_name(s), own_name(t))
+
+
+def _are_called_one(ours: Collection[str], theirs: Collection[str]) -> bool:
+    """Whether two names are two of those that one thing goes by."""
+    telling = [{*name} - NOTHING for name in (ours, theirs)]
+    return all(telling) and any(telling[0] | telling[1] <= names for names in CALLED)
+
+
 def _is_function(s: Item, t: Item) -> bool:
     """Whether one name is the other and a function: ``log_sigma`` and ``sigma``, ``A_log`` and ``A``."""
     short, long = sorted(("".join(own_name(i)) for i in (s, t)), key=len)
@@ -325,6 +439,26 @@ def letters_apart(s: Item, t: Item, region: Region) -> bool:
     return all(names)
 
 
+def lettered_apart(s: Item, t: Item, region: Region) -> bool:
+    """Whether two items stand in twins of other letters, ``net_a`` and ``net_b``, which both sides have."""
+    ours, theirs = (_twins_along(relative(i, root)) for i, root in ((s, region.source), (t, region.target)))
+    if not ours or not theirs or not ours.isdisjoint(theirs):
+        return False
+    return ours | theirs <= _twins_among(region.modules[0]) & _twins_among(region.modules[1])
+
+
+@lru_cache(maxsize=64)
+def _twins_among(modules: frozenset[str]) -> frozenset[str]:
+    return frozenset().union(*map(_twins_along, modules))
+
+
+@lru_cache(maxsize=10_000)
+def _twins_along(path: str) -> frozenset[str]:
+    """The letters along a path that tell twins apart: ``net_a``, ``net_b``."""
+    parts = [plain_words(part) for part in path.split(".")]
+    return frozenset(words[-1] for words in parts if len(words) > 1 and words[-1] in TWINS)
+
+
 # order --------------------------------------------------------------------------------------------------------------
 
 TOWER = 6  # tensors of a network that stands beside others: exchanged, it would be lost as a whole
@@ -335,11 +469,15 @@ def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
     """What speaks against pairing a tie in the order in which its families stand; empty if nothing does."""
     if _names_dissent(tie.sources, tie.targets, region):
         return AGAINST_NAMES
+    if _moves_namesakes(tie, region):
+        return NAMESAKES_MOVED
     if _counted_backwards(tie.sources, tie.targets) or _counted_backwards(tie.targets, tie.sources):
+        return COUNTED_OTHERWISE
+    if told_otherwise(tie.sources) or told_otherwise(tie.targets):
         return COUNTED_OTHERWISE
     if _leaves_formula(tie.sources, 0, tie.targets, region) or _leaves_formula(tie.targets, 1, tie.sources, region):
         return COUNTED_OTHERWISE
-    if _is_list_cut(tie.sources, tie.targets) or _is_list_cut(tie.targets, tie.sources):
+    if _is_list_cut(tie.sources, tie.targets, region) or _is_list_cut(tie.targets, tie.sources, region):
         return LISTS_CUT
     if _are_twins_renamed(tie, renames):
         return TWINS_RENAMED
@@ -351,6 +489,18 @@ def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
     if len(single) == len(tie.sources) and not told and any(_are_towers(s, t) for s, t in single):
         return TOWERS
     return COUNTED_OTHERWISE if any(counted_apart(s, t, region) for s, t in single) else ""
+
+
+def _moves_namesakes(tie: Tie, region: Region) -> bool:
+    """Whether order would give something away that stands under its very path on the other side: counted on by one."""
+    places = [
+        [relative(m, root) for f in side for m in f.members]
+        for side, root in ((tie.sources, region.source), (tie.targets, region.target))
+    ]
+    lists = [root.path.rpartition(".")[2] for root in (region.source, region.target)]
+    if lists[0] != lists[1] and any(place.partition(".")[0].isdigit() for side in places for place in side):
+        return False
+    return any(a != b and a in places[1] for a, b in zip(*places))
 
 
 def _counted_backwards(families: Sequence[Family], others: Sequence[Family]) -> bool:
@@ -386,10 +536,11 @@ def _counts(families: Sequence[Family]) -> list[list[tuple[int, ...]]]:
     return list(counts.values())
 
 
-def _is_list_cut(whole: Sequence[Family], parts: Sequence[Family]) -> bool:
-    """Whether the blocks of one list stand in several on the other side: one after another, or by turns."""
-    if min(f.members[0].level for f in (*whole, *parts)) < 2:
-        return False  # a flat list of all that there is
+def _is_list_cut(whole: Sequence[Family], parts: Sequence[Family], region: Region) -> bool:
+    """Whether the members of one list stand in several on the other side: one after another, or by turns."""
+    flat = min(f.members[0].level for f in (*whole, *parts)) < 2
+    if flat and sum(len(f.members) for f in whole) > min(len(r.units) for r in (region.source, region.target)) / 2:
+        return False  # a list of nearly all that there is
     lists = [{f.pattern for f in side} for side in (whole, parts)]
     return len(lists[0]) == 1 < len(lists[1]) and min(Counter(f.pattern for f in parts).values()) > 1
 

@@ -64,6 +64,33 @@ def same_role(a: str, b: str) -> bool:
     )
 
 
+def paired_by_roles(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of paths that are known for the parts of one thing, each for another: its two norms, its gate and its up.
+
+    Empty unless all of them are known, and for the same parts on both sides.
+    """
+    for thing in sorted({role.partition("/")[0] for path in ours for role in roles_of(path)}):
+        rows = [_parts_of(thing, side) for side in (ours, theirs)]
+        if sorted(rows[0]) == sorted(rows[1]) and len(set(rows[0]) - {""}) == len(rows[0]):
+            return [(i, rows[1].index(role)) for i, role in enumerate(rows[0])]
+    return []
+
+
+def count_by_roles(paths: Sequence[str]) -> list[int]:
+    """Which place each path has among the parts of a thing that are counted, such as two norms; empty if not known."""
+    for thing in sorted({role.partition("/")[0] for path in paths for role in roles_of(path)}):
+        numbers = [role[-1:] for role in _parts_of(thing, paths)]
+        if all(map(str.isdigit, numbers)) and len(set(numbers)) == len(numbers):
+            return [sorted(numbers).index(n) for n in numbers]
+    return []
+
+
+def _parts_of(thing: str, paths: Sequence[str]) -> list[str]:
+    """The only part of a thing that each path is known for, or an empty word."""
+    found = [{r for r in roles_of(path) if r.partition("/")[0] == thing} for path in paths]
+    return [min(roles) if len(roles) == 1 else "" for roles in found]
+
+
 @cache
 def _contrasts() -> frozenset[frozenset[str]]:
     return frozenset(frozenset(pair) for pair in _read("contrasts.json"))
@@ -262,9 +289,15 @@ def foreign(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
     return all(names) and liken(names[0], names[1]).shared == 0.0
 
 
+def related(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    """Whether two names share a word that says more than a kind of layer."""
+    ours, theirs = ([w for w in words if not _is_general(w)] for words in (a, b))
+    return liken(ours, theirs).shared > 0.0
+
+
 def _is_general(word: str) -> bool:
-    """Whether a word names a kind of layer, or what the last layer of any model is called."""
-    return word in ENDS or word in KINDS or "norm" in word
+    """Whether a word names a kind of layer, a list of these, or what the last layer of any model is called."""
+    return word in ENDS or word in KINDS or word in LISTS or "norm" in word
 
 
 def called_alike(s: Item, t: Item) -> bool:

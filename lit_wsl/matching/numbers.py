@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 
-from lit_wsl.matching.likeness import LAYER_NAMES, liken
+from lit_wsl.matching.likeness import LAYER_NAMES, count_by_roles, liken, paired_by_roles
 from lit_wsl.matching.regions import Region
-from lit_wsl.matching.tree import Family, Item, relative, telling_words
+from lit_wsl.matching.tree import Family, Item, owner_path, relative, telling_words
 from lit_wsl.matching.words import Lists, counted, lists_of_one_size
 
 NUMBERS, ASCENDING = "numbers", "ascending"
@@ -38,7 +38,7 @@ def number_map(
             if len(set(a)) == len(a) == len(b) and set(a) == set(b):  # chunk and number, against number
                 place_1 = dict(zip(b, g.members))
                 return tuple(place_1[n] for n in a), NUMBERS
-    if ordered and up_s == up_t == 1 and not _number_names(f, g):
+    if ordered and up_s == up_t == 1 and not _number_names(f, g) and not _counts_on(f, g):
         return g.members, ASCENDING
     return None
 
@@ -64,6 +64,19 @@ def _number_names(f: Family, g: Family) -> bool:
     ours, theirs = ({n[fam.axes()[0]] for n in fam.numbers} for fam in (f, g))
     listed = any(part.isdigit() for fam in (f, g) for m in fam.members for part in m.path.split("."))
     return not listed and bool(ours & theirs) and ours != theirs and max(min(ours), min(theirs)) > 1
+
+
+def _counts_on(f: Family, g: Family) -> bool:
+    """Whether one list goes on where the other began, by so many, and one is not counted from 0 and the other from 1.
+
+    What has the same number may be the same, and the list shorter at one end and longer at the other.
+    """
+    lists = {_list_name(place) for fam in (f, g) for place, _ in counted(fam.members[0].path)[-1:]}
+    if f.pattern != g.pattern or len(lists) != 1 or len(f.axes()) != 1:
+        return False
+    ours, theirs = (sorted(n[fam.axes()[0]] for n in fam.numbers) for fam in (f, g))
+    steps = {b - a for a, b in zip(ours, theirs)}
+    return len(steps) == 1 and not set(ours).isdisjoint(theirs) and {ours[0], theirs[0]} not in ({0, 1}, {ours[0]})
 
 
 def _levels_exchanged(f: Family, g: Family) -> bool:
@@ -107,13 +120,19 @@ def _direction(items: Sequence[Item]) -> int:
 
 def runs_apart(s: Sequence[Item], t: Sequence[Item], region: Region) -> bool:
     """Whether the members of two lists are counted alike, but registered in opposite directions."""
-    places: list[dict[int, int]] = [{}, {}]
-    for place, side, root in zip(places, (s, t), (region.source, region.target)):
-        for number, start in ((relative(i, root).partition(".")[0], i.start) for i in side):
-            if number.isdigit():
-                place.setdefault(int(number), start)
-    shared = sorted(places[0].keys() & places[1].keys())
-    ups = [[place[a] < place[b] for a, b in pairwise(shared)] for place in places]
+    places: list[dict[str, dict[int, int]]] = [{}, {}]
+    for lists, side, root in zip(places, (s, t), (region.source, region.target)):
+        for place, number, start in ((*n, i.start) for i in side for n in counted(relative(i, root))[:1]):
+            if place.rpartition(".")[2] != "#":
+                continue
+            lists.setdefault(place, {}).setdefault(int(number), start)
+    return any(_run_apart(ours, places[1][place]) for place, ours in places[0].items() if place in places[1])
+
+
+def _run_apart(ours: Mapping[int, int], theirs: Mapping[int, int]) -> bool:
+    """Whether two lists, by number where their members start, go up on one side and down on the other."""
+    shared = sorted(ours.keys() & theirs.keys())
+    ups = [[place[a] < place[b] for a, b in pairwise(shared)] for place in (ours, theirs)]
     return bool(ups[0]) and any(all(ups[k]) and not any(ups[1 - k]) for k in (0, 1))
 
 
@@ -127,7 +146,10 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
         return []
     told = [_told(side, FINAL) for side in (fs, ft)]
     counts = any(found and found[0] == "count" for found in told)
-    told = [_told(side, OUTPUT) if counts and not found else found for side, found in zip((fs, ft), told)]
+    told = [
+        _told(side, OUTPUT) if not found and (counts or all(OUTPUT & set(f.words) for f in side)) else found
+        for side, found in zip((fs, ft), told)
+    ]
     if not (told[0] and told[1]):
         return []
     ways, rows = zip(*told)
@@ -136,9 +158,26 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
     return list(zip(*rows))
 
 
+def known_for_roles(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, Family]]:
+    """Pairs of items whose names the lexicon knows for the parts of one thing, each for another."""
+    paths = ([owner_path(f.members[0].main.path) for f in side] for side in (fs, ft))
+    return [(fs[i], ft[j]) for i, j in paired_by_roles(*paths)]
+
+
+def told_otherwise(side: Sequence[Family]) -> bool:
+    """Whether what tells items apart counts them in another order than that in which they are registered."""
+    row = sorted(side, key=lambda f: f.start)
+    told = _told(row, FINAL) if all(len(f.members) == 1 for f in side) else None
+    return told is not None and told[1] != row
+
+
 def _told(side: Sequence[Family], last: frozenset[str]) -> tuple[str, list[Family]] | None:
     """In which way items are counted, and the items in that order; words may say which of two norms is the last."""
-    ways = ("count", [count_of(f, side) for f in side]), ("count", _numbers(side)), ("place", _places(side, last))
+    roles = count_by_roles([owner_path(f.members[0].main.path) for f in side])
+    ways = (
+        *(("count", row) for row in ([count_of(f, side) for f in side], _numbers(side), roles)),
+        ("place", _places(side, last)),
+    )
     for way, counts in ways:
         if sorted(counts) == list(range(len(side))):
             return way, [side[counts.index(k)] for k in range(len(side))]

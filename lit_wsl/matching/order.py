@@ -63,9 +63,13 @@ def _mirrors(decided: Sequence[tuple[int, int]], mine: Sequence[tuple[int, int]]
 
 def _beside(item: Item, tied: Sequence[Item]) -> str:
     """The module that an item stands in, as seen from where the tied items part: modules move as a whole."""
-    around = [i.path.split(".")[:-1] for i in tied]
-    depth = next((k for k, names in enumerate(zip(*around)) if len(set(names)) > 1), min(map(len, around)))
-    return ".".join(item.path.split(".")[: depth + 1])
+    return ".".join(item.path.split(".")[: parting([i.path for i in tied]) + 1])
+
+
+def parting(paths: Sequence[str]) -> int:
+    """How many modules lead to the place where paths part."""
+    around = [path.split(".")[:-1] for path in paths]
+    return next((k for k, names in enumerate(zip(*around)) if len(set(names)) > 1), min(map(len, around)))
 
 
 def _order_of_a_kind(certain: Sequence[Pair], tie: Tie) -> str | None:
@@ -104,30 +108,35 @@ class Kept:
     """Whether a region kept its order, as far as its decided siblings show it.
 
     Attributes:
-        in_list: Whether it stands in a numbered list; blocks and what holds them are reordered apart.
+        level: How deep it stands in the block of a list, -1 outside; blocks, what is in them, and what holds them are
+            reordered apart.
         siblings: How many decided siblings agree; -1 if they don't.
     """
 
-    in_list: bool
+    level: int
     siblings: int
 
 
-def kept_elsewhere(here: bool, others: Iterable[Kept]) -> str:
-    """Whether other regions kept their order, those of this level (in lists or around them) before the others.
+def kept_elsewhere(here: int, others: Iterable[Kept]) -> str:
+    """Whether other regions kept their order, those of this level before the others.
 
     Args:
-        here: Whether this region stands in a list.
+        here: The level of this region.
         others: The other regions.
     """
-    told = {level: [o.siblings for o in others if o.in_list == level] for level in (True, False)}
-    level = next((k for k in (here, not here) if min(told[k], default=0) < 0 or max(told[k], default=0) >= 2), None)
-    if level is None:
+    told: dict[bool, list[int]] = {True: [], False: []}
+    for other in others:
+        same = (other.level < 0) == (here < 0)
+        if other.siblings >= 0 or other.level == here or not same:  # what is inside may be reordered alone
+            told[same].append(other.siblings)
+    kind = next((k for k in (True, False) if min(told[k], default=0) < 0 or max(told[k], default=0) >= 2), None)
+    if kind is None:
         return ""
-    if min(told[level]) < 0:
+    if min(told[kind]) < 0:
         return UNLIKE_ELSEWHERE
-    if level != here:
+    if not kind:
         return "as on other levels"
-    by_chance = math.prod(math.factorial(min(n, 10)) for n in told[level])
+    by_chance = math.prod(math.factorial(min(n, 10)) for n in told[kind])
     if by_chance >= 100:  # in one of so many orders all of it would agree
         return AS_ELSEWHERE
     return AS_OFTEN if by_chance >= math.factorial(MANY) else AS_SOMEWHERE

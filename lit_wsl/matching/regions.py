@@ -25,6 +25,7 @@ from lit_wsl.matching.likeness import (
     leads,
     liken,
     own_name,
+    related,
 )
 from lit_wsl.matching.tree import Family, Item, families_of, literal, owner_path, place_in, relative, shape_key
 from lit_wsl.matching.words import Lists, counted, lists_of_one_size, plain_words, split_numbers, unlike_lists
@@ -87,6 +88,10 @@ class Region:
         """Whether two items hold tensors of the same shapes."""
         return s.profile_key == t.profile_key or (self.by_core and bool(s.core) and s.core == t.core)
 
+    def holds_once(self, s: Item, t: Item) -> bool:
+        """Whether each side has one tensor only of the shape of an item's largest one."""
+        return all(root.profile[shape_key(i.main.shape)] == 1 for root, i in ((self.source, s), (self.target, t)))
+
     @property
     def key(self) -> tuple[int, int]:
         """Equal for regions of the same structure, which are solved once."""
@@ -103,9 +108,10 @@ class Region:
         return frozenset(lists_of_one_size(*self.lists, -1))
 
     @property
-    def in_list(self) -> bool:
-        """Whether the source's side stands in a numbered list."""
-        return any(c.isdigit() for c in self.source.path)
+    def level(self) -> int:
+        """How many modules the source's side stands below the last number of its path; -1 if there is none."""
+        around, below = _member(self.source.path)
+        return (below.count(".") + bool(below)) if around else -1
 
     def same_numbers(self, path: str) -> bool:
         """Whether every number along a path counts the same things on both sides."""
@@ -212,9 +218,35 @@ def _homes(root: Item) -> dict[int, Item]:
     return found
 
 
+def wrapped(s: Sequence[Item], t: Sequence[Item], region: Region) -> dict[int, Item]:
+    """Layers that stand in a module of their old name on one side, ``q`` and ``q.base_layer``: by the target's ids.
+
+    Only where nothing else of their size stands there.
+    """
+    sides = [{relative(i, r): i for i in side if i.level < 2} for side, r in ((s, region.source), (t, region.target))]
+    found: dict[int, Item] = {}
+    for outer, inner in (sides, sides[::-1]):
+        inside: dict[str, list[str]] = {}
+        for path in inner:
+            for place in _around(path) if path not in outer else ():
+                if place in outer and place not in inner:
+                    inside.setdefault(place, []).append(path)
+        for place, (path, *more) in inside.items():
+            if not more:
+                pair = outer[place], inner[path]
+                ours, theirs = pair if outer is sides[0] else pair[::-1]
+                found[id(theirs)] = ours
+    return found
+
+
 def _called_the_same(ours: Item, theirs: Item) -> list[tuple[Item, Item]]:
     sides = [{place_in(i, home): i for i in home.children if i.rank >= 2} for home in (ours, theirs)]
-    return [(i, sides[1][p]) for p, i in sides[0].items() if p in sides[1] and not p.replace(".", "").isdigit()]
+    counts = [{n for p in side for n in p.split(".") if n.isdigit()} for side in sides]
+    return [
+        (i, sides[1][p])
+        for p, i in sides[0].items()
+        if p in sides[1] and (counts[0] == counts[1] or not any(map(str.isdigit, p.split("."))))
+    ]
 
 
 def _called_alike(ours: Item, theirs: Item) -> list[tuple[Item, Item]]:
@@ -223,6 +255,8 @@ def _called_alike(ours: Item, theirs: Item) -> list[tuple[Item, Item]]:
     for i, (a, s) in enumerate(sides[0].items()):
         for j, (b, t) in enumerate(sides[1].items()):
             modules = {x.level == 2 or "." in place_in(x, home) for x, home in ((s, ours), (t, theirs))}
+            if len({len(x.units) > 1 for x in (s, t)}) == 2:
+                continue  # a layer has not become a network
             known = TELLING if modules == {True} else TELLING[:2]  # token, token_type
             likeness = liken(a, b)
             if len(modules) == 1 and likeness.kind in known and not likeness.only_layers:
@@ -390,6 +424,10 @@ class Renames:
         """The same, of all but some names."""
         return _counted(self._names.values(), names)
 
+    def all_but(self, s: Item, t: Item) -> set[Names]:
+        """The names of all other pairs."""
+        return set().union(*self._names.values()) - {(own_name(s), own_name(t))}
+
     def are_all(self, s: Item, t: Item) -> bool:
         """Whether everything else has another name on the other side, so that another name of a head is no wonder."""
         renamed, kept = self.others(s, t)
@@ -422,6 +460,12 @@ class Rows:
         """Remember a decided pair, and whether names decided it."""
         for kind in {named, False}:
             self._rows.setdefault((*region.key, kind), set()).add(_place(region, s, t))
+
+    def allow(self, region: Region, s: Sequence[Item], t: Sequence[Item]) -> bool:
+        """Whether items of both sides could be paired in the order in which they stand among what is decided."""
+        pairs = zip(sorted(s, key=lambda i: i.start), sorted(t, key=lambda i: i.start))
+        mine = {_place(region, a, b) for a, b in pairs}
+        return ascending(sorted(self._rows.get((*region.key, False), set()) | mine))
 
     def agree(self, region: Region, s: Item, t: Item) -> str:
         """Whether a pair stands among others alike; empty if they are too few.
@@ -464,7 +508,7 @@ def other_name(s: Item, t: Item, region: Region) -> str:
     """Whether the names of two items have nothing in common: their own names, or all below the region."""
     if not foreign(own_name(s), own_name(t)):
         return ""
-    if not foreign(own_name(s, 2), own_name(t)) or not foreign(own_name(s), own_name(t, 2)):
+    if related(own_name(s, 2), own_name(t)) or related(own_name(s), own_name(t, 2)):
         return ""  # one is wrapped: query.base_layer and query
     whole = [
         plain_words(owner_path(relative(i.main, r)) if i.level < 2 else relative(i, r))

@@ -66,6 +66,8 @@ _TOLD = {
     "exclusion": "the last ones left, all others being decided",
     "as in other blocks": "as in other blocks of this make",
     "both count": "told apart by a count on both sides",
+    "known for one role": "their names are known for one part of one thing",
+    "beside the same": "each stands beside what its siblings became",
     "order among many": "decided by order: three or more decided siblings stand alike around them",
     "order among two": "decided by order: two decided siblings stand alike around them",
     "order beside one": "decided by order: a decided sibling stands alike beside them",
@@ -82,6 +84,7 @@ _TOLD = {
 _VARIETIES = {
     "other inside": "with other shapes inside",
     "by place": "by place",
+    "last": "the last one, all others standing as in other blocks",
     "ascending": "numbers ascending on both sides",
     "unordered": "in a source without an order",
     "in order": "in order among those that names paired",

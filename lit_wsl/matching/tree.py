@@ -293,7 +293,8 @@ def role_of(name: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _role(leaf: str) -> str:
-    return next((part.lower() for part in leaf.split("_") if part.lower() in ROLES), leaf)
+    first, *_, last = (part.lower() for part in (leaf.split("_") * 2))  # relative_position_bias_table is no bias
+    return next((part for part in (first, last) if part in ROLES), leaf)
 
 
 _SHIFTS, _SCALES = frozenset(("bias", "beta", "shift")), frozenset(("weight", "gamma", "scale", "kernel", "matrix"))
@@ -441,6 +442,12 @@ def telling_words(families: Sequence[Family]) -> list[tuple[str, ...]]:
                 kept.append(w)
         out.append(tuple(reversed(kept)))
     return out
+
+
+def words_apart(families: Sequence[Family], others: Sequence[Family]) -> list[tuple[str, ...]]:
+    """The words that tell families from their rivals; where there is no rival, those that tell the other side's."""
+    common = set.intersection(*(set(f.words) for f in others)) if len(families) == 1 < len(others) else set()
+    return [tuple(w for w in ws if not w.isdigit() and w not in common) for ws in telling_words(families)]
 
 
 def evened(fs: list[Family], ft: list[Family]) -> tuple[list[Family], list[Family]]:
