@@ -1,0 +1,201 @@
+"""Parts that were replaced, counted on or exchanged, as somebody wrote them down who did not know the rules.
+
+Each case is an old network and a new one with known truth: a line per layer of the new one, and what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from small_nets import Tree
+from torch import nn
+
+from lit_wsl import transfer_weights
+
+KINDS: Mapping[str, Callable[..., nn.Module]] = {
+    "linear": nn.Linear,
+    "table": nn.Embedding,
+    "norm": nn.LayerNorm,
+    "batch": nn.BatchNorm2d,
+    "conv": lambda a, b: nn.Conv2d(a, b, 3, bias=False),
+}
+
+
+def network(text: str) -> Tree:
+    """A network of lines such as ``head linear 8 5``; what stands behind an arrow is left out."""
+    layers: dict[str, nn.Module] = {}
+    for line in text.strip().splitlines():
+        name, kind, *sizes = line.partition("<-")[0].split()
+        layers[name] = KINDS[kind](*map(int, sizes))
+    return Tree(layers)
+
+
+def truth_of(text: str) -> dict[str, str]:
+    """What each layer of the new network was: of the same name, what an arrow says, or nothing (``<- new``)."""
+    lines = [line.partition("<-") for line in text.strip().splitlines()]
+    return {new.split()[0]: old.strip() or new.split()[0] for new, _, old in lines}
+
+
+def transferred(old: str, new: str, *, ordered: bool = True) -> set[str]:
+    """Transfer, check that nothing is wrong, and return the layers of the new network that were filled."""
+    source, target, truth = network(old), network(new), truth_of(new)
+    for tensor in (*source.state_dict().values(), *target.state_dict().values()):
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn_like(tensor))
+    state = source.state_dict() if ordered else dict(sorted(source.state_dict().items()))
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    transfer_weights(target, state, min_coverage=0.0)
+    filled = set()
+    for name, tensor in target.state_dict().items():
+        layer, _, leaf = name.rpartition(".")
+        if tensor.is_floating_point() and not torch.equal(tensor, before[name]):
+            assert truth[layer] != "new", f"{name} is new"
+            assert torch.equal(tensor, state[f"{truth[layer]}.{leaf}"]), f"{name} holds something else"
+            filled.add(layer)
+    return filled
+
+
+BODY = """
+stem linear 12 8
+blocks.0.qkv linear 8 24
+blocks.0.proj linear 8 8
+blocks.1.qkv linear 8 24
+blocks.1.proj linear 8 8
+head linear 8 5
+"""
+NEW_BODY = """
+stem linear 12 8
+layers.0.qkv linear 8 24 <- blocks.0.qkv
+layers.0.proj linear 8 8 <- blocks.0.proj
+layers.1.qkv linear 8 24 <- blocks.1.qkv
+layers.1.proj linear 8 8 <- blocks.1.proj
+head linear 8 5
+"""
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("image_net", "text_net"),
+        ("actor_net", "critic_net"),
+        ("cls_net", "reg_net"),
+        ("forward_net", "backward_net"),
+        ("time_mlp", "class_mlp"),
+        ("audio", "video"),
+        ("depth_head", "confidence_head"),
+        ("adversary", "calibrator"),
+    ],
+)
+def test_a_part_of_another_meaning_is_new_though_a_list_was_renamed(part, other, ordered):
+    inside = "{0}.fc1 linear 8 20{1}\n{0}.fc2 linear 20 6{1}\n"
+    old, new = BODY + inside.format(part, ""), NEW_BODY + inside.format(other, " <- new")
+    assert {"stem", "layers.0.qkv", "head"} <= transferred(old, new, ordered=ordered)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("names", ["embed_norm head_norm", "emb_norm final_norm", "stem_norm last_norm"])
+def test_a_norm_at_the_front_does_not_become_one_at_the_end(names, ordered):
+    front, end = names.split()
+    old = f"stem linear 12 8\n{front} norm 8\n" + BODY.replace("stem linear 12 8\n", "").strip()
+    new = f"{BODY.strip()}\n{end} norm 8 <- new"
+    assert "stem" in transferred(old, new, ordered=ordered)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("conv1 bn1 conv2 bn2 conv3 bn3", "bn0 conv1 bn1 conv2 bn2 conv3"),
+        ("bn1 bn2 bn3 conv1 conv2 conv3", "bn0 bn1 bn2 conv1 conv2 conv3"),
+        ("conv1 bn1 conv2 bn2 conv3 bn3", "conv1 bn2 conv2 bn3 conv3 bn4"),
+    ],
+)
+@pytest.mark.parametrize("ordered", [True, False])
+def test_norms_are_not_counted_on_beside_layers_that_kept_their_numbers(old, new, ordered):
+    kinds = {"c": "conv 8 8", "b": "batch 8"}
+    lines = ["\n".join(f"{name} {kinds[name[0]]}" for name in side.split()) for side in (old, new)]
+    new_text = "\n".join(line if line.split()[0] in old.split() else f"{line} <- new" for line in lines[1].splitlines())
+    transferred(f"{lines[0]}\nfc linear 8 5", f"{new_text}\nfc linear 8 5", ordered=ordered)
+
+
+def test_a_list_that_begins_later_and_ends_later_is_not_moved_on():
+    rest = "stem linear 12 8\nhead linear 8 5\n"
+    old = rest + "".join(f"levels.{k} linear 8 8\n" for k in (2, 3, 4))
+    new = rest + "".join(f"levels.{k} linear 8 8{' <- new' if k == 5 else ''}\n" for k in (3, 4, 5))
+    assert transferred(old, new) >= {"stem", "head"}
+
+
+def test_a_list_that_is_counted_from_one_is_moved_by_one():
+    rest = "stem linear 12 8\nhead linear 8 5\n"
+    old = rest + "".join(f"levels.{k}.map linear 8 8\nlevels.{k}.norm norm 8\n" for k in range(3))
+    new = rest + "".join(
+        f"levels.{k + 1}.map linear 8 8 <- levels.{k}.map\nlevels.{k + 1}.norm norm 8 <- levels.{k}.norm\n"
+        for k in range(3)
+    )
+    assert "levels.1.map" in transferred(old, new)
+
+
+def test_of_twins_with_letters_none_becomes_the_other():
+    pair = "{0}.0 linear 8 8{2}\n{0}.1 linear 8 8{2}\n{1}.out linear 8 1{2}\n"
+    old = "gen_ab.map linear 8 12\ngen_ba.map linear 8 12\n"
+    old += "".join(pair.format(f"body.disc_{x}", f"body.disc_{x}" if x == "a" else f"disc_{x}", "") for x in "ab")
+    new = "netG_A.map linear 8 12 <- gen_ab.map\nnetG_B.map linear 8 12 <- gen_ba.map\n"
+    for name, x in (("nA", "a"), ("nB", "b")):
+        out = f"body.disc_{x}.out" if x == "a" else f"disc_{x}.out"
+        new += f"{name}.0 linear 8 8 <- body.disc_{x}.0\n{name}.1 linear 8 8 <- body.disc_{x}.1\n"
+        new += f"{name}.out linear 8 1 <- {out}\n"
+    transferred(old, new)
+
+
+@pytest.mark.parametrize("steps", [(3, 2, 1, 0), (2, 1, 0)])
+def test_a_list_inside_renamed_modules_that_counts_down_on_one_side_tells_nothing(steps):
+    row = sorted(steps)
+    old = "".join(f"feed_forward.experts.{k}.up linear 8 24\n" for k in steps) + "feed_forward.router linear 8 4"
+    new = "".join(f"ffn.experts.{k}.up linear 8 24 <- feed_forward.experts.{steps[k]}.up\n" for k in row)
+    transferred(old, new + "ffn.router linear 8 4 <- feed_forward.router")
+
+
+def test_numbers_tell_where_the_order_of_registration_was_changed():
+    old = "".join(
+        f"layers.{k}.attention.proj linear 8 8\nlayers.{k}.attention.qkv linear 8 24\nlayers.{k}.second_norm norm 8\n"
+        f"layers.{k}.mlp.fc1 linear 8 16\nlayers.{k}.mlp.fc2 linear 16 8\nlayers.{k}.first_norm norm 8\n"
+        for k in range(2)
+    )
+    new = "".join(
+        f"blocks.{k}.norm1 norm 8 <- layers.{k}.first_norm\n"
+        f"blocks.{k}.attn.qkv linear 8 24 <- layers.{k}.attention.qkv\n"
+        f"blocks.{k}.attn.proj linear 8 8 <- layers.{k}.attention.proj\n"
+        f"blocks.{k}.norm2 norm 8 <- layers.{k}.second_norm\n"
+        f"blocks.{k}.mlp.fc1 linear 8 16 <- layers.{k}.mlp.fc1\nblocks.{k}.mlp.fc2 linear 16 8 <- layers.{k}.mlp.fc2\n"
+        for k in range(2)
+    )
+    assert transferred(old, new) >= {"blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1"}
+
+
+def test_what_stands_beside_certain_siblings_is_theirs():
+    old = "patch linear 12 8\nblock linear 8 24\nnorm norm 8\nattn_pool.latent table 1 8\nattn_pool.map linear 8 10\n"
+    old += "attn_pool.norm norm 8\n"
+    new = "patch linear 12 8\nblock linear 8 24\npost norm 8 <- norm\nhead.probe table 1 8 <- attn_pool.latent\n"
+    new += "head.map linear 8 10 <- attn_pool.map\nhead.ln norm 8 <- attn_pool.norm\n"
+    assert transferred(old, new, ordered=False) >= {"head.ln", "post"}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_layer_that_was_wrapped_keeps_its_weights(wrapped, ordered):
+    plain = "".join(f"layers.{k}.q linear 8 8\nlayers.{k}.up linear 8 20\n" for k in range(2)) + "head linear 8 5\n"
+    adapted = "".join(
+        f"layers.{k}.q.base_layer linear 8 8{{0}}\nlayers.{k}.q.lora_A linear 8 2{{1}}\n"
+        f"layers.{k}.q.lora_B linear 2 8{{1}}\nlayers.{k}.up linear 8 20\n"
+        for k in range(2)
+    )
+    if wrapped:
+        new = "".join(f"{line}\n" for line in adapted.format("", " <- new").splitlines()) + "head linear 8 5\n"
+        new = "\n".join(f"{x} <- layers.{x.split('.')[1]}.q" if ".base_layer" in x else x for x in new.splitlines())
+        assert transferred(plain, new, ordered=ordered) >= {"layers.0.q.base_layer", "layers.1.q.base_layer", "head"}
+    else:
+        new = "\n".join(f"{x} <- {x.split()[0]}.base_layer" if ".q " in x else x for x in plain.splitlines())
+        old = adapted.format("", "") + "head linear 8 5\n"
+        assert transferred(old, new, ordered=ordered) >= {"layers.0.q", "layers.1.q", "head"}
