@@ -538,11 +538,19 @@ def _counts(families: Sequence[Family]) -> list[list[tuple[int, ...]]]:
 
 def _is_list_cut(whole: Sequence[Family], parts: Sequence[Family], region: Region) -> bool:
     """Whether the members of one list stand in several on the other side: one after another, or by turns."""
-    flat = min(f.members[0].level for f in (*whole, *parts)) < 2
-    if flat and sum(len(f.members) for f in whole) > min(len(r.units) for r in (region.source, region.target)) / 2:
-        return False  # a list of nearly all that there is
+    if min(f.members[0].level for f in (*whole, *parts)) < 2 and _is_nearly_all(whole[0].members[0], region):
+        return False
     lists = [{f.pattern for f in side} for side in (whole, parts)]
     return len(lists[0]) == 1 < len(lists[1]) and min(Counter(f.pattern for f in parts).values()) > 1
+
+
+def _is_nearly_all(layer: Item, region: Region) -> bool:
+    """Whether a layer stands in a flat list of nearly all that there is."""
+    for root, lists in zip((region.source, region.target), region.lists):
+        place = counted(relative(layer, root))[-1:]
+        if place and 4 * len(lists.get(place[0][0], ())) > 3 * len(root.units):
+            return True
+    return False
 
 
 def _are_twins_renamed(tie: Tie, renames: Renames) -> bool:
