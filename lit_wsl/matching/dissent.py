@@ -269,7 +269,7 @@ def _may_have_any_name(s: Item, t: Item) -> bool:
 def _renamed_to_other(s: Item, t: Item, region: Region) -> bool:
     """Whether two names mean different things, and neither is the other, wrapped."""
     ours, theirs = own_name(s), own_name(t)
-    if ours == theirs and max(s.level, t.level) < 2:  # what they stand in tells: image_net.fc1, text_net.fc1
+    if ours == theirs and NOTHING.issuperset(ours) and max(s.level, t.level) < 2:  # image_net.fc1, text_net.fc1
         ours, theirs = (tuple(plain_words(place_in(i, r))) for i, r in ((s, region.source), (t, region.target)))
         return _mean_otherwise(ours, theirs)
     if set(ours) <= set(own_name(t, 2)) or set(theirs) <= set(own_name(s, 2)):
