@@ -389,8 +389,11 @@ def _are_opposite(ours: Sequence[str], theirs: Sequence[str]) -> bool:
 
 
 def _are_front_and_end(s: Item, t: Item) -> bool:
-    """Whether one of two layers is called after the beginning of a model and the other after its end."""
-    if max(s.level, t.level) == 2 or any(c.isdigit() for i in (s, t) for c in i.path):
+    """Whether one of two norms is called after the beginning of a model and the other after its end.
+
+    A matrix may be both: the table of words that is tied to the last layer.
+    """
+    if max(s.level, t.level) == 2 or s.rank >= 2 or any(c.isdigit() for i in (s, t) for c in i.path):
         return False
     names = [{*own_name(i)} for i in (s, t)]
     places = [(bool(name & FRONT), bool(name & BACK)) for name in names]
