@@ -28,6 +28,7 @@ from lit_wsl.matching.dissent import (
     NAMELESS_ORDER,
     NEIGHBOUR,
     OTHER_LETTER,
+    OTHER_MAKE,
     OUT_OF_ORDER,
     RENAMED_ALONE,
     STRONG,
@@ -96,8 +97,7 @@ TURNED = "the shapes fit as they are, but the names say that matrices are stored
 MIRRORED = "the blocks of one list stand the other way round, so that the list may be counted from its other end"
 NUMBERED_OTHERWISE = "numbered differently on the two sides, and it is unknown which numbers correspond"
 OTHER_HEAD = "they would fit, but their names mean different things: it may be another head"
-EXCLUSION = "exclusion"
-KNOWN = "known for one role"
+EXCLUSION, KNOWN = "exclusion", "known for one role"
 LAYER_ONLY = "layers"  # both names say a kind of layer and no more
 
 
@@ -181,7 +181,8 @@ class ClassSolver:
         if last and ("module name" in cell or " at an end" in cell) and agree not in ("in order", "in line"):
             return OTHER_WORDS  # what is left of two towers or two heads, where the name of one was hardly known
         weak = last or (is_named(p.cell) and p.cell.startswith(WEAK))
-        return against(p, region, agree, certain=alone, weak=weak)
+        why = against(p, region, agree, certain=alone, weak=weak)
+        return "" if why == OTHER_MAKE and p.source.main.path in self.ties else why  # a table and the last layer
 
     def _is_other_head(self, s: Item, t: Item) -> bool:
         return other_head(s, t, self.heads) and not (self.ordered and self.learned.renames.are_all(s, t))
