@@ -48,8 +48,7 @@ class Orientation:
         tensors: tuple[Sequence[ParameterInfo], Sequence[ParameterInfo]] = ((), ()),
     ) -> None:
         self._seen: dict[Make, set[bool | None]] = defaultdict(set)
-        self.turned: set[tuple[str, str]] = set()  # what matrices are called that are stored the other way round
-        self.kept = self.left = False
+        self.turned = self.kept = False
         for sources, targets, operations in matches:
             if len(sources) == len(targets) == 1 or _is_stack(sources, targets):
                 self._see(*_members(sources, targets), certain=True)
@@ -64,16 +63,15 @@ class Orientation:
     def _see(self, source: ParameterInfo, target: ParameterInfo, *, certain: bool) -> None:
         s, t = core(source.shape), core(target.shape)
         if len(s) < 2:  # a map to one number
-            if len(source.shape) == len(target.shape) == 2 and source.shape != target.shape:
-                self.turned.add(_leaves(source, target))
+            column = len(source.shape) == len(target.shape) == 2 and source.shape != target.shape
+            self.turned = self.turned or column
             return
         turned = s != t
         if len(s) != len(t) or len(s) not in (2, 3) or s[-1] == s[-2] or not (certain or turned):
             return
         if s not in (t, (*t[:-2], t[-1], t[-2])) or _is_table(target):
             return
-        if turned:
-            self.turned.add(_leaves(source, target))
+        self.turned = self.turned or turned
         self.kept = self.kept or not (turned or _leaf(source) == "own")
         for make in _makes(source, target):
             self._seen[make].add(turned if certain else None)
@@ -89,8 +87,8 @@ class Orientation:
                 if len(core(i.shape)) == 2 and i.name not in matched[side]:
                     left[side][_around(i.module_path)].add(core(i.shape))
         ours, theirs = (set().union(*side.values()) for side in left)
-        self.left = _fits_only_turned(ours, theirs)
-        if not (self.turned or self.left):
+        self.turned = self.turned or _fits_only_turned(ours, theirs)
+        if not self.turned:
             return
         for sources, targets, _ in matches:
             if len(sources) == len(targets) == 1 and len(core(sources[0].shape)) == 2:
@@ -103,12 +101,10 @@ class Orientation:
         self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo], operations: Sequence[Operation]
     ) -> None:
         """What parts of a whole show: that they stand beside each other, or that only turned they fit."""
-        if _joined_across(sources, targets):
-            self.turned.add(_leaves(sources[0], targets[0]))
+        self.turned = self.turned or _joined_across(sources, targets)
         if all(len(i.shape) == 2 for i in (*sources, *targets)) and not _fits_both_ways(sources, targets):
             turned = any(map(is_turn, operations))
-            if turned:
-                self.turned.add(_leaves(sources[0], targets[0]))
+            self.turned = self.turned or turned
             for make in {m for s in sources for t in targets for m in _makes(s, t)}:
                 self._seen[make].add(turned)
 
@@ -165,8 +161,7 @@ class Orientation:
             return self._shown(makes)
         same_make = _leaf(s) == _leaf(t) and len(core(s.shape)) == len(core(t.shape))
         kernel = len(s.shape) != len(t.shape)  # of one by one, where there was a matrix, or the other way round
-        turned = self.left or _leaves(s, t) in self.turned
-        return False if same_make and not turned and (self.kept or not kernel) else None
+        return False if same_make and not self.turned and (self.kept or not kernel) else None
 
     def _is_kept_beside(self, s: ParameterInfo, t: ParameterInfo) -> bool:
         """Whether a matrix beside one that has to be turned is stored the same way round on both sides."""
@@ -224,10 +219,6 @@ def _leaf(info: ParameterInfo) -> str:
     """What a tensor is called inside its module: weight or kernel; any other name is one of its own."""
     last = info.leaf.rpartition("_")[2]
     return last if last in ("weight", "kernel") else "own"
-
-
-def _leaves(s: ParameterInfo, t: ParameterInfo) -> tuple[str, str]:
-    return _leaf(s), _leaf(t)
 
 
 def _make(info: ParameterInfo) -> Make:
