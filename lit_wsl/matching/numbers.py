@@ -167,7 +167,10 @@ def known_for_roles(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Fa
 def told_otherwise(side: Sequence[Family]) -> bool:
     """Whether what tells items apart counts them in another order than that in which they are registered."""
     row = sorted(side, key=lambda f: f.start)
-    told = _told(row, FINAL) if all(len(f.members) == 1 for f in side) else None
+    layers = all(
+        len(f.members) == 1 and f.members[0].level < 2 for f in side
+    )  # a decoder begins with the deepest block
+    told = _told(row, FINAL) if layers else None
     return told is not None and told[1] != row
 
 
