@@ -20,11 +20,8 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import logging
-import os
 import sys
 import tarfile
-import warnings
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -35,7 +32,7 @@ import torch
 from torch import nn
 
 import benchmarks.torchvision_guard  # noqa: F401  (before torchvision)
-from benchmarks.refactors.harvest import LIBRARIES, at_most
+from benchmarks.refactors.harvest import LIBRARIES, alone, at_most
 from benchmarks.refactors.vocabulary import CONTRASTS
 from lit_wsl.matching.likeness import BLOCKS, KINDS, LAYER_NAMES, LISTS, liken, of_one_role, strength
 from lit_wsl.matching.words import plain_words
@@ -159,10 +156,7 @@ def main() -> int:
     parser.add_argument("--code", type=Path, help="folder of packages to read, beside the models that are built")
     parser.add_argument("--only-code", action="store_true", help="add to the pairs that are known; build no models")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.ERROR)
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-    torch.set_num_threads(1)
+    alone()
     rows = {(a, b) for a, b in json.loads(CONTRASTS.read_text())} if options.only_code else in_models()
     rows |= in_code(options.code) if options.code else set()
     CONTRASTS.write_text("[\n" + ",\n".join(json.dumps(pair) for pair in sorted(rows)) + "\n]\n")

@@ -218,16 +218,21 @@ def harvest(libraries: Mapping[str, Callable[[int], Iterator[Candidate]]], each:
     return {"models": dict(models), "called": dict(called), "groups": groups}
 
 
+def alone() -> None:
+    """One thread, no warnings, nothing from the network."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.ERROR)
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    torch.set_num_threads(1)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.refactors.harvest", description=__doc__)
     parser.add_argument("--library", choices=LIBRARIES, action="append", help="only this one; may be given again")
     parser.add_argument("--each", type=int, default=3, help="models of a family")
     parser.add_argument("--dry", action="store_true", help="print, write nothing")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.ERROR)
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-    torch.set_num_threads(1)
+    alone()
     chosen = options.library or list(LIBRARIES)
     result = harvest({name: LIBRARIES[name] for name in chosen}, options.each)
     for group, entries in result["groups"].items():

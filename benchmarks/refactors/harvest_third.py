@@ -11,12 +11,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import logging
-import os
 import pkgutil
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -28,7 +25,7 @@ import torch
 from torch import nn
 
 import benchmarks.torchvision_guard  # noqa: F401  (before torchvision)
-from benchmarks.refactors.harvest import Call, Candidate, harvest
+from benchmarks.refactors.harvest import Call, Candidate, alone, harvest
 from benchmarks.refactors.vocabulary import HARVESTED_THIRD
 
 PACKAGES = {  # package -> where its networks are
@@ -219,10 +216,7 @@ def main(
     misreadings: Mapping[str, str] = MISREAD,
 ) -> int:
     """Harvest these packages, or those of them that the command line names; some have models of their own."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.ERROR)
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-    torch.set_num_threads(1)
+    alone()
     torch.hub.load_state_dict_from_url = _no_weights
     chosen = sys.argv[1:] or list(packages)
     result = harvest({name: special.get(name, partial(models, name, packages[name])) for name in chosen}, 1)

@@ -230,8 +230,9 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
     if not any(ours != theirs for ours, theirs in others):
         return True
     small = len(p.source.tensors) < TOWER and len(others) >= KEPT
-    listed = any(c.isdigit() for i in (p.source, p.target) for c in i.path)  # what all blocks have is no new part
-    return small and not listed and not any(_are_renamed(ours, theirs) for ours, theirs in others)
+    if not small or _is_listed(p.source, p.target):  # what all blocks have is no new part
+        return False
+    return not any(_are_renamed(ours, theirs) for ours, theirs in others)
 
 
 def _are_renamed(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:
@@ -254,6 +255,11 @@ def _is_only_new_name(s: Item, t: Item, region: Region) -> bool:
         if len(names) == 2 and names[0] == names[1] and len(names[0]) >= enough:
             return True
     return False
+
+
+def _is_listed(s: Item, t: Item) -> bool:
+    """Whether a number stands in the path of either."""
+    return any(c.isdigit() for i in (s, t) for c in i.path)
 
 
 def _last_parts(unit: Item) -> str:
@@ -393,7 +399,7 @@ def _are_front_and_end(s: Item, t: Item) -> bool:
 
     A matrix may be both: the table of words that is tied to the last layer.
     """
-    if max(s.level, t.level) == 2 or s.rank >= 2 or any(c.isdigit() for i in (s, t) for c in i.path):
+    if max(s.level, t.level) == 2 or s.rank >= 2 or _is_listed(s, t):
         return False
     names = [{*own_name(i)} for i in (s, t)]
     places = [(bool(name & FRONT), bool(name & BACK)) for name in names]
@@ -404,7 +410,7 @@ def _is_of_other_make(s: Item, t: Item, region: Region) -> bool:
     """Whether one is the weight of a layer and the other stands alone, where their names have nothing in common."""
     if max(s.level, t.level) == 2 or len({role_of(i.main.path) in ROLES for i in (s, t)}) == 1:
         return False
-    if any(c.isdigit() for i in (s, t) for c in i.path):
+    if _is_listed(s, t):
         return False  # blocks are written by hand here and built of layers there
     return bool(other_name(s, t, region)) and not _are_of_one_role(s, t)
 
@@ -503,7 +509,8 @@ def _moves_namesakes(tie: Tie, region: Region) -> bool:
     lists = [root.path.rpartition(".")[2] for root in (region.source, region.target)]
     if lists[0] != lists[1] and any(place.partition(".")[0].isdigit() for side in places for place in side):
         return False
-    return any(a != b and a in places[1] for a, b in zip(*places))
+    there = set(places[1])
+    return any(a != b and a in there for a, b in zip(*places))
 
 
 def _counted_backwards(families: Sequence[Family], others: Sequence[Family]) -> bool:
