@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import subprocess
 import sys
@@ -49,6 +50,12 @@ class Start(L.Callback):
 
     def __init__(self, folder):
         self.folder = folder
+
+    def setup(self, trainer, pl_module, stage):
+        # A gloo group that is still there when Python ends may abort its process: a thread of the group drops a
+        # tensor and waits for an interpreter that is gone (pytorch issue 190489). Lightning closes NCCL's only.
+        if torch.distributed.is_initialized():
+            atexit.register(torch.distributed.destroy_process_group)
 
     def on_train_start(self, trainer, pl_module):
         torch.save(pl_module.head.weight.detach(), self.folder / f"start{trainer.global_rank}.pt")
