@@ -17,7 +17,7 @@ import torch
 from scipy.special import ndtr
 from torch import Tensor
 
-from lit_wsl.matching.answers import filled
+from lit_wsl.matching.entries import filled
 from lit_wsl.matching.space import Space
 from lit_wsl.matching.symmetries import FEWEST, Gradients, Relation, View, relations, stacked
 from lit_wsl.plan.entries import PlanEntry

@@ -13,7 +13,7 @@ import torch
 from scipy.special import stdtr
 from torch import Tensor, nn
 
-from lit_wsl.matching.answers import filled
+from lit_wsl.matching.entries import filled
 from lit_wsl.matching.search import Budget
 from lit_wsl.matching.witnesses import RISK, products_of, risk_of, unrest_of
 from lit_wsl.plan.entries import PlanEntry

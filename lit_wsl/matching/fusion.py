@@ -14,7 +14,7 @@ from itertools import combinations, islice, permutations
 from lit_wsl.matching.formula import Letters
 from lit_wsl.matching.likeness import GENERAL
 from lit_wsl.matching.regions import Region
-from lit_wsl.matching.shapes import join_axis, transpose_shape
+from lit_wsl.matching.shapes import join_axis, transpose_shape, transposed
 from lit_wsl.matching.tree import (
     Family,
     Item,
@@ -27,7 +27,6 @@ from lit_wsl.matching.tree import (
     role_of,
     uniform,
 )
-from lit_wsl.matching.turns import transposed
 from lit_wsl.matching.words import (
     ABBREVIATION,
     best_pairs_similarity,

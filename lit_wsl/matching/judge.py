@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from lit_wsl.errors import listed
-from lit_wsl.matching.answers import STILL_OPEN, answered, is_doubtful, is_only_renamed, what_it_does
 from lit_wsl.matching.balance import MARGIN, Balance
 from lit_wsl.matching.bench import DOUBT, FAR, GAIN, Bench, mean, values
 from lit_wsl.matching.changes import FEW_COVERS, Choice, carried, odd_ones, questions, twins_exchanged
+from lit_wsl.matching.entries import STILL_OPEN, answered, is_doubtful, is_only_renamed, what_it_does
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.moments import Moments

@@ -21,14 +21,12 @@ from lit_wsl.matching.buffers import (
     twins_of,
     unwrapped,
 )
-from lit_wsl.matching.copies import one_of_copies, settle
+from lit_wsl.matching.copies import hints, one_of_copies, scaled_weights, settle
 from lit_wsl.matching.entries import EntryWriter
-from lit_wsl.matching.hints import hints, scaled_weights
-from lit_wsl.matching.layouts import hidden_layouts, leave_open
+from lit_wsl.matching.layouts import Orientation, hidden_layouts, leave_open
 from lit_wsl.matching.numbers import lists_backwards
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER
-from lit_wsl.matching.orientation import Orientation
 from lit_wsl.matching.regions import Sides, ends_of
 from lit_wsl.matching.risks import margin_of, told
 from lit_wsl.matching.scoring import Context

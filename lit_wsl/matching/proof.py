@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_wsl.matching.alternatives import BY_FUNCTION, Variant, layout_variants, open_questions
-from lit_wsl.matching.answers import answered, is_doubtful
 from lit_wsl.matching.bench import values
+from lit_wsl.matching.entries import answered, is_doubtful
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.search import Budget, Search, Trials
 from lit_wsl.matching.space import Space

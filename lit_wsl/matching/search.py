@@ -18,9 +18,9 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
-from lit_wsl.matching.answers import filled
 from lit_wsl.matching.balance import MARGIN, Balance
 from lit_wsl.matching.changes import Choice, options_of, twins_exchanged
+from lit_wsl.matching.entries import filled
 from lit_wsl.matching.parts import Part
 from lit_wsl.matching.space import Space
 from lit_wsl.matching.witnesses import errors_apart

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
-from lit_wsl.matching.answers import is_doubtful, is_only_renamed
+from lit_wsl.matching.entries import is_doubtful, is_only_renamed
 from lit_wsl.matching.formula import is_query_or_key
 from lit_wsl.matching.layers import Region, Unit, buffers_of, home_of, is_fused, is_square, may_turn, recorded, regions
 from lit_wsl.matching.layouts import rotating_towers
@@ -36,10 +36,7 @@ from lit_wsl.matching.parts import (
     vector_axis,
     with_dissolved,
 )
-from lit_wsl.matching.rotary import Rotations
-from lit_wsl.matching.shapes import transpose_shape
-from lit_wsl.matching.symmetries import Turning
-from lit_wsl.matching.turns import (
+from lit_wsl.matching.shapes import (
     by_head,
     first_of_parts,
     groupings,
@@ -49,10 +46,12 @@ from lit_wsl.matching.turns import (
     layouts_of,
     listed,
     squeezed,
+    transpose_shape,
     transposed,
     turned,
     turns,
 )
+from lit_wsl.matching.symmetries import Rotations, Turning
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.operations import (
     Concat,

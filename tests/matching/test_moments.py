@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl import transfer_weights
-from lit_wsl.matching.answers import filled
+from lit_wsl.matching.entries import filled
 from lit_wsl.matching.moments import Moments
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan

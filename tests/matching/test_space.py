@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_wsl.matching.answers import filled
 from lit_wsl.matching.changes import carried, questions
+from lit_wsl.matching.entries import filled
 from lit_wsl.matching.layers import Unit
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.parts import agree_most

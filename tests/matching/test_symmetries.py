@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl.matching.layers import regions
-from lit_wsl.matching.rotary import Rotations
-from lit_wsl.matching.symmetries import Gradients, _splits, relations, turnings
+from lit_wsl.matching.symmetries import Gradients, Rotations, _splits, relations, turnings
 from lit_wsl.plan.operations import run_operations
 from lit_wsl.structure.description import describe
 from lit_wsl.structure.running import shaken_state
