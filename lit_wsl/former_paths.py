@@ -60,6 +60,7 @@ FORMER_PATHS = {
     "lit_wsl.transfer.plan_file": "lit_wsl.plan.file",
     "lit_wsl.transfer.report": "lit_wsl.report.report",
 }
+FORMER_FOLDERS = {"lit_wsl.models"}  # where nothing else stands today
 
 
 class _Package(ModuleType):
@@ -76,9 +77,13 @@ class _FormerPaths:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in FORMER_PATHS else None  # type: ignore[arg-type]
+        if fullname not in FORMER_PATHS and fullname not in FORMER_FOLDERS:
+            return None
+        return ModuleSpec(fullname, self, is_package=fullname in FORMER_FOLDERS)  # type: ignore[arg-type]
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        if spec.name in FORMER_FOLDERS:
+            return None
         sys.modules[spec.name.rpartition(".")[0]].__class__ = _Package
         module = import_module(FORMER_PATHS[spec.name])
         if any(path.startswith(f"{spec.name}.") for path in FORMER_PATHS):  # a folder once

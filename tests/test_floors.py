@@ -24,7 +24,6 @@ FLOORS = {
     "mapper": {"structure", "checkpoint", "plan", "matching", "report"},
     "rebasin": {"structure", "checkpoint"},
     "renamer": {"checkpoint"},
-    "models": set(),
     "callbacks": {"structure", "checkpoint", "plan", "matching", "report", "transfer", "convert", "rebasin"},
     "cli": {
         "structure",

@@ -1,1 +1,0 @@
-"""The older import paths, kept for users who have them in their notes; nothing else."""
