@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -68,7 +69,37 @@ def copying(repeats: int) -> None:
             found = in_turns(ways, repeats * (1 if megabytes > 100 else 5))
             speeds = ", ".join(f"{name}: {source.nbytes / seconds / 1e9:.1f}" for name, seconds in found.items())
             print(f"{str(dtype)[6:]:9} {megabytes:4} MB  {speeds}", flush=True)
+    from_file(most, repeats)
     torch.set_num_threads(most)
+
+
+def from_file(most: int, repeats: int, megabytes: int = 512) -> None:
+    """The same out of a file that is mapped anew each time, as a checkpoint is, into memory that nobody touched yet.
+
+    Here most of the time goes into pages that the system has to bring in, which several threads ask for at once.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path, count = Path(folder) / "weights", megabytes * 2**20 // 4
+        torch.randn(count).numpy().tofile(path)
+
+        def plainly(threads: int) -> bool:
+            torch.set_num_threads(threads)
+            target = torch.empty(count)
+            copy_into(target, torch.from_file(str(path), size=count))
+            return all_finite(target)
+
+        def in_pieces(threads: int) -> bool:
+            torch.set_num_threads(threads)
+            return copy_in_pieces(torch.empty(count), torch.from_file(str(path), size=count))
+
+        ways: dict[str, Callable[[], object]] = {}
+        for threads in sorted({1, most}):
+            ways[f"copy_ and isfinite, {threads}"] = partial(plainly, threads)
+            ways[f"in pieces, {threads}"] = partial(in_pieces, threads)
+        in_turns(ways, 1)
+        found = in_turns(ways, repeats)
+    speeds = ", ".join(f"{name}: {count * 4 / seconds / 1e9:.1f}" for name, seconds in found.items())
+    print(f"float32    {megabytes} MB of a mapped file  {speeds}", flush=True)
 
 
 def similarities(size: int, noise: float, seed: int) -> Tensor:

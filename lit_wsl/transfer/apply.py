@@ -120,7 +120,11 @@ def copy_in_pieces(target: Tensor, value: Tensor) -> bool:
 
 
 def _copy_shared(target: Tensor, value: Tensor, threads: int) -> bool:
-    """Several threads, this one among them, take stretch after stretch: none waits for one that came late."""
+    """Several threads, this one among them, take stretch after stretch: none waits for one that came late.
+
+    They pay where the pages of a mapped file have to be brought in, which is most of the time that a checkpoint takes;
+    of what is in memory already they copy no more (``python -m benchmarks.decisions copying``).
+    """
     length = _STRETCH // target.element_size()
     left = deque(zip(target.split(length), value.split(length), strict=True))
 
