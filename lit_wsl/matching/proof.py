@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -91,8 +92,7 @@ def _judge(
         for theirs in source_calls(old, tuple(args), dict(kwargs)):
             try:
                 reference = run_with(old, shaken, *theirs)
-                sides = describe(old), describe(new)
-                prover = _Prover(new, shaken, reference, (tuple(args), dict(kwargs)), sides)
+                prover = _Prover(old, new, shaken, reference, (tuple(args), dict(kwargs)))
                 first = prover.run(plan.entries)
             except Exception as error:  # whatever a forward raises
                 problem = problem or f"{type(error).__name__}: {error}".splitlines()[0][:120]
@@ -113,15 +113,9 @@ class _Prover:
     """Runs the new model under candidate plans and compares with the reference."""
 
     def __init__(
-        self,
-        new: nn.Module,
-        shaken: Mapping[str, Tensor],
-        reference: Run,
-        call: Call,
-        sides: tuple[ModelDescription, ModelDescription],
+        self, old: nn.Module, new: nn.Module, shaken: Mapping[str, Tensor], reference: Run, call: Call
     ) -> None:
-        self.new = new
-        self.sides = sides
+        self.old, self.new = old, new
         self.shaken = shaken
         self.reference = reference
         self.call = call
@@ -131,6 +125,11 @@ class _Prover:
         for name, key in own.items():
             twins.setdefault(key, []).append(name)
         self.tied = {name: twins[key] for name, key in own.items()}
+
+    @cached_property
+    def sides(self) -> tuple[ModelDescription, ModelDescription]:
+        """Both modules, described where a search needs it."""
+        return describe(self.old), describe(self.new)
 
     def run(self, entries: Sequence[PlanEntry]) -> Run:
         """Run the new model with the shaken weights under a plan; what the plan leaves open is shaken too."""
