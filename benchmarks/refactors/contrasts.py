@@ -12,7 +12,8 @@ for any layer say nothing, but for an ``output`` there is an ``input``.
 Of packages the code is read, not run: what a class assigns to ``self`` in one method, where two names differ in one
 word alone (``actor_net``, ``critic_net``) and either share another word or are made by the same call. Two words count
 if two packages say them, or one does in five classes. Words for kinds of layers don't count here, nor do those that
-stand for one thing in the lexicon.
+stand for one thing in the lexicon. Where three packages have classes that are called after the one and hold the other,
+and none has attributes that are called so and no more, the first is the whole: an ``FPN`` holds ``lateral_convs``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from lit_wsl.matching.words import plain_words
 Pair = tuple[str, str]
 FAMILIES = 3  # so many use two words beside each other
 PACKAGES, CLASSES = 2, 5  # or so many packages, or one package in so many classes
+WHOLES = 3  # so many packages have one within a class of the other
 ATTRIBUTES = 60  # of one method; larger ones hold settings
 WAYS = ({"in", "out"}, {"input", "output"}, {"down", "up"})  # these words are opposites of each other alone
 KINDS_OF_LAYERS = (
@@ -128,9 +130,23 @@ def _makes_modules(call: str) -> bool:
     return call[:1].isupper() or any(word in call for word in ("build", "make", "mlp", "create"))
 
 
-def in_code(folder: Path) -> set[Pair]:
-    """The pairs of words of the packages in a folder."""
+def _wholes_in(node: ast.ClassDef) -> tuple[set[Pair], set[Pair]]:
+    """Words of a class's name, each with one of an attribute's; and pairs of attributes of a word each."""
+    whole = {*plain_words(node.name)}
+    held: set[Pair] = set()
+    alone: set[Pair] = set()
+    for method in (m for m in node.body if isinstance(m, ast.FunctionDef)):
+        names = {plain_words(name) for name in _assigned(method)}
+        held |= {(w, p) for name in names if whole.isdisjoint(name) for w in whole for p in name}
+        alone |= {*combinations(sorted(name[0] for name in names if len(name) == 1), 2)}
+    return held, alone
+
+
+def in_code(folder: Path) -> set[tuple[str, ...]]:
+    """The pairs of words of the packages in a folder, and the one of them that is the whole, where one is."""
     counts: dict[Pair, Counter[str]] = defaultdict(Counter)
+    held: dict[Pair, set[str]] = defaultdict(set)
+    beside: set[Pair] = set()
     for package in sorted(folder.iterdir()):
         for source in _files_of(package):
             try:
@@ -141,7 +157,17 @@ def in_code(folder: Path) -> set[Pair]:
                 if isinstance(node, ast.ClassDef):
                     for pair in in_class(node):
                         counts[pair][package.name.split("-")[0]] += 1
-    return {p for p, c in counts.items() if (len(c) >= PACKAGES or c.total() >= CLASSES) and _says_something(*p)}
+                    inside, alone = _wholes_in(node)
+                    beside |= alone
+                    for pair in inside:
+                        held[pair].add(package.name)
+    found = [p for p, c in counts.items() if (len(c) >= PACKAGES or c.total() >= CLASSES) and _says_something(*p)]
+    return {(*p, *_whole_of(p, held if p not in beside else {})) for p in found}
+
+
+def _whole_of(pair: Pair, held: Mapping[Pair, Collection[str]]) -> list[str]:
+    wholes = [a for a, b in (pair, pair[::-1]) if len(held.get((a, b), ())) >= WHOLES]
+    return wholes if len(wholes) == 1 else []
 
 
 def _says_something(a: str, b: str) -> bool:
@@ -157,9 +183,10 @@ def main() -> int:
     parser.add_argument("--only-code", action="store_true", help="add to the pairs that are known; build no models")
     options = parser.parse_args()
     alone()
-    rows = {(a, b) for a, b in json.loads(CONTRASTS.read_text())} if options.only_code else in_models()
-    rows |= in_code(options.code) if options.code else set()
-    CONTRASTS.write_text("[\n" + ",\n".join(json.dumps(pair) for pair in sorted(rows)) + "\n]\n")
+    known = json.loads(CONTRASTS.read_text()) if options.only_code else in_models()
+    rows = {(a, b): (a, b) for a, b, *_ in known}
+    rows |= {(a, b): (a, b, *whole) for a, b, *whole in in_code(options.code)} if options.code else {}
+    CONTRASTS.write_text("[\n" + ",\n".join(json.dumps(rows[pair]) for pair in sorted(rows)) + "\n]\n")
     print(f"{len(rows)} pairs of words in {CONTRASTS}")
     return 0
 

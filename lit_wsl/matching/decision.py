@@ -69,7 +69,6 @@ from lit_wsl.matching.regions import (
     Tie,
     ascending,
     other_name,
-    wrapped,
 )
 from lit_wsl.matching.risks import may_load, refusal
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts, cut_by_shapes, transpose_shape
@@ -338,10 +337,9 @@ class ClassSolver:
             return s, t
         if self.written and not long.endswith(short) and runs_apart(s, t, region):
             return s, t
-        inside = wrapped(s, t, region)
         for i in t:
             path = relative(i, region.target)
-            twin = theirs.get(path) or self._wrapped_twin(i, starts) or inside.get(id(i))
+            twin = theirs.get(path) or self._wrapped_twin(i, starts) or starts.get(region.wrapped.get(i.start, -1))
             if twin is None or counted_down(twin, i, region) or self.costs.of(twin, i) is None:
                 continue
             if not region.count_alike(relative(twin, region.source), path):

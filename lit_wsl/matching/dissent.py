@@ -391,7 +391,8 @@ def _are_opposite(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     likeness = liken(ours, theirs)
     if SIDES & {*likeness.left_s, *likeness.left_t}:
         return False
-    return contrast(likeness.left_s, likeness.left_t)
+    alone = [name[0] for name in (ours, theirs) if len(name) == 1]
+    return contrast(likeness.left_s, likeness.left_t, alone)
 
 
 def _are_front_and_end(s: Item, t: Item) -> bool:

@@ -92,13 +92,17 @@ def _parts_of(thing: str, paths: Sequence[str]) -> list[str]:
 
 
 @cache
-def _contrasts() -> frozenset[frozenset[str]]:
-    return frozenset(frozenset(pair) for pair in _read("contrasts.json"))
+def _contrasts() -> dict[frozenset[str], str]:
+    return {frozenset((a, b)): "".join(whole) for a, b, *whole in _read("contrasts.json")}
 
 
-def contrast(ours: Collection[str], theirs: Collection[str]) -> bool:
-    """Whether what two names don't share names things that stand beside each other elsewhere: ``self``, ``cross``."""
-    return any(frozenset((a, b)) in _contrasts() for a in ours for b in theirs)
+def contrast(ours: Collection[str], theirs: Collection[str], alone: Collection[str] = ()) -> bool:
+    """Whether what two names don't share names things that stand beside each other elsewhere: ``self``, ``cross``.
+
+    A word that is ``alone`` all of its name may name the whole that the other is a part of: ``fpn``, ``lateral_convs``.
+    """
+    known = _contrasts()
+    return any((pair := frozenset((a, b))) in known and known[pair] not in alone for a in ours for b in theirs)
 
 
 def of_one_role(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:

@@ -6,7 +6,7 @@ that nothing tells) and, from the pass before, the partners of other blocks and 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -200,7 +200,30 @@ class Region:
         """Tensors of the same path and shape, as seen from here, where both sides count alike along it: ordinals."""
         theirs = dict(zip(self.names[1], self.target.tensors))
         found = ((path, s, theirs.get(path)) for path, s in zip(self.names[0], self.source.tensors))
-        return tuple((s.start, t.start) for path, s, t in found if t and t.shape == s.shape and self.like_numbers(path))
+        same = [(s.start, t.start) for path, s, t in found if t and t.shape == s.shape and self.like_numbers(path)]
+        return (*same, *((s, t) for t, s in self.wrapped.items()))
+
+    @cached_property
+    def wrapped(self) -> dict[int, int]:
+        """What stands in a module of its old name on one side, ``q`` and ``q.base_layer``: ordinals, by the target's.
+
+        Only where nothing else of its shape stands there.
+        """
+        tensors = self.source.tensors, self.target.tensors
+        sides = [{(n, t.shape): t.start for n, t in zip(*side)} for side in zip(self.names, tensors)]
+        found: dict[int, int] = {}
+        for outer, inner in (sides, sides[::-1]):
+            inside: dict[tuple[str, Shape], list[int]] = defaultdict(list)
+            for (path, shape), start in inner.items():
+                owner, _, leaf = path.rpartition(".")
+                if (path, shape) not in outer:
+                    for place in _around(owner) - {owner}:
+                        inside[f"{place}.{leaf}", shape].append(start)
+            for key, starts in inside.items():
+                if len(starts) == 1 and key in outer and key not in inner:
+                    ours, theirs = (outer[key], *starts) if outer is sides[0] else (*starts, outer[key])
+                    found[theirs] = ours
+        return found
 
     @cached_property
     def words(self) -> tuple[Counter[str], Counter[str]]:
@@ -215,27 +238,6 @@ def _homes(root: Item) -> dict[int, Item]:
         module = modules.pop()
         found.update((id(child), module) for child in module.children)
         modules += [child for child in module.children if child.level == 2]
-    return found
-
-
-def wrapped(s: Sequence[Item], t: Sequence[Item], region: Region) -> dict[int, Item]:
-    """Layers that stand in a module of their old name on one side, ``q`` and ``q.base_layer``: by the target's ids.
-
-    Only where nothing else of their size stands there.
-    """
-    sides = [{relative(i, r): i for i in side if i.level < 2} for side, r in ((s, region.source), (t, region.target))]
-    found: dict[int, Item] = {}
-    for outer, inner in (sides, sides[::-1]):
-        inside: dict[str, list[str]] = {}
-        for path in inner:
-            for place in _around(path) if path not in outer else ():
-                if place in outer and place not in inner:
-                    inside.setdefault(place, []).append(path)
-        for place, (path, *more) in inside.items():
-            if not more:
-                pair = outer[place], inner[path]
-                ours, theirs = pair if outer is sides[0] else pair[::-1]
-                found[id(theirs)] = ours
     return found
 
 
