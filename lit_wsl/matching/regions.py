@@ -216,9 +216,9 @@ class Region:
             inside: dict[tuple[str, Shape], list[int]] = defaultdict(list)
             for (path, shape), start in inner.items():
                 owner, _, leaf = path.rpartition(".")
-                if (path, shape) not in outer:
-                    for place in _around(owner) - {owner}:
-                        inside[f"{place}.{leaf}", shape].append(start)
+                place = owner.rpartition(".")[0]
+                if (path, shape) not in outer and not place[-1:].isdigit() and self.like_numbers(path):
+                    inside[f"{place}.{leaf}", shape].append(start)
             for key, starts in inside.items():
                 if len(starts) == 1 and key in outer and key not in inner:
                     ours, theirs = (outer[key], *starts) if outer is sides[0] else (*starts, outer[key])
