@@ -172,7 +172,7 @@ def inner_average(model: Nest) -> tuple[str, Nest, Nest] | None:
     The result is the submodule's prefix, the averaged weights under the model's names, and the model without it.
     """
     found = find_average({name: tuple(tensor.shape) for name, tensor in model.tensors.items()})
-    if found is None:
+    if found is None or not found.pairs:
         return None
     rest = {name: tensor for name, tensor in model.tensors.items() if not name.startswith(found.prefix)}
     average = {name: model.tensors[found.pairs.get(name, name)] for name in rest}

@@ -237,7 +237,7 @@ class RegionMatch:
         aligner = self.aligner
         sources, targets = self._loosen(sources, targets)
         units_s, units_t = self._top_down(sources, targets)
-        for fusion in find_fusions(units_s, units_t, self.region, aligner.turned, aligner.ordered):
+        for fusion in find_fusions(units_s, units_t, self.region, aligner.turned):
             self._take_fusion(fusion, units_s, units_t)
         for level in ("unit", "tensor"):
             if level == "tensor":

@@ -206,12 +206,13 @@ def _without_average(
     average = find_average(shapes)
     if average is None or find_average({i.name: i.shape for i in target.parameters}) is not None:
         return source, None
-    if _needs(target, source, (average.prefix,), Counter(shapes[name] for name in average.pairs.values())):
+    second = Counter(shape for name, shape in shapes.items() if name.startswith(average.prefix))
+    if _needs(target, source, (average.prefix,), second):
         return source, None
     or_so = f" or source_prefix={average.prefix.rstrip('.')!r}" if average.prefix.endswith(".") else ""
     note = (
         f"averaged (EMA) weights stand under {average.prefix!r}, beside the weights themselves, which are taken; "
-        f"checkpoint_weights='ema'{or_so} takes the average"
+        + (f"checkpoint_weights='ema'{or_so} takes the average" if average.pairs else "it has lost its order")
     )
     return _only(source, (average.prefix,)), Copies((average.prefix,), True, AVERAGE, note)
 

@@ -125,6 +125,8 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         return LEFT_HOME
     if min(p.source.level, p.target.level) == 2 and _is_inside_out(p.source, p.target):
         return INSIDE_OUT
+    if _are_lists_exchanged(p.source.path, p.target.path):
+        return OTHER_NUMBER
     if _is_of_other_make(p.source, p.target, region):
         return OTHER_MAKE
     if max(p.source.level, p.target.level) < 2 and _is_function(p.source, p.target):
@@ -376,6 +378,17 @@ def _is_inside_out(s: Item, t: Item) -> bool:
         return False
     inside = [{part for name in i.names for part in name.split(".")[1:-1]} for i in (s, t)]
     return names[0] in inside[1] and names[1] in inside[0]
+
+
+def _are_lists_exchanged(ours: str, theirs: str) -> bool:
+    """Whether the same lists stand in each other the other way round, and a number is not that of its list.
+
+    >>> _are_lists_exchanged("parts.0.rows.1.map", "rows.0.parts.1.map")
+    True
+    """
+    lists = [re.findall(r"([^.]+)(?:[.](\d+))?(?=[.]|$)", path) for path in (ours, theirs)]
+    names = [[name for name, _ in found] for found in lists]
+    return names[0] != names[1] and sorted(names[0]) == sorted(names[1]) and sorted(lists[0]) != sorted(lists[1])
 
 
 def _chain(item: Item, homes: Mapping[int, Item]) -> list[Item]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lit_wsl.matching.tree import Item, relative, stem_of
-from lit_wsl.matching.words import path_tokens
+from lit_wsl.matching.words import plain_words
 
 LETTERS = {"q": ("q", "query", "queries", "wq"), "k": ("k", "key", "keys", "wk"), "v": ("v", "value", "values", "wv")}
 OUTPUTS = (("o", "wo"), ("out",), ("proj", "output", "dense", "projection"))  # the more telling ones first
@@ -35,7 +35,7 @@ def is_query_or_key(path: str) -> bool:
     >>> is_query_or_key("attn.to_q"), is_query_or_key("attn.query_key_value"), is_query_or_key("attn.qkv")
     (True, True, False)
     """
-    return any(_WORDS.get(word) in ("q", "k") for word in path_tokens(path.rpartition(".")[2]))
+    return any(_WORDS.get(word) in ("q", "k") for word in plain_words(path.rpartition(".")[2]))
 
 
 def _letters_in(word: str) -> str:
@@ -78,7 +78,7 @@ class Named:
     def below(cls, module: Item, unit: Item) -> Named:
         """A unit of a module; what it is wrapped in is its name, as in ``query.base_layer``."""
         path = relative(unit.main, module)
-        return cls(path, path_tokens(stem_of(path.partition(".")[0])), unit)
+        return cls(path, plain_words(stem_of(path.partition(".")[0])), unit)
 
     @property
     def letters(self) -> frozenset[str]:

@@ -193,7 +193,6 @@ class _Choice:
     parts: tuple[Family, ...]
     order: PartOrder
     near: float
-    in_place: bool
 
     @property
     def key(self) -> tuple[float, float, float]:
@@ -201,9 +200,7 @@ class _Choice:
         return self.order.strength, -self.order.unsaid, self.near
 
 
-def find_fusions(
-    sources: Sequence[Item], targets: Sequence[Item], region: Region, turned: bool, ordered: bool
-) -> list[Fusion]:
+def find_fusions(sources: Sequence[Item], targets: Sequence[Item], region: Region, turned: bool) -> list[Fusion]:
     """Find wholes on one side whose parts are on the other."""
     found: list[Fusion] = []
     gone: set[int] = set()
@@ -216,7 +213,7 @@ def find_fusions(
         judged = []
         for whole in waiting:
             free = [i for i in parts if id(i) not in gone and i.rank >= 2]
-            choices = _choices(whole, free, wholes, root_p, region.letters[int(not whole_is_target)])
+            choices = _choices(whole, free, root_p, region.letters[int(not whole_is_target)])
             choices = [c for c in choices if _same_letters(whole, c.parts, region, whole_is_target)]
             if choices:
                 judged.append((whole, choices))
@@ -229,7 +226,7 @@ def find_fusions(
                 continue  # something else has the size of the whole, so only its name can make it one
             if not region.complete and best.order.strength == NUMBERED:
                 continue
-            cell = _cell(whole, best, choices, judged, ordered)
+            cell = _cell(whole, best, choices, judged)
             for k, member in enumerate(whole.members):
                 fusion = _build(member, k, choices, whole_is_target, cell, turned)
                 if fusion is not None:
@@ -250,7 +247,6 @@ def _cell(
     best: _Choice,
     choices: Sequence[_Choice],
     judged: Sequence[tuple[Family, list[_Choice]]],
-    ordered: bool,
 ) -> str:
     """The evidence for a choice; empty where several fit as well, or the order of the parts is unknown."""
     if not best.order.known:
@@ -261,22 +257,17 @@ def _cell(
     for other, theirs in judged:  # another whole that could be made of the same parts
         if other is not whole:
             rivals += [c.key for c in theirs if mine & {id(p.members[0]) for p in c.parts}]
-    if all(best.key > key for key in rivals):
-        return f"parts {name}"
-    again = [c for c in choices[1:] if c.key == best.key and c.in_place]
-    if ordered and best.in_place and not again and not any(key > best.key for key in rivals):
-        return f"parts {name}, by place"
-    return ""
+    return f"parts {name}" if all(best.key > key for key in rivals) else ""
 
 
-def _choices(whole: Family, parts: list[Item], rivals: Sequence[Item], root: Item, letters: Letters) -> list[_Choice]:
+def _choices(whole: Family, parts: list[Item], root: Item, letters: Letters) -> list[_Choice]:
     """The sets of parts that a whole could be made of, each in its order; the best first."""
     kind = kind_of(whole.members[0].main.path)
     parts = [p for p in parts if {kind, kind_of(p.main.path)} != {"scale", "shift"}]
     families = of_size(uniform(families_of(parts, root)), len(whole.members))
     sets = {frozenset(id(p) for p in subset): subset for subset in _sets_of_parts(whole, families)}
-    choices = [_judge(whole, subset, families, rivals, root, letters) for subset in sets.values()]
-    return sorted(choices, key=lambda c: (*(-x for x in c.key), not c.in_place, [p.start for p in c.parts]))
+    choices = [_judge(whole, subset, root, letters) for subset in sets.values()]
+    return sorted(choices, key=lambda c: (*(-x for x in c.key), [p.start for p in c.parts]))
 
 
 def _sets_of_parts(whole: Family, families: Sequence[Family]) -> Iterator[tuple[Family, ...]]:
@@ -330,8 +321,6 @@ def _ancestor(path: str, up: int) -> str:
 def _judge(
     whole: Family,
     parts: tuple[Family, ...],
-    families: list[Family],
-    rivals: Sequence[Item],
     root: Item,
     letters: Letters,
 ) -> _Choice:
@@ -346,34 +335,13 @@ def _judge(
         order = PartOrder(order.order, UNKNOWN, "queries and keys of several modules make up no whole")
     if order.strength == NUMBERED and not near:
         order = PartOrder(order.order, UNKNOWN, "numbers alone don't tell that these are the parts")
-    in_place = _in_place(whole, parts, families, rivals)
-    return _Choice(tuple(parts[i] for i in order.order), order, near, in_place)
+    return _Choice(tuple(parts[i] for i in order.order), order, near)
 
 
 def _siblings(part: Item, root: Item) -> int:
     """How many units of a part's shape stand beside it, itself included, decided or not."""
     home = _ancestor(part.path, 1)
     return sum(u.main.shape == part.main.shape and _ancestor(u.path, 1) == home for u in root.units)
-
-
-def _in_place(whole: Family, parts: tuple[Family, ...], families: list[Family], rivals: Sequence[Item]) -> bool:
-    """Whether the parts follow one another, and siblings of their shape stand around them as around the whole."""
-    profiles = {p.members[0].profile_key for p in parts}
-    home = _ancestor(parts[0].members[0].path, 1)
-    row = sorted(
-        f.start for f in families if f.members[0].profile_key in profiles and _ancestor(f.members[0].path, 1) == home
-    )
-    run = sorted(p.start for p in parts)
-    if len(profiles) > 1 or run[0] not in row:
-        return False
-    before = row.index(run[0])
-    first = whole.members[0]
-    around = [
-        i.positions[0] < first.positions[0]
-        for i in rivals
-        if i.profile_key in profiles and _ancestor(i.path, 1) == _ancestor(first.path, 1)
-    ]
-    return row[before : before + len(run)] == run and (sum(around), len(around)) == (before, len(row) - len(run))
 
 
 def _build(

@@ -83,7 +83,6 @@ _TOLD = {
 
 _VARIETIES = {
     "other inside": "with other shapes inside",
-    "by place": "by place",
     "last": "the last one, all others standing as in other blocks",
     "ascending": "numbers ascending on both sides",
     "unordered": "in a source without an order",

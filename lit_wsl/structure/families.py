@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,10 @@ def speaks_of_average(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Average:
-    """Weights that stand a second time among others: ``prefix`` of their names, and model's name -> averaged name."""
+    """Weights that stand a second time among others: ``prefix`` of their names, and model's name -> averaged name.
+
+    There are no pairs where the average is a list and nothing has kept the order that it follows.
+    """
 
     prefix: str
     pairs: dict[str, str]
@@ -53,8 +57,8 @@ def find_average(shapes: Mapping[str, tuple[int, ...]]) -> Average | None:
         flat = all("." not in name[len(prefix) :].removeprefix("module.") for name in mine)
         if len(mine) < 2 or not (told or flat):
             continue
-        numbered = _numbered(prefix, mine, shapes) if told else {}
-        if numbered:
+        numbered = _numbered(prefix, mine, shapes) if told else None
+        if numbered is not None:
             return Average(prefix, numbered)
         keys = {_squeezed(name[len(prefix) :].removeprefix("module.")): name for name in mine}
         if not told:
@@ -84,19 +88,23 @@ def find_average(shapes: Mapping[str, tuple[int, ...]]) -> Average | None:
     return None
 
 
-def _numbered(prefix: str, mine: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def _numbered(prefix: str, mine: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str] | None:
     """Model's name -> averaged name, where an average is a bare list in the order of the model's parameters."""
     by_number = {name[len(prefix) :]: name for name in mine if shapes[name]}
     if len(by_number) < 2 or not all(number.isdecimal() for number in by_number):
-        return {}
+        return None
+    rest = {name: core(shape) for name, shape in shapes.items() if not name.startswith(prefix)}
+    missing = Counter(core(shapes[name]) for name in by_number.values()) - Counter(rest.values())
+    if missing:
+        return None
     averaged = iter([by_number[number] for number in sorted(by_number, key=int)])
     pairs: dict[str, str] = {}
     wanted = next(averaged, None)
-    for name, shape in shapes.items():
-        if wanted is not None and not name.startswith(prefix) and core(shape) == core(shapes[wanted]):
+    for name, shape in rest.items():
+        if wanted is not None and shape == core(shapes[wanted]):
             pairs[name] = wanted
             wanted = next(averaged, None)
-    return pairs if wanted is None else {}
+    return pairs if wanted is None and list(rest) != sorted(rest) else {}
 
 
 def _prefixes(name: str) -> list[str]:
