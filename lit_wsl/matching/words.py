@@ -30,30 +30,30 @@ _ORDINALS = {
 }
 
 
-_VERSION = re.compile(r"(?<=\w)_v\d+(?=\.|$)")
+_VERSION = re.compile(r"(?<=\w)_v(\d+)(?=\.|$)")
 
 
 @lru_cache(maxsize=200_000)
 def path_tokens(path: str) -> tuple[str, ...]:
-    """Tokens of a dotted path, numbers included, ordinals as numbers; cached.
+    """Tokens of a dotted path, numbers included, ordinals and versions as numbers; cached.
 
-    >>> path_tokens("blocks.0.norm_before")
-    ('blocks', '0', 'norm', 'before')
+    >>> path_tokens("blocks.0.norm_before"), path_tokens("to_out_v2")
+    (('blocks', '0', 'norm', 'before'), ('to', 'out', '2'))
     """
     around, dot, part = path.rpartition(".")
     if dot:  # modules are cut once, and not again for each tensor in them
         return path_tokens(around) + path_tokens(part)
-    return tuple(_ORDINALS.get(token, token) for token in tokenize(part))
+    return tuple(_ORDINALS.get(token, token) for token in tokenize(_VERSION.sub(r"_\1", part)))
 
 
 @lru_cache(maxsize=200_000)
 def plain_words(path: str) -> tuple[str, ...]:
-    """Tokens of a dotted path without the numbers, and without versions.
+    """Tokens of a dotted path without the numbers.
 
     >>> plain_words("blocks.0.norm_before"), plain_words("to_q_v2")
     (('blocks', 'norm', 'before'), ('to', 'q'))
     """
-    return tuple(token for token in path_tokens(_VERSION.sub("", path)) if not token.isdigit())
+    return tuple(token for token in path_tokens(path) if not token.isdigit())
 
 
 @lru_cache(maxsize=200_000)

@@ -199,3 +199,76 @@ def test_a_layer_that_was_wrapped_keeps_its_weights(wrapped, ordered):
         new = "\n".join(f"{x} <- {x.split()[0]}.base_layer" if ".q " in x else x for x in plain.splitlines())
         old = adapted.format("", "") + "head linear 8 5\n"
         assert transferred(old, new, ordered=ordered) >= {"layers.0.q", "layers.1.q", "head"}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_wrapped_layer_is_found_under_any_prefix(ordered):
+    """Two biases of one block are no stack that has the shape of a low-rank factor."""
+    layers = ("query", "key", "value", "output")
+    plain = "".join(f"layer.{k}.attention.{n} linear 16 16\n" for k in range(3) for n in layers)
+    adapted = "".join(
+        f"base.model.layer.{k}.attention.{n}.base_layer linear 16 16\n"
+        f"base.model.layer.{k}.attention.{n}.lora_A linear 16 2\n"
+        f"base.model.layer.{k}.attention.{n}.lora_B linear 2 16\n"
+        if n in ("query", "value")
+        else f"base.model.layer.{k}.attention.{n} linear 16 16\n"
+        for k in range(3)
+        for n in layers
+    )
+    inside = {"query": ".base_layer", "value": ".base_layer"}
+    new = "\n".join(
+        f"{x} <- base.model.{x.split()[0]}{inside.get(x.split()[0].split('.')[-1], '')}" for x in plain.splitlines()
+    )
+    assert transferred(adapted, new, ordered=ordered) == {line.split()[0] for line in plain.splitlines()}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_whole_may_be_called_by_its_part(ordered):
+    old = "stem.conv conv 3 6\nstem.norm batch 6\nlateral_convs.0 conv 6 6\nlateral_convs.1 conv 6 6\nbox linear 6 4\n"
+    new = "body.conv conv 3 6 <- stem.conv\nbody.bn batch 6 <- stem.norm\nfpn.0 conv 6 6 <- lateral_convs.0\n"
+    new += "fpn.1 conv 6 6 <- lateral_convs.1\nroi linear 6 4 <- box\n"
+    assert transferred(old, new, ordered=ordered) >= {"fpn.0", "fpn.1"}
+    beside = (
+        new.replace("fpn.", "fpn_convs.")
+        .replace("<- lateral_convs.0", "<- new")
+        .replace("<- lateral_convs.1", "<- new")
+    )
+    assert "fpn_convs.0" not in transferred(old, beside, ordered=ordered)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_version_is_no_letter(ordered):
+    old = "".join(f"attn_v2.{n} linear 8 8\n" for n in ("q", "k", "v", "to_out_v2")) + "head linear 8 5\n"
+    new = "".join(f"attn.{n} linear 8 8 <- attn_v2.{o}\n" for n, o in (("to_q", "q"), ("to_k", "k"), ("to_v", "v")))
+    new += "attn.proj linear 8 8 <- attn_v2.to_out_v2\nhead linear 8 5\n"
+    assert transferred(old, new, ordered=ordered) >= {"attn.to_q", "attn.to_k", "attn.to_v"}
+
+
+def test_an_average_in_numbers_takes_no_part_in_any_order():
+    """Sorted by name the list has another order than the weights; it is the average all the same."""
+    sizes = [(12, 8), (8, 9), (9, 7), (7, 5)]
+    names = ["vision.b", "vision.a", "trunk.second", "trunk.first"]
+    old = "".join(f"{n} linear {a} {b}\n" for n, (a, b) in zip(names, sizes))
+    new = "".join(f"net.{k} linear {a} {b} <- {n}\n" for k, (n, (a, b)) in enumerate(zip(names, sizes)))
+    source, target = network(old), network(new)
+    state = source.state_dict()
+    average = {f"ema.shadow_params.{k}": torch.randn_like(t) for k, t in enumerate(state.values())}
+    report = transfer_weights(target, dict(sorted((state | average).items())))
+    for k, name in enumerate(names):
+        assert torch.equal(target.state_dict()[f"net.{k}.weight"], state[f"{name}.weight"])
+    assert any("lost its order" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_lists_that_stand_in_each_other_the_other_way_round_keep_their_numbers(ordered):
+    old = "".join(f"parts.{i}.rows.{j}.map conv 6 6\n" for i in range(2) for j in range(2)) + "head linear 6 4\n"
+    new = "".join(f"rows.{j}.parts.{i}.map conv 6 6 <- parts.{i}.rows.{j}.map\n" for j in range(2) for i in range(2))
+    assert "head" in transferred(old, new + "head linear 6 4\n", ordered=ordered)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_parts_are_not_taken_from_one_of_two_copies(ordered):
+    layers = "".join(f"{{0}}.cells.{k}.qkv linear 8 24\n{{0}}.cells.{k}.out linear 8 8\n" for k in range(2))
+    parts = ("q", "k", "v")
+    new = "".join(f"cells.{k}.{p}_map linear 8 8 <- new\n" for k in range(2) for p in parts)
+    transferred(layers.format("tutor") + layers.format("learner"), new, ordered=ordered)
