@@ -14,7 +14,7 @@ from scipy.special import stdtr
 from torch import Tensor, nn
 
 from lit_wsl.matching.entries import filled
-from lit_wsl.matching.search import Budget
+from lit_wsl.matching.trials import Budget
 from lit_wsl.matching.witnesses import RISK, products_of, risk_of, unrest_of
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.plan import TransferPlan

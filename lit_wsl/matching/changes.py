@@ -115,6 +115,12 @@ def _places(
     return frozenset(sides())
 
 
+def shared(space: Space) -> list[int]:
+    """Decisions that are no layer group's own: numberings, rotary rows, gates."""
+    found = [*space.numbering.values(), *space.inner.values(), space.rotary, space.gates]
+    return [d for d in found if d is not None and len(space.decisions[d].options) > 1]
+
+
 def questions(space: Space) -> list[object]:
     """What is asked, to see whether another space of the same models asks more."""
     return [[(d.text, len(d.options), d.told) for d in space.decisions], [part.fixed for part in space.parts]]

@@ -25,9 +25,10 @@ from lit_wsl.matching.entries import STILL_OPEN, answered, is_doubtful, is_only_
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.moments import Moments
-from lit_wsl.matching.search import OFF, Budget, Search, Trials
+from lit_wsl.matching.search import Search
 from lit_wsl.matching.space import Space
 from lit_wsl.matching.symmetries import Gradients, turnings
+from lit_wsl.matching.trials import OFF, Budget, Trials
 from lit_wsl.matching.witnesses import AGREES, RISK, risk_by_gradient, risk_of, together, unrest
 from lit_wsl.plan.entries import Decided, Measured, PlanEntry, Proof, ProofBy
 from lit_wsl.plan.plan import TransferPlan
@@ -156,7 +157,10 @@ class LossJudge:
         close = [c for c in rivals if risks.get(c, 1.0) >= RISK]
         if better == choice and close:
             close.sort(key=lambda c: risks.get(c, 1.0))
-            better, told = self._on_fresh_batches(choice, close, fresh)
+            again = math.ceil(
+                len(rivals) * self.trials.screen / self.trials.size
+            )  # what a test of another choice takes
+            better, told = self._on_fresh_batches(choice, close, fresh, again)
             risks |= told
         if better != choice:
             return better, {}
@@ -175,9 +179,14 @@ class LossJudge:
         looks = 1 + math.ceil(math.log2(max(trials.size / trials.least, 1)))
         shares = 3 * looks * max(trials.tried, len(rivals), 1) * self._again
         risks: dict[Choice, float] = {}
-        while close and self.budget.left() and samples < trials.size:
+        while close and samples < trials.size:
             samples = trials.more(samples)
-            known = {c: trials.losses(c, samples) for c in (choice, *close) if c == choice or self.budget.left()}
+            known: dict[Choice, list[float]] = {}
+            for c in (choice, *close):
+                if trials.known(c, samples) or self.budget.left():
+                    known[c] = trials.losses(c, samples)
+            if choice not in known:
+                break
             close = [c for c in close if c in known]
             least = min(close, key=lambda c: sum(known[c]), default=choice)
             if shares * risk_of(known[choice], known[least], self.rounding) < RISK:
@@ -191,26 +200,31 @@ class LossJudge:
         return choice, risks
 
     def _on_fresh_batches(
-        self, choice: Choice, close: Sequence[Choice], known: dict[Choice, _Seen]
+        self, choice: Choice, close: Sequence[Choice], known: dict[Choice, _Seen], again: int
     ) -> tuple[Choice, dict[Choice, float]]:
         """Risks after one, two, four, ... batches that the search has not seen; of the only batch if there is no other.
+
+        Where a rival is ahead, so many passes are left to compare it with its own rivals then.
 
         What was measured of the first batch behind what the search has seen counts, too.
         The last look has three quarters of the risk, the k-th before it 1 / 2**(k + 2), each of two tests half of that.
         """
         has, first = self.trials.meter.has, int(self.trials.meter.has(1))
-        close = close[: max(0, self.budget.room - 1)]
+        if not self._has_room(choice, close, first):
+            close = close[: max(0, self.budget.room - 1)]
         shares = 3 * (len(close) if first else self.trials.tried) * self._again
         unseen = self._unseen((choice, *close)) if first else {}
         known |= {c: _Seen(unseen.get(c, [])) for c in (choice, *close)}
         risks: dict[Choice, float] = {}
         number, looks = first, 0
-        while close and has(number) and self.budget.room > len(close) and self.budget.left():
+        last = False
+        while close and has(number) and not last and self._has_room(choice, close, number):
             for c in (choice, *close):
                 known[c].add(self.trials, c, number, slopes=len(close) <= FEW)
             number += 1
             seen = number - first
-            last = not (has(number) and self.budget.room > len(close))
+            ahead = min(sum(known[c].losses) for c in close) < sum(known[choice].losses)
+            last = not (has(number) and self._has_room(choice, close, number, again if ahead else 0))
             if seen & (seen - 1) and not last:
                 continue
             looks += 1
@@ -226,6 +240,12 @@ class LossJudge:
             risks |= {c: min(1.0, share * known[c].risk(known[choice], self.rounding)) for c in close}
             close = [c for c in close if risks[c] >= RISK]
         return choice, risks
+
+    def _has_room(self, choice: Choice, close: Sequence[Choice], number: int, kept: int = 0) -> bool:
+        """Whether another batch may be looked at, or was before."""
+        if all(self.trials.known_of(c, number) for c in (choice, *close)):
+            return True
+        return self.budget.room > len(close) + kept and self.budget.left()
 
     def _unseen(self, choices: Sequence[Choice]) -> dict[Choice, list[float]]:
         """Losses of those samples of the first batch that the search has not compared choices on."""
@@ -317,7 +337,7 @@ class _Seen:
         if not trials.meter.has_slopes:
             return []
         try:
-            measured = trials.meter.slopes(trials.state(choice), number)
+            measured = trials.slopes(choice, number)
         except (RuntimeError, ValueError):
             trials.meter.has_slopes = False
             return []

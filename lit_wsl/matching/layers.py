@@ -65,7 +65,9 @@ class Region:
     @property
     def is_counted(self) -> bool:
         """Whether its copies are members of a list, not two towers."""
-        return all(prefix.rstrip(".").rpartition(".")[2].isdigit() for prefix in self.copies)
+        words = [prefix.rstrip(".").split(".") for prefix in self.copies]
+        apart = [own for own in zip(*words) if len(set(own)) > 1]
+        return len({len(own) for own in words}) == 1 and all(word.isdigit() for own in apart for word in own)
 
     @property
     def elements(self) -> int:
@@ -282,12 +284,22 @@ def _layers(names: Sequence[str], shapes: Mapping[str, Shape]) -> list[tuple[str
         if len(groups) > 1 and len(big) == 1 and path:
             dims = set(shapes[big[0]])
             rest = [n for n in members if n not in big]
-            if all(len(core(shapes[n])) == 1 and core(shapes[n])[0] in dims for n in rest):
+            if all(len(core(shapes[n])) == 1 and core(shapes[n])[0] in dims for n in rest) and _told_apart(
+                rest, shapes
+            ):
                 groups = {"": members}
         for stem, group in groups.items():
             group = sorted(group, key=lambda n: (-math.prod(shapes[n]), role_of(n) == "bias"))
             found.append((f"{path}.{stem}" if stem and path else path or stem, group))
     return found
+
+
+def _told_apart(vectors: Sequence[str], shapes: Mapping[str, Shape]) -> bool:
+    """Whether no two vectors beside a matrix have the same shape, but for a bias that is called so and another one."""
+    alike: dict[Shape, list[str]] = {}
+    for name in vectors:
+        alike.setdefault(core(shapes[name]), []).append(role_of(name))
+    return all(len(roles) == 1 or (len(roles) == 2 and roles.count("bias") == 1) for roles in alike.values())
 
 
 def home_of(unit: Unit, copy: int = 0) -> str:
@@ -304,6 +316,19 @@ def buffers_of(side: ModelDescription) -> dict[str, list[ParameterInfo]]:
     return found
 
 
+def cells_of(source: ModelDescription, target: ModelDescription) -> tuple[int, int]:
+    """Rows of the matrices of recurrent cells and the number of their gates, if only one side has torch's order."""
+    found = [
+        [i.shape for i in side.parameters if "weight_hh" in i.leaf and len(i.shape) == 2 and i.shape[1]]
+        for side in (source, target)
+    ]
+    shapes = {shape for side in found for shape in side}
+    if all(found) or len(shapes) != 1:
+        return 0, 0
+    ((rows, width),) = shapes
+    return (rows, rows // width) if rows // width in (3, 4) else (0, 0)
+
+
 def recorded(
     cover: Sequence[tuple[Sequence[int], Sequence[int]]],
     sides: tuple[Sequence[Unit], Sequence[Unit]],
@@ -317,7 +342,7 @@ def recorded(
 def is_fused(unit: Unit) -> bool:
     """Whether a matrix has the shape of queries, keys and values in one, as it is or turned."""
     shape = unit.shapes[0]
-    return len(shape) == 2 and unit.times == 1 and max(shape) == 3 * min(shape) and min(shape) > 1
+    return len(shape) == 2 and max(shape) == 3 * min(shape) and min(shape) > 1
 
 
 def is_square(unit: Unit) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lit_wsl.matching.changes import Choice, options_of, part_of
-from lit_wsl.matching.search import Trials
+from lit_wsl.matching.trials import Trials
 from lit_wsl.matching.witnesses import AGREES as HEARD
 from lit_wsl.matching.witnesses import risk_of
 

@@ -23,9 +23,10 @@ from lit_wsl.matching.alternatives import BY_FUNCTION, Variant, layout_variants,
 from lit_wsl.matching.bench import values
 from lit_wsl.matching.entries import answered, is_doubtful
 from lit_wsl.matching.layouts import leave_open
-from lit_wsl.matching.search import Budget, Search, Trials
+from lit_wsl.matching.search import Search
 from lit_wsl.matching.space import Space
 from lit_wsl.matching.tree import role_of
+from lit_wsl.matching.trials import Budget, Trials
 from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.entries import PlanEntry, Proof
 from lit_wsl.plan.operations import run_operations

@@ -9,6 +9,7 @@ blocks. A decision holds for all copies in a region: if one block has it so, all
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,18 @@ from typing import Any
 
 from lit_wsl.matching.entries import is_doubtful, is_only_renamed
 from lit_wsl.matching.formula import is_query_or_key
-from lit_wsl.matching.layers import Region, Unit, buffers_of, home_of, is_fused, is_square, may_turn, recorded, regions
+from lit_wsl.matching.layers import (
+    Region,
+    Unit,
+    buffers_of,
+    cells_of,
+    home_of,
+    is_fused,
+    is_square,
+    may_turn,
+    recorded,
+    regions,
+)
 from lit_wsl.matching.layouts import rotating_towers
 from lit_wsl.matching.parts import (
     MAX_OPTIONS,
@@ -53,16 +65,7 @@ from lit_wsl.matching.shapes import (
 )
 from lit_wsl.matching.symmetries import Rotations, Turning
 from lit_wsl.plan.entries import PlanEntry
-from lit_wsl.plan.operations import (
-    Concat,
-    Operation,
-    Reorder,
-    Rotary,
-    Split,
-    Stack,
-    Transpose,
-    Unstack,
-)
+from lit_wsl.plan.operations import Concat, Operation, Reorder, Rotary, Split, Stack, Transpose, Unstack
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, Shape
 
@@ -126,7 +129,8 @@ class Space:
         self._turned = {t for e in plan for t in e.targets if any(map(is_turn, e.operations))}
         self._orders = {frozenset(names): names for e in plan if (names := first_of_parts(e))}
         self._told: set[str] = set()  # targets whose names, or whose place in the same code, tell their source
-        self._rotations, self.shows_turns = Rotations(turnings), bool(turnings)
+        self._rotations = Rotations(turnings)
+        self.shows_turns, self._still = bool(self._rotations), self._rotations.still
         self._rotates = rotating_towers(source, target)
         if self._rotations:
             self._rotates = lambda name: True
@@ -135,10 +139,11 @@ class Space:
         self.regions: list[tuple[Region, Region]] = []
         if trust and is_only_renamed(plan, source, target) and not any(map(is_doubtful, plan)):
             return  # nothing is open
-        self.hidden, self._gate_count = self._cells()
+        self.hidden, self._gate_count = cells_of(source, target)
         self.regions = self._pair_regions(regions(source), regions(target))
         units = [unit for _, ours in self.regions for unit in ours.units]
-        if any(is_query_or_key(u.path) and len(u.shapes[0]) == 2 and not self._turns(u) for u in units):
+        called = [u for u in units if is_query_or_key(u.path) and len(u.shapes[0]) == 2]
+        if not all(self._turns(u) or self._still.issuperset(u.names[0][0]) for u in called):
             self._rotations = Rotations(())  # names know of more
         self._widths = Counter(size for unit in units for size in {n for shape in unit.shapes for n in shape})
         parts_of = [[Part(k, s, t) for s, t in groups_of(a.units, b.units)] for k, (a, b) in enumerate(self.regions)]
@@ -159,7 +164,7 @@ class Space:
                 )
             self._count_inner(k, parts)
             layers = [(u, t) for part in parts for u in (*part.source, *part.target) for t in part.target]
-            self._turning |= any(
+            self._turning |= self._still.isdisjoint(self.regions[k][1].names) and any(
                 len(u.shapes[0]) == 2 and self._turns(u) and self._open(t) and self._rotates(t.all_names[0])
                 for u, t in layers
             )
@@ -286,7 +291,7 @@ class Space:
     def _may_be_laid_out(self, unit: Unit, part: Part) -> bool:
         """Whether queries, keys and values in one may stand otherwise: other names, and the shape tells nothing."""
         like = [s for s in part.source if fits(s, unit) is not None]
-        if any("_hh_" in name or "_ih_" in name for u in (unit, *like) for name in u.all_names):
+        if any(re.search(r"_[hi]h(_|$)", name) for u in (unit, *like) for name in u.all_names):
             return False  # rows of gates
         names = {s.path.rpartition(".")[2] for s in like}
         as_wide = self._widths[min(unit.shapes[0], default=0)] > 1  # what goes in is as wide as other layers
@@ -342,18 +347,6 @@ class Space:
             labels = ["as they are"]
             labels += [f"{'halves to pairs' if p else 'pairs to halves'}, {r} of {w} rows" for w, r, p in options[1:]]
             self.rotary = self._add("rotary rows of q and k", options, labels)
-
-    def _cells(self) -> tuple[int, int]:
-        """Rows of the matrices of recurrent cells and the number of their gates, if only one side has torch's order."""
-        found = [
-            [i.shape for i in side.parameters if "weight_hh" in i.leaf and len(i.shape) == 2 and i.shape[1]]
-            for side in (self.source, self.target)
-        ]
-        shapes = {shape for side in found for shape in side}
-        if all(found) or len(shapes) != 1:
-            return 0, 0
-        ((rows, width),) = shapes
-        return (rows, rows // width) if rows // width in (3, 4) else (0, 0)
 
     def _add_gates(self) -> None:
         pairs = [(p, pair) for p in self.parts for cover in p.covers for pair in cover]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, product
+from itertools import combinations, groupby, product
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Turning:
 
     Attributes:
         ways: How many rows a head may have, and how many of them turn, the first ones. Of neighbours that turn all
-            through, no gradient shows how many make up a head.
+            through, no gradient shows how many make up a head. None where they meet row by row: then none turns.
         in_pairs: Whether a plane is two neighbouring rows, or one from each half.
         rows: By tensor the axis of its rows, and which of them are queries or keys.
     """
@@ -132,7 +132,7 @@ def relations(regions: Iterable[Region], gradients: Gradients) -> list[Relation]
 
 
 def turnings(regions: Iterable[Region], gradients: Gradients) -> list[Turning]:
-    """All rows of a model that turn with their position, where nothing stands between them and their products."""
+    """All queries and keys of a model, and how they turn, where nothing stands between them and their products."""
     found = []
     for finder in _finders(regions, gradients):
         finder.find()
@@ -196,19 +196,20 @@ class _Finder:
     def _norms(self) -> Iterator[Relation]:
         """For each norm the matrices whose charges add up to its own: what reads it, or what stands before it."""
         for k, unit in enumerate(self.units):
-            if len(unit.main) != 1 or unit.main[0] < FEWEST:
+            if len(unit.shapes[0]) != 1 or unit.shapes[0][0] < FEWEST:
                 continue
+            axes = (0, 1) if unit.times > 1 else (0,)
             for plus in (0.0, 1.0):
-                own = (View(k, plus=plus), *(View(k, j) for j in range(1, len(unit.shapes))))
+                own = (View(k, 0, axes, plus), *(View(k, j, axes) for j in range(1, len(unit.shapes))))
                 charges = self._charges(*own)
-                readers = self._readers(charges) or self._part(charges)
+                readers = self._readers(charges, len(axes)) or self._part(charges)
                 if readers:
                     yield Relation(self.number, own, readers)
                     break
 
-    def _readers(self, charges: Tensor) -> tuple[View, ...]:
-        """Whole matrices whose charges add up to a norm's."""
-        fitting = [(v, c.flatten()) for v, c in self.sides if len(v.axes) == 1 and len(c) == len(charges)]
+    def _readers(self, charges: Tensor, axes: int) -> tuple[View, ...]:
+        """Whole matrices whose charges add up to a norm's, along as many axes."""
+        fitting = [(v, c.flatten()) for v, c in self.sides if len(v.axes) == axes and len(c) == len(charges)]
         if not fitting:
             return ()
         shares = _shares(torch.stack([c for _, c in fitting], 1), charges.flatten())
@@ -243,7 +244,10 @@ class _Finder:
                     self.related |= {pair, pair[::-1]}
                     own = None if rows == tuple(range(len(left))) else tuple((r,) for r in rows)
                     chosen = tuple(replace(v, rows=own) for v in views)
-                    yield self._mixed(Relation(self.number, chosen, (replace(reader, rows=_tuples(groups)),)))
+                    relation = self._mixed(Relation(self.number, chosen, (replace(reader, rows=_tuples(groups)),)))
+                    if relation.mixed and reader.axes == views[0].axes:  # rows with rows: they meet in products
+                        self.turnings += [Turning((), False, self._rows_of([v], [])) for v in (views[0], reader)]
+                    yield relation
                     break
 
     def _queries_and_keys(self, partners: Sequence[Relation]) -> Iterator[Relation]:
@@ -256,10 +260,11 @@ class _Finder:
         outs = [(v, c) for v, c in self.outs if len(v[0].axes) == 1]
         for (views, left), (others, right) in product(outs, outs):
             a, b = views[0], others[0]
-            if (a.unit, b.unit) in self.related or (a.unit == b.unit and (views != others or a.unit not in values)):
+            if (a.unit, b.unit) in self.related or (a.unit == b.unit and views != others):
                 continue
+            splits: Iterable[tuple[list[int], list[int]]]
             if a.unit == b.unit:
-                splits: Iterable[tuple[list[int], list[int]]] = _splits(len(left), values[a.unit])
+                splits = _splits(len(left), values[a.unit]) if a.unit in values else _thirds(len(left))
             else:
                 splits = [([*range(len(left))], [*range(len(right))])]
             meeting = next((found for split in splits for found in _turning(left, right, *split)), None)
@@ -267,7 +272,7 @@ class _Finder:
                 continue
             self.related |= {(a.unit, b.unit), (b.unit, a.unit)}
             ways, in_pairs, both = meeting
-            if ways:
+            if ways or both[0][0].shape[1] == 1:
                 rows = self._rows_of(views, [q for q, _ in both]), self._rows_of(others, [k for _, k in both])
                 self.turnings += [Turning(ways, in_pairs, own) for own in rows]
             for q, k in both:
@@ -364,6 +369,13 @@ def _splits(count: int, values: set[int]) -> Iterator[tuple[list[int], list[int]
         yield rows[:, width:].flatten().tolist(), rows[:, :width].flatten().tolist()
 
 
+def _thirds(count: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Ways in which the rows of a fused matrix can be queries and keys where nothing tells which are values."""
+    for groups in (g for g in range(1, count // 3 + 1) if count % (3 * g) == 0):
+        parts = [own.flatten().tolist() for own in torch.arange(count).reshape(groups, 3, -1).unbind(1)]
+        yield from combinations(parts, 2)
+
+
 def _turning(
     left: Tensor, right: Tensor, queries: list[int], keys: list[int]
 ) -> Iterator[tuple[tuple[tuple[int, int], ...], bool, list[list[Tensor]]]]:
@@ -420,7 +432,11 @@ class Rotations:
 
     def __init__(self, turnings: Iterable[Turning]) -> None:
         self._by_name: dict[str, tuple[Turning, int, frozenset[int]]] = {}
+        self.still: set[str] = set()  # tensors whose queries and keys don't turn
         for turning in turnings:
+            if not turning.ways:
+                self.still.update(turning.rows)
+                continue
             for name, (axis, rows) in turning.rows.items():
                 known = self._by_name[name][2] if name in self._by_name else frozenset()
                 self._by_name[name] = turning, axis, rows | known

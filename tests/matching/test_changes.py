@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl.matching.changes import odd_ones, options_of, twins_exchanged
+from lit_wsl.matching.layers import regions
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.space import Space
@@ -119,3 +120,20 @@ def test_in_one_of_two_modules_alone_like_layers_may_stand_the_other_way_round()
     assert sorted(map(sorted, changed)) == [["attend"], ["sum"]]
     assert all(sorted(other.values()) == sorted(first.values()) for other in odd)
     assert not list(odd_ones(space, next(choice for _, choice in odd_ones(space, space.first))))
+
+
+def test_members_of_a_list_are_counted_however_deep_their_number_stands():
+    def copies(*paths):
+        tree = nn.Module()
+        for path in paths:
+            node = tree
+            for word in path.split("."):
+                node.add_module(word, node._modules.get(word) or nn.Module())
+                node = node._modules[word]
+            node.add_module("a", nn.Linear(D, D))
+            node.add_module("b", nn.Linear(D, D))
+        return next(region for region in regions(describe(tree)) if len(region.copies) == 2)
+
+    assert copies("stages.0.blocks", "stages.1.blocks").is_counted
+    assert copies("stages.0", "stages.1").is_counted
+    assert not copies("left.0", "right.0").is_counted

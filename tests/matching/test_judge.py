@@ -338,3 +338,27 @@ def test_one_more_random_start_is_seldom_taken_for_trained():
         for *starts, last in (10 + torch.randn(1000, 7, generator=generator)).tolist()
     )
     assert false <= 0.011 * 1000 + 3 * math.sqrt(0.011 * 1000)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_passes_are_left_to_test_a_rival_that_is_ahead(ahead):
+    generator = torch.Generator().manual_seed(0)
+    seen = {}
+
+    def losses(choice, batch):
+        if (choice, batch) not in seen:
+            budget.room -= 1
+            noise = torch.randn(8, generator=generator)
+            seen[choice, batch] = (noise + (choice == (1,)) * (-0.2 if ahead else 0.2)).tolist()
+        return seen[choice, batch]
+
+    budget = SimpleNamespace(room=50, left=lambda: budget.room > 0)
+    meter = SimpleNamespace(has=lambda n: n < 99, has_slopes=False, in_pieces=True)
+    judge = judge_with(meter=meter, losses=losses, known_of=lambda c, n: (c, n) in seen)
+    judge.budget = budget
+    judge._on_fresh_batches((0,), [(1,)], {}, 9)
+    assert budget.room == (10 if ahead else 0) or budget.room > 10  # decided before
+    spent = budget.room
+    judge._on_fresh_batches((1,), [(0,)], {}, 0)  # what was measured once takes no pass
+    assert budget.room <= spent
+    assert len(seen) == 50 - budget.room

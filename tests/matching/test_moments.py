@@ -12,8 +12,8 @@ from lit_wsl.matching.entries import filled
 from lit_wsl.matching.moments import Moments
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
-from lit_wsl.matching.search import Budget, Trials
 from lit_wsl.matching.space import Space
+from lit_wsl.matching.trials import Budget, Trials
 from lit_wsl.structure.description import describe
 from lit_wsl.structure.losses import LossMeter
 

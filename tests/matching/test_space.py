@@ -492,3 +492,52 @@ def test_layers_that_keep_statistics_go_to_such_layers():
     part = next(part for part in space.parts if any(unit.path == "x" for unit in part.target))
     assert len(part.covers) == 2
     assert all("bn -> x" in part.describe(cover) for cover in part.covers)
+
+
+def test_vectors_of_one_shape_beside_a_matrix_may_stand_for_each_other():
+    shapes = [(D, D), (D,), (D,)]
+    old, new = (Net({"flow": dict(zip(names, shapes)), "out": layer(2, D)}) for names in ("wsb", "xyz"))
+    sides = describe(old.state_dict()), describe(new)
+    plan = build_plan(*sides, MatchingOptions())
+    space = Space(*sides, replace(plan, entries=(), ambiguous=()), counts=True, trust=False)
+    choices = product(*(range(len(decision.options)) for decision in space.decisions))
+    meant = [{e.targets[0]: e.sources[0] for e in space.meaning(choice)} for choice in choices]
+    assert {(own["flow.y"], own["flow.z"]) for own in meant} == {("flow.s", "flow.b"), ("flow.b", "flow.s")}
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_rows_of_gates_are_no_queries_keys_and_values(cell):
+    class Reader(nn.Module):
+        def __init__(self, name) -> None:
+            super().__init__()
+            self.add_module(name, nn.GRUCell(D, D) if cell else nn.Linear(D, 3 * D))
+            self.out = nn.Linear(D, D)
+
+    sides = describe(Reader("cell").state_dict()), describe(Reader("x"))
+    plan = build_plan(*sides, MatchingOptions())
+    space = Space(*sides, replace(plan, entries=(), ambiguous=()), counts=True, trust=False)
+    assert any(part.layout is not None for part in space.parts) != cell
+
+
+def test_the_layout_of_a_whole_is_asked_about_in_nested_copies_too():
+    def stages(name):
+        return {f"{i}": {"blocks": {f"{k}": {name: layer(3 * D, D), "o": layer(D, D)} for k in range(2)}} for i in "01"}
+
+    old, new = Net({"stages": stages("qkv")}), Net({"stages": stages("x")})
+    sides = describe(old.state_dict()), describe(new)
+    space = Space(*sides, build_plan(*sides, MatchingOptions()), counts=True, trust=False)
+    (number, part), *_ = [(k, part) for k, part in enumerate(space.parts) if part.layout is not None]
+    heads = space.decisions[part.layout].options.index((2, False))
+    choice = (*space.first[: part.layout], heads, *space.first[part.layout + 1 :])
+    torch.manual_seed(0)
+    tensors = {i.name: torch.randn(i.shape) for i in sides[0].parameters}
+    made = {n: v for entry in space.entries_of(number, choice) for n, v in filled(entry, tensors).items()}
+    for i, k in product(range(2), range(2)):
+        for leaf in ("weight", "bias"):
+            (source,) = [
+                e.sources[0]
+                for e in space.entries_of(number, choice)
+                if made and f"stages.{i}.blocks.{k}.x.{leaf}" in e.targets
+            ]
+            back = made[f"stages.{i}.blocks.{k}.x.{leaf}"]
+            assert torch.equal(parts_to_heads(back), tensors[source])

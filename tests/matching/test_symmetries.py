@@ -152,7 +152,7 @@ def test_rows_of_values_are_those_that_the_output_reads(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_that_turn_are_those_of_queries_and_keys(layout):
     net, found, gradients, _ = measured(layout)
-    turning = turnings(found, gradients)
+    turning = [one for one in turnings(found, gradients) if one.ways]
     assert bool(turning) == ("rotary" in layout)
     keys = WIDTH if "shared" in layout else D
     values = {3 * WIDTH * h + 2 * WIDTH + i for h in range(HEADS) for i in range(WIDTH)}
@@ -178,3 +178,53 @@ def test_a_converted_whole_computes_the_same_in_the_other_convention(layout):
             (state[name],) = run_operations(rotations.convert(name, tuple(value.shape), (WIDTH, WIDTH)), [value])
         net.load_state_dict(state)
         torch.testing.assert_close(net(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+class Attention(nn.Module):
+    """Attention without rotary positions; where values are normed behind it, nothing shows which they are."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        for name, rows in {"abc": 3 * D}.items() if fused else dict.fromkeys("abc", D).items():
+            self.add_module(name, nn.Linear(D, rows))
+        self.n, self.o = nn.LayerNorm(WIDTH), nn.Linear(D, D)
+
+    def forward(self, x):
+        parts = self.abc(x).chunk(3, -1) if self.fused else [self.a(x), self.b(x), self.c(x)]
+        q, k, v = (p.unflatten(-1, (-1, WIDTH)).transpose(1, 2) for p in parts)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return self.o(self.n(y).flatten(2))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_queries_and_keys_that_meet_row_by_row_are_seen_not_to_turn(fused):
+    torch.manual_seed(0)
+    net = Attention(fused)
+    net.load_state_dict(shaken_state(net))
+    x, y = torch.randn(8, 6, D), torch.randn(8, 6, D)
+    slopes = dict(zip(dict(net.named_parameters()), torch.autograd.grad(F.mse_loss(net(x), y), [*net.parameters()])))
+    rotations = Rotations(turnings(regions(describe(net)), Gradients(net.state_dict(), [slopes])))
+    assert not rotations
+    assert {name.partition(".")[0] for name in rotations.still} == ({"abc"} if fused else {"a", "b"})
+
+
+def test_norms_in_nested_copies_hang_together_with_what_reads_them():
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.n, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x):
+            return x + self.down(F.gelu(self.up(self.n(x))))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Sequential(Inner(), Inner()), nn.Linear(D, D), nn.Sequential(Inner(), Inner()))
+    net.load_state_dict(shaken_state(net))
+    x, y = torch.randn(32, D), torch.randn(32, D)
+    slopes = dict(zip(dict(net.named_parameters()), torch.autograd.grad(F.mse_loss(net(x), y), [*net.parameters()])))
+    found = regions(describe(net))
+    (nested,) = [k for k, region in enumerate(found) if any(u.times == 2 for u in region.units)]
+    paths = [u.path.rpartition(".")[2] for u in found[nested].units]
+    related = [r for r in relations(found, Gradients(net.state_dict(), [slopes])) if r.region == nested]
+    assert [{paths[v.unit] for v in r.views} for r in related] == [{"n", "up"}]
