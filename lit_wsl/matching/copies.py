@@ -194,9 +194,7 @@ def _needs(target: ModelDescription, source: ModelDescription, others: tuple[str
 
 
 def _only(source: ModelDescription, others: tuple[str, ...]) -> ModelDescription:
-    kept = tuple(i for i in source.parameters if not i.name.startswith(others))
-    names = {i.name for i in kept}
-    return replace(source, parameters=kept, tied={a: first for a, first in source.tied.items() if first in names})
+    return source.part(i for i in source.parameters if not i.name.startswith(others))
 
 
 def _without_average(

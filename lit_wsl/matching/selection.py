@@ -93,7 +93,7 @@ def part_of(source: ModelDescription, prefix: str | None) -> ModelDescription:
     if not prefix:
         return source
     under = prefix.rstrip(".") + "."
-    kept = tuple(i for i in source.parameters if i.name.startswith(under) or i.name == prefix)
+    kept = [i for i in source.parameters if i.name.startswith(under) or i.name == prefix]
     if not kept:
         names = [i.name for i in source.parameters]
         found = sorted({".".join(n.split(".")[:k]) for n in names for k in (1, 2) if n.count(".") >= k})
@@ -101,8 +101,7 @@ def part_of(source: ModelDescription, prefix: str | None) -> ModelDescription:
             f"source_prefix={prefix!r}: no tensor of {source.label} stands under this name; "
             f"there are {listed(found, 12)}."
         )
-    inside = {i.name for i in kept}
-    return replace(source, parameters=kept, tied={a: first for a, first in source.tied.items() if first in inside})
+    return source.part(kept)
 
 
 def selected(target: ModelDescription, options: MatchingOptions) -> frozenset[str]:

@@ -12,7 +12,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -338,6 +338,12 @@ class ModelDescription:
     def has_execution_order(self) -> bool:
         """Whether a sample call has been traced."""
         return any(info.execution_order is not None for info in self.parameters)
+
+    def part(self, parameters: Iterable[ParameterInfo]) -> ModelDescription:
+        """What these of its tensors are alone, with their aliases."""
+        kept = tuple(parameters)
+        names = {info.name for info in kept}
+        return replace(self, parameters=kept, tied={a: first for a, first in self.tied.items() if first in names})
 
 
 def _child_paths(groups: Mapping[str, ParameterGroup]) -> dict[str, list[str]]:

@@ -29,7 +29,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
-from lit_wsl.rebasin.inference.groups import UNUSED
+from lit_wsl.rebasin.inference.groups import UNUSED, free_name
 from lit_wsl.rebasin.spec.axis import AxisSpec, PermutationGroup
 from lit_wsl.rebasin.spec.spec import PermutationSpec
 from lit_wsl.structure.description import Shape
@@ -346,10 +346,7 @@ def _with_group(first: PermutationSpec, second: PermutationSpec, name: str) -> P
     )
     if not new or group.parent is not None or second.children(name):
         return first
-    label, count = name, 1
-    while label in first.groups:
-        label, count = f"{name}/{count}", count + 1
-    group = PermutationGroup(label, group.size)
+    group = PermutationGroup(free_name(name, first.groups), group.size)
     made = {place: _beside(axis, group, like[place].coordinate(name), like[place]) for place, axis in known.items()}
     axes = {place: axis for place, axis in made.items() if axis is not None}
     return first.with_group(group, axes) if len(axes) == len(made) else first

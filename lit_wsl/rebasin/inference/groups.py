@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +25,14 @@ from lit_wsl.rebasin.inference.units import (
 )
 from lit_wsl.rebasin.spec.axis import AxisSpec, PermutationGroup, stacked
 from lit_wsl.rebasin.spec.spec import PermutationSpec
+
+
+def free_name(name: str, taken: Container[str]) -> str:
+    """The name, or, if it is taken, the first that is free of those with a number behind it."""
+    free, count = name, 1
+    while free in taken:
+        free, count = f"{name}/{count}", count + 1
+    return free
 
 
 def crossed_slots(run: Run, group_of: Array, colour: np.ndarray) -> list[Array]:
@@ -281,7 +289,7 @@ class Grouping:
                     self.group_of[unit], self.number[unit] = self.group_of[block], self.number[block]
                 self._level(by_parent, [(p[:-1], u) for p, u in nested], parent, colour, first)
                 continue
-            name = self._unique(self._name(nested[0][1], first))
+            name = free_name(self._name(nested[0][1], first), self.groups)
             self.groups[name] = PermutationGroup(name, size, parent)
             members = [unit for _, unit in nested]
             self.group_of[members], self.number[members] = len(self.names), [path[-1] for path, _ in nested]
@@ -291,12 +299,6 @@ class Grouping:
     def _name(self, unit: int, first: np.ndarray) -> str:
         place = self.order[int(np.searchsorted(self.starts, first[unit], side="right")) - 1]
         return f"{self.run.trace.parameters[place[0]][0]}:{place[1]}"
-
-    def _unique(self, name: str) -> str:
-        base, count = name, 1
-        while name in self.groups:
-            name, count = f"{base}/{count}", count + 1
-        return name
 
     # ---- axes --------------------------------------------------------------------------------------------------------
 
