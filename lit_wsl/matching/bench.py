@@ -39,6 +39,7 @@ class Bench:
     fresh: Sequence[float]
     starts: list[float] = field(default_factory=list)  # what other random starts lose
     known: list[tuple[TransferPlan, list[float]]] = field(default_factory=list)
+    fallen: dict[tuple[float, ...], bool] = field(default_factory=dict)  # of which losses it was asked, and the answer
 
     @cached_property
     def spread(self) -> float:
@@ -111,6 +112,12 @@ class Bench:
         shuffled, tell how much that is; where these are too few, three further ones at a tenth of the risk. Losses that
         can't be negative are compared by how many times one is the other.
         """
+        key = tuple(best)
+        if key not in self.fallen:
+            self.fallen[key] = self._falls(best)
+        return self.fallen[key]
+
+    def _falls(self, best: Sequence[float]) -> bool:
         before, after = mean(self.fresh), mean(best)
         if not math.isfinite(after) or after >= before or (len(self.fresh) > 2 and risk_of(self.fresh, best) > RISK):
             return False

@@ -104,11 +104,11 @@ class LossMeter:
     ) -> Iterator[tuple[list[float], dict[str, Tensor]]]:
         """Losses and gradient, by name of the parameter, of each of at most so many pieces of a batch."""
         batch, size = self._batches[number], self.size(number)
+        named = self.model.named_parameters(remove_duplicate=False)
+        weights = {name: p for name, p in named if p.is_floating_point()}
         for start, stop in pieces(size, most):
             part = cut(batch, start, stop, size)
             with self._ready(state, number), torch.enable_grad():
-                named = self.model.named_parameters(remove_duplicate=False)
-                weights = {name: p for name, p in named if p.is_floating_point()}
                 for weight in weights.values():
                     weight.requires_grad_(True)
                 with _Elements() as seen:

@@ -63,7 +63,9 @@ def seed(number: int, devices: Sequence[int] = ()) -> None:
 
 def cuda_devices(module: nn.Module | None) -> list[int]:
     """Numbers of the CUDA devices that a module is on."""
-    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
+    if module is None or not torch.cuda.is_initialized():  # then nothing is there
+        return []
+    tensors = (*module.parameters(), *module.buffers())
     return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
 
 
