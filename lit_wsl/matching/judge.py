@@ -219,8 +219,9 @@ class LossJudge:
         number, looks = first, 0
         last = False
         while close and has(number) and not last and self._has_room(choice, close, number):
+            slopes = len(close) <= FEW and self._has_room(choice, close, number, slopes=True)
             for c in (choice, *close):
-                known[c].add(self.trials, c, number, slopes=len(close) <= FEW)
+                known[c].add(self.trials, c, number, slopes)
             number += 1
             seen = number - first
             ahead = min(sum(known[c].losses) for c in close) < sum(known[choice].losses)
@@ -241,9 +242,11 @@ class LossJudge:
             close = [c for c in close if risks[c] >= RISK]
         return choice, risks
 
-    def _has_room(self, choice: Choice, close: Sequence[Choice], number: int, kept: int = 0) -> bool:
+    def _has_room(
+        self, choice: Choice, close: Sequence[Choice], number: int, kept: int = 0, *, slopes: bool = False
+    ) -> bool:
         """Whether another batch may be looked at, or was before."""
-        if all(self.trials.known_of(c, number) for c in (choice, *close)):
+        if all(self.trials.known_of(c, number, slopes=slopes) for c in (choice, *close)):
             return True
         return self.budget.room > len(close) + kept and self.budget.left()
 
@@ -298,7 +301,7 @@ class LossJudge:
         """How far from a place where training could have stopped a choice is; infinite if the gradient can't tell."""
         if choice not in self._unrest:
             try:
-                slopes = torch.stack([s for _, s in self.trials.meter.slopes(self.trials.state(choice), 0)])
+                slopes = torch.stack([s for _, s in self.trials.slopes(choice, 0)])
                 self._unrest[choice] = unrest(slopes)
             except (RuntimeError, ValueError):
                 self._unrest[choice] = math.inf

@@ -302,9 +302,9 @@ def _told_apart(vectors: Sequence[str], shapes: Mapping[str, Shape]) -> bool:
     return all(len(roles) == 1 or (len(roles) == 2 and roles.count("bias") == 1) for roles in alike.values())
 
 
-def home_of(unit: Unit, copy: int = 0) -> str:
-    """Path of the module that holds a layer's tensors in one of the copies."""
-    return unit.names[0][copy][0].rpartition(".")[0]
+def home_of(name: str) -> str:
+    """Path of the module that holds a tensor."""
+    return name.rpartition(".")[0]
 
 
 def buffers_of(side: ModelDescription) -> dict[str, list[ParameterInfo]]:
@@ -335,7 +335,7 @@ def recorded(
     buffers: Sequence[Container[str]],
 ) -> bool:
     """Whether layers with statistics beside them, such as batch norms, go to such layers in a cover."""
-    theirs, ours = ([home_of(unit) in own for unit in units] for units, own in zip(sides, buffers))
+    theirs, ours = ([home_of(unit.names[0][0][0]) in own for unit in units] for units, own in zip(sides, buffers))
     return all(theirs[i] == ours[j] for g, h in cover for i in g for j in h)
 
 

@@ -25,7 +25,7 @@ NEAR = 0.3  # the same, where the norms count as agreeing
 NOISE = 0.01  # what samples make of it at the right place
 JOINT = 128  # most choices of what stands before a norm
 SHARE = 0.4  # of the budget
-LAST = 2  # passes beyond it that the last comparisons may take
+LAST = 1  # passes beyond it that the last comparisons may take
 LEAVES = ("running_mean", "running_var")
 
 
@@ -115,7 +115,7 @@ class Moments:
         It is heard only where the norms agree with the choice. On the whole batch they tell more than on the samples of
         the screening.
         """
-        if not self.norms or not (self._can(choice, whole) and self._can(rival, whole)):
+        if not self.norms or not self._can(choice, rival, whole=whole):
             return 1.0
         own, other = self._told(choice, whole), self._told(rival, whole)
         sides = [(ours, other.get(path, ours)) for path, ours in own.items()]
@@ -194,11 +194,11 @@ class Moments:
         """What norms recorded themselves is no part of what reaches them."""
         return frozenset(e for e in self.space.meaning(choice) if e.kind == "parameter"), whole
 
-    def _can(self, choice: Choice, whole: bool = False) -> bool:
+    def _can(self, *choices: Choice, whole: bool = False) -> bool:
         """Whether what reaches the norms is known, or may still be measured, be it with the last of the budget."""
-        budget = self.trials.budget
-        last = budget.in_time() and budget.meter.passes < budget.passes + LAST
-        return self._key(choice, whole) in self._passes or (last if whole else budget.left())
+        budget, unknown = self.trials.budget, [c for c in choices if self._key(c, whole) not in self._passes]
+        last = budget.in_time() and budget.meter.passes + len(unknown) <= budget.passes + LAST
+        return not unknown or (last if whole else budget.left())
 
     def _run(self, choice: Choice, whole: bool = False) -> _Pass:
         """What reaches the norms, measured once."""

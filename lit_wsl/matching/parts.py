@@ -120,22 +120,25 @@ def _is_part_or_whole(unit: Unit, beside: Sequence[Unit], others: Sequence[Unit]
     return whole or any(joins(unit, group) for m in (2, 3) for group in combinations(others, m))
 
 
-def covers(source: Sequence[Unit], target: Sequence[Unit]) -> list[Cover]:
+def covers(source: Sequence[Unit], target: Sequence[Unit]) -> tuple[list[Cover], bool]:
     """All ways to assign the layers of one side to those of the other, each used once; parts may make up a whole.
 
     Where these are too many, parts of one whole are taken from one module; where they still are, the layers of a module
     stay together, unless the modules of both sides don't go together.
+
+    Returns:
+        The ways, and whether these are all; some of them where they are too many.
     """
     found: list[Cover] = []
     for level in (FREE, WHOLE_BY_WHOLE, MODULE_BY_MODULE):
-        fewer = _covers(source, target, MAX_OPTIONS, level)
-        found = fewer or found
-        if len(fewer) <= MAX_OPTIONS:
-            break
-    return found
+        fewer, whole = _covers(source, target, MAX_OPTIONS, level)
+        if whole and (fewer or not found):
+            return fewer, True
+        found = max(found, fewer, key=len)
+    return found, False
 
 
-def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, level: int) -> list[Cover]:
+def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, level: int) -> tuple[list[Cover], bool]:
     fuse = len(source) >= len(target)
     wholes, parts = (target, source) if fuse else (source, target)
     found: list[Cover] = []
@@ -179,7 +182,7 @@ def _covers(source: Sequence[Unit], target: Sequence[Unit], limit: int, level: i
             dead.add((w, *free))
 
     recurse(0, tuple(range(len(parts))), [])
-    return found
+    return found, len(found) <= limit and tried <= MOST_TRIED
 
 
 def _may_join(part: Unit, whole: Unit) -> bool:
@@ -236,8 +239,8 @@ class Part:
     def __init__(self, region: int, source: list[Unit], target: list[Unit]) -> None:
         self.region, self.source, self.target = region, source, target
         self._known: dict[CoverPair, bool] = {}
-        self.covers = covers(source, target)
-        self.grows = len(self.covers) > MAX_OPTIONS  # where they are too many to list, exchanges lead to them
+        self.covers, whole = covers(source, target)
+        self.grows = not whole and bool(self.covers)  # where they are too many to list, exchanges lead to them
         self._starts = self._first_and_last()
         self.covers = self.in_order({}) if self.grows else self.covers
         self.fixed: frozenset[int] = frozenset()  # what names tell of
@@ -506,7 +509,7 @@ def taken_apart(units: Sequence[Unit], others: Sequence[Unit]) -> tuple[Unit, ..
 
 def groups_of(source: Sequence[Unit], target: Sequence[Unit]) -> list[tuple[list[Unit], list[Unit]]]:
     """Layers that may take one another's place; tensor by tensor where whole layers can't."""
-    found = [group for group in components(source, target) if _covers(*group, 0, FREE)]
+    found = [group for group in components(source, target) if _covers(*group, 0, FREE)[0]]
     known = {id(unit) for s, t in found for unit in (*s, *t)}
     rest = [[one for unit in side if id(unit) not in known for one in single(unit)] for side in (source, target)]
     return [*found, *components(rest[0], rest[1])]

@@ -525,11 +525,12 @@ class Space:
 
     def _statistics(self, s: Unit, t: Unit, a: int, b: int) -> list[PlanEntry]:
         """The buffers beside a layer, which go where it goes."""
-        if not self._buffers_too or s.times != 1 or t.times != 1:
+        if not self._buffers_too or s.times != t.times:
             return []
-        theirs, ours = home_of(s, a), home_of(t, b)
+        homes = ((home_of(x), home_of(y)) for x, y in zip(s.names[0][a], t.names[0][b]))
         return [
             PlanEntry((i.name,), (j.name,), (), (i.shape,), (j.shape,), kind="buffer")
+            for theirs, ours in homes
             for j in self._buffers[1].get(ours, ())
             for i in self._buffers[0].get(theirs, ())
             if i.leaf == j.leaf and i.shape == j.shape

@@ -132,10 +132,12 @@ class Trials:
         """Whether a choice was measured on so many samples."""
         return (choice, 0, 0 if samples <= self.least else samples // 2) in self.seen
 
-    def known_of(self, choice: Choice, batch: int) -> bool:
-        """Whether a choice was measured on a batch."""
-        whole = (choice, batch, WHOLE) in self.seen or (choice, batch) in self._slopes
-        return whole if batch else self.known(choice, self.size)
+    def known_of(self, choice: Choice, batch: int, *, slopes: bool = False) -> bool:
+        """Whether the losses of a choice on a batch were measured, or its gradients, too."""
+        if (choice, batch) in self._slopes:
+            return True
+        whole = (choice, batch, WHOLE) in self.seen if batch else self.known(choice, self.size)
+        return whole and not slopes
 
     def slopes(self, choice: Choice, batch: int) -> list[tuple[list[float], Tensor]]:
         """Losses and gradients of a choice on the pieces of a batch, measured once."""

@@ -252,7 +252,7 @@ def test_short_training_is_told_from_a_wrong_mapping_by_what_a_step_gains(far):
     assert meter.has(0)
     state = {"weight": 0.3 * wanted + 0.7 * wanted.flip(1) if far else 0.99 * wanted}
     losses, fresh = (meter.losses(weights, 0) for weights in (state, {"weight": 0 * wanted}))
-    restless = judge_with(meter=meter, size=32, state=lambda choice: state).unrest((0,))
+    restless = judge_with(slopes=lambda choice, batch: meter.slopes(state, batch)).unrest((0,))
     assert restless > FAR  # all samples pull the same way: the gradient alone does not tell
     assert (Bench({}, meter, None, fresh).gain(state, losses) >= GAIN) == far
 
@@ -354,7 +354,7 @@ def test_passes_are_left_to_test_a_rival_that_is_ahead(ahead):
 
     budget = SimpleNamespace(room=50, left=lambda: budget.room > 0)
     meter = SimpleNamespace(has=lambda n: n < 99, has_slopes=False, in_pieces=True)
-    judge = judge_with(meter=meter, losses=losses, known_of=lambda c, n: (c, n) in seen)
+    judge = judge_with(meter=meter, losses=losses, known_of=lambda c, n, slopes: (c, n) in seen and not slopes)
     judge.budget = budget
     judge._on_fresh_batches((0,), [(1,)], {}, 9)
     assert budget.room == (10 if ahead else 0) or budget.room > 10  # decided before

@@ -541,3 +541,20 @@ def test_the_layout_of_a_whole_is_asked_about_in_nested_copies_too():
             ]
             back = made[f"stages.{i}.blocks.{k}.x.{leaf}"]
             assert torch.equal(parts_to_heads(back), tensors[source])
+
+
+def test_statistics_of_nested_copies_go_with_their_norms():
+    class Stages(nn.Module):
+        def __init__(self, conv, norm) -> None:
+            super().__init__()
+            blocks = [[nn.ModuleDict({conv: nn.Conv2d(D, D, 3), norm: nn.BatchNorm2d(D)}) for _ in "ab"] for _ in "ab"]
+            self.stages = nn.ModuleList(map(nn.ModuleList, blocks))
+
+    sides = describe(Stages("conv", "bn").state_dict()), describe(Stages("x", "y"))
+    space = Space(*sides, build_plan(*sides, MatchingOptions()), counts=True, trust=False)
+    filled_ = {t: e.sources[0] for e in space.meaning(space.first) for t in e.targets}
+    norms = [name.removesuffix(".weight") for name in filled_ if name.endswith("y.weight")]
+    assert len(norms) == 4
+    for norm in norms:
+        home = filled_[f"{norm}.weight"].removesuffix(".weight")
+        assert filled_[f"{norm}.running_mean"] == f"{home}.running_mean"
