@@ -261,21 +261,31 @@ TITLES = {
 
 def ablation() -> Iterator[str]:
     """What each rule of the matching is worth."""
-    data = load("ablation.json")
-    if not data:
+    measured = [data for data in (load("ablation.json"), load("ablation_gauntlet.json")) if data]
+    if not measured:
         return
     yield "### The rules of the matching, switched off\n\n"
+    what = (f"{measured[0]['pairs']} random refactors", *(f"the gauntlet, {d['pairs']} plans" for d in measured[1:]))
     yield (
-        f"{data['pairs']} random refactors, each rule switched off in turn: how many plans change, and how many more tensors are "
+        f"{', and '.join(what)}: each rule switched off in turn; how many plans change, and how many more tensors are "
         "right or wrong then. A *kind* of evidence finds matches, a *guard* holds doubtful ones back, a *means* takes part "
         "in how matches are found. Several guards stand for one another; what changes nothing here measured nothing on these "
-        "refactors.\n\n"
+        "pairs. *-*: the rule is newer than the measurement.\n\n"
     )
-    yield "| rule off | sort | plans that change | right | wrong |\n|---|---|---:|---:|---:|\n"
-    for name, row in data["rules"].items():
-        cells = [row.get(key, 0) for key in ("pairs", "right", "wrong")]
-        yield f"| {name} | {row['sort']} | {cells[0]} | {cells[1]:+,} | {cells[2]:+,} |\n"
-    yield f"\n`{data['command']}`\n\n"
+    yield "| rule off | sort |" + " plans that change | right | wrong |" * len(measured) + "\n"
+    yield "|---|---|" + "---:|---:|---:|" * len(measured) + "\n"
+    rows = {name: row["sort"] for data in measured for name, row in data["rules"].items()}
+    for name, sort in rows.items():
+        cells = [f"{name} | {sort}"]
+        for data in measured:
+            row = data["rules"].get(name)
+            cells += (
+                ["-"] * 3
+                if row is None
+                else [f"{row.get('pairs', 0)}", *(f"{row.get(k, 0):+,}" for k in ("right", "wrong"))]
+            )
+        yield f"| {' | '.join(cells)} |\n"
+    yield "\n" + "\n".join(f"`{data['command']}`" for data in measured) + "\n\n"
 
 
 def printed() -> Iterator[str]:
