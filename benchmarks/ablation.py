@@ -141,7 +141,6 @@ GUARDS = (
 MEANS = (
     ("second pass", (("planner:Aligner", no_evidence),)),
     ("fusing and splitting", (("find_fusions", always([])),)),
-    ("parts stand where the whole stands", (("fusion:_in_place", always(False)),)),
     ("stacking", (("fold_run", always(None)),)),
     ("families cut by a number", (("evened", lambda _: lambda fs, ft: (fs, ft)),)),
     ("members that only ascend", (("number_map", only_equal_numbers),)),
