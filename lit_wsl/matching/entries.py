@@ -276,6 +276,11 @@ def filled(entry: PlanEntry, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {n: v.reshape(s).contiguous() for n, v, s in zip(entry.targets, values, entry.target_shapes)}
 
 
+def leaves_nothing_open(plan: TransferPlan, source: ModelDescription, target: ModelDescription) -> bool:
+    """Whether it is the same code under other names, and more than order says so."""
+    return is_only_renamed(plan, source, target) and not any(map(is_doubtful, plan))
+
+
 def is_doubtful(entry: PlanEntry) -> bool:
     """Whether nothing but order decided an entry."""
     return entry.margin <= ORDER_MARGIN

@@ -21,7 +21,14 @@ from lit_wsl.errors import listed
 from lit_wsl.matching.balance import MARGIN, Balance
 from lit_wsl.matching.bench import DOUBT, FAR, GAIN, Bench, mean, values
 from lit_wsl.matching.changes import FEW_COVERS, Choice, carried, odd_ones, questions, twins_exchanged
-from lit_wsl.matching.entries import STILL_OPEN, answered, is_doubtful, is_only_renamed, what_it_does
+from lit_wsl.matching.entries import (
+    STILL_OPEN,
+    answered,
+    is_doubtful,
+    is_only_renamed,
+    leaves_nothing_open,
+    what_it_does,
+)
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.layouts import leave_open
 from lit_wsl.matching.moments import Moments
@@ -394,7 +401,8 @@ def _judge(
     budget: Budget,
 ) -> TransferPlan:
     bench = Bench(tensors, meter, budget, meter.losses({}, 0))
-    if not Space(*sides, plan).is_open and bench.bears_out(plan):
+    is_settled = leaves_nothing_open(plan, *sides) or not Space(*sides, plan).is_open
+    if is_settled and bench.bears_out(plan):
         return _as_planned(plan, bench)
     judge, choice = _found(plan, sides, bench)
     trials = judge.trials
@@ -521,8 +529,8 @@ def _as_planned(
         beaten = risk_of(losses, best) < RISK / trials.tried and bench.falls(best)
         informs = risk_of(bench.fresh, best) < RISK / trials.tried  # the checkpoint knows of this data
     above = mean(losses) - mean(bench.fresh)
-    significant = above > bench.spread or risk_of(losses, bench.fresh) < RISK
-    rises = not _missing(plan) and above > 0 and (significant or informs)
+    rises = above > 0 and not _missing(plan)
+    rises = rises and (informs or above > bench.spread or risk_of(losses, bench.fresh) < RISK)
     questioned = _questioned(plan, everything)
     if not questioned or not (beaten or rises):
         asked = _questioned(plan, space) if agreed is not None and informs and _unfilled(plan) else []

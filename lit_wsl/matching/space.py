@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
-from lit_wsl.matching.entries import is_doubtful, is_only_renamed
+from lit_wsl.matching.entries import leaves_nothing_open
 from lit_wsl.matching.formula import is_query_or_key
 from lit_wsl.matching.layers import (
     Region,
@@ -137,8 +137,8 @@ class Space:
         self._turning = False  # whether rows of queries and keys are asked about
         self.hidden, self._gate_count = 0, 0
         self.regions: list[tuple[Region, Region]] = []
-        if trust and is_only_renamed(plan, source, target) and not any(map(is_doubtful, plan)):
-            return  # nothing is open
+        if trust and leaves_nothing_open(plan, source, target):
+            return
         self.hidden, self._gate_count = cells_of(source, target)
         self.regions = self._pair_regions(regions(source), regions(target))
         units = [unit for _, ours in self.regions for unit in ours.units]

@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lit_wsl import WeightTransferCallback
+from lit_wsl.callbacks.proof import Recorded, _logged_loss
+from lit_wsl.callbacks.streams import NoSampleError
 
 
 class Points(Dataset):
@@ -291,3 +293,26 @@ def test_an_untrained_checkpoint_is_no_judge(tmp_path):
     assert callback.report.plan.proof == "not tested"
     assert torch.equal(new.net.q.weight, before)
     assert sum("not tested on data" in note for note in callback.report.notes) == 1
+
+
+def test_a_checkpoint_that_knows_the_opposite_is_refuted_loudly(tmp_path, trained):
+    class Flipped(Points):
+        def __getitem__(self, i):
+            x, y = super().__getitem__(i)
+            return x, 1 - y
+
+    torch.manual_seed(3)
+    callback = WeightTransferCallback(save(tmp_path / "old.ckpt", trained), min_coverage=0, verbose=False)
+    new = Lit(Old())
+    trainer(tmp_path, callback).validate(new, DataLoader(Flipped(), 16), verbose=False)
+    assert callback.report.plan.proof == "refuted"
+    assert callback.report.ambiguous
+    assert any("REFUTED on data" in text for text in callback.report.warnings)
+
+
+def test_what_the_checkpoint_monitors_is_the_loss_where_none_is_returned_or_called_so():
+    logged = {"val_acc": torch.tensor(0.75), "epoch": 1}
+    assert float(_logged_loss(logged, "validation_step", Recorded("val_acc", 0.8, "max"))) == -0.75
+    assert float(_logged_loss(logged, "validation_step", Recorded("val_acc", 0.8, "min"))) == 0.75
+    with pytest.raises(NoSampleError, match="returns no loss and logs none"):
+        _logged_loss(logged, "validation_step", None)
