@@ -144,6 +144,7 @@ class Aligner:
         self.ordered = sides.ordered
         self.execution = sides.execution
         self.twins = sides.twins
+        self.wraps = sides.wraps
         self.sources_of = sides.sources_of
         self.gathered = Evidence(regions=evidence.regions)
         self.turned = evidence.turned_matrices > evidence.exact_matrices
@@ -169,7 +170,7 @@ class Aligner:
         key = (id(s), id(t), whole)
         if key not in self.evidence.regions:
             complete = self.size(s) == self.size(t)
-            self.evidence.regions[key] = Region(s, t, complete, whole=whole, by_core=self.by_core)
+            self.evidence.regions[key] = Region(s, t, complete, whole=whole, by_core=self.by_core, wraps=self.wraps)
         return self.evidence.regions[key]
 
     def elsewhere(self, region: Region) -> str:

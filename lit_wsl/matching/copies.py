@@ -62,6 +62,9 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
     kept, average = _without_average(source, target, shapes)
     if average is not None:
         return kept, average
+    sizes = [sum(i.numel for i in side.parameters) for side in (source, target)]
+    if LARGE * sizes[0] > 2 * (sizes[0] - sizes[1]):
+        return source, None  # it needs all of them (:func:`_needs`)
     found = _find_copies(shapes)
     if found and _find_copies({i.name: i.shape for i in target.parameters}):  # it needs its own, no copies of all of it
         enough = ALIKE * len(target.parameters)

@@ -27,7 +27,7 @@ from lit_wsl.matching.layouts import Orientation, hidden_layouts, leave_open
 from lit_wsl.matching.numbers import lists_backwards
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER
-from lit_wsl.matching.regions import Sides, ends_of
+from lit_wsl.matching.regions import Sides, ends_of, may_wrap
 from lit_wsl.matching.risks import margin_of, told
 from lit_wsl.matching.scoring import Context
 from lit_wsl.matching.selection import IncompatiblePairs, part_of, restrict
@@ -367,11 +367,13 @@ def _in_two_minds(infos: Iterable[ParameterInfo]) -> bool:
     for info in infos:
         leaves.setdefault(info.module_path, []).append(info.leaf)
         paths[info.name if info.leaf.isdigit() else info.module_path] = None
+    known = {""}
     for path in paths:
-        parts = path.split(".")
-        for k, part in enumerate(parts):
+        while path not in known:
+            known.add(path)
+            path, _, part = path.rpartition(".")
             if part.isdigit():
-                lists.setdefault(".".join(parts[:k]), {})[int(part)] = None
+                lists.setdefault(path, {})[int(part)] = None
     firsts = {own[0] for own in leaves.values() if sorted(own) == ["bias", "weight"]}
     return len(firsts) > 1 or any(list(row) not in (sorted(row), sorted(row, reverse=True)) for row in lists.values())
 
@@ -447,7 +449,8 @@ def align(
         twins = {place_s[s.name]: place_t[t] for t, s in names.items()}
     executed = tuple(info.execution_order for info in order_t)
     backwards = lists_backwards(root_s.lists, root_t.lists)
-    sides = replace(sides, execution=executed, heads=ends_of(order_t), twins=twins, backwards=backwards)
+    wraps = may_wrap((i.name for i in order_s), (i.name for i in order_t))
+    sides = replace(sides, execution=executed, heads=ends_of(order_t), twins=twins, backwards=backwards, wraps=wraps)
     aligner = Aligner(options, builder, Evidence(), forbidden, sides)
     aligner.align(root_s, root_t)
     outcome = Aligner(options, builder, aligner.gathered, forbidden, sides).align(root_s, root_t)

@@ -48,6 +48,7 @@ class Sides:
         twins: Ordinals of source tensors, and of the target's tensors of the same path and shape.
         heads: Ordinals of the target's matrices at its ends (:func:`ends_of`).
         backwards: Names of lists that count down on one side (:func:`~lit_wsl.matching.numbers.lists_backwards`).
+        wraps: Whether layers of one side may stand in modules of their name on the other (:func:`may_wrap`).
     """
 
     ties: Mapping[str, int] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Sides:
     heads: frozenset[int] = frozenset()
     twins: Mapping[int, int] = field(default_factory=dict)
     backwards: frozenset[tuple[str, str]] = frozenset()
+    wraps: bool = True
 
     @cached_property
     def sources_of(self) -> dict[int, int]:
@@ -75,6 +77,7 @@ class Region:
         whole: Whether these are the whole models.
         by_core: Whether only matrices are compared, as one side has biases or norms that the other does without.
         loose: Whether vectors stand in other modules on the two sides, so that these say nothing about them.
+        wraps: Whether one side has modules that are called like layers of the other (:func:`may_wrap`).
     """
 
     source: Item
@@ -83,6 +86,7 @@ class Region:
     whole: bool = False
     loose: bool = False
     by_core: bool = False
+    wraps: bool = True
 
     def alike(self, s: Item, t: Item) -> bool:
         """Whether two items hold tensors of the same shapes."""
@@ -209,6 +213,8 @@ class Region:
 
         Only where nothing else of its shape stands there.
         """
+        if not self.wraps:
+            return {}
         tensors = self.source.tensors, self.target.tensors
         sides = [{(n, t.shape): t.start for n, t in zip(*side)} for side in zip(self.names, tensors)]
         found: dict[int, int] = {}
@@ -229,6 +235,14 @@ class Region:
     def words(self) -> tuple[Counter[str], Counter[str]]:
         """How many tensors have each word in their path, source and target."""
         return _word_counts(self.source), _word_counts(self.target)
+
+
+def may_wrap(source: Iterable[str], target: Iterable[str]) -> bool:
+    """Whether a layer of one side has the name of a module of the other, in which it may stand."""
+    ends = [[name.rsplit(".", 3)[:-1] for name in names] for names in (source, target)]
+    called = [{end[-1] for end in side if end} for side in ends]
+    around = [{end[-2] for end in side if len(end) > 1} for side in ends]
+    return not (called[0].isdisjoint(around[1]) and called[1].isdisjoint(around[0]))
 
 
 def _homes(root: Item) -> dict[int, Item]:
