@@ -179,8 +179,8 @@ class ClassSolver:
             return OUT_OF_ORDER
         if last and ("module name" in cell or " at an end" in cell) and agree not in ("in order", "in line"):
             return OTHER_WORDS  # what is left of two towers or two heads, where the name of one was hardly known
-        weak = last or (is_named(p.cell) and p.cell.startswith(WEAK))
-        why = against(p, region, agree, certain=alone, weak=weak)
+        weak = is_named(p.cell) and p.cell.startswith(WEAK) and not region.have_word_alone(p.source, p.target)
+        why = against(p, region, agree, certain=alone, weak=last or weak)
         return "" if why == OTHER_MAKE and p.source.main.path in self.ties else why  # a table and the last layer
 
     def _is_other_head(self, s: Item, t: Item) -> bool:
@@ -314,8 +314,8 @@ class ClassSolver:
             cell = STRONG
         else:
             likeness = liken(plain_words(paths[0]), plain_words(paths[1]))
-            if likeness.shared and likeness.kind == WORDS:
-                cell = "open " + WORDS
+            if likeness.shared and likeness.kind in (WORDS, HALF_WORDS):
+                cell = f"open {likeness.kind}"
             elif region.whole and s.rank >= 2 and region.alike(s, t) and region.holds_once(s, t):
                 cell = DISTINCT
             elif called_alike(s, t):

@@ -126,7 +126,7 @@ ENDS = frozenset((  # what the last layer is called in any model, so that it say
     "projection", "dense", "layer", "lm", "predictions", "prediction", "pred", "logit", "readout", "decoder", "cls",
     "model", "net", "module", "backbone", "to", "lin", "score",
 ))  # fmt: skip
-KINDS = frozenset(("bn", "ln", "gn", "conv", "convolution", "embed", "embedding", "embeddings", "weight"))
+KINDS = frozenset(("bn", "ln", "gn", "conv", "convolution", "embed", "embedding", "embeddings", "table", "weight"))
 WHOLES = frozenset(("backbone", "model", "net", "module"))  # what a model is called, or most of it
 CONTAINERS = WHOLES | {"decoder"}
 LAYERS = frozenset((
@@ -191,7 +191,9 @@ class Likeness:
         if self.best == 1:
             return LETTERS
         if self.left_s and self.left_t:
-            return ""
+            if not all(map(_is_general, left)):
+                return ""
+            left = set()  # word_table, word_embeddings
         return HALF_WORDS if left else WORDS if self.best == 3 else SHORT_WORDS
 
 

@@ -236,6 +236,13 @@ class Region:
         """How many tensors have each word in their path, source and target."""
         return _word_counts(self.source), _word_counts(self.target)
 
+    def have_word_alone(self, s: Item, t: Item) -> bool:
+        """Whether a word for no kind of layer stands in the names of these two alone, on either side."""
+        shared = {w for w in {*own_name(s)} & {*own_name(t)} if len(w) > 2 and w not in LAYER_NAMES}
+        return any(
+            all(counts[w] == len(i.tensors) for counts, i in zip(self.words, (s, t))) for w in shared if w not in LISTS
+        )
+
 
 def may_wrap(source: Iterable[str], target: Iterable[str]) -> bool:
     """Whether a layer of one side has the name of a module of the other, in which it may stand."""
