@@ -72,20 +72,26 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
     for group in found:
         if sum(any(i.name.startswith(p) for i in target.parameters) for p in group) > 1:
             continue  # it holds both under their own names
-        best = group[0] if _is_outside(*group[:2]) else _told(group, target)
+        own = _own_shapes(group, shapes)
+        outside = _is_outside(*group[:2])
+        told = None if outside and all(own) else group[0] if outside else _told(group, target)
+        best = _fitting(group, own, target) or told
         taken = group[0] if best is None else best
+        rows = (((n, n[len(taken) :]), x) for n, x in shapes.items() if n.startswith(taken))
+        twins = {n: tuple(p + own for p in group if p != taken and shapes.get(p + own) == x) for (n, own), x in rows}
         others = tuple(p for p in group if p != taken)
-        if _needs(target, source, others, Counter(s for n, s in shapes.items() if n.startswith(others[0]))):
+        if outside and taken != group[0]:  # what is around a copy holds it, too
+            others = tuple(dict.fromkeys(name for names in twins.values() for name in names))
+        first = others if outside and taken != group[0] else others[:1]
+        if _needs(target, source, others, Counter(s for n, s in shapes.items() if n.startswith(first))):
             continue
         places = " and ".join(p.rstrip(".") or "outside of it" for p in reversed(group))
-        other = others[0].rstrip(".")
+        other = next(p for p in group if p != taken).rstrip(".")
         note = f"{COPIES} stand in {places}: " + (
             f"choose with source_prefix={taken.rstrip('.')!r}, or let a proof decide"
             if best is None
             else f"source_prefix={other!r} takes what is not taken now"
         )
-        rows = ((n, n[len(taken) :]) for n in shapes if n.startswith(taken))
-        twins = {n: tuple(p + own for p in others if shapes.get(p + own) == shapes[n]) for n, own in rows}
         return _only(source, others), Copies(others, best is not None, COPY, note, twins)
     return source, None
 
@@ -158,6 +164,25 @@ def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
                 found.remove(group)
             found.append((*group, b))
     return sorted(found, key=lambda group: (-sizes[group[-1]], -group[-1].count("."), group))
+
+
+def _own_shapes(places: Sequence[str], shapes: Mapping[str, Shape]) -> list[Counter[Shape]]:
+    """By each copy the shapes of what it holds and the others don't: of two towers each has an input of its own."""
+    inside = [{n[len(p) :]: x for n, x in shapes.items() if n.startswith(p)} for p in places]
+    if _is_outside(*places[:2]):
+        inside[0] = {n: x for n, x in inside[0].items() if not f"{places[0]}{n}".startswith(places[1])}
+    return [
+        Counter(x for n, x in mine.items() if x and all(other.get(n) != x for other in inside if other is not mine))
+        for mine in inside
+    ]
+
+
+def _fitting(places: Sequence[str], own: Sequence[Counter[Shape]], target: ModelDescription) -> str | None:
+    """The copy of which the model has more that the others lack than it has of theirs."""
+    needed = Counter(i.shape for i in target.parameters)
+    fits = [(shapes & needed).total() for shapes in own]
+    best = [p for p, fit in zip(places, fits) if fit == max(fits)]
+    return best[0] if len(best) == 1 and max(fits) else None
 
 
 def _called(shapes: Mapping[str, Shape]) -> Counter[tuple[str, Shape]]:
