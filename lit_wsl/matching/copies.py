@@ -167,7 +167,12 @@ def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
 
 
 def _own_shapes(places: Sequence[str], shapes: Mapping[str, Shape]) -> list[Counter[Shape]]:
-    """By each copy the shapes of what it holds and the others don't: of two towers each has an input of its own."""
+    """By each copy the shapes of what it holds and the others don't: of two towers each has an input of its own.
+
+    Copies of one name (``transformer``, ``visual.transformer``) are asked for what stands beside them.
+    """
+    if places[0] and places[1].endswith(f".{places[0]}"):
+        places = ("", places[1][: -len(places[0])])
     inside = [{n[len(p) :]: x for n, x in shapes.items() if n.startswith(p)} for p in places]
     if _is_outside(*places[:2]):
         inside[0] = {n: x for n, x in inside[0].items() if not f"{places[0]}{n}".startswith(places[1])}

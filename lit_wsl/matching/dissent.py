@@ -163,6 +163,21 @@ def _is_number_taken(s: Item, t: Item, region: Region) -> bool:
     return any(f"{name}.".startswith(f"{path}.") for path, names in zip(taken, region.names[::-1]) for name in names)
 
 
+def _is_of_another_tower(tower: Item, theirs: Item, region: Region, side: int) -> bool:
+    """Whether matrices that each model has once stand in the other's tower, and beside this one in one of its make."""
+    around = region.homes[side].get(id(tower))
+    single = {x.shape for x in theirs.tensors if x.rank >= 2 and x.shape in region.single_shapes}
+    single -= {x.shape for x in tower.tensors}
+    if around is None or not single:
+        return False
+    return any(
+        2 * (beside.profile & tower.profile).total() >= len(tower.tensors)
+        and single <= {x.shape for x in beside.tensors}
+        for beside in around.children
+        if beside is not tower and beside.level == 2
+    )
+
+
 def _leaves_row(s: Item, t: Item, region: Region) -> bool:
     """Whether two items of one name have other numbers, where what is counted beside them has the same on both sides.
 
@@ -332,12 +347,18 @@ def _stand_in_other_towers(s: Item, t: Item, region: Region) -> bool:
 
     Of two encoders one holds the only table of words and the other the only patch projection, whatever they are called.
     """
-    homes = (_chain(i, homes)[1:-1] for i, homes in zip((s, t), region.homes))
-    for ours, theirs in zip(*homes):
+    chains = [_chain(i, homes)[1:] for i, homes in zip((s, t), region.homes)]
+    for ours, theirs in zip(*(chain[:-1] or chain for chain in chains)):
         if any(i.path.rpartition(".")[2].isdigit() for i in (ours, theirs)):
             return False  # what leads from one stage to the next may stand in either
         sizes = len(ours.tensors), len(theirs.tensors)
-        if min(sizes) < TOWER or 2 * (ours.profile & theirs.profile).total() < max(sizes):
+        if min(sizes) < TOWER:
+            return False
+        if any(_is_of_another_tower(ours, x, region, 0) for x in (theirs, region.target)):
+            return True
+        if any(_is_of_another_tower(theirs, x, region, 1) for x in (ours, region.source)):
+            return True
+        if 2 * (ours.profile & theirs.profile).total() < max(sizes):
             return False
         single = [{x.shape for x in i.tensors if x.shape in region.single_shapes} for i in (ours, theirs)]
         if all(single) and single[0].isdisjoint(single[1]):
