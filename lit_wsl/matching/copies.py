@@ -74,8 +74,9 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
             continue  # it holds both under their own names
         own = _own_shapes(group, shapes)
         outside = _is_outside(*group[:2])
-        told = None if outside and all(own) else group[0] if outside else _told(group, target)
-        best = _fitting(group, own, target) or told
+        nested = group[0] != "" and len(group[1].split(".")) > len(group[0].split(".")) + 1  # blocks, a.frontend.blocks
+        told = _told(group, target) if not outside else None if all(own) or nested else group[0]
+        best = (_fitting(group, own, target) if all(own) or nested else None) or told
         taken = group[0] if best is None else best
         rows = (((n, n[len(taken) :]), x) for n, x in shapes.items() if n.startswith(taken))
         twins = {n: tuple(p + own for p in group if p != taken and shapes.get(p + own) == x) for (n, own), x in rows}
@@ -149,7 +150,7 @@ def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
         around = place[:-1].rpartition(".")[0]
         around += "." if around else ""
         inside = _called({name.removeprefix("module."): shape for name, shape in below[place].items()})
-        outside = _called({n.removeprefix(around): x for n, x in shapes.items() if not n.startswith(place)})
+        outside = _called({n[len(around) :]: x for n, x in shapes.items() if _is_around(n, around, place)})
         if (inside & outside).total() >= ALIKE * inside.total():
             found.append((around, place))
     for a, b in combinations(sorted(large, key=lambda place: place.count(".")), 2):
@@ -166,26 +167,28 @@ def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
     return sorted(found, key=lambda group: (-sizes[group[-1]], -group[-1].count("."), group))
 
 
-def _own_shapes(places: Sequence[str], shapes: Mapping[str, Shape]) -> list[Counter[Shape]]:
-    """By each copy the shapes of what it holds and the others don't: of two towers each has an input of its own.
+def _is_around(name: str, around: str, place: str) -> bool:
+    return name.startswith(around) and not name.startswith(place)
+
+
+def _own_shapes(places: Sequence[str], shapes: Mapping[str, Shape]) -> list[set[Shape]]:
+    """By each copy the shapes of matrices that the others don't have: of two towers each has an input of its own.
 
     Copies of one name (``transformer``, ``visual.transformer``) are asked for what stands beside them.
     """
     if places[0] and places[1].endswith(f".{places[0]}"):
         places = ("", places[1][: -len(places[0])])
-    inside = [{n[len(p) :]: x for n, x in shapes.items() if n.startswith(p)} for p in places]
+    inside = [{n: x for n, x in shapes.items() if len(x) > 1 and n.startswith(p)} for p in places]
     if _is_outside(*places[:2]):
-        inside[0] = {n: x for n, x in inside[0].items() if not f"{places[0]}{n}".startswith(places[1])}
-    return [
-        Counter(x for n, x in mine.items() if x and all(other.get(n) != x for other in inside if other is not mine))
-        for mine in inside
-    ]
+        inside[0] = {n: x for n, x in inside[0].items() if not n.startswith(places[1])}
+    found = [set(mine.values()) for mine in inside]
+    return [mine.difference(*(other for other in found if other is not mine)) for mine in found]
 
 
-def _fitting(places: Sequence[str], own: Sequence[Counter[Shape]], target: ModelDescription) -> str | None:
+def _fitting(places: Sequence[str], own: Sequence[set[Shape]], target: ModelDescription) -> str | None:
     """The copy of which the model has more that the others lack than it has of theirs."""
-    needed = Counter(i.shape for i in target.parameters)
-    fits = [(shapes & needed).total() for shapes in own]
+    needed = {i.shape for i in target.parameters}
+    fits = [len(shapes & needed) for shapes in own]
     best = [p for p, fit in zip(places, fits) if fit == max(fits)]
     return best[0] if len(best) == 1 and max(fits) else None
 

@@ -33,6 +33,7 @@ from lit_wsl.matching.dissent import (
     RENAMED_ALONE,
     STRONG,
     against,
+    are_opposite,
     letters_apart,
     other_head,
     renamed_alone,
@@ -299,6 +300,8 @@ class ClassSolver:
             out.ties.append(Tie.of(s, t, region, OTHER_HEAD))
             return
         paths = relative(s, region.source), relative(t, region.target)
+        if not any(paths) and self.names and are_opposite(s, t, region):
+            return
         if paths[0] == paths[1] and region.same_numbers(paths[0]) and region.alike(s, t):
             cell = PATH
         elif region.complete and (region.alike(s, t) or max(s.level, t.level) < 2):

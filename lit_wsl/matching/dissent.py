@@ -112,8 +112,7 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         return OTHER_LETTER
     if _are_front_and_end(p.source, p.target):
         return OPPOSITE
-    places = [plain_words(place_in(i, r)) for i, r in ((p.source, region.source), (p.target, region.target))]
-    if _are_opposite(own_name(p.source), own_name(p.target)) or _are_opposite(*places):
+    if are_opposite(p.source, p.target, region):
         return OPPOSITE
     if lettered_apart(p.source, p.target, region):
         return OTHER_TWIN
@@ -153,6 +152,14 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
     return OUT_OF_ORDER if weak and agree == "against order" else ""
 
 
+def are_opposite(s: Item, t: Item, region: Region) -> bool:
+    """Whether two items, or what they stand in, are called after things that stand beside each other elsewhere."""
+    places = [plain_words(place_in(i, r)) for i, r in ((s, region.source), (t, region.target))]
+    if region.whole:  # a file that is all text is no model of vision
+        places = [(*plain_words(r.path), *place) for r, place in zip((region.source, region.target), places)]
+    return _are_opposite(own_name(s), own_name(t)) or _are_opposite(*places)
+
+
 def _is_number_taken(s: Item, t: Item, region: Region) -> bool:
     """Whether both are counted in one place, and something else of the one's name has the number of the other."""
     paths = [relative(i, r) for i, r in ((s, region.source), (t, region.target))]
@@ -163,19 +170,32 @@ def _is_number_taken(s: Item, t: Item, region: Region) -> bool:
     return any(f"{name}.".startswith(f"{path}.") for path, names in zip(taken, region.names[::-1]) for name in names)
 
 
-def _is_of_another_tower(tower: Item, theirs: Item, region: Region, side: int) -> bool:
-    """Whether matrices that each model has once stand in the other's tower, and beside this one in one of its make."""
-    around = region.homes[side].get(id(tower))
-    single = {x.shape for x in theirs.tensors if x.rank >= 2 and x.shape in region.single_shapes}
-    single -= {x.shape for x in tower.tensors}
-    if around is None or not single:
+def _is_of_another_tower(ours: Item, theirs: Item, whole: Item, region: Region, side: int) -> bool:
+    """Whether of two towers that one side has the other one is wanted: it holds what both models have only once.
+
+    Args:
+        ours: One of the towers.
+        theirs: The only tower of the other side.
+        whole: The other side's tower, or all of its model.
+        region: Where they are compared.
+        side: The side of the two towers.
+    """
+    rivals = _beside_of_one_make(ours, region, side) if region.whole else []
+    if not rivals or _beside_of_one_make(theirs, region, 1 - side):
         return False
-    return any(
-        2 * (beside.profile & tower.profile).total() >= len(tower.tensors)
-        and single <= {x.shape for x in beside.tensors}
-        for beside in around.children
-        if beside is not tower and beside.level == 2
-    )
+    alone = (ours.profile & theirs.profile).total()
+    if any(2 * (((ours.profile + r.profile) & theirs.profile).total() - alone) > len(r.tensors) for r in rivals):
+        return False  # it holds both
+    single = {x.shape for x in whole.tensors if x.rank >= 2 and x.shape in region.single_shapes}
+    single -= {x.shape for x in ours.tensors}
+    return bool(single) and any(single <= {x.shape for x in rival.tensors} for rival in rivals)
+
+
+def _beside_of_one_make(tower: Item, region: Region, side: int) -> list[Item]:
+    """Modules beside one that hold about what it holds."""
+    around = region.homes[side].get(id(tower))
+    beside = [i for i in around.children if i is not tower and i.level == 2] if around else []
+    return [i for i in beside if 2 * (i.profile & tower.profile).total() >= len(tower.tensors)]
 
 
 def _leaves_row(s: Item, t: Item, region: Region) -> bool:
@@ -354,9 +374,9 @@ def _stand_in_other_towers(s: Item, t: Item, region: Region) -> bool:
         sizes = len(ours.tensors), len(theirs.tensors)
         if min(sizes) < TOWER:
             return False
-        if any(_is_of_another_tower(ours, x, region, 0) for x in (theirs, region.target)):
+        if any(_is_of_another_tower(ours, theirs, x, region, 0) for x in (theirs, region.target)):
             return True
-        if any(_is_of_another_tower(theirs, x, region, 1) for x in (ours, region.source)):
+        if any(_is_of_another_tower(theirs, ours, x, region, 1) for x in (ours, region.source)):
             return True
         if 2 * (ours.profile & theirs.profile).total() < max(sizes):
             return False
