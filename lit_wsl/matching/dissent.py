@@ -157,7 +157,16 @@ def are_opposite(s: Item, t: Item, region: Region) -> bool:
     places = [plain_words(place_in(i, r)) for i, r in ((s, region.source), (t, region.target))]
     if region.whole:  # a file that is all text is no model of vision
         places = [(*plain_words(r.path), *place) for r, place in zip((region.source, region.target), places)]
-    return _are_opposite(own_name(s), own_name(t)) or _are_opposite(*places)
+    ours, theirs = own_name(s), own_name(t)
+    return _are_opposite(ours, theirs) or _are_opposite(*places) or _are_turned_round(ours, theirs)
+
+
+def _are_turned_round(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether two names spell the same parts in two orders: ``scale_shift``, ``shift_scale``."""
+    if ours == theirs or sorted(ours) != sorted(theirs):
+        return False
+    moved = {a for a, b in zip(ours, theirs) if a != b}
+    return any(contrast((a,), (b,)) for a, b in combinations(sorted(moved), 2))
 
 
 def _is_number_taken(s: Item, t: Item, region: Region) -> bool:

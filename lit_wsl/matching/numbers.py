@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 
-from lit_wsl.matching.likeness import LAYER_NAMES, count_by_roles, liken, paired_by_roles
+from lit_wsl.matching.likeness import LAYER_NAMES, count_by_roles, liken, paired_by_roles, strength
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, owner_path, relative, telling_words
 from lit_wsl.matching.words import Lists, counted, lists_of_one_size
@@ -20,7 +20,11 @@ def number_map(
 
     Where lists of these names count down elsewhere (:func:`lists_backwards`), the same numbers tell nothing.
     """
-    if len(f.members) != len(g.members) or _levels_exchanged(f, g):
+    if len(f.members) != len(g.members):
+        return None
+    if crosswise := _crosswise(f, g):
+        return crosswise, NUMBERS
+    if _levels_exchanged(f, g) or _may_be_crosswise(f, g):
         return None
     ours, theirs = (counted(fam.members[0].path)[-1:] for fam in (f, g))
     if ours and theirs and (_list_name(ours[0][0]), _list_name(theirs[0][0])) in backwards:
@@ -79,6 +83,28 @@ def _counts_on(f: Family, g: Family) -> bool:
     return len(steps) == 1 and not set(ours).isdisjoint(theirs) and {ours[0], theirs[0]} not in ({0, 1}, {ours[0]})
 
 
+def _crosswise(f: Family, g: Family) -> tuple[Item, ...]:
+    """The members of ``g`` in the order of ``f`` where two lists stand in each other the other way round.
+
+    The numbers tell: ``norm1.0, norm2.0`` count from 1 and from 0, as ``layers.0.norm1, layers.0.norm2`` do.
+    """
+    if len(f.axes()) != 2 or len(g.axes()) != 2:
+        return ()
+    ours, theirs = ([tuple(n[a] for a in fam.axes()) for n in fam.numbers] for fam in (f, g))
+    sets = [{n[k] for n in rows} for rows in (ours, theirs) for k in (0, 1)]
+    place = {n[::-1]: m for n, m in zip(theirs, g.members)}
+    if sets[0] != sets[3] or sets[1] != sets[2] or sets[0] == sets[1] or place.keys() != set(ours):
+        return ()
+    return tuple(place[n] for n in ours)
+
+
+def _may_be_crosswise(f: Family, g: Family) -> bool:
+    """Whether so many lists of so many stand as ``convs1.0, convs1.1, ...`` on one side: each may hold one of each."""
+    listed = [fam.members[0].path.rpartition(".")[2].isdigit() for fam in (f, g)]
+    rows = [[c.profile_key for c in m.children] for fam in (f, g) for m in fam.members]
+    return listed[0] != listed[1] and all(len(row) == len(f.members) and len(set(row)) == 1 for row in rows)
+
+
 def _levels_exchanged(f: Family, g: Family) -> bool:
     """Whether of two lists, one in the other, the inner one may be the outer one on the other side.
 
@@ -92,8 +118,13 @@ def _levels_exchanged(f: Family, g: Family) -> bool:
     if ours != sorted(n[::-1] for n in ours):
         return False
     (a, *_, b), (c, *_, d) = _list_names(f), _list_names(g)
-    crosswise, straight = (a & d) | (b & c), (a & c) | (b & d)
-    return bool(crosswise) and not straight
+    crosswise, straight = _share(a, d) or _share(b, c), _share(a, c) or _share(b, d)
+    layers = [any(w in LAYER_NAMES or "norm" in w for w in words) for words in (a, b, c, d)]
+    return not straight and (crosswise or layers in ([True, False, False, True], [False, True, True, False]))
+
+
+def _share(ours: set[str], theirs: set[str]) -> bool:
+    return any(strength(a, b)[1] > 1 for a in ours for b in theirs)
 
 
 def _ranks(f: Family) -> list[tuple[int, ...]]:

@@ -79,7 +79,9 @@ def _order_of_a_kind(certain: Sequence[Pair], tie: Tie) -> str | None:
     alike = [(p.source.start, p.target.start) for p in certain if min(p.source.rank, 2) == tie.rank]
     if not ascending(sorted([*alike, *mine])):
         return None
-    if tie.rank >= 2 or not ascending(matrices) or not matrices:
+    if tie.rank < 2 and not ascending(matrices):
+        return None  # what they stand before was registered in another order
+    if tie.rank >= 2 or not matrices:
         return ORDER_ALONE
     apart = any(
         max(v[k] for v in mine) < min(m[k] for m in matrices) or min(v[k] for v in mine) > max(m[k] for m in matrices)
