@@ -26,7 +26,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named, is_strong
-from lit_wsl.matching.dissent import against_order
+from lit_wsl.matching.dissent import NAMESAKE, against_order
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
 from lit_wsl.matching.likeness import ENDS, LAYERS
 from lit_wsl.matching.options import MatchingOptions
@@ -392,7 +392,10 @@ class RegionMatch:
         for p in decision.pairs:
             self._take_pair(p)
             gone |= {id(p.source), id(p.target)}
+        renumbered = self.aligner.gathered.learned.renumbered
         for tie in decision.ties:
+            if tie.reason == NAMESAKE:
+                renumbered.teach(tie.sources[0].members[0], tie.targets[0].members[0])
             gone |= {id(m) for f in (*tie.sources, *tie.targets) for m in f.members}
         self.ties += decision.ties
         return [i for i in s if id(i) not in gone], [i for i in t if id(i) not in gone]
@@ -403,6 +406,8 @@ class RegionMatch:
         learned = self.aligner.gathered.learned
         if min(self.region.source.level, self.region.target.level) >= 2:
             learned.renames.teach(self.region, p.source, p.target)
+            if not p.by_number:
+                learned.renumbered.teach(p.source, p.target)
             if p.first and may_load(p.cell):
                 learned.rows.teach(self.region, p.source, p.target, named=is_named(p.cell))
         if p.first and may_load(p.cell):

@@ -181,6 +181,8 @@ class ClassSolver:
         if last and ("module name" in cell or " at an end" in cell) and agree not in ("in order", "in line"):
             return OTHER_WORDS  # what is left of two towers or two heads, where the name of one was hardly known
         weak = is_named(p.cell) and p.cell.startswith(WEAK) and not region.have_word_alone(p.source, p.target)
+        if self.learned.renumbered.deny(p.source.children, p.target.children):
+            return MIRRORED
         why = against(p, region, agree, certain=alone, weak=last or weak)
         return "" if why == OTHER_MAKE and p.source.main.path in self.ties else why  # a table and the last layer
 
@@ -480,13 +482,13 @@ class ClassSolver:
         mirrored = self._are_mirrored(f.members, g.members, [f.pattern, g.pattern])
         written = self.written and self.learned.rows.allow(region, f.members, g.members)
         found = None if mirrored else number_map(f, g, self.ordered, written, self.backwards)
-        if found is None:
+        if found is None or self.learned.renumbered.deny(f.members, found[0]):
             why = MIRRORED if mirrored else NUMBERED_OTHERWISE
             out.ties.append(Tie.between([f], [g], why))
             return
         members, kind = found
         for k, (a, b) in enumerate(zip(f.members, members)):
-            out.pairs.append(Pair(a, b, cell if kind == NUMBERS else f"{cell}, {kind}", first=k == 0))
+            out.pairs.append(Pair(a, b, cell if kind == NUMBERS else f"{cell}, {kind}", k == 0, by_number=True))
 
     def _tie(self, left_s: list[Family], left_t: list[Family], out: Decision) -> None:
         """Leave families open that fit together; order may decide."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 
-from lit_wsl.matching.likeness import LAYER_NAMES, count_by_roles, liken, paired_by_roles, strength
+from lit_wsl.matching.likeness import LAYER_NAMES, LAYERS, count_by_roles, liken, paired_by_roles, strength
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, owner_path, relative, telling_words
-from lit_wsl.matching.words import Lists, counted, lists_of_one_size
+from lit_wsl.matching.words import Lists, counted, lists_of_one_size, plain_words
 
 NUMBERS, ASCENDING = "numbers", "ascending"
 
@@ -99,10 +99,12 @@ def _crosswise(f: Family, g: Family) -> tuple[Item, ...]:
 
 
 def _may_be_crosswise(f: Family, g: Family) -> bool:
-    """Whether so many lists of so many stand as ``convs1.0, convs1.1, ...`` on one side: each may hold one of each."""
-    listed = [fam.members[0].path.rpartition(".")[2].isdigit() for fam in (f, g)]
-    rows = [[c.profile_key for c in m.children] for fam in (f, g) for m in fam.members]
-    return listed[0] != listed[1] and all(len(row) == len(f.members) and len(set(row)) == 1 for row in rows)
+    """Whether so many lists of so many layers are called ``convs1, convs2`` on one side: each may hold one of each."""
+    names = [fam.members[0].path.rpartition(".")[2] for fam in (f, g)]
+    layers = [any(w.removesuffix("s") in LAYERS - {"layer"} or "norm" in w for w in plain_words(n)) for n in names]
+    listed = [name.isdigit() for name in names]
+    rows = [[c.profile_key for c in m.children if c.level < 2 == m.level] for fam in (f, g) for m in fam.members]
+    return any(layers) and any(listed) and all(len(row) == len(f.members) and len(set(row)) == 1 for row in rows)
 
 
 def _levels_exchanged(f: Family, g: Family) -> bool:

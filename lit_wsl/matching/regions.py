@@ -6,6 +6,7 @@ that nothing tells) and, from the pass before, the partners of other blocks and 
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -325,6 +326,7 @@ class Pair:
     target: Item
     cell: str
     first: bool = True  # of its family: the others follow from it, so they don't vote
+    by_number: bool = False  # nothing but its number tells it from others of its family
 
 
 @dataclass(frozen=True)
@@ -508,6 +510,41 @@ class Rows:
         return ""
 
 
+class Renumbered:
+    """Lists whose members have other numbers on the two sides, as those show that more than a number tells apart."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], dict[tuple[str, str], set[tuple[int, int]]]] = {}
+
+    def teach(self, s: Item, t: Item) -> None:
+        """Remember the numbers of a pair that was not told by them."""
+        if (ours := _counted_once(s)) and (theirs := _counted_once(t)):
+            lists = self._found.setdefault((ours[0], theirs[0]), {})
+            lists.setdefault((ours[1], theirs[1]), set()).add((ours[2], theirs[2]))
+
+    def deny(self, s: Sequence[Item], t: Sequence[Item]) -> bool:
+        """Whether nothing but numbers tells members apart, and lists of this length beside theirs were renumbered."""
+        along = [[_counted_once(i) for i in side] for side in (s, t)]
+        if not 1 < len(s) == len(t) or not all(map(all, along)) or len({i.profile_key for i in (*s, *t)}) > 1:
+            return False
+        (around, ours, _), (beside, theirs, _) = (side[0] or ("", "", 0) for side in along)
+        return any(
+            names != (ours, theirs) and 1 < len(other) <= len(s) and not ascending(sorted(other))
+            for names, other in self._found.get((around, beside), {}).items()
+        )
+
+
+def _counted_once(item: Item) -> tuple[str, str, int] | None:
+    """Where the only list stands that an item is counted in, its name, and the number."""
+    parts = item.path.split(".")
+    at = [k for k, part in enumerate(parts) if any(c.isdigit() for c in part)]
+    number = re.findall(r"\d+", parts[at[0]]) if len(at) == 1 else []
+    if len(number) != 1:
+        return None
+    name = at[0] - (parts[at[0]].isdigit() and at[0] > 0)
+    return ".".join(parts[:name]), re.sub(r"\d+", "#", ".".join(parts[name:])), int(number[0])
+
+
 def _place(region: Region, s: Item, t: Item) -> tuple[int, int]:
     return s.start - region.source.start, t.start - region.target.start
 
@@ -524,6 +561,7 @@ class Learned:
     roles: Roles = field(default_factory=Roles)
     renames: Renames = field(default_factory=Renames)
     rows: Rows = field(default_factory=Rows)
+    renumbered: Renumbered = field(default_factory=Renumbered)
     mirrored: set[tuple[int, int]] = field(default_factory=set)  # keys of regions that stand the other way round
 
 
