@@ -26,12 +26,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named, is_strong
-from lit_wsl.matching.dissent import NAMESAKE, against_order
+from lit_wsl.matching.dissent import NAMESAKE
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
+from lit_wsl.matching.learned import Learned
 from lit_wsl.matching.likeness import ENDS, LAYERS
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.order import Kept, agreement, is_mirrored, kept_elsewhere, order_cell, parting
-from lit_wsl.matching.regions import BLOCK, Decision, Learned, Pair, Region, Sides, Tie, other_name
+from lit_wsl.matching.order import Kept, against_order, agreement, is_mirrored, kept_elsewhere, order_cell, parting
+from lit_wsl.matching.regions import BLOCK, Decision, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
 from lit_wsl.matching.tree import (

@@ -38,6 +38,7 @@ from lit_wsl.matching.dissent import (
     other_head,
     renamed_alone,
 )
+from lit_wsl.matching.learned import FEW, Learned, ascending
 from lit_wsl.matching.likeness import (
     BLOCKS,
     ENDS,
@@ -60,17 +61,7 @@ from lit_wsl.matching.likeness import (
 from lit_wsl.matching.numbers import NUMBERS, counted_down, in_count, known_for_roles, number_map, runs_apart
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import ORDER, ORDER_ALONE
-from lit_wsl.matching.regions import (
-    FEW,
-    Decision,
-    Learned,
-    Pair,
-    Region,
-    Sides,
-    Tie,
-    ascending,
-    other_name,
-)
+from lit_wsl.matching.regions import Decision, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, refusal
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts, cut_by_shapes, transpose_shape
 from lit_wsl.matching.tree import (

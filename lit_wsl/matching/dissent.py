@@ -7,14 +7,12 @@ pair; any of them leaves it open.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
 from collections.abc import Collection, Container, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations, pairwise
 
-from rapidfuzz.distance import Levenshtein
-
 from lit_wsl.matching.formula import spelled
+from lit_wsl.matching.learned import Learned
 from lit_wsl.matching.likeness import (
     ENDS,
     FORMULA,
@@ -34,21 +32,17 @@ from lit_wsl.matching.likeness import (
     same_role,
     strength,
 )
-from lit_wsl.matching.numbers import ATTENTIONS, FEEDS, counted_apart, counted_down, told_otherwise
-from lit_wsl.matching.order import AMONG_MANY, AS_ELSEWHERE
-from lit_wsl.matching.regions import Learned, Pair, Region, Renames, Tie, makes_of, other_name
+from lit_wsl.matching.numbers import ATTENTIONS, FEEDS, counted_apart, counted_down
+from lit_wsl.matching.regions import Pair, Region, makes_of, other_name
 from lit_wsl.matching.tree import (
     ROLES,
-    Family,
     Item,
-    layer_kind,
     owner_path,
     place_in,
     relative,
     role_of,
-    telling_words,
 )
-from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
+from lit_wsl.matching.words import counted, plain_words
 
 STRONG = "much structure"
 OTHER_NUMBER = "they are the only ones that fit, but their numbers say that they are not the same"
@@ -73,15 +67,7 @@ OTHER_VALUES = "one is named after a function of the other, so its values are di
 RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
 NEIGHBOUR = "what their names have in common names the modules beside them, or any layer: that decides nothing alone"
 OUT_OF_ORDER = "little speaks for it, and they stand in another order than what is decided around them"
-COUNTED_OTHERWISE = "numbered in one order and registered in another"
-TOWERS = (
-    "whole networks of the same structure, named differently on the two sides; order alone does not show which is which"
-)
-NAMESAKES_MOVED = "by order each would become what stands under the name of the next one"
-AGAINST_NAMES = "their order says one thing and their names another"
-LISTS_CUT = "one list became several that names tell apart: which member went into which can't be told from a number"
 NAMELESS_ORDER = "nothing around them is decided, their names have nothing in common, and order alone does not decide"
-TWINS_RENAMED = "everything beside them kept its name, and only theirs are new: their order may be new as well"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
 TASKS = frozenset(("cls", "classifier", "classify", "lm"))  # what some last layers are for
 NOTHING = (ENDS - TASKS) | KINDS | LAYERS | LISTS  # words that say nothing of what a module is for
@@ -95,6 +81,7 @@ CALLED = (  # what one thing is called: tables of words and of positions, the tw
     FEEDS,
 )
 TWINS = frozenset("abxy")  # letters at the end of a name that tell twins apart
+TOWER = 6  # tensors of a network that stands beside others: exchanged, it would be lost as a whole
 KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
 
 
@@ -284,7 +271,7 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
 def _are_renamed(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:
     """Whether one thing is called after different things on the two sides, as far as its names say what it is for."""
     known = ours == theirs or of_one_role(ours, theirs) or _are_called_one(ours, theirs)
-    return not known and _mean_otherwise(ours, theirs)
+    return not known and mean_otherwise(ours, theirs)
 
 
 def _is_only_new_name(s: Item, t: Item, region: Region) -> bool:
@@ -323,10 +310,10 @@ def _renamed_to_other(s: Item, t: Item, region: Region) -> bool:
     ours, theirs = own_name(s), own_name(t)
     if ours == theirs and NOTHING.issuperset(ours) and max(s.level, t.level) < 2:  # image_net.fc1, text_net.fc1
         ours, theirs = (tuple(plain_words(place_in(i, r))) for i, r in ((s, region.source), (t, region.target)))
-        return _mean_otherwise(ours, theirs)
+        return mean_otherwise(ours, theirs)
     if set(ours) <= set(own_name(t, 2)) or set(theirs) <= set(own_name(s, 2)):
         return False
-    return _mean_otherwise(ours, theirs) and not _alike_inside(s, t)
+    return mean_otherwise(ours, theirs) and not _alike_inside(s, t)
 
 
 def _alike_inside(s: Item, t: Item) -> bool:
@@ -345,7 +332,7 @@ def _alike_inside(s: Item, t: Item) -> bool:
     return any((a == b and a and large) or of_one_role(a, b) for a, b in names)
 
 
-def _mean_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+def mean_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     """Whether both names hold words that tell something, and that the other one lacks."""
     likeness = liken(ours, theirs)
     left = (ours, likeness.left_s), (theirs, likeness.left_t)
@@ -530,143 +517,3 @@ def _twins_along(path: str) -> frozenset[str]:
     """The letters along a path that tell twins apart: ``net_a``, ``net_b``."""
     parts = [plain_words(part) for part in path.split(".")]
     return frozenset(words[-1] for words in parts if len(words) > 1 and words[-1] in TWINS)
-
-
-# order --------------------------------------------------------------------------------------------------------------
-
-TOWER = 6  # tensors of a network that stands beside others: exchanged, it would be lost as a whole
-CLEARLY = 0.2  # of 2: by so much more must two names say that they are exchanged
-
-
-def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
-    """What speaks against pairing a tie in the order in which its families stand; empty if nothing does."""
-    if _names_dissent(tie.sources, tie.targets, region):
-        return AGAINST_NAMES
-    if _moves_namesakes(tie, region):
-        return NAMESAKES_MOVED
-    if _counted_backwards(tie.sources, tie.targets) or _counted_backwards(tie.targets, tie.sources):
-        return COUNTED_OTHERWISE
-    if told_otherwise(tie.sources) or told_otherwise(tie.targets):
-        return COUNTED_OTHERWISE
-    if _leaves_formula(tie.sources, 0, tie.targets, region) or _leaves_formula(tie.targets, 1, tie.sources, region):
-        return COUNTED_OTHERWISE
-    if _is_list_cut(tie.sources, tie.targets, region) or _is_list_cut(tie.targets, tie.sources, region):
-        return LISTS_CUT
-    if _are_twins_renamed(tie, renames):
-        return TWINS_RENAMED
-    single = [
-        (f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets) if len(f.members) == 1 == len(g.members)
-    ]
-    counted = all(len({f.pattern for f in side}) == 1 for side in (tie.sources, tie.targets))
-    told = counted or (cell.startswith(AMONG_MANY) and cell.endswith(f", {AS_ELSEWHERE}"))
-    if len(single) == len(tie.sources) and not told and any(_are_towers(s, t) for s, t in single):
-        return TOWERS
-    return COUNTED_OTHERWISE if any(counted_apart(s, t, region) for s, t in single) else ""
-
-
-def _moves_namesakes(tie: Tie, region: Region) -> bool:
-    """Whether order would give something away that stands under its very path on the other side: counted on by one."""
-    places = [
-        [relative(m, root) for f in side for m in f.members]
-        for side, root in ((tie.sources, region.source), (tie.targets, region.target))
-    ]
-    lists = [root.path.rpartition(".")[2] for root in (region.source, region.target)]
-    if lists[0] != lists[1] and any(place.partition(".")[0].isdigit() for side in places for place in side):
-        return False
-    there = set(places[1])
-    return any(a != b and a in there for a, b in zip(*places))
-
-
-def _counted_backwards(families: Sequence[Family], others: Sequence[Family]) -> bool:
-    """Whether what is counted under one name, ``norm`` and ``norm2``, is not registered in that order.
-
-    Blocks may be counted down on both sides: a decoder begins with the deepest level.
-    """
-    orders = [(numbers, sorted(numbers)) for numbers in _counts(families)]
-    counted = any(len(numbers) > 1 for numbers in _counts(others))
-    blocks = families[0].members[0].level == 2 and counted
-    return any(numbers != up and not (blocks and numbers == up[::-1]) for numbers, up in orders)
-
-
-def _leaves_formula(named: Sequence[Family], side: int, counted_only: Sequence[Family], region: Region) -> bool:
-    """Whether the parts of an attention are not registered as in its formula, and stand in a list of their own there.
-
-    Its numbers may follow either.
-    """
-    letters = [region.letters_of(f.members[0], side) for f in sorted(named, key=lambda f: f.start)]
-    places = ["qkvo".index("".join(found)) for found in letters if len(found) == 1]
-    if len(places) < len(named) or places == sorted(places):
-        return False
-    root = (region.source, region.target)[1 - side]
-    lists = {counted(relative(f.members[0].main, root))[-1:] for f in counted_only}
-    return all(lists) and all(len(root.lists[place]) == len(named) for found in lists for place, _ in found)
-
-
-def _counts(families: Sequence[Family]) -> list[list[tuple[int, ...]]]:
-    """The numbers under each name, in the order of registration."""
-    counts = defaultdict(list)
-    for f in sorted(families, key=lambda f: f.start):
-        counts[tuple(w for w in f.pattern if w != "#")].append(f.numbers[0])
-    return list(counts.values())
-
-
-def _is_list_cut(whole: Sequence[Family], parts: Sequence[Family], region: Region) -> bool:
-    """Whether the members of one list stand in several on the other side: one after another, or by turns."""
-    if min(f.members[0].level for f in (*whole, *parts)) < 2 and _is_nearly_all(whole[0].members[0], region):
-        return False
-    lists = [{f.pattern for f in side} for side in (whole, parts)]
-    return len(lists[0]) == 1 < len(lists[1]) and min(Counter(f.pattern for f in parts).values()) > 1
-
-
-def _is_nearly_all(layer: Item, region: Region) -> bool:
-    """Whether a layer stands in a flat list of nearly all that there is."""
-    for root, lists in zip((region.source, region.target), region.lists):
-        place = counted(relative(layer, root))[-1:]
-        if place and 4 * len(lists.get(place[0][0], ())) > 3 * len(root.units):
-            return True
-    return False
-
-
-def _are_twins_renamed(tie: Tie, renames: Renames) -> bool:
-    """Whether nothing else was renamed anywhere, and the matrices tied here have names with nothing in common."""
-    if tie.rank < 2:
-        return False
-    ours, theirs = ([own_name(f.members[0]) for f in side] for side in (tie.sources, tie.targets))
-    if not all((*ours, *theirs)) or not all(_mean_otherwise(a, b) for a in ours for b in theirs):
-        return False
-    renamed, kept = renames.beyond({(a, b) for a in ours for b in theirs})
-    return kept >= KEPT and not renamed
-
-
-def _are_towers(s: Item, t: Item) -> bool:
-    """Whether two modules are whole networks that are called otherwise on the two sides."""
-    return min(len(s.tensors), len(t.tensors)) >= TOWER and not liken(own_name(s), own_name(t)).shared
-
-
-def _names_dissent(sources: Sequence[Family], targets: Sequence[Family], region: Region) -> bool:
-    """Whether the names of two pairs that stand in one order say that they are exchanged.
-
-    Names that are too unlike to decide may be like enough to contradict: ``reset`` and ``update`` stand before ``r``
-    and ``z``, ``word2char`` and ``char2word`` before ``char_to_word`` and ``word_to_char``.
-    """
-    words = [[_with_kinds(ws) for ws in telling_words(side)] for side in (sources, targets)]
-    if any(SIDES & set(ws) for side in words for ws in side):
-        return False  # post_attention_norm is not the attention's norm
-    if any(words[0]) and any(words[1]):
-        like = [[best_pairs_similarity(a, b) if a and b else 0.0 for b in words[1]] for a in words[0]]
-    else:  # the same words on both sides of each, in another order
-        names = [
-            [" ".join(plain_words(place_in(f.members[0], root))) for f in side]
-            for side, root in ((sources, region.source), (targets, region.target))
-        ]
-        if any(len(set(side)) < len(side) for side in names):
-            return False
-        like = [[Levenshtein.normalized_similarity(a, b) for b in names[1]] for a in names[0]]
-    return any(
-        like[i][j] + like[j][i] > like[i][i] + like[j][j] + CLEARLY for i, j in combinations(range(len(sources)), 2)
-    )
-
-
-def _with_kinds(words: Sequence[str]) -> list[str]:
-    """Words without numbers; what a norm calls its scale and its shift in one word each."""
-    return [layer_kind(w) if len(w) > 1 and layer_kind(w) else w for w in words if not w.isdigit()]

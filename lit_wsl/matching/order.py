@@ -1,17 +1,37 @@
-"""Order as evidence: the place of undecided siblings among the decided ones of the same module.
+"""Order as evidence: the place of undecided siblings among the decided ones of the same module; what speaks against it.
 
 Whether a level was reordered is one hidden fact. What counts is how many decided siblings stand among the undecided
-ones alike on both sides, and whether the other levels of the two models kept their order; nothing here may dissent.
+ones alike on both sides, and whether the other levels of the two models kept their order.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
-from lit_wsl.matching.regions import Pair, Tie, ascending
-from lit_wsl.matching.tree import Item
+from rapidfuzz.distance import Levenshtein
+
+from lit_wsl.matching.dissent import KEPT, TOWER, mean_otherwise
+from lit_wsl.matching.learned import Renames, ascending
+from lit_wsl.matching.likeness import (
+    SIDES,
+    liken,
+    own_name,
+)
+from lit_wsl.matching.numbers import counted_apart, told_otherwise
+from lit_wsl.matching.regions import Pair, Region, Tie
+from lit_wsl.matching.tree import (
+    Family,
+    Item,
+    layer_kind,
+    place_in,
+    relative,
+    telling_words,
+)
+from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
 
 ORDER = "order"
 AMONG_MANY, AMONG_TWO, BESIDE_ONE = "order among many", "order among two", "order beside one"
@@ -20,6 +40,15 @@ MANY = 4  # by chance one in 24 orders is the reverse of another
 AS_ELSEWHERE, AS_OFTEN, AS_SOMEWHERE = "as elsewhere", "as often elsewhere", "as somewhere else"
 UNLIKE_ELSEWHERE = "unlike elsewhere"
 NEEDED = {ORDER_ALONE: (AS_ELSEWHERE, AS_OFTEN), BESIDE_ONE: (AS_ELSEWHERE, AS_OFTEN)}  # of other regions of this level
+COUNTED_OTHERWISE = "numbered in one order and registered in another"
+TOWERS = (
+    "whole networks of the same structure, named differently on the two sides; order alone does not show which is which"
+)
+NAMESAKES_MOVED = "by order each would become what stands under the name of the next one"
+AGAINST_NAMES = "their order says one thing and their names another"
+LISTS_CUT = "one list became several that names tell apart: which member went into which can't be told from a number"
+TWINS_RENAMED = "everything beside them kept its name, and only theirs are new: their order may be new as well"
+CLEARLY = 0.2  # of 2: by so much more must two names say that they are exchanged
 
 
 def order_cell(certain: Sequence[Pair], tie: Tie, others: Sequence[Tie], elsewhere: str) -> str | None:
@@ -142,3 +171,137 @@ def kept_elsewhere(here: int, others: Iterable[Kept]) -> str:
     if by_chance >= 100:  # in one of so many orders all of it would agree
         return AS_ELSEWHERE
     return AS_OFTEN if by_chance >= math.factorial(MANY) else AS_SOMEWHERE
+
+
+def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
+    """What speaks against pairing a tie in the order in which its families stand; empty if nothing does."""
+    if _names_dissent(tie.sources, tie.targets, region):
+        return AGAINST_NAMES
+    if _moves_namesakes(tie, region):
+        return NAMESAKES_MOVED
+    if _counted_backwards(tie.sources, tie.targets) or _counted_backwards(tie.targets, tie.sources):
+        return COUNTED_OTHERWISE
+    if told_otherwise(tie.sources) or told_otherwise(tie.targets):
+        return COUNTED_OTHERWISE
+    if _leaves_formula(tie.sources, 0, tie.targets, region) or _leaves_formula(tie.targets, 1, tie.sources, region):
+        return COUNTED_OTHERWISE
+    if _is_list_cut(tie.sources, tie.targets, region) or _is_list_cut(tie.targets, tie.sources, region):
+        return LISTS_CUT
+    if _are_twins_renamed(tie, renames):
+        return TWINS_RENAMED
+    single = [
+        (f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets) if len(f.members) == 1 == len(g.members)
+    ]
+    counted = all(len({f.pattern for f in side}) == 1 for side in (tie.sources, tie.targets))
+    told = counted or (cell.startswith(AMONG_MANY) and cell.endswith(f", {AS_ELSEWHERE}"))
+    if len(single) == len(tie.sources) and not told and any(_are_towers(s, t) for s, t in single):
+        return TOWERS
+    return COUNTED_OTHERWISE if any(counted_apart(s, t, region) for s, t in single) else ""
+
+
+def _moves_namesakes(tie: Tie, region: Region) -> bool:
+    """Whether order would give something away that stands under its very path on the other side: counted on by one."""
+    places = [
+        [relative(m, root) for f in side for m in f.members]
+        for side, root in ((tie.sources, region.source), (tie.targets, region.target))
+    ]
+    lists = [root.path.rpartition(".")[2] for root in (region.source, region.target)]
+    if lists[0] != lists[1] and any(place.partition(".")[0].isdigit() for side in places for place in side):
+        return False
+    there = set(places[1])
+    return any(a != b and a in there for a, b in zip(*places))
+
+
+def _counted_backwards(families: Sequence[Family], others: Sequence[Family]) -> bool:
+    """Whether what is counted under one name, ``norm`` and ``norm2``, is not registered in that order.
+
+    Blocks may be counted down on both sides: a decoder begins with the deepest level.
+    """
+    orders = [(numbers, sorted(numbers)) for numbers in _counts(families)]
+    counted = any(len(numbers) > 1 for numbers in _counts(others))
+    blocks = families[0].members[0].level == 2 and counted
+    return any(numbers != up and not (blocks and numbers == up[::-1]) for numbers, up in orders)
+
+
+def _leaves_formula(named: Sequence[Family], side: int, counted_only: Sequence[Family], region: Region) -> bool:
+    """Whether the parts of an attention are not registered as in its formula, and stand in a list of their own there.
+
+    Its numbers may follow either.
+    """
+    letters = [region.letters_of(f.members[0], side) for f in sorted(named, key=lambda f: f.start)]
+    places = ["qkvo".index("".join(found)) for found in letters if len(found) == 1]
+    if len(places) < len(named) or places == sorted(places):
+        return False
+    root = (region.source, region.target)[1 - side]
+    lists = {counted(relative(f.members[0].main, root))[-1:] for f in counted_only}
+    return all(lists) and all(len(root.lists[place]) == len(named) for found in lists for place, _ in found)
+
+
+def _counts(families: Sequence[Family]) -> list[list[tuple[int, ...]]]:
+    """The numbers under each name, in the order of registration."""
+    counts = defaultdict(list)
+    for f in sorted(families, key=lambda f: f.start):
+        counts[tuple(w for w in f.pattern if w != "#")].append(f.numbers[0])
+    return list(counts.values())
+
+
+def _is_list_cut(whole: Sequence[Family], parts: Sequence[Family], region: Region) -> bool:
+    """Whether the members of one list stand in several on the other side: one after another, or by turns."""
+    if min(f.members[0].level for f in (*whole, *parts)) < 2 and _is_nearly_all(whole[0].members[0], region):
+        return False
+    lists = [{f.pattern for f in side} for side in (whole, parts)]
+    return len(lists[0]) == 1 < len(lists[1]) and min(Counter(f.pattern for f in parts).values()) > 1
+
+
+def _is_nearly_all(layer: Item, region: Region) -> bool:
+    """Whether a layer stands in a flat list of nearly all that there is."""
+    for root, lists in zip((region.source, region.target), region.lists):
+        place = counted(relative(layer, root))[-1:]
+        if place and 4 * len(lists.get(place[0][0], ())) > 3 * len(root.units):
+            return True
+    return False
+
+
+def _are_twins_renamed(tie: Tie, renames: Renames) -> bool:
+    """Whether nothing else was renamed anywhere, and the matrices tied here have names with nothing in common."""
+    if tie.rank < 2:
+        return False
+    ours, theirs = ([own_name(f.members[0]) for f in side] for side in (tie.sources, tie.targets))
+    if not all((*ours, *theirs)) or not all(mean_otherwise(a, b) for a in ours for b in theirs):
+        return False
+    renamed, kept = renames.beyond({(a, b) for a in ours for b in theirs})
+    return kept >= KEPT and not renamed
+
+
+def _are_towers(s: Item, t: Item) -> bool:
+    """Whether two modules are whole networks that are called otherwise on the two sides."""
+    return min(len(s.tensors), len(t.tensors)) >= TOWER and not liken(own_name(s), own_name(t)).shared
+
+
+def _names_dissent(sources: Sequence[Family], targets: Sequence[Family], region: Region) -> bool:
+    """Whether the names of two pairs that stand in one order say that they are exchanged.
+
+    Names that are too unlike to decide may be like enough to contradict: ``reset`` and ``update`` stand before ``r``
+    and ``z``, ``word2char`` and ``char2word`` before ``char_to_word`` and ``word_to_char``.
+    """
+    words = [[_with_kinds(ws) for ws in telling_words(side)] for side in (sources, targets)]
+    if any(SIDES & set(ws) for side in words for ws in side):
+        return False  # post_attention_norm is not the attention's norm
+    if any(words[0]) and any(words[1]):
+        like = [[best_pairs_similarity(a, b) if a and b else 0.0 for b in words[1]] for a in words[0]]
+    else:  # the same words on both sides of each, in another order
+        names = [
+            [" ".join(plain_words(place_in(f.members[0], root))) for f in side]
+            for side, root in ((sources, region.source), (targets, region.target))
+        ]
+        if any(len(set(side)) < len(side) for side in names):
+            return False
+        like = [[Levenshtein.normalized_similarity(a, b) for b in names[1]] for a in names[0]]
+    return any(
+        like[i][j] + like[j][i] > like[i][i] + like[j][j] + CLEARLY for i, j in combinations(range(len(sources)), 2)
+    )
+
+
+def _with_kinds(words: Sequence[str]) -> list[str]:
+    """Words without numbers; what a norm calls its scale and its shift in one word each."""
+    return [layer_kind(w) if len(w) > 1 and layer_kind(w) else w for w in words if not w.isdigit()]

@@ -272,3 +272,84 @@ def test_parts_are_not_taken_from_one_of_two_copies(ordered):
     parts = ("q", "k", "v")
     new = "".join(f"cells.{k}.{p}_map linear 8 8 <- new\n" for k in range(2) for p in parts)
     transferred(layers.format("tutor") + layers.format("learner"), new, ordered=ordered)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_of_two_towers_of_one_make_the_wanted_one_is_told_by_what_it_reads(ordered):
+    """As in CLIP: the image tower stands in a module, the text tower of one width and depth beside it."""
+
+    def tower(place: str) -> str:
+        return "".join(
+            f"{place}blocks.{k}.ln norm 8\n{place}blocks.{k}.qkv linear 8 24\n{place}blocks.{k}.out linear 8 8\n"
+            f"{place}blocks.{k}.up linear 8 20\n{place}blocks.{k}.down linear 20 8\n"
+            for k in range(3)
+        )
+
+    old = f"visual.patch conv 3 8\n{tower('visual.transformer.')}words table 30 8\n{tower('transformer.')}"
+    lines = ["patch conv 3 8", *tower("transformer.").splitlines()]
+    for place in ("", "backbone."):
+        new = "".join(f"{place}{line} <- visual.{line.split()[0]}\n" for line in lines)
+        filled = transferred(old, new + "head linear 8 5 <- new\n", ordered=ordered)
+        assert filled == {f"{place}{line.split()[0]}" for line in lines}
+    beside = old.replace("visual.", "image_encoder.").replace("\ntransformer.", "\ntext_encoder.")
+    new = "".join(f"vit.{line} <- image_encoder.{line.split()[0]}\n" for line in lines)
+    assert transferred(beside, new, ordered=ordered) == {f"vit.{line.split()[0]}" for line in lines}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("names", [("text", "image"), ("actor", "critic"), ("encoder", "decoder")])
+def test_a_file_that_is_one_tower_is_no_model_of_the_other(names, ordered):
+    lines = [f"blocks.{k}.{n} linear 8 {w}" for k in range(2) for n, w in (("up", 20), ("gate", 12), ("mix", 8))]
+    old = "".join(f"{names[0]}.{line}\n" for line in lines)
+    new = "".join(f"{names[1]}.{line.replace('blocks', 'layers')} <- new\n" for line in lines)
+    assert not transferred(old, new, ordered=ordered)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_lists_per_kind_become_blocks_by_their_numbers(ordered):
+    """As in XLM: of ``norm1.1`` the first number is the kind's and the second the block's."""
+    kinds = (
+        ("attn", "linear 8 8"),
+        ("norm1", "norm 8"),
+        ("up", "linear 8 20"),
+        ("down", "linear 20 8"),
+        ("norm2", "norm 8"),
+    )
+    old = "".join(f"{n}.{k} {what}\n" for n, what in kinds for k in range(2))
+    new = "".join(f"layers.{k}.{n} {what} <- {n}.{k}\n" for k in range(2) for n, what in kinds)
+    assert transferred(old, new, ordered=ordered) >= {"layers.0.norm2", "layers.1.norm1"}
+    convs = "".join(f"convs{j}.{k} conv 6 6\n" for j in (1, 2) for k in range(2))
+    blocks = "".join(f"blocks.{k}.conv{j} conv 6 6 <- convs{j}.{k}\n" for k in range(2) for j in (1, 2))
+    transferred(convs, blocks, ordered=ordered)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("width", [10, 8])
+def test_what_only_numbers_tell_apart_stays_open_beside_a_list_that_was_reversed(width, ordered):
+    sizes = (width, 4, 6) if width != 8 else (5, 4, 6)
+    old = "".join(f"neck.lateral.{k} conv {c} 8\n" for k, c in enumerate(sizes))
+    old += "".join(f"neck.convs.{k} conv 8 8\n" for k in range(3)) + "head linear 8 5\n"
+    new = "".join(f"fpn.lateral.{2 - k} conv {c} 8 <- neck.lateral.{k}\n" for k, c in reversed(list(enumerate(sizes))))
+    new += "".join(f"fpn.outputs.{k} conv 8 8 <- neck.convs.{2 - k}\n" for k in range(3)) + "head linear 8 5\n"
+    assert "head" in transferred(old, new, ordered=ordered)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("names", [("scale_shift", "shift_scale"), ("gate_up_proj", "up_gate_proj")])
+def test_parts_that_are_spelled_in_another_order_are_no_copy(names, ordered):
+    old, new = (f"block.{name} linear 8 16\nblock.out linear 16 5\n" for name in names)
+    new = new.replace("linear 8 16\n", "linear 8 16 <- new\n")
+    assert transferred(old, new, ordered=ordered) == {"block.out"}
+
+
+def test_norms_don_t_follow_an_order_that_their_matrices_refute():
+    """The cross attention is registered first in the new block, and a norm is called after it."""
+    old = "".join(
+        f"layers.{k}.norm1 norm 8\nlayers.{k}.attn1 linear 8 8\nlayers.{k}.norm2 norm 8\nlayers.{k}.attn2 linear 12 8\n"
+        f"layers.{k}.norm3 norm 8\nlayers.{k}.ff linear 8 20\n"
+        for k in range(2)
+    )
+    parts = (("cross_norm", "norm 8", "norm2"), ("cross", "linear 12 8", "attn2"), ("self_norm", "norm 8", "norm1"))
+    parts += (("own", "linear 8 8", "attn1"), ("ff_norm", "norm 8", "norm3"), ("ff", "linear 8 20", "ff"))
+    new = "".join(f"blocks.{k}.{n} {what} <- layers.{k}.{o}\n" for k in range(2) for n, what, o in parts)
+    assert transferred(old, new) >= {"blocks.0.cross", "blocks.1.ff"}
