@@ -54,6 +54,7 @@ from lit_wsl.matching.likeness import (
     called_otherwise,
     leads,
     liken,
+    own_name,
     own_words,
     same_role,
     strength,
@@ -178,7 +179,8 @@ class ClassSolver:
         return "" if why == OTHER_MAKE and p.source.main.path in self.ties else why  # a table and the last layer
 
     def _is_other_head(self, s: Item, t: Item) -> bool:
-        return other_head(s, t, self.heads) and not (self.ordered and self.learned.renames.are_all(s, t))
+        renamed = not {*own_name(s)} & {*own_name(t)} and self.ordered and self.learned.renames.are_all(s, t)
+        return other_head(s, t, self.heads) and not renamed
 
     def _around(self, p: Pair, region: Region) -> str:
         """What makes another name telling: units at an end may be other heads, and siblings that kept theirs."""

@@ -312,8 +312,14 @@ def _renamed_to_other(s: Item, t: Item, region: Region) -> bool:
         ours, theirs = (tuple(plain_words(place_in(i, r))) for i, r in ((s, region.source), (t, region.target)))
         return mean_otherwise(ours, theirs)
     if set(ours) <= set(own_name(t, 2)) or set(theirs) <= set(own_name(s, 2)):
-        return False
+        return max(s.level, t.level) < 2 <= min(s.rank, t.rank) and not _is_listed(s, t) and _is_for_more(ours, theirs)
     return mean_otherwise(ours, theirs) and not _alike_inside(s, t)
+
+
+def _is_for_more(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether one of two last layers is called after what it is for, and the other is not: ``rotation_classifier``."""
+    more, shared = {*ours} ^ {*theirs}, {*ours} & {*theirs}
+    return bool(shared) and shared <= ENDS and any(len(w) > 1 and w not in NOTHING for w in more)
 
 
 def _alike_inside(s: Item, t: Item) -> bool:
