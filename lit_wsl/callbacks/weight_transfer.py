@@ -176,7 +176,7 @@ class WeightTransferCallback(Callback):
         drop: Sequence[str] = (),
         again: bool = False,
         proof: Literal["auto", "off"] | bool = "auto",
-        proof_batches: int = 64,
+        proof_batches: int = 8,
         proof_seconds: float = 60.0,
         verbose: bool = True,
     ) -> None:

@@ -14,6 +14,7 @@ from itertools import combinations, pairwise
 from lit_wsl.matching.formula import spelled
 from lit_wsl.matching.learned import Learned
 from lit_wsl.matching.likeness import (
+    BLOCKS,
     ENDS,
     FORMULA,
     KINDS,
@@ -319,7 +320,7 @@ def _renamed_to_other(s: Item, t: Item, region: Region) -> bool:
 def _is_for_more(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     """Whether one of two last layers is called after what it is for, and the other is not: ``rotation_classifier``."""
     more, shared = {*ours} ^ {*theirs}, {*ours} & {*theirs}
-    return bool(shared) and shared <= ENDS and any(len(w) > 1 and w not in NOTHING for w in more)
+    return bool(shared) and shared <= ENDS and any(len(w) > 1 and w not in NOTHING | BLOCKS for w in more)
 
 
 def _alike_inside(s: Item, t: Item) -> bool:

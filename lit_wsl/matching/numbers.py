@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 
-from lit_wsl.matching.likeness import LAYER_NAMES, LAYERS, SIDES, count_by_roles, liken, paired_by_roles, strength
+from lit_wsl.matching.likeness import LAYER_NAMES, LAYERS, count_by_roles, liken, paired_by_roles, strength
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, owner_path, relative, telling_words
 from lit_wsl.matching.words import Lists, counted, lists_of_one_size, plain_words
 
 NUMBERS, ASCENDING = "numbers", "ascending"
+BEHIND = frozenset(("post", "after"))
 
 
 def number_map(
@@ -177,8 +178,8 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
     """
     if len(fs) != len(ft) or any(len(f.members) != 1 for f in (*fs, *ft)):
         return []
-    sides = [frozenset.intersection(*(frozenset(f.words) & SIDES for f in side)) for side in (fs, ft)]
-    if any(sides) and sides[0] != sides[1]:
+    behind = [all((BEHIND | OUTPUT) & set(f.words) for f in side) for side in (fs, ft)]
+    if behind[0] != behind[1]:
         return []  # norms that all stand behind their parts don't stand before them
     told = [_told(side, FINAL) for side in (fs, ft)]
     counts = any(found and found[0] == "count" for found in told)

@@ -353,3 +353,24 @@ def test_norms_don_t_follow_an_order_that_their_matrices_refute():
     parts += (("own", "linear 8 8", "attn1"), ("ff_norm", "norm 8", "norm3"), ("ff", "linear 8 20", "ff"))
     new = "".join(f"blocks.{k}.{n} {what} <- layers.{k}.{o}\n" for k in range(2) for n, what, o in parts)
     assert transferred(old, new) >= {"blocks.0.cross", "blocks.1.ff"}
+
+
+@pytest.mark.parametrize(
+    "names", [("classifier", "rotation_classifier"), ("species_fc", "breed_fc"), ("head", "qa_head")]
+)
+def test_a_last_layer_that_is_called_after_another_task_is_new(names):
+    old, new = (f"stem linear 12 8\nmix linear 8 9\nlast linear 9 8\n{name} linear 8 5\n" for name in names)
+    assert f"{names[1]}" not in transferred(old, new.replace("linear 8 5", "linear 8 5 <- new"))
+
+
+def test_norms_that_all_stand_behind_their_parts_are_no_norms_before_them():
+    old = "".join(
+        f"layers.{k}.attention_norm norm 8\nlayers.{k}.attn linear 8 8\nlayers.{k}.ffn_norm norm 8\n" for k in range(2)
+    )
+    new = "".join(
+        f"layers.{k}.attn linear 8 8\nlayers.{k}.post_attention_layernorm norm 8 <- new\n"
+        f"layers.{k}.post_feedforward_layernorm norm 8 <- new\n"
+        for k in range(2)
+    )
+    transferred(old, new)
+    transferred(old, new, ordered=False)
