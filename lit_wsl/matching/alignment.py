@@ -31,7 +31,16 @@ from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherw
 from lit_wsl.matching.learned import Learned
 from lit_wsl.matching.likeness import ENDS, LAYERS
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.order import Kept, against_order, agreement, is_mirrored, kept_elsewhere, order_cell, parting
+from lit_wsl.matching.order import (
+    ORDER,
+    Kept,
+    against_order,
+    agreement,
+    is_mirrored,
+    kept_elsewhere,
+    order_cell,
+    parting,
+)
 from lit_wsl.matching.regions import BLOCK, Decision, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
 from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
@@ -407,7 +416,7 @@ class RegionMatch:
         learned = self.aligner.gathered.learned
         if min(self.region.source.level, self.region.target.level) >= 2:
             learned.renames.teach(self.region, p.source, p.target)
-            if not p.by_number:
+            if not (p.by_number or p.cell.startswith(ORDER)):
                 learned.renumbered.teach(p.source, p.target)
             if p.first and may_load(p.cell):
                 learned.rows.teach(self.region, p.source, p.target, named=is_named(p.cell))
