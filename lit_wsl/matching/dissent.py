@@ -498,6 +498,8 @@ def letters_apart(s: Item, t: Item, region: Region) -> bool:
     ours, theirs = region.letters_of(s, 0), region.letters_of(t, 1)
     if ours != theirs and (ours ^ theirs) & region.shared_letters:
         return True
+    if max(s.level, t.level) < 2 and region.is_value_twice(s, 0) != region.is_value_twice(t, 1):
+        return True
     names = spelled(own_name(s)), spelled(own_name(t))
     if max(s.level, t.level) == 2:
         return all(names) and not names[0] & names[1]

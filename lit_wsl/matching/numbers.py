@@ -178,8 +178,8 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
     """
     if len(fs) != len(ft) or any(len(f.members) != 1 for f in (*fs, *ft)):
         return []
-    behind = [all((BEHIND | OUTPUT) & set(f.words) for f in side) for side in (fs, ft)]
-    if behind[0] != behind[1]:
+    behind = [[all(words & set(f.words) for f in side) for words in (BEHIND, BEHIND | OUTPUT)] for side in (fs, ft)]
+    if any(ours[0] and not theirs[1] for ours, theirs in (behind, behind[::-1])):
         return []  # norms that all stand behind their parts don't stand before them
     told = [_told(side, FINAL) for side in (fs, ft)]
     counts = any(found and found[0] == "count" for found in told)

@@ -177,6 +177,20 @@ class Region:
         return letters_below(self.source), letters_below(self.target)
 
     @cached_property
+    def _values(self) -> tuple[Counter[str], Counter[str]]:
+        """How many layers of each module are called values, and nothing more."""
+        ours, theirs = (
+            Counter(p.rpartition(".")[0] for p in map(owner_path, side) if len(plain_words(p.rpartition(".")[2])) == 1)
+            for side in ([path for path, letters in side.items() if letters == {"v"}] for side in self.letters)
+        )
+        return ours, theirs
+
+    def is_value_twice(self, item: Item, side: int) -> bool:
+        """Whether a unit and another in its module are called values: ``v`` of an attention, ``value`` of a gate."""
+        path = owner_path(relative(item.main, (self.source, self.target)[side]))
+        return self.letters_of(item, side) == {"v"} and self._values[side][path.rpartition(".")[0]] > 1
+
+    @cached_property
     def shared_letters(self) -> frozenset[str]:
         """What as many units are on both sides, so that each must find its like."""
         return in_both(*self.letters)

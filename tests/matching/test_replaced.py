@@ -374,3 +374,12 @@ def test_norms_that_all_stand_behind_their_parts_are_no_norms_before_them():
     )
     transferred(old, new)
     transferred(old, new, ordered=False)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_value_of_a_gate_is_no_value_of_an_attention(ordered):
+    names = ("q", "k", "v", "o", "act", "value", "output")
+    old = "".join(f"h.0.{n} linear 8 8\n" for n in names) + "head linear 8 5\n"
+    new = "".join(f"h.0.attn.{n} linear 8 8 <- h.0.{o}\n" for n, o in zip(("query", "key", "value", "out"), names))
+    new += "h.0.ffn.gate_up linear 8 16 <- new\nh.0.ffn.output linear 8 8 <- h.0.output\nhead linear 8 5\n"
+    assert transferred(old, new, ordered=ordered) >= {"h.0.attn.query", "h.0.attn.key"}
