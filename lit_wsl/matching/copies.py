@@ -72,19 +72,16 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
     for group in found:
         if sum(any(i.name.startswith(p) for i in target.parameters) for p in group) > 1:
             continue  # it holds both under their own names
-        own = _own_shapes(group, shapes)
-        outside = _is_outside(*group[:2])
-        nested = group[0] != "" and len(group[1].split(".")) > len(group[0].split(".")) + 1  # blocks, a.frontend.blocks
-        told = _told(group, target) if not outside else None if all(own) or nested else group[0]
-        best = (_fitting(group, own, target) if all(own) or nested else None) or told
+        best = _chosen(group, shapes, target)
         taken = group[0] if best is None else best
-        rows = (((n, n[len(taken) :]), x) for n, x in shapes.items() if n.startswith(taken))
-        twins = {n: tuple(p + own for p in group if p != taken and shapes.get(p + own) == x) for (n, own), x in rows}
+        rows = ((n, n[len(taken) :], x) for n, x in shapes.items() if n.startswith(taken))
+        twins = {n: tuple(p + own for p in group if p != taken and shapes.get(p + own) == x) for n, own, x in rows}
         others = tuple(p for p in group if p != taken)
-        if outside and taken != group[0]:  # what is around a copy holds it, too
+        second = Counter(s for n, s in shapes.items() if n.startswith(others[0]))
+        if any(taken.startswith(p) for p in others):  # what is around a copy holds it, too
             others = tuple(dict.fromkeys(name for names in twins.values() for name in names))
-        first = others if outside and taken != group[0] else others[:1]
-        if _needs(target, source, others, Counter(s for n, s in shapes.items() if n.startswith(first))):
+            second = Counter(shapes[name] for name in others)
+        if _needs(target, source, others, second):
             continue
         places = " and ".join(p.rstrip(".") or "outside of it" for p in reversed(group))
         other = next(p for p in group if p != taken).rstrip(".")
@@ -165,6 +162,19 @@ def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
                 found.remove(group)
             found.append((*group, b))
     return sorted(found, key=lambda group: (-sizes[group[-1]], -group[-1].count("."), group))
+
+
+def _chosen(places: Sequence[str], shapes: Mapping[str, Shape], target: ModelDescription) -> str | None:
+    """The copy that is taken: what a copy was made of, the one that the rest of the model fits, or that names tell."""
+    own = _own_shapes(places, shapes)
+    outside = _is_outside(*places[:2])
+    nested = (
+        outside and places[0] != "" and places[1].count(".") > places[0].count(".") + 1
+    )  # blocks, a.frontend.blocks
+    towers = all(own) or nested  # none of them was made of the other
+    if towers and (best := _fitting(places, own, target)):
+        return best
+    return _told(places, target) if not outside else None if towers else places[0]
 
 
 def _is_around(name: str, around: str, place: str) -> bool:

@@ -164,8 +164,10 @@ class Renumbered:
 
     def deny(self, s: Sequence[Item], t: Sequence[Item]) -> bool:
         """Whether nothing but numbers tells members apart, and lists of this length beside theirs were renumbered."""
+        if not self._found or not 1 < len(s) == len(t) or len({i.profile_key for i in (*s, *t)}) > 1:
+            return False
         along = [[_counted_once(i) for i in side] for side in (s, t)]
-        if not 1 < len(s) == len(t) or not all(map(all, along)) or len({i.profile_key for i in (*s, *t)}) > 1:
+        if not all(map(all, along)):
             return False
         (around, ours, _), (beside, theirs, _) = (side[0] or ("", "", 0) for side in along)
         return any(
