@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 
 from lit_wsl.matching.likeness import own_name
@@ -158,7 +159,7 @@ class Renumbered:
 
     def teach(self, s: Item, t: Item) -> None:
         """Remember the numbers of a pair that was not told by them."""
-        if (ours := _counted_once(s)) and (theirs := _counted_once(t)):
+        if (ours := _counted_once(s.path)) and (theirs := _counted_once(t.path)):
             lists = self._found.setdefault((ours[0], theirs[0]), {})
             lists.setdefault((ours[1], theirs[1]), set()).add((ours[2], theirs[2]))
 
@@ -166,7 +167,7 @@ class Renumbered:
         """Whether nothing but numbers tells members apart, and lists of this length beside theirs were renumbered."""
         if not self._found or not 1 < len(s) == len(t) or len({i.profile_key for i in (*s, *t)}) > 1:
             return False
-        along = [[_counted_once(i) for i in side] for side in (s, t)]
+        along = [[_counted_once(i.path) for i in side] for side in (s, t)]
         if not all(map(all, along)):
             return False
         (around, ours, _), (beside, theirs, _) = (side[0] or ("", "", 0) for side in along)
@@ -176,9 +177,10 @@ class Renumbered:
         )
 
 
-def _counted_once(item: Item) -> tuple[str, str, int] | None:
-    """Where the only list stands that an item is counted in, its name, and the number."""
-    parts = item.path.split(".")
+@lru_cache(maxsize=100_000)
+def _counted_once(path: str) -> tuple[str, str, int] | None:
+    """Where the only list stands along a path in which something is counted, its name, and the number."""
+    parts = path.split(".")
     at = [k for k, part in enumerate(parts) if any(c.isdigit() for c in part)]
     number = re.findall(r"\d+", parts[at[0]]) if len(at) == 1 else []
     if len(number) != 1:
