@@ -77,6 +77,7 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
         rows = ((n, n[len(taken) :], x) for n, x in shapes.items() if n.startswith(taken))
         twins = {n: tuple(p + own for p in group if p != taken and shapes.get(p + own) == x) for n, own, x in rows}
         others = tuple(p for p in group if p != taken)
+        other = others[0].rstrip(".")
         second = Counter(s for n, s in shapes.items() if n.startswith(others[0]))
         if any(taken.startswith(p) for p in others):  # what is around a copy holds it, too
             others = tuple(dict.fromkeys(name for names in twins.values() for name in names))
@@ -84,7 +85,6 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
         if _needs(target, source, others, second):
             continue
         places = " and ".join(p.rstrip(".") or "outside of it" for p in reversed(group))
-        other = next(p for p in group if p != taken).rstrip(".")
         note = f"{COPIES} stand in {places}: " + (
             f"choose with source_prefix={taken.rstrip('.')!r}, or let a proof decide"
             if best is None
@@ -168,9 +168,8 @@ def _chosen(places: Sequence[str], shapes: Mapping[str, Shape], target: ModelDes
     """The copy that is taken: what a copy was made of, the one that the rest of the model fits, or that names tell."""
     own = _own_shapes(places, shapes)
     outside = _is_outside(*places[:2])
-    nested = (
-        outside and places[0] != "" and places[1].count(".") > places[0].count(".") + 1
-    )  # blocks, a.frontend.blocks
+    apart = places[1].count(".") > places[0].count(".") + 1  # blocks, audio.frontend.blocks
+    nested = outside and places[0] != "" and apart
     towers = all(own) or nested  # none of them was made of the other
     if towers and (best := _fitting(places, own, target)):
         return best
@@ -188,10 +187,15 @@ def _own_shapes(places: Sequence[str], shapes: Mapping[str, Shape]) -> list[set[
     """
     if places[0] and places[1].endswith(f".{places[0]}"):
         places = ("", places[1][: -len(places[0])])
-    inside = [{n: x for n, x in shapes.items() if len(x) > 1 and n.startswith(p)} for p in places]
-    if _is_outside(*places[:2]):
-        inside[0] = {n: x for n, x in inside[0].items() if not n.startswith(places[1])}
-    found = [set(mine.values()) for mine in inside]
+    around = places[0] if _is_outside(*places[:2]) else None
+    found = [
+        {
+            x
+            for n, x in shapes.items()
+            if len(x) > 1 and n.startswith(p) and (p != around or _is_around(n, p, places[1]))
+        }
+        for p in places
+    ]
     return [mine.difference(*(other for other in found if other is not mine)) for mine in found]
 
 

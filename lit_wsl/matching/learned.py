@@ -5,7 +5,6 @@ The first pass decides what is certain; the second asks it for the rest.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from itertools import pairwise
 from lit_wsl.matching.likeness import own_name
 from lit_wsl.matching.regions import BLOCK, Region, around, member_of
 from lit_wsl.matching.tree import Item, place_in
-from lit_wsl.matching.words import split_numbers
+from lit_wsl.matching.words import counted, split_numbers
 
 Names = tuple[tuple[str, ...], tuple[str, ...]]
 FEW = 2  # units of the same name say nothing yet of the two models
@@ -179,14 +178,13 @@ class Renumbered:
 
 @lru_cache(maxsize=100_000)
 def _counted_once(path: str) -> tuple[str, str, int] | None:
-    """Where the only list stands along a path in which something is counted, its name, and the number."""
-    parts = path.split(".")
-    at = [k for k, part in enumerate(parts) if any(c.isdigit() for c in part)]
-    number = re.findall(r"\d+", parts[at[0]]) if len(at) == 1 else []
-    if len(number) != 1:
+    """Where the only list stands along a path in which something is counted, the path without its number, and that."""
+    along = counted(path)
+    if len(along) != 1 or along[0][0].count("#") != 1:
         return None
-    name = at[0] - (parts[at[0]].isdigit() and at[0] > 0)
-    return ".".join(parts[:name]), re.sub(r"\d+", "#", ".".join(parts[name:])), int(number[0])
+    ((place, number),) = along
+    inside = path.split(".")[place.count(".") + 1 :]
+    return place.removesuffix(".#").rpartition(".")[0], ".".join((place, *inside)), int(number)
 
 
 def _place(region: Region, s: Item, t: Item) -> tuple[int, int]:
