@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lit_wsl.rebasin import InterpolationCurve, apply_permutation, infer_permutation_spec, weight_matching
-from lit_wsl.rebasin.merging.barrier import interpolation_curve
+from lit_wsl.rebasin.merging.merge import interpolation_curve
 
 
 def network(width: int = 32) -> nn.Module:

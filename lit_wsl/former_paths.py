@@ -10,6 +10,7 @@ from types import ModuleType
 
 FORMER_PATHS = {
     "lit_wsl.callbacks.resume": "lit_wsl.convert.resume",
+    "lit_wsl.callbacks.streams": "lit_wsl.callbacks.sample",
     "lit_wsl.checkpoint.convert": "lit_wsl.convert.checkpoint",
     "lit_wsl.checkpoint.edit": "lit_wsl.checkpoint.document",
     "lit_wsl.checkpoint.inert": "lit_wsl.checkpoint.records",
@@ -28,6 +29,7 @@ FORMER_PATHS = {
     "lit_wsl.rebasin.job_report": "lit_wsl.rebasin.job",
     "lit_wsl.rebasin.matching.best": "lit_wsl.rebasin.matching.activations",
     "lit_wsl.rebasin.matching.large_assignment": "lit_wsl.rebasin.matching.assignment",
+    "lit_wsl.rebasin.merging.barrier": "lit_wsl.rebasin.merging.merge",
     "lit_wsl.rebasin.merging.repair": "lit_wsl.rebasin.merging.merge",
     "lit_wsl.rebasin.metrics.comparison": "lit_wsl.rebasin.metrics.functional",
     "lit_wsl.rebasin.metrics.matrices": "lit_wsl.rebasin.metrics.functional",

@@ -124,7 +124,7 @@ FACES = {  # what a user calls has an option for each thing that a user may want
     "lit_wsl.rebasin.matching.activations.best_matching",
     "lit_wsl.rebasin.matching.many.match_many",
     "lit_wsl.rebasin.matching.weights.weight_matching",
-    "lit_wsl.rebasin.merging.barrier.interpolation_curve",
+    "lit_wsl.rebasin.merging.merge.interpolation_curve",
     "lit_wsl.rebasin.merging.rebase.rebase",
     "lit_wsl.transfer.api.transfer_weights",
 }

@@ -26,8 +26,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from lit_wsl.callbacks.sample import STEPS, batch_of, instead, places, to_model
-from lit_wsl.callbacks.streams import NoSampleError, stream
+from lit_wsl.callbacks.sample import STEPS, NoSampleError, batch_of, instead, places, stream, to_model
 from lit_wsl.checkpoint import Checkpoint
 from lit_wsl.matching.judge import PASSES
 from lit_wsl.report.loggers import proof_progress

@@ -15,8 +15,8 @@ DONE, NO, WRONG = 0, 1, 2
 COMMANDS = {
     "inspect": "lit_wsl.cli.inspecting:inspect",
     "map": "lit_wsl.cli.mapping:map_",
-    "convert": "lit_wsl.cli.converting:convert",
-    "rename": "lit_wsl.cli.converting:rename",
+    "convert": "lit_wsl.cli.mapping:convert",
+    "rename": "lit_wsl.cli.mapping:rename",
     "diff": "lit_wsl.cli.inspecting:diff",
     "rebasin": "lit_wsl.cli.rebasing:rebasin",
     "rebase": "lit_wsl.cli.rebasing:rebase_",

@@ -14,8 +14,17 @@ from lit_wsl.rebasin.matching.weights import (
     weight_matching,
     weight_matching_for_task_vectors,
 )
-from lit_wsl.rebasin.merging.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
-from lit_wsl.rebasin.merging.merge import average, interpolate, repair, slerp, task_arithmetic, ties
+from lit_wsl.rebasin.merging.merge import (
+    InterpolationBarrier,
+    InterpolationCurve,
+    average,
+    interpolate,
+    interpolation_curve,
+    repair,
+    slerp,
+    task_arithmetic,
+    ties,
+)
 from lit_wsl.rebasin.merging.rebase import RebaseResult, rebase
 from lit_wsl.rebasin.responses import reestimate_batchnorm
 from lit_wsl.rebasin.spec.axis import AxisSpec, AxisUse, PermutationGroup, Permutations

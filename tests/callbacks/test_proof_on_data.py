@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lit_wsl import WeightTransferCallback
 from lit_wsl.callbacks.proof import Recorded, _logged_loss
-from lit_wsl.callbacks.streams import NoSampleError
+from lit_wsl.callbacks.sample import NoSampleError
 
 
 class Points(Dataset):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_wsl.callbacks.streams import NoSampleError, first_of_stream, stream
+from lit_wsl.callbacks.sample import NoSampleError, first_of_stream, stream
 
 
 class Counting(IterableDataset):

@@ -26,7 +26,7 @@ from lit_wsl.rebasin import (
     weight_matching_for_task_vectors,
 )
 from lit_wsl.rebasin.job import AlignOptions, align, names_of, under_names_of, write_results
-from lit_wsl.rebasin.merging.barrier import InterpolationBarrier, InterpolationCurve, interpolation_curve
+from lit_wsl.rebasin.merging.merge import InterpolationBarrier, InterpolationCurve, interpolation_curve
 
 
 def conv_net(seed=0, width=8):
