@@ -80,7 +80,7 @@ def fill(way: str, path: Path, blocks: int, threads: int, watched: bool) -> None
     """Fill a model in one of the ways, and print time and, where it is watched, memory as JSON."""
     from lit_wsl import transfer_weights
     from lit_wsl.checkpoint import open_checkpoint
-    from lit_wsl.checkpoint.torch_file import MappedFile, read_zip
+    from lit_wsl.checkpoint.one_file import MappedFile, read_zip
 
     torch.set_num_threads(threads)
     renamed = way == "transfer"

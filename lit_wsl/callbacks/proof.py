@@ -26,10 +26,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from lit_wsl.callbacks.remarks import proof_progress
 from lit_wsl.callbacks.sample import STEPS, NoSampleError, batch_of, instead, places, stream, to_model
 from lit_wsl.checkpoint import Checkpoint
 from lit_wsl.matching.judge import PASSES
-from lit_wsl.report.loggers import proof_progress
 from lit_wsl.structure.running import cuda_devices, preserved_objects, preserved_rng, seed
 from lit_wsl.transfer.api import OnData
 

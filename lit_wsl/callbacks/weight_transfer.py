@@ -22,6 +22,7 @@ from lit_wsl.callbacks.remarks import (
     given,
     remarked,
     report_nothing,
+    transfer_progress,
     write_report,
 )
 from lit_wsl.callbacks.sample import find_samples, quiet
@@ -36,7 +37,6 @@ from lit_wsl.errors import MappingError, TransferError, listed
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy, one_of
 from lit_wsl.plan.coverage import valid_floor
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.loggers import transfer_progress
 from lit_wsl.report.report import TransferReport
 from lit_wsl.structure.description import require_module, require_path
 from lit_wsl.structure.execution_order import is_lazy

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.document import Document, LazyTensor
+from lit_wsl.checkpoint.one_file import is_safetensors, read_safetensors, read_torch_file, verify_checksums
 from lit_wsl.checkpoint.records import ForeignObject, as_mapping
-from lit_wsl.checkpoint.safetensors_file import is_safetensors, read_safetensors
 from lit_wsl.checkpoint.sharded import is_deepspeed, read_deepspeed, read_distributed
-from lit_wsl.checkpoint.torch_file import read_torch_file, verify_checksums
 from lit_wsl.checkpoint.weights import Selection, Weights, select_weights
 from lit_wsl.errors import CheckpointError
 from lit_wsl.files import not_found

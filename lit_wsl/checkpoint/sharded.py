@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.document import Document, LazyTensor, with_ties
+from lit_wsl.checkpoint.one_file import MappedFile, read_zip
 from lit_wsl.checkpoint.records import ForeignObject, as_mapping
-from lit_wsl.checkpoint.torch_file import MappedFile, read_zip
 from lit_wsl.checkpoint.unpickler import unpickle
 from lit_wsl.errors import CheckpointError
 

@@ -18,8 +18,8 @@ from lightning.pytorch.loggers.logger import Logger
 from tiny import InInit, loader
 
 from lit_wsl import WeightTransferCallback
+from lit_wsl.callbacks.remarks import log_report, scalars
 from lit_wsl.report.json_report import SCHEMA
-from lit_wsl.report.loggers import log_report, scalars
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.checkpoint.allowlist import RefusedError
-from lit_wsl.checkpoint.safetensors_file import _read_larger_than_memory, read_safetensors
+from lit_wsl.checkpoint.one_file import _read_larger_than_memory, read_safetensors
 from lit_wsl.errors import CheckpointError
 
 

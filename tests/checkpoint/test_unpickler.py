@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_wsl.checkpoint.allowlist import BUILDERS, RefusedError, Storage
+from lit_wsl.checkpoint.one_file import MappedFile, read_zip
 from lit_wsl.checkpoint.records import ForeignName, ForeignObject
-from lit_wsl.checkpoint.torch_file import MappedFile, read_zip
 from lit_wsl.checkpoint.unpickler import OPERATIONS, unpickle
 
 SCALARS = st.one_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 
-from lit_wsl.report.loggers import proof_progress, transfer_progress
+from lit_wsl.callbacks.remarks import proof_progress, transfer_progress
 
 
 class Terminal(io.StringIO):
