@@ -43,7 +43,6 @@ from lit_wsl.matching.likeness import (
     BLOCKS,
     ENDS,
     HALF_WORDS,
-    LAYER_WORDS,
     LAYERS,
     NEAR_WORDS,
     SHORT_WORDS,
@@ -95,7 +94,7 @@ LAYER_ONLY = "layers"  # both names say a kind of layer and no more
 
 def is_named(cell: str) -> bool:
     """Whether names decided."""
-    return cell.startswith((PATH, TIED, WORDS, SHORT_WORDS, HALF_WORDS, "open")) and LAYER_WORDS not in cell
+    return cell.startswith((PATH, TIED, WORDS, SHORT_WORDS, HALF_WORDS, "open"))
 
 
 class ClassSolver:
@@ -383,9 +382,10 @@ class ClassSolver:
         leading = leads(shared)
         complete = len(leading) == n == m
         for i, j in leading:
-            cell = LAYER_WORDS if kinds[i][j] == LAYER_ONLY and not complete else kinds[i][j]
-            cell = WORDS if cell == LAYER_ONLY else cell
-            if not cell or (cell == LAYER_WORDS and not sure):
+            cell = kinds[i][j]
+            if cell == LAYER_ONLY:  # which tells nothing beside rivals
+                cell = WORDS if complete else ""
+            if not cell:
                 continue
             cell = cell if sure else "open " + cell
             if not may_load(cell):

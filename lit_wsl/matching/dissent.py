@@ -18,7 +18,6 @@ from lit_wsl.matching.likeness import (
     ENDS,
     FORMULA,
     KINDS,
-    LAYER_WORDS,
     LAYERS,
     LETTERS,
     LISTS,
@@ -66,7 +65,7 @@ INSIDE_OUT = "each holds a module that is called like the other: what was outsid
 OTHER_MAKE = "one is a layer's weight and the other a tensor of its own, and their names have nothing in common"
 OTHER_VALUES = "one is named after a function of the other, so its values are different"
 RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
-NEIGHBOUR = "what their names have in common names the modules beside them, or any layer: that decides nothing alone"
+NEIGHBOUR = "what their names have in common names the modules beside them: that decides nothing alone"
 OUT_OF_ORDER = "little speaks for it, and they stand in another order than what is decided around them"
 NAMELESS_ORDER = "nothing around them is decided, their names have nothing in common, and order alone does not decide"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
@@ -135,7 +134,7 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
     cell = p.cell.removeprefix("open ")
     if cell.startswith(LETTERS) and min(len(p.source.units), len(p.target.units)) > 2:
         return NETWORK_LETTER
-    if cell.startswith(NEAR_WORDS) or (cell.startswith(LAYER_WORDS) and agree not in ("in order", "in line")):
+    if cell.startswith(NEAR_WORDS):
         return NEIGHBOUR
     return OUT_OF_ORDER if weak and agree == "against order" else ""
 

@@ -117,7 +117,7 @@ def forget() -> None:
 
 
 WORDS, HALF_WORDS = "words", "half words"
-LETTERS, NEAR_WORDS, LAYER_WORDS = "letters", "neighbour's words", "words for any layer"
+LETTERS, NEAR_WORDS = "letters", "neighbour's words"
 SHORT_WORDS = "short words"
 WEAK = (SHORT_WORDS, HALF_WORDS, "open ")  # what order may overrule
 FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter may stand for anything
@@ -187,7 +187,7 @@ class Likeness:
         if (self.only_near and left) or left & SIDES or (self.only_sides and not all(map(_is_general, left))):
             return NEAR_WORDS
         if self.only_layers and left:
-            return LAYER_WORDS
+            return ""
         if self.best == 1:
             return LETTERS
         if self.left_s and self.left_t:

@@ -59,7 +59,6 @@ _TOLD = {
     "short words": "their names single them out, words being shortened",
     "half words": "their names single them out, though one side says more",
     "letters": "the letters of the formula in their names single them out",
-    "words for any layer": "only words for a kind of layer in their names agree",
     "alone": "the only ones of this size and structure on both sides",
     "distinct shape": "matrices of a shape that nothing else has",
     "much structure": "the only ones of this structure",
