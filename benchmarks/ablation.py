@@ -34,6 +34,7 @@ from benchmarks.refactors.operators import REGIMES, Regime
 from benchmarks.refactors.pair import Pair, drawn_pair, run
 from benchmarks.refactors.structures import SPLITS, Split
 from lit_wsl.errors import LitWslError
+from lit_wsl.matching.alignment import BY_HOME
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.risks import _TOLD
 from lit_wsl.transfer.api import prepare_transfer
@@ -88,7 +89,8 @@ def without_kind(kind: str) -> tuple[Patch, ...]:
 
         return cell
 
-    return (("RegionMatch._take", take), ("order_cell", by_order), ("fusion:_cell", of_parts))
+    patches: tuple[Patch, ...] = (("RegionMatch._take", take), ("order_cell", by_order), ("fusion:_cell", of_parts))
+    return (*patches, ("RegionMatch._by_home", always(()))) if kind == BY_HOME else patches
 
 
 def only_equal_numbers(original: Any) -> Any:
@@ -126,7 +128,7 @@ GUARDS = (
     ("names against an order", (("against_order", always("")),)),
     ("copies of one network", (("one_of_copies", lambda _: lambda source, target: (source, None)),)),
     ("numbers that count alike", (("Region.same_numbers", always(True)),)),
-    ("a name that spells parts is a whole", (("RegionMatch._spelled_apart", always(False)),)),
+    ("queries, keys, values in another order", (("spell_otherwise", always(False)),)),
     ("runs in another order", (("RegionMatch._runs_otherwise", always(False)),)),
     ("the same path is not given away", (("planner:twins_of", always({})),)),
     ("factors of a weight", (("same_roles", always(True)),)),

@@ -527,6 +527,6 @@ class WeightMapper(ShownInNotebooks):
 
     def _asked(self, side: ModelDescription) -> ModelDescription:
         """A side without its buffers where these are excluded."""
-        if self.options.buffers != "exclude":
+        if not self.options.excludes_buffers:
             return side
         return replace(side, parameters=tuple(info for info in side.parameters if info.kind == "parameter"))

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named, is_strong
 from lit_wsl.matching.dissent import NAMESAKE
-from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise, spells_parts
+from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise
 from lit_wsl.matching.learned import Learned
 from lit_wsl.matching.likeness import ENDS, LAYERS
 from lit_wsl.matching.options import MatchingOptions
@@ -387,15 +387,11 @@ class RegionMatch:
         return found
 
     def _unsettled(self, p: Pair) -> bool:
-        """Whether the name of either spells parts, or one may be a part of what was left open."""
-        open_parts = max(p.source.level, p.target.level) < 2 and shape_key(p.target.main.shape) in self.open_parts
-        return open_parts or self._spelled_apart(p.source, p.target)
-
-    def _spelled_apart(self, s: Item, t: Item) -> bool:
-        """Whether the name of either spells parts that stand on the other side: then it is a whole, and no pair."""
-        if max(s.level, t.level) == 2 or s.rank < 2:
+        """Whether both names spell parts, in two orders, or one may be a part of what was left open."""
+        if max(p.source.level, p.target.level) == 2:
             return False
-        return spell_otherwise(s, t) or spells_parts(s, t, self.region) or spells_parts(t, s, self.region)
+        open_parts = shape_key(p.target.main.shape) in self.open_parts
+        return open_parts or (p.source.rank >= 2 and spell_otherwise(p.source, p.target))
 
     def _take(self, decision: Decision, s: list[Item], t: list[Item]) -> tuple[list[Item], list[Item]]:
         gone = {id(i) for i in decision.closed}

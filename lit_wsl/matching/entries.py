@@ -176,7 +176,7 @@ class EntryWriter:
     def _why(self, info: ParameterInfo, shapes: set[tuple[int, ...]], free: set[tuple[int, ...]], other: str) -> str:
         if (other, info.name) in self._reasons:
             return self._reasons[other, info.name]
-        if info.kind == "buffer" and self.options.buffers == "exclude":
+        if info.kind == "buffer" and self.options.excludes_buffers:
             return "buffers='exclude' leaves buffers alone"
         key = shape_key(info.shape)
         if key not in shapes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice, permutations
+from itertools import combinations, permutations
 
 from lit_wsl.matching.formula import Letters
 from lit_wsl.matching.likeness import GENERAL
@@ -32,7 +32,6 @@ from lit_wsl.matching.words import (
     best_pairs_similarity,
     path_tokens,
     plain_words,
-    split_numbers,
     token_similarity,
 )
 from lit_wsl.plan.operations import Concat, Operation, Split, Stack
@@ -153,7 +152,6 @@ MAX_PARTS = 4
 
 MAX_SIBLINGS = 8
 MAX_ORDERS = 24
-MAX_UNITS = 64
 
 
 @dataclass(frozen=True)
@@ -294,21 +292,6 @@ def spell_otherwise(s: Item, t: Item) -> bool:
         for i in (s, t)
     ]
     return any(sorted(a) == sorted(b) for a in spelled[0] for b in spelled[1]) and not spelled[0] & spelled[1]
-
-
-def spells_parts(whole: Item, partner: Item, region: Region) -> bool:
-    """Whether a unit's name spells siblings on the other side that would make it up: ``gate_up``, where both are."""
-    root = region.source if id(whole) in region.homes[1] else region.target
-    smaller = (u for u in root.units if u.numel < whole.numel and u is not partner and u.rank >= 2)
-    units = list(islice(smaller, MAX_UNITS + 1))
-    if len(units) > MAX_UNITS:
-        return False
-    singles = [Family(split_numbers(u.path)[0], (u,), (split_numbers(u.path)[1],)) for u in units]
-    name = whole.main.path
-    for parts in _sets_of_parts(Family((), (whole,), ((),)), singles):
-        if order_of_parts(name, [p.members[0].main.path for p in parts]).strength == SPELLED:
-            return True
-    return False
 
 
 def _ancestor(path: str, up: int) -> str:

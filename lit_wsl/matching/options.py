@@ -110,6 +110,11 @@ class MatchingOptions:
         """Minimum score of a match under the strategy."""
         return max(self.threshold, CONSERVATIVE_FLOOR) if self.strategy == "conservative" else self.threshold
 
+    @property
+    def excludes_buffers(self) -> bool:
+        """Whether nobody asked for buffers."""
+        return self.buffers == "exclude"
+
     def to_dict(self) -> dict[str, Any]:
         """The options as plain data, for plans and reports."""
         return {

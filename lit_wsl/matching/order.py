@@ -35,7 +35,7 @@ from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
 
 ORDER = "order"
 AMONG_MANY, AMONG_TWO, BESIDE_ONE = "order among many", "order among two", "order beside one"
-ORDER_OF_KIND, ORDER_ALONE = "order of a kind", "order alone"
+ORDER_ALONE = "order alone"
 MANY = 4  # by chance one in 24 orders is the reverse of another
 AS_ELSEWHERE, AS_OFTEN, AS_SOMEWHERE = "as elsewhere", "as often elsewhere", "as somewhere else"
 UNLIKE_ELSEWHERE = "unlike elsewhere"
@@ -74,7 +74,7 @@ def _kind(certain: Sequence[Pair], tie: Tie, others: Sequence[Tie]) -> str | Non
     more = [o for o in others if o is not tie]
     tied = [(f.start, g.start) for o in more for f, g in zip(o.sources, o.targets)]
     if not ascending(sorted([*decided, *tied, *mine])):
-        return _order_of_a_kind(certain, tie)
+        return ORDER_ALONE if _is_ordered_apart(certain, tie) else None
     siblings = min(
         len({_beside(p.source, [f.members[0] for f in tie.sources]) for p in certain}),
         len({_beside(p.target, [g.members[0] for g in tie.targets]) for p in certain}),
@@ -101,22 +101,12 @@ def parting(paths: Sequence[str]) -> int:
     return next((k for k, names in enumerate(zip(*around)) if len(set(names)) > 1), min(map(len, around)))
 
 
-def _order_of_a_kind(certain: Sequence[Pair], tie: Tie) -> str | None:
-    """The cell of vectors that one side registers apart from its matrices, which themselves follow one order."""
+def _is_ordered_apart(certain: Sequence[Pair], tie: Tie) -> bool:
+    """Whether a tie follows the order of its kind: of matrices, or of vectors where the matrices are in order too."""
     matrices = sorted((p.source.start, p.target.start) for p in certain if p.source.rank >= 2)
     mine = [(f.start, g.start) for f, g in zip(tie.sources, tie.targets)]
     alike = [(p.source.start, p.target.start) for p in certain if min(p.source.rank, 2) == tie.rank]
-    if not ascending(sorted([*alike, *mine])):
-        return None
-    if tie.rank < 2 and not ascending(matrices):
-        return None  # what they stand before was registered in another order
-    if tie.rank >= 2 or not matrices:
-        return ORDER_ALONE
-    apart = any(
-        max(v[k] for v in mine) < min(m[k] for m in matrices) or min(v[k] for v in mine) > max(m[k] for m in matrices)
-        for k in (0, 1)
-    )
-    return ORDER_OF_KIND if apart and len(matrices) >= 3 else ORDER_ALONE
+    return ascending(sorted([*alike, *mine])) and (tie.rank >= 2 or ascending(matrices))
 
 
 def agreement(certain: Sequence[Pair]) -> int:

@@ -21,8 +21,9 @@ from lit_wsl.matching.buffers import (
     twins_of,
     unwrapped,
 )
-from lit_wsl.matching.copies import hints, one_of_copies, scaled_weights, settle
+from lit_wsl.matching.copies import one_of_copies, settle
 from lit_wsl.matching.entries import EntryWriter
+from lit_wsl.matching.hints import hints, scaled_weights
 from lit_wsl.matching.layouts import Orientation, hidden_layouts, leave_open
 from lit_wsl.matching.numbers import lists_backwards
 from lit_wsl.matching.options import MatchingOptions
@@ -262,7 +263,7 @@ def _build_lossless(
     summaries: tuple[SideSummary, SideSummary],
 ) -> TransferPlan:
     """The plan of lossless operations alone."""
-    weights_s, buffers_s, weights_t, buffers_t = split_kinds(source, target, alone=options.buffers != "exclude")
+    weights_s, buffers_s, weights_t, buffers_t = split_kinds(source, target, alone=not options.excludes_buffers)
     ties = Counter(source.tied.values())
     known = {name: count + 1 for name, count in ties.items()}
     written = source.is_module or not is_sorted(source)
@@ -312,7 +313,7 @@ def _build_lossless(
         writer.doubt(targets, candidates, reason)
     filled = writer.filled()
     rest_t = [i for i in target.parameters if i.kind == "buffer" and i.name not in filled]
-    if rest_t and options.buffers != "exclude":
+    if rest_t and not options.excludes_buffers:
         used = writer.used()
         rest_s = [i for i in source.parameters if i.name not in used]
         running = {i.name for i in buffers_s}

@@ -71,7 +71,6 @@ _TOLD = {
     "order among two": "decided by order: two decided siblings stand alike around them",
     "order beside one": "decided by order: a decided sibling stands alike beside them",
     "order alone": "decided by order alone",
-    "order of a kind": "decided by order among their kind, which one side registers apart",
     "parts spelled": "the name spells the order of the parts",
     "parts formula": "queries, keys, values stand in the order of the formula",
     "parts numbered": "the parts are numbered",

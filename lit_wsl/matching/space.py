@@ -120,7 +120,7 @@ class Space:
         self._known: dict[tuple[int, tuple[int, ...]], list[PlanEntry]] = {}
         self._pieces: dict[tuple[Any, ...], list[PlanEntry]] = {}
         self._buffers = buffers_of(source), buffers_of(target)
-        self._buffers_too = plan.options.get("buffers") != "exclude"
+        self._buffers_too = not plan.excludes_buffers
         self._claims = {t: set(e.sources) for e in plan for t in e.targets}
         self._filled = set(self._claims)  # what is not among these is open anyhow
         for doubt in plan.ambiguous:

@@ -177,7 +177,7 @@ def excluded_names(plan: PlanData, side: Side, described: ModelDescription) -> f
     """
     left = plan.unmatched(side)
     names = {item.name for item in left if item.reason in (LEFT_ALONE, ITS_PLACE) or item.reason.startswith(OUTSIDE)}
-    if plan.options.get("buffers") == "exclude":
+    if plan.excludes_buffers:
         names.update(info.name for info in described.parameters if info.kind == "buffer")
     return frozenset(names - {described.tied.get(name, name) for e in plan.entries for name in e.names(side)})
 
@@ -211,7 +211,7 @@ def measure_coverage(plan: PlanData, source: ModelDescription, target: ModelDesc
         source_buffers=_count((i for i in source.parameters if i.kind == "buffer"), used),
         target_buffers=_count((i for i in target.parameters if i.kind == "buffer"), filled),
         modules=tuple(row(module, infos) for module, infos in rows.items()),
-        buffers_asked=plan.options.get("buffers") != "exclude",
+        buffers_asked=not plan.excludes_buffers,
     )
 
 

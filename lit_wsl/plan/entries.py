@@ -273,6 +273,11 @@ class PlanData:
     def __len__(self) -> int:
         return len(self.entries)
 
+    @property
+    def excludes_buffers(self) -> bool:
+        """Whether nobody asked for buffers."""
+        return self.options.get("buffers") == "exclude"
+
     def unmatched(self, side: Side) -> tuple[Unmatched, ...]:
         """What has no partner on a side."""
         return self.unmatched_source if side == "source" else self.unmatched_target

@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pairs import NewEncoder, OldEncoder, randomise, sample
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lit_wsl import transfer_weights
 from lit_wsl.mapper import MatchingOptions, build_plan
@@ -54,6 +55,19 @@ def test_wrappers_do_not_matter(prefix):
     old, new = randomise(OldEncoder()), randomise(OldEncoder(), 1)
     transfer_weights(new, {prefix + name: t for name, t in old.state_dict().items()})
     assert torch.equal(new(sample()), old(sample()))
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("up", "down")])
+@pytest.mark.parametrize("factored", [weight_norm, spectral_norm])
+@pytest.mark.parametrize("old_is_factored", [True, False])
+def test_a_weight_is_no_factor_of_one(factored, names, old_is_factored):
+    def net(made, names):
+        return nn.ModuleDict({n: made(nn.Linear(*size)) for n, size in zip(names, ((6, 7), (7, 3)))})
+
+    old, new = net(factored, ("a", "b")), net(lambda layer: layer, names)
+    plan = plan_of(old, new) if old_is_factored else plan_of(new, old)
+    assert not any("weight" in name for entry in plan for name in entry.targets)
+    assert sum("the other a factor of one" in note for note in plan.notes) == 2
 
 
 def test_counting_from_one_does_not_shift_blocks():

@@ -342,6 +342,20 @@ def test_parts_that_are_spelled_in_another_order_are_no_copy(names, ordered):
     assert transferred(old, new, ordered=ordered) == {"block.out"}
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_queries_keys_and_values_in_another_order_are_no_copy_where_all_is_renamed(ordered):
+    parts = (("qkv", "kqv", "8 24"), ("proj", "dense", "8 8"), ("up", "fc1", "8 32"), ("down", "fc2", "32 8"))
+    old = "".join(f"blocks.{k}.{name} linear {size}\n" for k in range(2) for name, _, size in parts)
+    new = "".join(
+        f"blocks.{k}.{name} linear {size} <- {'new' if name == 'kqv' else f'blocks.{k}.{was}'}\n"
+        for k in range(2)
+        for was, name, size in parts
+    )
+    assert transferred(old, new, ordered=ordered) == {
+        f"blocks.{k}.{n}" for k in range(2) for n in ("dense", "fc1", "fc2")
+    }
+
+
 def test_norms_don_t_follow_an_order_that_their_matrices_refute():
     """The cross attention is registered first in the new block, and a norm is called after it."""
     old = "".join(
