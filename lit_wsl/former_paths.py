@@ -46,6 +46,8 @@ FORMER_PATHS = {
     "lit_wsl.report.breakdown": "lit_wsl.report.scores",
     "lit_wsl.report.folding": "lit_wsl.report.trees",
     "lit_wsl.report.gaps": "lit_wsl.report.rows",
+    "lit_wsl.report.html": "lit_wsl.report.saving",
+    "lit_wsl.report.json_report": "lit_wsl.report.saving",
     "lit_wsl.report.leftovers": "lit_wsl.report.terminal",
     "lit_wsl.report.loggers": "lit_wsl.callbacks.remarks",
     "lit_wsl.report.runners_up": "lit_wsl.report.scores",

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lit_wsl import transfer_weights
-from lit_wsl.report.html import decision_chart
+from lit_wsl.report.saving import decision_chart
 
 WIDTH = 24
 

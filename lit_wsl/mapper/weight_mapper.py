@@ -437,7 +437,7 @@ class WeightMapper(ShownInNotebooks):
         Raises:
             CheckpointError: If the file cannot be written.
         """
-        from lit_wsl.report.json_report import save_json
+        from lit_wsl.report.saving import save_json
 
         return save_json(self.result, output_path, **self._context())
 
@@ -447,7 +447,7 @@ class WeightMapper(ShownInNotebooks):
         Raises:
             CheckpointError: If the file cannot be written.
         """
-        from lit_wsl.report.html import save_html
+        from lit_wsl.report.saving import save_html
 
         return save_html(self.result, path, **self._context())
 

@@ -83,8 +83,8 @@ class TransferReport(ShownInNotebooks):
         return replace(self, warnings=self.warnings + warnings, notes=self.notes + notes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, in the layout of :func:`lit_wsl.report.json_report.report_dict`."""
-        from lit_wsl.report.json_report import report_dict
+        """The report as plain data, in the layout of :func:`lit_wsl.report.saving.report_dict`."""
+        from lit_wsl.report.saving import report_dict
 
         return report_dict(self)
 
@@ -100,7 +100,7 @@ class TransferReport(ShownInNotebooks):
         Raises:
             CheckpointError: If the file cannot be written.
         """
-        from lit_wsl.report.json_report import report_text
+        from lit_wsl.report.saving import report_text
 
         text = report_text(self)
         if path is not None:
@@ -115,7 +115,7 @@ class TransferReport(ShownInNotebooks):
         Args:
             path: Where to write it.
         """
-        from lit_wsl.report.html import save_html
+        from lit_wsl.report.saving import save_html
 
         return save_html(self, path)
 

@@ -19,7 +19,7 @@ from tiny import InInit, loader
 
 from lit_wsl import WeightTransferCallback
 from lit_wsl.callbacks.remarks import log_report, scalars
-from lit_wsl.report.json_report import SCHEMA
+from lit_wsl.report.saving import SCHEMA
 
 
 @pytest.fixture

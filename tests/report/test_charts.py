@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lit_wsl.plan.entries import Decided, Measured
-from lit_wsl.report.html import MOST, decision_chart, save_html
+from lit_wsl.report.saving import MOST, decision_chart, save_html
 
 SVG = "{http://www.w3.org/2000/svg}"
 TAKEN = Decided("order of qkv", "0, 1, 2", 1.0, "1, 0, 2", 3.0, 1e-6, taken=True)

@@ -10,7 +10,7 @@ import pytest
 
 from lit_wsl.plan.entries import PlanEntry, SideSummary
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.html import save_html
+from lit_wsl.report.saving import save_html
 from lit_wsl.report.scores import Material
 from lit_wsl.structure.description import ModelDescription, ParameterInfo
 

@@ -3,7 +3,7 @@ import json
 import jsonschema
 import pytest
 
-from lit_wsl.report.json_report import SCHEMA, report_dict, save_json
+from lit_wsl.report.saving import SCHEMA, report_dict, save_json
 
 SCHEMA_DATA = json.loads(SCHEMA.read_text())
 jsonschema.Draft202012Validator.check_schema(SCHEMA_DATA)

@@ -15,8 +15,8 @@ from lit_wsl.errors import CoverageError, MappingError
 from lit_wsl.plan.coverage import check_floor, likely_cause, measure_coverage, valid_floor
 from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, SideSummary, Unmatched
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.report.json_report import SCHEMA
 from lit_wsl.report.rows import gaps
+from lit_wsl.report.saving import SCHEMA
 from lit_wsl.structure import describe
 
 
