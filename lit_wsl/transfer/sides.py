@@ -31,7 +31,7 @@ from lit_wsl.structure.execution_order import (
     take_shapes,
 )
 from lit_wsl.structure.families import prefixes
-from lit_wsl.structure.running import has_sharded_tensors
+from lit_wsl.structure.running import Call, has_sharded_tensors
 from lit_wsl.transfer.memory import shown
 
 IN_ONE = (
@@ -42,7 +42,6 @@ IN_ONE = (
 OLD_MODEL = " It is the old model itself, where its code is still at hand."
 
 Given = str | Path | Mapping[str, Tensor] | nn.Module
-Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 Which = Literal["auto", "model", "ema"]
 Run = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], dict[str, int]]
 
