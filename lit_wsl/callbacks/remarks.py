@@ -44,19 +44,12 @@ ON_PURPOSE = "give again=True, or call transfer_weights, to fill it on purpose"
 
 @dataclass(frozen=True)
 class Shadow:
-    """A copy of the model that another callback keeps, such as the average of ``WeightAveraging``.
-
-    Attributes:
-        callback: The callback.
-        module: The copy.
-        prefix: What stands before the model's names in the copy's state dict.
-        listed_before: Whether that callback is set up before ours.
-    """
+    """A copy of the model that another callback keeps, such as the average of ``WeightAveraging``."""
 
     callback: Any
     module: nn.Module
-    prefix: str
-    listed_before: bool
+    prefix: str  # what stands before the model's names in the copy's state dict
+    listed_before: bool  # whether that callback is set up before ours
 
     def feed(self, model: nn.Module, names: tuple[str, ...]) -> None:
         """Give the copy the model's values of some tensors."""
@@ -151,17 +144,11 @@ def write_report(trainer: pl.Trainer, report: TransferReport | None) -> Path | N
 
 
 class Before(NamedTuple):
-    """What a model held before it was filled.
+    """What a model held before it was filled."""
 
-    Attributes:
-        by_hand: The modules that somebody gave weights of unknown origin.
-        trained: Whether it was trained in this process without a transfer, and loses that unasked.
-        only: The tensors that are to be filled, because they were built anew; ``None`` for all.
-    """
-
-    by_hand: list[str]
-    trained: bool
-    only: frozenset[str] | None
+    by_hand: list[str]  # the modules that somebody gave weights of unknown origin
+    trained: bool  # whether it was trained in this process without a transfer, and loses that unasked
+    only: frozenset[str] | None  # the tensors that are to be filled, because they were built anew; ``None`` for all
 
     @classmethod
     def look(cls, model: nn.Module, only: frozenset[str] | None, *, again: bool) -> Before:

@@ -30,17 +30,11 @@ from lit_wsl.structure.description import memory_of
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """A tensor of known shape and dtype whose data is read on request.
-
-    Attributes:
-        shape: its shape.
-        dtype: its dtype.
-        read: gives the tensor.
-    """
+    """A tensor of known shape and dtype whose data is read on request."""
 
     shape: torch.Size
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    read: Callable[[], Tensor]  # gives the tensor
 
     def numel(self) -> int:
         """Number of elements."""
@@ -65,27 +59,16 @@ def with_ties(tensors: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, 
 
 @dataclass(frozen=True)
 class Document:
-    """The content of a checkpoint file or folder.
+    """The content of a checkpoint file or folder."""
 
-    Attributes:
-        format: what it is, such as ``"lightning"``, ``"torch"``, ``"safetensors"``.
-        tree: nested dicts and lists; leaves are tensors, :class:`LazyTensor`, plain values and inert records.
-        stubbed: dotted names of foreign classes and functions that became inert records.
-        notes: remarks for the report.
-        metadata: the ``__metadata__`` of a safetensors file.
-        lossy: whether writing the tree again would lose something of the file.
-        lazy: whether the tree holds lazy tensors.
-        keep: what holds the files, where they are a temporary copy.
-    """
-
-    format: str
-    tree: Any
-    stubbed: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    metadata: Mapping[str, str] | None = None
-    lossy: bool = False
-    lazy: bool = False
-    keep: Any = None
+    format: str  # what it is, such as ``"lightning"``, ``"torch"``, ``"safetensors"``
+    tree: Any  # nested dicts and lists; leaves are tensors, :class:`LazyTensor`, plain values and inert records
+    stubbed: tuple[str, ...] = ()  # dotted names of foreign classes and functions that became inert records
+    notes: tuple[str, ...] = ()  # remarks for the report
+    metadata: Mapping[str, str] | None = None  # the ``__metadata__`` of a safetensors file
+    lossy: bool = False  # whether writing the tree again would lose something of the file
+    lazy: bool = False  # whether the tree holds lazy tensors
+    keep: Any = None  # what holds the files, where they are a temporary copy
 
     def read(self, part: Any) -> Any:
         """Read the lazy tensors of a part of the tree, if the reader makes any."""

@@ -29,17 +29,11 @@ _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 
 @dataclass(frozen=True)
 class Member:
-    """One member of the archive.
+    """One member of the archive."""
 
-    Attributes:
-        offset: where its bytes begin in the data.
-        size: their number.
-        crc: CRC-32 that the archive states for them.
-    """
-
-    offset: int
+    offset: int  # where its bytes begin in the data
     size: int
-    crc: int
+    crc: int  # CRC-32 that the archive states for them
 
 
 @dataclass(frozen=True)

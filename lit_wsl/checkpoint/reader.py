@@ -36,17 +36,11 @@ _COLLAPSED = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):/(?!/)")
 
 @dataclass(frozen=True)
 class Local:
-    """Where the content of a path or an address can be read.
+    """Where the content of a path or an address can be read."""
 
-    Attributes:
-        path: The file or folder on this machine.
-        shown: What to call it: the path, or the address, as it was given.
-        keep: What holds a temporary copy; the copy goes when this does.
-    """
-
-    path: Path
-    shown: Path | str
-    keep: Any = None
+    path: Path  # the file or folder on this machine
+    shown: Path | str  # what to call it: the path, or the address, as it was given
+    keep: Any = None  # what holds a temporary copy; the copy goes when this does
 
     @contextmanager
     def called_as_given(self) -> Iterator[None]:

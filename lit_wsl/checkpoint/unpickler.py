@@ -330,21 +330,13 @@ OPERATIONS: Mapping[int, Callable[[Any], None]] = _U.dispatch
 
 @dataclass(frozen=True)
 class Unpickled:
-    """What one pickle holds.
+    """What one pickle holds."""
 
-    Attributes:
-        value: the tree; tensors over the file's storages, plain containers and inert records.
-        stubbed: dotted names of the foreign classes and functions in it, sorted.
-        known: dotted names of the allowed ones, sorted.
-        end: where in the data the pickle ends.
-        lossy: whether something was dropped that writing the tree again would not bring back.
-    """
-
-    value: Any
-    stubbed: tuple[str, ...]
-    known: tuple[str, ...]
-    end: int
-    lossy: bool
+    value: Any  # the tree; tensors over the file's storages, plain containers and inert records
+    stubbed: tuple[str, ...]  # dotted names of the foreign classes and functions in it, sorted
+    known: tuple[str, ...]  # dotted names of the allowed ones, sorted
+    end: int  # where in the data the pickle ends
+    lossy: bool  # whether something was dropped that writing the tree again would not bring back
 
 
 def unpickle(data: memoryview | bytes, start: int = 0, load_storage: LoadStorage | None = None) -> Unpickled:

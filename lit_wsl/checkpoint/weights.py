@@ -88,19 +88,12 @@ MAX_NEST = 6
 
 @dataclass(frozen=True)
 class Nest:
-    """A place in the tree that holds named tensors.
+    """A place in the tree that holds named tensors."""
 
-    Attributes:
-        path: the keys that lead there.
-        tensors: names and tensors.
-        extra: its entries that are no tensors, such as ``_extra_state``.
-        module: whether it is a whole pickled module.
-    """
-
-    path: tuple[str, ...]
-    tensors: dict[str, Leaf]
-    extra: dict[Any, Any] = field(default_factory=dict)
-    module: bool = False
+    path: tuple[str, ...]  # the keys that lead there
+    tensors: dict[str, Leaf]  # names and tensors
+    extra: dict[Any, Any] = field(default_factory=dict)  # its entries that are no tensors, such as ``_extra_state``
+    module: bool = False  # whether it is a whole pickled module
 
     @property
     def numel(self) -> int:

@@ -131,25 +131,15 @@ CHUNK = 1 << 22  # elements compared at a time; bounds the memory
 
 @dataclass(frozen=True)
 class Difference:
-    """How one tensor differs.
-
-    Attributes:
-        name: Its name.
-        kind: ``"equal"``, ``"values"``, ``"shape"``, ``"dtype"``, ``"only in first"`` or ``"only in second"``.
-        detail: Shapes or dtypes where these differ.
-        changed: Number of elements that differ.
-        of: Number of elements.
-        largest: Largest absolute difference; infinite where only one side is finite.
-        relative: Norm of the difference over the norm of the first.
-    """
+    """How one tensor differs."""
 
     name: str
-    kind: str
-    detail: str = ""
-    changed: int = 0
-    of: int = 0
-    largest: float = 0.0
-    relative: float = 0.0
+    kind: str  # ``"equal"``, ``"values"``, ``"shape"``, ``"dtype"``, ``"only in first"`` or ``"only in second"``
+    detail: str = ""  # shapes or dtypes where these differ
+    changed: int = 0  # number of elements that differ
+    of: int = 0  # number of elements
+    largest: float = 0.0  # largest absolute difference; infinite where only one side is finite
+    relative: float = 0.0  # norm of the difference over the norm of the first
 
 
 def diff(options: Any) -> int:

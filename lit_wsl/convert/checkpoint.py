@@ -106,17 +106,11 @@ TRAINING = frozenset({"optimizer_states", "lr_schedulers", "callbacks"})  # what
 
 @dataclass(frozen=True)
 class Kept:
-    """How much of a checkpoint goes into the new one, as :func:`convert_checkpoint` says.
+    """How much of a checkpoint goes into the new one, as :func:`convert_checkpoint` says."""
 
-    Attributes:
-        drop: Entries that stay behind.
-        weights_only: Whether optimizers, schedulers and callbacks do.
-        foreign: Whether calls of foreign functions come along.
-    """
-
-    drop: Sequence[str] = ()
-    weights_only: bool = False
-    foreign: bool = False
+    drop: Sequence[str] = ()  # entries that stay behind
+    weights_only: bool = False  # whether optimizers, schedulers and callbacks do
+    foreign: bool = False  # whether calls of foreign functions come along
 
 
 def convert_checkpoint(

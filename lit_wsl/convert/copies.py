@@ -40,17 +40,11 @@ def spell(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """What could not be converted.
+    """What could not be converted."""
 
-    Attributes:
-        path: Where it is.
-        text: Why.
-        grave: Whether the new model would continue with something wrong; else it is worth a note.
-    """
-
-    path: Path
-    text: str
-    grave: bool
+    path: Path  # where it is
+    text: str  # why
+    grave: bool  # whether the new model would continue with something wrong; else it is worth a note
 
     def __str__(self) -> str:
         return f"{spell(self.path)!r} {self.text}"
@@ -64,20 +58,13 @@ class Problem:
 
 @dataclass
 class CopyConverter:
-    """Goes through the entries of a checkpoint and gives those that speak of the old model under the new names.
+    """Goes through the entries of a checkpoint and gives those that speak of the old model under the new names."""
 
-    Attributes:
-        sides: The plan with both of its sides.
-        sharded: Whether the run holds the model in parts, into which no copy is restored.
-        notes: Remarks.
-        problems: What could not be converted, in order.
-        groups: Where parameter groups are written down by name: the place, and the old and new names of each group.
-    """
-
-    sides: Translation
-    sharded: bool = False
-    notes: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    sides: Translation  # the plan with both of its sides
+    sharded: bool = False  # whether the run holds the model in parts, into which no copy is restored
+    notes: list[str] = field(default_factory=list)  # remarks
+    problems: list[Problem] = field(default_factory=list)  # what could not be converted, in order
+    # where parameter groups are written down by name: the place, and the old and new names of each group
     groups: list[tuple[Path, list[list[str]], list[list[str]]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -40,39 +40,26 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class CarryOptions:
-    """What the user decides about optimizers that are resumed.
+    """What the user decides about optimizers that are resumed."""
 
-    Attributes:
-        parameter_names: For each optimizer of the checkpoint the old names in index order, where they can't be
-            inferred.
-        on_lost: What to do where a state can't go through the operation of its parameter: ``"refuse"``, or
-            ``"initialize"`` it as that of a new parameter (it is left out, and the optimizer starts it at its first
-            step).
-        settings: Whose weight decays, betas, ... hold where both sides differ.
-        schedule: Whose learning rates and schedulers hold.
-    """
-
+    # for each optimizer of the checkpoint the old names in index order, where they can't be inferred
     parameter_names: Sequence[Sequence[str] | None] | None = None
+    # what to do where a state can't go through the operation of its parameter: ``"refuse"``, or ``"initialize"`` it as
+    # that of a new parameter (it is left out, and the optimizer starts it at its first step)
     on_lost: OnLost = "refuse"
-    settings: Wins = "checkpoint"
-    schedule: Wins = "checkpoint"
+    settings: Wins = "checkpoint"  # whose weight decays, betas, ... hold where both sides differ
+    schedule: Wins = "checkpoint"  # whose learning rates and schedulers hold
 
 
 @dataclass(frozen=True)
 class Carried:
-    """Optimizers of the new run, with the states of the old one.
+    """Optimizers of the new run, with the states of the old one."""
 
-    Attributes:
-        states: Their state dicts, in the new run's order.
-        notes: Remarks for the report.
-        origins: For each of them and each of its groups the old group that its settings come from, if any.
-        optimizers: The saved optimizers.
-    """
-
-    states: list[dict[str, Any]]
-    notes: list[str]
+    states: list[dict[str, Any]]  # their state dicts, in the new run's order
+    notes: list[str]  # remarks for the report
+    # for each of them and each of its groups the old group that its settings come from, if any
     origins: list[list[Place | None]]
-    optimizers: list[SavedOptimizer]
+    optimizers: list[SavedOptimizer]  # the saved optimizers
 
 
 def convert_optimizers(

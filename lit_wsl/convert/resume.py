@@ -63,17 +63,11 @@ _OLDEST = "0.9.0"  # a version of Lightning before all its migrations
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """What of a checkpoint a run resumes.
+    """What of a checkpoint a run resumes."""
 
-    Attributes:
-        mode: ``"optimizer"`` or ``"all"``.
-        carry: What the user decides about optimizers.
-        drop: Entries of the checkpoint that are left out.
-    """
-
-    mode: Literal["optimizer", "all"]
-    carry: CarryOptions = field(default_factory=CarryOptions)
-    drop: tuple[str, ...] = ()
+    mode: Literal["optimizer", "all"]  # ``"optimizer"`` or ``"all"``
+    carry: CarryOptions = field(default_factory=CarryOptions)  # what the user decides about optimizers
+    drop: tuple[str, ...] = ()  # entries of the checkpoint that are left out
 
 
 class Resume:

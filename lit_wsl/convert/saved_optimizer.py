@@ -33,35 +33,23 @@ Wins = Literal["checkpoint", "run"]
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """One parameter group of a saved optimizer.
+    """One parameter group of a saved optimizer."""
 
-    Attributes:
-        indices: The keys of its parameters in the state, in order: numbers, or names in files of sharded strategies.
-        settings: Learning rate and all else.
-        names: ``param_names``, if the file has them.
-    """
-
+    # the keys of its parameters in the state, in order: numbers, or names in files of sharded strategies
     indices: tuple[Hashable, ...]
-    settings: Mapping[str, Any]
-    names: tuple[str, ...] | None = None
+    settings: Mapping[str, Any]  # learning rate and all else
+    names: tuple[str, ...] | None = None  # ``param_names``, if the file has them
 
 
 @dataclass(frozen=True)
 class SavedOptimizer:
-    """One optimizer's state dict, taken apart.
+    """One optimizer's state dict, taken apart."""
 
-    Attributes:
-        label: What to call it in messages.
-        state: Index -> the state of one parameter.
-        groups: Its parameter groups.
-        rest: What else is in the state dict.
-        wide: Key of a state -> whether it has more than one element for some parameter; empty where none has.
-    """
-
-    label: str
-    state: Mapping[Hashable, Mapping[str, Any]]
-    groups: tuple[SavedGroup, ...]
-    rest: Mapping[str, Any]
+    label: str  # what to call it in messages
+    state: Mapping[Hashable, Mapping[str, Any]]  # index -> the state of one parameter
+    groups: tuple[SavedGroup, ...]  # its parameter groups
+    rest: Mapping[str, Any]  # what else is in the state dict
+    # key of a state -> whether it has more than one element for some parameter; empty where none has
     wide: Mapping[str, bool]
 
     @classmethod
@@ -169,17 +157,11 @@ _NO_SETTINGS = frozenset({"params", "param_names"})
 
 @dataclass(frozen=True)
 class NewGroup:
-    """A parameter group of the new model's optimizer.
+    """A parameter group of the new model's optimizer."""
 
-    Attributes:
-        names: Its parameters in order.
-        settings: Its settings in the new run, ``None`` where no optimizer is at hand.
-        optimizer: The optimizer, where it is at hand.
-    """
-
-    names: tuple[str, ...]
-    settings: Mapping[str, Any] | None = None
-    optimizer: Optimizer | None = field(default=None, repr=False, compare=False)
+    names: tuple[str, ...]  # its parameters in order
+    settings: Mapping[str, Any] | None = None  # its settings in the new run, ``None`` where no optimizer is at hand
+    optimizer: Optimizer | None = field(default=None, repr=False, compare=False)  # the optimizer, where it is at hand
 
     @property
     def constants(self) -> frozenset[str]:
@@ -195,19 +177,12 @@ class NewGroup:
 
 @dataclass(frozen=True)
 class NewOrder:
-    """The new model's parameters, in registration order, tied ones once.
-
-    Attributes:
-        names: All of them.
-        frozen: Those that don't require gradients, where that is known.
-        known: Whether frozen parameters are known at all (a model was given).
-        groups: The groups of the new run's optimizers, where these are known.
-    """
+    """The new model's parameters, in registration order, tied ones once."""
 
     names: tuple[str, ...]
-    frozen: frozenset[str] = frozenset()
-    known: bool = False
-    groups: Sequence[Sequence[NewGroup]] | None = None
+    frozen: frozenset[str] = frozenset()  # those that don't require gradients, where that is known
+    known: bool = False  # whether frozen parameters are known at all (a model was given)
+    groups: Sequence[Sequence[NewGroup]] | None = None  # the groups of the new run's optimizers, where these are known
 
 
 def rate_keys(*groups: Mapping[str, Any]) -> frozenset[str]:

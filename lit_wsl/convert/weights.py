@@ -235,21 +235,13 @@ def _step(operation: Operation, factors: list[Tensor], shapes: list[Shape], key:
 
 @dataclass(frozen=True)
 class Translation:
-    """A plan with the checkpoint that it takes from and the model that it fills, each described once.
+    """A plan with the checkpoint that it takes from and the model that it fills, each described once."""
 
-    Attributes:
-        checkpoint: The old checkpoint.
-        plan: From the old model to the new.
-        target: The new model, where it is known; it may be on the meta device.
-        old: What is known of the checkpoint.
-        new: What is known of the new model.
-    """
-
-    checkpoint: Checkpoint
-    plan: TransferPlan
-    target: nn.Module | None
-    old: ModelDescription
-    new: ModelDescription | None
+    checkpoint: Checkpoint  # the old checkpoint
+    plan: TransferPlan  # from the old model to the new
+    target: nn.Module | None  # the new model, where it is known; it may be on the meta device
+    old: ModelDescription  # what is known of the checkpoint
+    new: ModelDescription | None  # what is known of the new model
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, plan: TransferPlan, target: nn.Module | None = None) -> Translation:

@@ -39,15 +39,10 @@ from lit_wsl.structure.running import as_call
 
 @dataclass(frozen=True)
 class Group:
-    """The tensors of one module.
+    """The tensors of one module."""
 
-    Attributes:
-        module_path: Dotted path of the module.
-        params: Kind of tensor (``"weight"``, ``"bias"``, ``"running_mean"``) -> the tensor.
-    """
-
-    module_path: str
-    params: Mapping[str, ParameterInfo]
+    module_path: str  # dotted path of the module
+    params: Mapping[str, ParameterInfo]  # kind of tensor (``"weight"``, ``"bias"``, ``"running_mean"``) -> the tensor
 
     @property
     def param_types(self) -> frozenset[str]:
@@ -57,23 +52,14 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class HierarchyNode:
-    """A module in the tree of modules.
+    """A module in the tree of modules."""
 
-    Attributes:
-        name: Last part of its path; ``""`` for the root.
-        full_path: Dotted path.
-        depth: Number of modules above it.
-        parent: The module that holds it.
-        parameter_group: Its own tensors, if it has any.
-        children: Name -> module inside it.
-    """
-
-    name: str
-    full_path: str
-    depth: int
-    parent: HierarchyNode | None = field(repr=False)
-    parameter_group: Group | None = field(default=None, repr=False)
-    children: Mapping[str, HierarchyNode] = field(default_factory=dict, repr=False)
+    name: str  # last part of its path; ``""`` for the root
+    full_path: str  # dotted path
+    depth: int  # number of modules above it
+    parent: HierarchyNode | None = field(repr=False)  # the module that holds it
+    parameter_group: Group | None = field(default=None, repr=False)  # its own tensors, if it has any
+    children: Mapping[str, HierarchyNode] = field(default_factory=dict, repr=False)  # name -> module inside it
 
     def walk(self) -> Iterator[HierarchyNode]:
         """The node and all below it, parents first."""

@@ -40,21 +40,13 @@ PROPOSERS: tuple[tuple[str, Propose], ...] = (  # in the order in which they are
 
 @dataclass(frozen=True)
 class _State:
-    """What has been decided so far.
+    """What has been decided so far."""
 
-    Attributes:
-        changes: The changes taken.
-        source: The source as it would be with them.
-        plan: The plan from that source.
-        reasons: Why tensors that an adaptation looked at stay out.
-        done: The adaptations that found something to do.
-    """
-
-    changes: tuple[Change, ...]
-    source: ModelDescription
-    plan: TransferPlan
-    reasons: dict[str, str]
-    done: frozenset[str] = frozenset()
+    changes: tuple[Change, ...]  # the changes taken
+    source: ModelDescription  # the source as it would be with them
+    plan: TransferPlan  # the plan from that source
+    reasons: dict[str, str]  # why tensors that an adaptation looked at stay out
+    done: frozenset[str] = frozenset()  # the adaptations that found something to do
 
 
 def adapt_plan(

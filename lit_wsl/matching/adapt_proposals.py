@@ -23,23 +23,16 @@ from lit_wsl.structure.description import ModelDescription, ParameterGroup, Para
 
 @dataclass(frozen=True)
 class Change:
-    """One adaptation of one unit of the source.
+    """One adaptation of one unit of the source."""
 
-    Attributes:
-        sources: The real tensors, in the order in which the operation takes them.
-        made: The pretended tensors, in the order in which the operation gives them; the first bears the name of the
-            real tensor in whose place it stands.
-        operations: What takes the ones into the others, in order.
-        reason: What is done to the values, in words.
-        dropped: Real tensors that nothing needs any more.
-        partners: Names of the targets each pretended tensor was meant for; empty if any may be right.
-    """
-
-    sources: tuple[str, ...]
+    sources: tuple[str, ...]  # the real tensors, in the order in which the operation takes them
+    # the pretended tensors, in the order in which the operation gives them; the first bears the name of the real tensor
+    # in whose place it stands
     made: tuple[ParameterInfo, ...]
-    operations: tuple[Operation, ...]
-    reason: str
-    dropped: tuple[str, ...] = ()
+    operations: tuple[Operation, ...]  # what takes the ones into the others, in order
+    reason: str  # what is done to the values, in words
+    dropped: tuple[str, ...] = ()  # real tensors that nothing needs any more
+    # names of the targets each pretended tensor was meant for; empty if any may be right
     partners: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -65,19 +58,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Proposals:
-    """What an adaptation proposes.
-
-    Attributes:
-        changes: The changes.
-        reasons: Why tensors that look like a case for it are none: by name in the source, or ``->name`` in the target.
-        whole: Whether the changes make sense together only.
-        others: Other choices of changes that are as likely.
-    """
+    """What an adaptation proposes."""
 
     changes: tuple[Change, ...] = ()
+    # why tensors that look like a case for it are none: by name in the source, or ``->name`` in the target
     reasons: Mapping[str, str] = field(default_factory=dict)
-    whole: bool = False
-    others: tuple[tuple[Change, ...], ...] = ()
+    whole: bool = False  # whether the changes make sense together only
+    others: tuple[tuple[Change, ...], ...] = ()  # other choices of changes that are as likely
 
 
 Propose = Callable[[TransferPlan, ModelDescription, ModelDescription], Proposals]
@@ -236,17 +223,11 @@ def partial_head(plan: TransferPlan, source: ModelDescription, target: ModelDesc
 
 @dataclass(frozen=True)
 class _Head:
-    """A linear map that could be a head.
+    """A linear map that could be a head."""
 
-    Attributes:
-        weight: Its weight, ``(classes, ...)``.
-        tensors: The weight, and the bias if there is one.
-        last: Whether no matched weight comes after it.
-    """
-
-    weight: ParameterInfo
-    tensors: tuple[ParameterInfo, ...]
-    last: bool
+    weight: ParameterInfo  # its weight, ``(classes, ...)``
+    tensors: tuple[ParameterInfo, ...]  # the weight, and the bias if there is one
+    last: bool  # whether no matched weight comes after it
 
 
 def _heads(free: Sequence[ParameterInfo], side: ModelDescription, matched: Mapping[str, object]) -> list[_Head]:
@@ -284,25 +265,16 @@ _NUMBERED = re.compile(r"[A-Za-z_]+?(\d+)$")
 
 @dataclass(frozen=True)
 class NormOf:
-    """A batch norm and the map whose outputs it takes.
+    """A batch norm and the map whose outputs it takes."""
 
-    Attributes:
-        mean: Running mean, ``(C,)``.
-        var: Running variance, ``(C,)``.
-        gamma: Scale, ``(C,)``; ``None`` with ``beta`` for a norm without.
-        beta: Shift, ``(C,)``.
-        weight: Weight of the map before, with C outputs along axis 0; ``None`` if none stands directly before.
-        bias: Its bias.
-        others: Names of what else the norm holds: a counter.
-    """
-
-    mean: ParameterInfo
-    var: ParameterInfo
-    gamma: ParameterInfo | None
-    beta: ParameterInfo | None
+    mean: ParameterInfo  # running mean, ``(C,)``
+    var: ParameterInfo  # running variance, ``(C,)``
+    gamma: ParameterInfo | None  # scale, ``(C,)``; ``None`` with ``beta`` for a norm without
+    beta: ParameterInfo | None  # shift, ``(C,)``
+    # weight of the map before, with C outputs along axis 0; ``None`` if none stands directly before
     weight: ParameterInfo | None
     bias: ParameterInfo | None
-    others: tuple[str, ...]
+    others: tuple[str, ...]  # names of what else the norm holds: a counter
 
 
 def norms_behind(side: ModelDescription) -> list[NormOf]:

@@ -118,33 +118,19 @@ class Outcome:
 
 @dataclass
 class Evidence:
-    """What a first pass over the models tells the second: orientation, order, and the parts of other blocks.
+    """What a first pass over the models tells the second: orientation, order, and the parts of other blocks."""
 
-    Attributes:
-        exact_matrices: Matched non-square matrices of the same shape.
-        turned_matrices: Matched matrices that only fit transposed.
-        agreement: By region, how well the order of its decided siblings agrees.
-        learned: What pairs tell of others.
-        regions: The regions so far, by the identity of their items: what is known of one holds in every pass.
-    """
-
-    exact_matrices: int = 0
-    turned_matrices: int = 0
+    exact_matrices: int = 0  # matched non-square matrices of the same shape
+    turned_matrices: int = 0  # matched matrices that only fit transposed
+    # by region, how well the order of its decided siblings agrees
     agreement: dict[tuple[int, int], Kept] = field(default_factory=dict)
-    learned: Learned = field(default_factory=Learned)
+    learned: Learned = field(default_factory=Learned)  # what pairs tell of others
+    # the regions so far, by the identity of their items: what is known of one holds in every pass
     regions: dict[tuple[int, int, bool], Region] = field(default_factory=dict)
 
 
 class Aligner:
-    """Aligns two trees once, with the evidence of an earlier pass.
-
-    Args:
-        options: How to match.
-        builder: The builder of both trees.
-        evidence: What earlier passes learned.
-        forbidden: Whether two paths must not match (incompatible pairs).
-        sides: What is known of the two sides as wholes.
-    """
+    """Aligns two trees once, with the evidence of an earlier pass."""
 
     def __init__(
         self, options: MatchingOptions, builder: TreeBuilder, evidence: Evidence, forbidden: Forbidden, sides: Sides
@@ -228,12 +214,7 @@ class Aligner:
 
 
 class RegionMatch:
-    """Matches the inside of a pair.
-
-    Args:
-        aligner: What is known of the pair of models.
-        region: Where.
-    """
+    """Matches the inside of a pair."""
 
     def __init__(self, aligner: Aligner, region: Region) -> None:
         self.aligner = aligner

@@ -81,12 +81,7 @@ class Bench:
         return self.falls(self.losses(plan)) and not (restless and self.gain(state, losses) >= DOUBT)
 
     def gain(self, state: Mapping[str, Tensor], losses: Sequence[float]) -> float:
-        """What share of the fall of the loss a step down its gradient adds.
-
-        Args:
-            state: Weights, by name.
-            losses: Of these weights.
-        """
+        """What share of the fall of the loss a step down its gradient adds."""
         fall = mean(self.fresh) - mean(losses)
         return self._gain(state) / fall if fall > 0 else math.inf
 

@@ -31,20 +31,13 @@ COPY = "stands in a copy of what is taken; source_prefix takes another"
 
 @dataclass(frozen=True)
 class Copies:
-    """What is taken of a checkpoint that holds copies of one network.
+    """What is taken of a checkpoint that holds copies of one network."""
 
-    Attributes:
-        others: Places of the copies that take no part in the matching, with a dot at their ends.
-        told: Whether names tell which one does.
-        reason: Why those of the others found no partner.
-        note: What to tell of them.
-        twins: Name in the copy that is taken -> names in the others.
-    """
-
-    others: tuple[str, ...]
-    told: bool
-    reason: str
-    note: str
+    others: tuple[str, ...]  # places of the copies that take no part in the matching, with a dot at their ends
+    told: bool  # whether names tell which one does
+    reason: str  # why those of the others found no partner
+    note: str  # what to tell of them
+    # name in the copy that is taken -> names in the others
     twins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 

@@ -94,14 +94,10 @@ Sources = tuple[tuple[tuple[ParameterInfo, ...], tuple[Operation, ...]], ...]
 
 @dataclass(frozen=True)
 class Alignment:
-    """The outcome of the passes, in terms of the tensors themselves.
+    """The outcome of the passes, in terms of the tensors themselves."""
 
-    Attributes:
-        matches: Source tensors, target tensors, the match.
-        doubts: Target tensors, candidates (source tensors and operations), the reason.
-    """
-
-    matches: tuple[Matched, ...]
+    matches: tuple[Matched, ...]  # source tensors, target tensors, the match
+    # target tensors, candidates (source tensors and operations), the reason
     doubts: tuple[tuple[tuple[ParameterInfo, ...], Sources, str], ...]
 
 
@@ -428,16 +424,7 @@ def align(
     norms: tuple[Container[str], Container[str]],
     paths: Paths | None = None,
 ) -> Alignment:
-    """Align two sides, twice: the first time tells what order, orientation and other blocks are worth.
-
-    Args:
-        source: Its weights.
-        target: Its weights.
-        options: How to match.
-        sides: What is known of the two: ties and order.
-        norms: Paths of the norms that keep running statistics, source and target.
-        paths: The relative paths of just these weights (:func:`unwrapped`), where they are known.
-    """
+    """Align two sides, twice: the first time tells what order, orientation and other blocks are worth."""
     if not source or not target:
         return Alignment((), ())
     builder = TreeBuilder()

@@ -53,11 +53,7 @@ class ScoreBreakdown:
 
 
 class Context:
-    """What the matches of two models tell about any pair of their tensors: which words and modules became which.
-
-    Args:
-        matches: The names of the sources and the targets of each match.
-    """
+    """What the matches of two models tell about any pair of their tensors: which words and modules became which."""
 
     def __init__(self, matches: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
         rows = list(matches)

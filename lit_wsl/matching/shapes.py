@@ -92,12 +92,7 @@ Forbidden = Callable[[str, str], bool]
 
 
 class PairCosts:
-    """Costs of pairs in one pair of models.
-
-    Args:
-        forbidden: Whether two paths must not match.
-        turned: Whether the pair stores its matrices the other way round.
-    """
+    """Costs of pairs in one pair of models."""
 
     def __init__(self, forbidden: Forbidden, turned: bool) -> None:
         self.forbidden = forbidden

@@ -230,15 +230,11 @@ _GUARD = "\0"  # put before digits that must not be folded; no plain name holds 
 
 @dataclass(frozen=True)
 class Line:
-    """What one line of a plan file stands for.
+    """What one line of a plan file stands for."""
 
-    Attributes:
-        sides: For each side of the rows either a pattern, or the exact names where they cannot be one.
-        members: Positions of the rows, in the order in which the patterns expand.
-    """
-
+    # for each side of the rows either a pattern, or the exact names where they cannot be one
     sides: tuple[str | tuple[str, ...], ...]
-    members: tuple[int, ...]
+    members: tuple[int, ...]  # positions of the rows, in the order in which the patterns expand
 
 
 def fold_rows(rows: Sequence[tuple[tuple[str, ...], ...]], keys: Sequence[Hashable]) -> tuple[list[Line], Order]:
@@ -278,9 +274,6 @@ def registration_order(names: Sequence[str]) -> list[int]:
 
     Modules register their tensors depth first, so the names of a module stand together, children in the order in which
     they first appear; numbered children ascend, as those of ``ModuleList`` and ``Sequential`` do.
-
-    Returns:
-        Positions in ``names``.
 
     >>> names = ["b.0.q", "b.1.q", "b.0.k", "b.1.k", "head"]
     >>> [names[i] for i in registration_order(names)]

@@ -44,35 +44,22 @@ MEAN_STATISTICS = (
 
 @dataclass(frozen=True)
 class AlignOptions:
-    """How to match and merge.
+    """How to match and merge."""
 
-    Attributes:
-        on: what is compared, and aligned for the comparison: task vectors, or the weights themselves.
-        max_iter: maximum number of sweeps for each start of the matching.
-        seed: of its random orders.
-        restarts: further starts, see :func:`weight_matching`.
-        spectra: also the metrics that need singular value decompositions.
-        merge: how to merge the aligned models; None for not at all.
-        merge_scale: factor of each task vector in task arithmetic; None for one over their number.
-        merge_weights: how much each model counts in the merged one, the reference first, relative to their sum; None
-            for equally.
-        matching: how whole weights are matched: on weights, or in the way that merges best on data
-            (:func:`best_matching`), which :func:`align` is then given.
-        device: where similarity matrices are computed.
-        progress: show a progress bar; None for only on a terminal.
-    """
-
-    on: On = "task_vectors"
-    max_iter: int = 100
-    seed: int = 0
-    restarts: int = 2
-    spectra: bool = True
-    merge: Merge | None = None
-    merge_scale: float | None = None
+    on: On = "task_vectors"  # what is compared, and aligned for the comparison: task vectors, or the weights themselves
+    max_iter: int = 100  # maximum number of sweeps for each start of the matching
+    seed: int = 0  # of its random orders
+    restarts: int = 2  # further starts, see :func:`weight_matching`
+    spectra: bool = True  # also the metrics that need singular value decompositions
+    merge: Merge | None = None  # how to merge the aligned models; None for not at all
+    merge_scale: float | None = None  # factor of each task vector in task arithmetic; None for one over their number
+    # how much each model counts in the merged one, the reference first, relative to their sum; None for equally
     merge_weights: tuple[float, ...] | None = None
+    # how whole weights are matched: on weights, or in the way that merges best on data (:func:`best_matching`), which
+    # :func:`align` is then given
     matching: Matching = "weights"
-    device: str | None = None
-    progress: bool | None = None
+    device: str | None = None  # where similarity matrices are computed
+    progress: bool | None = None  # show a progress bar; None for only on a terminal
 
     def __post_init__(self) -> None:
         for name, kind in (("on", On), ("merge", Merge), ("matching", Matching)):
@@ -111,22 +98,15 @@ SHOWN, METRICS = 20, ("cosine", "l2", "sign_conflict")
 
 @dataclass(frozen=True, repr=False)
 class Aligned:
-    """One model next to the reference.
+    """One model next to the reference."""
 
-    Attributes:
-        before: metrics against the reference as the model came.
-        after: metrics after the alignment; None where it was not aligned.
-        compared: the permutations that ``after`` speaks of (found on ``on``).
-        on_weights: the permutations found on whole weights, which every merge uses.
-        state_dict: the whole weights in the reference's order, found on whole weights; the function is the same.
-        task_vector: the task vector, aligned by ``compared``; None without a pretrained model.
-    """
-
-    before: VectorComparison
-    after: VectorComparison | None = None
-    compared: MatchingResult | None = None
-    on_weights: MatchingResult | None = None
+    before: VectorComparison  # metrics against the reference as the model came
+    after: VectorComparison | None = None  # metrics after the alignment; None where it was not aligned
+    compared: MatchingResult | None = None  # the permutations that ``after`` speaks of (found on ``on``)
+    on_weights: MatchingResult | None = None  # the permutations found on whole weights, which every merge uses
+    # the whole weights in the reference's order, found on whole weights; the function is the same
     state_dict: dict[str, Tensor] | None = None
+    # the task vector, aligned by ``compared``; None without a pretrained model
     task_vector: dict[str, Tensor] | None = None
 
     def __repr__(self) -> str:

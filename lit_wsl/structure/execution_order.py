@@ -137,15 +137,10 @@ class _FirstUse(TorchFunctionMode):
 
 
 class Step(NamedTuple):
-    """A step of a LightningModule on a batch that only it can unpack: a sample call whose one argument this is.
+    """A step of a LightningModule on a batch that only it can unpack: a sample call whose one argument this is."""
 
-    Attributes:
-        name: The method, such as ``training_step``.
-        batch: The batch.
-    """
-
-    name: str
-    batch: Any
+    name: str  # the method, such as ``training_step``
+    batch: Any  # the batch
 
 
 def step_of(args: Sequence[Any]) -> Step | None:

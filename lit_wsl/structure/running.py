@@ -71,17 +71,11 @@ def cuda_devices(module: nn.Module | None) -> list[int]:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What can be said and done about a module while it is kept as it was.
+    """What can be said and done about a module while it is kept as it was."""
 
-    Attributes:
-        wrote: Tells whether an operation wrote to one of its tensors.
-        put_back: Puts attributes, containers and buffers back for another run in eval mode.
-        numbers: States of the generators of Python and NumPy at the start.
-    """
-
-    wrote: Callable[[], bool]
-    put_back: Callable[[], None]
-    numbers: tuple[Any, Any]
+    wrote: Callable[[], bool]  # tells whether an operation wrote to one of its tensors
+    put_back: Callable[[], None]  # puts attributes, containers and buffers back for another run in eval mode
+    numbers: tuple[Any, Any]  # states of the generators of Python and NumPy at the start
 
 
 @contextmanager
@@ -363,15 +357,11 @@ Trace = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a model.
+    """One run of a model."""
 
-    Attributes:
-        outputs: The floating-point tensors it returned, in order.
-        trace: Sorted values of the first output of each leaf module, in order of execution. Sorted, so that layouts
-            (channels first or last, a token axis before or after a batch axis) compare equal.
-    """
-
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]  # the floating-point tensors it returned, in order
+    # sorted values of the first output of each leaf module, in order of execution. Sorted, so that layouts (channels
+    # first or last, a token axis before or after a batch axis) compare equal.
     trace: Trace
 
 

@@ -36,42 +36,26 @@ from lit_wsl.transfer.undo import UndoLog, only_filler
 
 @dataclass(frozen=True)
 class OnData:
-    """A way to measure the model's loss.
+    """A way to measure the model's loss."""
 
-    Attributes:
-        loss: ``loss(model, batch)``, a scalar, the lower the better.
-        batches: The batches.
-        count: Maximum number of batches.
-        seconds: Most time.
-        world: What to stand in while the loss is measured.
-        shown: Shows how far the trials are; yields what to call with the passes so far, or ``None``.
-    """
-
-    loss: Loss
+    loss: Loss  # ``loss(model, batch)``, a scalar, the lower the better
     batches: Iterable[Any]
-    count: int = 8
-    seconds: float = 60.0
-    world: Callable[[], AbstractContextManager[Any]] = nullcontext
+    count: int = 8  # maximum number of batches
+    seconds: float = 60.0  # most time
+    world: Callable[[], AbstractContextManager[Any]] = nullcontext  # what to stand in while the loss is measured
+    # shows how far the trials are; yields what to call with the passes so far, or ``None``
     shown: Callable[[], AbstractContextManager[Callable[[float], None] | None]] = nullcontext
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A transfer that is planned and checked, and not yet done. Made of names, shapes and structure only.
+    """A transfer that is planned and checked, and not yet done. Made of names, shapes and structure only."""
 
-    Attributes:
-        plan: The plan, which fits both sides.
-        coverage: What it moves.
-        source: The checkpoint's side.
-        target: The model's side.
-        notes: Remarks for the report.
-    """
-
-    plan: TransferPlan
-    coverage: Coverage
-    source: ModelDescription
-    target: ModelDescription
-    notes: tuple[str, ...] = ()
+    plan: TransferPlan  # the plan, which fits both sides
+    coverage: Coverage  # what it moves
+    source: ModelDescription  # the checkpoint's side
+    target: ModelDescription  # the model's side
+    notes: tuple[str, ...] = ()  # remarks for the report
 
     def restricted(self, targets: frozenset[str]) -> Prepared:
         """The part of this transfer that fills some of these targets."""

@@ -198,15 +198,11 @@ Look = Callable[[PlanEntry, Sequence[Tensor]], None]
 
 @dataclass(frozen=True)
 class Applied:
-    """What was noticed while a plan was applied.
+    """What was noticed while a plan was applied."""
 
-    Attributes:
-        warnings: Things the user should look at: not a number, infinite, out of the range of the new data type.
-        notes: Things worth a line: casts.
-    """
-
+    # things the user should look at: not a number, infinite, out of the range of the new data type
     warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # things worth a line: casts
 
 
 def _copy_watching(target: Tensor, value: Tensor) -> bool:

@@ -99,20 +99,14 @@ class _Mark:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a model remembers.
+    """What a model remembers."""
 
-    Attributes:
-        transfers: What it was filled with, by key, with words for a person.
-        fresh: State-dict names of the tensors of layers that were built anew, or added, since then.
-        replaced: Parameters that were exchanged in a module that stayed, as ``load_state_dict(assign=True)`` does:
-            whether they are trained or fresh cannot be told.
-        untouched: Whether nothing has been written to any parameter since it was filled.
-    """
-
-    transfers: Mapping[str, str]
-    fresh: frozenset[str]
+    transfers: Mapping[str, str]  # what it was filled with, by key, with words for a person
+    fresh: frozenset[str]  # state-dict names of the tensors of layers that were built anew, or added, since then
+    # parameters that were exchanged in a module that stayed, as ``load_state_dict(assign=True)`` does: whether they are
+    # trained or fresh cannot be told
     replaced: tuple[str, ...]
-    untouched: bool
+    untouched: bool  # whether nothing has been written to any parameter since it was filled
 
     def words(self) -> str:
         """What the model was filled with."""

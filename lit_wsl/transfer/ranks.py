@@ -34,14 +34,10 @@ class Ranks:
     """The processes that make one transfer together.
 
     Every method is a collective where ``size`` is above 1: all ranks call it, in the same order.
-
-    Attributes:
-        rank: This process's place, 0 to ``size - 1``.
-        size: How many there are; 1 makes every method a plain call.
     """
 
-    rank: int = 0
-    size: int = 1
+    rank: int = 0  # this process's place, 0 to ``size - 1``
+    size: int = 1  # how many there are; 1 makes every method a plain call
 
     @classmethod
     def of_run(cls) -> Ranks:

@@ -48,18 +48,14 @@ Run = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], dict[str, int]]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights come from: opened once, described once.
+    """Where the weights come from: opened once, described once."""
 
-    Attributes:
-        given: What it was opened from; a module tells more of its structure than its tensors do.
-        tensors: The tensors by name; those of a file are read when they are asked for.
-        old: The module they were saved from, where the user still has it.
-        samples: Ways to call the model to fill; where the source's module takes one too, its order is read.
-    """
-
-    given: Given
+    given: Given  # what it was opened from; a module tells more of its structure than its tensors do
+    # the tensors by name; those of a file are read when they are asked for
     tensors: Mapping[str, Tensor] = field(repr=False)
+    # the module they were saved from, where the user still has it
     old: nn.Module | None = field(default=None, repr=False)
+    # ways to call the model to fill; where the source's module takes one too, its order is read
     samples: Sequence[Call] = field(default=(), repr=False)
 
     @classmethod
@@ -125,20 +121,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Target:
-    """The model to fill, described once.
-
-    Attributes:
-        model: The model.
-        description: Its tensors, with the execution order if a sample call works.
-        samples: Ways to call it, the likeliest first.
-        remark: Why there is no execution order although there are samples; empty otherwise.
-        shaped: Of a model with lazy modules, the copy that has its shapes.
-    """
+    """The model to fill, described once."""
 
     model: nn.Module = field(repr=False)
-    description: ModelDescription = field(repr=False)
-    samples: Sequence[Call] = field(default=(), repr=False)
-    remark: str = ""
+    description: ModelDescription = field(repr=False)  # its tensors, with the execution order if a sample call works
+    samples: Sequence[Call] = field(default=(), repr=False)  # ways to call it, the likeliest first
+    remark: str = ""  # why there is no execution order although there are samples; empty otherwise
+    # of a model with lazy modules, the copy that has its shapes
     shaped: nn.Module | None = field(default=None, repr=False)
 
     @classmethod

@@ -39,17 +39,11 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class Slots:
-    """Slots of two groups that may be interchangeable.
-
-    Attributes:
-        count: Their number.
-        parent: The group that both are nested in.
-        places: The axes on which they stand, each with the group that has them there.
-    """
+    """Slots of two groups that may be interchangeable."""
 
     count: int
-    parent: str | None
-    places: Mapping[Place, str]
+    parent: str | None  # the group that both are nested in
+    places: Mapping[Place, str]  # the axes on which they stand, each with the group that has them there
 
 
 def with_slots(spec: PermutationSpec, keeps: Callable[[PermutationSpec, str], bool]) -> PermutationSpec:
@@ -258,21 +252,14 @@ def _keys_beside(spec: PermutationSpec, element: Element) -> list[str]:
 
 @dataclass(frozen=True)
 class Inside:
-    """How the tensors of some elements are moved.
+    """How the tensors of some elements are moved."""
 
-    Attributes:
-        own: The groups that move nothing else, by their numbers.
-        axes: Number of the element, and name in it -> how its axes are moved; groups of its own by their numbers.
-        frozen: Why others are not.
-        names: What these groups are called.
-        elements: Names of the elements.
-    """
-
-    own: Mapping[str, PermutationGroup]
+    own: Mapping[str, PermutationGroup]  # the groups that move nothing else, by their numbers
+    # number of the element, and name in it -> how its axes are moved; groups of its own by their numbers
     axes: Mapping[tuple[int, str], Mapping[int, AxisSpec]]
-    frozen: Mapping[tuple[int, str], Mapping[int, str]] = field(compare=False)
-    names: Mapping[str, str] = field(compare=False)
-    elements: Sequence[str] = field(compare=False)
+    frozen: Mapping[tuple[int, str], Mapping[int, str]] = field(compare=False)  # why others are not
+    names: Mapping[str, str] = field(compare=False)  # what these groups are called
+    elements: Sequence[str] = field(compare=False)  # names of the elements
 
     @classmethod
     def of(cls, spec: PermutationSpec, elements: Sequence[str]) -> Inside:

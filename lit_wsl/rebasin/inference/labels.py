@@ -20,37 +20,26 @@ MAX_LABEL = 4_000_000
 
 @dataclass(frozen=True, eq=False)
 class Label:
-    """Label of one tensor.
+    """Label of one tensor."""
 
-    Attributes:
-        shape: Shape of the tensor.
-        factors: Arrays of units, see the module.
-        varies: Whether the values may differ along each axis.
-        tainted: The tensor depends on the example inputs.
-        values: For integer tensors that index units (top-k indices): the unit of each index value.
-        routed: Rows were picked by a routing decision: they stand in an order of their own.
-        segments: For row offsets of a grouped product: the unit of each segment.
-        origin: The parameter this tensor is a view or a rescaling of.
-        settled: State of the units for which these very factors are known to be settled.
-        history: What was cut and turned on axes that nothing moves, as a number: parts of one tensor that were treated
-            differently there are told apart where they are put side by side.
-        free: Like factors, with numbers in place of units: any order of these numbers leaves the values as they are,
-            though they vary along the axis (a mask for each sequence, repeated for each head, on one axis).
-        segmented: An axis of routed rows on which the factors have one place for each *expert*, not for each row: what
-            a row is labelled by depends on the expert it was sent to, and the label covers experts that got no row.
-    """
-
-    shape: tuple[int, ...]
-    factors: tuple[Array, ...] = ()
-    varies: tuple[bool, ...] = ()
-    tainted: bool = False
-    values: Array | None = None
-    routed: bool = False
-    segments: Array | None = None
-    origin: int | None = None
+    shape: tuple[int, ...]  # shape of the tensor
+    factors: tuple[Array, ...] = ()  # arrays of units, see the module
+    varies: tuple[bool, ...] = ()  # whether the values may differ along each axis
+    tainted: bool = False  # the tensor depends on the example inputs
+    values: Array | None = None  # for integer tensors that index units (top-k indices): the unit of each index value
+    routed: bool = False  # rows were picked by a routing decision: they stand in an order of their own
+    segments: Array | None = None  # for row offsets of a grouped product: the unit of each segment
+    origin: int | None = None  # the parameter this tensor is a view or a rescaling of
+    # an axis of routed rows on which the factors have one place for each *expert*, not for each row: what a row is
+    # labelled by depends on the expert it was sent to, and the label covers experts that got no row
     segmented: int | None = None
+    # state of the units for which these very factors are known to be settled
     settled: tuple[int, tuple[Array, ...]] | None = None
+    # what was cut and turned on axes that nothing moves, as a number: parts of one tensor that were treated differently
+    # there are told apart where they are put side by side
     history: int = 0
+    # like factors, with numbers in place of units: any order of these numbers leaves the values as they are, though
+    # they vary along the axis (a mask for each sequence, repeated for each head, on one axis)
     free: tuple[Array, ...] = ()
 
     def __post_init__(self) -> None:

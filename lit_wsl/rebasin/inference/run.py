@@ -25,17 +25,12 @@ Rule: TypeAlias = Callable[["Run", Node], "Label | Sequence[Label]"]
 
 @dataclass(frozen=True)
 class Joint:
-    """An axis whose units are different for each place on other axes of its parameter.
+    """An axis whose units are different for each place on other axes of its parameter."""
 
-    Attributes:
-        outer: These axes; each one's units are in turn different for each place on those before it.
-        blocks: With one outer axis, the number of blocks that its places form, one for each by default.
-        bound: Whether units stay in the block of their place on the last outer axis; where that axis does not move,
-            there is nothing to be bound to.
-    """
-
-    outer: tuple[int, ...]
-    blocks: int | None = None
+    outer: tuple[int, ...]  # these axes; each one's units are in turn different for each place on those before it
+    blocks: int | None = None  # with one outer axis, the number of blocks that its places form, one for each by default
+    # whether units stay in the block of their place on the last outer axis; where that axis does not move, there is
+    # nothing to be bound to
     bound: bool = True
 
 
@@ -50,39 +45,29 @@ class Move:
 
 @dataclass
 class Run:
-    """One pass over a trace: the labels that its tensors have so far, and what the rules left as notes on the way.
+    """One pass over a trace: the labels that its tensors have so far, and what the rules left as notes on the way."""
 
-    Attributes:
-        trace: The recorded forward pass.
-        joints: (parameter, axis) -> how its units are different for each place on other axes; from earlier passes.
-        algebra: The units, and what computing does to them.
-        labels: Labels of tensors by their numbers.
-        axes: (parameter, axis) -> the units that were made for it.
-        requests: (parameter, axis) and the joint that a rule needs in a further pass.
-        wishes: The same for joints that a rule can do without, at the cost of freedom.
-        ordered: (parameter, axis) whose order stays, so that no finer units are of use there.
-        unknown: Operations without a rule that something moved has entered, and how often.
-        used: Tensors that entered an operation.
-        looked: Tensors whose label was asked for since this was last emptied.
-        moves: What only put positions elsewhere, with the labels before.
-        views: Tensor -> the node that made it a view of another one, and that one.
-        stale: Views of a tensor that was written into since they were labelled.
-    """
-
-    trace: Trace
+    trace: Trace  # the recorded forward pass
+    # (parameter, axis) -> how its units are different for each place on other axes; from earlier passes
     joints: dict[tuple[int, int], Joint] = field(default_factory=dict)
-    algebra: Algebra = field(default_factory=Algebra)
-    labels: dict[int, Label] = field(default_factory=dict)
+    algebra: Algebra = field(default_factory=Algebra)  # the units, and what computing does to them
+    labels: dict[int, Label] = field(default_factory=dict)  # labels of tensors by their numbers
+    # (parameter, axis) -> the units that were made for it
     axes: dict[tuple[int, int], Array] = field(default_factory=dict)
+    # (parameter, axis) and the joint that a rule needs in a further pass
     requests: list[tuple[tuple[int, int], Joint]] = field(default_factory=list)
+    # the same for joints that a rule can do without, at the cost of freedom
     wishes: list[tuple[tuple[int, int], Joint]] = field(default_factory=list)
+    # (parameter, axis) whose order stays, so that no finer units are of use there
     ordered: set[tuple[int, int]] = field(default_factory=set)
+    # operations without a rule that something moved has entered, and how often
     unknown: dict[str, int] = field(default_factory=dict)
-    used: set[int] = field(default_factory=set)
-    looked: set[int] = field(default_factory=set)
-    moves: list[Move] = field(default_factory=list)
+    used: set[int] = field(default_factory=set)  # tensors that entered an operation
+    looked: set[int] = field(default_factory=set)  # tensors whose label was asked for since this was last emptied
+    moves: list[Move] = field(default_factory=list)  # what only put positions elsewhere, with the labels before
+    # tensor -> the node that made it a view of another one, and that one
     views: dict[int, tuple[Node, int]] = field(default_factory=dict)
-    stale: set[int] = field(default_factory=set)
+    stale: set[int] = field(default_factory=set)  # views of a tensor that was written into since they were labelled
 
     def __post_init__(self) -> None:
         self._starts: list[int] = []

@@ -51,18 +51,12 @@ class Ref:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor of a trace.
-
-    Attributes:
-        shape: Its shape.
-        storage: Number of its storage: tensors of equal storage are views of one another.
-        stride: Its strides when it was first seen.
-        varies: For constants of the model, on which axes their values differ; None where it is not known.
-    """
+    """What is known of a tensor of a trace."""
 
     shape: tuple[int, ...]
-    storage: int
-    stride: tuple[int, ...] = ()
+    storage: int  # number of its storage: tensors of equal storage are views of one another
+    stride: tuple[int, ...] = ()  # its strides when it was first seen
+    # for constants of the model, on which axes their values differ; None where it is not known
     varies: tuple[bool, ...] | None = None
 
 

@@ -259,17 +259,11 @@ def _dual_prices(
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Permutations of all groups of a tree, relative to the order in which the rows were compared.
+    """Permutations of all groups of a tree, relative to the order in which the rows were compared."""
 
-    Attributes:
-        permutations: group name -> permutation.
-        certain: whether every row-wise maximum was another one.
-        similarity: what the permutation of a lone group was read off.
-    """
-
-    permutations: dict[str, Tensor]
-    certain: bool
-    similarity: Similarity | None = None
+    permutations: dict[str, Tensor]  # group name -> permutation
+    certain: bool  # whether every row-wise maximum was another one
+    similarity: Similarity | None = None  # what the permutation of a lone group was read off
 
 
 class TreeSolver:

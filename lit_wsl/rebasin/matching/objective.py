@@ -131,34 +131,25 @@ def spread(tensor: Tensor) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """The share of one axis of one tensor in the similarity matrix of one group, or of two coupled ones.
+    """The share of one axis of one tensor in the similarity matrix of one group, or of two coupled ones."""
 
-    Attributes:
-        groups: the group; or two siblings that move the same positions as a product (the query heads that share a key
-            head, and the units inside the value head that they read).
-        tensor: name of the tensor.
-        axis: the axis.
-        units: (units of all ancestors together, size of the group or of each of both).
-        positions: LongTensor ``(ancestors * sizes * k,)`` of the axis positions, unit by unit; None for all in order.
-            With an outer axis, without the ancestors that lie there.
-        outer_axis: other axis of the tensor on which the outer ancestors lie.
-        outer_positions: LongTensor ``(outer ancestors, k2)``.
-        only: axis -> positions of other axes that the term is limited to, since a nested group counts the others.
-        quadratic: whether the tree moves another axis of the tensor too; the term is then linear only in the
-            neighbourhood of the present permutation.
-        trees: other trees that move the same positions of this axis.
-    """
-
+    # the group; or two siblings that move the same positions as a product (the query heads that share a key head, and
+    # the units inside the value head that they read)
     groups: tuple[str, ...]
-    tensor: str
+    tensor: str  # name of the tensor
     axis: int
-    units: tuple[int, ...]
+    units: tuple[int, ...]  # (units of all ancestors together, size of the group or of each of both)
+    # LongTensor ``(ancestors * sizes * k,)`` of the axis positions, unit by unit; None for all in order. With an outer
+    # axis, without the ancestors that lie there.
     positions: Tensor | None
-    outer_axis: int | None
-    outer_positions: Tensor | None
+    outer_axis: int | None  # other axis of the tensor on which the outer ancestors lie
+    outer_positions: Tensor | None  # LongTensor ``(outer ancestors, k2)``
+    # axis -> positions of other axes that the term is limited to, since a nested group counts the others
     only: Mapping[int, Tensor]
+    # whether the tree moves another axis of the tensor too; the term is then linear only in the neighbourhood of the
+    # present permutation
     quadratic: bool
-    trees: tuple[str, ...]
+    trees: tuple[str, ...]  # other trees that move the same positions of this axis
 
     def rows(self, tensor: Tensor, only: Mapping[int, Tensor] | None = None) -> Tensor:
         """The tensor as ``(ancestors, product of the sizes, entries per unit)`` in float32 (float64 stays)."""
@@ -198,19 +189,12 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """A top group with all that is nested in it: one step of the coordinate descent.
+    """A top group with all that is nested in it: one step of the coordinate descent."""
 
-    Attributes:
-        root: name of the top group.
-        groups: all groups, parents first.
-        terms: terms of single groups and of coupled pairs.
-        tensors: names of all tensors that some group of the tree moves (they change when it is permuted).
-    """
-
-    root: str
-    groups: tuple[str, ...]
-    terms: tuple[Term, ...]
-    tensors: tuple[str, ...]
+    root: str  # name of the top group
+    groups: tuple[str, ...]  # all groups, parents first
+    terms: tuple[Term, ...]  # terms of single groups and of coupled pairs
+    tensors: tuple[str, ...]  # names of all tensors that some group of the tree moves (they change when it is permuted)
 
 
 def tree_roots(spec: PermutationSpec) -> dict[str, str]:

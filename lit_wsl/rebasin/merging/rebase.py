@@ -253,15 +253,7 @@ class _Carrier:
 
 
 class _JudgingCarrier(_Carrier):
-    """The ways of carrying a task vector with data, and their judge.
-
-    Args:
-        known: what is given.
-        data: the model and all batches.
-        matching: of the weights.
-        in_place: whether the units stand in the same order already.
-        progress: whether to show a progress bar.
-    """
+    """The ways of carrying a task vector with data, and their judge."""
 
     def __init__(
         self, known: _Known, data: Responses, matching: MatchingResult, in_place: bool, progress: bool | None
