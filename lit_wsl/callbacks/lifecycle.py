@@ -33,14 +33,11 @@ def is_whole(module: pl.LightningModule) -> bool:
 
 
 def resumed_path(trainer: pl.Trainer) -> tuple[bool, str | None]:
-    """The checkpoint that this run restores, if it restores one.
+    """Whether it can be told which checkpoint this run restores, and its path; ``None`` if it restores none.
 
     ``trainer.ckpt_path`` is set only when the restoring begins, after the setup hooks. Until then the path is an
     argument of ``Trainer._run`` and stored nowhere, so it is read from that frame. Should a future Lightning name
     things differently, this cannot be told yet; the restored weights win all the same, and are noticed afterwards.
-
-    Returns:
-        Whether it can be told, and the path, ``None`` if nothing is restored.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

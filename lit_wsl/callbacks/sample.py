@@ -174,13 +174,10 @@ STEPS = {  # which step takes the batches of which loader
 
 
 def find_samples(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> tuple[list[Call], str]:
-    """Ways to call ``module.forward`` on one sample, the likeliest first; at the end the step that unpacks it itself.
+    """Ways to call ``module.forward`` on one sample, the likeliest first, and one line saying why there are none.
 
     The sample comes from the datamodule, from the loaders of the model or of the ``fit`` call, or from
     ``example_input_array``, in that order; batch transfer hooks are applied to it.
-
-    Returns:
-        The calls, and one line saying why there are none if there are none.
     """
     reasons: list[str] = []
     calls: list[Call] = []

@@ -76,11 +76,7 @@ class Document:
 
 
 def materialize(tree: Any) -> Any:
-    """Read every lazy tensor of nested plain dicts and lists.
-
-    Only readers of folders and safetensors make lazy tensors, in trees of their own making, which hold no cycles; a
-    tree without any is given back as it is.
-    """
+    """Read every lazy tensor of nested plain dicts and lists without cycles; the same tree where there is none."""
     if isinstance(tree, LazyTensor):
         return tree.read()
     if type(tree) is dict and any(isinstance(value, (LazyTensor, dict, list)) for value in tree.values()):

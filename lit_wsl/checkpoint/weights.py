@@ -32,11 +32,7 @@ def is_module(value: Any) -> bool:
 
 
 def module_state_dict(root: ForeignObject) -> dict[str, Tensor]:
-    """List the tensors that ``module.state_dict()`` would give, in its order, with its names.
-
-    Own parameters, then own persistent buffers, then children; a module or tensor that is used under several names is
-    listed under each, as ``state_dict`` does.
-    """
+    """List the tensors of ``module.state_dict()``, in its order, tied ones under each of their names."""
     result: dict[str, Tensor] = {}
     stack: list[tuple[str, ForeignObject, int]] = [("", root, 0)]
     visits = 0
@@ -208,10 +204,7 @@ def _lists(tree: Any) -> Iterator[tuple[tuple[str, ...], Sequence[Tensor]]]:
 
 
 def _only_fit(part: Sequence[tuple[int, ...]], whole: Sequence[tuple[int, ...]]) -> list[int] | None:
-    """The places of ``part`` in ``whole``, in order, if there is exactly one way to put it there.
-
-    Counts embeddings of one sequence into another by dynamic programming, up to two.
-    """
+    """Where ``part`` stands in ``whole``, in order, if there is exactly one way to put it; counts ways up to two."""
     if len(part) == len(whole):
         return list(range(len(part))) if list(part) == list(whole) else None
     if len(part) * len(whole) > MAX_PAIRS or len(part) > len(whole):

@@ -76,10 +76,7 @@ def is_lightning_key(key: Any) -> bool:
 
 
 def lightning_optimizers(content: Mapping[Any, Any]) -> tuple[tuple[str, ...], list[Any]] | None:
-    """The optimizers of a Lightning checkpoint: a list in a file, entries of their own in a sharded folder.
-
-    Returns:
-        The keys that hold them and their states in order; ``None`` if there are none.
+    """The keys that hold a Lightning checkpoint's optimizers, and their states in order; ``None`` if there are none.
 
     >>> lightning_optimizers({"optimizer_1": "b", "optimizer_0": "a"})
     (('optimizer_0', 'optimizer_1'), ['a', 'b'])
@@ -294,12 +291,7 @@ def without_dropped(document: Any, drop: Sequence[str], label: str) -> Any:
 def recorded_names(
     optimizers: Sequence[Any], copies: CopyConverter
 ) -> tuple[list[list[str] | None], list[list[NewGroup]] | None]:
-    """What callbacks wrote down about the optimizers' groups, as ``BaseFinetuning`` does.
-
-    Returns:
-        For each optimizer its old names in index order, where known; the groups of the new run, where they are
-        told for all.
-    """
+    """Each optimizer's old names in index order and the new groups, as far as callbacks such as finetuning's tell."""
     told: list[list[str] | None] = []
     groups: list[list[NewGroup]] = []
     for number, data in enumerate(optimizers):

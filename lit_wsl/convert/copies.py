@@ -422,10 +422,7 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def drop_entries(tree: Any, drop: Sequence[str], path: Path = ()) -> tuple[Any, set[str]]:
-    """Leave entries out of a checkpoint.
-
-    Returns:
-        The rest, and which of the wishes found something.
+    """A checkpoint without some entries, and which of the wishes found something.
 
     >>> drop_entries({"callbacks": {"EMA": 1, "Timer": 2}, "epoch": 3}, ["callbacks/E*"])
     ({'callbacks': {'Timer': 2}, 'epoch': 3}, {'callbacks/E*'})

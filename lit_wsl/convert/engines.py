@@ -164,10 +164,7 @@ def _whole_states(engine: Any) -> Iterator[Any]:
 
 @contextmanager
 def whole_tensors(engine: Any) -> Iterator[dict[str, Tensor]]:
-    """The tensors of a flattened model as they were before, by name; what is written to them there stays.
-
-    All processes have to ask for them together.
-    """
+    """The tensors of a flattened model as they were before, by name, to read and write; a collective call."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     with FullyShardedDataParallel.summon_full_params(engine):

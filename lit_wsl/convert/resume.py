@@ -71,10 +71,7 @@ class ResumeOptions:
 
 
 class Resume:
-    """One run that resumes the training of an old checkpoint; all of its processes make every call.
-
-    Both sides are described before, since an engine may flatten the model later.
-    """
+    """One run that resumes the training of an old checkpoint; all of its processes make every call."""
 
     def __init__(self, trainer: pl.Trainer, sides: Translation, options: ResumeOptions, ranks: Ranks) -> None:
         assert sides.target is not None

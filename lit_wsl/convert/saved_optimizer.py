@@ -165,10 +165,7 @@ class NewGroup:
 
     @property
     def constants(self) -> frozenset[str]:
-        """Settings that are the new run's in any case.
-
-        Those that the optimizer's class fixes, as AdamW that its weight decay is decoupled, and names of groups.
-        """
+        """The new run's settings in any case: names of groups, and what the optimizer's class fixes."""
         if self.optimizer is None or self.settings is None:
             return frozenset()
         fixed = frozenset(self.optimizer.defaults) - frozenset(inspect.signature(type(self.optimizer)).parameters)
@@ -210,10 +207,7 @@ def differing(first: Mapping[str, Any], second: Mapping[str, Any], keys: Iterabl
 def merge_settings(
     saved: Mapping[str, Any], new: Mapping[str, Any] | None, settings: Wins, schedule: Wins
 ) -> Mapping[str, Any]:
-    """The settings of a group that is resumed: rates as the schedule, all else as the settings are chosen.
-
-    What only the new run knows, such as a mark that its own code reads, stays.
-    """
+    """A resumed group's settings: rates as the schedule, others as chosen, and what only the new run knows."""
     if new is None:
         return saved
     rates = rate_keys(saved, new)
@@ -226,22 +220,14 @@ def merge_settings(
 
 
 def is_other_kind(saved: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
-    """What tells two optimizers apart, Adam's state meaning nothing to SGD: the settings that only one of them knows.
-
-    Returns:
-        What only the saved one has, and what only the new one; ``None`` if they are of one kind.
-    """
+    """Settings that only the saved optimizer knows, and only the new one; ``None`` if both are of one kind."""
     internal = rate_keys(saved, new) | _NO_SETTINGS
     old_only, new_only = set(saved) - set(new) - internal, set(new) - set(saved) - internal
     return (sorted(old_only), sorted(new_only)) if old_only and new_only else None
 
 
 def keys_of_state(optimizer: Optimizer, settings: Mapping[str, Any], dimensions: int) -> frozenset[str] | None:
-    """What an optimizer keeps for a parameter after its first step: its twin makes that step with a small one.
-
-    Returns:
-        The keys of the state; ``None`` where the step can't be made so, as by an optimizer that needs a closure.
-    """
+    """What an optimizer keeps for a parameter after a step of its small twin; ``None`` if it makes none."""
     parameter = nn.Parameter(torch.ones((2,) * dimensions))
     parameter.grad = torch.ones_like(parameter)
     twin = object.__new__(type(optimizer))
@@ -293,11 +279,7 @@ def assign_names(
     given: Sequence[Sequence[str] | None] | None = None,
     doubtful: Collection[str] = (),
 ) -> tuple[list[Names], list[str]]:
-    """Find the name of every index of every optimizer.
-
-    Returns:
-        For each optimizer and group the names in order, and remarks for the report.
-    """
+    """For each optimizer and group the parameters' names in order, and remarks for the report."""
     if given is not None and len(given) != len(optimizers):
         raise CheckpointError(
             f"parameter_names gives names for {len(given)} optimizers, but the checkpoint has {len(optimizers)}."

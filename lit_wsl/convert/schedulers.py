@@ -36,11 +36,7 @@ def carry_schedulers(
     settings: Wins,
     label: str,
 ) -> tuple[list[Any], list[str]]:
-    """The states that the schedulers of a run continue with.
-
-    Returns:
-        A state for each of the run's schedulers, and remarks.
-    """
+    """A state to continue with for each of the run's schedulers, and remarks."""
     if len(saved) != len(schedulers):
         raise CheckpointError(
             f"{label} has {len(saved)} learning rate schedulers, the run {len(schedulers)}; configure as many, or take "
@@ -270,10 +266,7 @@ _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_
 
 
 def schedulers_for_file(saved: Sequence[Any], carried: Carried, schedule: Wins) -> tuple[list[Any], list[str]]:
-    """The states of schedulers for a converted file, where no scheduler of the new run is at hand.
-
-    Schedulers stand in the order of the optimizers that they drive, as ``configure_optimizers`` gives them.
-    """
+    """States of schedulers for a converted file without a run: in the order of the optimizers that they drive."""
     if schedule == "run":
         return [], ["the new run's own schedulers start anew"] if saved else []
     straight = [[(n, g) for g in range(len(o.groups))] for n, o in enumerate(carried.optimizers)]

@@ -52,12 +52,7 @@ class _State:
 def adapt_plan(
     plan: TransferPlan, source: ModelDescription, target: ModelDescription, options: MatchingOptions, match: Matcher
 ) -> TransferPlan:
-    """Add the adaptations that the user asked for to a lossless plan.
-
-    Returns:
-        The plan with entries for what was adapted and a note for each tensor; the plan as it is, with a note why, for
-        what was asked for and cannot be done.
-    """
+    """Add the adaptations that the user asked for to a lossless plan, with notes, also on what can't be done."""
     state = _State((), source, plan, {})
     plain = replace(options, adapt=())
     asked = [(name, propose) for name, propose in PROPOSERS if name in options.adapt]

@@ -219,10 +219,7 @@ def _alike(node: dict, shapes: Mapping[str, Shape]) -> list[list[str]]:
 def _with_more(
     node: dict, groups: Sequence[list[str]], shapes: Mapping[str, Shape]
 ) -> tuple[list[list[str]], list[str]]:
-    """Groups of subtrees with those members of a list that hold a little more than the others, and what that is.
-
-    The first block of a T5 holds the table of relative positions for all.
-    """
+    """Groups of subtrees with members that hold a little more (T5's first block, the relative positions), and what."""
     held: dict[str, set[tuple[str, Shape]]] = {}
     for key, child in node.items():
         if key.isdigit() and isinstance(child, dict) and len(_layers(list(_names(child)), shapes)) >= 2:

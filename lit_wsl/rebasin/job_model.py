@@ -158,11 +158,7 @@ def find_spec(
     given: PermutationSpec | None = None,
     verify: bool = True,
 ) -> tuple[Call | None, PermutationSpec | None, str | None, tuple[str, ...]]:
-    """Infer a spec, or prove the given one, on the first call that works.
-
-    Returns:
-        The call, the spec, why there is none, and remarks for the reader. Never raises.
-    """
+    """The first call that works, the spec inferred or proven on it, why there is none, and remarks; never raises."""
     called, prefix = callee(module)
     pick = outputs or MainOutputs()
     reasons: list[tuple[float, str]] = []

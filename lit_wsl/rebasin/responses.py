@@ -181,11 +181,7 @@ class Responses:
 
     @torch.no_grad()
     def listen(self, state_dict: Mapping[str, Tensor], listeners: Mapping[str, Listener]) -> list[Tensor]:
-        """Run all batches; call each listener whenever the module of its path ran.
-
-        Returns:
-            Every floating output of the model, one batch behind the other, as ``(samples, channels)``.
-        """
+        """Run all batches for the listeners of modules; the model's floating outputs as ``(samples, channels)``."""
         kept: list[list[Tensor]] = []
         for output in self.run(state_dict, listeners):
             found = [torch.view_as_real(t) if t.is_complex() else t for t in output_tensors(output)]

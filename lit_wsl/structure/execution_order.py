@@ -51,10 +51,7 @@ def lazy_copy(module: nn.Module) -> nn.Module:
 
 
 def take_shapes(module: nn.Module, shaped: nn.Module) -> Callable[[], None]:
-    """Give lazy modules the shapes and first values of a copy that has been called.
-
-    Returns:
-        What makes them lazy again.
+    """Give lazy modules the shapes and first values of a copy that has been called; returns what undoes it.
 
     >>> net = nn.LazyLinear(2)
     >>> twin = lazy_copy(net)

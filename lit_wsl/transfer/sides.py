@@ -163,12 +163,7 @@ def open_source(source: Given, checkpoint_weights: Which = "auto") -> Mapping[st
 
 
 def _run_samples(model: nn.Module, samples: Sequence[Call]) -> tuple[nn.Module, dict[str, int], str]:
-    """Run a model on the first sample that it takes.
-
-    Returns:
-        The model, of lazy modules a copy that has its shapes; the execution order; a remark for the report if no
-        sample call worked, empty otherwise.
-    """
+    """The model, or its copy with shapes, its order on the first sample that it takes, and why there is none."""
     lazy = is_lazy(model)
     failures: list[str] = []
     for args, kwargs in samples:

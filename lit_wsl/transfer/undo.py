@@ -105,11 +105,7 @@ class UndoLog:
         self.later(name, put_back)
 
     def restore(self) -> tuple[str, ...]:
-        """Put everything back, the last first; what fails stops nothing else.
-
-        Returns:
-            The names of what could not be put back.
-        """
+        """Put everything back, the last first, whatever fails; the names of what could not be."""
         failed = []
         with interrupt_later():
             while self._steps:

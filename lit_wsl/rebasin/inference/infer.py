@@ -358,10 +358,7 @@ def _best(trace: Trace, later: bool) -> tuple[PermutationSpec, int]:
 def _spec(
     trace: Trace, wishes: bool, later: bool, still: frozenset[Place] = frozenset()
 ) -> tuple[PermutationSpec, list[tuple[Place, Joint]], int]:
-    """The spec, the finer labels that rules wished for, and how often two orders were in each other's way.
-
-    The order of some axes is fixed beforehand.
-    """
+    """The spec with some orders fixed, the finer labels that rules wished for, and how often two orders collided."""
     joints: dict[Place, Joint] = {}
     for _ in range(MAX_PASSES):
         run = Run(trace, joints=joints)

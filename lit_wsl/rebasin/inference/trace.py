@@ -128,10 +128,7 @@ class Escapes(TorchFunctionMode):
 
 
 class NoDropout(TorchFunctionMode):
-    """Function mode without dropout: some models forget to switch it off, ``F.dropout(x, 0.5)``.
-
-    A mask is drawn for each unit alike, so an order of the units changes nothing but which mask it gets.
-    """
+    """Function mode without dropout, which some models forget to switch off: ``F.dropout(x, 0.5)``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the call, or pass its input on where it is a dropout."""
@@ -285,10 +282,7 @@ def trace_forward(
     example_kwargs: Mapping[str, Any] | None = None,
     outputs: Callable[[Any], Any] | None = None,
 ) -> Trace:
-    """Run ``model(*example_args, **example_kwargs)`` once and record it.
-
-    The caller keeps the model undisturbed, see :func:`traceable`.
-    """
+    """Record one run of a model that the caller keeps undisturbed (:func:`traceable`)."""
     recorder = Recorder()
     trace = recorder.trace
     names: dict[int, list[str]] = {}
