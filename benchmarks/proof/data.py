@@ -48,8 +48,19 @@ def text() -> Tensor:
     return cut[torch.randperm(rows, generator=torch.Generator().manual_seed(0))]
 
 
+@cache
+def table() -> tuple[Tensor, Tensor]:
+    """569 rows of thirty measurements, ``(N, 30)``, each column scaled, and two classes, shuffled."""
+    from sklearn.datasets import load_breast_cancer
+
+    rows, labels = load_breast_cancer(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    x = torch.as_tensor(rows, dtype=torch.float32)
+    return ((x - x.mean(0)) / x.std(0))[order], torch.as_tensor(labels, dtype=torch.long)[order]
+
+
 def dataset(task: str) -> TensorDataset:
     """The training set of a task."""
     if task == "text":
         return TensorDataset(text())
-    return TensorDataset(*digits())
+    return TensorDataset(*(table() if task == "table" else digits()))

@@ -48,7 +48,10 @@ class Pair:
 
 
 def loss(task: str, net: nn.Module, batch: list[Tensor]) -> Tensor:
-    """The loss of a task on one batch."""
+    """The loss of a task on one batch; the network's own if it has one."""
+    own = getattr(net, "loss", None)
+    if own is not None:
+        return own(batch)
     if task == "text":
         ids = batch[0]
         scores = net(ids[:, :-1])
