@@ -134,7 +134,14 @@ def carried(choice: Choice, from_: Space, to: Space) -> Choice:
         for key in _numbered(to)
     ]
     places = zip(to.decisions, options)
-    return tuple(decision.options.index(option) if option in decision.options else 0 for decision, option in places)
+    found = [decision.options.index(option) if option in decision.options else 0 for decision, option in places]
+    told = {(unit.path, *manner): d for part in from_.parts for manner, d in part.turns.items() for unit in part.target}
+    for part in to.parts:  # squares that each may stand their own way stand as all did
+        for manner, d in part.turns.items() if part.each else ():
+            alike = part.target[0].path, *manner[:-1]
+            if alike in told:
+                found[d] = max(choice[told[alike]], 0)
+    return tuple(found)
 
 
 def _numbered(space: Space) -> list[tuple[str, int]]:

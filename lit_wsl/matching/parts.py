@@ -32,7 +32,7 @@ FREE, WHOLE_BY_WHOLE, MODULE_BY_MODULE = range(3)
 
 Cover = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (wholes or sources, targets)
 CoverPair = tuple[tuple[int, ...], tuple[int, ...]]
-Manner = tuple[bool, bool]  # whether the tensors of both sides are called weights, or are bare parameters
+Manner = tuple[object, ...]  # whether the tensors of both sides are called weights, or are bare parameters; or which
 Exchange = tuple[int, dict[tuple[str, int], list[int]]]
 
 
@@ -249,6 +249,7 @@ class Part:
         self.heads: dict[tuple[str, int], int] = {}
         self.turns: dict[Manner, int] = {}
         self.layout: int | None = None
+        self.each = False  # whether every square may stand its own way
 
     @property
     def joins(self) -> bool:
@@ -403,7 +404,8 @@ class Part:
     def manner(self, pair: CoverPair) -> Manner:
         """In what manner the layers of both sides are kept: squares of one manner stand alike."""
         s, t = self.source[pair[0][0]], self.target[pair[1][0]]
-        return s.is_weight, t.is_weight
+        alike = s.is_weight, t.is_weight
+        return (*alike, self.key(pair)[0]) if self.each else alike
 
     @cached_property
     def manners(self) -> list[Manner]:

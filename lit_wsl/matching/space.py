@@ -278,7 +278,7 @@ class Space:
         for cover in fusions:
             if part.key(cover) not in part.order:
                 self._fusion(part, cover)
-        told = not part.renames and not any(map(self._open, squares))
+        told, part.each = not part.renames and not any(map(self._open, squares)), self.wide
         if squares and (doubted or fusions or not told):
             guess = any(n in self._turned for u in squares for n in u.all_names)
             labels = ["transposed" if turn else "as they are" for turn in (guess, not guess)]

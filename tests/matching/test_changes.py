@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lit_wsl.matching.changes import odd_ones, options_of, twins_exchanged
+from lit_wsl.matching.changes import carried, odd_ones, options_of, twins_exchanged
 from lit_wsl.matching.layers import regions
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
@@ -81,6 +81,18 @@ def test_what_one_group_of_layers_holds_alone_is_among_its_own_options():
     flat = space_of(Flat(), Flat())
     for part in flat.parts:
         assert len(options_of(flat, flat.first, part.which)) >= len(part.covers)
+
+
+def test_squares_that_each_may_stand_their_own_way_stand_as_all_did_where_a_choice_is_carried():
+    names = ("query", "key", "value")
+    source, target = (nn.ModuleDict({n: nn.Linear(D, D) for n in own}) for own in (names, "abc"))
+    sides = describe(source.state_dict()), describe(target)
+    plan = build_plan(*sides, MatchingOptions())
+    narrow, wide = (Space(*sides, plan, wide=wide, counts=True, trust=False) for wide in (False, True))
+    (turn,) = narrow.parts[0].turns.values()
+    assert len(wide.parts[0].turns) == len(names)
+    choice = tuple(int(d == turn) for d in range(len(narrow.decisions)))
+    assert wide.meaning(carried(choice, narrow, wide)) == narrow.meaning(choice)
 
 
 def test_wholes_change_places_with_all_their_parts():

@@ -274,9 +274,28 @@ def bare_squares_beside_layers():
     )
 
 
+def one_of_many_squares_turned():
+    """Squares of which one alone stands the other way round, beside others that are parts of a whole."""
+    old = Net({"a": {n: layer(D, D) for n in "qkvo"}, "f": {n: layer(D + 1, D + 1) for n in "ab"}})
+    new = Net({"b": {"x": layer(3 * D, D), "y": layer(D, D)}, "g": {n: layer(D + 1, D + 1) for n in "cd"}})
+
+    def truth(s):
+        whole = {f"b.x.{n}": torch.cat([s[f"a.{p}.{n}"] for p in "vqk"]) for n in ("weight", "bias")}
+        alone = {"b.y": s["a.o.weight"].T, "g.c": s["f.b.weight"].T, "g.d": s["f.a.weight"]}
+        biases = {"b.y.bias": s["a.o.bias"], "g.c.bias": s["f.b.bias"], "g.d.bias": s["f.a.bias"]}
+        return whole | {f"{n}.weight": value for n, value in alone.items()} | biases
+
+    return old, new, truth
+
+
 CASES = [turned_layout, stacked_experts, fused_experts, turned_parts, square_stacks, alternating_parts, lists_of_layers]
 CASES += [many_siblings, table_in_the_first_block, two_attentions, lists_that_are_alike, stacks_of_squares]
-CASES += [linear_layers_for_convolutions, experts_counted_from_the_end, bare_squares_beside_layers]
+CASES += [
+    linear_layers_for_convolutions,
+    experts_counted_from_the_end,
+    bare_squares_beside_layers,
+    one_of_many_squares_turned,
+]
 
 
 @pytest.mark.parametrize("case", [*CASES, *map(reversed_case, CASES)])
