@@ -14,15 +14,17 @@ from functools import partial
 from itertools import combinations, product
 
 from lit_wsl.matching.balance import MARGIN, Balance
-from lit_wsl.matching.changes import Choice, options_of, shared, twins_exchanged
+from lit_wsl.matching.changes import Choice, options_of, part_of, shared, twins_exchanged
 from lit_wsl.matching.parts import Part
 from lit_wsl.matching.trials import OFF, Trials
 from lit_wsl.matching.witnesses import errors_apart
 
 RANKED = 1.5  # times the cost of the first look at a few samples is that of all that are ranked
 JOINT = 320  # most candidates that are tried jointly
-KEPT = 4  # candidates that stay to the end
+KEPT = 4  # candidates that stay to the end, unless they lose clearly more
+TELLING = 4  # losses that tell whether they do
 WIDE = 2048  # the same, where the weights tell most of them without a pass
+CHEAP = 24  # ways to change two decisions that are tried before more is
 SWEEPS = 3  # over all layer groups, to find what hangs together
 MOST = 8192  # choices that are looked at without a pass, to see whether those that hang together can all be tried
 STARTS = 6  # ways to assign layers that are started from, where they are too many to look at each
@@ -159,10 +161,15 @@ class Search:
             pool = self._plausible(pool)
         return pool if len(pool) <= self.joint else []
 
-    def widen(self, choice: Choice) -> Choice:
-        """What changes of any two decisions at once make better, the cheapest first, until nothing does."""
+    def widen(self, choice: Choice, most: int | None = None) -> Choice:
+        """What changes of any two decisions at once make better, the cheapest first, until nothing does.
+
+        Args:
+            choice: To begin with.
+            most: Options of both decisions together; as many as can be tried if it is not given.
+        """
         opened = [d for d, decision in enumerate(self.space.decisions) if len(decision.options) > 1]
-        before, most = None, self.joint if self.trials.balance is None else WIDE
+        before, most = None, most or (self.joint if self.trials.balance is None else WIDE)
         while choice != before and self.left and not self.rests(choice):
             before = choice
             wide = {d: len(self._with(choice, d)) for d in opened}
@@ -249,6 +256,8 @@ class Search:
     def _improve(self, choice: Choice) -> Choice:
         """A choice that no change of one decision, or of those of one layer group, makes better, or one at rest."""
         choice = self.climb(choice)
+        if not self.rests(choice):
+            choice = self.widen(choice, CHEAP)
         if self.rests(choice):
             return choice
         for group in self._groups():
@@ -302,7 +311,10 @@ class Search:
             pool = sorted(scores, key=scores.__getitem__) or pool
             if samples >= (most or trials.screen):
                 break
+            least = trials.losses(pool[0], samples)
             pool = pool[: max(KEPT, -(-len(pool) // 4))]
+            if len(least) >= TELLING:
+                pool = [c for c in pool if errors_apart(trials.losses(c, samples), least) < MARGIN]
             samples = trials.more(samples)
         return pool
 
@@ -313,19 +325,28 @@ class Search:
         return options_of(self.space, choice, decision)
 
     def climb(self, choice: Choice, among: Sequence[int] | None = None) -> Choice:
-        """Change one decision after the other until nothing gets better."""
+        """Change one decision after the other until nothing gets better.
+
+        What was among the worse half of a decision's options is not looked at again.
+        """
         places = [
             d
             for d in (range(len(self.space.decisions)) if among is None else among)
             if len(self.space.decisions[d].options) > 1
         ]
+        poor: set[tuple[int, Choice]] = set()
+        own = {d: [d, *(part.order.values() if (part := part_of(self.space, d)) else ())] for d in places}
         since = 0
         while places and self.left:
             for d in places:
                 since += 1
                 if choice[d] == OFF or not self.left:
                     continue
-                better = self._best([choice, *self._with(choice, d)])
+                said = {c: (d, tuple(c[k] for k in own[d])) for c in self._with(choice, d)}
+                pool = [choice, *(c for c, key in said.items() if key not in poor)]
+                better = self._best(pool)
+                looked = sorted(said.keys() & set(pool), key=lambda c: self.trials.mean_if_known(c, self.trials.least))
+                poor |= {said[c] for c in looked[max(2, -(-len(looked) // 2)) :] if c not in (choice, better)}
                 if better != choice and self._gains(better, choice):
                     choice, since = better, 0
             if since >= len(places):

@@ -139,11 +139,15 @@ class Trials:
         whole = (choice, batch, WHOLE) in self.seen if batch else self.known(choice, self.size)
         return whole and not slopes
 
-    def slopes(self, choice: Choice, batch: int) -> list[tuple[list[float], Tensor]]:
-        """Losses and gradients of a choice on the pieces of a batch, measured once."""
-        if (choice, batch) not in self._slopes:
-            self._slopes[choice, batch] = self.meter.slopes(self.state(choice), batch)
-        return self._slopes[choice, batch]
+    def slopes(self, choice: Choice, batch: int, stop: int = 0) -> list[tuple[list[float], Tensor]]:
+        """Losses and gradients of a choice on the pieces of a batch, or of its first samples, measured once."""
+        if (choice, batch) in self._slopes:
+            found = self._slopes[choice, batch]
+            return found[: len(found) * stop // self.meter.size(batch)] if stop else found
+        found = self.meter.slopes(self.state(choice), batch, stop)
+        if not stop:
+            self._slopes[choice, batch] = found
+        return found
 
     def extent(self, choice: Choice) -> int:
         """All samples of the first batch if a choice was measured on them, else those of the screening."""
@@ -154,6 +158,10 @@ class Trials:
         values = self.losses(choice, samples)
         mean = sum(values) / len(values)
         return mean if math.isfinite(mean) else math.inf
+
+    def mean_if_known(self, choice: Choice, samples: int) -> float:
+        """The same, infinite where it was not measured."""
+        return self.mean(choice, samples) if self.known(choice, samples) else math.inf
 
     def score(self, choice: Choice) -> float:
         """Mean loss on all samples of the screening."""

@@ -8,7 +8,8 @@ all three together may be, if none speaks against it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from scipy.special import bdtr, stdtr
@@ -44,6 +45,25 @@ def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -
     return min(1.0, 2 * student, 2 * sign)
 
 
+def stepped_down(risks: Mapping[Hashable, float], share: float, many: int) -> dict[Any, float]:
+    """Risks of several tests, of which each that tells leaves more of the risk to the others (Holm, 1979).
+
+    Args:
+        risks: Of each test alone.
+        share: The number of times that as many are made.
+        many: How many the risk is shared by, these among them.
+
+    >>> stepped_down({"a": 0.001, "b": 0.02, "c": 0.01}, 1, 3)
+    {'a': 0.003, 'c': 0.02, 'b': 0.02}
+    """
+    found: dict[Any, float] = {}
+    least = 0.0
+    for place, (name, risk) in enumerate(sorted(risks.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, share * (many - place) * risk))
+        found[name] = least
+    return found
+
+
 def errors_apart(more: Sequence[float], less: Sequence[float]) -> float:
     """By how many standard errors some losses are more than others of the same samples."""
     gaps = [a - b for a, b in zip(more, less)]
@@ -77,19 +97,32 @@ def risk_by_gradient(rival: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor]) 
         best: Those of the candidate on the same pieces.
 
     Returns:
-        The risk by Student's t of the sum of the three; one where a witness does not agree.
+        The risk by Student's t of the sum of the three, or of the first two, counted as two tests; one where a witness
+        does not agree, or where the mean gradient speaks against it.
     """
     if len(rival[0]) < FEWEST:
         return 1.0
+    gaps = _gaps(rival, best)
+    risks = [_student(gap) if bool(gap.isfinite().all()) else 1.0 for gap in gaps]
+    against = bool(gaps[-1].isfinite().all()) and _student(-gaps[-1]) < AGREES
+    heard = [n for n in (2, 3) if max(risks[:n]) < AGREES and not against]
+    return min((1.0, *(2 * _student(torch.stack(gaps[:n]).sum(0)) for n in heard)))
+
+
+def is_ahead(rival: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor]) -> bool:
+    """Whether a rival looks better than a candidate by all three witnesses together, significantly or not."""
+    gaps = [gap.nan_to_num() for gap in _gaps(rival, best)]
+    return float(torch.stack(gaps).sum()) < 0
+
+
+def _gaps(rival: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """By how much a rival is worse, witness by witness, each in units of its own spread over the pieces."""
     gaps = [
         rival[0].double() - best[0].double(),
         rival[1].double().norm(dim=1).log() - best[1].double().norm(dim=1).log(),
         _size_of_mean(_squared(rival[1])) - _size_of_mean(_squared(best[1])),
     ]
-    gaps = [gap / gap.std() for gap in gaps]
-    if not all(bool(gap.isfinite().all()) and _student(gap) < AGREES for gap in gaps):
-        return 1.0
-    return _student(torch.stack(gaps).sum(0))
+    return [gap / gap.std() for gap in gaps]
 
 
 def unrest(slopes: Tensor) -> float:

@@ -94,20 +94,20 @@ class LossMeter:
                 return told
         return found
 
-    def slopes(self, state: Mapping[str, Tensor], number: int) -> list[tuple[list[float], Tensor]]:
-        """Losses and gradient, folded if it is long, of each of the smallest pieces of a batch."""
-        found = self.gradients(state, number, self.size(number))
+    def slopes(self, state: Mapping[str, Tensor], number: int, stop: int = 0) -> list[tuple[list[float], Tensor]]:
+        """Losses and gradient, folded if it is long, of the smallest pieces of a batch or of its first samples."""
+        found = self.gradients(state, number, self.size(number), stop)
         return [(losses, folded(slopes.values())) for losses, slopes in found]
 
     def gradients(
-        self, state: Mapping[str, Tensor], number: int, most: int = PIECES
+        self, state: Mapping[str, Tensor], number: int, most: int = PIECES, stop: int = 0
     ) -> Iterator[tuple[list[float], dict[str, Tensor]]]:
-        """Losses and gradient, by name of the parameter, of each of at most so many pieces of a batch."""
+        """Losses and gradient, by name of the parameter, of so many pieces of a batch or of its first samples."""
         batch, size = self._batches[number], self.size(number)
         named = self.model.named_parameters(remove_duplicate=False)
         weights = {name: p for name, p in named if p.is_floating_point()}
-        for start, stop in pieces(size, most):
-            part = cut(batch, start, stop, size)
+        for start, end in pieces(stop or size, most):
+            part = cut(batch, start, end, size)
             with self._ready(state, number), torch.enable_grad():
                 for weight in weights.values():
                     weight.requires_grad_(True)
@@ -119,8 +119,8 @@ class LossMeter:
                     name: torch.zeros_like(weight) if slope is None else slope.detach()
                     for (name, weight), slope in zip(weights.items(), slopes)
                 }
-            self._spend((stop - start) / max(size, 1))
-            yield seen.by_sample(total, stop - start, self._uneven) or [total], found
+            self._spend((end - start) / max(size, 1))
+            yield seen.by_sample(total, end - start, self._uneven) or [total], found
 
     def _spend(self, passes: float) -> None:
         self.passes += passes

@@ -14,9 +14,11 @@ from torch import nn
 
 from lit_wsl import TransferPlan, transfer_weights
 from lit_wsl.matching.bench import FAR, GAIN, MOST, Bench
-from lit_wsl.matching.judge import LossJudge, judge_by_loss
+from lit_wsl.matching.judge import judge_by_loss
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
+from lit_wsl.matching.rivals import CLOSE, EARLY, LAST, LossJudge
+from lit_wsl.matching.trials import Budget
 from lit_wsl.matching.witnesses import RISK, risk_of
 from lit_wsl.plan.operations import Reorder, Rotary
 from lit_wsl.structure.description import describe
@@ -204,12 +206,12 @@ def test_balances_are_heard_at_once_where_the_loss_agrees_and_never_against_it(g
     noise = torch.randn(16, generator=torch.Generator().manual_seed(0))
     own, theirs = noise.tolist(), (noise + gap + 0.1 * noise.flip(0) - 0.1 * noise.mean()).tolist()
     judge = judge_with(balance=SimpleNamespace(risk=lambda rival, choice: 1e-6))
-    for agreeing, told in ((True, early), (False, late)):
-        assert bool(judge._by_balance((0,), {(1,): (theirs, own)}, 1, agreeing=agreeing)) == told
+    for when, told in ((EARLY, early), (CLOSE, late), (LAST, late)):
+        assert bool(judge._by_balance((0,), {(1,): (theirs, own)}, 1, when)) == told
     doubtful = judge_with(balance=SimpleNamespace(risk=lambda rival, choice: RISK / 9))
-    assert bool(doubtful._by_balance((0,), {(1,): (theirs, own)}, 1, agreeing=False)) == late
+    assert bool(doubtful._by_balance((0,), {(1,): (theirs, own)}, 1, LAST)) == late
     # Its risk is shared, and may be too much, unless the loss says the same.
-    assert bool(doubtful._by_balance((0,), {(1,): (theirs, own)}, 2, agreeing=False)) == early
+    assert bool(doubtful._by_balance((0,), {(1,): (theirs, own)}, 2, LAST)) == early
 
 
 def test_what_the_search_found_about_as_good_is_a_rival_however_much_it_changes():
@@ -362,3 +364,41 @@ def test_passes_are_left_to_test_a_rival_that_is_ahead(ahead):
     judge._on_fresh_batches((1,), [(0,)], {}, 0)  # what was measured once takes no pass
     assert budget.room <= spent
     assert len(seen) == 50 - budget.room
+
+
+class Noisy:
+    """Trials whose losses and gradients are noise about the minimum, but for a rival further away."""
+
+    def __init__(self, passes):
+        self.meter = SimpleNamespace(
+            has=lambda n: n < 4, size=lambda n: 32, has_slopes=True, in_pieces=True, passes=60.0 - passes
+        )
+        self.asked = []
+
+    def known_of(self, choice, number, *, slopes):
+        return False
+
+    def slopes(self, choice, number, stop=0):
+        samples = stop or 32
+        self.asked.append((choice, number, samples))
+        self.meter.passes += samples / 32
+        x = torch.randn(samples // 2, 2, 20, generator=torch.Generator().manual_seed(number))
+        gaps = 0.8 * (choice != (0,)) - x
+        return list(zip((gaps.pow(2).sum(-1) / 2).tolist(), gaps.mean(1), strict=True))
+
+
+def fresh_with(passes, rivals):
+    judge = LossJudge(SimpleNamespace(space=None, score=None, budget=None))
+    judge.trials, judge.rounds = Noisy(passes), 1
+    judge.budget = Budget(math.inf, 60.0, judge.trials.meter)
+    return judge.trials, judge._on_fresh_batches((0,), [(k + 1,) for k in range(rivals)], {}, 0)
+
+
+def test_where_a_batch_for_all_rivals_is_too_much_all_see_a_part_of_it():
+    trials, (best, risks) = fresh_with(6, 8)
+    assert best == (0,)
+    assert len(risks) == 8
+    assert max(risks.values()) < RISK
+    assert {(number, samples) for _, number, samples in trials.asked} == {(1, 20)}
+    trials, (_, risks) = fresh_with(4, 8)  # too little to tell anything: the first ones see all of it
+    assert len(risks) == 3

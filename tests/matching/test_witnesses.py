@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lit_wsl.matching.witnesses import products_of, risk_by_gradient, unrest, unrest_of
+from lit_wsl.matching.witnesses import is_ahead, products_of, risk_by_gradient, stepped_down, unrest, unrest_of
 from lit_wsl.structure.losses import FOLD, folded
 
 
@@ -38,6 +38,30 @@ def test_of_two_weights_equally_far_away_neither_is_called_worse_more_often_than
         step = torch.randn(20) * 0.2
         false += risk_by_gradient(pieces(step, seed), pieces(-step, seed)) < 0.05
     assert false <= 0.05 * 300 + 3 * math.sqrt(0.05 * 300)
+
+
+def test_what_is_nearer_to_the_minimum_is_ahead():
+    away, best = pieces(torch.full((20,), 0.4)), pieces(torch.zeros(20))
+    assert is_ahead(best, away)
+    assert not is_ahead(away, best)
+
+
+def test_the_mean_gradient_need_not_agree_unless_it_speaks_against():
+    losses, slopes = pieces(torch.zeros(20))
+    worse = losses + 0.5 + 0.2 * losses.flip(0), 1.3 * slopes  # their expected gradient is zero, too
+    assert risk_by_gradient(worse, (losses, slopes)) < 1e-4
+    assert risk_by_gradient(worse, (losses, 0.3 * slopes + 0.3)) == 1.0  # smaller, but always in one direction
+
+
+def test_tests_that_tell_leave_their_share_of_the_risk_to_the_others_and_no_more():
+    torch.manual_seed(0)
+    false = 0
+    for _ in range(400):  # nine are false, one is true beyond doubt
+        risks = dict(enumerate([1e-9, *torch.rand(9).tolist()]))
+        found = stepped_down(risks, 1.0, 10)
+        assert all(risk <= found[name] <= min(1.0, 10 * risk) for name, risk in risks.items())
+        false += min(found[name] for name in range(1, 10)) < 0.05
+    assert 0 < false <= 0.05 * 400 + 3 * math.sqrt(0.05 * 400)
 
 
 def test_a_gradient_is_at_rest_where_the_noise_of_a_batch_hides_its_mean():

@@ -53,6 +53,17 @@ def test_a_loss_over_pairs_of_samples_is_measured_on_pieces_of_the_batch():
     assert meter.in_pieces
 
 
+def test_gradients_of_the_first_samples_are_the_first_of_the_batch():
+    torch.manual_seed(0)
+    batch = torch.randn(12, 5), torch.randint(3, (12,))
+    meter = LossMeter(nn.Linear(5, 3), lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]), [batch])
+    assert meter.has(0)
+    whole, first = meter.slopes({}, 0), meter.slopes({}, 0, 8)
+    assert meter.passes == pytest.approx(1 + 8 / 12)
+    assert [losses for losses, _ in first] == [losses for losses, _ in whole[:4]]
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(first, whole))
+
+
 class Counting(nn.Module):
     """Its loss depends on what earlier calls have left behind."""
 
