@@ -1,7 +1,7 @@
 """Which words name different things: those of modules that stand beside each other in public code.
 
     python -m benchmarks.refactors.contrasts            in the environment of the benchmarks; some minutes
-    python -m benchmarks.refactors.contrasts --code DIR also reads the packages of a folder, about a minute, filled by
+    python -m benchmarks.refactors.contrasts --code DIR also reads the packages of a folder, some minutes, filled by
         pip download --no-deps --dest DIR $(cat benchmarks/refactors/packages.txt)
 
 ``self_attn`` and ``cross_attn`` stand in one block, so ``self`` never became ``cross``; ``mlp`` and ``ffn`` never stand
@@ -9,11 +9,12 @@ beside each other. One model of every family of timm, torchvision, transformers 
 device. Two words count where siblings of one class differ in them alone, in at least three families; words
 for any layer say nothing, but for an ``output`` there is an ``input``.
 
-Of packages the code is read, not run: what a class assigns to ``self`` in one method, where two names differ in one
-word alone (``actor_net``, ``critic_net``) and either share another word or are made by the same call. Two words count
-if two packages say them, or one does in five classes. Words for kinds of layers don't count here, nor do those that
-stand for one thing in the lexicon. Where three packages have classes that are called after the one and hold the other,
-and none has attributes that are called so and no more, the first is the whole: an ``FPN`` holds ``lateral_convs``.
+Of packages the code is read, not run: what a class assigns to ``self`` or registers in one method, where two names
+differ in one word alone (``actor_net``, ``critic_net``) and either share another word or are made by the same call. Two
+words count if three packages say them; of the first 88 packages two were enough, or five classes of one. Words for
+kinds of layers don't count here, nor do those that stand for one thing in the lexicon. Where three packages have
+classes that are called after the one and hold the other, and none has attributes that are called so and no more, the
+first is the whole: an ``FPN`` holds ``lateral_convs``.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ from lit_wsl.matching.words import plain_words
 
 Pair = tuple[str, str]
 FAMILIES = 3  # so many use two words beside each other
-PACKAGES, CLASSES = 2, 5  # or so many packages, or one package in so many classes
+PACKAGES = 3  # or so many packages
 WHOLES = 3  # so many packages have one within a class of the other
+REGISTER = {"register_buffer": "Buffer", "register_parameter": "Parameter"}
 ATTRIBUTES = 60  # of one method; larger ones hold settings
 WAYS = ({"in", "out"}, {"input", "output"}, {"down", "up"})  # these words are opposites of each other alone
 KINDS_OF_LAYERS = (
     *("norm", "norms", "convs", "bns", "act", "activation", "fn", "dropout", "loss", "gate"),
-    *("self", "res", "bias", "biases", "weights"),
+    *("self", "res", "bias", "biases", "weights", "emb", "temb", "drop", "identity", "transform", "transformer"),
 )
 LAYER_KINDS = (BLOCKS | LISTS | KINDS | {*KINDS_OF_LAYERS}) - {"forward"}
 
@@ -99,9 +101,11 @@ def _files_of(package: Path) -> Iterator[bytes]:
 
 
 def _assigned(method: ast.FunctionDef) -> dict[str, str]:
-    """What a method assigns to ``self``, and the name of what it calls for that."""
+    """What a method assigns to ``self`` or registers, and the name of what it calls for that."""
     found = {}
     for node in ast.walk(method):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in REGISTER:
+            found |= {name.value: REGISTER[node.func.attr] for name in node.args[:1] if _is_word(name)}
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             call = node.value.func
             name = call.attr if isinstance(call, ast.Attribute) else call.id if isinstance(call, ast.Name) else ""
@@ -109,6 +113,10 @@ def _assigned(method: ast.FunctionDef) -> dict[str, str]:
                 if isinstance(to, ast.Attribute) and isinstance(to.value, ast.Name) and to.value.id == "self":
                     found[to.attr] = name
     return found
+
+
+def _is_word(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def in_class(node: ast.ClassDef) -> set[Pair]:
@@ -161,7 +169,7 @@ def in_code(folder: Path) -> set[tuple[str, ...]]:
                     beside |= alone
                     for pair in inside:
                         held[pair].add(package.name)
-    found = [p for p, c in counts.items() if (len(c) >= PACKAGES or c.total() >= CLASSES) and _says_something(*p)]
+    found = [p for p, c in counts.items() if len(c) >= PACKAGES and _says_something(*p)]
     return {(*p, *_whole_of(p, held if p not in beside else {})) for p in found}
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named, is_strong
+from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named
 from lit_wsl.matching.dissent import NAMESAKE
 from lit_wsl.matching.fusion import Fusion, find_fusions, fold_run, spell_otherwise
 from lit_wsl.matching.learned import Learned
@@ -48,6 +48,7 @@ from lit_wsl.matching.tree import (
     Family,
     Item,
     TreeBuilder,
+    is_strong,
     kind_of,
     owner_path,
     relative,

@@ -56,6 +56,9 @@ def split_kinds(
     aligned: list[set[str]] = [set(), set()]
     if alone:
         aligned = [_aligned(source, buffers[0], leaves_t), _aligned(target, buffers[1], leaves_s)]
+        like = {(i.leaf, i.shape) for i in buffers[1] if i.name in aligned[1]}
+        follow = {i.module_path for i in source.parameters if i.leaf in leaves_t}
+        aligned[0] |= {i.name for i in buffers[0] if (i.leaf, i.shape) in like and i.module_path not in follow}
     left = [{i.name for i in side if i.name not in names} for side, names in zip(buffers, aligned)]
     return (
         [i for i in source.parameters if i.name not in left[0]],
@@ -196,6 +199,9 @@ def unwrapped(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]) 
     paths = relative_paths(source), relative_paths(target)
     shapes = [{path[i.name]: i.shape for i in infos} for path, infos in zip(paths, (source, target))]
     same = len(shapes[0].items() & shapes[1].items())
+    whole = [{i.name: i.shape for i in infos} for infos in (source, target)]
+    if len(whole[0].items() & whole[1].items()) > same:  # the part that one side is has its name on the other
+        return {name: name for name in whole[0]}, {name: name for name in whole[1]}
     if 2 * same > min(map(len, shapes)):
         return paths
     for ours, theirs in ((0, 1), (1, 0)):
@@ -255,8 +261,12 @@ def _tell_apart(a: str, b: str) -> bool:
 
 
 def _leaf_similarity(a: str, b: str) -> float:
-    words_a, words_b = tokenize(a), tokenize(b)
-    return max((token_similarity(x, y) for x in words_a for y in words_b if x not in ("running", "moving")), default=0)
+    """How alike two names are in what they don't share: ``weight_v`` is no ``weight_sigma``."""
+    words = [[word for word in tokenize(name) if word not in ("running", "moving")] for name in (a, b)]
+    left = [[w for w in side if w not in other] for side, other in zip(words, words[::-1])]
+    if not all(left):
+        return float(any(len(rest) < len(side) for rest, side in zip(left, words)))
+    return max(token_similarity(x, y) for x in left[0] for y in left[1])
 
 
 def refuse_modules(writer: EntryWriter, source: ModelDescription, target: ModelDescription) -> None:

@@ -18,13 +18,14 @@ from lit_wsl.matching.words import plain_words
 from lit_wsl.plan.entries import AVERAGE, CANDIDATE, Ambiguity, Candidate, PlanEntry, Unmatched
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.description import ModelDescription, Shape
-from lit_wsl.structure.families import find_average
+from lit_wsl.structure.families import find_average, speaks_of_average
 
 DEPTH = 3  # of modules that may be copies
 FEWEST = 8  # tensors of a copy; smaller modules are alike by chance
 LARGE = 0.2  # of all elements: copies are of the model, or of most of it
 SHORTEST = 4  # letters of a word that stands for another; fewer begin too many
 ALIKE = 0.8  # of the tensors of the smaller copy: one may have a head that the other lacks
+COPIED = frozenset(("teacher", "target", "momentum", "frozen"))  # what a copy of a network is called, beside averages
 COPIES = "copies of one network"
 COPY = "stands in a copy of what is taken; source_prefix takes another"
 
@@ -154,6 +155,9 @@ def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
 
 def _chosen(places: Sequence[str], shapes: Mapping[str, Shape], target: ModelDescription) -> str | None:
     """The copy that is taken: what a copy was made of, the one that the rest of the model fits, or that names tell."""
+    named = [p for p in places if p and any(i.name.startswith(p) for i in target.parameters)]
+    if len(named) == 1:
+        return named[0]
     own = _own_shapes(places, shapes)
     outside = _is_outside(*places[:2])
     apart = places[1].count(".") > places[0].count(".") + 1  # blocks, audio.frontend.blocks
@@ -213,7 +217,8 @@ def _told(places: Sequence[str], target: ModelDescription) -> str | None:
     theirs = {w for part in parts for w in plain_words(part) if len(w) > 2}
     telling = [ws - common - WHOLES for ws in words]
     called = [p for p, ws in zip(places, telling) if any(_says(w, x) for w in ws for x in theirs)]
-    plain = [p for p, ws in zip(places, telling) if not ws]
+    copied = any(w in COPIED or speaks_of_average(w) for w in theirs)  # a model of the teacher alone
+    plain = [p for p, ws in zip(places, telling) if not ws and not copied]
     return next((found[0] for found in (called, plain) if len(found) == 1), None)
 
 
@@ -239,8 +244,8 @@ def _without_average(
     source: ModelDescription, target: ModelDescription, shapes: Mapping[str, Shape]
 ) -> tuple[ModelDescription, Copies | None]:
     """The source without a running average of its own weights."""
-    average = find_average(shapes)
-    if average is None or find_average({i.name: i.shape for i in target.parameters}) is not None:
+    average, theirs = find_average(shapes), {i.name: i.shape for i in target.parameters}
+    if average is None or find_average(theirs) is not None or any(n.startswith(average.prefix) for n in theirs):
         return source, None
     second = Counter(shape for name, shape in shapes.items() if name.startswith(average.prefix))
     if _needs(target, source, (average.prefix,), second):

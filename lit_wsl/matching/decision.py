@@ -33,7 +33,9 @@ from lit_wsl.matching.dissent import (
     RENAMED_ALONE,
     STRONG,
     against,
+    are_kept_apart,
     are_opposite,
+    is_something_else,
     letters_apart,
     other_head,
     renamed_alone,
@@ -60,7 +62,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.numbers import NUMBERS, counted_down, in_count, known_for_roles, number_map, runs_apart
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.order import ORDER, ORDER_ALONE
+from lit_wsl.matching.order import MOVED, ORDER, ORDER_ALONE
 from lit_wsl.matching.regions import Decision, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, refusal
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts, cut_by_shapes, transpose_shape
@@ -69,19 +71,20 @@ from lit_wsl.matching.tree import (
     Item,
     evened,
     families_of,
+    is_strong,
     literal_if_needed,
     owner_path,
     place_in,
     relative,
     role_of,
+    shape_key,
     words_apart,
 )
 from lit_wsl.matching.tree import literal as _literal
 from lit_wsl.matching.words import path_tokens, plain_words
 from lit_wsl.structure.description import core
 
-PATH, TIED = "path", "tied"
-ALONE, DISTINCT = "alone", "distinct shape"
+PATH, TIED, ALONE, DISTINCT = "path", "tied", "alone", "distinct shape"
 ROLE, COUNT = "as in other blocks", "both count"
 OTHER_WORDS = "the last ones left of their size, but their names fit others better"
 TURNED = "the shapes fit as they are, but the names say that matrices are stored the other way round"
@@ -111,9 +114,8 @@ class ClassSolver:
         self.learned = learned
         self.names = options.strategy != "shape_only"
         self.costs = costs
-        self.ties, self.heads, self.backwards = sides.ties, sides.heads, sides.backwards
-        self.ordered, self.written = sides.ordered, sides.written
-        self.sources_of = sides.sources_of
+        self.ties, self.heads, self.ordered, self.written = sides.ties, sides.heads, sides.ordered, sides.written
+        self.backwards, self.sources_of, self.moved = sides.backwards, sides.sources_of, sides.moved
 
     def solve(self, s: list[Item], t: list[Item], region: Region) -> Decision:
         """Decide a class: members in registration order, and where they stand."""
@@ -157,14 +159,19 @@ class ClassSolver:
         """What speaks against a pair, for or against which names may speak at all."""
         if p.cell in (PATH, TIED) or not self.names:
             return OTHER_LETTER if p.cell == PATH and self.names and letters_apart(p.source, p.target, region) else ""
+        if p.source.rank < 2 > p.source.level and shape_key(p.source.main.shape) in self.moved:
+            return MOVED
         if p.cell.startswith(ORDER_ALONE) and ", other" in cell:
             return NAMELESS_ORDER
         at_end = p.cell.startswith(ORDER) and " at an end" in cell
         at_head = " at a head" in cell and p.target.start in self.heads
         if at_end or (at_head and not self.learned.renames.are_all(p.source, p.target)):
             return OTHER_HEAD
-        if not is_named(p.cell) and not p.cell.startswith(COUNT) and renamed_alone(p, region, self.learned):
-            return RENAMED_ALONE
+        if not is_named(p.cell) and not p.cell.startswith(COUNT):
+            kept = ", other name" in cell and " among kept" in cell
+            beside = kept and (" among kept siblings" in cell or p.cell.startswith(ROLE))
+            if beside or renamed_alone(p, region, self.learned):
+                return RENAMED_ALONE
         alone, last = p.cell.startswith(ALONE), p.cell.startswith(EXCLUSION)
         agree = self.learned.rows.agree(region, p.source, p.target) if self.ordered else ""
         if agree == "out of line" and (last or (p.cell.startswith(COUNT) and " among kept" in cell)):
@@ -240,17 +247,18 @@ class ClassSolver:
             others = nameless.get(transpose_shape(shape), [])
             if shape[-2] <= shape[-1] or len(others) != len(mine):
                 continue  # two up and one down fit only one way
-            firsts = [min((p.source.start, p.target.start) for p in pairs) for pairs in (mine, others)]
-            kept_make = all(len({role_of(i.main.path) for i in (p.source, p.target)}) == 1 for p in (*mine, *others))
-            agree = {self.learned.rows.agree(region, p.source, p.target) for p in (*mine, *others)}
-            if self.ordered and ascending(sorted(firsts)) and kept_make and agree <= {"", "in order", "in line"}:
+            pairs = [*mine, *others]
+            fs = families_of([p.source for p in pairs], region.source)
+            ft = families_of([p.target for p in pairs], region.target)
+            partners = {id(p.source): id(p.target) for p in pairs}
+            told = all(partners[id(f.members[0])] == id(g.members[0]) for f, g in in_count(fs, ft))
+            firsts = [min((p.source.start, p.target.start) for p in some) for some in (mine, others)]
+            kept_make = all(len({role_of(i.main.path) for i in (p.source, p.target)}) == 1 for p in pairs)
+            agree = {self.learned.rows.agree(region, p.source, p.target) for p in pairs}
+            in_order = self.ordered and ascending(sorted(firsts)) and agree <= {"", "in order", "in line"}
+            if told and kept_make and in_order:
                 continue
-            gone = {id(p) for p in (*mine, *others)}
-            out.pairs = [p for p in out.pairs if id(p) not in gone]
-            fs, ft = (
-                families_of([getattr(p, side) for p in (*mine, *others)], root)
-                for side, root in (("source", region.source), ("target", region.target))
-            )
+            out.pairs = [p for p in out.pairs if id(p.source) not in partners]
             out.ties.append(Tie.between(fs, ft, TURNED))
 
     def _named_turned(self, s: list[Item], t: list[Item], region: Region) -> bool:
@@ -361,7 +369,8 @@ class ClassSolver:
         n, m = len(fs), len(ft)
         if n == m == 1:
             if sure or fs[0].pattern == ft[0].pattern:
-                if fixed and called_otherwise(fs[0].members[0], ft[0].members[0]):
+                s, t = fs[0].members[0], ft[0].members[0]
+                if fixed and (called_otherwise(s, t) or is_something_else(s, t)):
                     out.ties.append(Tie.between(fs, ft, OTHER_WORDS))
                     return
                 cell = EXCLUSION if fixed else ALONE if region.complete else STRONG
@@ -383,12 +392,11 @@ class ClassSolver:
         complete = len(leading) == n == m
         for i, j in leading:
             cell = kinds[i][j]
-            if cell == LAYER_ONLY:  # which tells nothing beside rivals
-                cell = WORDS if complete else ""
+            cell = cell if cell != LAYER_ONLY else WORDS if complete else ""  # which tells nothing beside rivals
             if not cell:
                 continue
             cell = cell if sure else "open " + cell
-            if not may_load(cell):
+            if not may_load(cell) or (fixed and are_kept_apart(fs[i].members[0], ft[j].members[0])):
                 continue
             self._zip(fs[i], ft[j], cell, out, region)
             open_s.discard(i)
@@ -403,10 +411,11 @@ class ClassSolver:
                 return
         if len(left_s) == len(left_t) == 1 and len(left_s[0].members) == len(left_t[0].members):
             i, j = next(iter(open_s)), next(iter(open_t))
-            better = max(shared[i].max(), shared[:, j].max()) > shared[i, j]
             s, t = left_s[0].members[0], left_t[0].members[0]
             whole = bool(leading) and min(s.level, t.level) == 2 and not self.learned.renames.are_all(s, t)
+            better = max(shared[i].max(), shared[:, j].max()) > shared[i, j] or (fixed and are_kept_apart(s, t))
             better = better or ((fixed or whole) and called_otherwise(s, t))
+            better = better or ((fixed or bool(leading)) and is_something_else(s, t))
             head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
                 out.ties.append(Tie.between(left_s, left_t, OTHER_HEAD if head else OTHER_WORDS))
@@ -489,8 +498,3 @@ class ClassSolver:
             left_s, left_t = _literal(left_s), _literal(left_t)
         if len(left_s) == len(left_t):
             out.ties.append(Tie(tuple(left_s), tuple(left_t)))
-
-
-def is_strong(item: Item) -> bool:
-    """Whether so much structure is below that an equal one elsewhere can't be chance."""
-    return len(item.tensors) >= 4 and len(item.profile) >= 2

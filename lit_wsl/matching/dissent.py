@@ -97,7 +97,7 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
     """
     if letters_apart(p.source, p.target, region):
         return OTHER_LETTER
-    if _are_front_and_end(p.source, p.target):
+    if are_front_and_end(p.source, p.target):
         return OPPOSITE
     if are_opposite(p.source, p.target, region):
         return OPPOSITE
@@ -111,7 +111,7 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         return LEFT_HOME
     if min(p.source.level, p.target.level) == 2 and _is_inside_out(p.source, p.target):
         return INSIDE_OUT
-    if _are_lists_exchanged(p.source.path, p.target.path):
+    if _are_lists_exchanged(p.source, p.target, region):
         return OTHER_NUMBER
     if _is_of_other_make(p.source, p.target, region):
         return OTHER_MAKE
@@ -206,7 +206,8 @@ def _leaves_row(s: Item, t: Item, region: Region) -> bool:
         around = place.rpartition(".")[0]
         beside = [p for p in region.lists[0] if p != place and p.rpartition(".")[0] == around and p in region.lists[1]]
         if any(len(region.lists[0][p]) > 1 and region.lists[0][p].keys() == region.lists[1][p].keys() for p in beside):
-            return region.lists[0][place].keys() != region.lists[1][place].keys()
+            members = [lists.get(place, {}) for lists in region.lists]
+            return members[0].keys() != members[1].keys()
     return False
 
 
@@ -263,7 +264,7 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
     if not any(ours != theirs for ours, theirs in others):
         return True
     small = len(p.source.tensors) < TOWER and len(others) >= KEPT
-    if not small or _is_listed(p.source, p.target):  # what all blocks have is no new part
+    if not small or is_listed(p.source, p.target):  # what all blocks have is no new part
         return False
     return not any(_are_renamed(ours, theirs) for ours, theirs in others)
 
@@ -290,7 +291,7 @@ def _is_only_new_name(s: Item, t: Item, region: Region) -> bool:
     return False
 
 
-def _is_listed(s: Item, t: Item) -> bool:
+def is_listed(s: Item, t: Item) -> bool:
     """Whether a number stands in the path of either."""
     return any(c.isdigit() for i in (s, t) for c in i.path)
 
@@ -312,7 +313,7 @@ def _renamed_to_other(s: Item, t: Item, region: Region) -> bool:
         ours, theirs = (tuple(plain_words(place_in(i, r))) for i, r in ((s, region.source), (t, region.target)))
         return mean_otherwise(ours, theirs)
     if set(ours) <= set(own_name(t, 2)) or set(theirs) <= set(own_name(s, 2)):
-        return max(s.level, t.level) < 2 <= min(s.rank, t.rank) and not _is_listed(s, t) and _is_for_more(ours, theirs)
+        return max(s.level, t.level) < 2 <= min(s.rank, t.rank) and not is_listed(s, t) and _is_for_more(ours, theirs)
     return mean_otherwise(ours, theirs) and not _alike_inside(s, t)
 
 
@@ -345,6 +346,20 @@ def mean_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     return all(
         any((len(w) > 1 or w in FORMULA or len(name) > 1) and w not in NOTHING for w in words) for name, words in left
     )
+
+
+def are_kept_apart(s: Item, t: Item) -> bool:
+    """Whether each of two names outside of all lists says something more, be it by a letter: ``x_mean, z_mean``."""
+    likeness = liken(own_name(s), own_name(t))
+    return bool(likeness.left_s and likeness.left_t) and not is_listed(s, t)
+
+
+def is_something_else(s: Item, t: Item) -> bool:
+    """Whether two units outside of all lists are called after different things; norms say only where they stand."""
+    names = own_name(s), own_name(t)
+    if is_listed(s, t) or of_one_role(*names) or _are_called_one(*names):
+        return False
+    return mean_otherwise(*([w for w in name if w not in SIDES and "norm" not in w] for name in names))
 
 
 def _has_namesake(s: Item, t: Item, region: Region) -> bool:
@@ -423,15 +438,31 @@ def _is_inside_out(s: Item, t: Item) -> bool:
     return names[0] in inside[1] and names[1] in inside[0]
 
 
-def _are_lists_exchanged(ours: str, theirs: str) -> bool:
-    """Whether the same lists stand in each other the other way round, and a number is not that of its list.
+def _are_lists_exchanged(s: Item, t: Item, region: Region) -> bool:
+    """Whether of lists in lists the inner one became the outer one, and its number is not the same.
 
-    >>> _are_lists_exchanged("parts.0.rows.1.map", "rows.0.parts.1.map")
-    True
+    ``stages.0.cells.1`` is ``cells.1.units.0``, and of ``stages.0`` and ``cells.0`` neither is in the other.
     """
-    lists = [re.findall(r"([^.]+)(?:[.](\d+))?(?=[.]|$)", path) for path in (ours, theirs)]
-    names = [[name for name, _ in found] for found in lists]
-    return names[0] != names[1] and sorted(names[0]) == sorted(names[1]) and sorted(lists[0]) != sorted(lists[1])
+    ours, theirs = (_lists_along(i, root) for i, root in ((s, region.source), (t, region.target)))
+    if len(ours) != len(theirs) or len(ours) < 2:
+        return False
+    return any(
+        i != j and len(region.lists[0].get(a, ())) == len(region.lists[1].get(b, ())) > 1 and number != other
+        for i, (name, a, number) in enumerate(ours)
+        for j, (called, b, other) in enumerate(theirs)
+        if name == called and not name.isdigit()
+    )
+
+
+def _lists_along(item: Item, root: Item) -> list[tuple[str, str, str]]:
+    """The lists that an item stands in and those in it: their names, places, and its number, if it stands in them."""
+    known = len(counted(relative(item, root)))
+    along = enumerate(counted(relative(item.main, root)))
+    named = (
+        (place, (place.rstrip("#.") or root.path).rpartition(".")[2], number * (k < known))
+        for k, (place, number) in along
+    )
+    return [(name, place, number) for place, name, number in named]
 
 
 def _chain(item: Item, homes: Mapping[int, Item]) -> list[Item]:
@@ -451,12 +482,12 @@ def _are_opposite(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     return contrast(likeness.left_s, likeness.left_t, alone)
 
 
-def _are_front_and_end(s: Item, t: Item) -> bool:
+def are_front_and_end(s: Item, t: Item) -> bool:
     """Whether one of two norms is called after the beginning of a model and the other after its end.
 
     A matrix may be both: the table of words that is tied to the last layer.
     """
-    if max(s.level, t.level) == 2 or s.rank >= 2 or _is_listed(s, t):
+    if max(s.level, t.level) == 2 or s.rank >= 2 or is_listed(s, t):
         return False
     names = [{*own_name(i)} for i in (s, t)]
     places = [(bool(name & FRONT), bool(name & BACK)) for name in names]
@@ -467,7 +498,7 @@ def _is_of_other_make(s: Item, t: Item, region: Region) -> bool:
     """Whether one is the weight of a layer and the other stands alone, where their names have nothing in common."""
     if max(s.level, t.level) == 2 or len({role_of(i.main.path) in ROLES for i in (s, t)}) == 1:
         return False
-    if _is_listed(s, t):
+    if is_listed(s, t):
         return False  # blocks are written by hand here and built of layers there
     return bool(other_name(s, t, region)) and not _are_of_one_role(s, t)
 

@@ -8,7 +8,7 @@ the parts stay ambiguous.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 
 from lit_wsl.matching.formula import Letters
@@ -73,7 +73,17 @@ def order_of_parts(whole: str, parts: Sequence[str]) -> PartOrder:
     """
     labels = _labels(parts)
     unknown = PartOrder(tuple(range(len(parts))), UNKNOWN, "the order of the parts is unknown")
-    return _spelled(whole, labels) or _by_formula(whole, labels) or _by_number(whole, labels) or unknown
+    spelled = _spelled(whole, labels)
+    if spelled:
+        return replace(spelled, unsaid=spelled.unsaid + _unsaid(whole, parts))
+    return _by_formula(whole, labels) or _by_number(whole, labels) or unknown
+
+
+def _unsaid(whole: str, parts: Sequence[str]) -> int:
+    """How many words that all parts are called by the whole's name does without."""
+    shared = set.intersection(*({*plain_words(owner_path(part).rpartition(".")[2])} for part in parts)) - GENERAL
+    said = path_tokens(owner_path(whole))
+    return sum(all(token_similarity(word, token) < ABBREVIATION for token in said) for word in shared)
 
 
 def _labels(parts: Sequence[str]) -> list[str]:
@@ -110,7 +120,8 @@ def _spelled(name: str, labels: Sequence[str]) -> PartOrder | None:
     known = [set(path_tokens(label)) for label in labels]
     places, unsaid = [], 0
     for words in known:
-        telling = {w for w in words if sum(w in others for others in known) == 1} - GENERAL
+        telling = {w for w in words if sum(w in others for others in known) == 1}
+        telling = telling - GENERAL or telling
         said = {w: [k for k, tok in enumerate(tokens) if token_similarity(w, tok) >= ABBREVIATION] for w in telling}
         places.append(max((k for hits in said.values() for k in hits), default=-1))
         unsaid += sum(not hits for hits in said.values())

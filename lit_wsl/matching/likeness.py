@@ -67,8 +67,10 @@ def same_role(a: str, b: str) -> bool:
 def paired_by_roles(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs of paths that are known for the parts of one thing, each for another: its two norms, its gate and its up.
 
-    Empty unless all of them are known, and for the same parts on both sides.
+    Empty unless all of them are known, and for the same parts on both sides; one alone may be the part of anything.
     """
+    if len(ours) < 2:
+        return []
     for thing in sorted({role.partition("/")[0] for path in ours for role in roles_of(path)}):
         rows = [_parts_of(thing, side) for side in (ours, theirs)]
         if sorted(rows[0]) == sorted(rows[1]) and len(set(rows[0]) - {""}) == len(rows[0]):

@@ -63,12 +63,17 @@ def _list_name(place: str) -> str:
 
 
 def _number_names(f: Family, g: Family) -> bool:
-    """Whether numbers stand in words and count nothing, and some stand on both sides: 2019 and 2020, 2020 and 2021."""
+    """Whether numbers stand in words and some stand on both sides, but count nothing: 2019, 2020 and 2020, 2021.
+
+    So they do where they are no more or less on the other side by one number: folds 0, 1, 2 and 0, 1, 3.
+    """
     if len(f.axes()) != 1 or len(g.axes()) != 1:
         return False
-    ours, theirs = ({n[fam.axes()[0]] for n in fam.numbers} for fam in (f, g))
+    ours, theirs = (sorted(n[fam.axes()[0]] for n in fam.numbers) for fam in (f, g))
     listed = any(part.isdigit() for fam in (f, g) for m in fam.members for part in m.path.split("."))
-    return not listed and bool(ours & theirs) and ours != theirs and max(min(ours), min(theirs)) > 1
+    if listed or set(ours).isdisjoint(theirs) or ours == theirs:
+        return False
+    return max(ours[0], theirs[0]) > 1 or len({b - a for a, b in zip(ours, theirs)}) > 1
 
 
 def _counts_on(f: Family, g: Family) -> bool:
@@ -176,7 +181,7 @@ def in_count(fs: Sequence[Family], ft: Sequence[Family]) -> list[tuple[Family, F
     The two norms of a block are counted by what they stand before or behind: ``attention_norm`` and ``ffn_norm``,
     ``input_layernorm`` and ``post_attention_layernorm``.
     """
-    if len(fs) != len(ft) or any(len(f.members) != 1 for f in (*fs, *ft)):
+    if len(fs) != len(ft) or len(fs) < 2 or any(len(f.members) != 1 for f in (*fs, *ft)):
         return []
     behind = [[all(words & set(f.words) for f in side) for words in (BEHIND, BEHIND | OUTPUT)] for side in (fs, ft)]
     if any(ours[0] and not theirs[1] for ours, theirs in (behind, behind[::-1])):

@@ -14,14 +14,14 @@ from itertools import combinations
 
 from rapidfuzz.distance import Levenshtein
 
-from lit_wsl.matching.dissent import KEPT, TOWER, mean_otherwise
+from lit_wsl.matching.dissent import KEPT, TOWER, are_front_and_end, mean_otherwise
 from lit_wsl.matching.learned import Renames, ascending
 from lit_wsl.matching.likeness import (
     SIDES,
     liken,
     own_name,
 )
-from lit_wsl.matching.numbers import counted_apart, told_otherwise
+from lit_wsl.matching.numbers import BEHIND, counted_apart, told_otherwise
 from lit_wsl.matching.regions import Pair, Region, Tie
 from lit_wsl.matching.tree import (
     Family,
@@ -29,6 +29,7 @@ from lit_wsl.matching.tree import (
     layer_kind,
     place_in,
     relative,
+    shape_key,
     telling_words,
 )
 from lit_wsl.matching.words import best_pairs_similarity, counted, plain_words
@@ -47,6 +48,7 @@ TOWERS = (
 NAMESAKES_MOVED = "by order each would become what stands under the name of the next one"
 AGAINST_NAMES = "their order says one thing and their names another"
 LISTS_CUT = "one list became several that names tell apart: which member went into which can't be told from a number"
+MOVED = "norms stand before the blocks here and behind them there: each may be that of the neighbouring block"
 TWINS_RENAMED = "everything beside them kept its name, and only theirs are new: their order may be new as well"
 CLEARLY = 0.2  # of 2: by so much more must two names say that they are exchanged
 
@@ -295,3 +297,52 @@ def _names_dissent(sources: Sequence[Family], targets: Sequence[Family], region:
 def _with_kinds(words: Sequence[str]) -> list[str]:
     """Words without numbers; what a norm calls its scale and its shift in one word each."""
     return [layer_kind(w) if len(w) > 1 and layer_kind(w) else w for w in words if not w.isdigit()]
+
+
+def moved_norms(source: Item, target: Item, ordered: bool) -> frozenset[object]:
+    """Shapes of norms that may stand in the block before or behind on the other side.
+
+    ``stem_norm, blocks.#.(fc, norm)`` is ``blocks.#.(norm, fc), final_norm``: what stood behind a block stands at the
+    beginning of the next one. Of a source without an order the norms outside of the blocks are told by their names.
+    """
+    sides = [_norms(root) for root in (source, target)]
+    found = set()
+    for shape in sides[0].keys() & sides[1].keys():
+        (front_s, back_s, first_s), (front_t, back_t, first_t) = (_places(side[shape]) for side in sides)
+        outside = [(a, b) for a in (*front_s, *back_s) for b in (*front_t, *back_t)]
+        behind, before = bool(back_t) and first_t and not front_t, bool(front_t) and not first_t and not back_t
+        if ordered:
+            behind = behind and bool(front_s) and not first_s and not back_s
+            before = before and bool(back_s) and first_s and not front_s
+        elif not any(are_front_and_end(*pair) for pair in outside):
+            continue
+        if any(a.path == b.path or liken(own_name(a, 2), own_name(b, 2)).shared >= 1.0 for a, b in outside):
+            continue  # it is registered elsewhere
+        if behind or before:
+            found.add(shape)
+    return frozenset(found)
+
+
+def _norms(root: Item) -> dict[object, list[tuple[Item, bool, bool]]]:
+    """By shape the norms of a model, whether each stands in a block, and whether before the matrices there."""
+    first: dict[str, int] = {}
+    for unit in root.units:
+        home = unit.path if unit.rank >= 2 else ""
+        while home := home.rpartition(".")[0]:
+            first[home] = min(first.get(home, unit.start), unit.start)
+    found: dict[object, list[tuple[Item, bool, bool]]] = defaultdict(list)
+    for unit in root.units:
+        if unit.rank < 2 and len(unit.tensors) > 1:
+            home = unit.path.rpartition(".")[0]
+            before = unit.start < first.get(home, unit.start) and not BEHIND & {*own_name(unit)}
+            found[shape_key(unit.main.shape)].append((unit, any(c.isdigit() for c in home), before))
+    return found
+
+
+def _places(norms: Sequence[tuple[Item, bool, bool]]) -> tuple[list[Item], list[Item], bool]:
+    """The norms before and behind all blocks, and whether one stands at the beginning of a block."""
+    starts = [unit.start for unit, listed, _ in norms if listed]
+    outside = [unit for unit, listed, _ in norms if starts and not listed]
+    front = [unit for unit in outside if unit.start < min(starts)]
+    back = [unit for unit in outside if unit.start > max(starts)]
+    return front, back, any(before for _, listed, before in norms if listed)

@@ -27,7 +27,7 @@ from lit_wsl.matching.hints import hints, scaled_weights
 from lit_wsl.matching.layouts import Orientation, hidden_layouts, leave_open
 from lit_wsl.matching.numbers import lists_backwards
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.order import ORDER
+from lit_wsl.matching.order import ORDER, moved_norms
 from lit_wsl.matching.regions import Sides, ends_of, may_wrap
 from lit_wsl.matching.risks import margin_of, told
 from lit_wsl.matching.scoring import Context
@@ -239,8 +239,8 @@ def _plain_leaves(infos: Sequence[ParameterInfo]) -> dict[str, str]:
         count = sum(bool(kind) for kind in kinds.values())
         if path in above or not path or "scale" not in named or count != len(named):
             continue
-        if any(len(i.shape) > 1 for i in members):
-            continue
+        if any(len(i.shape) > 1 for i in members) or (len(kinds) > count == 1):
+            continue  # scale and margin are no norm
         plain = {named["scale"]: "weight", named.get("shift", ""): "bias"}
         found |= {i.name: f"{path}.{plain[i.leaf]}" for i in members if plain.get(i.leaf, i.leaf) != i.leaf}
     return found
@@ -438,7 +438,9 @@ def align(
     executed = tuple(info.execution_order for info in order_t)
     backwards = lists_backwards(root_s.lists, root_t.lists)
     wraps = may_wrap((i.name for i in order_s), (i.name for i in order_t))
+    moved = moved_norms(root_s, root_t, sides.ordered)
     sides = replace(sides, execution=executed, heads=ends_of(order_t), twins=twins, backwards=backwards, wraps=wraps)
+    sides = replace(sides, moved=moved)
     aligner = Aligner(options, builder, Evidence(), forbidden, sides)
     aligner.align(root_s, root_t)
     outcome = Aligner(options, builder, aligner.gathered, forbidden, sides).align(root_s, root_t)

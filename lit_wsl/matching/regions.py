@@ -46,6 +46,7 @@ class Sides:
         twins: Ordinals of source tensors, and of the target's tensors of the same path and shape.
         heads: Ordinals of the target's matrices at its ends (:func:`ends_of`).
         backwards: Names of lists that count down on one side (:func:`~lit_wsl.matching.numbers.lists_backwards`).
+        moved: Shapes of norms that may stand in another block (:func:`~lit_wsl.matching.order.moved_norms`).
         wraps: Whether layers of one side may stand in modules of their name on the other (:func:`may_wrap`).
     """
 
@@ -56,6 +57,7 @@ class Sides:
     heads: frozenset[int] = frozenset()
     twins: Mapping[int, int] = field(default_factory=dict)
     backwards: frozenset[tuple[str, str]] = frozenset()
+    moved: frozenset[object] = frozenset()
     wraps: bool = True
 
     @cached_property

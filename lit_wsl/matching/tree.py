@@ -518,3 +518,8 @@ def literal(families: Sequence[Family]) -> list[Family]:
     """Families of one member each, in order."""
     singles = [Family(f.pattern, (m,), (n,)) for f in families for m, n in zip(f.members, f.numbers)]
     return sorted(singles, key=lambda f: f.start)
+
+
+def is_strong(item: Item) -> bool:
+    """Whether so much structure is below that an equal one elsewhere can't be chance."""
+    return len(item.tensors) >= 4 and len(item.profile) >= 2

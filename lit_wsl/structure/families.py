@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 from lit_wsl.structure.description import core, tokenize
 
-AVERAGE_WORDS = frozenset({"ema", "average", "averaged", "averaging", "avg", "swa", "shadow", "polyak"})
+AVERAGE_WORDS = frozenset({"ema", "avg", "swa", "shadow", "polyak"})
 PROBES = 8  # names that are looked for, so that not all of them need to stand on both sides
 
 
 def speaks_of_average(text: str) -> bool:
     """Whether a word of a key says average: ``state_dict_ema``, ``EMACallback``, ``modelEma``."""
-    return not AVERAGE_WORDS.isdisjoint(tokenize(text))
+    return any(word in AVERAGE_WORDS or word.startswith("averag") for word in tokenize(text))
 
 
 @dataclass(frozen=True)

@@ -397,3 +397,94 @@ def test_a_value_of_a_gate_is_no_value_of_an_attention(ordered):
     new = "".join(f"h.0.attn.{n} linear 8 8 <- h.0.{o}\n" for n, o in zip(("query", "key", "value", "out"), names))
     new += "h.0.ffn.gate_up linear 8 16 <- new\nh.0.ffn.output linear 8 8 <- h.0.output\nhead linear 8 5\n"
     assert transferred(old, new, ordered=ordered) >= {"h.0.attn.query", "h.0.attn.key"}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_list_in_a_list_that_became_the_outer_one_keeps_its_numbers(ordered):
+    pairs = [(i, j) for i in range(2) for j in range(2)]
+    old = "".join(f"blocks.{i}.cells.{j}.{n} linear 8 8\n" for i, j in pairs for n in ("up", "down"))
+    new = "".join(
+        f"cells.{j}.units.{i}.{n} linear 8 8 <- blocks.{i}.cells.{j}.{n}\n" for j, i in pairs for n in ("up", "down")
+    )
+    transferred(old, new, ordered=ordered)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("copy", ["net_ema", "shadow", "avg_net"])
+def test_a_copy_that_the_model_is_called_after_fills_it(copy, ordered):
+    old = "".join(f"{net}.conv.{k} conv 8 8\n" for net in ("net", copy) for k in range(2))
+    new = "".join(f"{copy}.layers.{k} conv 8 8 <- {copy}.conv.{k}\n" for k in range(2))
+    assert transferred(old, new, ordered=ordered) == {f"{copy}.layers.0", f"{copy}.layers.1"}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_part_that_was_saved_alone_goes_where_it_has_its_name(ordered):
+    """What all of the file stands in is a name, too, where the model has it."""
+    parts = (("layers.0", "linear 8 8"), ("norm", "norm 8"), ("head", "linear 8 5"))
+    old = "".join(f"critic.{n} {what}\n" for n, what in parts)
+    new = "".join(f"actor.{n} {what} <- new\n" for n, what in parts) + old
+    assert transferred(old, new, ordered=ordered) == {"critic.layers.0", "critic.norm", "critic.head"}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_frozen_copies_fill_a_model_of_averages_by_choice_alone(ordered):
+    parts = (("trunk.0", "linear 12 8"), ("trunk.1", "linear 8 8"), ("trunk.2", "linear 8 8"), ("out", "linear 8 3"))
+    old = "".join(f"{net}.{n} {what}\n" for net in ("critics", "frozen_critics") for n, what in parts)
+    new = "".join(f"critics_ema.{n} {what} <- frozen_critics.{n}\n" for n, what in parts)
+    transferred(old, new, ordered=ordered)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("kept", "gone", "new"), [(("fold0", "fold1"), "fold2", "fold3"), (("d6", "d12"), "d18", "d24")]
+)
+def test_a_number_in_a_word_is_a_name_where_others_kept_theirs(kept, gone, new, ordered):
+    old = "".join(f"{name} linear 8 8\n" for name in (*kept, gone))
+    transferred(old, "".join(f"{name} linear 8 8\n" for name in kept) + f"{new} linear 8 8 <- new\n", ordered=ordered)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("tower", ["{}_net", "{}"])
+def test_a_sibling_that_is_something_else_is_not_the_last_one_left(tower, ordered):
+    """All was renamed, one of two kept its word, and the other one is called after something else."""
+    names = [tower.format(word) for word in ("user", "item", "context")]
+    old = "trunk.0.fc linear 6 6\ntrunk.1.fc linear 6 6\n" + "".join(
+        f"{name}.{layer} linear 8 8\n" for name in names[:2] for layer in ("fc1", "fc2")
+    )
+    new = "".join(f"stem.{k}.lin linear 6 6 <- trunk.{k}.fc\n" for k in range(2))
+    new += "".join(f"user_tower.{layer} linear 8 8 <- {names[0]}.{layer}\n" for layer in ("fc1", "fc2"))
+    new += "".join(f"context_tower.{layer} linear 8 8 <- new\n" for layer in ("fc1", "fc2"))
+    assert transferred(old, new, ordered=ordered) >= {"user_tower.fc1", "user_tower.fc2"}
+
+
+@pytest.mark.parametrize(("ordered", "first"), [(True, "bn1"), (True, "stem_norm"), (False, "stem_norm")])
+@pytest.mark.parametrize("back", [True, False])
+def test_norms_that_moved_to_the_neighbouring_block_stay_open(first, back, ordered):
+    behind = [(f"{first}", "norm 8")]
+    before = []
+    for k in range(3):
+        behind += [(f"layer.{k}.fc", "linear 8 8"), (f"layer.{k}.bn", "norm 8")]
+        before += [(f"blocks.{k}.pre_norm", "norm 8"), (f"blocks.{k}.fc", "linear 8 8")]
+    before += [("final_norm", "norm 8")]
+    became = {first: "blocks.0.pre_norm", "layer.2.bn": "final_norm"}
+    became |= {f"layer.{k}.bn": f"blocks.{k + 1}.pre_norm" for k in range(2)}
+    became |= {f"layer.{k}.fc": f"blocks.{k}.fc" for k in range(3)}
+    old, new = (before, behind) if back else (behind, before)
+    origin = became if back else {value: key for key, value in became.items()}
+    lines = "".join(f"{name} {what} <- {origin[name]}\n" for name, what in new)
+    filled = transferred("".join(f"{name} {what}\n" for name, what in old), lines, ordered=ordered)
+    assert filled == {name for name, what in new if what.startswith("linear")}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_parts_of_a_whole_are_those_that_its_name_spells(ordered):
+    """``head`` and ``dep`` stand in both wholes, and ``head`` is what many last layers are called."""
+    torch.manual_seed(0)
+    names = [(f"{kind}_head_mlp", f"{kind}_dep_mlp") for kind in ("arc", "lab")]
+    old = Tree({f"{a}_{b}": nn.Linear(8, 16) for a, b in names})
+    new = Tree({name: nn.Linear(8, 8) for pair in names for name in pair})
+    state = old.state_dict() if ordered else dict(sorted(old.state_dict().items()))
+    transfer_weights(new, state, min_coverage=0.0)
+    for a, b in names:
+        both = torch.cat([getattr(new, a).weight, getattr(new, b).weight])
+        assert torch.equal(both, getattr(old, f"{a}_{b}").weight)
