@@ -305,44 +305,49 @@ def moved_norms(source: Item, target: Item, ordered: bool) -> frozenset[object]:
     ``stem_norm, blocks.#.(fc, norm)`` is ``blocks.#.(norm, fc), final_norm``: what stood behind a block stands at the
     beginning of the next one. Of a source without an order the norms outside of the blocks are told by their names.
     """
-    sides = [_norms(root) for root in (source, target)]
+    roots = source, target
+    sides = [_norms(root) for root in roots]
     found = set()
     for shape in sides[0].keys() & sides[1].keys():
-        (front_s, back_s, first_s), (front_t, back_t, first_t) = (_places(side[shape]) for side in sides)
-        outside = [(a, b) for a in (*front_s, *back_s) for b in (*front_t, *back_t)]
-        behind, before = bool(back_t) and first_t and not front_t, bool(front_t) and not first_t and not back_t
-        if ordered:
-            behind = behind and bool(front_s) and not first_s and not back_s
-            before = before and bool(back_s) and first_s and not front_s
-        elif not any(are_front_and_end(*pair) for pair in outside):
+        (front_s, back_s), (front_t, back_t) = places = [_outside(side[shape]) for side in sides]
+        if not (front_s or back_s) or bool(front_t) == bool(back_t) or (ordered and bool(front_s) == bool(back_s)):
             continue
+        outside = [(a, b) for a in (*front_s, *back_s) for b in (*front_t, *back_t)]
         if any(a.path == b.path or liken(own_name(a, 2), own_name(b, 2)).shared >= 1.0 for a, b in outside):
             continue  # it is registered elsewhere
-        if behind or before:
+        told = bool(front_s) != bool(front_t) if ordered else any(are_front_and_end(*pair) for pair in outside)
+        rows = list(zip(roots, sides, places))[not ordered :]
+        if told and all(_begin_blocks(root, side[shape]) == bool(back) for root, side, (_, back) in rows):
             found.add(shape)
     return frozenset(found)
 
 
-def _norms(root: Item) -> dict[object, list[tuple[Item, bool, bool]]]:
-    """By shape the norms of a model, whether each stands in a block, and whether before the matrices there."""
+def _norms(root: Item) -> dict[object, list[Item]]:
+    """The norms of a model by shape."""
+    found: dict[object, list[Item]] = defaultdict(list)
+    for unit in root.units:
+        if unit.rank < 2 and len(unit.tensors) > 1:
+            found[shape_key(unit.main.shape)].append(unit)
+    return found
+
+
+def _is_in_block(unit: Item) -> bool:
+    return any(c.isdigit() for c in unit.path.rpartition(".")[0])
+
+
+def _outside(norms: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """The norms before and behind all blocks that hold some."""
+    starts = [unit.start for unit in norms if _is_in_block(unit)] or [0]
+    outside = [unit for unit in norms if len(starts) < len(norms) and not _is_in_block(unit)]
+    return [u for u in outside if u.start < min(starts)], [u for u in outside if u.start > max(starts)]
+
+
+def _begin_blocks(root: Item, norms: Sequence[Item]) -> bool:
+    """Whether one of some norms stands before all matrices of its block."""
     first: dict[str, int] = {}
     for unit in root.units:
         home = unit.path if unit.rank >= 2 else ""
         while home := home.rpartition(".")[0]:
             first[home] = min(first.get(home, unit.start), unit.start)
-    found: dict[object, list[tuple[Item, bool, bool]]] = defaultdict(list)
-    for unit in root.units:
-        if unit.rank < 2 and len(unit.tensors) > 1:
-            home = unit.path.rpartition(".")[0]
-            before = unit.start < first.get(home, unit.start) and not BEHIND & {*own_name(unit)}
-            found[shape_key(unit.main.shape)].append((unit, any(c.isdigit() for c in home), before))
-    return found
-
-
-def _places(norms: Sequence[tuple[Item, bool, bool]]) -> tuple[list[Item], list[Item], bool]:
-    """The norms before and behind all blocks, and whether one stands at the beginning of a block."""
-    starts = [unit.start for unit, listed, _ in norms if listed]
-    outside = [unit for unit, listed, _ in norms if starts and not listed]
-    front = [unit for unit in outside if unit.start < min(starts)]
-    back = [unit for unit in outside if unit.start > max(starts)]
-    return front, back, any(before for _, listed, before in norms if listed)
+    homes = ((unit, unit.path.rpartition(".")[0]) for unit in norms if _is_in_block(unit))
+    return any(u.start < first.get(home, u.start) and not BEHIND & {*own_name(u)} for u, home in homes)
