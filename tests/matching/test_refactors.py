@@ -80,6 +80,13 @@ def test_nothing_is_silently_wrong(regime: Regime, sample: bool) -> None:
     assert not wrong
 
 
+def test_a_name_that_counts_may_stand_where_nothing_else_is_counted() -> None:
+    """The first tensor of ``encoder_level3`` was looked for in lists that don't hold it, and that was an error."""
+    result = run(drawn_pair("third", "safetensors", 300338))
+    assert not result.wrong
+    assert result.counts["right"]
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 def test_a_common_prefix_flips_nothing(regime: Regime) -> None:
     """``net.`` in front of every name of a side says nothing."""
