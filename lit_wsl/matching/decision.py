@@ -370,7 +370,7 @@ class ClassSolver:
         if n == m == 1:
             if sure or fs[0].pattern == ft[0].pattern:
                 s, t = fs[0].members[0], ft[0].members[0]
-                if fixed and (called_otherwise(s, t) or is_something_else(s, t)):
+                if fixed and (called_otherwise(s, t) or is_something_else(s, t) or are_kept_apart(s, t)):
                     out.ties.append(Tie.between(fs, ft, OTHER_WORDS))
                     return
                 cell = EXCLUSION if fixed else ALONE if region.complete else STRONG
