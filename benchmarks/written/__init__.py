@@ -9,5 +9,6 @@
     report.py        many cases, summed up
 
 A tensor is right if it holds the truth, wrong if it holds anything else that was loaded, missing if the truth was left
-out, and kept if it was left alone and nothing belongs there. Liars, whose names deceive, are counted apart.
+out, and kept if it was left alone and nothing belongs there. Every case is loaded twice, from a state dict and from a
+file: the counts are of both. Liars, whose names deceive, are counted apart.
 """
