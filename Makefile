@@ -25,7 +25,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test matrix lint format gauntlet refactors calibrate ablation harvest rebasin-bench proof-bench scale sharded-memory docs clean
+.PHONY: help demo test matrix lint format gauntlet refactors written calibrate ablation harvest rebasin-bench proof-bench scale sharded-memory docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -59,6 +59,9 @@ gauntlet: .venv-bench/.ready  ## map pairs of public implementations with known 
 
 refactors: .venv/.ready  ## map random refactors with known truth (ARGS="--split third --pairs 750"; of validate, read only counts)
 	$(ONE_THREAD) .venv/bin/python -m benchmarks.refactors $(ARGS)
+
+written: .venv/.ready  ## map renamings that were written by hand to break it (ARGS="words --kinds")
+	$(ONE_THREAD) .venv/bin/python -m benchmarks.written $(ARGS)
 
 calibrate: .venv/.ready  ## count what each kind of evidence is worth, into lit_wsl/matching/risks.json
 	$(ONE_THREAD) .venv/bin/python -m benchmarks.refactors.calibrate $(ARGS)

@@ -249,6 +249,7 @@ def _seconds(value: dict[str, float]) -> str:
 
 
 TITLES = {
+    "written": "Renamings written by hand to break the matching",
     "rebasin_planted": "Planted permutations, recovered",
     "rebasin_llama": "Matching the shapes of a Llama",
     "convert": "Converting a checkpoint",
