@@ -90,8 +90,9 @@ def _judge(
     better, risks = judge.test(choice)
     beaten: set[Choice] = set()
     while better not in (choice, *beaten) and budget.left():
-        beaten.add(choice)
-        found = Search(trials, 1.0).climb(better)  # by fewer samples than the test has seen
+        was_left = choice in judge.left
+        beaten |= set() if was_left else {choice}
+        found = better if was_left else Search(trials, 1.0).climb(better)  # by fewer samples than the test has seen
         choice = better if found in beaten else min(better, found, key=lambda c: trials.mean(c, trials.size))
         better, risks = judge.test(choice)
     best = trials.losses(choice, at_once=True)
@@ -166,7 +167,7 @@ def _judge_of(
     tried, depend = judge.trials.tried if judge else 0, bench.depend
     trials = Trials(space, bench.tensors, bench.meter, fixed, bench.budget, tried, depend=depend)
     trials.balance = _balance(trials, gradients, judge.trials.balance if judge else None)
-    return LossJudge(trials, Moments(trials))
+    return LossJudge(trials, Moments(trials), mean(bench.fresh) - bench.spread)
 
 
 def _gradients(meter: LossMeter) -> Gradients | None:

@@ -80,10 +80,16 @@ def joins(whole: Unit, parts: Sequence[Unit]) -> tuple[int, bool] | None:
 def trimmed(whole: Shape, parts: Sequence[Shape]) -> tuple[Shape, list[Shape]]:
     """Shapes without axes of one at the end, where they have other numbers of axes: some convolutions are linear.
 
+    Parts that are as large as each member of a whole get an axis of one, as if they were joined.
+
+    >>> trimmed((2, 4), [(4,), (4,)])
+    ((2, 4), [(1, 4), (1, 4)])
     >>> trimmed((6, 4), [(3, 4, 1), (3, 4, 1)])
     ((6, 4), [(3, 4), (3, 4)])
     """
     least = max(2, min(map(len, (whole, *parts))))
+    if all(shape == whole[1:] for shape in parts):
+        return whole, [(1, *shape) for shape in parts]
     if all(len(shape) == len(whole) for shape in parts):
         return whole, list(parts)
 
@@ -527,7 +533,7 @@ def _words(unit: Unit, counted: bool) -> set[str]:
 
 def numberings(count: int) -> list[tuple[int, ...]]:
     """Orders of copies: all of a few; of more the same, reversed, and shifted by one."""
-    if count <= 3:
+    if count <= 4:
         return list(permutations(range(count)))
     same = tuple(range(count))
     return [same, same[::-1], (*same[1:], same[0]), (same[-1], *same[:-1])]

@@ -36,7 +36,9 @@ from lit_wsl.plan.entries import PlanEntry
 
 RUNNERS = 3  # of what is about as good, how many are compared before one is tested
 MANY = 16  # most rivals whose gradients are measured
+AHEAD = 2.0  # standard errors by which a rival is ahead that is tested in place of what was found
 CLEAR = 5.0  # standard errors that rivals have to be apart on all samples that the search may have seen
+NEAR = 2.0  # times the noise of its batch is a gradient where a test is worth more than a further search
 RESTLESS = 1.0  # times the noise of its batch is a gradient where training has not stopped
 EARLY, CLOSE, LAST = "early", "close", "last"  # when the weights are asked
 SHARES = {EARLY: 7.5, CLOSE: 30.0, LAST: 6.0}  # one by what each has of the risk
@@ -54,12 +56,18 @@ def _exchanges(one: object, other: object) -> int:
 class LossJudge:
     """Tests what a search has found."""
 
-    def __init__(self, trials: Trials, moments: Moments | None = None) -> None:
+    def __init__(self, trials: Trials, moments: Moments | None = None, least: float = -math.inf) -> None:
         self.moments = moments  # what norms have recorded
+        self.least = least  # what no random start loses as little as
         self.trials, self.space, self.score, self.budget = trials, trials.space, trials.score, trials.budget
+        self.parts = (
+            3  # of the risk: the first batch's, that of fresh ones, and that of the weights if they say anything
+        )
         self.rounds, self.searched = 0, 0  # tests, and samples of the first batch that were looked at before
         self._unrest: dict[Choice, float] = {}
         self._gains: dict[Choice, float] = {}
+        self._tested: set[Choice] = set()  # rivals that the search has not come across
+        self.left: set[Choice] = set()  # what was left for a rival that was ahead, without being told worse
         self._close: dict[Choice, list[Choice]] = {}  # rivals of what was tested that the search has come across
         self.rounding = 0.0  # differences of losses below count as none
         self.rows_are_free = False  # whether rows of queries and keys may stand in any order that both share
@@ -67,7 +75,7 @@ class LossJudge:
     @cached_property
     def search(self) -> Search:
         """The search for what it judges."""
-        return Search(self.trials, SEARCH, rests=self.rests, arrange=self.moments.arranged if self.moments else None)
+        return Search(self.trials, SEARCH, rests=self.settles, arrange=self.moments.arranged if self.moments else None)
 
     def rivals(self, choice: Choice) -> dict[int, list[Choice]]:
         """The other options of each decision, the rest as chosen, that change least.
@@ -101,7 +109,11 @@ class LossJudge:
         found: dict[frozenset[PlanEntry], Choice] = {}
         for c in self.trials.screened:
             samples = min(self.trials.extent(c), self.trials.extent(choice))
-            if OFF not in c and risk_of(self.trials.losses(c, samples), self.trials.losses(choice, samples)) >= RISK:
+            if (
+                OFF not in c
+                and c not in self._tested
+                and risk_of(self.trials.losses(c, samples), self.trials.losses(choice, samples)) >= RISK
+            ):
                 if self.space.rotary is not None and self.rows_are_free:
                     c = (*c[: self.space.rotary], choice[self.space.rotary], *c[self.space.rotary + 1 :])
                 found.setdefault(self.space.meaning(c), c)
@@ -162,7 +174,8 @@ class LossJudge:
         """Compare a choice with its rivals: on the batch that it was found on, then on fresh ones.
 
         The risk of one wrong answer is shared. A third goes to the first batch, where all that the search has tried
-        could have been taken; the rest to the fresh batches, which only the remaining rivals are compared on.
+        could have been taken; one to the fresh batches, which only the remaining rivals are compared on; one to the
+        weights. Where these can say nothing the other two have a half each.
 
         Returns:
             The choice, another one if a rival turned out better; the risk of each rival.
@@ -172,6 +185,8 @@ class LossJudge:
         self.rounding = 1e-6 * max(abs(self.score(choice)), 1e-6)
         self._close.setdefault(choice, self._as_good(choice))
         rivals = [r for group in self.rivals(choice).values() for r in group]
+        self._tested |= {*rivals} - {*self._close[choice]}
+        self.parts = 3 if any(self._is_told(rival, choice) for rival in rivals) else 2
         better, risks = self._on_first_batch(choice, rivals)
         fresh: dict[Choice, _Seen] = {}
         close = [c for c in rivals if risks.get(c, 1.0) >= RISK]
@@ -203,7 +218,7 @@ class LossJudge:
         """Risks after more and more samples of the batch that the search has seen."""
         trials, samples, close = self.trials, 0, list(rivals)
         looks = 1 + math.ceil(math.log2(max(trials.size / trials.least, 1)))
-        shares = 3 * looks * max(trials.tried, len(rivals), 1) * self._again
+        shares = self.parts * looks * max(trials.tried, len(rivals), 1) * self._again
         risks: dict[Choice, float] = {}
         while close and samples < trials.size:
             samples = trials.more(samples)
@@ -242,9 +257,8 @@ class LossJudge:
         ahead, so many passes are left to compare it with its own rivals then.
 
         What was measured of the first batch behind what the search has seen counts, too.
-        The risk of a look is shared by the rivals that are left, and by fewer the more of them it drops (Holm's
-        method). The look that would be the last, did it drop no rival, has three quarters of the risk, the k-th beside
-        it 1 / 2**(k + 2), each of two tests half of that.
+        The k-th look has 1 / 2**(k + 2) of the risk, the look where nothing else can be measured the other three
+        quarters.
         """
         has, first = self.trials.meter.has, int(self.trials.meter.has(1))
         if not self._has_room(choice, close, first) and not self._part(len(close), first):
@@ -252,36 +266,60 @@ class LossJudge:
         unseen = self._unseen((choice, *close)) if first else {}
         known |= {c: _Seen(unseen.get(c, [])) for c in (choice, *close)}
         risks: dict[Choice, float] = {}
-        number, looks, kept = first, 0, 0
-        told = False  # whether the look that has most of the risk was made
-        while close and has(number):
-            stop = 0 if self._has_room(choice, close, number, kept) else self._part(len(close), number, kept)
-            if not stop and not self._has_room(choice, close, number, kept):
+        number, looks, kept, at_last = first, 0, 0, False
+        while close:
+            fits = has(number) and self._has_room(choice, close, number, kept)
+            stop = self._part(len(close), number, kept) if has(number) and not fits else 0
+            if fits or stop:
+                slopes = len(close) <= MANY and self._has_room(choice, close, number, slopes=True)
+                for c in (choice, *close):
+                    known[c].add(self.trials, c, number, slopes or bool(stop), stop)
+                number += 1
+                seen = number - first
+                kept = again if min(sum(known[c].losses) for c in close) < sum(known[choice].losses) else 0
+                kept += (
+                    len(close) if self.moments is not None and self.moments.norms else 0
+                )  # to hear what norms recorded
+                if seen & (seen - 1) and not stop:
+                    continue
+                looks += 1
+                share = float(2 ** (looks + 2))
+            elif number > first and not at_last:
+                at_last, share = True, 4 / 3
+                self._add_late(choice, close, known, range(first, number))
+            else:
                 break
-            slopes = len(close) <= MANY and self._has_room(choice, close, number, slopes=True)
-            for c in (choice, *close):
-                known[c].add(self.trials, c, number, slopes or bool(stop), stop)
-            number += 1
-            seen = number - first
-            kept = again if min(sum(known[c].losses) for c in close) < sum(known[choice].losses) else 0
-            kept += len(close) if self.moments is not None and self.moments.norms else 0  # to hear what norms recorded
-            last = bool(stop) or not (has(number) and self._has_room(choice, close, number, kept))
-            if seen & (seen - 1) and not last:
-                continue
-            looks += 1
-            if last and len(close) <= MANY:  # what was measured while there were more rivals
-                late = [n for n in range(first, number) if n not in known[choice].steep]
-                for n in late[: self.budget.room // (1 + len(close))]:
-                    for c in (choice, *close):
-                        known[c].add_slopes(self.trials, c, n)
-            share = 3 * self._again * (4 / 3 if last and not told else 2 ** (looks + 2))
-            told |= last
-            least, many = min(close, key=lambda c: sum(known[c].losses)), len(close) if first else self.trials.tried
-            if many * share * risk_of(known[choice].losses, known[least].losses, self.rounding) < RISK:
-                return least, {}
-            risks |= stepped_down({c: known[c].risk(known[choice], self.rounding) for c in close}, share, many)
+            better, told = self._looked(choice, close, known, share, len(close) if first else self.trials.tried)
+            if better != choice:
+                return better, {}
+            risks |= told
             close = [c for c in close if risks[c] >= RISK]
         return choice, risks
+
+    def _add_late(
+        self, choice: Choice, close: Sequence[Choice], known: Mapping[Choice, _Seen], numbers: Sequence[int]
+    ) -> None:
+        """Take the gradients that were not taken while there were more rivals."""
+        late = [n for n in numbers if n not in known[choice].steep] if len(close) <= MANY else []
+        for n in late[: self.budget.room // (1 + len(close))]:
+            for c in (choice, *close):
+                known[c].add_slopes(self.trials, c, n)
+
+    def _looked(
+        self, choice: Choice, close: Sequence[Choice], known: Mapping[Choice, _Seen], share: float, many: int
+    ) -> tuple[Choice, dict[Choice, float]]:
+        """The choice, or a rival that is better or ahead; and the risks of all rivals at one look.
+
+        The rivals that are left share the risk of a look, fewer the more of them it drops (Holm's method).
+        """
+        share *= self.parts * self._again
+        own, least = known[choice], min(close, key=lambda c: sum(known[c].losses))
+        if many * share * risk_of(own.losses, known[least].losses, self.rounding) < RISK:
+            return least, {}
+        if not self.left and errors_apart(own.losses, known[least].losses) > AHEAD:
+            self.left.add(choice)
+            return least, {}
+        return choice, stepped_down({c: known[c].risk(own, self.rounding) for c in close}, share, many)
 
     def _part(self, rivals: int, number: int, kept: int = 0) -> int:
         """How many samples of a batch there is room for, if gradients tell something on so few."""
@@ -331,6 +369,11 @@ class LossJudge:
             found[c] = min(1.0, SHARES[when] * count * self._again * risk)
         return {c: risk for c, risk in found.items() if risk < RISK}
 
+    def _is_told(self, rival: Choice, choice: Choice) -> bool:
+        """Whether the weights can say anything of a rival."""
+        records = self.moments is not None and bool(self.moments.norms)
+        return records or (self.trials.balance is not None and self.trials.balance.risk(rival, choice) < 1.0)
+
     def _told_by_weights(self, rival: Choice, choice: Choice, *, whole: bool) -> float:
         """The risk by balances and by records; by both, each of them has half of it."""
         balance, moments = self.trials.balance, self.moments
@@ -346,9 +389,13 @@ class LossJudge:
         )
         return {t: does for t, does in found.items() if all(other.get(t) == does for other in others)}
 
-    def rests(self, choice: Choice) -> bool:
-        """Whether there is no need to look far from a choice: training may have stopped there, or all norms agree."""
-        return self.unrest(choice) < RESTLESS or (self.moments is not None and self.moments.hold(choice))
+    def rests(self, choice: Choice, most: float = RESTLESS) -> bool:
+        """Whether training may have stopped at a choice, or all norms agree with it."""
+        return self.unrest(choice) < most or (self.moments is not None and self.moments.hold(choice))
+
+    def settles(self, choice: Choice) -> bool:
+        """Whether there is no need to look far from a choice: it is tested, and what is not far from it."""
+        return self.rests(choice) or (self.rests(choice, NEAR) and self.score(choice) < self.least)
 
     def unrest(self, choice: Choice) -> float:
         """How far from a place where training could have stopped a choice is; infinite if the gradient can't tell."""

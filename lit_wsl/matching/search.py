@@ -24,7 +24,7 @@ JOINT = 320  # most candidates that are tried jointly
 KEPT = 4  # candidates that stay to the end, unless they lose clearly more
 TELLING = 4  # losses that tell whether they do
 WIDE = 2048  # the same, where the weights tell most of them without a pass
-CHEAP = 24  # ways to change two decisions that are tried before more is
+CHEAP = 40  # ways to change two decisions that are tried before more is
 SWEEPS = 3  # over all layer groups, to find what hangs together
 MOST = 8192  # choices that are looked at without a pass, to see whether those that hang together can all be tried
 STARTS = 6  # ways to assign layers that are started from, where they are too many to look at each
@@ -34,6 +34,11 @@ SETTLED = 0.1  # share of the time after which nothing that hangs together bette
 SAME = 1e-3  # difference of how well two choices hang together that is none
 MAX_STARTS = 24  # orders of norms that are started from
 IN_STEP = 0.6  # share of its budget after which nothing else is tried where gates in one order were
+
+
+def _typical(losses: Sequence[float]) -> float:
+    """The geometric mean of some losses, as a log, which a single sample that is far off does not rule."""
+    return sum(math.log(max(loss, 1e-3)) for loss in losses) / len(losses)
 
 
 class Search:
@@ -309,10 +314,12 @@ class Search:
         while len(pool) > 1:
             scores = {c: trials.mean(c, samples) for c in pool if self.left or trials.known(c, samples)}
             pool = sorted(scores, key=scores.__getitem__) or pool
-            if samples >= (most or trials.screen):
+            if samples >= (most or trials.screen) or not scores:
                 break
             least = trials.losses(pool[0], samples)
-            pool = pool[: max(KEPT, -(-len(pool) // 4))]
+            kept = max(KEPT, -(-len(pool) // 4))
+            typical = sorted(pool, key=lambda c: _typical(trials.losses(c, samples)))[: kept // 2]  # but for one sample
+            pool = [*pool[:kept], *(c for c in typical if c not in pool[:kept])]
             if len(least) >= TELLING:
                 pool = [c for c in pool if errors_apart(trials.losses(c, samples), least) < MARGIN]
             samples = trials.more(samples)

@@ -74,7 +74,7 @@ class LossMeter:
         count = stop - start
         seen = None
         if not self.in_pieces:
-            values, seen = self._run(state, cut(batch, start, stop, size), count, number)
+            values, seen = self._run(state, cut(batch, start, stop, size), count, _place(number, start))
             self._spend(count / max(size, 1))
             if len(values) > 1 or count < 2 or self._uneven:
                 return values
@@ -83,7 +83,9 @@ class LossMeter:
                 return values
         found, elements = [], 0
         for first, last in pieces(count, RUNS):
-            value, piece = self._run(state, cut(batch, start + first, start + last, size), 0, number)
+            value, piece = self._run(
+                state, cut(batch, start + first, start + last, size), 0, _place(number, start + first)
+            )
             found += value
             elements += piece.elements
             self._spend((last - first) / max(size, 1))
@@ -108,7 +110,7 @@ class LossMeter:
         weights = {name: p for name, p in named if p.is_floating_point()}
         for start, end in pieces(stop or size, most):
             part = cut(batch, start, end, size)
-            with self._ready(state, number), torch.enable_grad():
+            with self._ready(state, _place(number, start)), torch.enable_grad():
                 for weight in weights.values():
                     weight.requires_grad_(True)
                 with _Elements() as seen:
@@ -127,8 +129,8 @@ class LossMeter:
         if self.watch is not None:
             self.watch(self.passes)
 
-    def _run(self, state: Mapping[str, Tensor], batch: Any, samples: int, number: int) -> tuple[list[float], _Elements]:
-        with self._ready(state, number), torch.no_grad(), _Elements() as seen:
+    def _run(self, state: Mapping[str, Tensor], batch: Any, samples: int, place: int) -> tuple[list[float], _Elements]:
+        with self._ready(state, place), torch.no_grad(), _Elements() as seen:
             value = self.loss(self.model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(f"the loss must be one number, not {type(value).__name__}")
@@ -148,15 +150,15 @@ class LossMeter:
                 self._tensors = None
 
     @contextmanager
-    def _ready(self, state: Mapping[str, Tensor], number: int) -> Iterator[None]:
-        """The model in eval mode with lent weights and known random numbers."""
+    def _ready(self, state: Mapping[str, Tensor], place: int) -> Iterator[None]:
+        """The model in eval mode with lent weights and the random numbers of a place in the data."""
         if self._tensors is None:
-            with self.session(), self._ready(state, number):
+            with self.session(), self._ready(state, place):
                 yield
             return
         random.setstate(self._numbers[0])
         numpy.random.set_state(self._numbers[1])
-        seed(number, self._devices)
+        seed(place, self._devices)
         try:
             with lent_to(self._tensors, state), self._watched() if self._guarded else nullcontext():
                 yield
@@ -175,6 +177,11 @@ class LossMeter:
             writes.restore()
         self._guarded = writes.wrote
         self._idle = not self._guarded and before == _attributes(self.model)
+
+
+def _place(number: int, start: int) -> int:
+    """A number for the samples of a batch from one on: noise that all pieces share looks like what they agree on."""
+    return number + (start << 16)
 
 
 def _attributes(model: nn.Module) -> list[tuple[int, ...]]:

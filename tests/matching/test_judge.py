@@ -369,6 +369,8 @@ def test_passes_are_left_to_test_a_rival_that_is_ahead(ahead):
 class Noisy:
     """Trials whose losses and gradients are noise about the minimum, but for a rival further away."""
 
+    away = 0.8
+
     def __init__(self, passes):
         self.meter = SimpleNamespace(
             has=lambda n: n < 4, size=lambda n: 32, has_slopes=True, in_pieces=True, passes=60.0 - passes
@@ -383,15 +385,16 @@ class Noisy:
         self.asked.append((choice, number, samples))
         self.meter.passes += samples / 32
         x = torch.randn(samples // 2, 2, 20, generator=torch.Generator().manual_seed(number))
-        gaps = 0.8 * (choice != (0,)) - x
+        gaps = self.away * (choice != (0,)) - x
         return list(zip((gaps.pow(2).sum(-1) / 2).tolist(), gaps.mean(1), strict=True))
 
 
-def fresh_with(passes, rivals):
+def fresh_with(passes, rivals, found=(0,)):
     judge = LossJudge(SimpleNamespace(space=None, score=None, budget=None))
     judge.trials, judge.rounds = Noisy(passes), 1
     judge.budget = Budget(math.inf, 60.0, judge.trials.meter)
-    return judge.trials, judge._on_fresh_batches((0,), [(k + 1,) for k in range(rivals)], {}, 0)
+    others = [(k,) for k in range(rivals + 1) if (k,) != found]
+    return judge.trials, judge._on_fresh_batches(found, others, {}, 0)
 
 
 def test_where_a_batch_for_all_rivals_is_too_much_all_see_a_part_of_it():
@@ -402,3 +405,12 @@ def test_where_a_batch_for_all_rivals_is_too_much_all_see_a_part_of_it():
     assert {(number, samples) for _, number, samples in trials.asked} == {(1, 20)}
     trials, (_, risks) = fresh_with(4, 8)  # too little to tell anything: the first ones see all of it
     assert len(risks) == 3
+
+
+def test_a_rival_that_is_ahead_is_tested_in_place_of_what_was_found(monkeypatch):
+    monkeypatch.setattr(Noisy, "away", 0.2)  # too little to tell on one batch
+    _, (better, risks) = fresh_with(4, 2, found=(1,))
+    assert (better, risks) == ((0,), {})
+    _, (better, risks) = fresh_with(4, 2)
+    assert better == (0,)
+    assert min(risks.values()) > RISK

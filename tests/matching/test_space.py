@@ -288,6 +288,21 @@ def one_of_many_squares_turned():
     return old, new, truth
 
 
+def stacked_vectors_and_blocks_in_any_order():
+    """Bare vectors that are one tensor in the other code, in four blocks of no order."""
+    old = Net({"l": {str(k): {"fc": layer(9, D), "n": {"scale": (D,), "gain": (D,)}} for k in range(4)}})
+    new = Net({"m": {str(k): {"x": layer(9, D), "y": {"v": (2, D)}} for k in range(4)}})
+
+    def truth(s):
+        out = {}
+        for k, other in enumerate((2, 0, 3, 1)):
+            out |= {f"m.{k}.x.{n}": s[f"l.{other}.fc.{n}"] for n in ("weight", "bias")}
+            out[f"m.{k}.y.v"] = torch.stack([s[f"l.{other}.n.gain"], s[f"l.{other}.n.scale"]])
+        return out
+
+    return old, new, truth
+
+
 CASES = [turned_layout, stacked_experts, fused_experts, turned_parts, square_stacks, alternating_parts, lists_of_layers]
 CASES += [many_siblings, table_in_the_first_block, two_attentions, lists_that_are_alike, stacks_of_squares]
 CASES += [
@@ -295,6 +310,7 @@ CASES += [
     experts_counted_from_the_end,
     bare_squares_beside_layers,
     one_of_many_squares_turned,
+    stacked_vectors_and_blocks_in_any_order,
 ]
 
 

@@ -53,6 +53,21 @@ def test_a_loss_over_pairs_of_samples_is_measured_on_pieces_of_the_batch():
     assert meter.in_pieces
 
 
+def noisy(net, batch):
+    """A loss with noise of its own."""
+    return F.mse_loss(net(batch[0]), torch.randn(len(batch[0]), 5))
+
+
+def test_pieces_see_noise_of_their_own_and_the_same_each_time():
+    meter = LossMeter(nn.Linear(5, 5), noisy, [(torch.zeros(8, 5),)])
+    assert meter.has(0)
+    one, other = meter.losses({}, 0, 0, 4), meter.losses({}, 0, 4, 8)
+    assert not set(one) & set(other)
+    assert (one, other) == (meter.losses({}, 0, 0, 4), meter.losses({}, 0, 4, 8))
+    first, *rest = (slopes for _, slopes in meter.slopes({}, 0))
+    assert not any(torch.equal(first, slopes) for slopes in rest)
+
+
 def test_gradients_of_the_first_samples_are_the_first_of_the_batch():
     torch.manual_seed(0)
     batch = torch.randn(12, 5), torch.randint(3, (12,))
