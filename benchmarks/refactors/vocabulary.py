@@ -19,6 +19,7 @@ from pathlib import Path
 
 import lit_wsl.matching.likeness
 from benchmarks.refactors.structures import Split
+from lit_wsl.matching.numbers import place_by
 from lit_wsl.matching.words import path_tokens
 
 HERE = Path(__file__).parent
@@ -123,7 +124,10 @@ def lexicon(split: Split | None = None) -> dict[str, list[str]]:
         for words in (words for words, _ in entries if words in theirs):
             for role, word in words.items():
                 if word and role not in MODULES and not all(part.isdigit() for part in word.split(".")):
-                    found[f"{name}/{role}"].add(" ".join(path_tokens(word)))
+                    known = path_tokens(word)
+                    # one model begins with its feed-forward, but pre_mlp_norm is elsewhere the second norm of a block
+                    if role not in ("norm1", "norm2") or place_by({*known}) in (-1, int(role[-1]) - 1):
+                        found[f"{name}/{role}"].add(" ".join(known))
     return {role: sorted(names) for role, names in sorted(found.items())}
 
 

@@ -25,7 +25,9 @@ FEWEST = 8  # tensors of a copy; smaller modules are alike by chance
 LARGE = 0.2  # of all elements: copies are of the model, or of most of it
 SHORTEST = 4  # letters of a word that stands for another; fewer begin too many
 ALIKE = 0.8  # of the tensors of the smaller copy: one may have a head that the other lacks
-COPIED = frozenset(("teacher", "target", "momentum", "frozen"))  # what a copy of a network is called, beside averages
+COPIED = frozenset(  # what a copy of a network is called, beside averages
+    ("teacher", "target", "momentum", "frozen", "reference", "ref", "old")
+)
 COPIES = "copies of one network"
 COPY = "stands in a copy of what is taken; source_prefix takes another"
 
@@ -217,9 +219,14 @@ def _told(places: Sequence[str], target: ModelDescription) -> str | None:
     theirs = {w for part in parts for w in plain_words(part) if len(w) > 2}
     telling = [ws - common - WHOLES for ws in words]
     called = [p for p, ws in zip(places, telling) if any(_says(w, x) for w in ws for x in theirs)]
-    copied = any(w in COPIED or speaks_of_average(w) for w in theirs)  # a model of the teacher alone
+    copied = any(map(_is_copied, theirs))  # a model of the teacher alone
     plain = [p for p, ws in zip(places, telling) if not ws and not copied]
     return next((found[0] for found in (called, plain) if len(found) == 1), None)
+
+
+def _is_copied(word: str) -> bool:
+    """Whether a word says that a network was made of another."""
+    return word in COPIED or speaks_of_average(word)
 
 
 def _says(word: str, other: str) -> bool:
@@ -247,6 +254,8 @@ def _without_average(
     average, theirs = find_average(shapes), {i.name: i.shape for i in target.parameters}
     if average is None or find_average(theirs) is not None or any(n.startswith(average.prefix) for n in theirs):
         return source, None
+    if all(any(map(_is_copied, plain_words(name.partition(".")[0]))) for name in theirs):
+        return source, None  # it is an average, or a teacher
     second = Counter(shape for name, shape in shapes.items() if name.startswith(average.prefix))
     if _needs(target, source, (average.prefix,), second):
         return source, None

@@ -62,7 +62,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.numbers import NUMBERS, counted_down, in_count, known_for_roles, number_map, runs_apart
 from lit_wsl.matching.options import MatchingOptions
-from lit_wsl.matching.order import MOVED, ORDER, ORDER_ALONE
+from lit_wsl.matching.order import MOVED, ORDER, ORDER_ALONE, is_moved
 from lit_wsl.matching.regions import Decision, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, refusal
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts, cut_by_shapes, transpose_shape
@@ -77,7 +77,6 @@ from lit_wsl.matching.tree import (
     place_in,
     relative,
     role_of,
-    shape_key,
     words_apart,
 )
 from lit_wsl.matching.tree import literal as _literal
@@ -159,13 +158,14 @@ class ClassSolver:
         """What speaks against a pair, for or against which names may speak at all."""
         if p.cell in (PATH, TIED) or not self.names:
             return OTHER_LETTER if p.cell == PATH and self.names and letters_apart(p.source, p.target, region) else ""
-        if p.source.rank < 2 > p.source.level and shape_key(p.source.main.shape) in self.moved:
+        if is_moved(p, self.moved):
             return MOVED
         if p.cell.startswith(ORDER_ALONE) and ", other" in cell:
             return NAMELESS_ORDER
-        at_end = p.cell.startswith(ORDER) and " at an end" in cell
-        at_head = " at a head" in cell and p.target.start in self.heads
-        if at_end or (at_head and not self.learned.renames.are_all(p.source, p.target)):
+        head = p.target.start in self.heads
+        half = p.cell.startswith(f"open {HALF_WORDS}") or (p.cell.startswith(DISTINCT) and ", other name" in cell)
+        at_end = (p.cell.startswith(ORDER) and " at an end" in cell) or (half and head)
+        if at_end or (head and " at a head" in cell and not self.learned.renames.are_all(p.source, p.target)):
             return OTHER_HEAD
         if not is_named(p.cell) and not p.cell.startswith(COUNT):
             kept = ", other name" in cell and " among kept" in cell

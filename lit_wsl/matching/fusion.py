@@ -8,7 +8,7 @@ the parts stay ambiguous.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, permutations
 
 from lit_wsl.matching.formula import Letters
@@ -73,10 +73,7 @@ def order_of_parts(whole: str, parts: Sequence[str]) -> PartOrder:
     """
     labels = _labels(parts)
     unknown = PartOrder(tuple(range(len(parts))), UNKNOWN, "the order of the parts is unknown")
-    spelled = _spelled(whole, labels)
-    if spelled:
-        return replace(spelled, unsaid=spelled.unsaid + _unsaid(whole, parts))
-    return _by_formula(whole, labels) or _by_number(whole, labels) or unknown
+    return _spelled(whole, labels, parts) or _by_formula(whole, labels) or _by_number(whole, labels) or unknown
 
 
 def _unsaid(whole: str, parts: Sequence[str]) -> int:
@@ -102,7 +99,7 @@ def _shared_letters(words: Sequence[str]) -> int:
     return next((k for k, letters in enumerate(zip(*words)) if len(set(letters)) > 1), min(map(len, words)))
 
 
-def _spelled(name: str, labels: Sequence[str]) -> PartOrder | None:
+def _spelled(name: str, labels: Sequence[str], parts: Sequence[str]) -> PartOrder | None:
     """The order in which a name spells its parts: by initials in one word, by numbers, or by words."""
     *_, above, own = ("", "", *owner_path(name).split("."))
     tokens = (*plain_words(above), *path_tokens(own))
@@ -127,7 +124,7 @@ def _spelled(name: str, labels: Sequence[str]) -> PartOrder | None:
         unsaid += sum(not hits for hits in said.values())
     if min(places) < 0 or len(set(places)) < len(places):
         return None
-    return PartOrder(_sorted_by(places), SPELLED, reason, unsaid)
+    return PartOrder(_sorted_by(places), SPELLED, reason, unsaid + _unsaid(name, parts))
 
 
 def _by_formula(whole: str, labels: Sequence[str]) -> PartOrder | None:

@@ -53,7 +53,8 @@ def roles_of(path: str) -> frozenset[str]:
     ['attention/qkv']
     """
     words = path_tokens(path)
-    return next((known for k in range(len(words)) if (known := _roles().get(words[k:]))), frozenset())
+    k, known = next(((k, known) for k in range(len(words)) if (known := _roles().get(words[k:]))), (0, frozenset()))
+    return frozenset() if k and words[k - 1] in SIDES else known  # a pre_attention_norm is no attention_norm
 
 
 def same_role(a: str, b: str) -> bool:
@@ -143,7 +144,10 @@ LAYER_NAMES = (ENDS | KINDS | LAYERS) - {"decoder"}  # say a kind of layer, or a
 INFLECTION = 5  # letters at the end of a word that only change its form: combine, combination
 LITTLE = 0.1  # what a word for any layer says, beside words that say which
 GENERAL = (ENDS | KINDS | {"and"}) - {"decoder"}  # words that name a kind of layer, or a place that any model has
-PREFIXES = frozenset(("un", "non", "not", "no", "in", "im", "dis", "de", "anti", "con"))  # turn a word into another
+PREFIXES = frozenset((  # turn a word into another
+    "un", "non", "not", "no", "in", "im", "dis", "de", "anti", "con", "a", "fe", "sub", "super", "hyper", "inter",
+    "intra",
+))  # fmt: skip
 SIDES = frozenset(("pre", "post", "before", "after"))  # says that the other words name a neighbour
 
 

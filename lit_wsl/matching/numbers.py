@@ -245,20 +245,22 @@ def _places(side: Sequence[Family], last: frozenset[str]) -> list[int]:
     """Where the two norms of a block stand by their words: 0 before the attention, 1 behind it; -1 if not told."""
     if len(side) != 2 or any(f.members[0].rank >= 2 for f in side):
         return []
-    return [_place_by(set(ws), last) for ws in (telling_words(side) if last is FINAL else [f.words for f in side])]
+    return [place_by(set(ws), last) for ws in (telling_words(side) if last is FINAL else [f.words for f in side])]
 
 
 def _numbers(side: Sequence[Family]) -> list[int]:
     """Which place each has by its number, if what else the names say is the same, in short or in full: ``lyr_nrm2``."""
     names = [[w for w in f.words if not w.isdigit() and w not in LAYER_NAMES] for f in side]
     numbers = [[int(w) for w in f.words if w.isdigit()] for f in side]
+    listed = {any(part.isdigit() for part in f.members[0].path.split(".")) for f in side}
     alike = [liken(names[0], words) for words in names[1:]]
-    if any(len(ns) != 1 for ns in numbers) or any(like.left_s or like.left_t for like in alike):
+    if any(len(ns) != 1 for ns in numbers) or len(listed) > 1 or any(like.left_s or like.left_t for like in alike):
         return []
     return [sorted(numbers).index(ns) for ns in numbers]
 
 
-def _place_by(words: set[str], last: frozenset[str]) -> int:
+def place_by(words: set[str], last: frozenset[str] = frozenset()) -> int:
+    """Where a norm of a block stands by the words of its name: 0 before the attention, 1 behind it; -1 if not told."""
     if words & {"post", "after"}:
         return -1 if words & FEEDS else 1
     if bool(words & ATTENTIONS) != bool(words & FEEDS):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from rapidfuzz.distance import Levenshtein
 
-from lit_wsl.matching.dissent import KEPT, TOWER, are_front_and_end, mean_otherwise
+from lit_wsl.matching.dissent import BACK, FRONT, KEPT, TOWER, are_front_and_end, mean_otherwise
 from lit_wsl.matching.learned import Renames, ascending
 from lit_wsl.matching.likeness import (
     SIDES,
@@ -299,15 +299,23 @@ def _with_kinds(words: Sequence[str]) -> list[str]:
     return [layer_kind(w) if len(w) > 1 and layer_kind(w) else w for w in words if not w.isdigit()]
 
 
-def moved_norms(source: Item, target: Item, ordered: bool) -> frozenset[object]:
-    """Shapes of norms that may stand in the block before or behind on the other side.
+def is_moved(p: Pair, moved: Mapping[object, bool]) -> bool:
+    """Whether two norms may not be the same, as some stand elsewhere (:func:`moved_norms`)."""
+    shape = shape_key(p.source.main.shape)
+    if p.source.rank >= 2 or p.source.level == 2 or shape not in moved:
+        return False
+    return moved[shape] or not (_is_in_block(p.source) or _is_in_block(p.target))
+
+
+def moved_norms(source: Item, target: Item, ordered: bool) -> dict[object, bool]:
+    """Shapes of norms that stand before all blocks here and behind them there; whether blocks may hold them as well.
 
     ``stem_norm, blocks.#.(fc, norm)`` is ``blocks.#.(norm, fc), final_norm``: what stood behind a block stands at the
     beginning of the next one. Of a source without an order the norms outside of the blocks are told by their names.
     """
     roots = source, target
     sides = [_norms(root) for root in roots]
-    found = set()
+    found: dict[object, bool] = {}
     for shape in sides[0].keys() & sides[1].keys():
         (front_s, back_s), (front_t, back_t) = places = [_outside(side[shape]) for side in sides]
         if not (front_s or back_s) or bool(front_t) == bool(back_t) or (ordered and bool(front_s) == bool(back_s)):
@@ -315,11 +323,14 @@ def moved_norms(source: Item, target: Item, ordered: bool) -> frozenset[object]:
         outside = [(a, b) for a in (*front_s, *back_s) for b in (*front_t, *back_t)]
         if any(a.path == b.path or liken(own_name(a, 2), own_name(b, 2)).shared >= 1.0 for a, b in outside):
             continue  # it is registered elsewhere
+        front, back = front_t + front_s * ordered, back_t + back_s * ordered
+        if any(_called(front, BACK)) or any(_called(back, FRONT)):
+            continue  # the order of registration says nothing
         told = bool(front_s) != bool(front_t) if ordered else any(are_front_and_end(*pair) for pair in outside)
         rows = list(zip(roots, sides, places))[not ordered :]
-        if told and all(_begin_blocks(root, side[shape]) == bool(back) for root, side, (_, back) in rows):
-            found.add(shape)
-    return frozenset(found)
+        if told:
+            found[shape] = all(_begin_blocks(root, side[shape]) == bool(back) for root, side, (_, back) in rows)
+    return found
 
 
 def _norms(root: Item) -> dict[object, list[Item]]:
@@ -331,14 +342,18 @@ def _norms(root: Item) -> dict[object, list[Item]]:
     return found
 
 
+def _called(norms: Sequence[Item], words: frozenset[str]) -> Iterator[bool]:
+    return (not words.isdisjoint(own_name(unit, 2)) for unit in norms)
+
+
 def _is_in_block(unit: Item) -> bool:
     return any(c.isdigit() for c in unit.path.rpartition(".")[0])
 
 
 def _outside(norms: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     """The norms before and behind all blocks that hold some."""
-    starts = [unit.start for unit in norms if _is_in_block(unit)] or [0]
-    outside = [unit for unit in norms if len(starts) < len(norms) and not _is_in_block(unit)]
+    starts = [unit.start for unit in norms if _is_in_block(unit)]
+    outside = [unit for unit in norms if starts and not _is_in_block(unit)]
     return [u for u in outside if u.start < min(starts)], [u for u in outside if u.start > max(starts)]
 
 

@@ -46,7 +46,7 @@ class Sides:
         twins: Ordinals of source tensors, and of the target's tensors of the same path and shape.
         heads: Ordinals of the target's matrices at its ends (:func:`ends_of`).
         backwards: Names of lists that count down on one side (:func:`~lit_wsl.matching.numbers.lists_backwards`).
-        moved: Shapes of norms that may stand in another block (:func:`~lit_wsl.matching.order.moved_norms`).
+        moved: Shapes of norms that may stand elsewhere (:func:`~lit_wsl.matching.order.moved_norms`).
         wraps: Whether layers of one side may stand in modules of their name on the other (:func:`may_wrap`).
     """
 
@@ -57,7 +57,7 @@ class Sides:
     heads: frozenset[int] = frozenset()
     twins: Mapping[int, int] = field(default_factory=dict)
     backwards: frozenset[tuple[str, str]] = frozenset()
-    moved: frozenset[object] = frozenset()
+    moved: Mapping[object, bool] = field(default_factory=dict)
     wraps: bool = True
 
     @cached_property
@@ -317,12 +317,12 @@ def _telling_part(path: str) -> tuple[str, ...]:
 
 
 def makes_of(root: Item) -> Counter[object]:
-    """How many modules below one hold tensors of the same shapes."""
+    """How many members of lists below a module hold tensors of the same shapes."""
     found: Counter[object] = Counter()
     modules = [root]
     while modules:
         inside = [child for child in modules.pop().children if child.level == 2]
-        found.update(child.profile_key for child in inside)
+        found.update(child.profile_key for child in inside if any(c.isdigit() for c in child.path.rpartition(".")[2]))
         modules += inside
     return found
 

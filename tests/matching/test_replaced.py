@@ -488,3 +488,55 @@ def test_parts_of_a_whole_are_those_that_its_name_spells(ordered):
     for a, b in names:
         both = torch.cat([getattr(new, a).weight, getattr(new, b).weight])
         assert torch.equal(both, getattr(old, f"{a}_{b}").weight)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_letters_of_a_whole_do_not_say_of_which_attention_its_parts_are(ordered):
+    old = {f"{kind}{name}": nn.Linear(8, 8) for kind in ("cross_", "") for name in ("query", "key", "value", "proj")}
+    new = {f"a.{name}": nn.Linear(8, 8) for name in "qkvo"} | {"x.q": nn.Linear(8, 8), "x.kv": nn.Linear(8, 16)}
+    source, target = Tree(old), Tree(new)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    state = source.state_dict() if ordered else dict(sorted(source.state_dict().items()))
+    transfer_weights(target, state, min_coverage=0.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items() if "x.kv" in name)
+
+
+def test_a_layer_norm_before_the_attention_is_the_first_one():
+    old = "".join(
+        f"layers_{k}.attention.query linear 8 12\nlayers_{k}.pre_attention_layer_norm norm 8\n"
+        f"layers_{k}.mlp.wi linear 8 16\nlayers_{k}.pre_mlp_layer_norm norm 8\n"
+        for k in range(2)
+    )
+    new = "".join(
+        f"block.{k}.layer.0.attn.q linear 8 12 <- layers_{k}.attention.query\n"
+        f"block.{k}.layer.0.layer_norm norm 8 <- layers_{k}.pre_attention_layer_norm\n"
+        f"block.{k}.layer.1.mlp.wi linear 8 16 <- layers_{k}.mlp.wi\n"
+        f"block.{k}.layer.1.layer_norm norm 8 <- layers_{k}.pre_mlp_layer_norm\n"
+        for k in range(2)
+    )
+    transferred(old, new)
+    transferred(old, new, ordered=False)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(("live", "average", "new"), [("model", "ema_model", "ema"), ("unet", "swa_unet", "unet_swa")])
+def test_an_average_that_is_wanted_is_not_left_out(live, average, new, ordered):
+    parts = [(f"layers.{k}", "linear 8 8") for k in range(4)] + [("head", "linear 8 3")]
+    old = "".join(f"{net}.{name} {what}\n" for net in (live, average) for name, what in parts)
+    transferred(old, "".join(f"{new}.{name} {what} <- {average}.{name}\n" for name, what in parts), ordered=ordered)
+
+
+def test_a_prefix_is_no_longer_list_where_a_head_beside_it_was_dropped():
+    """The head's map and norm have the shapes of a part of each block, and stand in no list."""
+    parts = (("attn.q", "linear 8 8"), ("attn.out.dense", "linear 8 8"), ("attn.out.norm", "norm 8"))
+    rows = [(f"layer.{k}.{name}", what) for k in range(2) for name, what in parts]
+    old = "".join(f"bert.{name} {what}\n" for name, what in rows)
+    old += "cls.transform.dense linear 8 8\ncls.transform.norm norm 8\ncls.decoder linear 8 40\n"
+    new = "".join(f"model.{name} {what} <- bert.{name}\n" for name, what in rows) + "scores linear 8 9 <- new\n"
+    assert transferred(old, new) == {f"model.{name}" for name, _ in rows}
+
+
+@pytest.mark.parametrize("names", [("male", "female"), ("symmetric", "asymmetric"), ("word", "subword")])
+def test_a_word_in_another_word_is_not_the_same(names):
+    old, new = (f"trunk.0 linear 6 6\ntrunk.1 linear 6 6\nheads.{name}.fc1 linear 8 7\n" for name in names)
+    transferred(old, new.replace("linear 8 7", "linear 8 7 <- new"))
