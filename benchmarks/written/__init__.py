@@ -1,7 +1,8 @@
-"""Renamings written by hand by a person who knew the README alone and set out to break the matching.
+"""Renamings written by hand by people who knew the README alone and set out to break the matching.
 
     rows.py          the language of rows, and the modules that rows stand for
     case.py          a case; the reader of ``cases/*.txt``, which holds what people do to known networks
+                     (``cases/port_*.txt``: one network in several code bases and versions, in both directions)
     siblings.py      parts that a word, a letter or a number tells apart (``tables/*.txt``)
     groups.py        whole parts beside each other: other orders, copies, towers
     moves.py         layers that were moved, renumbered, fused or split

@@ -92,6 +92,9 @@ def _value(path: str, name: str, state: State) -> Tensor:
     part = PART.fullmatch(path)
     if part:
         return state[part[1] + name].chunk(int(part[3]))[int(part[2])]
+    if path.endswith("^T"):
+        tensor = state[path.removesuffix("^T") + name]
+        return tensor.T if tensor.dim() == 2 else tensor
     if "+" in path:
         return torch.cat([state[one + name] for one in path.split("+")])
     return state[path + name]

@@ -8,6 +8,7 @@ A row is ``old path | new path | layer`` (``layer => other layer`` where the new
 ``-``                                   nothing belongs there (old side), or was dropped (new side)
 ``a.q+a.k+a.v``, ``a.(q+k+v)``          joined along the first axis; ``a.qkv[1/3]`` is the second of three parts
 ``a/b``, ``(a/b).c``                    either of both is right: copies
+``a^T``                                 transposed, if it is a matrix
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class Row:
 
     def sources(self) -> list[str]:
         """The paths that the old side names, without signs."""
-        return [PART.sub(r"\1", path) for choice in self.choices() for path in choice.split("+")]
+        paths = [path for choice in self.choices() for path in choice.split("+")]
+        return [PART.sub(r"\1", path).removesuffix("^T") for path in paths]
 
 
 def rows_of(text: str) -> Iterator[Row]:
@@ -112,7 +114,7 @@ def expand(*texts: str) -> Iterator[tuple[str, ...]]:
         if [len(c) for c in choices] != sizes[: len(choices)]:
             raise ValueError(f"braces of unequal lengths in {text!r}, one of {texts}")
     for at in itertools.product(*map(range, sizes)):
-        yield tuple(_spread(_chosen(text, choices, at)) for text, choices in zip(texts, found))
+        yield tuple(spread(_chosen(text, choices, at)) for text, choices in zip(texts, found))
 
 
 def _chosen(text: str, choices: list[list[str]], at: tuple[int, ...]) -> str:
@@ -131,7 +133,7 @@ def _choices(text: str) -> list[str]:
     return [str(i) for i in range(first, last + step, step)]
 
 
-def _spread(text: str) -> str:
+def spread(text: str) -> str:
     """``a.(s+t).w`` is ``a.s.w+a.t.w``."""
     found = re.fullmatch(r"(.*)\(([^)]*)\)(.*)", text)
     if not found:
@@ -146,7 +148,7 @@ def layer(text: str) -> nn.Module:
 
 
 def build(paths: Iterable[tuple[str, str]], order: str) -> nn.Module:
-    """A module of (path, layer) pairs; the prefixes in ``order`` are registered first."""
+    """A module of (path, layer) pairs; what ``order`` names is registered first: prefixes, ``*parts`` of paths."""
     first = [prefix for text in order.split() for (prefix,) in expand(text)]
     tree: dict[str, Any] = {}
     for path, text in sorted(paths, key=lambda pair: _rank(pair[0], first)):
@@ -160,7 +162,11 @@ def build(paths: Iterable[tuple[str, str]], order: str) -> nn.Module:
 
 
 def _rank(path: str, first: list[str]) -> int:
-    return next((i for i, prefix in enumerate(first) if f"{path}.".startswith(f"{prefix}.")), len(first))
+    return next((i for i, prefix in enumerate(first) if _named(prefix, path)), len(first))
+
+
+def _named(prefix: str, path: str) -> bool:
+    return prefix[1:] in f".{path}" if prefix.startswith("*") else f"{path}.".startswith(f"{prefix}.")
 
 
 def _module(tree: dict[str, Any]) -> nn.Module:
