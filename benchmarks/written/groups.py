@@ -40,6 +40,12 @@ COPY = [
     "OLD.bn.{0,1} | NEW.bn.{0,1} | B 8",
     "OLD.head.fc | NEW.head.fc | L 8 4",
 ]
+NET = [
+    "OLD.stem.conv | NEW.stem.conv | C 3 8 3",
+    "OLD.layers.{0-1}.conv | NEW.layers.{0-1}.conv | C 8 8 3",
+    "OLD.layers.{0-1}.bn | NEW.layers.{0-1}.bn | B 8",
+    "OLD.fc | NEW.fc | L 8 10",
+]
 TRANSLATOR = """
 enc_embed | ENC.embed | E 20 8
 dec_embed | DEC.embed | E 20 8
@@ -123,6 +129,16 @@ def copies() -> Iterator[list[Case]]:
                 note=note,
             )
             for what, pairs, order, note in variants
+        ]
+
+
+def averages() -> Iterator[list[Case]]:
+    """Two copies renamed, or one of them left out."""
+    for line in listed("copies"):
+        a, b, _, c, d = line.split()
+        yield [
+            Case(f"copies/{a} {b} -> {c} {d}", paired([(a, c), (b, d)], *NET)),
+            Case(f"copies/{b} {a} -> {d} {c}", paired([(b, d), (a, c)], *NET)),
         ]
 
 

@@ -87,6 +87,33 @@ def numbers() -> Iterator[list[Case]]:
         yield found
 
 
+def descending() -> Iterator[list[Case]]:
+    """Decoders whose numbers fall as they run: in a list by their numbers, or as they run."""
+    encoder, out = "enc{1-4}.conv | encoder.{0-3}.conv | C 8 8 3\n", "out | out | C 8 2 1\n"
+    order = "encoder decoder.{0-2}"
+    for name in ("decoder", "neck.p", "upconv", "deconv", "fp", "dec_", "up_stage"):
+        as_it_runs = f"{name}{{4-1}}.conv | decoder.{{0-3}}.conv | C 8 8 3\n"
+        by_number = f"{name}{{4-1}}.conv | decoder.{{3-0}}.conv | C 8 8 3\n"
+        norms = f"enc{{1-4}}.bn | encoder.{{0-3}}.bn | B 8\n{name}{{4-1}}.bn | decoder.{{3-0}}.bn | B 8\n"
+        tag, note = f"copies/descending {name}", "number order would be the reverse"
+        found = [
+            Case(f"{tag} as it runs", encoder + as_it_runs + out, liar=True, note=note),
+            Case(f"{tag} by number", encoder + by_number + out, order=order, liar=True),
+            Case(f"{tag} by number, with norms", encoder + by_number + norms + out, order=order),
+        ]
+        for last in (3, 2):
+            rows = (
+                f"sa{{1-{last}}}.mlp_convs.{{0,1}} | SA.{{0-{last - 1}}}.mlps.0.{{0,3}} | C 8 8 1\n"
+                f"sa{{1-{last}}}.mlp_bns.{{0,1}} | SA.{{0-{last - 1}}}.mlps.0.{{1,4}} | B 8\n"
+                f"{name}{{{last}-1}}.mlp_convs.{{0,1}} | FP.{{{last - 1}-0}}.mlp.{{0,3}} | C 8 8 1\n"
+                f"{name}{{{last}-1}}.mlp_bns.{{0,1}} | FP.{{{last - 1}-0}}.mlp.{{1,4}} | B 8\n"
+                "conv1 | fc.0 | K 8 8 1\nbn1 | fc.1 | b 8"
+            )
+            found.append(Case(f"{tag} points {last}", rows, order="SA FP.0 FP.1"))
+            found.append(Case(f"{tag} points {last} back", turned(rows), old_order="SA FP.0 FP.1"))
+        yield found
+
+
 def attentions() -> Iterator[list[Case]]:
     """Queries, keys and values in one layer, in several orders and words."""
     letters = {"kqv": (1, 0, 2), "vkq": (2, 1, 0), "kvq": (1, 2, 0)}
