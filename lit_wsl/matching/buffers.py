@@ -200,7 +200,8 @@ def unwrapped(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]) 
     shapes = [{path[i.name]: i.shape for i in infos} for path, infos in zip(paths, (source, target))]
     same = len(shapes[0].items() & shapes[1].items())
     whole = [{i.name: i.shape for i in infos} for infos in (source, target)]
-    if len(whole[0].items() & whole[1].items()) > same:  # the part that one side is has its name on the other
+    named = len(whole[0].items() & whole[1].items())
+    if named > same and 2 * named > min(map(len, whole)):  # the part that one side is has its name on the other
         return {name: name for name in whole[0]}, {name: name for name in whole[1]}
     if 2 * same > min(map(len, shapes)):
         return paths
@@ -243,8 +244,9 @@ def _within_module(
         alike = [s for s in free if s.shape == t.shape and s.dtype.is_floating_point == t.dtype.is_floating_point]
         same = [s for s in alike if s.leaf == t.leaf]
         if not same and any(o.shape == t.shape and o is not t for o in targets):
-            scored = sorted(alike, key=lambda s: (-_leaf_similarity(s.leaf, t.leaf), s.index))
-            best, second = (*(_leaf_similarity(s.leaf, t.leaf) for s in scored[:2]), 0.0, 0.0)[:2]
+            shared = set.intersection(*({*tokenize(i.leaf)} for i in (*sources, *targets) if i.shape == t.shape))
+            scored = sorted(alike, key=lambda s: (-_leaf_similarity(s.leaf, t.leaf, shared), s.index))
+            best, second = (*(_leaf_similarity(s.leaf, t.leaf, shared) for s in scored[:2]), 0.0, 0.0)[:2]
             same = scored[:1] if best > second else []
         elif not same:
             same = alike if len(alike) == 1 and not _tell_apart(alike[0].leaf, t.leaf) else []
@@ -260,13 +262,10 @@ def _tell_apart(a: str, b: str) -> bool:
     return told and _leaf_similarity(a, b) < ABBREVIATION
 
 
-def _leaf_similarity(a: str, b: str) -> float:
-    """How alike two names are in what they don't share: ``weight_v`` is no ``weight_sigma``."""
-    words = [[word for word in tokenize(name) if word not in ("running", "moving")] for name in (a, b)]
-    left = [[w for w in side if w not in other] for side, other in zip(words, words[::-1])]
-    if not all(left):
-        return float(any(len(rest) < len(side) for rest, side in zip(left, words)))
-    return max(token_similarity(x, y) for x in left[0] for y in left[1])
+def _leaf_similarity(a: str, b: str, shared: Collection[str] = ()) -> float:
+    """How alike two names are, but for words that say nothing here: ``weight_v`` is no ``weight_sigma``."""
+    words_a, words_b = ([w for w in tokenize(n) if w not in ("running", "moving") and w not in shared] for n in (a, b))
+    return max((token_similarity(x, y) for x in words_a for y in words_b), default=0)
 
 
 def refuse_modules(writer: EntryWriter, source: ModelDescription, target: ModelDescription) -> None:
