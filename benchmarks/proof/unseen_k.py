@@ -333,13 +333,14 @@ class Grouped(Spelled):
 
     task = "text"
     head = 16
+    shared = 32  # rows of the keys and of the values
 
     def layers(self) -> dict[str, Made]:
         out: dict[str, Made] = {"embed": nn.Embedding(72, 64)}
         for k in range(2):
             out |= {f"{k}.norm1": nn.RMSNorm(64, 1e-6), f"{k}.norm2": nn.RMSNorm(64, 1e-6)}
-            out |= {f"{k}.query": nn.Linear(64, 64, bias=False), f"{k}.key": nn.Linear(64, 32, bias=False)}
-            out |= {f"{k}.value": nn.Linear(64, 32, bias=False), f"{k}.out": nn.Linear(64, 64, bias=False)}
+            out |= {f"{k}.query": nn.Linear(64, 64, bias=False), f"{k}.key": nn.Linear(64, self.shared, bias=False)}
+            out |= {f"{k}.value": nn.Linear(64, self.shared, bias=False), f"{k}.out": nn.Linear(64, 64, bias=False)}
             out |= {f"{k}.{n}": nn.Linear(64, 96, bias=False) for n in ("gate", "up")}
             out |= {f"{k}.down": nn.Linear(96, 64, bias=False)}
         return out | {"norm": nn.RMSNorm(64, 1e-6), "head": nn.Linear(64, 72, bias=False)}

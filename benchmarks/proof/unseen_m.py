@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from benchmarks.proof.spelled import Made, Spelled, repeated, under
-from benchmarks.proof.unseen_k import WIDTH, Table, Vision, block, conv, run_block
+from benchmarks.proof.unseen_k import WIDTH, Grouped, Table, Vision, block, conv, run_block
 
 
 class Liars(Vision):
@@ -134,31 +134,11 @@ class Scrambled(Vision):
     }  # fmt: skip
 
 
-class Brief(Spelled):
+class Brief(Grouped):
     """A decoder with gates that was trained for a few seconds only."""
 
-    task = "text"
-    head = 16
     steps = 80
-
-    def layers(self) -> dict[str, Made]:
-        out: dict[str, Made] = {"embed": nn.Embedding(72, 64)}
-        for k in range(2):
-            out |= {f"{k}.norm1": nn.RMSNorm(64, 1e-6), f"{k}.norm2": nn.RMSNorm(64, 1e-6)}
-            out |= {f"{k}.{n}": nn.Linear(64, 64, bias=False) for n in ("query", "key", "value", "out")}
-            out |= {f"{k}.{n}": nn.Linear(64, 96, bias=False) for n in ("gate", "up")}
-            out |= {f"{k}.down": nn.Linear(96, 64, bias=False)}
-        return out | {"norm": nn.RMSNorm(64, 1e-6), "head": nn.Linear(64, 72, bias=False)}
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.at("embed", ids)
-        for k in range(2):
-            y = self.at(f"{k}.norm1", x)
-            y = self.attend(*(self.at(f"{k}.{n}", y) for n in ("query", "key", "value")), causal=True, rotary=True)
-            x = x + self.at(f"{k}.out", y)
-            y = self.at(f"{k}.norm2", x)
-            x = x + self.at(f"{k}.down", F.silu(self.at(f"{k}.gate", y)) * self.at(f"{k}.up", y))
-        return self.at("head", self.at("norm", x))
+    shared = 64
 
     other: ClassVar = {
         **repeated(2, "w{}", {"k1": "up", "k2": "down", "k3": "gate", "s": "value+query+key|4", "t": "out",

@@ -35,6 +35,7 @@ from lit_wsl.transfer.memory import given_by_hand, recall, was_trained_here
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import Logger
+    from rich.progress import Progress
 
     from lit_wsl.convert.resume import Resume
 
@@ -283,14 +284,12 @@ def _log_page(logger: Logger, page: Path) -> None:
 @contextmanager
 def proof_progress(most: float, *, enabled: bool = True) -> Iterator[Callable[[float], None] | None]:
     """Show how far a proof on data is, if somebody is watching."""
-    if not enabled or sys.stderr is None or not sys.stderr.isatty():
+    if not enabled or not _is_watched():
         yield None
         return
-    from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
-    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with _bars(*Progress.get_default_columns()[:3], TimeElapsedColumn()) as bars:
         task = bars.add_task("proof on data", total=most)
         yield lambda passes: bars.update(task, completed=passes)
 
@@ -301,14 +300,13 @@ _LONG = 1 << 30  # bytes; less is done before a bar could be read
 @contextmanager
 def transfer_progress(size: int, *, enabled: bool = True) -> Iterator[Callable[[str, int], None] | None]:
     """Show how far a transfer is, if it is long and somebody is watching."""
-    if not enabled or size < _LONG or sys.stderr is None or not sys.stderr.isatty():
+    if not enabled or size < _LONG or not _is_watched():
         yield None
         return
-    from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn(), TextColumn(""))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with _bars(*columns) as bars:
         task = bars.add_task("copying weights", total=size)
 
         def advance(stage: str, count: int) -> None:
@@ -316,3 +314,15 @@ def transfer_progress(size: int, *, enabled: bool = True) -> Iterator[Callable[[
                 bars.advance(task, count)
 
         yield advance
+
+
+def _is_watched() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _bars(*columns: Any) -> Progress:
+    """Bars on the terminal's error stream, gone when they are done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
@@ -199,10 +199,11 @@ def unwrapped(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]) 
     paths = relative_paths(source), relative_paths(target)
     shapes = [{path[i.name]: i.shape for i in infos} for path, infos in zip(paths, (source, target))]
     same = len(shapes[0].items() & shapes[1].items())
-    whole = [{i.name: i.shape for i in infos} for infos in (source, target)]
-    named = len(whole[0].items() & whole[1].items())
-    if named > same and 2 * named > min(map(len, whole)):  # the part that one side is has its name on the other
-        return {name: name for name in whole[0]}, {name: name for name in whole[1]}
+    if any(name != path for side in paths for name, path in islice(side.items(), 1)):  # all stand in one module
+        whole = [{i.name: i.shape for i in infos} for infos in (source, target)]
+        named = len(whole[0].items() & whole[1].items())
+        if named > same and 2 * named > min(map(len, whole)):  # the part that one side is has its name on the other
+            return {name: name for name in whole[0]}, {name: name for name in whole[1]}
     if 2 * same > min(map(len, shapes)):
         return paths
     for ours, theirs in ((0, 1), (1, 0)):

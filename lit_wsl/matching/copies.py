@@ -61,7 +61,7 @@ def one_of_copies(source: ModelDescription, target: ModelDescription) -> tuple[M
         enough = ALIKE * len(target.parameters)
         found = [g for g in found if _is_outside(*g[:2]) or sum(n.startswith(g[-1]) for n in shapes) >= enough]
     for group in found:
-        if sum(any(i.name.startswith(p) for i in target.parameters) for p in group) > 1:
+        if sum(_has(target, p) for p in group) > 1:
             continue  # it holds both under their own names
         best = _chosen(group, shapes, target)
         taken = group[0] if best is None else best
@@ -157,7 +157,7 @@ def _find_copies(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
 
 def _chosen(places: Sequence[str], shapes: Mapping[str, Shape], target: ModelDescription) -> str | None:
     """The copy that is taken: what a copy was made of, the one that the rest of the model fits, or that names tell."""
-    named = [p for p in places if p and any(i.name.startswith(p) for i in target.parameters)]
+    named = [p for p in places if p and _has(target, p)]
     if len(named) == 1:
         return named[0]
     own = _own_shapes(places, shapes)
@@ -168,6 +168,10 @@ def _chosen(places: Sequence[str], shapes: Mapping[str, Shape], target: ModelDes
     if towers and (best := _fitting(places, own, target)):
         return best
     return _told(places, target) if not outside else None if towers else places[0]
+
+
+def _has(side: ModelDescription, place: str) -> bool:
+    return any(i.name.startswith(place) for i in side.parameters)
 
 
 def _is_around(name: str, around: str, place: str) -> bool:
@@ -251,8 +255,11 @@ def _without_average(
     source: ModelDescription, target: ModelDescription, shapes: Mapping[str, Shape]
 ) -> tuple[ModelDescription, Copies | None]:
     """The source without a running average of its own weights."""
-    average, theirs = find_average(shapes), {i.name: i.shape for i in target.parameters}
-    if average is None or find_average(theirs) is not None or any(n.startswith(average.prefix) for n in theirs):
+    average = find_average(shapes)
+    if average is None or _has(target, average.prefix):
+        return source, None
+    theirs = {i.name: i.shape for i in target.parameters}
+    if find_average(theirs) is not None:
         return source, None
     if all(any(map(_is_copied, plain_words(name.partition(".")[0]))) for name in theirs):
         return source, None  # it is an average, or a teacher

@@ -35,7 +35,7 @@ from lit_wsl.matching.dissent import (
     against,
     are_kept_apart,
     are_opposite,
-    is_something_else,
+    are_others,
     letters_apart,
     other_head,
     renamed_alone,
@@ -52,7 +52,6 @@ from lit_wsl.matching.likeness import (
     WEAK,
     WORDS,
     called_alike,
-    called_otherwise,
     leads,
     liken,
     own_name,
@@ -369,8 +368,7 @@ class ClassSolver:
         n, m = len(fs), len(ft)
         if n == m == 1:
             if sure or fs[0].pattern == ft[0].pattern:
-                s, t = fs[0].members[0], ft[0].members[0]
-                if fixed and (called_otherwise(s, t) or is_something_else(s, t) or are_kept_apart(s, t)):
+                if are_others(fs[0].members[0], ft[0].members[0], self.learned.renames, fixed=fixed):
                     out.ties.append(Tie.between(fs, ft, OTHER_WORDS))
                     return
                 cell = EXCLUSION if fixed else ALONE if region.complete else STRONG
@@ -412,10 +410,8 @@ class ClassSolver:
         if len(left_s) == len(left_t) == 1 and len(left_s[0].members) == len(left_t[0].members):
             i, j = next(iter(open_s)), next(iter(open_t))
             s, t = left_s[0].members[0], left_t[0].members[0]
-            whole = bool(leading) and min(s.level, t.level) == 2 and not self.learned.renames.are_all(s, t)
-            better = max(shared[i].max(), shared[:, j].max()) > shared[i, j] or (fixed and are_kept_apart(s, t))
-            better = better or ((fixed or whole) and called_otherwise(s, t))
-            better = better or ((fixed or bool(leading)) and is_something_else(s, t))
+            better = max(shared[i].max(), shared[:, j].max()) > shared[i, j]
+            better = better or are_others(s, t, self.learned.renames, fixed=fixed, told=bool(leading))
             head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
                 out.ties.append(Tie.between(left_s, left_t, OTHER_HEAD if head else OTHER_WORDS))

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import combinations, pairwise
 
 from lit_wsl.matching.formula import spelled
-from lit_wsl.matching.learned import Learned
+from lit_wsl.matching.learned import Learned, Renames
 from lit_wsl.matching.likeness import (
     BLOCKS,
     ENDS,
@@ -24,6 +24,7 @@ from lit_wsl.matching.likeness import (
     NEAR_WORDS,
     SIDES,
     WHOLES,
+    called_otherwise,
     contrast,
     liken,
     of_one_role,
@@ -354,7 +355,23 @@ def are_kept_apart(s: Item, t: Item) -> bool:
     return bool(likeness.left_s and likeness.left_t) and not is_listed(s, t)
 
 
-def is_something_else(s: Item, t: Item) -> bool:
+def are_others(s: Item, t: Item, renames: Renames, *, fixed: bool, told: bool = False) -> bool:
+    """Whether the last two left are no partners: their siblings kept their paths, or names told these apart.
+
+    Args:
+        s: Of the source.
+        t: Of the target.
+        renames: Which names changed.
+        fixed: Whether others of their size have the same path on both sides.
+        told: Whether names told others of their size apart.
+    """
+    whole = told and min(s.level, t.level) == 2 and not renames.are_all(s, t)
+    if (fixed and are_kept_apart(s, t)) or ((fixed or whole) and called_otherwise(s, t)):
+        return True
+    return (fixed or told) and _is_something_else(s, t)
+
+
+def _is_something_else(s: Item, t: Item) -> bool:
     """Whether two units outside of all lists are called after different things; norms say only where they stand."""
     names = own_name(s), own_name(t)
     if is_listed(s, t) or of_one_role(*names) or _are_called_one(*names):
@@ -457,12 +474,10 @@ def _are_lists_exchanged(s: Item, t: Item, region: Region) -> bool:
 def _lists_along(item: Item, root: Item) -> list[tuple[str, str, str]]:
     """The lists that an item stands in and those in it: their names, places, and its number, if it stands in them."""
     known = len(counted(relative(item, root)))
-    along = enumerate(counted(relative(item.main, root)))
-    named = (
-        (place, (place.rstrip("#.") or root.path).rpartition(".")[2], number * (k < known))
-        for k, (place, number) in along
-    )
-    return [(name, place, number) for place, name, number in named]
+    return [
+        ((place.rstrip("#.") or root.path).rpartition(".")[2], place, number if k < known else "")
+        for k, (place, number) in enumerate(counted(relative(item.main, root)))
+    ]
 
 
 def _chain(item: Item, homes: Mapping[int, Item]) -> list[Item]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -324,7 +324,7 @@ def moved_norms(source: Item, target: Item, ordered: bool) -> dict[object, bool]
         if any(a.path == b.path or liken(own_name(a, 2), own_name(b, 2)).shared >= 1.0 for a, b in outside):
             continue  # it is registered elsewhere
         front, back = front_t + front_s * ordered, back_t + back_s * ordered
-        if any(_called(front, BACK)) or any(_called(back, FRONT)):
+        if _are_called(front, BACK) or _are_called(back, FRONT):
             continue  # the order of registration says nothing
         told = bool(front_s) != bool(front_t) if ordered else any(are_front_and_end(*pair) for pair in outside)
         rows = list(zip(roots, sides, places))[not ordered :]
@@ -342,8 +342,8 @@ def _norms(root: Item) -> dict[object, list[Item]]:
     return found
 
 
-def _called(norms: Sequence[Item], words: frozenset[str]) -> Iterator[bool]:
-    return (not words.isdisjoint(own_name(unit, 2)) for unit in norms)
+def _are_called(norms: Sequence[Item], words: frozenset[str]) -> bool:
+    return any(not words.isdisjoint(own_name(unit, 2)) for unit in norms)
 
 
 def _is_in_block(unit: Item) -> bool:
