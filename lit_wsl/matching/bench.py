@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import numpy
 import torch
 from scipy.special import stdtr
 from torch import Tensor, nn
@@ -28,6 +27,8 @@ STEPS = (0.01, 0.03)  # of descent, as shares of a tensor's norm; smaller ones g
 GAIN = 0.04  # share of the fall of the loss that one adds where training never was; elsewhere it was up to 0.026
 DOUBT = GAIN / 2  # the same, where names are doubted
 
+Halves = Sequence[tuple[list[float], dict[str, Tensor]]]  # losses and gradient, by name, on the halves of a batch
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -44,7 +45,8 @@ class Bench:
     @cached_property
     def spread(self) -> float:
         """How much the samples of the fresh model differ."""
-        return float(numpy.std(self.fresh))
+        average = mean(self.fresh)
+        return math.sqrt(mean([(loss - average) ** 2 for loss in self.fresh]))
 
     @cached_property
     def depend(self) -> bool:
@@ -77,23 +79,25 @@ class Bench:
             return self.falls(self.losses(plan))
         losses = [loss for own, _ in halves for loss in own]
         self.known.append((plan, losses if len(losses) == len(self.fresh) else self.meter.losses(state, 0)))
+        if not self.falls(self.losses(plan)):
+            return False
         restless = unrest_of(products_of([slopes for _, slopes in halves])) >= FAR if len(halves) > 1 else True
-        return self.falls(self.losses(plan)) and not (restless and self.gain(state, losses) >= DOUBT)
+        return not restless or self.gain(state, losses, halves) < DOUBT
 
-    def gain(self, state: Mapping[str, Tensor], losses: Sequence[float]) -> float:
-        """What share of the fall of the loss a step down its gradient adds."""
+    def gain(self, state: Mapping[str, Tensor], losses: Sequence[float], halves: Halves = ()) -> float:
+        """What share of the fall of the loss a step down its gradient adds, which may be known on the halves."""
         fall = mean(self.fresh) - mean(losses)
-        return self._gain(state) / fall if fall > 0 else math.inf
+        return self._gain(state, halves) / fall if fall > 0 else math.inf
 
-    def _gain(self, state: Mapping[str, Tensor]) -> float:
+    def _gain(self, state: Mapping[str, Tensor], halves: Halves) -> float:
         """By how much the loss on half of a batch falls after a step down its gradient on the other half."""
         meter, size = self.meter, self.meter.size(0)
         half = -(-size // 2)
         if meter.passes + (2 + len(STEPS)) / 2 + LAST > MOST:
             return math.inf
-        _, slopes = next(iter(meter.gradients(state, 0, 2)))
+        _, slopes = halves[0] if halves else next(iter(meter.gradients(state, 0, 2)))
         weights = {name: p.detach() for name, p in meter.model.named_parameters(remove_duplicate=False)} | dict(state)
-        found = [mean(meter.losses(state, 0, half, size))]
+        found = [mean(halves[1][0] if len(halves) > 1 else meter.losses(state, 0, half, size))]
         for share in STEPS:
             steps = {n: share * weights[n].norm() / s.norm().clamp_min(1e-30) * s for n, s in slopes.items()}
             lower = {**state, **{n: weights[n] - step for n, step in steps.items()}}

@@ -82,9 +82,9 @@ def _judge(
     budget: Budget,
 ) -> TransferPlan:
     bench = Bench(tensors, meter, budget, meter.losses({}, 0))
-    is_settled = leaves_nothing_open(plan, *sides) or not Space(*sides, plan).is_open
-    if is_settled and bench.bears_out(plan):
-        return _as_planned(plan, bench)
+    settled, asks = _settled(plan, sides)
+    if settled is not None and (bench.bears_out(settled) if asks else bench.falls(bench.losses(settled))):
+        return _as_planned(settled, bench)
     judge, choice = _found(plan, sides, bench)
     trials = judge.trials
     better, risks = judge.test(choice)
@@ -116,6 +116,20 @@ def _judge(
     judged = answered(plan, answers, sides, open_={t for e in answers for t in e.targets if t not in agreed})
     final = best if all(d.taken for d in decisions) else bench.losses(judged)
     return _verdict(judged, bench, final, decisions)
+
+
+def _settled(plan: TransferPlan, sides: tuple[ModelDescription, ModelDescription]) -> tuple[TransferPlan | None, bool]:
+    """The plan where names leave nothing to choose, with all that only one thing can be done for; else nothing.
+
+    And whether there is something to choose where names tell nothing: if not, no other mapping could be better.
+    """
+    if leaves_nothing_open(plan, *sides):
+        return plan, True
+    for trust in (False, True):
+        space = Space(*sides, plan, wide=not trust, counts=not trust, trust=trust)
+        if not space.is_open:
+            return answered(plan, [entry for entry, _ in space.entries(space.first)], sides), trust
+    return None, True
 
 
 def _found(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 RISK = 0.01  # of one wrong decision among all rivals tried
 FEWEST = 8  # pieces that three witnesses are heard on
+SHORT = 1 << 16  # elements of a gradient that is copied
 AGREES = 0.1  # risk at which each single witness has to agree
 
 
@@ -148,6 +149,8 @@ def unrest_of(products: Tensor) -> float:
 def products_of(slopes: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """All products ``(n, n)`` of some gradients, which may be too long to be copied."""
     flat = [[g.flatten().float() for g in own.values()] for own in slopes]
+    if sum(g.numel() for g in flat[0]) <= SHORT:
+        return _squared(torch.stack([*map(torch.cat, flat)]).cpu())
     found = [[torch.stack([*map(torch.dot, a, b)]).sum() for b in flat] for a in flat]
     return torch.stack([torch.stack(row) for row in found]).double().cpu()
 

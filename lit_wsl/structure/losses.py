@@ -49,6 +49,7 @@ class LossMeter:
         self.has_slopes = True  # until the loss was seen to have no gradient
         self._guarded = True  # until a whole pass was seen to write to none of the model's tensors
         self._idle = False  # whether that pass left the modules' attributes alone, too
+        self._draws = True  # until it was seen to draw no number of Python's or of NumPy's
         self._tensors: list[tuple[str, Tensor]] | None = None  # during a session
 
     def has(self, number: int) -> bool:
@@ -156,8 +157,9 @@ class LossMeter:
             with self.session(), self._ready(state, place):
                 yield
             return
-        random.setstate(self._numbers[0])
-        numpy.random.set_state(self._numbers[1])
+        if self._draws:
+            random.setstate(self._numbers[0])
+            numpy.random.set_state(self._numbers[1])
         seed(place, self._devices)
         try:
             with lent_to(self._tensors, state), self._watched() if self._guarded else nullcontext():
@@ -176,12 +178,18 @@ class LossMeter:
         finally:
             writes.restore()
         self._guarded = writes.wrote
+        self._draws = not _same_numbers(self._numbers, (random.getstate(), numpy.random.get_state()))
         self._idle = not self._guarded and before == _attributes(self.model)
 
 
 def _place(number: int, start: int) -> int:
     """A number for the samples of a batch from one on: noise that all pieces share looks like what they agree on."""
     return number + (start << 16)
+
+
+def _same_numbers(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    """Whether two states of Python's and NumPy's generators are the same."""
+    return one[0] == other[0] and one[1][2:] == other[1][2:] and numpy.array_equal(one[1][1], other[1][1])
 
 
 def _attributes(model: nn.Module) -> list[tuple[int, ...]]:
@@ -282,6 +290,8 @@ def _signature(func: Any) -> inspect.Signature | None:
 
 def batch_size(batch: Any) -> int:
     """Samples of a batch: the length of its first tensor."""
+    if type(batch) in (list, tuple) and batch and isinstance(batch[0], Tensor) and batch[0].dim():
+        return len(batch[0])
     return next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 1)
 
 
@@ -293,6 +303,8 @@ def cut(batch: Any, start: int, stop: int, size: int) -> Any:
             return value
         return (value[start:stop] if value.dim() and len(value) == size else value).clone()
 
+    if type(batch) in (list, tuple) and all(type(value) is Tensor for value in batch):  # as a tree it takes long
+        return type(batch)(map(part, batch))
     return tree_map(part, batch)
 
 
