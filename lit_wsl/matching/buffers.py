@@ -34,6 +34,8 @@ def split_kinds(
     Returns:
         Source weights, source buffers, target weights, target buffers.
     """
+    if not any(i.kind == "buffer" for side in (source, target) for i in side.parameters):
+        return list(source.parameters), [], list(target.parameters), []
     leaves_t = {i.leaf for i in target.parameters if i.kind == "parameter"}
     as_buffer: set[tuple[str, tuple[int, ...]]] = set()
     if not source.is_module and target.is_module and any(i.kind == "buffer" for i in target.parameters):
@@ -49,8 +51,6 @@ def split_kinds(
         [i for i in source.parameters if i.kind == "buffer" or (as_buffer and (i.leaf, i.shape) in as_buffer)],
         [i for i in target.parameters if i.kind == "buffer"],
     )
-    if not any(buffers):
-        return list(source.parameters), [], list(target.parameters), []
     names = {i.name for i in buffers[0]}
     leaves_s = {i.leaf for i in source.parameters if i.name not in names}
     aligned: list[set[str]] = [set(), set()]

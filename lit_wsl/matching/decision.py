@@ -22,8 +22,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from lit_wsl.matching.dissent import (
     NAMELESS_ORDER,
     NEIGHBOUR,
@@ -40,7 +38,7 @@ from lit_wsl.matching.dissent import (
     other_head,
     renamed_alone,
 )
-from lit_wsl.matching.learned import FEW, Learned, ascending
+from lit_wsl.matching.learned import FEW, Learned, are_partners, ascending
 from lit_wsl.matching.likeness import (
     BLOCKS,
     ENDS,
@@ -51,6 +49,7 @@ from lit_wsl.matching.likeness import (
     SIDES,
     WEAK,
     WORDS,
+    Shared,
     called_alike,
     leads,
     liken,
@@ -139,7 +138,7 @@ class ClassSolver:
             return p, ""
         cell = self.judged(p, region)
         why = self._against(p, cell, region) or ("" if may_load(cell) else refusal(cell))
-        return replace(p, cell=cell), why
+        return (p if cell == p.cell else replace(p, cell=cell)), why
 
     def judged(self, p: Pair, region: Region) -> str:
         """The cell of a pair, by whether names and order agree with it too."""
@@ -385,7 +384,9 @@ class ClassSolver:
             self._zip(fs[i], ft[j], ROLE, out, region)
             open_s.discard(i)
             open_t.discard(j)
-            shared[i, :] = shared[:, j] = -1.0
+            shared[i] = [-1.0] * m
+            for row in shared:
+                row[j] = -1.0
         leading = leads(shared)
         complete = len(leading) == n == m
         for i, j in leading:
@@ -410,7 +411,7 @@ class ClassSolver:
         if len(left_s) == len(left_t) == 1 and len(left_s[0].members) == len(left_t[0].members):
             i, j = next(iter(open_s)), next(iter(open_t))
             s, t = left_s[0].members[0], left_t[0].members[0]
-            better = max(shared[i].max(), shared[:, j].max()) > shared[i, j]
+            better = max(*shared[i], *(row[j] for row in shared)) > shared[i][j]
             better = better or are_others(s, t, self.learned.renames, fixed=fixed, told=bool(leading))
             head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
@@ -424,21 +425,21 @@ class ClassSolver:
     def _by_role(self, fs: list[Family], ft: list[Family], region: Region) -> list[tuple[int, int]]:
         """Pairs that were partners wherever else blocks of this list were certain of them, and had no other partner."""
         found = []
-        for i, f in enumerate(fs):
+        known = self.learned.roles.elsewhere(region)
+        for i, f in enumerate(fs if known else ()):
             for j, g in enumerate(ft):
                 (s, *more_s), (t, *more_t) = f.members, g.members
-                alone = not more_s and not more_t
-                if not alone or self.costs.of(s, t) is None or not self.learned.roles.partners(region, s, t):
+                if more_s or more_t or self.costs.of(s, t) is None or not are_partners(known, region, s, t):
                     continue
                 if may_load(self.judged(Pair(s, t, ROLE), region)):
                     found.append((i, j))
         times = [Counter(side) for side in zip(*found)]
         return [(i, j) for i, j in found if times[0][i] == times[1][j] == 1]
 
-    def _likenesses(self, fs: list[Family], ft: list[Family], region: Region) -> tuple[np.ndarray, list[list[str]]]:
+    def _likenesses(self, fs: list[Family], ft: list[Family], region: Region) -> tuple[Shared, list[list[str]]]:
         words_s, words_t = words_apart(fs, ft), words_apart(ft, fs)
         near_s, near_t = self._near((fs, ft), region, 0), self._near((fs, ft), region, 1)
-        shared = np.full((len(fs), len(ft)), -1.0)
+        shared = [[-1.0] * len(ft) for _ in fs]
         kinds = [[""] * len(ft) for _ in fs]
         for i, f in enumerate(fs):
             for j, g in enumerate(ft):
@@ -446,7 +447,7 @@ class ClassSolver:
                     continue
                 blocks = min(m.level for m in (f.members[0], g.members[0])) == 2
                 likeness = liken(words_s[i], words_t[j], near_s, near_t, BLOCKS if blocks else LAYERS)
-                shared[i, j] = likeness.shared
+                shared[i][j] = likeness.shared
                 elsewhere = likeness.only_near and (region.loose or SIDES & set(f.words) != SIDES & set(g.words))
                 kinds[i][j] = NEAR_WORDS if elsewhere else likeness.kind
                 if likeness.only_layers and kinds[i][j] in (WORDS, SHORT_WORDS):

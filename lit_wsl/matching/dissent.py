@@ -96,28 +96,11 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         certain: Whether it is the only one that fits where everything must find a partner.
         weak: Whether so little speaks for it that order may overrule it.
     """
-    if letters_apart(p.source, p.target, region):
-        return OTHER_LETTER
-    if are_front_and_end(p.source, p.target):
-        return OPPOSITE
-    if are_opposite(p.source, p.target, region):
-        return OPPOSITE
-    if lettered_apart(p.source, p.target, region):
-        return OTHER_TWIN
-    if _has_namesake(p.source, p.target, region):
-        return NAMESAKE
-    if _stand_in_other_towers(p.source, p.target, region):
-        return OTHER_TOWER
-    if _left_home(p.source, p.target, region):
-        return LEFT_HOME
-    if min(p.source.level, p.target.level) == 2 and _is_inside_out(p.source, p.target):
-        return INSIDE_OUT
-    if _are_lists_exchanged(p.source, p.target, region):
-        return OTHER_NUMBER
-    if _is_of_other_make(p.source, p.target, region):
-        return OTHER_MAKE
-    if max(p.source.level, p.target.level) < 2 and _is_function(p.source, p.target):
-        return OTHER_VALUES
+    pair = p.source, p.target
+    if pair not in region.dissent:
+        region.dissent[pair] = _by_names(*pair, region)
+    if region.dissent[pair]:
+        return region.dissent[pair]
     sure = region.complete and certain and agree not in ("against order", "out of line", "reordered")
     if not sure and counted_apart(p.source, p.target, region):
         return OTHER_NUMBER
@@ -138,6 +121,33 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
     if cell.startswith(NEAR_WORDS):
         return NEIGHBOUR
     return OUT_OF_ORDER if weak and agree == "against order" else ""
+
+
+def _by_names(s: Item, t: Item, region: Region) -> str:
+    """What names and the places in the two models say against a pair, whatever else is decided."""
+    if letters_apart(s, t, region):
+        return OTHER_LETTER
+    if are_front_and_end(s, t):
+        return OPPOSITE
+    if are_opposite(s, t, region):
+        return OPPOSITE
+    if lettered_apart(s, t, region):
+        return OTHER_TWIN
+    if _has_namesake(s, t, region):
+        return NAMESAKE
+    if _stand_in_other_towers(s, t, region):
+        return OTHER_TOWER
+    if _left_home(s, t, region):
+        return LEFT_HOME
+    if min(s.level, t.level) == 2 and _is_inside_out(s, t):
+        return INSIDE_OUT
+    if _are_lists_exchanged(s, t, region):
+        return OTHER_NUMBER
+    if _is_of_other_make(s, t, region):
+        return OTHER_MAKE
+    if max(s.level, t.level) < 2 and _is_function(s, t):
+        return OTHER_VALUES
+    return ""
 
 
 def are_opposite(s: Item, t: Item, region: Region) -> bool:

@@ -15,7 +15,7 @@ from lit_wsl.matching.words import split_numbers
 from lit_wsl.plan.entries import CANDIDATE, Ambiguity, Candidate, PlanEntry, Unmatched
 from lit_wsl.plan.operations import Cast, FanOut, Operation, run_operations
 from lit_wsl.plan.plan import TransferPlan
-from lit_wsl.structure.description import ModelDescription, ParameterInfo
+from lit_wsl.structure.description import ModelDescription, ParameterInfo, Shape
 
 MAX_CANDIDATES = 8
 BY_LOSS = "the loss on data decides it"
@@ -151,29 +151,28 @@ class EntryWriter:
             (d for d in self._doubts if not filled.intersection(d.targets)), key=lambda d: place[d.targets[0]]
         )
         unsure = {t for d in doubts for t in d.targets}
-        shapes_s = {shape_key(i.shape) for i in self.source.parameters}
-        free_s = {shape_key(i.shape) for i in self.source.parameters if i.name not in used}
-        shapes_t = {shape_key(i.shape) for i in self.target.parameters}
-        free_t = {shape_key(i.shape) for i in self.target.parameters if i.name not in filled}
-        unmatched_t = [
-            Unmatched(i.name, i.shape, i.kind, self._why(i, shapes_s, free_s, "source"))
-            for i in self.target.parameters
-            if i.name not in filled and i.name not in unsure
-        ]
         candidates = {s for d in doubts for c in d.candidates for s in c.sources}
-        unmatched_s = [
-            Unmatched(
-                i.name,
-                i.shape,
-                i.kind,
-                CANDIDATE if i.name in candidates else self._why(i, shapes_t, free_t, "target"),
-            )
-            for i in self.source.parameters
-            if i.name not in used
-        ]
-        return tuple(entries), tuple(doubts), tuple(unmatched_s), tuple(unmatched_t)
+        rest_s = [i for i in self.source.parameters if i.name not in used]
+        rest_t = [i for i in self.target.parameters if i.name not in filled]
+        why_s = self._reasons_of(rest_s, self.target, rest_t, "target") | dict.fromkeys(candidates, CANDIDATE)
+        why_t = self._reasons_of([i for i in rest_t if i.name not in unsure], self.source, rest_s, "source")
+        unmatched_s, unmatched_t = (
+            tuple(Unmatched(i.name, i.shape, i.kind, why[i.name]) for i in rest if i.name in why)
+            for rest, why in ((rest_s, why_s), (rest_t, why_t))
+        )
+        return tuple(entries), tuple(doubts), unmatched_s, unmatched_t
 
-    def _why(self, info: ParameterInfo, shapes: set[tuple[int, ...]], free: set[tuple[int, ...]], other: str) -> str:
+    def _reasons_of(
+        self, infos: Sequence[ParameterInfo], side: ModelDescription, rest: Sequence[ParameterInfo], other: str
+    ) -> dict[str, str]:
+        """Why each of some tensors found no partner on the other side, of which some have none either."""
+        shapes = {shape_key(i.shape) for i in side.parameters} if infos else set()
+        free: dict[Shape, list[ParameterInfo]] = {}
+        for info in rest if infos else ():
+            free.setdefault(shape_key(info.shape), []).append(info)
+        return {i.name: self._why(i, shapes, free, other) for i in infos}
+
+    def _why(self, info: ParameterInfo, shapes: set[Shape], free: dict[Shape, list[ParameterInfo]], other: str) -> str:
         if (other, info.name) in self._reasons:
             return self._reasons[other, info.name]
         if info.kind == "buffer" and self.options.excludes_buffers:
@@ -185,7 +184,7 @@ class EntryWriter:
             return f"all tensors of the {other} with this shape belong elsewhere"
         if info.kind == "buffer" and info.counts:
             return "a counter is loaded only together with the statistics that it counts for"
-        rivals = [i.name for i in self._free(key, other) if i.kind == info.kind]
+        rivals = [i.name for i in free[key] if i.kind == info.kind]
         if not rivals:
             return f"no free {info.kind} of the {other} has this shape"
         which = f"which of the {len(rivals)} free tensors" if len(rivals) > 1 else "whether the free tensor"
@@ -193,11 +192,6 @@ class EntryWriter:
             f"nothing shows {which} of this shape ({listed(rivals, 3)}) "
             "belongs here: an edited plan, source_prefix, source_module or a proof on data decides"
         )
-
-    def _free(self, key: tuple[int, ...], other: str) -> list[ParameterInfo]:
-        """Tensors of a shape on the other side that have no partner."""
-        side, taken = (self.source, self.used()) if other == "source" else (self.target, self.filled())
-        return [i for i in side.parameters if shape_key(i.shape) == key and i.name not in taken]
 
 
 def cast_between(source: ParameterInfo, target: ParameterInfo) -> tuple[Operation, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lit_wsl.matching.tree import Item, relative, stem_of
 from lit_wsl.matching.words import plain_words
@@ -20,7 +21,8 @@ _WORDS = {word: letter for letter, words in LETTERS.items() for word in words}
 Letters = Mapping[str, frozenset[str]]
 
 
-def spelled(words: Sequence[str]) -> frozenset[str]:
+@lru_cache(maxsize=10_000)
+def spelled(words: tuple[str, ...]) -> frozenset[str]:
     """The letters that the words of a name stand for, whatever stands beside it.
 
     >>> sorted(spelled(("qkv",))), sorted(spelled(("key", "value"))), sorted(spelled(("gate",)))
@@ -53,7 +55,8 @@ def letters_below(root: Item) -> Letters:
     if root.letters is None:  # a module stands in the regions of all modules around it
         found: dict[str, frozenset[str]] = {}
         for child in (c for c in root.children if c.level == 2):
-            found |= {f"{relative(child, root)}.{name}": letters for name, letters in letters_below(child).items()}
+            place = relative(child, root)
+            found |= {f"{place}.{name}": letters for name, letters in letters_below(child).items()}
         units = [Named.below(root, child) for child in root.children if child.level < 2]
         named = [(u, letters) for u in units if (letters := u.letters)]
         wholes = frozenset[str]().union(*(letters for _, letters in named if len(letters) > 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -73,18 +73,14 @@ def _packed(plan: TransferPlan, source: ModelDescription, open_s: set[str]) -> s
     )
 
 
-def scaled_weights(infos: Iterable[ParameterInfo]) -> dict[str, str]:
+def scaled_weights(infos: Sequence[ParameterInfo]) -> dict[str, str]:
     """Weights of eight bits that mean nothing without the scale beside them, and the name of that."""
+    short = [i for i in infos if i.dtype.itemsize == 1 and i.dtype.is_floating_point]
     beside: dict[str, list[ParameterInfo]] = defaultdict(list)
-    for info in infos:
+    for info in infos if short else ():
         beside[info.module_path].append(info)
     return {
-        i.name: scale.name
-        for members in beside.values()
-        for i in members
-        if i.dtype.is_floating_point and i.dtype.itemsize == 1
-        for scale in members
-        if scale is not i and "scale" in scale.leaf
+        i.name: scale.name for i in short for scale in beside[i.module_path] if scale is not i and "scale" in scale.leaf
     }
 
 

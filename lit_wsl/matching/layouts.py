@@ -27,7 +27,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property
 
 from lit_wsl.matching.formula import is_query_or_key
 from lit_wsl.matching.shapes import is_turn, transposed
@@ -251,27 +251,16 @@ HEADS_APART = (
 OTHER_CONVOLUTION = "one is a transposed convolution, the other is not: no copy of the kernel computes the same"
 
 Make = tuple[object, ...]
+Infos = Sequence[ParameterInfo]
 Matched = tuple[Sequence[ParameterInfo], Sequence[ParameterInfo], tuple[Operation, ...]]
 Doubted = tuple[Sequence[ParameterInfo], Sequence[tuple[Sequence[ParameterInfo], tuple[Operation, ...]]]]
 
 
-class Orientation:
-    """Judges the matrices of one pair of models.
+class Shown:
+    """What the matrices of a pair of models show, by make; whether any was turned, and any kept as it was."""
 
-    Args:
-        matches: Source tensors, target tensors and operations of all matches.
-        doubts: Target tensors and their candidates, of what is open: where only a turned matrix would fit, or names
-            speak for one, something was stored the other way round, though nobody knows what.
-        tensors: All tensors of both sides: where those left over fit only turned, so may the squares beside them.
-    """
-
-    def __init__(
-        self,
-        matches: Sequence[Matched],
-        doubts: Sequence[Doubted] = (),
-        tensors: tuple[Sequence[ParameterInfo], Sequence[ParameterInfo]] = ((), ()),
-    ) -> None:
-        self._seen: dict[Make, set[bool | None]] = defaultdict(set)
+    def __init__(self, matches: Sequence[Matched], doubts: Sequence[Doubted], tensors: tuple[Infos, Infos]) -> None:
+        self.makes: dict[Make, set[bool | None]] = defaultdict(set)
         self.turned = self.kept = False
         for sources, targets, operations in matches:
             if len(sources) == len(targets) == 1 or _is_stack(sources, targets):
@@ -298,11 +287,9 @@ class Orientation:
         self.turned = self.turned or turned
         self.kept = self.kept or not (turned or _leaf(source) == "own")
         for make in _makes(source, target):
-            self._seen[make].add(turned if certain else None)
+            self.makes[make].add(turned if certain else None)
 
-    def _see_left(
-        self, matches: Sequence[Matched], tensors: tuple[Sequence[ParameterInfo], Sequence[ParameterInfo]]
-    ) -> None:
+    def _see_left(self, matches: Sequence[Matched], tensors: tuple[Infos, Infos]) -> None:
         """What found no partner in two modules shows that squares beside it may be turned, if it would fit turned."""
         matched = [{i.name for match in matches for i in match[side]} for side in (0, 1)]
         left: list[dict[object, set[Shape]]] = [defaultdict(set), defaultdict(set)]
@@ -319,7 +306,7 @@ class Orientation:
                 ours, theirs = (left[k].get(_around(i.module_path), set()) for k, (i,) in enumerate((sources, targets)))
                 if _fits_only_turned(ours, theirs):
                     for make in _makes(sources[0], targets[0]):
-                        self._seen[make].add(None)
+                        self.makes[make].add(None)
 
     def _see_parts(
         self, sources: Sequence[ParameterInfo], targets: Sequence[ParameterInfo], operations: Sequence[Operation]
@@ -330,7 +317,28 @@ class Orientation:
             turned = any(map(is_turn, operations))
             self.turned = self.turned or turned
             for make in {m for s in sources for t in targets for m in _makes(s, t)}:
-                self._seen[make].add(turned)
+                self.makes[make].add(turned)
+
+
+class Orientation:
+    """Judges the matrices of one pair of models.
+
+    Args:
+        matches: Source tensors, target tensors and operations of all matches.
+        doubts: Target tensors and their candidates, of what is open: where only a turned matrix would fit, or names
+            speak for one, something was stored the other way round, though nobody knows what.
+        tensors: All tensors of both sides: where those left over fit only turned, so may the squares beside them.
+    """
+
+    def __init__(
+        self, matches: Sequence[Matched], doubts: Sequence[Doubted] = (), tensors: tuple[Infos, Infos] = ((), ())
+    ) -> None:
+        self._given = matches, doubts, tensors
+
+    @cached_property
+    def _seen(self) -> Shown:
+        """What all matrices show; where nothing has to be judged by it, nobody looks."""
+        return Shown(*self._given)
 
     def judge(self, match: Matched) -> tuple[tuple[Operation, ...] | None, str]:
         """The operations of a match as they should be; ``None`` and the reason where nothing tells."""
@@ -343,7 +351,7 @@ class Orientation:
         if _is_stack(sources, targets):
             s, t = _members(sources, targets)
             square = len(s.shape) == 2 and s.shape[0] == s.shape[1] and not _is_looked_up(t)
-            if square and self._shown(_makes(s, t)) is not any(map(is_turn, operations)):
+            if square and _only(self._nearest(_makes(s, t))) is not any(map(is_turn, operations)):
                 return None, OPEN
             return operations, ""
         if any(isinstance(op, (Split, Concat)) for op in operations) and _fits_both_ways(sources, targets):
@@ -359,13 +367,14 @@ class Orientation:
         a, b = core(s.shape), core(t.shape)
         if len(a) < 2:
             return operations, ""
-        if {len(a), len(b)} == {2, 3} and any(isinstance(op, Reshape) for op in operations):
-            rows, columns = min(a, b, key=len)
-            if rows == columns and "Conv" not in (t.module_type[:4], s.module_type[:4]):
-                return None, HEADS_APART
-        if a != b and any(map(is_turn, operations)) and self._is_kept_beside(s, t):
-            return None, BOTH_WAYS
-        if a != b or len(a) not in (2, 3) or a[-1] != a[-2] or _is_looked_up(t):
+        if a != b:
+            if {len(a), len(b)} == {2, 3} and any(isinstance(op, Reshape) for op in operations):
+                rows, columns = min(a, b, key=len)
+                if rows == columns and "Conv" not in (t.module_type[:4], s.module_type[:4]):
+                    return None, HEADS_APART
+            kept = any(map(is_turn, operations)) and self._is_kept_beside(s, t)
+            return (None, BOTH_WAYS) if kept else (operations, "")
+        if len(a) not in (2, 3) or a[-1] != a[-2] or _is_looked_up(t):
             return operations, ""
         wanted = self._verdict(s, t)
         if wanted is None:
@@ -380,21 +389,24 @@ class Orientation:
 
     def _verdict(self, s: ParameterInfo, t: ParameterInfo) -> bool | None:
         """Whether a square matrix is stored the other way round; ``None`` where nothing tells."""
-        makes = _makes(s, t)
-        if any(make in self._seen for make in makes):
-            return self._shown(makes)
+        seen = self._nearest(_makes(s, t))
+        if seen:
+            return _only(seen)
         same_make = _leaf(s) == _leaf(t) and len(core(s.shape)) == len(core(t.shape))
         kernel = len(s.shape) != len(t.shape)  # of one by one, where there was a matrix, or the other way round
-        return False if same_make and not self.turned and (self.kept or not kernel) else None
+        return False if same_make and not self._seen.turned and (self._seen.kept or not kernel) else None
 
     def _is_kept_beside(self, s: ParameterInfo, t: ParameterInfo) -> bool:
         """Whether a matrix beside one that has to be turned is stored the same way round on both sides."""
-        return False in self._seen.get(_makes(s, t)[0], ())
+        return False in self._seen.makes.get(_makes(s, t)[0], ())
 
-    def _shown(self, makes: Sequence[Make]) -> bool | None:
+    def _nearest(self, makes: Sequence[Make]) -> Set[bool | None]:
         """What the nearest make that shows anything shows."""
-        seen = next((self._seen[make] for make in makes if make in self._seen), None)
-        return next(iter(seen)) if seen and len(seen) == 1 else None
+        return next((seen for make in makes if (seen := self._seen.makes.get(make))), frozenset())
+
+
+def _only(seen: Set[bool | None]) -> bool | None:
+    return next(iter(seen)) if len(seen) == 1 else None
 
 
 def _fits_only_turned(ours: Set[Shape], theirs: Set[Shape]) -> bool:
@@ -449,7 +461,6 @@ def _make(info: ParameterInfo) -> Make:
     return info.module_type, _leaf(info), len(core(info.shape))
 
 
-@lru_cache(maxsize=4096)
 def _around(path: str) -> tuple[str, ...]:
     """The pattern of what a module stands in."""
     return split_numbers(path.rpartition(".")[0])[0]

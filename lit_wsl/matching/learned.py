@@ -36,15 +36,17 @@ class Roles:
             places = _in_member(s, region.source), _in_member(t, region.target)
             self._regions.setdefault(region.key, (region, set()))[1].add(places)
 
-    def partners(self, region: Region, s: Item, t: Item) -> bool:
-        """Whether two places, or modules around them, were partners in other blocks, and nothing else was."""
-        a, b = around(_in_member(s, region.source)), around(_in_member(t, region.target))
-        known: set[tuple[str, str]] = set()
-        for key, (other, pairs) in self._regions.items():
-            found = {pair for pair in pairs if pair[0] in a or pair[1] in b} if key != region.key else ()
-            if found and _same_make(region, other):
-                known.update(found)
-        return bool(known) and all(one in a and other in b for one, other in known)
+    def elsewhere(self, region: Region) -> set[tuple[str, str]]:
+        """The partners in other blocks of this make."""
+        rows = (row for key, row in self._regions.items() if key != region.key)
+        return {pair for other, pairs in rows if _same_make(region, other) for pair in pairs}
+
+
+def are_partners(known: Iterable[tuple[str, str]], region: Region, s: Item, t: Item) -> bool:
+    """Whether two places, or modules around them, are among known partners, and nothing else is with either."""
+    a, b = around(_in_member(s, region.source)), around(_in_member(t, region.target))
+    found = [pair for pair in known if pair[0] in a or pair[1] in b]
+    return bool(found) and all(one in a and other in b for one, other in found)
 
 
 def _same_make(a: Region, b: Region) -> bool:

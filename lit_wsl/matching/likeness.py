@@ -18,8 +18,6 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lit_wsl.matching.tree import Item, owner_path
 from lit_wsl.matching.words import is_abbreviation, path_tokens, plain_words
 
@@ -258,13 +256,18 @@ def _names_layer(a: str, b: str, general: frozenset[str]) -> bool:
     return any(w in general or w == "backbone" for w in (a, b)) or ("norm" in a and "norm" in b)
 
 
-def leads(shared: np.ndarray) -> list[tuple[int, int]]:
+Shared = list[list[float]]  # how alike each of one side is to each of the other
+
+
+def leads(shared: Shared) -> list[tuple[int, int]]:
     """Pairs that lead over every rival of their row and of their column."""
     found = []
-    for i, j in enumerate(shared.argmax(1).tolist()):
-        least = shared[i, j] - 1e-9
-        if least > 0 and (shared[i] >= least).sum() == (shared[:, j] >= least).sum() == 1:
-            found.append((i, j))
+    for i, row in enumerate(shared):
+        least = max(row) - 1e-9
+        if least > 0 and sum(x >= least for x in row) == 1:
+            j = row.index(max(row))
+            if sum(other[j] >= least for other in shared) == 1:
+                found.append((i, j))
     return found
 
 

@@ -220,7 +220,7 @@ def _told(side: Sequence[Family], last: frozenset[str]) -> tuple[str, list[Famil
     """In which way items are counted, and the items in that order; words may say which of two norms is the last."""
     roles = count_by_roles([owner_path(f.members[0].main.path) for f in side])
     ways = (
-        *(("count", row) for row in ([count_of(f, side) for f in side], _numbers(side), roles)),
+        *(("count", row) for row in (counts_of(side), _numbers(side), roles)),
         ("place", _places(side, last)),
     )
     for way, counts in ways:
@@ -268,20 +268,19 @@ def place_by(words: set[str], last: frozenset[str] = frozenset()) -> int:
     return 0 if words & {"pre", "before", "input"} else 1 if words & last else -1
 
 
-def count_of(family: Family, side: Sequence[Family]) -> int:
-    """Place of a family among those of its side by what tells it from them; -1 if that is no count."""
+def counts_of(side: Sequence[Family]) -> list[int]:
+    """Place of each family among those of its side by what tells it from them; empty if that is no count."""
     telling = telling_words(side)
-    words = telling[list(side).index(family)]
-    every = sorted({w for ws in telling for w in ws})
-    if len(words) != 1 or any(len(ws) != 1 for ws in telling):
-        return -1
-    if all(w.isdigit() for w in every):
-        return sorted(map(int, every)).index(int(words[0]))
+    if any(len(words) != 1 for words in telling):
+        return []
+    told = [words[0] for words in telling]
+    if all(word.isdigit() for word in told):
+        return [sorted(set(map(int, told))).index(int(word)) for word in told]
     # of a gated linear unit the gate's matrix is numbered first (Shazeer, GLU Variants Improve Transformer, 2020)
     for row in ("abcdefgh", ("before", "after"), ("pre", "post"), ("gate", "up"), ("in", "out"), ("wi", "wo")):
-        if set(every) == set(row[: len(every)]):
-            return row.index(words[0])
-    return -1
+        if set(told) == set(row[: len(set(told))]):
+            return [row.index(word) for word in told]
+    return []
 
 
 def counted_apart(s: Item, t: Item, region: Region) -> bool:

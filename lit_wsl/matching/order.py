@@ -337,7 +337,7 @@ def _norms(root: Item) -> dict[object, list[Item]]:
     """The norms of a model by shape."""
     found: dict[object, list[Item]] = defaultdict(list)
     for unit in root.units:
-        if unit.rank < 2 and len(unit.tensors) > 1:
+        if unit.level == 1 and unit.rank < 2:
             found[shape_key(unit.main.shape)].append(unit)
     return found
 

@@ -285,7 +285,7 @@ def _build_lossless(
     notes: list[str] = []
     scaled = scaled_weights(source.parameters)
     for sources, targets, match in alignment.matches:
-        if any(s.name in scaled and s.dtype != t.dtype for s in sources for t in targets):
+        if scaled and any(s.name in scaled and s.dtype != t.dtype for s in sources for t in targets):
             continue
         if not same_roles(sources, targets, factors_s, factors_t):
             notes.append(
@@ -371,7 +371,7 @@ def _in_two_minds(infos: Iterable[ParameterInfo]) -> bool:
             path, _, part = path.rpartition(".")
             if part.isdigit():
                 lists.setdefault(path, {})[int(part)] = None
-    firsts = {own[0] for own in leaves.values() if sorted(own) == ["bias", "weight"]}
+    firsts = {own[0] for own in leaves.values() if len(own) == 2 and {*own} == {"bias", "weight"}}
     return len(firsts) > 1 or any(list(row) not in (sorted(row), sorted(row, reverse=True)) for row in lists.values())
 
 

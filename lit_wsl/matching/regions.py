@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
-import numpy as np
-
 from lit_wsl.matching.formula import Letters, in_both, letters_below
 from lit_wsl.matching.likeness import (
     HALF_WORDS,
@@ -144,6 +142,11 @@ class Region:
     def homes(self) -> tuple[dict[int, Item], dict[int, Item]]:
         """By the identity of each item below the module that it stands in; source and target."""
         return _homes(self.source), _homes(self.target)
+
+    @cached_property
+    def dissent(self) -> dict[tuple[Item, Item], str]:
+        """What names say against pairs, as far as it was asked; the same in every pass."""
+        return {}
 
     @cached_property
     def _namesakes(self) -> dict[tuple[int, int, bool], tuple[dict[int, int], dict[int, int]]]:
@@ -288,7 +291,7 @@ def _called_the_same(ours: Item, theirs: Item) -> list[tuple[Item, Item]]:
 
 def _called_alike(ours: Item, theirs: Item) -> list[tuple[Item, Item]]:
     sides = [_by_name(home) for home in (ours, theirs)]
-    shared = np.zeros(tuple(map(len, sides)))
+    shared = [[0.0] * len(sides[1]) for _ in sides[0]]
     for i, (a, s) in enumerate(sides[0].items()):
         for j, (b, t) in enumerate(sides[1].items()):
             modules = {x.level == 2 or "." in place_in(x, home) for x, home in ((s, ours), (t, theirs))}
@@ -297,7 +300,7 @@ def _called_alike(ours: Item, theirs: Item) -> list[tuple[Item, Item]]:
             known = TELLING if modules == {True} else TELLING[:2]  # token, token_type
             likeness = liken(a, b)
             if len(modules) == 1 and likeness.kind in known and not likeness.only_layers:
-                shared[i, j] = likeness.shared
+                shared[i][j] = likeness.shared
     items = [list(side.values()) for side in sides]
     return [(items[0][i], items[1][j]) for i, j in leads(shared)] if all(sides) else []
 

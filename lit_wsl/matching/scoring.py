@@ -71,7 +71,7 @@ class Context:
         """
         around = _around(source), _around(target)
         if around not in self._known:
-            s, t = around
+            s, t = (f"{path}." if path else "" for path in around)
             inside = self._moved[slice(*_range(self._sources, s))]
             first, last = _range(self._targets, t)
             counts = [count for count in (len(inside), last - first) if count]
@@ -81,9 +81,8 @@ class Context:
 
 
 def _around(name: str) -> str:
-    """Path of the module around a tensor's group, with a dot behind it; nothing for the whole model."""
-    path = name.rpartition(".")[0].rpartition(".")[0]
-    return f"{path}." if path else ""
+    """Path of the module around a tensor's group; nothing for the whole model."""
+    return name.rpartition(".")[0].rpartition(".")[0]
 
 
 def _range(names: Sequence[str], prefix: str) -> tuple[int, int]:

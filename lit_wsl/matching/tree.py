@@ -112,9 +112,9 @@ class Item:
         """The largest tensor of each unit, by its path; the first of equals."""
         found: dict[str, Item] = {}
         for name, t in zip(self.names, self.tensors):
-            known = found.setdefault(owner_path(name), t)
-            if known.numel < t.numel:
-                found[owner_path(name)] = t
+            path = owner_path(name)
+            if path not in found or found[path].numel < t.numel:
+                found[path] = t
         return found
 
     @cached_property
@@ -179,7 +179,7 @@ class TreeBuilder:
 
     def __init__(self) -> None:
         self._numbers: dict[object, int] = {}
-        self._first: dict[int, Item] = {}
+        self._first: dict[object, Item] = {}
         self._averaging: Container[str] = ()
 
     def _number(self, key: object) -> int:
@@ -199,8 +199,8 @@ class TreeBuilder:
         nested: dict[str, object] = {}
         nodes = {"": nested}
         for info in infos:
-            leaf = info.leaf
-            _node(info.name[: len(info.name) - len(leaf)], nodes)[leaf] = info
+            path, dot, leaf = info.name.rpartition(".")
+            _node(path + dot, nodes)[leaf] = info
         order: list[ParameterInfo] = []
         self._averaging = averaging
         return self._module("", nested, order), order
@@ -209,22 +209,24 @@ class TreeBuilder:
         self, path: str, shape: Shape, positions: tuple[int, ...], operations: tuple[Operation, ...] = ()
     ) -> Item:
         """A tensor, virtual if operations make it."""
-        numel, averaging = math.prod(shape), path.rpartition(".")[0] in self._averaging
-        number = self._number(("tensor", shape, averaging))
-        like = self._first.get(number)
+        averaging = bool(self._averaging) and path.rpartition(".")[0] in self._averaging
+        key = ("tensor", shape, averaging)
+        like = self._first.get(key)
+        number, numel = (like.structure, like.numel) if like else (self._number(key), math.prod(shape))
         item = Item(path, (), positions, numel, number, 0, shape, operations, bool(operations), like, averaging)
-        return item if like else self._first.setdefault(number, item)
+        return item if like else self._first.setdefault(key, item)
 
     def group(self, path: str, children: Sequence[Item], level: int) -> Item:
         """A unit or module of these children."""
         offset = len(path) + 1 if path else 0
         key = (level, tuple([(c.path[offset:], c.structure) for c in children]))
         positions = tuple(chain.from_iterable(c.positions for c in children))
-        numel, virtual = sum([c.numel for c in children]), any(c.virtual for c in children)
-        number = self._number(key)
-        like = self._first.get(number)
+        virtual = any(c.virtual for c in children)
+        like = self._first.get(key)
+        number = like.structure if like else self._number(key)
+        numel = like.numel if like else sum(c.numel for c in children)
         item = Item(path, tuple(children), positions, numel, number, level, virtual=virtual, like=like)
-        return item if like else self._first.setdefault(number, item)
+        return item if like else self._first.setdefault(key, item)
 
     def without_vectors(self, item: Item, kinds: Container[object] | None = None) -> tuple[Item | None, list[Item]]:
         """A module without the vectors and norms in it (or those of these profiles), and these."""
