@@ -22,7 +22,6 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import NamedTuple
 
 from lit_wsl.matching.decision import TIED, TURNED, ClassSolver, is_named
@@ -58,7 +57,7 @@ from lit_wsl.matching.tree import (
 )
 from lit_wsl.matching.words import plain_words
 from lit_wsl.plan.operations import Operation
-from lit_wsl.structure.description import Shape
+from lit_wsl.structure.description import Shape, cached_property
 
 MAX_CANDIDATES = 16
 BY_HOME = "beside the same"

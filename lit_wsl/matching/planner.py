@@ -377,18 +377,15 @@ def _in_two_minds(infos: Iterable[ParameterInfo]) -> bool:
 
 def _in_one_piece(modules: Iterable[str]) -> bool:
     """Whether the tensors of each module stand together, as they do where a model was written down."""
-    known: set[str] = set()
-    around: list[str] = []  # the last path and what it stands in, each with a dot behind it
+    known, last = {""}, ""
     for path in modules:
-        dotted = f"{path}."
-        while around and not dotted.startswith(around[-1]):
-            around.pop()
-        at = len(around[-1]) if around else 0
-        while at := dotted.find(".", at) + 1:
-            around.append(dotted[:at])
-            if around[-1] in known:
-                return False
-            known.add(around[-1])
+        around = path
+        while around not in known:
+            known.add(around)
+            around = around.rpartition(".")[0]
+        if around and not f"{last}.".startswith(f"{around}."):
+            return False  # it was left before
+        last = path
     return True
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from lit_wsl.matching.formula import Letters, in_both, letters_below
 from lit_wsl.matching.likeness import (
@@ -26,7 +26,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.tree import Family, Item, families_of, literal, owner_path, place_in, relative, shape_key
 from lit_wsl.matching.words import Lists, counted, lists_of_one_size, plain_words, unlike_lists
-from lit_wsl.structure.description import ParameterInfo, Shape
+from lit_wsl.structure.description import ParameterInfo, Shape, cached_property
 
 TELLING = (WORDS, SHORT_WORDS, HALF_WORDS)  # likenesses by which a name singles out another
 BLOCK = 64  # tensors; larger regions teach nothing about their like

@@ -12,12 +12,12 @@ import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain
 
 from lit_wsl.matching.words import Lists, counted, lists_along, split_numbers
 from lit_wsl.plan.operations import Operation
-from lit_wsl.structure.description import ParameterInfo, Shape
+from lit_wsl.structure.description import ParameterInfo, Shape, cached_property
 
 ROLES = ("weight", "bias")
 
