@@ -65,7 +65,7 @@ class EntryWriter:
             target_shapes=tuple([t.shape for t in targets]),
             kind=targets[0].kind,
             score=round(score, 4),
-            margin=round(margin, 4),
+            margin=margin,
             reason=reason or cell,
             evidence=cell,
         )

@@ -343,8 +343,7 @@ class Orientation:
     def judge(self, match: Matched) -> tuple[tuple[Operation, ...] | None, str]:
         """The operations of a match as they should be; ``None`` and the reason where nothing tells."""
         sources, targets, operations = match
-        kinds = {("Transpose" in i.module_type) for i in (*sources, *targets) if "Conv" in i.module_type}
-        if len(kinds) == 2:
+        if len({"Transpose" in i.module_type for i in (*sources, *targets) if "Conv" in i.module_type}) == 2:
             return None, OTHER_CONVOLUTION
         if len(sources) == len(targets) == 1:
             return self._judge_pair(sources[0], targets[0], operations)

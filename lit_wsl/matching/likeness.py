@@ -273,12 +273,7 @@ def leads(shared: Shared) -> list[tuple[int, int]]:
 
 def own_name(item: Item, parts: int = 1) -> tuple[str, ...]:
     """The words of the last parts of a path that have any, without numbers."""
-    return _last_words(_named_path(item), parts)
-
-
-def _named_path(item: Item) -> str:
-    """The path of a module, or of the one that a layer's tensors stand in."""
-    return owner_path(item.main.path) if item.level < 2 else item.path
+    return _last_words(item.called, parts)
 
 
 @lru_cache(maxsize=10_000)
@@ -324,7 +319,7 @@ def called_alike(s: Item, t: Item) -> bool:
 
 def called_otherwise(s: Item, t: Item) -> bool:
     """Whether both have names of their own that don't agree: where the others kept theirs, it is another thing."""
-    own = [plain_words(_named_path(i).rpartition(".")[2]) for i in (s, t)]
+    own = [plain_words(i.called.rpartition(".")[2]) for i in (s, t)]
     likeness = liken(own[0], own[1])
     left = likeness.left_s, likeness.left_t
     return all(any(len(w) > 2 for w in ws) for ws in left) or (likeness.shared > 0 and all(left))  # branch_a, branch_c

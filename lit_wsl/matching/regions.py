@@ -263,9 +263,9 @@ class Region:
 
 def may_wrap(source: Iterable[str], target: Iterable[str]) -> bool:
     """Whether a layer of one side has the name of a module of the other, in which it may stand."""
-    ends = [[name.rsplit(".", 3)[:-1] for name in names] for names in (source, target)]
-    called = [{end[-1] for end in side if end} for side in ends]
-    around = [{end[-2] for end in side if len(end) > 1} for side in ends]
+    modules = [{name.rpartition(".")[0] for name in names} for names in (source, target)]
+    called = [{path.rpartition(".")[2] for path in side if path} for side in modules]
+    around = [{path.rsplit(".", 2)[-2] for path in side if "." in path} for side in modules]
     return not (called[0].isdisjoint(around[1]) and called[1].isdisjoint(around[0]))
 
 

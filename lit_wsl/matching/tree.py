@@ -150,6 +150,11 @@ class Item:
         return self.like.rank if self.like else max(len(key) for key in self.profile)
 
     @cached_property
+    def called(self) -> str:
+        """The path of a module, or of the one that a layer's tensors stand in."""
+        return owner_path(self.main.path) if self.level < 2 else self.path
+
+    @cached_property
     def main(self) -> Item:
         """The largest tensor below; the first of equals."""
         return max(self.tensors, key=lambda t: (t.numel, -t.start))

@@ -135,7 +135,7 @@ def lists_of_one_size(ours: Lists, theirs: Lists, step: int) -> Iterator[tuple[s
     rows: list[dict[tuple[int, ...], list[str]]] = [{}, {}]
     for row, lists in zip(rows, (ours, theirs)):
         for place, members in lists.items():
-            sizes = tuple(members[n] for n in sorted(members, key=int))
+            sizes = tuple(members[n] for n in sorted(members, key=int)) if len({*members.values()}) > 1 else ()
             if sizes != sizes[::-1]:
                 row.setdefault(sizes, []).append(place)
     for sizes, places in rows[0].items():
