@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +36,7 @@ from benchmarks.refactors.structures import SPLITS, Split
 from lit_wsl.errors import LitWslError
 from lit_wsl.matching.alignment import BY_HOME
 from lit_wsl.matching.options import MatchingOptions
+from lit_wsl.matching.regions import Decision, Tie
 from lit_wsl.matching.risks import _TOLD
 from lit_wsl.transfer.api import prepare_transfer
 from lit_wsl.transfer.sides import Source, Target
@@ -110,6 +111,26 @@ def no_evidence(original: Any) -> Any:
     return aligner
 
 
+def one_by_one(_: Any) -> Any:
+    """Order that a tie follows pair by pair, whatever speaks against the others of it."""
+
+    def follow(self: Any, tie: Any, cell: str) -> None:
+        decision = Decision()
+        for f, g in zip(tie.sources, tie.targets):
+            if len(f.members) == len(g.members):
+                self.aligner.classes._zip(f, g, cell, decision, self.region)
+        for p in decision.pairs:
+            judged, why = self.aligner.classes.judge(p, self.region)
+            if why:
+                self._doubt(Tie.of(p.source, p.target, self.region, why))
+            else:
+                self._take_pair(replace(judged, first=False))
+        for inner in decision.ties:
+            self._doubt(inner)
+
+    return follow
+
+
 def as_they_are(_: Any) -> Any:
     return lambda self, match: (match[2], "")
 
@@ -130,6 +151,42 @@ GUARDS = (
     ("numbers that count alike", (("Region.same_numbers", always(True)),)),
     ("queries, keys, values in another order", (("spell_otherwise", always(False)),)),
     ("runs in another order", (("RegionMatch._runs_otherwise", always(False)),)),
+    ("a tie follows order together", (("RegionMatch._follow_order", one_by_one),)),
+    ("where norms may have moved", (("is_moved", always(False)),)),
+    ("lists registered the other way round", (("runs_apart", always(False)),)),
+    ("blocks that stand the other way round", (("is_mirrored", always(False)),)),
+    ("lists of sizes that run backwards", (("lists_backwards", always(frozenset())),)),
+    ("numbers that are names", (("_number_names", always(False)),)),
+    ("a list that goes on elsewhere", (("_counts_on", always(False)),)),
+    ("lists in each other, crosswise", (("_crosswise", always(())), ("_may_be_crosswise", always(False)))),
+    ("levels of lists exchanged", (("_levels_exchanged", always(False)),)),
+    ("lists renumbered beside", (("Renumbered.deny", always(False)),)),
+    ("front and end of a model", (("are_front_and_end", always(False)),)),
+    ("letters of twins", (("lettered_apart", always(False)),)),
+    ("towers that share nothing", (("_stand_in_other_towers", always(False)),)),
+    ("a module left without its layer", (("_left_home", always(False)),)),
+    ("inside out", (("_is_inside_out", always(False)),)),
+    ("lists in lists exchanged", (("_are_lists_exchanged", always(False)),)),
+    ("a layer's weight and a tensor alone", (("_is_of_other_make", always(False)),)),
+    ("numbers in a row kept beside", (("_leaves_row", always(False)),)),
+    ("names kept apart", (("are_kept_apart", always(False)),)),
+    ("the last ones left, of other names", (("are_others", always(False)),)),
+    ("a twin elsewhere", (("RegionMatch._parts_twins", always(False)),)),
+    ("its own path, in another size", (("RegionMatch._changed_size", always(False)),)),
+    ("small modules of one size", (("RegionMatch._coincides", always(False)),)),
+    ("alphabetical registration", (("by_alphabet", always(False)),)),
+    ("modules in pieces", (("has_order", always(True)),)),
+    ("transposed though biases say no", (("_turned_for_nothing", always(False)),)),
+    ("turned, by names", (("ClassSolver._named_turned", always(False)),)),
+    ("feed-forwards that fit turned", (("ClassSolver._leave_turned", always(None)),)),
+    ("words of a task at the end", (("_is_for_more", always(False)),)),
+    ("order: namesakes moved", (("_moves_namesakes", always(False)),)),
+    ("order: counted backwards", (("_counted_backwards", always(False)), ("told_otherwise", always(False)))),
+    ("order: the letters of a formula", (("_leaves_formula", always(False)),)),
+    ("order: lists cut", (("_is_list_cut", always(False)),)),
+    ("order: twins renamed", (("_are_twins_renamed", always(False)),)),
+    ("order: towers", (("_are_towers", always(False)),)),
+    ("order kept elsewhere", (("kept_elsewhere", always("")),)),
     ("the same path is not given away", (("planner:twins_of", always({})),)),
     ("factors of a weight", (("same_roles", always(True)),)),
     ("a bias goes with its weight", (("companions_together", first(0)),)),
@@ -145,6 +202,8 @@ MEANS = (
     ("fusing and splitting", (("find_fusions", always([])),)),
     ("stacking", (("fold_run", always(None)),)),
     ("families cut by a number", (("evened", lambda _: lambda fs, ft: (fs, ft)),)),
+    ("norms and vectors taken out of modules", (("RegionMatch._loosen", lambda _: lambda self, s, t: (s, t)),)),
+    ("wrapped layers", (("may_wrap", always(False)),)),
     ("members that only ascend", (("number_map", only_equal_numbers),)),
     ("buffers", (("match_buffers", always([])),)),
 )

@@ -375,7 +375,7 @@ class RegionMatch:
         return open_parts or (p.source.rank >= 2 and spell_otherwise(p.source, p.target))
 
     def _take(self, decision: Decision, s: list[Item], t: list[Item]) -> tuple[list[Item], list[Item]]:
-        gone = {id(i) for i in decision.closed}
+        gone: set[int] = set()
         for p in decision.pairs:
             self._take_pair(p)
             gone |= {id(p.source), id(p.target)}

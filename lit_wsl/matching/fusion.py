@@ -43,19 +43,12 @@ SPELLED, FORMULA, NUMBERED, UNKNOWN = 1.0, 0.9, 0.7, 0.0
 
 @dataclass(frozen=True)
 class PartOrder:
-    """An order of parts, and what it rests on.
+    """An order of parts, and what it rests on."""
 
-    Attributes:
-        order: Indices of the parts, in the order in which they stand in the whole.
-        strength: How strong the evidence is: ``SPELLED``, ``FORMULA``, ``NUMBERED`` or ``UNKNOWN``.
-        reason: The evidence in words.
-        unsaid: How many words of the parts a name that spells them does without.
-    """
-
-    order: tuple[int, ...]
-    strength: float
-    reason: str
-    unsaid: int = 0
+    order: tuple[int, ...]  # indices of the parts, in the order in which they stand in the whole
+    strength: float  # how strong the evidence is: ``SPELLED``, ``FORMULA``, ``NUMBERED`` or ``UNKNOWN``
+    reason: str  # the evidence in words
+    unsaid: int = 0  # how many words of the parts a name that spells them does without
 
     @property
     def known(self) -> bool:

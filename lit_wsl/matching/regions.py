@@ -34,29 +34,18 @@ BLOCK = 64  # tensors; larger regions teach nothing about their like
 
 @dataclass(frozen=True)
 class Sides:
-    """What is known of the two sides as wholes.
+    """What is known of the two sides as wholes."""
 
-    Attributes:
-        ties: How many names each tied source tensor has.
-        ordered: Whether the source has an order of registration.
-        written: Whether its order, be it only that of a dict, says something, so that it may contradict.
-        execution: When the target runs each of its tensors, by ordinal.
-        twins: Ordinals of source tensors, and of the target's tensors of the same path and shape.
-        heads: Ordinals of the target's matrices at its ends (:func:`ends_of`).
-        backwards: Names of lists that count down on one side (:func:`~lit_wsl.matching.numbers.lists_backwards`).
-        moved: Shapes of norms that may stand elsewhere (:func:`~lit_wsl.matching.order.moved_norms`).
-        wraps: Whether layers of one side may stand in modules of their name on the other (:func:`may_wrap`).
-    """
-
-    ties: Mapping[str, int] = field(default_factory=dict)
-    ordered: bool = True
-    written: bool = True
-    execution: tuple[int | None, ...] = ()
-    heads: frozenset[int] = frozenset()
+    ties: Mapping[str, int] = field(default_factory=dict)  # how many names each tied source tensor has
+    ordered: bool = True  # whether the source has an order of registration
+    written: bool = True  # whether its order, be it only that of a dict, says something, so that it may contradict
+    execution: tuple[int | None, ...] = ()  # when the target runs each of its tensors, by ordinal
+    heads: frozenset[int] = frozenset()  # ordinals of the target's matrices at its ends (ends_of)
+    # ordinals of source tensors, and of the target's tensors of the same path and shape
     twins: Mapping[int, int] = field(default_factory=dict)
-    backwards: frozenset[tuple[str, str]] = frozenset()
-    moved: Mapping[object, bool] = field(default_factory=dict)
-    wraps: bool = True
+    backwards: frozenset[tuple[str, str]] = frozenset()  # names of lists that count down on one side (lists_backwards)
+    moved: Mapping[object, bool] = field(default_factory=dict)  # shapes of norms that may stand elsewhere (moved_norms)
+    wraps: bool = True  # whether layers of one side may stand in modules of their name on the other (may_wrap)
 
     @cached_property
     def sources_of(self) -> dict[int, int]:
@@ -66,25 +55,16 @@ class Sides:
 
 @dataclass(frozen=True)
 class Region:
-    """Where items are compared: below ``source`` and ``target``.
+    """Where items are compared: below ``source`` and ``target``."""
 
-    Attributes:
-        source: Root of the source's side.
-        target: Root of the target's side.
-        complete: Whether both sides have the same number of elements, so that everything must find a partner.
-        whole: Whether these are the whole models.
-        by_core: Whether only matrices are compared, as one side has biases or norms that the other does without.
-        loose: Whether vectors stand in other modules on the two sides, so that these say nothing about them.
-        wraps: Whether one side has modules that are called like layers of the other (:func:`may_wrap`).
-    """
-
-    source: Item
-    target: Item
-    complete: bool
-    whole: bool = False
-    loose: bool = False
+    source: Item  # root of the source's side
+    target: Item  # root of the target's side
+    complete: bool  # whether both sides have the same number of elements, so that everything must find a partner
+    whole: bool = False  # whether these are the whole models
+    loose: bool = False  # whether vectors stand in other modules on the two sides, so that these say nothing about them
+    # whether only matrices are compared, as one side has biases or norms that the other does without
     by_core: bool = False
-    wraps: bool = True
+    wraps: bool = True  # whether one side has modules that are called like layers of the other (may_wrap)
 
     def alike(self, s: Item, t: Item) -> bool:
         """Whether two items hold tensors of the same shapes."""
@@ -375,7 +355,6 @@ class Decision:
 
     pairs: list[Pair] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
-    closed: list[Item] = field(default_factory=list)
 
 
 @lru_cache(maxsize=10_000)

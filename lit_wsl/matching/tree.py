@@ -24,34 +24,22 @@ ROLES = ("weight", "bias")
 
 @dataclass(eq=False)  # never changed; not frozen, as thousands are made and freezing takes longer than all else of it
 class Item:
-    """A module, a unit or a tensor of one side.
+    """A module, a unit or a tensor of one side."""
 
-    Attributes:
-        path: Dotted path; of a tensor its full name.
-        children: Parts in registration order; none for a tensor.
-        positions: Ordinals of all tensors below, in registration order.
-        numel: Number of elements below.
-        structure: Number that is equal exactly for items of one side with the same relative names and shapes.
-        shape: Shape, for a tensor.
-        operations: What makes a virtual tensor out of the real tensors at ``positions`` (stacked experts).
-        level: 0 for a tensor, 1 for a unit, 2 for a module.
-        virtual: Whether operations make any of the tensors below.
-        like: The first item of this structure, which knows what follows from shapes and relative names alone.
-        averaging: Whether a tensor belongs to a norm that keeps running statistics.
-        letters: Which units below are what in an attention, once :func:`~lit_wsl.matching.formula.letters_below` told.
-    """
-
-    path: str
-    children: tuple[Item, ...]
-    positions: tuple[int, ...]
-    numel: int
-    structure: int
-    level: int
-    shape: Shape = ()
+    path: str  # dotted path; of a tensor its full name
+    children: tuple[Item, ...]  # parts in registration order; none for a tensor
+    positions: tuple[int, ...]  # ordinals of all tensors below, in registration order
+    numel: int  # number of elements below
+    structure: int  # number that is equal exactly for items of one side with the same relative names and shapes
+    level: int  # 0 for a tensor, 1 for a unit, 2 for a module
+    shape: Shape = ()  # shape, for a tensor
+    # what makes a virtual tensor out of the real tensors at ``positions`` (stacked experts)
     operations: tuple[Operation, ...] = ()
-    virtual: bool = False
+    virtual: bool = False  # whether operations make any of the tensors below
+    # the first item of this structure, which knows what follows from shapes and relative names alone
     like: Item | None = None
-    averaging: bool = False
+    averaging: bool = False  # whether a tensor belongs to a norm that keeps running statistics
+    # which units below are what in an attention, once letters_below told
     letters: Mapping[str, frozenset[str]] | None = None
 
     @property
@@ -369,17 +357,11 @@ def _without_role(path: str) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """Items whose paths differ only by numbers, ordered by them.
+    """Items whose paths differ only by numbers, ordered by them."""
 
-    Attributes:
-        pattern: The words of the path, numbers replaced by ``#``.
-        members: The items, ordered by their numbers.
-        numbers: The numbers of each member.
-    """
-
-    pattern: tuple[str, ...]
-    members: tuple[Item, ...]
-    numbers: tuple[tuple[int, ...], ...]
+    pattern: tuple[str, ...]  # the words of the path, numbers replaced by ``#``
+    members: tuple[Item, ...]  # the items, ordered by their numbers
+    numbers: tuple[tuple[int, ...], ...]  # the numbers of each member
 
     @cached_property
     def start(self) -> int:

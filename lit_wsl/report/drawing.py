@@ -188,8 +188,8 @@ def plain(view: RenderableType, width: int = 100) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
 
 
-def as_html(view: RenderableType, width: int = 120) -> str:
+def as_html(view: RenderableType) -> str:
     """A view as a piece of HTML, in the terminal's colours."""
-    console = Console(record=True, width=width, file=io.StringIO(), legacy_windows=False, force_jupyter=False)
+    console = Console(record=True, width=120, file=io.StringIO(), legacy_windows=False, force_jupyter=False)
     console.print(view)
     return console.export_html(inline_styles=True, code_format=f"{PRE}{{code}}</pre>")

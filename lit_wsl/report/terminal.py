@@ -137,20 +137,23 @@ class Reported(Protocol):
 # ---- lines: what every rendering says, in a terminal, in a log file and in Markdown --------------------------------
 
 
-def measured_lines(plan: TransferPlan, most: int = 8) -> list[str]:
+MOST_DECISIONS = 8  # of a proof on data
+
+
+def measured_lines(plan: TransferPlan) -> list[str]:
     """What a proof on data measured: the loss before and after, and what each decision was worth."""
     if plan.measured is None:
         return []
     measured = plan.measured
     lines = [f"loss: {measured.fresh:.4g} fresh, {measured.transferred:.4g} transferred"]
     lines[0] += f" ({measured.passes:.0f} passes, {measured.seconds:.1f} s)"
-    for d in measured.decisions[:most]:
+    for d in measured.decisions[:MOST_DECISIONS]:
         pairs = d.answer.split("; ") if d.taken and " -> " in d.answer else []  # these name what was asked
         more = f"; {len(pairs) - 2} more" if len(pairs) > 2 else ""
         what = "; ".join(pairs[:2]) + more if pairs else f"{d.question}: {d.answer if d.taken else 'open'}"
         lines.append(f"  {what} ({d.loss:.4g}; next best {d.rival_loss:.4g}, risk {d.risk:.1g})")
-    if len(measured.decisions) > most:
-        lines.append(f"  and {len(measured.decisions) - most} more decisions")
+    if len(measured.decisions) > MOST_DECISIONS:
+        lines.append(f"  and {len(measured.decisions) - MOST_DECISIONS} more decisions")
     return lines
 
 
