@@ -217,7 +217,7 @@ class LossJudge:
     def _on_first_batch(self, choice: Choice, rivals: Sequence[Choice]) -> tuple[Choice, dict[Choice, float]]:
         """Risks after more and more samples of the batch that the search has seen."""
         trials, samples, close = self.trials, 0, list(rivals)
-        looks = 1 + math.ceil(math.log2(max(trials.size / trials.least, 1)))
+        looks = 1 + math.ceil(math.log2(max(trials.size / trials.screen, 1)))  # fewer samples can tell nothing
         shares = self.parts * looks * max(trials.tried, len(rivals), 1) * self._again
         risks: dict[Choice, float] = {}
         while close and samples < trials.size:
@@ -229,6 +229,8 @@ class LossJudge:
             if choice not in known:
                 break
             close = [c for c in close if c in known]
+            if samples < trials.screen:
+                continue
             least = min(close, key=lambda c: sum(known[c]), default=choice)
             if shares * risk_of(known[choice], known[least], self.rounding) < RISK:
                 return least, {}

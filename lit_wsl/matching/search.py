@@ -86,7 +86,7 @@ class Search:
         every = self._every()
         if every:
             return self._ranked(every, self.trials.size)[0]
-        start = self._best([start, *starts, *self.space.in_order(start)])
+        start = self._best([start, self.space.first, *starts, *self.space.in_order(start)])
         arranged, sure = self.arrange(start) if self.arrange else (start, False)
         if sure:
             return arranged
