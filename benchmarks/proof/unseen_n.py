@@ -1,4 +1,4 @@
-"""A fourth set, written before the code that was judged by it had seen any: other structures, names as in public code."""
+"""A fourth set, written before the code that was judged by it had seen any: names as in public code."""
 
 from __future__ import annotations
 
@@ -404,6 +404,6 @@ class Coupled(Spelled):
 
 
 NETS = (
-    Capsules, Squeeze, SpatialGate, Fourier, Linearised, Temporal, Prototypes, GatedUNet, Sequence, Quantised, Neighbours,
-    Coupled,
+    Capsules, Squeeze, SpatialGate, Fourier, Linearised, Temporal, Prototypes, GatedUNet, Sequence, Quantised,
+    Neighbours, Coupled,
 )  # fmt: skip

@@ -19,6 +19,7 @@ from itertools import combinations, groupby, product
 import torch
 from torch import Tensor
 
+from lit_wsl.matching.formula import is_query_or_key
 from lit_wsl.matching.layers import Region, Unit
 from lit_wsl.matching.shapes import by_head
 from lit_wsl.plan.operations import Concat, Operation, Rotary, Split, Transpose
@@ -26,6 +27,7 @@ from lit_wsl.structure.description import Shape
 
 FEWEST = 6  # partners that a relation needs
 SAME = 3e-3  # relative difference of what is the same but for rounding
+FAINT = 0.02  # share of all charges that their sum is of, where it may be nothing
 SLACK = 0.2  # by which the factors of a norm's readers may differ from one, as what stands before a norm does
 COPIES = 2  # blocks whose charges are compared
 MIXABLE = 1024  # rows whose products are compared with each other
@@ -165,7 +167,9 @@ class _Finder:
     def find(self) -> list[Relation]:
         """Norms, partners, queries and keys."""
         partners = list(self._partners())
-        return [*self._norms(), *partners, *self._queries_and_keys(partners)]
+        found = [*self._norms(), *partners, *self._queries_and_keys(partners)]
+        self.turnings += self._no_products()
+        return found
 
     def _charges(self, *views: View) -> Tensor:
         return sum((self.gradients.charges(self.units, view) for view in views), torch.zeros(()))
@@ -280,6 +284,17 @@ class _Finder:
                     sides = [tuple(replace(v, rows=_tuples(r)) for v in side) for side, r in ((views, q), (others, k))]
                     relation = Relation(self.number, sides[0], sides[1])
                     yield self._mixed(relation) if k.shape[1] == 1 else relation
+
+    def _no_products(self) -> Iterator[Turning]:
+        """Layers called after queries or keys that meet in no product, turned or not: all charges of none add up alike.
+
+        Behind a norm they would add up to nothing.
+        """
+        totals = [(v[0].unit, c.sum(0), c.norm(dim=1).sum()) for v, c in self.outs if len(v[0].axes) == 1]
+        for k in {k for k, _, _ in totals if is_query_or_key(self.units[k].path)}:
+            pairs = [(a, size, b) for (i, a, size), (j, b, _) in product(totals, totals) if i == k != j]
+            if pairs and all(float(a.norm()) > FAINT * size and not _is_near(b, a) for a, size, b in pairs):
+                yield Turning((), False, self._rows_of([View(k)], []))
 
     def _rows_of(self, views: Sequence[View], rows: Sequence[Tensor]) -> dict[str, tuple[int, frozenset[int]]]:
         """By tensor, in all copies, which rows some views are of."""
