@@ -2,6 +2,7 @@
 
     python -m benchmarks.ablation --split first --pairs 50 --json benchmarks/results/ablation.json
     python -m benchmarks.ablation --gauntlet ''          the pairs of public implementations, by name
+    python -m benchmarks.ablation --written              renamings written by hand
 
 Three sorts of rules: *kinds* of evidence (a decision of that kind is not taken, and the tensors go on to what comes
 after it), *guards* that keep a decision from being taken, and *means* such as the second pass. A pair is transferred
@@ -53,9 +54,14 @@ class Rule:
     patches: tuple[Patch, ...]
 
 
-def always(value: Any) -> Callable[[Any], Any]:
+class always:  # noqa: N801 - reads as a function
     """A function that gives the same whatever it is asked."""
-    return lambda _: lambda *args, **kwargs: value
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self, _: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self.value
 
 
 def first(place: int) -> Callable[[Any], Any]:
@@ -220,6 +226,28 @@ def _matching_modules() -> Iterator[Any]:
         yield importlib.import_module(f"lit_wsl.matching.{found.name}")
 
 
+def listening(rule: Rule, heard: set[str]) -> Rule:
+    """Patches that change nothing, but tell whether a rule was asked; of one that may be silenced, whether it spoke."""
+
+    def wrapped(instead: Any) -> Callable[[Any], Any]:
+        def wrap(original: Any) -> Any:
+            if not callable(original):
+                heard.add(rule.name)
+                return original
+
+            def asked(*args: Any, **kwargs: Any) -> Any:
+                answer = original(*args, **kwargs)
+                if not isinstance(instead, always) or answer != instead.value:
+                    heard.add(rule.name)
+                return answer
+
+            return asked
+
+        return wrap
+
+    return Rule(rule.sort, rule.name, tuple((path, wrapped(instead)) for path, instead in rule.patches))
+
+
 @contextlib.contextmanager
 def switched_off(rule: Rule | None) -> Iterator[bool]:
     """Without a rule; yields whether everything that it takes was found."""
@@ -290,7 +318,20 @@ def implementations(name: str) -> Iterator[Case]:
             yield Case(lambda source=source, target=target: _planned(source, target), score)  # type: ignore[misc]
 
 
+def written() -> Iterator[Case]:
+    """Renamings that a person wrote to break the matching, but for those whose names deceive."""
+    from benchmarks.written.__main__ import cases as all_cases
+    from benchmarks.written.measure import measure
+
+    for found in all_cases():
+        if not found.liar:
+            yield Case(lambda case=found: sorted(measure(case).counts.items()), lambda case=found: measure(case).counts)  # type: ignore[misc]
+
+
 def cases(options: argparse.Namespace, folder: Path) -> Iterator[Case]:
+    if options.written:
+        yield from written()
+        return
     if options.gauntlet is not None:
         yield from implementations(options.gauntlet)
         return
@@ -302,12 +343,18 @@ def cases(options: argparse.Namespace, folder: Path) -> Iterator[Case]:
 
 def compare(case: Case, chosen: Sequence[Rule], counts: dict[str, Counter[str]]) -> None:
     """Count, for every rule, what one pair loses and gains without it."""
-    plan, score = case.plan(), None
+    heard: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        complete = {rule.name: stack.enter_context(switched_off(listening(rule, heard))) for rule in chosen}
+        plan, score = case.plan(), None
     for rule in chosen:
-        with switched_off(rule) as complete:
-            row = counts.setdefault(rule.name, Counter())
-            row["gone"] += not complete
-            if not complete or case.plan() == plan:
+        row = counts.setdefault(rule.name, Counter())
+        row["gone"] += not complete[rule.name]
+        row["heard"] += rule.name in heard
+        if rule.name not in heard:
+            continue  # what said nothing changes nothing
+        with switched_off(rule):
+            if case.plan() == plan:
                 continue
             row["pairs"] += 1
             after = case.score()
@@ -337,6 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=50, help="pairs per regime, each without and with a sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gauntlet", metavar="REGEX", help="instead: pairs of public implementations")
+    parser.add_argument("--written", action="store_true", help="instead: renamings written by hand")
     parser.add_argument("--rules", default="", metavar="REGEX", help="only rules whose name contains this")
     parser.add_argument("--json", type=Path, help="write the counts here, and the table beside it as .md")
     options = parser.parse_args(argv)

@@ -50,7 +50,6 @@ from lit_wsl.matching.likeness import (
     WEAK,
     WORDS,
     Shared,
-    called_alike,
     leads,
     liken,
     own_name,
@@ -321,8 +320,6 @@ class ClassSolver:
                 cell = f"open {likeness.kind}"
             elif region.whole and s.rank >= 2 and region.alike(s, t) and region.holds_once(s, t):
                 cell = DISTINCT
-            elif called_alike(s, t):
-                cell = "open own name"
             else:
                 return
         if may_load(cell):

@@ -310,13 +310,6 @@ def _is_general(word: str) -> bool:
     return word in ENDS or word in KINDS or word in LISTS or "norm" in word
 
 
-def called_alike(s: Item, t: Item) -> bool:
-    """Whether the last parts of two paths say the same."""
-    own = [plain_words(owner_path(i.main.path).rpartition(".")[2]) for i in (s, t)]
-    telling = all(set(words) - ENDS for words in own)
-    return telling and liken(own[0], own[1]).kind == WORDS
-
-
 def called_otherwise(s: Item, t: Item) -> bool:
     """Whether both have names of their own that don't agree: where the others kept theirs, it is another thing."""
     own = [plain_words(i.called.rpartition(".")[2]) for i in (s, t)]

@@ -75,7 +75,6 @@ _TOLD = {
     "parts formula": "queries, keys, values stand in the order of the formula",
     "parts numbered": "the parts are numbered",
     "open words": "their names agree word for word, among others of the size",
-    "open own name": "their own names agree, among others of the size",
 }
 
 

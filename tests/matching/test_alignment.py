@@ -353,3 +353,31 @@ def test_a_layer_put_into_a_sequence_takes_no_weights_by_its_number():
     new = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
     found = {e.targets[0]: e.sources[0] for e in plan_of(old.state_dict(), new)}
     assert found == {"0.weight": "0.weight", "0.bias": "0.bias", "3.weight": "2.weight", "3.bias": "2.bias"}
+
+
+class Blocks(nn.Module):
+    """Blocks of layers that run in an order of their own."""
+
+    def __init__(self, blocks, layers, order):
+        super().__init__()
+        sizes = [(6, 9), (9, 9), (9, 9), (9, 6)]
+        self.order, self.place = [layers[k] for k in order], blocks
+        stack = [nn.ModuleDict({n: nn.Linear(*s) for n, s in zip(layers, sizes)}) for _ in range(3)]
+        self.add_module(blocks, nn.ModuleList(stack))
+
+    def forward(self, x):
+        for block in getattr(self, self.place):
+            y = x
+            for name in self.order:
+                y = block[name](y)
+            x = x + y
+        return x
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_order_decides_nothing_where_the_model_runs_otherwise(swapped):
+    old = Blocks("blocks", ["widen", "first_thing", "other", "shrink"], [0, 1, 2, 3])
+    new = Blocks("stages", ["enlarge", "circle", "square", "reduce"], [0, 2, 1, 3] if swapped else [0, 1, 2, 3])
+    report = transfer_weights(new, old.state_dict(), example_args=(torch.zeros(1, 6),), min_coverage=0.0)
+    filled = {name for name in report.plan.by_target if "circle" in name or "square" in name}
+    assert len(filled) == (0 if swapped else 12)
