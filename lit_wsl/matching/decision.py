@@ -52,7 +52,6 @@ from lit_wsl.matching.likeness import (
     Shared,
     leads,
     liken,
-    own_name,
     own_words,
     same_role,
     strength,
@@ -182,8 +181,8 @@ class ClassSolver:
         return "" if why == OTHER_MAKE and p.source.main.path in self.ties else why  # a table and the last layer
 
     def _is_other_head(self, s: Item, t: Item) -> bool:
-        renamed = not {*own_name(s)} & {*own_name(t)} and self.ordered and self.learned.renames.are_all(s, t)
-        return other_head(s, t, self.heads) and not renamed
+        """Whether a last layer has another name than that of any other; the only one may have, where everything has."""
+        return other_head(s, t, self.heads) and (len(self.heads) > 1 or not self.learned.renames.are_all(s, t))
 
     def _around(self, p: Pair, region: Region) -> str:
         """What makes another name telling: units at an end may be other heads, and siblings that kept theirs."""
@@ -421,17 +420,21 @@ class ClassSolver:
 
     def _by_role(self, fs: list[Family], ft: list[Family], region: Region) -> list[tuple[int, int]]:
         """Pairs that were partners wherever else blocks of this list were certain of them, and had no other partner."""
-        found = []
         known = self.learned.roles.elsewhere(region)
-        for i, f in enumerate(fs if known else ()):
-            for j, g in enumerate(ft):
-                (s, *more_s), (t, *more_t) = f.members, g.members
-                if more_s or more_t or self.costs.of(s, t) is None or not are_partners(known, region, s, t):
-                    continue
-                if may_load(self.judged(Pair(s, t, ROLE), region)):
-                    found.append((i, j))
+        found = [
+            (i, j)
+            for i, f in enumerate(fs if known else ())
+            for j, g in enumerate(ft)
+            if self.costs.of(f.members[0], g.members[0]) is not None
+            and are_partners(known, region, f.members[0], g.members[0])
+        ]
         times = [Counter(side) for side in zip(*found)]
-        return [(i, j) for i, j in found if times[0][i] == times[1][j] == 1]
+        return [
+            (i, j)
+            for i, j in found
+            if times[0][i] == times[1][j] == 1 == len(fs[i].members) == len(ft[j].members)
+            and may_load(self.judged(Pair(fs[i].members[0], ft[j].members[0], ROLE), region))
+        ]
 
     def _likenesses(self, fs: list[Family], ft: list[Family], region: Region) -> tuple[Shared, list[list[str]]]:
         words_s, words_t = words_apart(fs, ft), words_apart(ft, fs)

@@ -7,23 +7,28 @@ pair; any of them leaves it open.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations, pairwise
 
 from lit_wsl.matching.formula import spelled
 from lit_wsl.matching.learned import Learned, Renames
 from lit_wsl.matching.likeness import (
+    BACK,
     BLOCKS,
+    CALLED,
     ENDS,
     FORMULA,
-    KINDS,
-    LAYERS,
+    FRONT,
+    HALF_WORDS,
     LETTERS,
-    LISTS,
     NEAR_WORDS,
+    NOTHING,
+    SHORT_WORDS,
     SIDES,
+    TASKS,
     WHOLES,
+    WORDS,
     called_otherwise,
     contrast,
     liken,
@@ -33,7 +38,7 @@ from lit_wsl.matching.likeness import (
     same_role,
     strength,
 )
-from lit_wsl.matching.numbers import ATTENTIONS, FEEDS, counted_apart, counted_down
+from lit_wsl.matching.numbers import BEHIND, counted_apart, counted_down, place_by, stands_in_feed
 from lit_wsl.matching.regions import Pair, Region, makes_of, other_name
 from lit_wsl.matching.tree import (
     ROLES,
@@ -52,6 +57,7 @@ OTHER_LENGTH = (
     "they have one length, but their blocks stand elsewhere too, where the lists may have become longer or shorter"
 )
 OTHER_LETTER = "one is named after the queries, keys or values of an attention, the other after another of these"
+OTHER_OUTPUT = "one is the output of an attention, and of the other's siblings another may be it"
 NETWORK_LETTER = "one letter of the names of two whole networks agrees, which may stand for anything"
 OPPOSITE = "their names differ in words that distinguish neighbouring modules of other models"
 NAMESAKE = "another module beside them has the name of one of the two in another size: it may have been resized"
@@ -62,6 +68,7 @@ OTHER_TOWER = (
 LEFT_HOME = (
     "what one of them stands in is still there without it, and their names have nothing in common: it may be a new part"
 )
+LEFT_BLOCK = "one of them stands in a block of a list and the other outside of all blocks"
 INSIDE_OUT = "each holds a module that is called like the other: what was outside may be inside now"
 OTHER_MAKE = "one is a layer's weight and the other a tensor of its own, and their names have nothing in common"
 OTHER_VALUES = "one is named after a function of the other, so its values are different"
@@ -70,17 +77,6 @@ NEIGHBOUR = "what their names have in common names the modules beside them: that
 OUT_OF_ORDER = "little speaks for it, and they stand in another order than what is decided around them"
 NAMELESS_ORDER = "nothing around them is decided, their names have nothing in common, and order alone does not decide"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
-TASKS = frozenset(("cls", "classifier", "classify", "lm"))  # what some last layers are for
-NOTHING = (ENDS - TASKS) | KINDS | LAYERS | LISTS  # words that say nothing of what a module is for
-FRONT = frozenset(("emb", "embed", "embedding", "embeddings", "patch", "stem", "input", "first"))
-BACK = frozenset(("head", "final", "last", "out", "output", "logits", "classifier"))
-CALLED = (  # what one thing is called: tables of words and of positions, the two halves of a block
-    frozenset(("word", "words", "token", "tokens", "tok", "wte", "vocab", "emb", "table")),
-    frozenset(("pos", "position", "positions", "positional", "place", "places", "wpe", "emb", "table")),
-    frozenset(("segment", "segments", "seg", "token", "type", "emb", "table")),
-    ATTENTIONS,
-    FEEDS,
-)
 TWINS = frozenset("abxy")  # letters at the end of a name that tell twins apart
 TOWER = 6  # tensors of a network that stands beside others: exchanged, it would be lost as a whole
 KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
@@ -116,6 +112,8 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         if _repeats_elsewhere(p, region):
             return OTHER_LENGTH
     cell = p.cell.removeprefix("open ")
+    if cell.startswith((WORDS, SHORT_WORDS, HALF_WORDS)) and _leaves_block(p.source, p.target, region):
+        return LEFT_BLOCK
     if cell.startswith(LETTERS) and min(len(p.source.units), len(p.target.units)) > 2:
         return NETWORK_LETTER
     if cell.startswith(NEAR_WORDS):
@@ -127,9 +125,9 @@ def _by_names(s: Item, t: Item, region: Region) -> str:
     """What names and the places in the two models say against a pair, whatever else is decided."""
     if letters_apart(s, t, region):
         return OTHER_LETTER
-    if are_front_and_end(s, t):
-        return OPPOSITE
-    if are_opposite(s, t, region):
+    if region.is_one_of_outputs(s, t):
+        return OTHER_OUTPUT
+    if are_front_and_end(s, t) or are_opposite(s, t, region) or _stand_at_other_parts(s, t):
         return OPPOSITE
     if lettered_apart(s, t, region):
         return OTHER_TWIN
@@ -157,6 +155,15 @@ def are_opposite(s: Item, t: Item, region: Region) -> bool:
         places = [(*plain_words(r.path), *place) for r, place in zip((region.source, region.target), places)]
     ours, theirs = own_name(s), own_name(t)
     return _are_opposite(ours, theirs) or _are_opposite(*places) or _are_turned_round(ours, theirs)
+
+
+def _stand_at_other_parts(s: Item, t: Item) -> bool:
+    """Whether one norm is called after the attention of a block and the other after its feed-forward."""
+    if max(s.level, t.level) == 2 or max(s.rank, t.rank) >= 2:
+        return False
+    names = [{*own_name(i)} for i in (s, t)]
+    places = [-1 if words & BEHIND else place_by(words) for words in names]
+    return min(places) >= 0 and places[0] != places[1]
 
 
 def _are_turned_round(ours: Sequence[str], theirs: Sequence[str]) -> bool:
@@ -222,12 +229,18 @@ def _leaves_row(s: Item, t: Item, region: Region) -> bool:
     return False
 
 
+def _leaves_block(s: Item, t: Item, region: Region) -> bool:
+    """Whether one of two layers stands in a block of a list and no number leads to the other."""
+    blocks, layers = (region.block_of(s, 0), region.block_of(t, 1)), max(s.level, t.level) < 2
+    return layers and any(block and not any(map(str.isdigit, i.path)) for block, i in zip(blocks, (t, s)))
+
+
 def _renumber(path: str, numbers: Sequence[str]) -> str:
     rest = iter(numbers)
     return re.sub(r"\d+", lambda found: next(rest, found[0]), path)
 
 
-def other_head(s: Item, t: Item, heads: Container[int]) -> bool:
+def other_head(s: Item, t: Item, heads: Collection[int]) -> bool:
     """Whether two units stand at the end of their models and are named after different things.
 
     Args:
@@ -235,12 +248,13 @@ def other_head(s: Item, t: Item, heads: Container[int]) -> bool:
         t: A unit of the target.
         heads: Ordinals of the target's matrices at its ends.
     """
-    if t.start not in heads or max(s.level, t.level) == 2 or s.path == t.path:
+    if t.start not in heads or max(s.level, t.level) == 2 or len({"".join(own_name(i)) for i in (s, t)}) == 1:
         return False
     if any(part.isdigit() for i in (s, t) for part in owner_path(i.main.path).split(".")):
         return False
     letters = [set(own_name(i)) if len(own_name(i)) > 1 else set() for i in (s, t)]  # alone it may be anything
-    apart = [{w for w in own_words(i) - ENDS if len(w) > 1 or w in ls} for i, ls in zip((s, t), letters)]
+    ends = ENDS - TASKS if len(heads) > 1 else ENDS
+    apart = [{w for w in own_words(i) - ends if len(w) > 1 or w in ls} for i, ls in zip((s, t), letters)]
     return all(apart) and not any(strength(a, b)[0] >= 0.6 for a in apart[0] for b in apart[1])
 
 
@@ -554,6 +568,8 @@ def letters_apart(s: Item, t: Item, region: Region) -> bool:
     if ours != theirs and (ours ^ theirs) & region.shared_letters:
         return True
     if max(s.level, t.level) < 2 and region.is_value_twice(s, 0) != region.is_value_twice(t, 1):
+        return True
+    if (ours and stands_in_feed(t, region.target)) or (theirs and stands_in_feed(s, region.source)):
         return True
     names = spelled(own_name(s)), spelled(own_name(t))
     if max(s.level, t.level) == 2:

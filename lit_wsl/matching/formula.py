@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lit_wsl.matching.tree import Item, relative, stem_of
-from lit_wsl.matching.words import plain_words
+from lit_wsl.matching.words import path_tokens, plain_words
 
 LETTERS = {"q": ("q", "query", "queries", "wq"), "k": ("k", "key", "keys", "wk"), "v": ("v", "value", "values", "wv")}
 OUTPUTS = (("o", "wo"), ("out",), ("proj", "output", "dense", "projection"))  # the more telling ones first
+PERHAPS = "?"  # one of several that may be the output
 _WORDS = {word: letter for letter, words in LETTERS.items() for word in words}
 Letters = Mapping[str, frozenset[str]]
 
@@ -61,10 +62,13 @@ def letters_below(root: Item) -> Letters:
         named = [(u, letters) for u in units if (letters := u.letters)]
         wholes = frozenset[str]().union(*(letters for _, letters in named if len(letters) > 1))
         named = [(u, letters) for u, letters in named if len(letters) > 1 or not letters <= wholes]  # v1 beside kv
+        named = [(u, letters) for u, letters in named if not _has_namesake(u, letters, named)]  # v1 beside value
         if len({x for _, letters in named for x in letters}) > 1:
             found |= {u.name: letters for u, letters in named}
-            output = _output([u for u in units if u.unit.rank >= 2 and not u.letters], [u for u, _ in named])
-            found |= {u.name: frozenset("o") for u in output}
+            outputs = _outputs([u for u in units if u.unit.rank >= 2 and not u.letters], [u for u, _ in named])
+            called = [(letters, u.manner) for u, letters in named]
+            twice = len(set(called)) < len(called)  # values of an attention, value of a gate
+            found |= {u.name: frozenset("o" if len(outputs) == 1 and not twice else PERHAPS) for u in outputs}
         root.letters = found
     return root.letters
 
@@ -90,24 +94,43 @@ class Named:
         whole = self.words == ("in", "proj") and len(shape) == 2 and shape[0] == 3 * shape[1]
         return frozenset("qkv") if whole else spelled(self.words)
 
+    @property
+    def manner(self) -> tuple[str, ...]:
+        """The words and numbers that say no letter."""
+        return tuple(w for w in path_tokens(self.name.partition(".")[0]) if not _letters_in(w))
 
-def _output(units: Sequence[Named], named: Sequence[Named]) -> list[Named]:
-    """The one unit that is called in the manner of queries, keys and values, but is none of them."""
+
+def _has_namesake(unit: Named, letters: frozenset[str], named: Sequence[tuple[Named, frozenset[str]]]) -> bool:
+    """Whether another unit stands for the same letter, and only that is called in the manner of the other letters."""
+    manners = {u.manner for u, others in named if others.isdisjoint(letters)}
+    return unit.manner not in manners and any(u.manner in manners for u, others in named if others == letters)
+
+
+def _outputs(units: Sequence[Named], named: Sequence[Named]) -> list[Named]:
+    """The unit that is called in the manner of queries, keys and values, but is none of them; all that may be it."""
     manners = {tuple(w for w in u.words if not _letters_in(w)) for u in named}
     short = any(u.words in (("wq",), ("wk",), ("wv",)) for u in named)
+    every = []
     for outputs in OUTPUTS:
         told = [u for u in units if any(w in outputs for w in u.words)]
-        fitting = [u for u in told if tuple(w for w in u.words if w not in outputs) in manners]
+        fitting = [u for u in told if not manners.isdisjoint(_without(u.words, outputs))]
         alike = [u for u in fitting if (u.words == ("wo",)) == short]
         for found in (alike, fitting, told if outputs != OUTPUTS[-1] else []):
             if len(found) == 1:
                 return found
+        every += [u for u in told if u not in every]
         if fitting:
-            return []
-    return []
+            break
+    return every if len(every) > 1 else []
+
+
+def _without(words: tuple[str, ...], some: Sequence[str]) -> set[tuple[str, ...]]:
+    """A name without all of some words, or without one of them."""
+    one = {(*words[:k], *words[k + 1 :]) for k, word in enumerate(words) if word in some}
+    return {tuple(w for w in words if w not in some), *one}
 
 
 def in_both(a: Letters, b: Letters) -> frozenset[str]:
     """The letters that as many units stand for on both sides, so that each must find its like."""
     counts = [Counter(letter for letters in side.values() for letter in letters) for side in (a, b)]
-    return frozenset(letter for letter, count in counts[0].items() if count == counts[1][letter])
+    return frozenset(x for x, count in counts[0].items() if count == counts[1][x] and x != PERHAPS)

@@ -7,12 +7,13 @@ the parts stay ambiguous.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
 from lit_wsl.matching.formula import Letters
 from lit_wsl.matching.likeness import GENERAL
+from lit_wsl.matching.numbers import stands_in_feed
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.shapes import join_axis, transpose_shape, transposed
 from lit_wsl.matching.tree import (
@@ -203,41 +204,57 @@ def find_fusions(sources: Sequence[Item], targets: Sequence[Item], region: Regio
     """Find wholes on one side whose parts are on the other."""
     found: list[Fusion] = []
     gone: set[int] = set()
-    for whole_is_target in (True, False):
-        wholes, parts = (targets, sources) if whole_is_target else (sources, targets)
-        root_w, root_p = (region.target, region.source) if whole_is_target else (region.source, region.target)
-        wholes = [i for i in wholes if id(i) not in gone and i.rank >= 2]
-        other_profiles = {i.profile_key for i in parts}
-        waiting = uniform(families_of(wholes, root_w))
-        judged = []
-        for whole in waiting:
-            free = [i for i in parts if id(i) not in gone and i.rank >= 2]
-            choices = _choices(whole, free, root_p, region.letters[int(not whole_is_target)])
-            choices = [c for c in choices if _same_letters(whole, c.parts, region, whole_is_target)]
-            if choices:
-                judged.append((whole, choices))
-        for whole, choices in sorted(judged, key=lambda w: (-w[0].members[0].numel, w[0].start)):
-            choices = [c for c in choices if not any(id(m) in gone for p in c.parts for m in p.members)]
-            if not choices:
-                continue
-            best = choices[0]
-            if whole.members[0].profile_key in other_profiles and best.order.strength != SPELLED:
-                continue  # something else has the size of the whole, so only its name can make it one
-            if not region.complete and best.order.strength == NUMBERED:
-                continue
-            cell = _cell(whole, best, choices, judged)
-            for k, member in enumerate(whole.members):
-                fusion = _build(member, k, choices, whole_is_target, cell, turned)
-                if fusion is not None:
+    for settled in (True, False):  # what stays open takes nothing away from what is known
+        for whole_is_target in (True, False):
+            for fusion in _fusions(sources, targets, region, whole_is_target, turned, gone):
+                if bool(fusion.steps) == settled and not any(id(i) in gone for i in fusion.items):
                     found.append(fusion)
                     gone.update(id(i) for i in fusion.items)
     return found
+
+
+def _fusions(
+    sources: Sequence[Item],
+    targets: Sequence[Item],
+    region: Region,
+    whole_is_target: bool,
+    turned: bool,
+    gone: Container[int],
+) -> Iterator[Fusion]:
+    """Wholes of one side whose parts are on the other, the largest first; ``gone`` is taken."""
+    wholes, parts = (targets, sources) if whole_is_target else (sources, targets)
+    root_w, root_p = (region.target, region.source) if whole_is_target else (region.source, region.target)
+    wholes = [i for i in wholes if id(i) not in gone and i.rank >= 2]
+    other_profiles = {i.profile_key for i in parts}
+    judged = []
+    for whole in uniform(families_of(wholes, root_w)):
+        free = [i for i in parts if id(i) not in gone and i.rank >= 2]
+        choices = _choices(whole, free, root_p, region.letters[int(not whole_is_target)])
+        choices = [c for c in choices if _same_letters(whole, c.parts, region, whole_is_target)]
+        if choices:
+            judged.append((whole, choices))
+    for whole, choices in sorted(judged, key=lambda w: (-w[0].members[0].numel, w[0].start)):
+        choices = [c for c in choices if not any(id(m) in gone for p in c.parts for m in p.members)]
+        if not choices:
+            continue
+        best = choices[0]
+        if whole.members[0].profile_key in other_profiles and best.order.strength != SPELLED:
+            continue  # something else has the size of the whole, so only its name can make it one
+        if not region.complete and best.order.strength == NUMBERED:
+            continue
+        cell = _cell(whole, best, choices, judged)
+        for k, member in enumerate(whole.members):
+            fusion = _build(member, k, choices, whole_is_target, cell, turned)
+            if fusion is not None:
+                yield fusion
 
 
 def _same_letters(whole: Family, parts: Sequence[Family], region: Region, whole_is_target: bool) -> bool:
     """Whether parts are called after the same of an attention as their whole, as far as either name says it."""
     ours = region.letters_of(whole.members[0], int(whole_is_target))
     theirs = frozenset[str]().union(*(region.letters_of(p.members[0], int(not whole_is_target)) for p in parts))
+    if theirs and stands_in_feed(whole.members[0], region.target if whole_is_target else region.source):
+        return False
     return ours == theirs or (not theirs if ours else "o" not in theirs)
 
 

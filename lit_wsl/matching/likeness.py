@@ -142,6 +142,20 @@ LAYER_NAMES = (ENDS | KINDS | LAYERS) - {"decoder"}  # say a kind of layer, or a
 INFLECTION = 5  # letters at the end of a word that only change its form: combine, combination
 LITTLE = 0.1  # what a word for any layer says, beside words that say which
 GENERAL = (ENDS | KINDS | {"and"}) - {"decoder"}  # words that name a kind of layer, or a place that any model has
+ATTENTIONS = frozenset(("attention", "attn", "att", "sa", "mha", "selfattention", "mixer"))
+FEEDS = frozenset(("ffn", "ff", "mlp", "feed", "feedforward"))
+CROSS = frozenset(("cross", "ca", "crossattention", "crossattn", "xattn", "encoder", "encdec", "memory", "context"))
+TASKS = frozenset(("cls", "classifier", "classify", "lm"))  # what some last layers are for
+NOTHING = (ENDS - TASKS) | KINDS | LAYERS | LISTS  # words that say nothing of what a module is for
+FRONT = frozenset(("emb", "embed", "embedding", "embeddings", "patch", "stem", "input", "first"))
+BACK = frozenset(("head", "final", "last", "out", "output", "logits", "classifier"))
+CALLED = (  # what one thing is called: tables of words and of positions, the two halves of a block
+    frozenset(("word", "words", "token", "tokens", "tok", "wte", "vocab", "emb", "table")),
+    frozenset(("pos", "position", "positions", "positional", "place", "places", "wpe", "emb", "table")),
+    frozenset(("segment", "segments", "seg", "token", "type", "emb", "table")),
+    ATTENTIONS,
+    FEEDS,
+)
 PREFIXES = frozenset((  # turn a word into another
     "un", "non", "not", "no", "in", "im", "dis", "de", "anti", "con", "a", "fe", "sub", "super", "hyper", "inter",
     "intra",

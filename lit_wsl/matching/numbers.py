@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 
-from lit_wsl.matching.likeness import LAYER_NAMES, LAYERS, count_by_roles, liken, paired_by_roles, strength
+from lit_wsl.matching.likeness import (
+    ATTENTIONS,
+    CROSS,
+    FEEDS,
+    LAYER_NAMES,
+    LAYERS,
+    count_by_roles,
+    liken,
+    paired_by_roles,
+    strength,
+)
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, owner_path, relative, telling_words
 from lit_wsl.matching.words import Lists, counted, lists_of_one_size, plain_words
@@ -236,16 +246,25 @@ def _are_listed(side: Sequence[Family]) -> bool:
     return any(map(str.isdigit, parting))
 
 
-ATTENTIONS = frozenset(("attention", "attn", "att", "sa", "mha", "selfattention", "mixer"))
 FINAL, OUTPUT = frozenset(("final",)), frozenset(("final", "output"))
-FEEDS = frozenset(("ffn", "ff", "mlp", "feed", "feedforward"))
 
 
 def _places(side: Sequence[Family], last: frozenset[str]) -> list[int]:
-    """Where the two norms of a block stand by their words: 0 before the attention, 1 behind it; -1 if not told."""
-    if len(side) != 2 or any(f.members[0].rank >= 2 for f in side):
+    """Where the two norms of a block stand by their words: 0 before the attention, 1 behind it; -1 if not told.
+
+    Of three the second stands before the cross attention.
+    """
+    if len(side) not in (2, 3) or any(f.members[0].rank >= 2 for f in side):
         return []
+    if len(side) == 3:
+        return [_place_of_three({*f.words}, last) for f in side]
     return [place_by(set(ws), last) for ws in (telling_words(side) if last is FINAL else [f.words for f in side])]
+
+
+def _place_of_three(words: set[str], last: frozenset[str]) -> int:
+    if words & CROSS:
+        return 1
+    return 0 if words & (ATTENTIONS | {"self"}) else 2 if words & (FEEDS | last) else -1
 
 
 def _numbers(side: Sequence[Family]) -> list[int]:
@@ -266,6 +285,12 @@ def place_by(words: set[str], last: frozenset[str] = frozenset()) -> int:
     if bool(words & ATTENTIONS) != bool(words & FEEDS):
         return int(bool(words & FEEDS))
     return 0 if words & {"pre", "before", "input"} else 1 if words & last else -1
+
+
+def stands_in_feed(item: Item, root: Item) -> bool:
+    """Whether a layer stands in the feed-forward of a block, by the names of the modules around it."""
+    around = owner_path(relative(item.main, root)).rpartition(".")[0]
+    return item.level < 2 and not FEEDS.isdisjoint(plain_words(around))
 
 
 def counts_of(side: Sequence[Family]) -> list[int]:

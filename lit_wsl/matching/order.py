@@ -14,9 +14,11 @@ from itertools import combinations
 
 from rapidfuzz.distance import Levenshtein
 
-from lit_wsl.matching.dissent import BACK, FRONT, KEPT, TOWER, are_front_and_end, mean_otherwise
+from lit_wsl.matching.dissent import KEPT, TOWER, are_front_and_end, mean_otherwise
 from lit_wsl.matching.learned import Renames, ascending
 from lit_wsl.matching.likeness import (
+    BACK,
+    FRONT,
     SIDES,
     liken,
     own_name,
@@ -173,11 +175,15 @@ def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
         return NAMESAKES_MOVED
     if _counted_backwards(tie.sources, tie.targets) or _counted_backwards(tie.targets, tie.sources):
         return COUNTED_OTHERWISE
-    if told_otherwise(tie.sources) or told_otherwise(tie.targets):
+    if _stand_otherwise(tie) or told_otherwise(tie.sources) or told_otherwise(tie.targets):
         return COUNTED_OTHERWISE
     if _leaves_formula(tie.sources, 0, tie.targets, region) or _leaves_formula(tie.targets, 1, tie.sources, region):
         return COUNTED_OTHERWISE
-    if _is_list_cut(tie.sources, tie.targets, region) or _is_list_cut(tie.targets, tie.sources, region):
+    if (
+        _joins_blocks(tie, region)
+        or _is_list_cut(tie.sources, tie.targets, region)
+        or _is_list_cut(tie.targets, tie.sources, region)
+    ):
         return LISTS_CUT
     if _are_twins_renamed(tie, renames):
         return TWINS_RENAMED
@@ -215,6 +221,18 @@ def _counted_backwards(families: Sequence[Family], others: Sequence[Family]) -> 
     return any(numbers != up and not (blocks and numbers == up[::-1]) for numbers, up in orders)
 
 
+def _stand_otherwise(tie: Tie) -> bool:
+    """Whether families of several lengths, ``w1, w2`` and ``v1``, stand between one another in two ways."""
+    if len({len(f.members) for f in tie.sources}) == 1:
+        return False
+    rows = (
+        sorted((m.start, k, n) for k, f in enumerate(side) for n, m in enumerate(f.members))
+        for side in (tie.sources, tie.targets)
+    )
+    ours, theirs = ([(k, n) for _, k, n in row] for row in rows)
+    return ours != theirs
+
+
 def _leaves_formula(named: Sequence[Family], side: int, counted_only: Sequence[Family], region: Region) -> bool:
     """Whether the parts of an attention are not registered as in its formula, and stand in a list of their own there.
 
@@ -243,6 +261,16 @@ def _is_list_cut(whole: Sequence[Family], parts: Sequence[Family], region: Regio
         return False
     lists = [{f.pattern for f in side} for side in (whole, parts)]
     return len(lists[0]) == 1 < len(lists[1]) and min(Counter(f.pattern for f in parts).values()) > 1
+
+
+def _joins_blocks(tie: Tie, region: Region) -> bool:
+    """Whether order would fill one block of a list from two, or two from one."""
+    pairs = {
+        (region.block_of(a, 0), region.block_of(b, 1))
+        for f, g in zip(tie.sources, tie.targets)
+        for a, b in zip(f.members, g.members)
+    }
+    return all(map(all, pairs)) and any(len(set(side)) < len(pairs) for side in zip(*pairs))
 
 
 def _is_nearly_all(layer: Item, region: Region) -> bool:

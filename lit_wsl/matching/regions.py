@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from lit_wsl.matching.formula import Letters, in_both, letters_below
+from lit_wsl.matching.formula import PERHAPS, Letters, in_both, letters_below
 from lit_wsl.matching.likeness import (
     HALF_WORDS,
     LAYER_NAMES,
@@ -183,7 +183,30 @@ class Region:
     def letters_of(self, item: Item, side: int) -> frozenset[str]:
         """What a unit is in an attention; nothing for modules."""
         root = (self.source, self.target)[side]
-        return self.letters[side].get(relative(item.main, root), frozenset()) if item.level < 2 else frozenset()
+        found = self.letters[side].get(relative(item.main, root), frozenset()) if item.level < 2 else frozenset()
+        return found - {PERHAPS}
+
+    def is_one_of_outputs(self, s: Item, t: Item) -> bool:
+        """Whether one is the output of an attention, and the other one of several that may be it."""
+        if max(s.level, t.level) == 2:
+            return False
+        names = relative(s.main, self.source), relative(t.main, self.target)
+        return {"o", PERHAPS} == {x for side, name in zip(self.letters, names) for x in side.get(name, "")}
+
+    @cached_property
+    def _blocks(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The members of lists that hold more than one matrix, source and target."""
+        sides = []
+        for root in (self.source, self.target):
+            places = (owner_path(relative(u.main, root)) for u in root.units if u.rank >= 2)
+            held = Counter(p for place in places for p in around(place) - {place} if p.rpartition(".")[2].isdigit())
+            sides.append(frozenset(p for p, count in held.items() if count > 1))
+        return sides[0], sides[1]
+
+    def block_of(self, layer: Item, side: int) -> str:
+        """The outermost member of a list that a layer stands in with others; empty if there is none."""
+        place = owner_path(relative(layer.main, (self.source, self.target)[side]))
+        return min((around(place) - {place}) & self._blocks[side], key=len, default="")
 
     @property
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -390,13 +413,15 @@ def other_name(s: Item, t: Item, region: Region) -> str:
 def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
     """Ordinals of the matrices at the ends of a model: nothing takes in what they put out.
 
-    What stands in a part of the model beside two others, and not all of it, is no end: a branch, a gate.
+    What stands in a part of the model beside two others, and not all of it, is no end: a branch, a gate. Nor is that
+    beside which a norm of its outputs stands.
     """
     matrices = [i.module_path.rpartition(".")[0] for i in infos if len(shape_key(i.shape)) >= 2]
     parts: Counter[str] = Counter()
     for path, count in Counter(matrices).items():
         parts.update(dict.fromkeys(around(path), count))
     large = {part for part, count in parts.items() if part and 2 < count <= len(matrices) / 2}
+    normed = {(i.module_path.rpartition(".")[0], *i.shape) for i in infos if i.leaf == "weight" and len(i.shape) == 1}
     found: set[int] = set()
     taken_in: set[int] = set()
     for k, i in reversed(list(enumerate(infos))):
@@ -404,6 +429,7 @@ def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
             continue
         is_map = "Embed" not in i.module_type and i.leaf in ("weight", "kernel")  # no table, no gates of a cell
         is_end = is_map and i.shape[0] > 1 and i.shape[0] not in taken_in
+        is_end = is_end and (i.module_path.rpartition(".")[0], i.shape[0]) not in normed
         if is_end and large.isdisjoint(around(i.module_path.rpartition(".")[0])):
             found.add(k)
         taken_in.add(i.shape[1])

@@ -551,12 +551,14 @@ def test_a_branch_inside_of_a_model_is_no_head():
     assert {"mixed.stream_x.map", "mixed.stream_w.map"} <= filled
 
 
-def test_a_head_has_another_name_where_everything_has():
-    def net(stem: str, list_name: str, layer: str, head: str) -> dict[str, nn.Module]:
-        return {stem: linear(4), **{f"{list_name}.{k}.{layer}": linear() for k in range(3)}, head: linear(8, 3)}
+@pytest.mark.parametrize(("more", "kept"), [({}, True), ({"mask": "segment"}, False)])
+def test_one_of_several_heads_is_not_told_by_its_size_alone(more: dict[str, str], kept: bool):
+    def net(stem: str, list_name: str, layer: str, *heads: str) -> dict[str, nn.Module]:
+        body = {stem: linear(4), **{f"{list_name}.{k}.{layer}": linear() for k in range(3)}}
+        return body | {name: linear(8, 3 + k) for k, name in enumerate(heads)}
 
-    old, new = net("embed", "blocks", "mix", "bbox_head"), net("entry", "trunk", "lift", "roi")
-    assert "roi" in loaded(old, new, dict(zip(new, old)))
+    old, new = net("embed", "blocks", "mix", "bbox_head", *more), net("entry", "trunk", "lift", "roi", *more.values())
+    assert ("roi" in loaded(old, new, dict(zip(new, old)))) == kept
 
 
 def _mlp(name: str, inputs: int = 6, outputs: int = 4) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ from small_nets import Tree
 from torch import nn
 
 from lit_wsl import transfer_weights
-from lit_wsl.matching.formula import letters_below
+from lit_wsl.matching.formula import PERHAPS, letters_below
 from lit_wsl.matching.tree import TreeBuilder
 from lit_wsl.structure.description import describe
 
@@ -41,12 +41,9 @@ def test_the_output_is_called_in_the_manner_of_the_others(names, known):
     assert letters(beside) == dict(zip(names, known))
 
 
-def test_several_that_may_be_the_output_are_none():
-    assert letters(dict.fromkeys(("query", "key", "value", "proj", "intermediate", "output"), SQUARE)) == {
-        "query": "q",
-        "key": "k",
-        "value": "v",
-    }
+def test_of_several_that_may_be_the_output_none_is_known_to_be():
+    names = dict.fromkeys(("query", "key", "value", "proj", "intermediate", "output"), SQUARE)
+    assert letters(names) == {"query": "q", "key": "k", "value": "v", "proj": PERHAPS, "output": PERHAPS}
 
 
 def test_a_value_without_queries_and_a_lonely_key_are_none():
@@ -128,3 +125,8 @@ def test_what_a_whole_holds_stands_nowhere_else():
     """The ``v1`` of a gated feed-forward, beside a fused ``kv``, are no values of the attention."""
     names = {"query": SQUARE, "kv": (8, 16), "proj": SQUARE, "w1": SQUARE, "v1": SQUARE, "w2": SQUARE}
     assert letters(names) == {"query": "q", "kv": "kv", "proj": "o"}
+
+
+def test_the_value_of_a_gate_beside_a_spelled_value_is_none():
+    names = dict.fromkeys(("query", "key", "value", "out", "w1", "v1", "w2"), SQUARE)
+    assert letters(names) == {"query": "q", "key": "k", "value": "v", "out": "o"}

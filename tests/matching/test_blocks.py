@@ -1,0 +1,162 @@
+"""Blocks of transformers in the words of other code bases: what of one kind of layer becomes no other.
+
+All maps are squares, so that shapes tell nothing. What names and order leave open may stay open; nothing may be wrong.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_nets import Tree
+from torch import nn
+
+from lit_wsl import transfer_weights
+
+WIDTH = 8
+MAKES = {"map": lambda: nn.Linear(WIDTH, WIDTH), "whole": lambda: nn.Linear(WIDTH, 3 * WIDTH)}
+MAKES |= {"pair": lambda: nn.Linear(WIDTH, 2 * WIDTH), "norm": lambda: nn.LayerNorm(WIDTH)}
+MAKES |= {"table": lambda: nn.Embedding(19, WIDTH), "head": lambda: nn.Linear(WIDTH, 4)}
+Row = tuple[str, str]  # what a layer is called and what it is
+
+
+def network(rows: str, blocks: range) -> dict[str, Row]:
+    """Layers by their paths, ``#`` being counted; what a layer is is its role, with the number of its block."""
+    found: dict[str, Row] = {}
+    parts = [part.split(":") for part in rows.split()]
+    listed = [part for part in parts if "#" in part[0]]
+    for name, make, *role in parts:
+        if "#" not in name:
+            found[name] = make, role[0] if role else make
+        elif name == listed[0][0]:
+            for number, k in enumerate(blocks):
+                found |= {n.replace("#", str(k)): (m, f"{number}.{own}") for n, m, own in listed}
+    return found
+
+
+def wrong_and_right(old: dict[str, Row], new: dict[str, Row], *, ordered: bool = True) -> tuple[list[str], set[str]]:
+    """The layers of the new network that hold something else than theirs, and the roles of those that hold theirs."""
+    source, target = (Tree({name: MAKES[make]() for name, (make, _) in side.items()}) for side in (old, new))
+    for tensor in (*source.state_dict().values(), *target.state_dict().values()):
+        tensor.copy_(torch.randn_like(tensor))
+    state = source.state_dict()
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    transfer_weights(target, state if ordered else dict(sorted(state.items())), min_coverage=0.0)
+    roles = {role: name for name, (_, role) in old.items()}
+    wrong, right = [], set()
+    for name, tensor in target.state_dict().items():
+        layer, _, leaf = name.rpartition(".")
+        role = new[layer][1]
+        if torch.equal(tensor, before[name]):
+            continue
+        if role in roles and torch.equal(tensor, state.get(f"{roles[role]}.{leaf}", torch.zeros(0))):
+            right.add(role)
+        elif role.rpartition(".")[2] not in ("qkv", "kv") and not role.endswith((".q", ".k", ".v")):
+            wrong.append(name)
+    return wrong, right
+
+
+def block(text: str) -> str:
+    """The rows of a block, each line below its own module."""
+    rows = []
+    for line in text.strip().splitlines():
+        place, _, layers = line.strip().partition(" ")
+        rows += [f"h.#.{place}.{layer}".replace("..", ".").replace("-.", "") for layer in layers.split()]
+    return " ".join(["embed:table", *rows, "last_norm:norm"])
+
+
+NORMS = "- norm1:norm:a\n- norm2:norm:b\n"
+OTHER_NORMS = "- prenorm_attn:norm:a\n- prenorm_mlp:norm:b\n"
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("w1 v1 w2", "fc_1 fc_2 proj"),  # numbers and order contradict each other
+        ("fc_1 fc_2 proj", "w1 v1 w2"),
+        ("w1 v1 w2", "proj fc_2 fc_1"),
+        ("gate_proj up_proj down_proj", "w1 v1 w2"),
+        ("act_fn value output", "fc_1 fc_2 proj"),
+    ],
+)
+def test_a_gated_feed_forward_is_not_paired_by_its_numbers(old: str, new: str, ordered: bool):
+    roles = ["gate", "up", "down"]
+    one = "mlp " + " ".join(f"{name}:map:{role}" for name, role in zip(old.split(), roles))
+    roles = roles[::-1] if new.startswith("proj") else roles
+    other = "ff " + " ".join(f"{name}:map:{role}" for name, role in zip(new.split(), roles))
+    attention = "q:map:q {0}k:map:k {0}v:map:v {0}o:map:o"
+    sides = (
+        block(f"{NORMS}- {attention.format('')}\n{one}"),
+        block(f"{OTHER_NORMS}attn qkv:whole:qkv out:map:o\n{other}"),
+    )
+    wrong, right = wrong_and_right(network(sides[0], range(1, 3)), network(sides[1], range(2)), ordered=ordered)
+    assert not wrong
+    assert not ordered or {"0.a", "0.b", "1.a", "1.b"} <= right
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param(
+            "- query:map:q key:map:k value:map:v out:map:o w1:map:gate v1:map:up w2:map:down",
+            """- wq:map:q kv:pair:kv wo:map:o
+            ff act_fn:map:gate value:map:up output:map:down""",
+            id="a value of the attention, spelled, beside the v1 of a gate",
+        ),
+        pytest.param(
+            """- to_q:map:q to_k:map:k to_v:map:v to_out:map:o
+            ff wi:pair:wi down_proj:map:down""",
+            """attn c_attn:whole:qkv Wo:map:o
+            ffn gate:map:gate value:map:up out:map:down""",
+            id="what an attention and what a feed-forward puts out",
+        ),
+        pytest.param(
+            """attn q_lin:map:q k_lin:map:k v_lin:map:v out_lin:map:o
+            - lin1:map:up lin2:map:down""",
+            "- intermediate:map:up query:map:q output:map:down value:map:v key:map:k proj:map:o",
+            id="two that may be the output of the attention",
+        ),
+        pytest.param(
+            """mixer query_key_value:whole:qkv linear_out:map:o
+            ffn fc1_g:map:gate fc1_x:map:up fc2:map:down""",
+            "- queries:map:q keys:map:k values:map:v unify:map:o gate:map:gate value:map:up out:map:down",
+            id="values of an attention and the value of a gate in one module",
+        ),
+        pytest.param(
+            """mixer linear_k:map:k linear_v:map:v linear_q:map:q
+            - value:pair:up""",
+            """attn qkv:whole:qkv
+            ffn linear_in:pair:up""",
+            id="keys and values make up nothing in a feed-forward",
+        ),
+    ],
+)
+def test_an_attention_and_a_feed_forward_share_no_layers(old: str, new: str, ordered: bool):
+    wrong, _ = wrong_and_right(network(block(old), range(2)), network(block(new), range(2)), ordered=ordered)
+    assert not wrong
+
+
+def test_one_block_is_not_filled_from_two():
+    old = """attn qkv:whole:qkv merge:map:o
+    cross q_map:map:cq k_map:map:ck v_map:map:cv"""
+    new = """attn query:map:q key:map:k value:map:v dense:map:o
+    cross query:map:cq key:map:ck value:map:cv"""
+    wrong, _ = wrong_and_right(network(block(old), range(2)), network(block(new), range(1, 2)))
+    assert not wrong
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_norm_of_a_block_is_not_the_last_one_of_the_model(ordered: bool):
+    old = "embed:table h.#.ln_1:norm:a h.#.up:map:up h.#.mlp_ln:norm:b final_layernorm:norm:last"
+    new = "embed:table h.#.norm1:norm:a h.#.up:map:up h.#.final_layer_norm:norm:b post:norm:last"
+    for one, other in ((old, new), (new, old)):
+        wrong, _ = wrong_and_right(network(one, range(1)), network(other, range(1, 2)), ordered=ordered)
+        assert not wrong
+
+
+def test_norms_are_not_taken_by_an_order_that_their_names_deny():
+    names = "self_attn_layer_norm:norm:x encoder_attn_layer_norm:norm:y final_layer_norm:norm:z"
+    old, new = f"- a:map:a {names} b:map:b", "- a:map:a ff_norm:norm:z attn_norm:norm:x cross_norm:norm:y b:map:b"
+    wrong, _ = wrong_and_right(network(block(old), range(2)), network(block(new), range(2)))
+    assert not wrong
