@@ -11,10 +11,13 @@ from itertools import combinations, product
 
 from lit_wsl.matching.layers import Unit
 from lit_wsl.matching.parts import Part
+from lit_wsl.matching.shapes import listed
 from lit_wsl.matching.space import Space
 from lit_wsl.plan.entries import PlanEntry
 
 FEW_COVERS = 64  # ways to assign layers that are all tried
+FEW_BLOCKS = 4  # of which all orders are options
+MANY_BLOCKS = 8  # of which not any two are exchanged
 MAX_TWINS = 24  # pairs of modules that are exchanged
 
 Choice = tuple[int, ...]
@@ -42,6 +45,28 @@ def twins_exchanged(space: Space, choice: Choice) -> list[Choice]:
     asked = [part for part in space.parts if not space.decisions[part.which].told]
     found += [other for part in asked for other in space.exchanges(choice, part, wholes=True)]
     return [other for other in dict.fromkeys(found) if other is not None and other != choice]
+
+
+def unlisted(space: Space) -> list[int]:
+    """Numberings of so many blocks that not all orders are among the options."""
+    found = [d for d in space.numbering.values() if len(space.decisions[d].options) > 1]
+    return [d for d in found if len(space.decisions[d].options[0]) > FEW_BLOCKS]
+
+
+def blocks_exchanged(space: Space, choice: Choice, numbering: int) -> list[Choice]:
+    """A choice with any two blocks exchanged, only neighbours of many; orders that are new become options."""
+    decision, found = space.decisions[numbering], []
+    order = decision.options[choice[numbering]]
+    far = len(order) if len(order) <= MANY_BLOCKS else 1
+    for i, j in combinations(range(len(order)), 2):
+        if j - i <= far:
+            made = list(order)
+            made[i], made[j] = made[j], made[i]
+            if tuple(made) not in decision.options:
+                decision.options.append(tuple(made))
+                decision.labels.append(listed(made))
+            found.append((*choice[:numbering], decision.options.index(tuple(made)), *choice[numbering + 1 :]))
+    return found
 
 
 def odd_ones(space: Space, choice: Choice) -> Iterator[tuple[int, Choice]]:

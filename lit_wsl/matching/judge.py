@@ -160,6 +160,7 @@ def _found(
         start, judge = carried(choice, judge.space, nameless.space), nameless
         choice = judge.search.find(start)
         choice = choice if judge.rests(choice) else judge.search.widen(choice)
+    choice = judge.search.renumbered(choice)
     return judge, judge.with_rows_as_they_are(judge.preferred(judge.leader(choice)))
 
 

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from lit_wsl.matching.bench import FAR, Bench
-from lit_wsl.matching.changes import FEW_COVERS, Choice, odd_ones, twins_exchanged
+from lit_wsl.matching.changes import (
+    FEW_BLOCKS,
+    FEW_COVERS,
+    Choice,
+    blocks_exchanged,
+    odd_ones,
+    twins_exchanged,
+    unlisted,
+)
 from lit_wsl.matching.entries import what_it_does
 from lit_wsl.matching.moments import Moments
 from lit_wsl.matching.search import Search
@@ -84,13 +92,15 @@ class LossJudge:
         another rival does and more (three norms in a circle where two exchanged are worse) was compared in the search;
         but for two modules that change places as a whole, and what the search has seen to be about as good.
         """
-        own = self.space.meaning(choice)
+        own, many = self.space.meaning(choice), unlisted(self.space)
         out = {}
         for d, decision in enumerate(self.space.decisions):
             if (decision.told and choice[d] == 0) or (d == self.space.rotary and self.rows_are_free):
                 continue  # what the search found better was taken
-            others = [(*choice[:d], o, *choice[d + 1 :]) for o in range(len(decision.options)) if o != choice[d]]
+            most = FEW_BLOCKS if d in many else len(decision.options)  # what was only looked at is none
+            others = [(*choice[:d], o, *choice[d + 1 :]) for o in range(most) if o != choice[d]]
             others = others if len(others) < FEW_COVERS else []
+            others += blocks_exchanged(self.space, choice, d) if d in many and choice[d] >= most else []
             others += [c for part in self.space.parts if part.which == d for c in self.space.exchanges(choice, part)]
             changed = {c: own ^ self.space.meaning(c) for c in others if self.space.is_consistent(c)}
             places = {c: {t for e in both for t in e.targets} for c, both in changed.items() if both}
@@ -107,7 +117,10 @@ class LossJudge:
     def _as_good(self, choice: Choice) -> list[Choice]:
         """What the search has tried on as many samples and found not significantly worse."""
         found: dict[frozenset[PlanEntry], Choice] = {}
+        many = unlisted(self.space)
         for c in self.trials.screened:
+            if any(c[d] != choice[d] and c[d] >= FEW_BLOCKS for d in many):  # that was not clearly better
+                continue
             samples = min(self.trials.extent(c), self.trials.extent(choice))
             if (
                 OFF not in c

@@ -14,10 +14,18 @@ from functools import partial
 from itertools import combinations, product
 
 from lit_wsl.matching.balance import MARGIN, Balance
-from lit_wsl.matching.changes import Choice, options_of, part_of, shared, twins_exchanged
+from lit_wsl.matching.changes import (
+    Choice,
+    blocks_exchanged,
+    options_of,
+    part_of,
+    shared,
+    twins_exchanged,
+    unlisted,
+)
 from lit_wsl.matching.parts import Part
 from lit_wsl.matching.trials import OFF, Trials
-from lit_wsl.matching.witnesses import errors_apart
+from lit_wsl.matching.witnesses import errors_apart, times_apart
 
 RANKED = 1.5  # times the cost of the first look at a few samples is that of all that are ranked
 JOINT = 320  # most candidates that are tried jointly
@@ -27,6 +35,8 @@ WIDE = 2048  # the same, where the weights tell most of them without a pass
 CHEAP = 40  # ways to change two decisions that are tried before more is
 SWEEPS = 3  # over all layer groups, to find what hangs together
 MOST = 8192  # choices that are looked at without a pass, to see whether those that hang together can all be tried
+REORDERED = 2  # orders of blocks that are looked at on a whole batch, each time
+CLEARLY, HARDLY = 3.5, 1.5  # standard errors by which they have to be better, by how many times and by how much
 STARTS = 6  # ways to assign layers that are started from, where they are too many to look at each
 FEW_TWINS = 6  # pairs of modules of which two are exchanged at once
 UNTOLD = 24  # most choices that hang together as well and are all looked at, as many again with modules exchanged
@@ -139,6 +149,27 @@ class Search:
     def around(self, start: Choice) -> Choice:
         """The best choice around one, or around that which hangs together best."""
         return self._improve(self._ranked([start, self.balanced(start)], self.trials.size)[0])
+
+    def renumbered(self, choice: Choice) -> Choice:
+        """A choice with two blocks exchanged, and two more, as long as that is clearly better on two batches.
+
+        Of many blocks not all orders can be tried, and what names or counting say stands unless it is refuted.
+        """
+        before = None
+        while choice != before and self.left:
+            before = choice
+            for numbering in unlisted(self.space):
+                for other in self._ranked(blocks_exchanged(self.space, choice, numbering))[:REORDERED]:
+                    if self.left and self._clearly(other, choice):
+                        choice = other
+                        break
+        return choice
+
+    def _clearly(self, better: Choice, choice: Choice) -> bool:
+        """Whether a choice is better by how many times it loses less, and no less by how much."""
+        trials, fresh = self.trials, self.trials.meter.has(1)
+        one, other = (trials.losses(c) + (trials.losses(c, batch=1) if fresh else []) for c in (choice, better))
+        return errors_apart(one, other) > HARDLY and times_apart(one, other) > CLEARLY
 
     def _every(self) -> list[Choice]:
         """All choices, as far as the weights hang together, where they can all be tried."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 RISK = 0.01  # of one wrong decision among all rivals tried
 FEWEST = 8  # pieces that three witnesses are heard on
+AS_MUCH = 0.05  # risk by the losses themselves at which their logarithms are heard
 LITTLE = 0.1  # times the mean loss is little
 SHORT = 1 << 16  # elements of a gradient that is copied
 AGREES = 0.1  # risk at which each single witness has to agree
@@ -25,9 +26,10 @@ AGREES = 0.1  # risk at which each single witness has to agree
 def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -> float:
     """Risk of calling a rival worse although it is not.
 
-    Three paired tests, one-sided: Student's t of the losses, and of their logarithms, and the sign test, which a few
-    samples with a loss far from the others' do not disturb. The harmonic mean of their risks counts: it holds however
-    the tests depend on each other (Wilson, "The harmonic mean p-value for combining dependent tests", 2019).
+    Three paired tests, one-sided: Student's t of the losses, and of their logarithms, which is heard where the first
+    agrees; and the sign test, which a few samples with a loss far from the others' do not disturb. The harmonic mean
+    of their risks counts: it holds however the tests depend on each other (Wilson, "The harmonic mean p-value for
+    combining dependent tests", 2019).
 
     >>> risk_of([2.0, 2.1, 1.9, 2.2], [1.0, 1.2, 0.9, 1.1]) < 0.001
     True
@@ -45,19 +47,28 @@ def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -
     told = [g for g in gaps if abs(g) > floor]
     student = float(stdtr(n - 1, -mean / (spread / math.sqrt(n))))
     sign = float(bdtr(sum(g < 0 for g in told), len(told), 0.5)) if told else 1.0
-    risks = [max(risk, 1e-300) for risk in (student, sign, _risk_by_times(rival, best))]
+    times = _risk_by_times(rival, best) if student < AS_MUCH else 1.0  # what is sure of more may still lose as much
+    risks = [max(risk, 1e-300) for risk in (student, sign, times)]
     return min(1.0, len(risks) / sum(1 / risk for risk in risks))
 
 
 def _risk_by_times(rival: Sequence[float], best: Sequence[float]) -> float:
-    """Risk by how many times the losses of one are those of the other; ones that hardly count are no less than some."""
-    least = LITTLE * sum(best) / len(best)
-    if min(*rival, *best) < 0 or least <= 0:
+    """Risk by how many times the losses of one are those of the other."""
+    gaps = _times(rival, best)
+    if not gaps:
         return 1.0
-    mean, spread = _mean_and_spread([math.log((a + least) / (b + least)) for a, b in zip(rival, best)])
+    mean, spread = _mean_and_spread(gaps)
     if mean <= 0:
         return 1.0
-    return float(stdtr(len(best) - 1, -mean / (max(spread, 1e-3 * mean) / math.sqrt(len(best)))))
+    return float(stdtr(len(gaps) - 1, -mean / (max(spread, 1e-3 * mean) / math.sqrt(len(gaps)))))
+
+
+def _times(more: Sequence[float], less: Sequence[float]) -> list[float]:
+    """Logarithms of how many times some losses are others; ones that hardly count are no less than some."""
+    least = LITTLE * sum(less) / max(len(less), 1)
+    if min((*more, *less), default=-1.0) < 0 or least <= 0 or not all(map(math.isfinite, (*more, least))):
+        return []
+    return [math.log((a + least) / (b + least)) for a, b in zip(more, less)]
 
 
 def stepped_down(risks: Mapping[Hashable, float], share: float, many: int) -> dict[Any, float]:
@@ -86,6 +97,12 @@ def errors_apart(more: Sequence[float], less: Sequence[float]) -> float:
         return math.inf if gaps and not all(map(math.isfinite, more)) else 0.0
     mean, spread = _mean_and_spread(gaps)
     return mean / max(spread / math.sqrt(len(gaps)), 1e-12)
+
+
+def times_apart(more: Sequence[float], less: Sequence[float]) -> float:
+    """The same, or by how many times they are more, whichever tells more."""
+    times = _times(more, less)
+    return max(errors_apart(more, less), errors_apart(times, [0.0] * len(times)))
 
 
 def _mean_and_spread(gaps: Sequence[float]) -> tuple[float, float]:
