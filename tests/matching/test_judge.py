@@ -155,6 +155,17 @@ def test_risks_are_those_of_paired_tests():
     assert false <= 0.05 * 400 + 3 * math.sqrt(0.05 * 400)
 
 
+def test_losses_of_few_samples_are_compared_by_how_many_times_they_differ():
+    best = [10 ** (-1 + 0.15 * k) for k in range(-8, 8)]  # as skewed as those of a trained classifier
+    assert risk_of([(4 + k % 3) * x for k, x in enumerate(best)], best) < 1e-6
+
+
+def test_what_is_surer_of_most_samples_is_not_better_where_it_loses_as_much():
+    best, rival = [0.01 * (1 + k % 2) for k in range(16)], [0.001] * 15 + [0.3]
+    assert risk_of(best, rival) > 0.001 or sum(rival) > sum(best)
+    assert risk_of(rival, best) > 0.05
+
+
 @pytest.mark.parametrize("operation", [Rotary(8, 8, True), Rotary(8, 4, False, (1,)), Reorder((2, 0, 3, 1))])
 def test_rows_in_another_order_come_back(operation):
     tensors = [torch.randn(16, 3), torch.randn(8, 3), torch.randn(8)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_wsl.matching.changes import carried, questions
+from lit_wsl.matching.changes import blocks_exchanged, carried, questions, unlisted
 from lit_wsl.matching.entries import filled
 from lit_wsl.matching.layers import Unit
 from lit_wsl.matching.options import MatchingOptions
@@ -402,6 +402,19 @@ def test_numbers_are_asked_about_if_wanted_even_where_names_tell_what_is_in_the_
         for counts in (False, True)
     }
     assert asked == {False: [], True: [(2, True)]} or asked == {False: [(1, True)], True: [(2, True)]}
+
+
+@pytest.mark.parametrize(("count", "pairs"), [(4, 0), (6, 15), (9, 8)])
+def test_many_blocks_are_exchanged_two_by_two(count, pairs):
+    old, new = (
+        describe(Net({name: {str(k): {"x": layer(5, D), "y": layer(D, 5)} for k in range(count)}, "out": layer(3, D)}))
+        for name in ("blocks", "layers")
+    )
+    space = Space(old, new, build_plan(old, new, MatchingOptions()), counts=True, trust=False)
+    found = [c for d in unlisted(space) for c in blocks_exchanged(space, space.first, d)]
+    moved = [{e.targets[0].split(".")[1] for e in space.meaning(c) - space.meaning(space.first)} for c in found]
+    assert len(found) == pairs
+    assert all(len(own) == 2 for own in moved)
 
 
 def test_exchanges_lead_to_any_assignment_of_many_squares_of_which_some_are_one():

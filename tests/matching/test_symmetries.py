@@ -209,6 +209,36 @@ def test_queries_and_keys_that_meet_row_by_row_are_seen_not_to_turn(fused):
     assert {name.partition(".")[0] for name in rotations.still} == ({"abc"} if fused else {"a", "b"})
 
 
+class Reader(nn.Module):
+    """Attention whose scores are made of sums of queries and keys, or of products of what turns."""
+
+    def __init__(self, adds: bool) -> None:
+        super().__init__()
+        self.adds = adds
+        self.query, self.key, self.energy = nn.Linear(D, WIDTH), nn.Linear(D, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        q, k = self.query(x), self.key(x)
+        sums = self.energy((q[:, :, None] + k[:, None]).tanh())[..., 0]
+        q, k = turned(q[:, None], False)[:, 0], turned(k[:, None], False)[:, 0]
+        return (sums if self.adds else q @ k.mT + 0 * sums).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_queries_and_keys_that_are_added_are_seen_not_to_turn(adds):
+    torch.manual_seed(0)
+    net = Reader(adds)
+    net.load_state_dict(shaken_state(net))
+    slopes = []
+    for _ in range(2):
+        x, y = torch.randn(8, 6, D), torch.randn(8, 6, D)
+        found = torch.autograd.grad(F.mse_loss(net(x), y), [*net.parameters()])
+        slopes.append(dict(zip(dict(net.named_parameters()), found)))
+    rotations = Rotations(turnings(regions(describe(net)), Gradients(net.state_dict(), slopes)))
+    assert bool(rotations) == (not adds)
+    assert rotations.still == ({"query.weight", "key.weight"} if adds else set())
+
+
 def test_norms_in_nested_copies_hang_together_with_what_reads_them():
     class Inner(nn.Module):
         def __init__(self) -> None:
