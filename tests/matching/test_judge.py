@@ -230,7 +230,7 @@ def test_what_the_search_found_about_as_good_is_a_rival_however_much_it_changes(
     seen = {(0, 0): noise, (1, 1): noise[::-1], (1, 0): [x + 9 for x in noise], (0, 1): noise, (-1, 1): noise}
     judge = LossJudge(
         SimpleNamespace(
-            space=SimpleNamespace(meaning=lambda c: "same" if c == (0, 1) else c, rotary=None),
+            space=SimpleNamespace(meaning=lambda c: "same" if c == (0, 1) else c, rotary=None, numbering={}),
             score=None,
             budget=None,
             screened=sorted(seen),
