@@ -6,6 +6,7 @@
     siblings.py      parts that a word, a letter or a number tells apart (``tables/*.txt``)
     groups.py        whole parts beside each other: other orders, copies, towers
     moves.py         layers that were moved, renumbered, fused or split
+    manners.py       blocks that two code bases call each in a manner of its own, drawn at random
     measure.py       one case, loaded and compared with the truth
     report.py        many cases, summed up
 

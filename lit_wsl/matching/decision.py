@@ -43,6 +43,7 @@ from lit_wsl.matching.likeness import (
     BLOCKS,
     ENDS,
     HALF_WORDS,
+    INITIALS,
     LAYERS,
     NEAR_WORDS,
     SHORT_WORDS,
@@ -53,8 +54,8 @@ from lit_wsl.matching.likeness import (
     leads,
     liken,
     own_words,
+    paired_by_initials,
     same_role,
-    strength,
 )
 from lit_wsl.matching.numbers import NUMBERS, counted_down, in_count, known_for_roles, number_map, runs_apart
 from lit_wsl.matching.options import MatchingOptions
@@ -70,13 +71,12 @@ from lit_wsl.matching.tree import (
     is_strong,
     literal_if_needed,
     owner_path,
-    place_in,
     relative,
     role_of,
     words_apart,
 )
 from lit_wsl.matching.tree import literal as _literal
-from lit_wsl.matching.words import path_tokens, plain_words
+from lit_wsl.matching.words import plain_words
 from lit_wsl.structure.description import core
 
 PATH, TIED, ALONE, DISTINCT = "path", "tied", "alone", "distinct shape"
@@ -92,7 +92,12 @@ LAYER_ONLY = "layers"  # both names say a kind of layer and no more
 
 def is_named(cell: str) -> bool:
     """Whether names decided."""
-    return cell.startswith((PATH, TIED, WORDS, SHORT_WORDS, HALF_WORDS, "open"))
+    return cell.startswith((PATH, TIED, WORDS, SHORT_WORDS, HALF_WORDS, INITIALS, "open"))
+
+
+def _are_members(paths: Sequence[str]) -> bool:
+    """Whether paths lead to members of lists: the only block of each."""
+    return all(path.rpartition(".")[2].isdigit() for path in paths)
 
 
 class ClassSolver:
@@ -308,7 +313,8 @@ class ClassSolver:
             telling = [tuple(w for w in plain_words(p) if w not in ENDS) for p in paths]
             ours, theirs = telling if any(telling) else map(plain_words, paths)
             likeness = liken(ours, theirs)
-            if paths[0] != paths[1] and (likeness.best < 2 or likeness.only_layers):
+            told = (likeness.best >= 2 and not likeness.only_layers) or _are_members(paths)
+            if paths[0] != paths[1] and not told:
                 return
             cell = ALONE + ", other inside"
         elif is_strong(s) and region.alike(s, t):
@@ -383,7 +389,10 @@ class ClassSolver:
             shared[i] = [-1.0] * m
             for row in shared:
                 row[j] = -1.0
-        leading = leads(shared)
+        initials = paired_by_initials(words_apart(fs, ft), words_apart(ft, fs))
+        for i, j in initials:
+            kinds[i][j] = INITIALS
+        leading = initials or leads(shared)
         complete = len(leading) == n == m
         for i, j in leading:
             cell = kinds[i][j]
@@ -438,7 +447,7 @@ class ClassSolver:
 
     def _likenesses(self, fs: list[Family], ft: list[Family], region: Region) -> tuple[Shared, list[list[str]]]:
         words_s, words_t = words_apart(fs, ft), words_apart(ft, fs)
-        near_s, near_t = self._near((fs, ft), region, 0), self._near((fs, ft), region, 1)
+        near_s, near_t = (region.neighbours_words((fs, ft), side) for side in (0, 1))
         shared = [[-1.0] * len(ft) for _ in fs]
         kinds = [[""] * len(ft) for _ in fs]
         for i, f in enumerate(fs):
@@ -453,23 +462,6 @@ class ClassSolver:
                 if likeness.only_layers and kinds[i][j] in (WORDS, SHORT_WORDS):
                     kinds[i][j] = LAYER_ONLY
         return shared, kinds
-
-    def _near(self, families: tuple[list[Family], list[Family]], region: Region, side: int) -> frozenset[str]:
-        """Words of own names of vectors that also name other things: ``attention_norm`` stands near the attention."""
-        if families[side][0].members[0].rank >= 2:
-            return frozenset()
-        outside: set[str] = set()
-        own: set[str] = set()
-        for k, root in enumerate((region.source, region.target)):
-            here: Counter[str] = Counter()
-            for m in (m for f in families[k] for m in f.members):
-                for t in m.tensors:
-                    here.update(set(path_tokens(relative(t, root))))
-                if k == side:
-                    place = place_in(m, root)
-                    own.update(path_tokens(place if region.loose else place.rpartition(".")[2]))
-            outside |= {w for w, c in region.words[k].items() if c > here[w]}
-        return frozenset(w for w in own if any(strength(w, o)[1] >= 2 for o in outside))
 
     # families and ties --------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from lit_wsl.matching.likeness import (
     FORMULA,
     FRONT,
     HALF_WORDS,
+    INITIALS,
     LETTERS,
     NEAR_WORDS,
     NOTHING,
@@ -38,8 +39,8 @@ from lit_wsl.matching.likeness import (
     same_role,
     strength,
 )
-from lit_wsl.matching.numbers import BEHIND, counted_apart, counted_down, place_by, stands_in_feed
-from lit_wsl.matching.regions import Pair, Region, makes_of, other_name
+from lit_wsl.matching.numbers import BEHIND, counted_apart, counted_down, place_by
+from lit_wsl.matching.regions import FEED, Pair, Region, makes_of, other_name
 from lit_wsl.matching.tree import (
     ROLES,
     Item,
@@ -68,7 +69,7 @@ OTHER_TOWER = (
 LEFT_HOME = (
     "what one of them stands in is still there without it, and their names have nothing in common: it may be a new part"
 )
-LEFT_BLOCK = "one of them stands in a block of a list and the other outside of all blocks"
+LEFT_BLOCK = "one of them stands in a block, its attention or its feed-forward, and the other does not"
 INSIDE_OUT = "each holds a module that is called like the other: what was outside may be inside now"
 OTHER_MAKE = "one is a layer's weight and the other a tensor of its own, and their names have nothing in common"
 OTHER_VALUES = "one is named after a function of the other, so its values are different"
@@ -100,21 +101,22 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
     sure = region.complete and certain and agree not in ("against order", "out of line", "reordered")
     if not sure and counted_apart(p.source, p.target, region):
         return OTHER_NUMBER
-    if p.cell.startswith(("open ", STRONG)) and _is_number_taken(p.source, p.target, region):
+    taken = p.cell.startswith(("open ", STRONG)) and _is_number_taken(p.source, p.target, region)
+    if taken or _leaves_row(p.source, p.target, region):
         return OTHER_NUMBER
     if counted_down(p.source, p.target, region):
         return OTHER_DIRECTION
-    if _leaves_row(p.source, p.target, region):
-        return OTHER_NUMBER
     if not region.complete and p.cell.startswith(STRONG):
         if agree in ("against order", "out of line"):
             return OUT_OF_ORDER
         if _repeats_elsewhere(p, region):
             return OTHER_LENGTH
     cell = p.cell.removeprefix("open ")
-    if cell.startswith((WORDS, SHORT_WORDS, HALF_WORDS)) and _leaves_block(p.source, p.target, region):
+    weakly = cell.startswith((SHORT_WORDS, HALF_WORDS))
+    left = (weakly or cell.startswith(WORDS)) and _leaves_block(p.source, p.target, region)
+    if left or (weakly and region.leaves_part(p.source, p.target)):
         return LEFT_BLOCK
-    if cell.startswith(LETTERS) and min(len(p.source.units), len(p.target.units)) > 2:
+    if cell.startswith(LETTERS) and not cell.startswith(INITIALS) and min(len(p.source.units), len(p.target.units)) > 2:
         return NETWORK_LETTER
     if cell.startswith(NEAR_WORDS):
         return NEIGHBOUR
@@ -161,8 +163,7 @@ def _stand_at_other_parts(s: Item, t: Item) -> bool:
     """Whether one norm is called after the attention of a block and the other after its feed-forward."""
     if max(s.level, t.level) == 2 or max(s.rank, t.rank) >= 2:
         return False
-    names = [{*own_name(i)} for i in (s, t)]
-    places = [-1 if words & BEHIND else place_by(words) for words in names]
+    places = [-1 if BEHIND & {*own_name(i)} else place_by({*own_name(i)}) for i in (s, t)]
     return min(places) >= 0 and places[0] != places[1]
 
 
@@ -569,7 +570,7 @@ def letters_apart(s: Item, t: Item, region: Region) -> bool:
         return True
     if max(s.level, t.level) < 2 and region.is_value_twice(s, 0) != region.is_value_twice(t, 1):
         return True
-    if (ours and stands_in_feed(t, region.target)) or (theirs and stands_in_feed(s, region.source)):
+    if (ours and region.part_of(t, 1) == FEED) or (theirs and region.part_of(s, 0) == FEED):
         return True
     names = spelled(own_name(s)), spelled(own_name(t))
     if max(s.level, t.level) == 2:

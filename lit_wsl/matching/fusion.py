@@ -11,10 +11,9 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
-from lit_wsl.matching.formula import Letters
+from lit_wsl.matching.formula import Letters, spelled
 from lit_wsl.matching.likeness import GENERAL
-from lit_wsl.matching.numbers import stands_in_feed
-from lit_wsl.matching.regions import Region
+from lit_wsl.matching.regions import FEED, Region
 from lit_wsl.matching.shapes import join_axis, transpose_shape, transposed
 from lit_wsl.matching.tree import (
     Family,
@@ -39,6 +38,7 @@ from lit_wsl.plan.operations import Concat, Operation, Split, Stack
 from lit_wsl.structure.description import Shape
 
 GATE = "gate"  # stands before up, and its matrix is numbered first (Shazeer, GLU Variants Improve Transformer, 2020)
+WHOLES_OF_LETTERS = ("qkv", "kqv", "kv", "vk", "qk")
 SPELLED, FORMULA, NUMBERED, UNKNOWN = 1.0, 0.9, 0.7, 0.0
 
 
@@ -62,12 +62,15 @@ def order_of_parts(whole: str, parts: Sequence[str]) -> PartOrder:
 
     >>> order_of_parts("attn.qkv.weight", ["attn.v.weight", "attn.q.weight", "attn.k.weight"]).order
     (1, 2, 0)
+    >>> order_of_parts("attn.to_qkv.weight", ["attn.to_kv.weight", "attn.wq.weight"]).order
+    (1, 0)
     >>> order_of_parts("mlp.in_proj.weight", ["mlp.left.weight", "mlp.right.weight"]).known
     False
     """
     labels = _labels(parts)
     unknown = PartOrder(tuple(range(len(parts))), UNKNOWN, "the order of the parts is unknown")
-    return _spelled(whole, labels, parts) or _by_formula(whole, labels) or _by_number(whole, labels) or unknown
+    found = _spelled(whole, labels, parts) or _by_letters(whole, parts)
+    return found or _by_formula(whole, labels) or _by_number(whole, labels) or unknown
 
 
 def _unsaid(whole: str, parts: Sequence[str]) -> int:
@@ -119,6 +122,17 @@ def _spelled(name: str, labels: Sequence[str], parts: Sequence[str]) -> PartOrde
     if min(places) < 0 or len(set(places)) < len(places):
         return None
     return PartOrder(_sorted_by(places), SPELLED, reason, unsaid + _unsaid(name, parts))
+
+
+def _by_letters(whole: str, parts: Sequence[str]) -> PartOrder | None:
+    """The order in which a word spells letters of which some parts hold more than one: ``wq, to_kv`` of ``to_qkv``."""
+    names = [owner_path(path).rpartition(".")[2] for path in (whole, *parts)]
+    word, *pieces = (next((w for w in path_tokens(name) if w in WHOLES_OF_LETTERS), "") for name in names)
+    pieces = [piece or "".join(spelled(plain_words(name))) for piece, name in zip(pieces, names[1:])]
+    places = [word.find(piece) if piece else -1 for piece in pieces]
+    if not word or min(places) < 0 or sum(map(len, pieces)) != len(word) or len(set(places)) < len(places):
+        return None
+    return PartOrder(_sorted_by(places), SPELLED, "the name spells the order of the parts")
 
 
 def _by_formula(whole: str, labels: Sequence[str]) -> PartOrder | None:
@@ -253,7 +267,7 @@ def _same_letters(whole: Family, parts: Sequence[Family], region: Region, whole_
     """Whether parts are called after the same of an attention as their whole, as far as either name says it."""
     ours = region.letters_of(whole.members[0], int(whole_is_target))
     theirs = frozenset[str]().union(*(region.letters_of(p.members[0], int(not whole_is_target)) for p in parts))
-    if theirs and stands_in_feed(whole.members[0], region.target if whole_is_target else region.source):
+    if theirs and region.part_of(whole.members[0], int(whole_is_target)) == FEED:
         return False
     return ours == theirs or (not theirs if ours else "o" not in theirs)
 

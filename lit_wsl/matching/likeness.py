@@ -18,6 +18,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from lit_wsl.matching.formula import spelled
 from lit_wsl.matching.tree import Item, owner_path
 from lit_wsl.matching.words import is_abbreviation, path_tokens, plain_words
 
@@ -119,6 +120,7 @@ def forget() -> None:
 
 WORDS, HALF_WORDS = "words", "half words"
 LETTERS, NEAR_WORDS = "letters", "neighbour's words"
+INITIALS = f"{LETTERS}, initials"
 SHORT_WORDS = "short words"
 WEAK = (SHORT_WORDS, HALF_WORDS, "open ")  # what order may overrule
 FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter may stand for anything
@@ -283,6 +285,35 @@ def leads(shared: Shared) -> list[tuple[int, int]]:
             if sum(other[j] >= least for other in shared) == 1:
                 found.append((i, j))
     return found
+
+
+def paired_by_initials(ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
+    """Pairs of names of which one side's are the initials of the other's, each of one; letters may also count.
+
+    >>> paired_by_initials([("l", "out"), ("r", "out")], [("right",), ("left",)])
+    [(0, 1), (1, 0)]
+    >>> paired_by_initials([("a",), ("b",)], [("before",), ("after",)])
+    []
+    """
+    sides = [[[w for w in words if w not in GENERAL] for words in side] for side in (ours, theirs)]
+    if len(ours) != len(theirs) or len(ours) < 2 or any(len(words) != 1 for side in sides for words in side):
+        return []
+    names = [[words[0] for words in side] for side in sides]
+    letters = [sorted(name[0] for name in side) for side in names]
+    short = [{len(name) == 1 for name in side} for side in names]
+    if (
+        letters[0] != letters[1]
+        or len(set(letters[0])) < len(ours)
+        or short not in ([{True}, {False}], [{False}, {True}])
+    ):
+        return []
+    if "".join(letters[0]) == "abcdefgh"[: len(ours)]:
+        return []
+    others = [name for side in names for name in side if len(name) > 1]
+    if any(name[0] in FORMULA and spelled((name,)) != {name[0]} for name in others):
+        return []  # the q of encoder_q stands for queries, not for a queue
+    initials = [name[0] for name in names[1]]
+    return [(i, initials.index(name[0])) for i, name in enumerate(names[0])]
 
 
 def own_name(item: Item, parts: int = 1) -> tuple[str, ...]:

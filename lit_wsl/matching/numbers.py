@@ -287,12 +287,6 @@ def place_by(words: set[str], last: frozenset[str] = frozenset()) -> int:
     return 0 if words & {"pre", "before", "input"} else 1 if words & last else -1
 
 
-def stands_in_feed(item: Item, root: Item) -> bool:
-    """Whether a layer stands in the feed-forward of a block, by the names of the modules around it."""
-    around = owner_path(relative(item.main, root)).rpartition(".")[0]
-    return item.level < 2 and not FEEDS.isdisjoint(plain_words(around))
-
-
 def counts_of(side: Sequence[Family]) -> list[int]:
     """Place of each family among those of its side by what tells it from them; empty if that is no count."""
     telling = telling_words(side)

@@ -13,6 +13,8 @@ from functools import lru_cache
 
 from lit_wsl.matching.formula import PERHAPS, Letters, in_both, letters_below
 from lit_wsl.matching.likeness import (
+    ATTENTIONS,
+    FEEDS,
     HALF_WORDS,
     LAYER_NAMES,
     LISTS,
@@ -23,12 +25,14 @@ from lit_wsl.matching.likeness import (
     liken,
     own_name,
     related,
+    strength,
 )
 from lit_wsl.matching.tree import Family, Item, families_of, literal, owner_path, place_in, relative, shape_key
-from lit_wsl.matching.words import Lists, counted, lists_of_one_size, plain_words, unlike_lists
+from lit_wsl.matching.words import Lists, counted, lists_of_one_size, path_tokens, plain_words, unlike_lists
 from lit_wsl.structure.description import ParameterInfo, Shape, cached_property
 
 TELLING = (WORDS, SHORT_WORDS, HALF_WORDS)  # likenesses by which a name singles out another
+ATTENTION, FEED = "attention", "feed-forward"
 BLOCK = 64  # tensors; larger regions teach nothing about their like
 
 
@@ -208,6 +212,44 @@ class Region:
         place = owner_path(relative(layer.main, (self.source, self.target)[side]))
         return min((around(place) - {place}) & self._blocks[side], key=len, default="")
 
+    def part_of(self, item: Item, side: int) -> str:
+        """Whether a layer stands in the attention or the feed-forward of a block, as the modules around it say."""
+        place = relative(item, (self.source, self.target)[side])
+        return _part_of(place.rpartition(".")[0]) if item.level < 2 else ""
+
+    @cached_property
+    def _parts(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The parts of blocks that the two sides are made of."""
+        ours, theirs = (
+            frozenset(_part_of(place.rpartition(".")[0]) for place in set(map(owner_path, side))) for side in self.names
+        )
+        return ours, theirs
+
+    def leaves_part(self, s: Item, t: Item) -> bool:
+        """Whether one of two layers stands in a part of a block that the other side has too, and the other does not."""
+        ours, theirs = self.part_of(s, 0), self.part_of(t, 1)
+        if max(s.level, t.level) == 2 or (ours and theirs):
+            return False
+        flat = _part_of(s.path if theirs else t.path)  # attention_out_lin
+        return any(part and part != flat and part in self._parts[k] for part, k in ((ours, 1), (theirs, 0)))
+
+    def neighbours_words(self, families: Sequence[Sequence[Family]], side: int) -> frozenset[str]:
+        """Words of own names of vectors that also name other things: ``attention_norm`` stands near the attention."""
+        if families[side][0].members[0].rank >= 2:
+            return frozenset()
+        outside: set[str] = set()
+        own: set[str] = set()
+        for k, root in enumerate((self.source, self.target)):
+            here: Counter[str] = Counter()
+            for m in (m for f in families[k] for m in f.members):
+                for t in m.tensors:
+                    here.update(set(path_tokens(relative(t, root))))
+                if k == side:
+                    place = place_in(m, root)
+                    own.update(path_tokens(place if self.loose else place.rpartition(".")[2]))
+            outside |= {w for w, c in self.words[k].items() if c > here[w]}
+        return frozenset(w for w in own if any(strength(w, o)[1] >= 2 for o in outside))
+
     @property
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The paths of all tensors below, source and target."""
@@ -385,6 +427,13 @@ def around(place: str) -> frozenset[str]:
     """A place and those of the modules around it."""
     parts = place.split(".")
     return frozenset(".".join(parts[:k]) for k in range(1, len(parts) + 1))
+
+
+@lru_cache(maxsize=10_000)
+def _part_of(path: str) -> str:
+    words = {*plain_words(path)}
+    found = [name for name, known in ((ATTENTION, ATTENTIONS), (FEED, FEEDS)) if words & known]
+    return found[0] if len(found) == 1 else ""
 
 
 @lru_cache(maxsize=10_000)

@@ -58,7 +58,7 @@ _TOLD = {
     "words": "their names single them out",
     "short words": "their names single them out, words being shortened",
     "half words": "their names single them out, though one side says more",
-    "letters": "the letters of the formula in their names single them out",
+    "letters": "letters in their names single them out",
     "alone": "the only ones of this size and structure on both sides",
     "distinct shape": "matrices of a shape that nothing else has",
     "much structure": "the only ones of this structure",
@@ -80,6 +80,7 @@ _TOLD = {
 
 _VARIETIES = {
     "other inside": "with other shapes inside",
+    "initials": "all names of one side are initials of those of the other",
     "last": "the last one, all others standing as in other blocks",
     "ascending": "numbers ascending on both sides",
     "unordered": "in a source without an order",

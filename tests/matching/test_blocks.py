@@ -160,3 +160,31 @@ def test_norms_are_not_taken_by_an_order_that_their_names_deny():
     old, new = f"- a:map:a {names} b:map:b", "- a:map:a ff_norm:norm:z attn_norm:norm:x cross_norm:norm:y b:map:b"
     wrong, _ = wrong_and_right(network(block(old), range(2)), network(block(new), range(2)))
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "roles"),
+    [
+        ("l_net r_net", "left right", "left right"),
+        ("encoder_q encoder_p", "passage_encoder query_encoder", "passage query"),
+        ("l_out r_out", "right left", "right left"),
+    ],
+)
+def test_initials_tell_parts_whatever_their_order(old: str, new: str, roles: str):
+    names = {role[0]: name for role, name in zip(roles.split(), new.split())}
+    letters = [name.removeprefix("encoder_")[0] for name in old.split()]
+    one = " ".join(f"{n}.{part}:map:{part}{x}" for n, x in zip(old.split(), letters) for part in "ab")
+    other = " ".join(f"{n}.{part}:map:{part}{x}" for x, n in names.items() for part in "ab")
+    wrong, right = wrong_and_right(network(one, range(1)), network(other, range(1)))
+    assert not wrong
+    assert right == {f"{part}{x}" for x in letters for part in "ab"}
+
+
+def test_the_only_block_of_two_lists_is_one_though_its_parts_are_fused():
+    old = "- pre_norm:norm:a wq:map:q wk:map:k wv:map:v wo:map:o mid_norm:norm:b"
+    new = "- norm1:norm:a to_qkv:whole:qkv out:map:o norm2:norm:b"
+    wrong, right = wrong_and_right(
+        network(block(old), range(1)), network(block(new).replace("h.#", "trunk.#"), range(1))
+    )
+    assert not wrong
+    assert {"0.a", "0.b"} <= right
