@@ -11,6 +11,7 @@ from lit_wsl.matching.likeness import (
     FEEDS,
     LAYER_NAMES,
     LAYERS,
+    OTHERS_ATTENDED,
     count_by_roles,
     liken,
     paired_by_roles,
@@ -252,17 +253,18 @@ FINAL, OUTPUT = frozenset(("final",)), frozenset(("final", "output"))
 def _places(side: Sequence[Family], last: frozenset[str]) -> list[int]:
     """Where the two norms of a block stand by their words: 0 before the attention, 1 behind it; -1 if not told.
 
-    Of three the second stands before the cross attention.
+    Of three the second stands before the cross attention, if they are registered so: some decoders begin with it.
     """
     if len(side) not in (2, 3) or any(f.members[0].rank >= 2 for f in side):
         return []
     if len(side) == 3:
-        return [_place_of_three({*f.words}, last) for f in side]
+        counts = [_place_of_three({*f.words}, last) for f in side]
+        return counts if counts == [sorted(f.start for f in side).index(f.start) for f in side] else []
     return [place_by(set(ws), last) for ws in (telling_words(side) if last is FINAL else [f.words for f in side])]
 
 
 def _place_of_three(words: set[str], last: frozenset[str]) -> int:
-    if words & CROSS:
+    if words & CROSS or (words & ATTENTIONS and words & OTHERS_ATTENDED):
         return 1
     return 0 if words & (ATTENTIONS | {"self"}) else 2 if words & (FEEDS | last) else -1
 

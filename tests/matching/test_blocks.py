@@ -188,3 +188,15 @@ def test_the_only_block_of_two_lists_is_one_though_its_parts_are_fused():
     )
     assert not wrong
     assert {"0.a", "0.b"} <= right
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("names", "kept"), [("self_norm cross_norm ff_norm", True), ("cross_norm self_norm ff_norm", False)]
+)
+def test_three_norms_are_told_by_their_words_if_they_are_registered_so(names: str, kept: bool, ordered: bool):
+    one = "- a:map:a " + " ".join(f"norm{k}:norm:{k}" for k in (1, 2, 3))
+    other = "- a:map:a " + " ".join(f"{name}:norm:{k}" for k, name in enumerate(names.split(), 1))
+    wrong, right = wrong_and_right(network(block(one), range(2)), network(block(other), range(2)), ordered=ordered)
+    assert not wrong
+    assert not kept or {f"{k}.{n}" for k in (0, 1) for n in (1, 2, 3)} <= right
