@@ -283,8 +283,9 @@ def ablation() -> Iterator[str]:
         return
     yield (
         f"The guards one by one, over {listed_counts(measured)}. A rule that said nothing of a pair is not switched off "
-        "there. *said*: the pairs of which it said something. *Open own name* measured nothing and is gone. What guards against what none of these pairs has stays: most of these "
-        "were found by renamings written by hand and by reports from the field, and have a test. *Words of a neighbour* is "
+        "there. *said*: the pairs of which it said something. *Open own name* measured nothing and is gone. The guards "
+        "that said nothing here were written for renamings by hand and for reports from the field; switched off on those "
+        "they were not measured one by one. *Words of a neighbour* is "
         "held by `test_a_word_of_a_neighbour_is_no_word_where_only_one_side_says_before` and by the norms of "
         "`test_replaced.py`; *runs in another order* keeps what the model's own execution contradicts from going by order, "
         "at the price of some right ones (`test_order_decides_nothing_where_the_model_runs_otherwise`).\n\n"
