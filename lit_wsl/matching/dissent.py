@@ -249,7 +249,8 @@ def other_head(s: Item, t: Item, heads: Collection[int]) -> bool:
         t: A unit of the target.
         heads: Ordinals of the target's matrices at its ends.
     """
-    if t.start not in heads or max(s.level, t.level) == 2 or len({"".join(own_name(i)) for i in (s, t)}) == 1:
+    paths = {i.path.replace("_", "").lower() for i in (s, t)}
+    if t.start not in heads or max(s.level, t.level) == 2 or len(paths) == 1:
         return False
     if any(part.isdigit() for i in (s, t) for part in owner_path(i.main.path).split(".")):
         return False
@@ -446,10 +447,7 @@ def _stand_in_other_towers(s: Item, t: Item, region: Region) -> bool:
 
 
 def _left_home(s: Item, t: Item, region: Region) -> bool:
-    """Whether two units of a block have foreign names, and the module that one stands in is on the other side, too.
-
-    Norms are moved freely.
-    """
+    """Whether two matrices of a block have foreign names, and the module around one is on the other side, too."""
     listed = all(any(c.isdigit() for c in i.path) for i in (s, t))
     if not listed or s.rank < 2 or max(s.level, t.level) == 2 or not other_name(s, t, region):
         return False
