@@ -42,7 +42,7 @@ from lit_wsl.matching.order import (
 )
 from lit_wsl.matching.regions import BLOCK, Decision, Pair, Region, Sides, Tie, other_name
 from lit_wsl.matching.risks import may_load, weakest
-from lit_wsl.matching.shapes import Forbidden, PairCosts, operations_between
+from lit_wsl.matching.shapes import TRANSPOSED, Forbidden, PairCosts, operations_between
 from lit_wsl.matching.tree import (
     Family,
     Item,
@@ -484,6 +484,10 @@ class RegionMatch:
 
     def _follow_order(self, tie: Tie, cell: str) -> None:
         """Take the pairs of a tie in their order, all of them or none: what speaks against one speaks against it."""
+        costs = {self.aligner.costs.of(f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets)}
+        if len(costs) > 1 and TRANSPOSED in costs:  # it would take one as it is and turn another
+            self._doubt(replace(tie, reason=TURNED))
+            return
         if any(len(f.members) != len(g.members) for f, g in zip(tie.sources, tie.targets)):
             self._doubt(tie)
             return
@@ -501,10 +505,26 @@ class RegionMatch:
             self._doubt(inner)
 
     def _runs_otherwise(self, tie: Tie) -> bool:
-        """Whether the target runs the tie's items in another order than it registers them."""
-        when = [self.aligner.execution[g.start] for g in tie.targets] if self.aligner.execution else []
+        """Whether the target runs the tie's items in another order than it registers them.
+
+        An attention may be registered in any order if it runs as its formula then: queries, keys, values, output.
+        """
+        pairs = [(f.members[0], g.members[0]) for f, g in zip(tie.sources, tie.targets)]
+        return self._is_out_of_run(pairs) and all(self._is_out_of_run(self._by_formula(pairs, k)) for k in (0, 1))
+
+    def _is_out_of_run(self, pairs: Sequence[tuple[Item, Item]]) -> bool:
+        when = [self.aligner.execution[t.start] for _, t in pairs] if self.aligner.execution else []
         known = [w for w in when if w is not None]
         return known != sorted(known)
+
+    def _by_formula(self, pairs: Sequence[tuple[Item, Item]], side: int) -> Sequence[tuple[Item, Item]]:
+        """Pairs in the order of the formula, module by module, if one side's names say what all of them are in it."""
+        letters = ["".join(self.region.letters_of(pair[side], side)) for pair in pairs]
+        if not all(len(letter) == 1 for letter in letters):
+            return pairs
+        homes = [owner_path(pair[side].main.path).rpartition(".")[0] for pair in pairs]
+        order = sorted(range(len(pairs)), key=lambda k: (homes.index(homes[k]), "qkvo".index(letters[k])))
+        return [pairs[k] for k in order]
 
     def _doubt(self, tie: Tie) -> None:
         """List every tensor of a tie with its counterparts in all rivals."""

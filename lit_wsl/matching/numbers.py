@@ -11,7 +11,6 @@ from lit_wsl.matching.likeness import (
     FEEDS,
     LAYER_NAMES,
     LAYERS,
-    OTHERS_ATTENDED,
     count_by_roles,
     liken,
     paired_by_roles,
@@ -264,7 +263,7 @@ def _places(side: Sequence[Family], last: frozenset[str]) -> list[int]:
 
 
 def _place_of_three(words: set[str], last: frozenset[str]) -> int:
-    if words & CROSS or (words & ATTENTIONS and words & OTHERS_ATTENDED):
+    if words & CROSS:
         return 1
     return 0 if words & (ATTENTIONS | {"self"}) else 2 if words & (FEEDS | last) else -1
 
