@@ -351,14 +351,12 @@ def _is_for_more(ours: Sequence[str], theirs: Sequence[str]) -> bool:
 
 
 def _alike_inside(s: Item, t: Item) -> bool:
-    """Whether two units are known for one role, or two large modules hold something of one name or role, or blocks.
+    """Whether two units are known for one role, or two large modules hold something of one name or role.
 
     The insides of two small ones are called alike wherever they are of one class.
     """
     if max(s.level, t.level) < 2:
         return _are_of_one_role(s, t)
-    if any(c.level == 2 and relative(c, i).isdigit() for i in (s, t) for c in i.children):
-        return True
     if _are_called_one(own_name(s), own_name(t)):
         return True
     large = min(len(i.tensors) for i in (s, t)) >= TOWER
