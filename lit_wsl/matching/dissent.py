@@ -23,6 +23,7 @@ from lit_wsl.matching.likeness import (
     HALF_WORDS,
     INITIALS,
     LETTERS,
+    LISTS,
     NEAR_WORDS,
     NOTHING,
     SHORT_WORDS,
@@ -328,9 +329,9 @@ def _last_parts(unit: Item) -> str:
 
 
 def _may_have_any_name(s: Item, t: Item) -> bool:
-    """Whether one is a member of a list, or both are a whole of two kinds: ``yolo_backbone``, ``resnet_backbone``."""
-    listed = any(i.path.rpartition(".")[2].isdigit() for i in (s, t))
-    return listed or bool({*own_name(s)} & {*own_name(t)} & WHOLES)
+    """Whether only one is a member of a list, or both are a whole of two kinds: ``yolo_net``, ``resnet_net``."""
+    listed = {i.path.rpartition(".")[2].isdigit() for i in (s, t)}
+    return len(listed) == 2 or bool({*own_name(s)} & {*own_name(t)} & WHOLES)
 
 
 def _renamed_to_other(s: Item, t: Item, region: Region) -> bool:
@@ -359,7 +360,8 @@ def _alike_inside(s: Item, t: Item) -> bool:
         return _are_of_one_role(s, t)
     if _are_called_one(own_name(s), own_name(t)):
         return True
-    large = min(len(i.tensors) for i in (s, t)) >= TOWER
+    lists = {*own_name(s)} & {*own_name(t)} & LISTS  # lstm_layers, attn_layers
+    large = min(len(i.tensors) for i in (s, t)) >= TOWER and not lists
     names = zip(*([plain_words(place_in(u, i)) for u in i.units] for i in (s, t)))
     return any((a == b and a and large) or of_one_role(a, b) for a, b in names)
 

@@ -268,6 +268,18 @@ def _place_of_three(words: set[str], last: frozenset[str]) -> int:
     return 0 if words & (ATTENTIONS | {"self"}) else 2 if words & (FEEDS | last) else -1
 
 
+def feeds_first(side: Sequence[Family], root: Item) -> bool:
+    """Whether a block begins with its feed-forward: that is registered first, and so is the norm named after it."""
+    places = _places(side, OUTPUT) if len(side) == 2 else []
+    if sorted(places) != [0, 1] or [f.start for f in sorted(side, key=lambda f: places[side.index(f)])] == sorted(
+        f.start for f in side
+    ):
+        return False
+    matrices = [({*plain_words(relative(u.main, root))}, u.start) for u in root.units if u.rank >= 2]
+    firsts = [min((k for words, k in matrices if words & known), default=-1) for known in (FEEDS, ATTENTIONS)]
+    return -1 < firsts[0] < firsts[1]
+
+
 def _numbers(side: Sequence[Family]) -> list[int]:
     """Which place each has by its number, if what else the names say is the same, in short or in full: ``lyr_nrm2``."""
     names = [[w for w in f.words if not w.isdigit() and w not in LAYER_NAMES] for f in side]

@@ -200,3 +200,27 @@ def test_three_norms_are_told_by_their_words_if_they_are_registered_so(names: st
     wrong, right = wrong_and_right(network(block(one), range(2)), network(block(other), range(2)), ordered=ordered)
     assert not wrong
     assert not kept or {f"{k}.{n}" for k in (0, 1) for n in (1, 2, 3)} <= right
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("names", ["norm_mlp norm_attn", "ffn_norm attention_norm"])
+def test_where_a_block_begins_with_its_feed_forward_so_do_its_norms(names: str, ordered: bool):
+    first, second = names.split()
+    rows = "- {}:norm:1 mlp:map:m {}:norm:2 attn:map:n"
+    one, other = (
+        network(block(rows.format("norm1", "norm2")), range(2)),
+        network(block(rows.format(first, second)), range(2)),
+    )
+    wrong, right = wrong_and_right(one, other, ordered=ordered)
+    assert not wrong
+    assert {"0.m", "0.n"} <= right
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_list_that_alone_was_renamed_may_be_another(blocks: int, ordered: bool):
+    rows = "stem:table {0}.#.fc1:map:{0}1 {0}.#.fc2:map:{0}2 norm:norm head:head"
+    one, other = (network(rows.format(name), range(blocks)) for name in ("lstm_layers", "attn_layers"))
+    wrong, right = wrong_and_right(one, other, ordered=ordered)
+    assert not wrong
+    assert right == {"table", "norm", "head"}
