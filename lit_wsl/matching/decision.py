@@ -103,11 +103,6 @@ def is_named(cell: str) -> bool:
     return cell.startswith((PATH, TIED, WORDS, SHORT_WORDS, HALF_WORDS, INITIALS, "open"))
 
 
-def _are_members(paths: Sequence[str]) -> bool:
-    """Whether paths lead to members of lists: the only block of each."""
-    return all(path.rpartition(".")[2].isdigit() for path in paths)
-
-
 class ClassSolver:
     """Decides classes.
 
@@ -279,7 +274,7 @@ class ClassSolver:
         if any(twin is not None and self.costs.of(twin, i) == TRANSPOSED for twin, i in twins):
             return True
         fs, ft = families_of(s, region.source), families_of(t, region.target)
-        shared, _ = self._likenesses(fs, ft, region)
+        shared, *_ = self._likenesses(fs, ft, region)
         return any(self.costs.of_families(fs[i], ft[j]) == TRANSPOSED for i, j in leads(shared))
 
     def _solve_part(self, s: list[Item], t: list[Item], balanced: bool, region: Region, out: Decision) -> None:
@@ -321,8 +316,8 @@ class ClassSolver:
             telling = [tuple(w for w in plain_words(p) if w not in ENDS) for p in paths]
             ours, theirs = telling if any(telling) else map(plain_words, paths)
             likeness = liken(ours, theirs)
-            told = (likeness.best >= 2 and not likeness.only_layers) or _are_members(paths)
-            if paths[0] != paths[1] and not told:
+            blocks = all(path.rpartition(".")[2].isdigit() for path in paths)  # the only ones of two lists
+            if paths[0] != paths[1] and not blocks and (likeness.best < 2 or likeness.only_layers):
                 return
             cell = ALONE + ", other inside"
         elif is_strong(s) and region.alike(s, t):
@@ -387,7 +382,7 @@ class ClassSolver:
                 elif may_load(cell):
                     self._zip(fs[0], ft[0], cell, out, region)
             return
-        shared, kinds = self._likenesses(fs, ft, region)
+        shared, kinds, initials = self._likenesses(fs, ft, region)
         open_s, open_t = set(range(n)), set(range(m))
         by_role = self._by_role(fs, ft, region) if sure else []
         for i, j in by_role:
@@ -397,10 +392,7 @@ class ClassSolver:
             shared[i] = [-1.0] * m
             for row in shared:
                 row[j] = -1.0
-        initials = paired_by_initials(words_apart(fs, ft), words_apart(ft, fs))
-        for i, j in initials:
-            kinds[i][j] = INITIALS
-        leading = initials or leads(shared)
+        leading = [(i, j) for i, j in initials if shared[i][j] >= 0] or leads(shared)
         complete = len(leading) == n == m
         for i, j in leading:
             cell = kinds[i][j]
@@ -455,7 +447,10 @@ class ClassSolver:
             and may_load(self.judged(Pair(fs[i].members[0], ft[j].members[0], ROLE), region))
         ]
 
-    def _likenesses(self, fs: list[Family], ft: list[Family], region: Region) -> tuple[Shared, list[list[str]]]:
+    def _likenesses(
+        self, fs: list[Family], ft: list[Family], region: Region
+    ) -> tuple[Shared, list[list[str]], list[tuple[int, int]]]:
+        """How much names share, of which kind that is, and which are paired by initials; -1 where shapes do not fit."""
         words_s, words_t = words_apart(fs, ft), words_apart(ft, fs)
         near_s, near_t = (region.neighbours_words((fs, ft), side) for side in (0, 1))
         shared = [[-1.0] * len(ft) for _ in fs]
@@ -471,7 +466,11 @@ class ClassSolver:
                 kinds[i][j] = NEAR_WORDS if elsewhere else likeness.kind
                 if likeness.only_layers and kinds[i][j] in (WORDS, SHORT_WORDS):
                     kinds[i][j] = LAYER_ONLY
-        return shared, kinds
+        initials = paired_by_initials(words_s, words_t)
+        initials = initials if all(shared[i][j] >= 0 for i, j in initials) else []
+        for i, j in initials:
+            kinds[i][j] = INITIALS
+        return shared, kinds, initials
 
     # families and ties --------------------------------------------------------------------------------------------
 

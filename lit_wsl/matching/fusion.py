@@ -218,12 +218,16 @@ def find_fusions(sources: Sequence[Item], targets: Sequence[Item], region: Regio
     """Find wholes on one side whose parts are on the other."""
     found: list[Fusion] = []
     gone: set[int] = set()
+    idle = True
     for settled in (True, False):  # what stays open takes nothing away from what is known
         for whole_is_target in (True, False):
             for fusion in _fusions(sources, targets, region, whole_is_target, turned, gone):
+                idle = False
                 if bool(fusion.steps) == settled and not any(id(i) in gone for i in fusion.items):
                     found.append(fusion)
                     gone.update(id(i) for i in fusion.items)
+        if idle:
+            break
     return found
 
 

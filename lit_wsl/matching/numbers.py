@@ -263,6 +263,7 @@ def _places(side: Sequence[Family], last: frozenset[str]) -> list[int]:
 
 
 def _place_of_three(words: set[str], last: frozenset[str]) -> int:
+    """0 for the norm of the self attention, 1 for that of the cross attention, 2 for that of the feed-forward."""
     if words & CROSS:
         return 1
     return 0 if words & (ATTENTIONS | {"self"}) else 2 if words & (FEEDS | last) else -1
@@ -271,9 +272,7 @@ def _place_of_three(words: set[str], last: frozenset[str]) -> int:
 def feeds_first(side: Sequence[Family], root: Item) -> bool:
     """Whether a block begins with its feed-forward: that is registered first, and so is the norm named after it."""
     places = _places(side, OUTPUT) if len(side) == 2 else []
-    if sorted(places) != [0, 1] or [f.start for f in sorted(side, key=lambda f: places[side.index(f)])] == sorted(
-        f.start for f in side
-    ):
+    if sorted(places) != [0, 1] or side[places.index(0)].start < side[places.index(1)].start:
         return False
     matrices = [({*plain_words(relative(u.main, root))}, u.start) for u in root.units if u.rank >= 2]
     firsts = [min((k for words, k in matrices if words & known), default=-1) for known in (FEEDS, ATTENTIONS)]

@@ -224,3 +224,11 @@ def test_a_list_that_alone_was_renamed_may_be_another(blocks: int, ordered: bool
     wrong, right = wrong_and_right(one, other, ordered=ordered)
     assert not wrong
     assert right == {"table", "norm", "head"}
+
+
+def test_initials_pair_nothing_that_the_user_forbids():
+    old, new = ({name: nn.Linear(WIDTH, WIDTH) for name in names.split()} for names in ("l_out r_out", "right left"))
+    source, target = Tree(old | {"head": nn.Linear(WIDTH, 3)}), Tree(new | {"head": nn.Linear(WIDTH, 3)})
+    report = transfer_weights(target, source.state_dict(), min_coverage=0.0, incompatible_pairs=[({"l"}, {"left"})])
+    assert "head.weight" in report.loaded
+    assert "left.weight" not in report.loaded
