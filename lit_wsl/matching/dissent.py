@@ -233,8 +233,10 @@ def _leaves_row(s: Item, t: Item, region: Region) -> bool:
 
 def _leaves_block(s: Item, t: Item, region: Region) -> bool:
     """Whether one of two layers stands in a block of a list and no number leads to the other."""
-    blocks, layers = (region.block_of(s, 0), region.block_of(t, 1)), max(s.level, t.level) < 2
-    return layers and any(block and not any(map(str.isdigit, i.path)) for block, i in zip(blocks, (t, s)))
+    counted_s, counted_t = (any(map(str.isdigit, i.path)) for i in (s, t))
+    if counted_s == counted_t or max(s.level, t.level) == 2:
+        return False
+    return bool(region.block_of(s, 0) if counted_s else region.block_of(t, 1))
 
 
 def _renumber(path: str, numbers: Sequence[str]) -> str:
@@ -563,6 +565,9 @@ def _is_function(s: Item, t: Item) -> bool:
 
 def letters_apart(s: Item, t: Item, region: Region) -> bool:
     """Whether two items are named after different ones of the queries, keys, values and the output of an attention."""
+    names = spelled(own_name(s)), spelled(own_name(t))
+    if min(s.level, t.level) == 2:
+        return all(names) and not names[0] & names[1]
     ours, theirs = region.letters_of(s, 0), region.letters_of(t, 1)
     if ours != theirs and (ours ^ theirs) & region.shared_letters:
         return True
@@ -570,7 +575,6 @@ def letters_apart(s: Item, t: Item, region: Region) -> bool:
         return True
     if (ours and region.part_of(t, 1) == FEED) or (theirs and region.part_of(s, 0) == FEED):
         return True
-    names = spelled(own_name(s)), spelled(own_name(t))
     if max(s.level, t.level) == 2:
         return all(names) and not names[0] & names[1]
     if names[0] & names[1]:

@@ -27,7 +27,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from lit_wsl.matching.formula import is_query_or_key
 from lit_wsl.matching.shapes import is_turn, transposed
@@ -285,7 +285,7 @@ class Shown:
         if s not in (t, (*t[:-2], t[-1], t[-2])) or _is_looked_up(target):
             return
         self.turned = self.turned or turned
-        self.kept = self.kept or not (turned or _leaf(source) == "own")
+        self.kept = self.kept or not (turned or _leaf(source.leaf) == "own")
         for make in _makes(source, target):
             self.makes[make].add(turned if certain else None)
 
@@ -391,7 +391,7 @@ class Orientation:
         seen = self._nearest(_makes(s, t))
         if seen:
             return _only(seen)
-        same_make = _leaf(s) == _leaf(t) and len(core(s.shape)) == len(core(t.shape))
+        same_make = _leaf(s.leaf) == _leaf(t.leaf) and len(core(s.shape)) == len(core(t.shape))
         kernel = len(s.shape) != len(t.shape)  # of one by one, where there was a matrix, or the other way round
         return False if same_make and not self._seen.turned and (self._seen.kept or not kernel) else None
 
@@ -450,16 +450,18 @@ def _are_square(matrices: Sequence[ParameterInfo]) -> bool:
     return all(len(m.shape) == 2 and m.shape[0] == m.shape[1] for m in matrices)
 
 
-def _leaf(info: ParameterInfo) -> str:
+@lru_cache(maxsize=4096)
+def _leaf(leaf: str) -> str:
     """What a tensor is called inside its module: weight or kernel; any other name is one of its own."""
-    last = info.leaf.rpartition("_")[2]
+    last = leaf.rpartition("_")[2]
     return last if last in ("weight", "kernel") else "own"
 
 
 def _make(info: ParameterInfo) -> Make:
-    return info.module_type, _leaf(info), len(core(info.shape))
+    return info.module_type, _leaf(info.leaf), len(core(info.shape))
 
 
+@lru_cache(maxsize=100_000)
 def _around(path: str) -> tuple[str, ...]:
     """The pattern of what a module stands in."""
     return split_numbers(path.rpartition(".")[0])[0]

@@ -434,7 +434,7 @@ def align(
         twins = {place_s[s.name]: place_t[t] for t, s in names.items()}
     executed = tuple(info.execution_order for info in order_t)
     backwards = lists_backwards(root_s.lists, root_t.lists)
-    wraps = may_wrap((i.name for i in order_s), (i.name for i in order_t))
+    wraps = may_wrap(order_s, order_t)
     moved = moved_norms(root_s, root_t, sides.ordered)
     sides = replace(sides, execution=executed, heads=ends_of(order_t), twins=twins, backwards=backwards, wraps=wraps)
     sides = replace(sides, moved=moved)

@@ -306,9 +306,9 @@ class Region:
         )
 
 
-def may_wrap(source: Iterable[str], target: Iterable[str]) -> bool:
+def may_wrap(source: Iterable[ParameterInfo], target: Iterable[ParameterInfo]) -> bool:
     """Whether a layer of one side has the name of a module of the other, in which it may stand."""
-    modules = [{name.rpartition(".")[0] for name in names} for names in (source, target)]
+    modules = [{info.module_path for info in infos} for infos in (source, target)]
     called = [{path.rpartition(".")[2] for path in side if path} for side in modules]
     around = [{path.rsplit(".", 2)[-2] for path in side if "." in path} for side in modules]
     return not (called[0].isdisjoint(around[1]) and called[1].isdisjoint(around[0]))
@@ -465,21 +465,18 @@ def ends_of(infos: Sequence[ParameterInfo]) -> frozenset[int]:
     What stands in a part of the model beside two others, and not all of it, is no end: a branch, a gate. Nor is that
     beside which a norm of its outputs stands.
     """
-    matrices = [i.module_path.rpartition(".")[0] for i in infos if len(shape_key(i.shape)) >= 2]
+    matrices = [(k, i, i.module_path.rpartition(".")[0]) for k, i in enumerate(infos) if len(shape_key(i.shape)) >= 2]
     parts: Counter[str] = Counter()
-    for path, count in Counter(matrices).items():
+    for path, count in Counter(home for _, _, home in matrices).items():
         parts.update(dict.fromkeys(around(path), count))
     large = {part for part, count in parts.items() if part and 2 < count <= len(matrices) / 2}
     normed = {(i.module_path.rpartition(".")[0], *i.shape) for i in infos if i.leaf == "weight" and len(i.shape) == 1}
     found: set[int] = set()
     taken_in: set[int] = set()
-    for k, i in reversed(list(enumerate(infos))):
-        if len(shape_key(i.shape)) < 2:
-            continue
+    for k, i, home in reversed(matrices):
         is_map = "Embed" not in i.module_type and i.leaf in ("weight", "kernel")  # no table, no gates of a cell
         is_end = is_map and i.shape[0] > 1 and i.shape[0] not in taken_in
-        is_end = is_end and (i.module_path.rpartition(".")[0], i.shape[0]) not in normed
-        if is_end and large.isdisjoint(around(i.module_path.rpartition(".")[0])):
+        if is_end and (home, i.shape[0]) not in normed and large.isdisjoint(around(home)):
             found.add(k)
         taken_in.add(i.shape[1])
     return frozenset(found)

@@ -145,7 +145,7 @@ class Item:
     @cached_property
     def main(self) -> Item:
         """The largest tensor below; the first of equals."""
-        return max(self.tensors, key=lambda t: (t.numel, -t.start))
+        return max(self.tensors, key=lambda t: (t.numel, -t.start)) if self.children else self
 
 
 def _node(prefix: str, nodes: dict[str, dict[str, object]]) -> dict[str, object]:
@@ -417,15 +417,13 @@ def telling_words(families: Sequence[Family]) -> list[tuple[str, ...]]:
     words = [f.words for f in families]
     if len(words) < 2:
         return words
-    common = Counter(words[0])
-    for ws in words[1:]:
-        common &= Counter(ws)
+    common = {w: min(ws.count(w) for ws in words) for w in words[0]}
     out = []
     for ws in words:
-        left = Counter(common)
+        left = dict(common)
         kept = []
         for w in reversed(ws):  # the last parts of a path are the common ones more often than the first
-            if left[w] > 0:
+            if left.get(w, 0) > 0:
                 left[w] -= 1
             else:
                 kept.append(w)
