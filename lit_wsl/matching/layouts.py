@@ -262,8 +262,13 @@ class Shown:
     def __init__(self, matches: Sequence[Matched], doubts: Sequence[Doubted], tensors: tuple[Infos, Infos]) -> None:
         self.makes: dict[Make, set[bool | None]] = defaultdict(set)
         self.turned = self.kept = False
+        known: set[object] = set()
         for sources, targets, operations in matches:
             if len(sources) == len(targets) == 1 or _is_stack(sources, targets):
+                traits = (len(sources), len(targets), *_traits(sources[0]), *_traits(targets[0]))
+                if traits in known:
+                    continue
+                known.add(traits)
                 self._see(*_members(sources, targets), certain=True)
             else:
                 self._see_parts(sources, targets, operations)
@@ -334,6 +339,7 @@ class Orientation:
         self, matches: Sequence[Matched], doubts: Sequence[Doubted] = (), tensors: tuple[Infos, Infos] = ((), ())
     ) -> None:
         self._given = matches, doubts, tensors
+        self._judged: dict[object, tuple[tuple[Operation, ...] | None, str]] = {}
 
     @cached_property
     def _seen(self) -> Shown:
@@ -342,6 +348,15 @@ class Orientation:
 
     def judge(self, match: Matched) -> tuple[tuple[Operation, ...] | None, str]:
         """The operations of a match as they should be; ``None`` and the reason where nothing tells."""
+        sources, targets, operations = match
+        if not len(sources) == len(targets) == 1:
+            return self._judge(match)
+        key = (*_traits(sources[0]), *_traits(targets[0]), operations)
+        if key not in self._judged:
+            self._judged[key] = self._judge(match)
+        return self._judged[key]
+
+    def _judge(self, match: Matched) -> tuple[tuple[Operation, ...] | None, str]:
         sources, targets, operations = match
         if len({"Transpose" in i.module_type for i in (*sources, *targets) if "Conv" in i.module_type}) == 2:
             return None, OTHER_CONVOLUTION
@@ -455,6 +470,11 @@ def _leaf(leaf: str) -> str:
     """What a tensor is called inside its module: weight or kernel; any other name is one of its own."""
     last = leaf.rpartition("_")[2]
     return last if last in ("weight", "kernel") else "own"
+
+
+def _traits(info: ParameterInfo) -> tuple[object, ...]:
+    """All of a tensor that counts here."""
+    return _around(info.module_path), info.leaf, info.shape, info.module_type
 
 
 def _make(info: ParameterInfo) -> Make:
