@@ -277,15 +277,16 @@ def ablation() -> Iterator[str]:
         "queries, keys, values in another order (`qkv` for `kqv`). The minimum score is the user's `threshold`.\n\n"
     )
     yield from _switched_off(measured)
-    files = (f"ablation_guards_{name}.json" for name in ("third", "fourth", "gauntlet"))
-    measured = [d for d in map(load, files) if d]
+    files = ("ablation_guards_third.json", "ablation_guards_fourth.json", "ablation_guards_gauntlet.json")
+    measured = [d for d in map(load, (*files, "ablation_written.json")) if d]
     if not measured:
         return
     yield (
         f"The guards one by one, over {listed_counts(measured)}. A rule that said nothing of a pair is not switched off "
-        "there. *said*: the pairs of which it said something. *Open own name* measured nothing and is gone. The guards "
-        "that said nothing here were written for renamings by hand and for reports from the field; switched off on those "
-        "they were not measured one by one. *Words of a neighbour* is "
+        "there. *said*: the pairs of which it said something. *Open own name*, *levels of lists exchanged* and *inside out* "
+        "measured nothing and are gone; of lists within lists that exchanged their levels they held back right ones only. "
+        "Each guard that is left and measures nothing here holds back something that nothing else does, in a case of its "
+        "own that fails without it: most of those are in `test_replaced.py` and `test_dissent.py`. *Words of a neighbour* is "
         "held by `test_a_word_of_a_neighbour_is_no_word_where_only_one_side_says_before` and by the norms of "
         "`test_replaced.py`; *runs in another order* keeps what the model's own execution contradicts from going by order, "
         "at the price of some right ones (`test_order_decides_nothing_where_the_model_runs_otherwise`).\n\n"
@@ -295,7 +296,7 @@ def ablation() -> Iterator[str]:
 
 def listed_counts(measured: list[dict[str, Any]]) -> str:
     """How many pairs of which kind."""
-    names = ("random refactors of a third split", "of a fourth", "plans of the gauntlet")
+    names = ("random refactors of a third split", "of a fourth", "plans of the gauntlet", "renamings written by hand")
     return ", ".join(f"{d['pairs']:,} {name}" for d, name in zip(measured, names))
 
 

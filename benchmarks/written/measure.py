@@ -52,11 +52,16 @@ class Wanted:
     values: tuple[Tensor, ...]  # any of them is right; none: nothing belongs there
 
 
-def measure(case: Case) -> Result:
-    result, seed, start = Result(case), zlib.crc32(case.name.encode()), time.process_time()
+def sides(case: Case) -> tuple[nn.Module, nn.Module]:
+    """The old and the new module, not filled yet."""
     rows = list(rows_of(case.rows))
     old = build(((path, row.before) for row in rows for path in row.sources()), case.old_order)
-    new = build(((row.new, row.after) for row in rows if row.new != "-"), case.order)
+    return old, build(((row.new, row.after) for row in rows if row.new != "-"), case.order)
+
+
+def measure(case: Case) -> Result:
+    result, seed, start = Result(case), zlib.crc32(case.name.encode()), time.process_time()
+    rows, (old, new) = list(rows_of(case.rows)), sides(case)
     fill(old, seed)
     state = {name: tensor.clone() for name, tensor in old.state_dict().items()}
     truth = {name: wanted for row in rows if row.new != "-" for name, wanted in _truth(row, state)}

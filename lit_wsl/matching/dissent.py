@@ -71,7 +71,6 @@ LEFT_HOME = (
     "what one of them stands in is still there without it, and their names have nothing in common: it may be a new part"
 )
 LEFT_BLOCK = "one of them stands in a block, its attention or its feed-forward, and the other does not"
-INSIDE_OUT = "each holds a module that is called like the other: what was outside may be inside now"
 OTHER_MAKE = "one is a layer's weight and the other a tensor of its own, and their names have nothing in common"
 OTHER_VALUES = "one is named after a function of the other, so its values are different"
 RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
@@ -140,8 +139,6 @@ def _by_names(s: Item, t: Item, region: Region) -> str:
         return OTHER_TOWER
     if _left_home(s, t, region):
         return LEFT_HOME
-    if min(s.level, t.level) == 2 and _is_inside_out(s, t):
-        return INSIDE_OUT
     if _are_lists_exchanged(s, t, region):
         return OTHER_NUMBER
     if _is_of_other_make(s, t, region):
@@ -469,15 +466,6 @@ def _is_member_beside_like(ours: Item, theirs: Item, s: Item, t: Item) -> bool:
         return False
     inside = [c for c in whole.children if c.level == 2 and relative(c, whole).partition(".")[0].isdigit()]
     return len(inside) > 1 and any(c is member for c in inside)
-
-
-def _is_inside_out(s: Item, t: Item) -> bool:
-    """Whether each of two modules holds one that is called like the other: ``stages.0.cells``, ``cells.0.stages``."""
-    names = [i.path.rpartition(".")[2] for i in (s, t)]
-    if names[0] == names[1] or not all(any(len(w) > 2 for w in plain_words(name)) for name in names):
-        return False
-    inside = [{part for name in i.names for part in name.split(".")[1:-1]} for i in (s, t)]
-    return names[0] in inside[1] and names[1] in inside[0]
 
 
 def _are_lists_exchanged(s: Item, t: Item, region: Region) -> bool:

@@ -14,7 +14,6 @@ from lit_wsl.matching.likeness import (
     count_by_roles,
     liken,
     paired_by_roles,
-    strength,
 )
 from lit_wsl.matching.regions import Region
 from lit_wsl.matching.tree import Family, Item, owner_path, relative, telling_words
@@ -35,7 +34,7 @@ def number_map(
         return None
     if crosswise := _crosswise(f, g):
         return crosswise, NUMBERS
-    if _levels_exchanged(f, g) or _may_be_crosswise(f, g):
+    if _may_be_crosswise(f, g):
         return None
     ours, theirs = (counted(fam.members[0].path)[-1:] for fam in (f, g))
     if ours and theirs and (_list_name(ours[0][0]), _list_name(theirs[0][0])) in backwards:
@@ -121,44 +120,6 @@ def _may_be_crosswise(f: Family, g: Family) -> bool:
     listed = [name.isdigit() for name in names]
     rows = [[c.profile_key for c in m.children if c.level < 2 == m.level] for fam in (f, g) for m in fam.members]
     return any(layers) and any(listed) and all(len(row) == len(f.members) and len(set(row)) == 1 for row in rows)
-
-
-def _levels_exchanged(f: Family, g: Family) -> bool:
-    """Whether of two lists, one in the other, the inner one may be the outer one on the other side.
-
-    Their lengths tell; where both have one length, their names may.
-    """
-    if len(f.axes()) < 2 or len(f.axes()) != len(g.axes()):
-        return False
-    ours, theirs = _ranks(f), _ranks(g)
-    if ours != theirs:
-        return True
-    if ours != sorted(n[::-1] for n in ours):
-        return False
-    (a, *_, b), (c, *_, d) = _list_names(f), _list_names(g)
-    crosswise, straight = _share(a, d) or _share(b, c), _share(a, c) or _share(b, d)
-    layers = [any(w in LAYER_NAMES or "norm" in w for w in words) for words in (a, b, c, d)]
-    return not straight and (crosswise or layers in ([True, False, False, True], [False, True, True, False]))
-
-
-def _share(ours: set[str], theirs: set[str]) -> bool:
-    return any(strength(a, b)[1] > 1 for a in ours for b in theirs)
-
-
-def _ranks(f: Family) -> list[tuple[int, ...]]:
-    """Which place each member has in each of the lists that it stands in."""
-    numbers = {a: sorted({n[a] for n in f.numbers}) for a in f.axes()}
-    return sorted(tuple(row.index(n[a]) for a, row in numbers.items()) for n in f.numbers)
-
-
-def _list_names(f: Family) -> list[set[str]]:
-    """By each list that the members stand in the words of its name."""
-    names: list[set[str]] = [set()]
-    for word in f.pattern:
-        names[-1].add(word)
-        if word == "#":
-            names.append(set())
-    return [names[a] - {"#"} for a in f.axes()]
 
 
 def _direction(items: Sequence[Item]) -> int:

@@ -16,6 +16,7 @@ from lit_wsl import transfer_weights
 
 KINDS: Mapping[str, Callable[..., nn.Module]] = {
     "linear": nn.Linear,
+    "matrix": lambda a, b: nn.Linear(a, b, bias=False),
     "table": nn.Embedding,
     "norm": nn.LayerNorm,
     "batch": nn.BatchNorm2d,
@@ -540,3 +541,81 @@ def test_a_prefix_is_no_longer_list_where_a_head_beside_it_was_dropped():
 def test_a_word_in_another_word_is_not_the_same(names):
     old, new = (f"trunk.0 linear 6 6\ntrunk.1 linear 6 6\nheads.{name}.fc1 linear 8 7\n" for name in names)
     transferred(old, new.replace("linear 8 7", "linear 8 7 <- new"))
+
+
+HELD_BACK = {  # by the guard that holds it back, and nothing else does: an old network and a new one
+    "order: lists cut": (
+        "a linear 3 4\nb linear 4 8\n" + "".join(f"layers.{k} linear 8 8\n" for k in range(4)) + "head linear 8 3",
+        """
+        a linear 3 4
+        b linear 4 8
+        fine.0 linear 8 8 <- layers.0
+        fine.1 linear 8 8 <- layers.2
+        coarse.0 linear 8 8 <- layers.1
+        coarse.1 linear 8 8 <- layers.3
+        head linear 8 3
+        """,
+    ),
+    "order: namesakes moved": (
+        "a linear 3 4\nb linear 4 8\nnorm0 norm 8\nnorm1 norm 8\nnorm2 norm 8\nhead linear 8 3",
+        """
+        a linear 3 4
+        b linear 4 8
+        norm2 norm 8
+        norm3 norm 8 <- new
+        norm4 norm 8 <- new
+        head linear 8 3
+        """,
+    ),
+    "letters of twins": (
+        "stem linear 4 8\ngen_a.up linear 8 16\ngen_a.down linear 16 8\ngen_b.up linear 8 24\ngen_b.down linear 24 8",
+        """
+        stem linear 4 8
+        net_b.up linear 8 16 <- new
+        net_b.down linear 16 8 <- new
+        net_a.up linear 8 24 <- new
+        net_a.down linear 24 8 <- new
+        """,
+    ),
+    "a module left without its layer": (
+        "stem linear 3 8\n"
+        + "".join(
+            f"layers.{k}.enter linear 8 16\nlayers.{k}.ff.inner linear 8 32\n"
+            f"layers.{k}.side.gate linear 8 32\nlayers.{k}.ff.side linear 8 16\n"
+            for k in range(2)
+        )
+        + "last linear 8 5",
+        "stem linear 3 8\n"
+        + "".join(
+            f"layers.{k}.enter linear 8 16\nlayers.{k}.mlp.inner linear 8 32 <- layers.{k}.ff.inner\n"
+            f"layers.{k}.ff.key linear 8 32 <- new\nlayers.{k}.mlp.up linear 8 16 <- layers.{k}.ff.side\n"
+            for k in range(2)
+        )
+        + "last linear 8 5",
+    ),
+    "its own path, in another size": (
+        "stem linear 3 8\nnet.up.enter linear 8 16\nnet.up.extra linear 8 24\n"
+        "net.side.extra linear 8 32\nlast linear 8 5",
+        """
+        stem linear 3 8
+        net.up.enter linear 8 16
+        net.up.groups linear 8 32 <- new
+        net.up.stages linear 8 24 <- new
+        net.up.extra linear 8 32 <- net.side.extra
+        last linear 8 5
+        """,
+    ),
+}
+
+
+@pytest.mark.parametrize("guard", HELD_BACK)
+def test_each_guard_holds_back_what_nothing_else_does(guard: str):
+    transferred(*HELD_BACK[guard])
+
+
+def test_a_square_beside_matrices_that_are_turned_by_their_names_stays_open():
+    old = "".join(f"mlp.{k}.cells matrix 8 24\nmlp.{k}.proj matrix 8 8\nmlp.{k}.mix matrix 24 8\n" for k in range(2))
+    new = "".join(f"ffn.{k}.mix matrix 8 24\nffn.{k}.stages matrix 24 8\nffn.{k}.proj matrix 8 8\n" for k in range(2))
+    parts = "stem linear 3 8\n"
+    plan = transfer_weights(network(parts + new), network(parts + old).state_dict(), min_coverage=0.0).plan
+    assert not [name for name in plan.by_target if name.endswith("proj.weight")]
