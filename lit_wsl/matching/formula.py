@@ -62,7 +62,7 @@ def letters_below(root: Item) -> Letters:
         named = [(u, letters) for u in units if (letters := u.letters)]
         wholes = frozenset[str]().union(*(letters for _, letters in named if len(letters) > 1))
         named = [(u, letters) for u, letters in named if len(letters) > 1 or not letters <= wholes]  # v1 beside kv
-        named = [(u, letters) for u, letters in named if not _has_namesake(u, letters, named)]  # v1 beside value
+        named = [(u, letters) for u, letters in named if not _is_of_another_manner(u, letters, named)]  # v1 beside value
         if len({x for _, letters in named for x in letters}) > 1:
             found |= {u.name: letters for u, letters in named}
             outputs = _outputs([u for u in units if u.unit.rank >= 2 and not u.letters], [u for u, _ in named])
@@ -100,7 +100,7 @@ class Named:
         return tuple(w for w in path_tokens(self.name.partition(".")[0]) if not _letters_in(w))
 
 
-def _has_namesake(unit: Named, letters: frozenset[str], named: Sequence[tuple[Named, frozenset[str]]]) -> bool:
+def _is_of_another_manner(unit: Named, letters: frozenset[str], named: Sequence[tuple[Named, frozenset[str]]]) -> bool:
     """Whether another unit stands for the same letter, and only that is called in the manner of the other letters."""
     manners = {u.manner for u, others in named if others.isdisjoint(letters)}
     return unit.manner not in manners and any(u.manner in manners for u, others in named if others == letters)
