@@ -198,7 +198,7 @@ def unwrapped(source: Sequence[ParameterInfo], target: Sequence[ParameterInfo]) 
     """Relative paths; where most of one side is all of a module of the other (``backbone.``), as seen from there."""
     paths = relative_paths(source), relative_paths(target)
     shapes = [{path[i.name]: i.shape for i in infos} for path, infos in zip(paths, (source, target))]
-    same = len(shapes[0].items() & shapes[1].items())
+    same = sum([shapes[1].get(path) == shape for path, shape in shapes[0].items()])
     if any(name != path for side in paths for name, path in islice(side.items(), 1)):  # all stand in one module
         whole = [{i.name: i.shape for i in infos} for infos in (source, target)]
         named = len(whole[0].items() & whole[1].items())

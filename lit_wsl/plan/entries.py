@@ -171,10 +171,7 @@ class SideSummary:
 
 def fingerprint(tensors: Iterable[tuple[str, Shape]]) -> str:
     """What tells a side from others: a digest over all names and shapes, in order."""
-    digest = hashlib.sha256()
-    for name, shape in tensors:
-        digest.update(f"{name}\0{shape}\0".encode())
-    return digest.hexdigest()
+    return hashlib.sha256("".join([f"{name}\0{shape}\0" for name, shape in tensors]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
