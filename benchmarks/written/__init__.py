@@ -7,6 +7,7 @@
     groups.py        whole parts beside each other: other orders, copies, towers
     moves.py         layers that were moved, renumbered, fused or split
     manners.py       blocks that two code bases call each in a manner of its own, drawn at random
+    replaced.py      parts and lists that gave way to others of the same shapes
     measure.py       one case, loaded and compared with the truth
     report.py        many cases, summed up
 

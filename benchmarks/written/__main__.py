@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.written import groups, manners, moves, siblings
+from benchmarks.written import groups, manners, moves, replaced, siblings
 from benchmarks.written.case import FOLDER, Case, text_cases
 from benchmarks.written.measure import measure
 from benchmarks.written.report import as_json, kinds, table, totals
@@ -41,6 +41,8 @@ EVERY = (
     (moves.gates, 3),
     (moves.lists, 2),
     (manners.blocks, 1),
+    (replaced.parts, 1),
+    (replaced.lists, 1),
 )
 """What yields ideas, each as the list of its variants; of so many variants one is run."""
 

@@ -28,15 +28,10 @@ from lit_wsl.matching.dissent import (
     OTHER_LETTER,
     OTHER_MAKE,
     OUT_OF_ORDER,
-    RENAMED_ALONE,
     STRONG,
     against,
-    are_kept_apart,
     are_opposite,
-    are_others,
     letters_apart,
-    other_head,
-    renamed_alone,
 )
 from lit_wsl.matching.learned import FEW, Learned, are_partners, ascending
 from lit_wsl.matching.likeness import (
@@ -69,6 +64,7 @@ from lit_wsl.matching.numbers import (
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import MOVED, ORDER, ORDER_ALONE, is_moved
 from lit_wsl.matching.regions import Decision, Pair, Region, Sides, Tie, other_name
+from lit_wsl.matching.replaced import RENAMED_ALONE, are_kept_apart, are_others, other_head, renamed_alone
 from lit_wsl.matching.risks import may_load, refusal
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts, cut_by_shapes, transpose_shape
 from lit_wsl.matching.tree import (

@@ -7,45 +7,31 @@ pair; any of them leaves it open.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations, pairwise
 
 from lit_wsl.matching.formula import spelled
-from lit_wsl.matching.learned import Learned, Renames
 from lit_wsl.matching.likeness import (
     BACK,
-    BLOCKS,
-    CALLED,
-    ENDS,
-    FORMULA,
     FRONT,
     HALF_WORDS,
     INITIALS,
     LETTERS,
-    LISTS,
     NEAR_WORDS,
-    NOTHING,
     SHORT_WORDS,
     SIDES,
-    TASKS,
-    WHOLES,
     WORDS,
-    called_otherwise,
     contrast,
     liken,
-    of_one_role,
     own_name,
-    own_words,
-    same_role,
-    strength,
 )
 from lit_wsl.matching.numbers import BEHIND, counted_apart, counted_down, place_by
 from lit_wsl.matching.regions import FEED, Pair, Region, makes_of, other_name
+from lit_wsl.matching.replaced import TOWER, are_of_one_role, is_listed
 from lit_wsl.matching.tree import (
     ROLES,
     Item,
-    owner_path,
     place_in,
     relative,
     role_of,
@@ -73,14 +59,11 @@ LEFT_HOME = (
 LEFT_BLOCK = "one of them stands in a block, its attention or its feed-forward, and the other does not"
 OTHER_MAKE = "one is a layer's weight and the other a tensor of its own, and their names have nothing in common"
 OTHER_VALUES = "one is named after a function of the other, so its values are different"
-RENAMED_ALONE = "everything beside them kept its name, and only theirs mean different things: it may be a new part"
 NEIGHBOUR = "what their names have in common names the modules beside them: that decides nothing alone"
 OUT_OF_ORDER = "little speaks for it, and they stand in another order than what is decided around them"
 NAMELESS_ORDER = "nothing around them is decided, their names have nothing in common, and order alone does not decide"
 FUNCTIONS = ("log", "exp", "inv", "sqrt", "neg")
 TWINS = frozenset("abxy")  # letters at the end of a name that tell twins apart
-TOWER = 6  # tensors of a network that stands beside others: exchanged, it would be lost as a whole
-KEPT = 3  # so many siblings of the same name, and none of another, show that names were kept
 
 
 def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -> str:
@@ -241,25 +224,6 @@ def _renumber(path: str, numbers: Sequence[str]) -> str:
     return re.sub(r"\d+", lambda found: next(rest, found[0]), path)
 
 
-def other_head(s: Item, t: Item, heads: Collection[int]) -> bool:
-    """Whether two units stand at the end of their models and are named after different things.
-
-    Args:
-        s: A unit of the source.
-        t: A unit of the target.
-        heads: Ordinals of the target's matrices at its ends.
-    """
-    paths = {i.path.replace("_", "").lower() for i in (s, t)}
-    if t.start not in heads or max(s.level, t.level) == 2 or len(paths) == 1:
-        return False
-    if any(part.isdigit() for i in (s, t) for part in owner_path(i.main.path).split(".")):
-        return False
-    letters = [set(own_name(i)) if len(own_name(i)) > 1 else set() for i in (s, t)]  # alone it may be anything
-    ends = ENDS - TASKS if len(heads) > 1 else ENDS
-    apart = [{w for w in own_words(i) - ends if len(w) > 1 or w in ls} for i, ls in zip((s, t), letters)]
-    return all(apart) and not any(strength(a, b)[0] >= 0.6 for a in apart[0] for b in apart[1])
-
-
 def _repeats_elsewhere(p: Pair, region: Region) -> bool:
     """Whether two modules are made of blocks that stand elsewhere, too, and one side has more of them."""
     if p.source.level < 2 or p.target.level < 2:
@@ -270,138 +234,6 @@ def _repeats_elsewhere(p: Pair, region: Region) -> bool:
         count > 1 and max(ours[make], theirs[make]) > count and ours[make] != theirs[make]
         for make, count in inside.items()
     )
-
-
-def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
-    """Whether only these two are called after different things: all siblings kept their names, or all else its meaning.
-
-    A new part of the same size is called after what it is for; a code base that is renamed is renamed at many places.
-    """
-    if not _renamed_to_other(p.source, p.target, region):
-        return False
-    if _is_only_new_name(p.source, p.target, region):
-        return True
-    siblings = learned.renames.beside(region, p.source, p.target)
-    unit = max(p.source.level, p.target.level) < 2
-    if unit and len(siblings) >= KEPT and not any(ours != theirs for ours, theirs in siblings):
-        return True
-    others = learned.renames.all_but(p.source, p.target)
-    if not others or _may_have_any_name(p.source, p.target):
-        return False
-    if not any(ours != theirs for ours, theirs in others):
-        return True
-    small = len(p.source.tensors) < TOWER and len(others) >= KEPT
-    if not small or is_listed(p.source, p.target):  # what all blocks have is no new part
-        return False
-    return not any(_are_renamed(ours, theirs) for ours, theirs in others)
-
-
-def _are_renamed(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:
-    """Whether one thing is called after different things on the two sides, as far as its names say what it is for."""
-    known = ours == theirs or of_one_role(ours, theirs) or _are_called_one(ours, theirs)
-    return not known and mean_otherwise(ours, theirs)
-
-
-def _is_only_new_name(s: Item, t: Item, region: Region) -> bool:
-    """Whether all other units of the module that two units stand in have the same names on both sides.
-
-    Where they are many, a member of a list would have kept its number.
-    """
-    if max(s.level, t.level) == 2:
-        return False
-    homes = tuple(known.get(id(i)) for known, i in zip(region.homes, (s, t)))
-    for around in (homes, (region.source, region.target)):
-        names = [{_last_parts(u) for u in home.units if u is not i} for home, i in zip(around, (s, t)) if home]
-        enough = KEPT if _may_have_any_name(s, t) else KEPT - 1
-        if len(names) == 2 and names[0] == names[1] and len(names[0]) >= enough:
-            return True
-    return False
-
-
-def is_listed(s: Item, t: Item) -> bool:
-    """Whether a number stands in the path of either."""
-    return any(c.isdigit() for i in (s, t) for c in i.path)
-
-
-def _last_parts(unit: Item) -> str:
-    return ".".join(owner_path(unit.main.path).split(".")[-2:])
-
-
-def _may_have_any_name(s: Item, t: Item) -> bool:
-    """Whether only one is a member of a list, or both are a whole of two kinds: ``yolo_net``, ``resnet_net``."""
-    listed = {i.path.rpartition(".")[2].isdigit() for i in (s, t)}
-    return len(listed) == 2 or bool({*own_name(s)} & {*own_name(t)} & WHOLES)
-
-
-def _renamed_to_other(s: Item, t: Item, region: Region) -> bool:
-    """Whether two names mean different things, and neither is the other, wrapped."""
-    ours, theirs = own_name(s), own_name(t)
-    if ours == theirs and NOTHING.issuperset(ours) and max(s.level, t.level) < 2:  # image_net.fc1, text_net.fc1
-        ours, theirs = (tuple(plain_words(place_in(i, r))) for i, r in ((s, region.source), (t, region.target)))
-        return mean_otherwise(ours, theirs)
-    if set(ours) <= set(own_name(t, 2)) or set(theirs) <= set(own_name(s, 2)):
-        return max(s.level, t.level) < 2 <= min(s.rank, t.rank) and not is_listed(s, t) and _is_for_more(ours, theirs)
-    return mean_otherwise(ours, theirs) and not _alike_inside(s, t)
-
-
-def _is_for_more(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """Whether one of two last layers is called after what it is for, and the other is not: ``rotation_classifier``."""
-    more, shared = {*ours} ^ {*theirs}, {*ours} & {*theirs}
-    return bool(shared) and shared <= ENDS and any(len(w) > 1 and w not in NOTHING | BLOCKS for w in more)
-
-
-def _alike_inside(s: Item, t: Item) -> bool:
-    """Whether two units are known for one role, or two large modules hold something of one name or role.
-
-    The insides of two small ones are called alike wherever they are of one class.
-    """
-    if max(s.level, t.level) < 2:
-        return _are_of_one_role(s, t)
-    if _are_called_one(own_name(s), own_name(t)):
-        return True
-    lists = {*own_name(s)} & {*own_name(t)} & LISTS  # lstm_layers, attn_layers
-    large = min(len(i.tensors) for i in (s, t)) >= TOWER and not lists
-    names = zip(*([plain_words(place_in(u, i)) for u in i.units] for i in (s, t)))
-    return any((a == b and a and large) or of_one_role(a, b) for a, b in names)
-
-
-def mean_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """Whether both names hold words that tell something, and that the other one lacks."""
-    likeness = liken(ours, theirs)
-    left = (ours, likeness.left_s), (theirs, likeness.left_t)
-    return all(
-        any((len(w) > 1 or w in FORMULA or len(name) > 1) and w not in NOTHING for w in words) for name, words in left
-    )
-
-
-def are_kept_apart(s: Item, t: Item) -> bool:
-    """Whether each of two names outside of all lists says something more, be it by a letter: ``x_mean, z_mean``."""
-    likeness = liken(own_name(s), own_name(t))
-    return bool(likeness.left_s and likeness.left_t) and not is_listed(s, t)
-
-
-def are_others(s: Item, t: Item, renames: Renames, *, fixed: bool, told: bool = False) -> bool:
-    """Whether the last two left are no partners: their siblings kept their paths, or names told these apart.
-
-    Args:
-        s: Of the source.
-        t: Of the target.
-        renames: Which names changed.
-        fixed: Whether others of their size have the same path on both sides.
-        told: Whether names told others of their size apart.
-    """
-    whole = told and min(s.level, t.level) == 2 and not renames.are_all(s, t)
-    if (fixed and are_kept_apart(s, t)) or ((fixed or whole) and called_otherwise(s, t)):
-        return True
-    return (fixed or told) and _is_something_else(s, t)
-
-
-def _is_something_else(s: Item, t: Item) -> bool:
-    """Whether two units outside of all lists are called after different things; norms say only where they stand."""
-    names = own_name(s), own_name(t)
-    if is_listed(s, t) or of_one_role(*names) or _are_called_one(*names):
-        return False
-    return mean_otherwise(*([w for w in name if w not in SIDES and "norm" not in w] for name in names))
 
 
 def _has_namesake(s: Item, t: Item, region: Region) -> bool:
@@ -528,18 +360,7 @@ def _is_of_other_make(s: Item, t: Item, region: Region) -> bool:
         return False
     if is_listed(s, t):
         return False  # blocks are written by hand here and built of layers there
-    return bool(other_name(s, t, region)) and not _are_of_one_role(s, t)
-
-
-def _are_of_one_role(s: Item, t: Item) -> bool:
-    """Whether two layers are known for one role, or two tables hold words or positions."""
-    return same_role(owner_path(s.main.path), owner_path(t.main.path)) or _are_called_one(own_name(s), own_name(t))
-
-
-def _are_called_one(ours: Collection[str], theirs: Collection[str]) -> bool:
-    """Whether two names are two of those that one thing goes by."""
-    telling = [{*name} - NOTHING for name in (ours, theirs)]
-    return all(telling) and any(telling[0] | telling[1] <= names for names in CALLED)
+    return bool(other_name(s, t, region)) and not are_of_one_role(s, t)
 
 
 def _is_function(s: Item, t: Item) -> bool:

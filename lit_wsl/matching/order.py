@@ -14,7 +14,7 @@ from itertools import combinations
 
 from rapidfuzz.distance import Levenshtein
 
-from lit_wsl.matching.dissent import KEPT, TOWER, are_front_and_end, mean_otherwise
+from lit_wsl.matching.dissent import are_front_and_end
 from lit_wsl.matching.learned import Renames, ascending
 from lit_wsl.matching.likeness import (
     BACK,
@@ -25,6 +25,7 @@ from lit_wsl.matching.likeness import (
 )
 from lit_wsl.matching.numbers import BEHIND, counted_apart, told_otherwise
 from lit_wsl.matching.regions import Pair, Region, Tie
+from lit_wsl.matching.replaced import KEPT, TOWER, mean_otherwise
 from lit_wsl.matching.tree import (
     Family,
     Item,

@@ -16,6 +16,7 @@ WIDTH = 8
 MAKES = {"map": lambda: nn.Linear(WIDTH, WIDTH), "whole": lambda: nn.Linear(WIDTH, 3 * WIDTH)}
 MAKES |= {"pair": lambda: nn.Linear(WIDTH, 2 * WIDTH), "norm": lambda: nn.LayerNorm(WIDTH)}
 MAKES |= {"table": lambda: nn.Embedding(19, WIDTH), "head": lambda: nn.Linear(WIDTH, 4)}
+MAKES |= {"up": lambda: nn.Linear(4, WIDTH), "slim": lambda: nn.Linear(WIDTH, 6), "slim_norm": lambda: nn.LayerNorm(6)}
 Row = tuple[str, str]  # what a layer is called and what it is
 
 
@@ -224,6 +225,39 @@ def test_a_list_that_alone_was_renamed_may_be_another(blocks: int, ordered: bool
     wrong, right = wrong_and_right(one, other, ordered=ordered)
     assert not wrong
     assert right == {"table", "norm", "head"}
+
+
+REST = {"attn.qkv": "whole", "attn.proj": "map", "norm1": "norm", "norm2": "norm", "mlp.fc1": "pair"}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("lists", ["layers blocks", "blocks blocks", "encoder.h net.trunk"])
+@pytest.mark.parametrize("names", ["adapter cond", "rel_proj depth_proj", "se router", "prior_mlp side_mlp"])
+def test_a_part_of_every_block_that_alone_has_another_name_may_be_another(names: str, lists: str, ordered: bool):
+    rest = " ".join(f"{{0}}.#.{name}:{make}:{name}" for name, make in REST.items())
+    sides = []
+    for side, (blocks, part) in enumerate(zip(lists.split(), names.split())):
+        rows = f"stem:table {rest} {{0}}.#.{part}:head:{part}{side} head:head"
+        sides.append(network(rows.format(blocks), range(2)))
+    wrong, right = wrong_and_right(*sides, ordered=ordered)
+    assert not wrong
+    assert {"table", "head", "0.mlp.fc1", "1.attn.qkv"} <= right
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("manner", ["{}_blocks", "{}.layers", "net.{}"])
+@pytest.mark.parametrize("names", ["decoder predictor", "flow denoiser", "critic reward_model"])
+def test_a_list_beside_another_one_that_alone_has_another_name_may_be_another(names: str, manner: str, ordered: bool):
+    rest = " ".join(f"blocks.#.{name}:{make}:{name}" for name, make in REST.items())
+    sides = []
+    for name in names.split():
+        path = manner.format(name)
+        listed = network(f"{path}.#.attn.in_proj:head:{name}1 {path}.#.attn.out:up:{name}2", range(2))
+        around = {f"{name}_embed": ("slim", name), f"{name}_norm": ("slim_norm", f"{name}_norm")}
+        sides.append(network(f"stem:table {rest} head:head", range(2)) | around | listed)
+    wrong, right = wrong_and_right(*sides, ordered=ordered)
+    assert not wrong
+    assert {"table", "head", "1.attn.qkv", "0.norm1"} <= right
 
 
 def test_initials_pair_nothing_that_the_user_forbids():
