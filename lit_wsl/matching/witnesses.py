@@ -172,8 +172,9 @@ def unrest(slopes: Tensor) -> float:
 
 def unrest_of(products: Tensor) -> float:
     """The same by the products ``(n, n)`` of the gradients."""
-    common = float(_size_of_mean(products).mean())
-    noise = (float(products.diagonal().mean()) - common) / len(products)
+    count, own = len(products), float(products.trace())
+    common = (float(products.sum()) - own) / (count * (count - 1))  # the mean of the jackknife's pseudo-values
+    noise = (own / count - common) / count
     return common / noise if noise > 0 else math.inf
 
 

@@ -74,6 +74,7 @@ class Undisturbed:
     """What can be said and done about a module while it is kept as it was."""
 
     wrote: Callable[[], bool]  # tells whether an operation wrote to one of its tensors
+    changed: Callable[[], bool]  # tells whether its modules' attributes, or containers there, hold something else
     put_back: Callable[[], None]  # puts attributes, containers and buffers back for another run in eval mode
     numbers: tuple[Any, Any]  # states of the generators of Python and NumPy at the start
 
@@ -107,7 +108,7 @@ def undisturbed(module: nn.Module, *, guard: bool = True) -> Iterator[Undisturbe
 
     with ExitStack() as stack:
         numbers = stack.enter_context(preserved_rng(module))
-        restore_modules = stack.enter_context(_preserved_modules(module))
+        changed, restore_modules = stack.enter_context(_preserved_modules(module))
         if hasattr(torch.compiler, "set_stance") and "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         writes = stack.enter_context(WriteGuard(module)) if guard else None
@@ -120,7 +121,7 @@ def undisturbed(module: nn.Module, *, guard: bool = True) -> Iterator[Undisturbe
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             module.eval()
-            yield Undisturbed(lambda: writes is not None and writes.wrote, put_back, numbers)
+            yield Undisturbed(lambda: writes is not None and writes.wrote, changed, put_back, numbers)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             if writes is not None:
@@ -197,8 +198,12 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 
 @contextmanager
-def _preserved_modules(module: nn.Module) -> Iterator[Callable[[], None]]:
-    """Put back what the modules' attributes refer to, and the content of containers and objects there, also at call."""
+def _preserved_modules(module: nn.Module) -> Iterator[tuple[Callable[[], bool], Callable[[], None]]]:
+    """Put back what the modules' attributes refer to, and the content of containers and objects there, also at call.
+
+    Yields:
+        What tells whether an attribute or a container holds something else than in eval mode, and what puts all back.
+    """
     saved: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
     containers: list[tuple[Any, Any]] = []
     others: list[Any] = []
@@ -211,8 +216,14 @@ def _preserved_modules(module: nn.Module) -> Iterator[Callable[[], None]]:
                 others.extend(inside if len(value) <= _LIMIT else ())
             else:
                 others.append(value)
-    others = [value for value in others if not isinstance(value, (*_SKIP, Tensor, nn.Module))]
-    objects = list(_walk(others))
+    plain = (*_SKIP, Tensor, nn.Module)
+    objects = list(_walk([value for value in others if not isinstance(value, plain)]))
+
+    def changed() -> bool:
+        mode = {"training": False}
+        held = ((vars(sub), own | mode if "training" in own else own) for sub, _, own in saved)
+        same = all(type(sub) is kind for sub, kind, _ in saved)
+        return not same or not all(_holds(*both) for both in (*held, *containers))
 
     def restore() -> None:
         for sub, kind, attributes in saved:
@@ -225,7 +236,7 @@ def _preserved_modules(module: nn.Module) -> Iterator[Callable[[], None]]:
             put_back()
 
     try:
-        yield restore
+        yield changed, restore
     finally:
         restore()
 
@@ -276,12 +287,13 @@ def _walk(queue: list[Any]) -> Iterator[Callable[[], Any]]:
     import numpy
 
     seen: set[int] = set()
+    plain = (*_SKIP, torch.Tensor, numpy.ndarray)
     pending = collections.deque(queue)
     while pending and len(seen) < _LIMIT:
         value = pending.popleft()
         if isinstance(value, types.MethodType):  # a bound method is its object's state
             value = value.__self__
-        if isinstance(value, (*_SKIP, torch.Tensor, numpy.ndarray)) or id(value) in seen or _is_code(value):
+        if isinstance(value, plain) or id(value) in seen or _is_code(value):
             continue
         seen.add(id(value))
         if isinstance(value, torch.Generator):
