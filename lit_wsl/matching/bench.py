@@ -51,13 +51,10 @@ class Bench:
     @cached_property
     def depend(self) -> bool:
         """Whether what a sample loses depends on the samples beside it, as in contrastive losses."""
-        size = self.meter.size(0)
-        if self.meter.in_pieces or size < 2 * FEW:
+        if self.meter.in_pieces or self.meter.size(0) < 2 * FEW:
             return False
         alone = self.meter.losses({}, 0, 0, FEW)
-        whole = list(self.fresh)[: len(alone)]
-        floor = 1e-2 * abs(mean(whole))
-        return min(risk_of(alone, whole, floor), risk_of(whole, alone, floor)) < RISK
+        return _differ(alone, list(self.fresh)[: len(alone)])
 
     def losses(self, plan: TransferPlan) -> list[float]:
         """The losses of the model that a plan fills."""
@@ -92,8 +89,8 @@ class Bench:
     def _gain(self, state: Mapping[str, Tensor], halves: Halves) -> float:
         """By how much the loss on half of a batch falls after a step down its gradient on the other half."""
         meter, size = self.meter, self.meter.size(0)
-        half = -(-size // 2)
-        if meter.passes + (2 + len(STEPS)) / 2 + LAST > MOST:
+        half, size = (1, 2) if meter.by_batch else (-(-size // 2), size)
+        if meter.passes + (2 + len(STEPS)) / (1 if meter.by_batch else 2) + LAST > MOST:
             return math.inf
         _, slopes = halves[0] if halves else next(iter(meter.gradients(state, 0, 2)))
         weights = {name: p.detach() for name, p in meter.model.named_parameters(remove_duplicate=False)} | dict(state)
@@ -123,9 +120,8 @@ class Bench:
         if before - after > self.spread:
             return True
         for count, risk in ((2, RISK), (5, RISK / 10)):
-            if (
-                len(self.starts) < count and self.meter.passes + count - len(self.starts) > MOST - 1
-            ):  # the last is for the verdict
+            more = max(0, count - len(self.starts)) * self.meter.unit
+            if more and self.meter.passes + more > MOST - 1:  # the last is for the verdict
                 return False
             while len(self.starts) < count:
                 start = _shuffled(self.meter.model, 1 + len(self.starts))
@@ -136,6 +132,21 @@ class Bench:
             if float(stdtr(count, -(mean(starts) - end) / max(spread, 1e-12))) < risk:
                 return True
         return False
+
+
+def fresh_losses(meter: LossMeter) -> list[float]:
+    """What the model loses as it is; of whole batches where their pieces lose something else."""
+    found = meter.losses({}, 0)
+    if meter.in_pieces and len(found) > 2 and _differ(found, [meter.whole] * len(found)):
+        meter.take_whole_batches()
+        found = meter.losses({}, 0)
+    return found
+
+
+def _differ(some: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether losses of the same samples are others, for more than a hundredth."""
+    floor = 1e-2 * abs(mean(others))
+    return min(risk_of(some, others, floor), risk_of(others, some, floor)) < RISK
 
 
 def values(entries: Iterable[PlanEntry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_wsl.errors import listed
 from lit_wsl.matching.balance import MARGIN, Balance
-from lit_wsl.matching.bench import DOUBT, GAIN, Bench, mean, values
+from lit_wsl.matching.bench import DOUBT, GAIN, Bench, fresh_losses, mean, values
 from lit_wsl.matching.changes import Choice, carried, questions
 from lit_wsl.matching.entries import (
     STILL_OPEN,
@@ -81,7 +81,7 @@ def _judge(
     meter: LossMeter,
     budget: Budget,
 ) -> TransferPlan:
-    bench = Bench(tensors, meter, budget, meter.losses({}, 0))
+    bench = Bench(tensors, meter, budget, fresh_losses(meter))
     settled, asks = _settled(plan, sides)
     if settled is not None and (bench.bears_out(settled) if asks else bench.falls(bench.losses(settled))):
         return _as_planned(settled, bench)

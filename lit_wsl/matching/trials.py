@@ -41,8 +41,8 @@ class Budget:
 
     @property
     def room(self) -> int:
-        """Whole passes that are left."""
-        return max(0, int(self.passes - self.meter.passes))
+        """How many times all samples of a batch can still be measured."""
+        return max(0, int((self.passes - self.meter.passes) / self.meter.unit))
 
     def in_time(self, share: float = 1.0) -> bool:
         """Whether there is time for another trial.
@@ -130,7 +130,10 @@ class Trials:
 
     def known(self, choice: Choice, samples: int) -> bool:
         """Whether a choice was measured on so many samples."""
-        return (choice, 0, 0 if samples <= self.least else samples // 2) in self.seen
+        start = 0
+        while self.more(start) < samples:
+            start = self.more(start)
+        return (choice, 0, start) in self.seen
 
     def known_of(self, choice: Choice, batch: int, *, slopes: bool = False) -> bool:
         """Whether the losses of a choice on a batch were measured, or its gradients, too."""

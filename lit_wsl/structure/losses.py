@@ -21,6 +21,7 @@ from lit_wsl.structure.running import WriteGuard, cuda_devices, lendable, lent_t
 Loss = Callable[[nn.Module, Any], Tensor]
 PIECES = 4  # of a sample of many elements, and of a batch whose gradients show a model's symmetries
 RUNS = 8  # pieces of a batch whose loss can't be told sample by sample
+BATCHES = 6  # that are told as samples where the loss is one of whole batches
 FOLD = 1 << 14  # elements of a gradient that is kept
 MANY = 32  # elements of a sample that is told in pieces
 
@@ -45,15 +46,19 @@ class LossMeter:
         self._source = iter(batches)
         self._batches: list[Any] = []
         self.in_pieces = False
+        self.whole = math.nan  # the loss of the first whole batch, where it is measured in pieces
+        self.by_batch = False  # the loss is one of whole batches, which are told as the samples of one
         self._uneven = False  # the loss is over some places of the samples, in the order of the samples
         self.has_slopes = True  # until the loss was seen to have no gradient
         self._guarded = True  # until a whole pass was seen to write to none of the model's tensors
         self._idle = False  # whether that pass left the modules' attributes alone, too
-        self._draws = True  # until it was seen to draw no number of Python's or of NumPy's
+        self._draws = False  # until it was seen to draw a number of Python's or of NumPy's
         self._tensors: list[tuple[str, Tensor]] | None = None  # during a session
 
     def has(self, number: int) -> bool:
         """Whether there is a batch of this number."""
+        if self.by_batch:
+            return number == 0
         while len(self._batches) <= number:
             batch = next(self._source, None)
             if batch is None:
@@ -63,7 +68,21 @@ class LossMeter:
 
     def size(self, number: int) -> int:
         """Samples of a batch."""
+        if self.by_batch and number == 0:
+            return len(self._batches)
         return batch_size(self._batches[number]) if self.has(number) else 0
+
+    @property
+    def unit(self) -> int:
+        """Forward passes that it takes to measure all samples of the first batch."""
+        return len(self._batches) if self.by_batch else 1
+
+    def take_whole_batches(self) -> None:
+        """Measure whole batches from now on: pieces lose something else, and what is best for them need not be best."""
+        while len(self._batches) < BATCHES and self.has(len(self._batches)):
+            pass
+        self.by_batch, self.in_pieces, self.has_slopes = True, False, False
+        self.elements = batch_size(self._batches[0])
 
     def losses(self, state: Mapping[str, Tensor], number: int, start: int = 0, stop: int | None = None) -> list[float]:
         """The losses of samples ``start`` to ``stop`` of a batch, or of pieces where the loss is no mean over samples.
@@ -72,6 +91,8 @@ class LossMeter:
         """
         batch, size = self._batches[number], self.size(number)
         stop = size if stop is None else min(stop, size)
+        if self.by_batch:
+            return [loss for k in range(start, stop) for loss in self._of_whole(state, k)]
         count = stop - start
         seen = None
         if not self.in_pieces:
@@ -79,7 +100,7 @@ class LossMeter:
             self._spend(count / max(size, 1))
             if len(values) > 1 or count < 2 or self._uneven:
                 return values
-            self.in_pieces = True
+            self.in_pieces, self.whole = True, values[0]
             if count < 2 * RUNS:
                 return values
         found, elements = [], 0
@@ -97,8 +118,17 @@ class LossMeter:
                 return told
         return found
 
+    def _of_whole(self, state: Mapping[str, Tensor], number: int) -> list[float]:
+        batch = self._batches[number]
+        size = batch_size(batch)
+        found, _ = self._run(state, cut(batch, 0, size, size), 0, _place(number, 0))
+        self._spend(1.0)
+        return found
+
     def slopes(self, state: Mapping[str, Tensor], number: int, stop: int = 0) -> list[tuple[list[float], Tensor]]:
         """Losses and gradient, folded if it is long, of the smallest pieces of a batch or of its first samples."""
+        if self.by_batch:
+            raise RuntimeError("a loss of whole batches has no gradients by sample")
         found = self.gradients(state, number, self.size(number), stop)
         return [(losses, folded(slopes.values())) for losses, slopes in found]
 
@@ -106,7 +136,7 @@ class LossMeter:
         self, state: Mapping[str, Tensor], number: int, most: int = PIECES, stop: int = 0
     ) -> Iterator[tuple[list[float], dict[str, Tensor]]]:
         """Losses and gradient, by name of the parameter, of so many pieces of a batch or of its first samples."""
-        batch, size = self._batches[number], self.size(number)
+        batch, size = self._batches[number], batch_size(self._batches[number])
         named = self.model.named_parameters(remove_duplicate=False)
         weights = {name: p for name, p in named if p.is_floating_point()}
         for start, end in pieces(stop or size, most):
@@ -144,7 +174,7 @@ class LossMeter:
         """One guard around many measurements: those of a loss that changes nothing need little of their own."""
         with undisturbed(self.model, guard=False) as world:
             self._tensors, self._devices = lendable(self.model), cuda_devices(self.model)
-            self._numbers, self._put_back = world.numbers, world.put_back
+            self._numbers, self._changed, self._put_back = world.numbers, world.changed, world.put_back
             try:
                 yield
             finally:
@@ -171,15 +201,15 @@ class LossMeter:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """See whether a pass writes to the model's tensors, which are put back, or to its modules' attributes."""
-        before, writes = _attributes(self.model), WriteGuard(self.model)
+        writes = WriteGuard(self.model)
         try:
             with writes:
                 yield
         finally:
             writes.restore()
+            self._draws = not _same_numbers(self._numbers, (random.getstate(), numpy.random.get_state()))
         self._guarded = writes.wrote
-        self._draws = not _same_numbers(self._numbers, (random.getstate(), numpy.random.get_state()))
-        self._idle = not self._guarded and before == _attributes(self.model)
+        self._idle = not self._guarded and not self._changed()
 
 
 def _place(number: int, start: int) -> int:
@@ -190,13 +220,6 @@ def _place(number: int, start: int) -> int:
 def _same_numbers(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
     """Whether two states of Python's and NumPy's generators are the same."""
     return one[0] == other[0] and one[1][2:] == other[1][2:] and numpy.array_equal(one[1][1], other[1][1])
-
-
-def _attributes(model: nn.Module) -> list[tuple[int, ...]]:
-    """Which objects the attributes of a model's modules hold, and the lists and dicts among them."""
-    held = [value for sub in model.modules() for value in vars(sub).values()]
-    inside = [value for value in held if isinstance(value, (dict, list, tuple)) and value]
-    return [tuple(map(id, v)) for v in (held, *(v.values() if isinstance(v, dict) else v for v in inside))]
 
 
 def folded(slopes: Iterable[Tensor]) -> Tensor:
@@ -253,8 +276,8 @@ class _Elements(TorchFunctionMode):
         for scale in (1.0, 1.0 / len(usable)):
             if math.isclose(whole * scale, total, rel_tol=1e-4, abs_tol=1e-8):
                 parts = samples * (PIECES if all(_divides(e.numel() / samples) for _, e in usable) else 1)
-                sums = sum(_shares(value, _in_parts(e, parts)) * scale for value, e in usable)
-                return sums.tolist()  # type: ignore[union-attr]
+                shares = (_shares(value * scale, _in_parts(e, parts)) for value, e in usable)
+                return list(map(sum, zip(*shares)))
         return []
 
 
@@ -263,17 +286,17 @@ def _divides(elements: float) -> bool:
     return elements >= MANY and elements % PIECES == 0
 
 
-def _in_parts(elements: Tensor, parts: int) -> Tensor:
+def _in_parts(elements: Tensor, parts: int) -> list[float]:
     """Means of as many parts of some elements, in their order."""
     if elements.numel() % parts:
-        return torch.stack([part.mean() for part in elements.flatten().tensor_split(parts)])
-    return elements.reshape(parts, -1).mean(1)
+        return [float(part.mean()) for part in elements.flatten().tensor_split(parts)]
+    return (elements.flatten() if elements.numel() == parts else elements.reshape(parts, -1).mean(1)).tolist()
 
 
-def _shares(value: float, means: Tensor) -> Tensor:
+def _shares(value: float, means: Sequence[float]) -> list[float]:
     """What each sample gives to a reduced loss, so that their mean is the loss."""
-    total = float(means.mean())
-    return means * (value / total) if total else means
+    total = sum(means) / len(means)
+    return [mean * (value / total) for mean in means] if total else list(means)
 
 
 @lru_cache(maxsize=512)

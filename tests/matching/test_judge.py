@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_wsl import TransferPlan, transfer_weights
-from lit_wsl.matching.bench import FAR, GAIN, MOST, Bench
+from lit_wsl.matching.bench import FAR, GAIN, MOST, Bench, fresh_losses
 from lit_wsl.matching.judge import judge_by_loss
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.planner import build_plan
 from lit_wsl.matching.rivals import CLOSE, EARLY, LAST, LossJudge
-from lit_wsl.matching.trials import Budget
+from lit_wsl.matching.trials import Budget, Trials
 from lit_wsl.matching.witnesses import RISK, risk_of
 from lit_wsl.plan.operations import Reorder, Rotary
 from lit_wsl.structure.description import describe
@@ -319,11 +319,54 @@ def test_a_choice_that_was_beaten_does_not_come_again(monkeypatch, trained, batc
 class Starts:
     """A meter whose random starts lose what they are told to; the samples of each differ by far more."""
 
+    unit = 1
+
     def __init__(self, *losses, passes=0.0) -> None:
         self.model, self.losses_of_starts, self.passes = nn.Linear(2, 2), iter(losses), passes
 
     def losses(self, state, number):
         return spread_around(next(self.losses_of_starts))
+
+
+def unlike(net, batch):
+    """What the features of a batch have in common, which few samples say little about."""
+    x = net(batch[0])
+    x = (x - x.mean(0)) / (x.std(0) + 1e-4)
+    return (x.mT @ x / len(x) - torch.eye(x.shape[1])).square().sum()
+
+
+def squares(net, batch):
+    """A mean over samples that torch does not reduce by itself."""
+    return (net(batch[0]) ** 2).sum() / len(batch[0])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_loss_of_whole_batches_is_measured_batch_by_batch(whole):
+    torch.manual_seed(0)
+    meter = LossMeter(nn.Linear(6, 12), unlike if whole else squares, [(torch.randn(32, 6),) for _ in range(8)])
+    assert meter.has(0)
+    found = fresh_losses(meter)
+    assert meter.by_batch is whole
+    if whole:
+        assert found == [float(unlike(meter.model, batch)) for batch in meter._batches]
+        assert meter.size(0) == meter.unit == len(found)
+        assert not meter.has(1)
+        assert meter.losses({}, 0, 2, 4) == found[2:4]
+    else:
+        assert sum(found) / len(found) == pytest.approx(float(squares(meter.model, meter._batches[0])), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [6, 20, 32, 50])
+def test_what_was_measured_is_known_whatever_the_size_of_the_batch(size):
+    meter = SimpleNamespace(size=lambda number: size, elements=1, losses=lambda state, k, a, b: [0.0] * (b - a))
+    space = SimpleNamespace(entries=lambda choice: ())
+    trials = Trials(space, {}, meter, {}, SimpleNamespace())
+    assert not trials.known((0,), trials.screen)
+    assert len(trials.losses((0,), trials.screen)) == trials.screen
+    assert trials.known((0,), trials.screen)
+    assert trials.known((0,), size) is (trials.screen == size)
+    assert len(trials.losses((0,))) == size
+    assert trials.known((0,), size)
 
 
 def spread_around(mean):
@@ -384,7 +427,7 @@ class Noisy:
 
     def __init__(self, passes):
         self.meter = SimpleNamespace(
-            has=lambda n: n < 4, size=lambda n: 32, has_slopes=True, in_pieces=True, passes=60.0 - passes
+            has=lambda n: n < 4, size=lambda n: 32, has_slopes=True, in_pieces=True, unit=1, passes=60.0 - passes
         )
         self.asked = []
 
