@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,7 +193,15 @@ def _names(node: Any) -> Iterator[str]:
 
 def _prefix(node: Any) -> str:
     """Common path of a subtree's names, with its dot."""
-    names = list(_names(node))
+    return common_path(_names(node))
+
+
+def common_path(names: Iterable[str]) -> str:
+    """The modules that all names begin with, with a dot behind.
+
+    >>> common_path(["a.0.norm.weight", "a.0.fc.weight"])
+    'a.0.'
+    """
     parts = [n.split(".") for n in names]
     depth = 0
     while all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
@@ -202,6 +210,7 @@ def _prefix(node: Any) -> str:
 
 
 def _alike(node: dict, shapes: Mapping[str, Shape]) -> list[list[str]]:
+    """Subtrees with the same in them; what is counted is no copy of what is named, such as an expert that is shared."""
     groups: dict = {}
     for key, child in node.items():
         if not isinstance(child, dict):
@@ -210,7 +219,7 @@ def _alike(node: dict, shapes: Mapping[str, Shape]) -> list[list[str]]:
         names = list(_names(child))
         if not any(len(core(shapes[n])) >= 2 for n in names):
             continue
-        rel = tuple(sorted((n[len(prefix) :], shapes[n]) for n in names))
+        rel = key.isdigit(), *sorted((n[len(prefix) :], shapes[n]) for n in names)
         if len(_layers(names, shapes)) >= 2:
             groups.setdefault(rel, []).append(key)
     return [members for members in groups.values() if len(members) >= 2]

@@ -18,6 +18,7 @@ from typing import Any
 
 from lit_wsl.matching.entries import leaves_nothing_open
 from lit_wsl.matching.formula import is_query_or_key
+from lit_wsl.matching.gathering import gathered
 from lit_wsl.matching.layers import (
     Region,
     Unit,
@@ -140,7 +141,7 @@ class Space:
         if trust and leaves_nothing_open(plan, source, target):
             return
         self.hidden, self._gate_count = cells_of(source, target)
-        self.regions = self._pair_regions(regions(source), regions(target))
+        self.regions = self._pair_regions(*gathered(regions(source), regions(target)))
         units = [unit for _, ours in self.regions for unit in ours.units]
         called = [u for u in units if is_query_or_key(u.path) and len(u.shapes[0]) == 2]
         if not all(self._turns(u) or self._still.issuperset(u.names[0][0]) for u in called):
