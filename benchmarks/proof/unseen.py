@@ -25,7 +25,7 @@ from benchmarks.proof.pairs import Directed, Pair, directed, loader, loss
 from benchmarks.proof.spelled import Spelled, spelled
 from lit_wsl import LitWslError, WeightTransferCallback
 
-SETS = ("k", "l", "m", "n", "o", "p")
+SETS = ("k", "l", "m", "n", "o", "p", "q")
 
 
 class Task(pl.LightningModule):
