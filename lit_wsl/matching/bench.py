@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_wsl.matching.entries import filled
 from lit_wsl.matching.trials import Budget
-from lit_wsl.matching.witnesses import RISK, products_of, risk_of, unrest_of
+from lit_wsl.matching.witnesses import RISK, differ, products_of, risk_of, unrest_of
 from lit_wsl.plan.entries import PlanEntry
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.structure.losses import LossMeter
@@ -22,6 +22,7 @@ from lit_wsl.structure.losses import LossMeter
 MOST = 64.0  # forward passes of a whole batch, with what else is measured
 LAST = 3.0  # of them that the verdict may take
 FEW = 8  # samples that are also measured without those beside them
+RESTLESS = 1.0  # times the noise of its batch is a gradient where training has not stopped
 FAR = 3.0  # times the noise of its batch is a gradient where training may not have been at all
 STEPS = (0.01, 0.03)  # of descent, as shares of a tensor's norm; smaller ones gain where training swings about a valley
 GAIN = 0.04  # share of the fall of the loss that one adds where training never was; elsewhere it was up to 0.026
@@ -52,9 +53,9 @@ class Bench:
     def depend(self) -> bool:
         """Whether what a sample loses depends on the samples beside it, as in contrastive losses."""
         if self.meter.in_pieces or self.meter.size(0) < 2 * FEW:
-            return False
+            return self.meter.is_biased
         alone = self.meter.losses({}, 0, 0, FEW)
-        return _differ(alone, list(self.fresh)[: len(alone)])
+        return differ(alone, list(self.fresh)[: len(alone)])
 
     def losses(self, plan: TransferPlan) -> list[float]:
         """The losses of the model that a plan fills."""
@@ -63,6 +64,13 @@ class Bench:
             found = self.meter.losses(values(plan, self.tensors), 0)
             self.known.append((plan, found))
         return found
+
+    def is_beaten(self, plan: TransferPlan, state: Mapping[str, Tensor]) -> bool:
+        """Whether other weights lose less than those of a plan on a batch that they were not chosen by."""
+        if not self.meter.has(1) or self.meter.passes + 2 > MOST - 1:
+            return False
+        planned, other = (self.meter.losses(own, 1) for own in (values(plan, self.tensors), state))
+        return risk_of(planned, other) < RISK
 
     def bears_out(self, plan: TransferPlan) -> bool:
         """Whether the loss of a plan falls, and training may have been there; in one pass if nothing speaks against it.
@@ -78,7 +86,7 @@ class Bench:
         self.known.append((plan, losses if len(losses) == len(self.fresh) else self.meter.losses(state, 0)))
         if not self.falls(self.losses(plan)):
             return False
-        restless = unrest_of(products_of([slopes for _, slopes in halves])) >= FAR if len(halves) > 1 else True
+        restless = unrest_of(products_of([slopes for _, slopes in halves])) >= RESTLESS if len(halves) > 1 else True
         return not restless or self.gain(state, losses, halves) < DOUBT
 
     def gain(self, state: Mapping[str, Tensor], losses: Sequence[float], halves: Halves = ()) -> float:
@@ -89,8 +97,8 @@ class Bench:
     def _gain(self, state: Mapping[str, Tensor], halves: Halves) -> float:
         """By how much the loss on half of a batch falls after a step down its gradient on the other half."""
         meter, size = self.meter, self.meter.size(0)
-        half, size = (1, 2) if meter.by_batch else (-(-size // 2), size)
-        if meter.passes + (2 + len(STEPS)) / (1 if meter.by_batch else 2) + LAST > MOST:
+        half = -(-size // 2)
+        if meter.passes + (2 + len(STEPS)) / 2 + LAST > MOST:
             return math.inf
         _, slopes = halves[0] if halves else next(iter(meter.gradients(state, 0, 2)))
         weights = {name: p.detach() for name, p in meter.model.named_parameters(remove_duplicate=False)} | dict(state)
@@ -120,7 +128,7 @@ class Bench:
         if before - after > self.spread:
             return True
         for count, risk in ((2, RISK), (5, RISK / 10)):
-            more = max(0, count - len(self.starts)) * self.meter.unit
+            more = max(0, count - len(self.starts))
             if more and self.meter.passes + more > MOST - 1:  # the last is for the verdict
                 return False
             while len(self.starts) < count:
@@ -135,18 +143,11 @@ class Bench:
 
 
 def fresh_losses(meter: LossMeter) -> list[float]:
-    """What the model loses as it is; of whole batches where their pieces lose something else."""
+    """What the model loses as it is; in larger pieces where small ones lose something else than the whole does."""
     found = meter.losses({}, 0)
-    if meter.in_pieces and len(found) > 2 and _differ(found, [meter.whole] * len(found)):
-        meter.take_whole_batches()
-        found = meter.losses({}, 0)
+    if meter.in_pieces and len(found) > 2 and differ(found, [meter.at_first] * len(found)):
+        meter.take_larger_pieces()
     return found
-
-
-def _differ(some: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether losses of the same samples are others, for more than a hundredth."""
-    floor = 1e-2 * abs(mean(others))
-    return min(risk_of(some, others, floor), risk_of(others, some, floor)) < RISK
 
 
 def values(entries: Iterable[PlanEntry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ from lit_wsl.structure.losses import LossMeter, NoDataError
 from lit_wsl.structure.running import hindrance, shaken_state
 
 PASSES = 60.0  # most forward passes of a whole batch that trials may take
+KEPT = 4  # of them that are kept for what pieces of a batch can't tell
 LITTLE = 8  # rivals to each that may be left open where it is less
 REFUTED = "the loss on data refutes what names and shapes say, and does not say what is right"
 
@@ -82,6 +83,8 @@ def _judge(
     budget: Budget,
 ) -> TransferPlan:
     bench = Bench(tensors, meter, budget, fresh_losses(meter))
+    if meter.is_biased:
+        budget.passes -= KEPT
     settled, asks = _settled(plan, sides)
     if settled is not None and (bench.bears_out(settled) if asks else bench.falls(bench.losses(settled))):
         return _as_planned(settled, bench)
@@ -95,6 +98,7 @@ def _judge(
         found = better if was_left else Search(trials, 1.0).climb(better)  # by fewer samples than the test has seen
         choice = better if found in beaten else min(better, found, key=lambda c: trials.mean(c, trials.size))
         better, risks = judge.test(choice)
+    risks = judge.confirmed(choice, risks)
     best = trials.losses(choice, at_once=True)
     is_open = better != choice or any(risk >= RISK for risk in risks.values())
     # Where much makes no difference, the search may have ended far from the truth, and all that was decided is void,
@@ -137,8 +141,8 @@ def _found(
 ) -> tuple[LossJudge, Choice]:
     """What a search finds: among what names leave open, with what is rare, and where names tell nothing.
 
-    The next is asked where training would not have stopped; names are doubted where it never was, and from the start
-    where the weights hang together clearly better without them.
+    The next is asked where training would not have stopped, or where nothing lowers the loss; names are doubted where
+    it never was, and from the start where the weights hang together clearly better without them.
     """
     gradients = _gradients(bench.meter)
     turns = turnings(regions(sides[1]), gradients) if gradients else []
@@ -147,7 +151,8 @@ def _found(
     if _mislead(judge, nameless):
         judge = nameless
     choice = judge.search.find()
-    if judge.unrest(choice) < math.inf and not judge.rests(choice):
+    restless = judge.unrest(choice) < math.inf and not judge.rests(choice)
+    if restless or not bench.falls(judge.screened(choice)):
         wide = Space(*sides, plan, turns, wide=True, counts=True, trust=judge.space.trust)
         if questions(wide) != questions(judge.space):
             start, judge = carried(choice, judge.space, wide), _judge_of(wide, plan, bench, gradients, judge)
@@ -223,7 +228,9 @@ def _as_planned(
     losses, beaten, informs = bench.losses(plan), False, False
     if trials is not None:
         best = trials.losses(trials.best, at_once=True)
-        beaten = risk_of(losses, best) < RISK / trials.tried and bench.falls(best)
+        beaten = bench.falls(best) and (
+            risk_of(losses, best) < RISK / trials.tried or bench.is_beaten(plan, trials.state(trials.best))
+        )
         informs = risk_of(bench.fresh, best) < RISK / trials.tried  # the checkpoint knows of this data
     above = mean(losses) - mean(bench.fresh)
     rises = above > 0 and not _missing(plan)

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lit_wsl.matching.bench import FAR, Bench
+from lit_wsl.matching.bench import FAR, RESTLESS, Bench
 from lit_wsl.matching.changes import (
     FEW_BLOCKS,
     FEW_COVERS,
@@ -32,6 +32,7 @@ from lit_wsl.matching.witnesses import (
     AGREES,
     FEWEST,
     RISK,
+    differ,
     errors_apart,
     is_ahead,
     risk_by_gradient,
@@ -47,7 +48,6 @@ MANY = 16  # most rivals whose gradients are measured
 AHEAD = 2.0  # standard errors by which a rival is ahead that is tested in place of what was found
 CLEAR = 5.0  # standard errors that rivals have to be apart on all samples that the search may have seen
 NEAR = 2.0  # times the noise of its batch is a gradient where a test is worth more than a further search
-RESTLESS = 1.0  # times the noise of its batch is a gradient where training has not stopped
 EARLY, CLOSE, LAST = "early", "close", "last"  # when the weights are asked
 SHARES = {EARLY: 7.5, CLOSE: 30.0, LAST: 6.0}  # one by what each has of the risk
 SEARCH = 0.7  # share of them that the search may take
@@ -95,7 +95,8 @@ class LossJudge:
         own, many = self.space.meaning(choice), unlisted(self.space)
         out = {}
         for d, decision in enumerate(self.space.decisions):
-            if (decision.told and choice[d] == 0) or (d == self.space.rotary and self.rows_are_free):
+            told = decision.told and choice[d] == 0 and not self.trials.meter.is_biased
+            if told or (d == self.space.rotary and self.rows_are_free):
                 continue  # what the search found better was taken
             most = FEW_BLOCKS if d in many else len(decision.options)  # what was only looked at is none
             others = [(*choice[:d], o, *choice[d + 1 :]) for o in range(most) if o != choice[d]]
@@ -226,6 +227,23 @@ class LossJudge:
                 last[c] = self.trials.losses(c), self.trials.losses(choice)
         risks |= self._by_balance(choice, last, len(last), LAST)
         return choice, {c: risks.get(c, 1.0) for c in rivals}
+
+    def confirmed(self, choice: Choice, risks: Mapping[Choice, float]) -> dict[Choice, float]:
+        """Risks of the rivals; of those that lose no more than a choice on a whole batch it is one.
+
+        Where samples are compared with each other, pieces of a batch lose something else than the whole, and what is
+        best for pieces need not be best.
+        """
+        meter, told = self.trials.meter, [c for c, risk in risks.items() if risk < RISK]
+        if not meter.in_pieces or not told:
+            return dict(risks)
+        own, pieces = meter.whole(self.trials.state(choice)), self.trials.losses(choice)
+        if not meter.is_biased and not differ(pieces, [own] * len(pieces)):
+            return dict(risks)
+        if self.budget.room < len(told):
+            return dict.fromkeys(risks, 1.0)
+        others = [meter.whole(self.trials.state(c)) for c in told]
+        return {**risks, **{c: 1.0 for c, loss in zip(told, others) if loss <= own or own >= meter.at_first}}
 
     def _on_first_batch(self, choice: Choice, rivals: Sequence[Choice]) -> tuple[Choice, dict[Choice, float]]:
         """Risks after more and more samples of the batch that the search has seen."""

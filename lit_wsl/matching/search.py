@@ -417,8 +417,7 @@ class Search:
     def _affordable(self) -> float:
         """How many choices can be looked at."""
         budget, trials = self.trials.budget, self.trials
-        left = (self.share * budget.passes - trials.meter.passes) / trials.meter.unit
-        return left * trials.size / trials.least / RANKED
+        return (self.share * budget.passes - trials.meter.passes) * trials.size / trials.least / RANKED
 
     def _lit(self, choice: Choice, group: Sequence[Part], most: int | None = None) -> list[Choice]:
         """All ways to switch a layer group on, with what its region decides where that is little."""

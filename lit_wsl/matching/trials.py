@@ -41,8 +41,8 @@ class Budget:
 
     @property
     def room(self) -> int:
-        """How many times all samples of a batch can still be measured."""
-        return max(0, int((self.passes - self.meter.passes) / self.meter.unit))
+        """Whole passes that are left."""
+        return max(0, int(self.passes - self.meter.passes))
 
     def in_time(self, share: float = 1.0) -> bool:
         """Whether there is time for another trial.
@@ -119,7 +119,7 @@ class Trials:
 
         At once: on all samples of the first batch in the pieces that other models of the same batch are measured in.
         """
-        if batch or (at_once and self.meter.in_pieces):
+        if batch or (at_once and self.meter.in_pieces and not self.meter.is_biased):
             return self._measure(choice, batch, 0, None)
         found, done, samples = [], 0, samples or self.size
         while done < samples:

@@ -52,6 +52,12 @@ def risk_of(rival: Sequence[float], best: Sequence[float], floor: float = 0.0) -
     return min(1.0, len(risks) / sum(1 / risk for risk in risks))
 
 
+def differ(some: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether losses of the same samples are others, by more than a hundredth."""
+    floor = 1e-2 * abs(sum(others) / len(others))
+    return min(risk_of(some, others, floor), risk_of(others, some, floor)) < RISK
+
+
 def _risk_by_times(rival: Sequence[float], best: Sequence[float]) -> float:
     """Risk by how many times the losses of one are those of the other."""
     gaps = _times(rival, best)

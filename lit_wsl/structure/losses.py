@@ -21,7 +21,6 @@ from lit_wsl.structure.running import WriteGuard, cuda_devices, lendable, lent_t
 Loss = Callable[[nn.Module, Any], Tensor]
 PIECES = 4  # of a sample of many elements, and of a batch whose gradients show a model's symmetries
 RUNS = 8  # pieces of a batch whose loss can't be told sample by sample
-BATCHES = 6  # that are told as samples where the loss is one of whole batches
 FOLD = 1 << 14  # elements of a gradient that is kept
 MANY = 32  # elements of a sample that is told in pieces
 
@@ -46,8 +45,8 @@ class LossMeter:
         self._source = iter(batches)
         self._batches: list[Any] = []
         self.in_pieces = False
-        self.whole = math.nan  # the loss of the first whole batch, where it is measured in pieces
-        self.by_batch = False  # the loss is one of whole batches, which are told as the samples of one
+        self.least = 2  # samples of a piece; more where small pieces lose something else than the whole
+        self.at_first = math.nan  # loss of the whole batch that was measured in pieces at first
         self._uneven = False  # the loss is over some places of the samples, in the order of the samples
         self.has_slopes = True  # until the loss was seen to have no gradient
         self._guarded = True  # until a whole pass was seen to write to none of the model's tensors
@@ -57,8 +56,6 @@ class LossMeter:
 
     def has(self, number: int) -> bool:
         """Whether there is a batch of this number."""
-        if self.by_batch:
-            return number == 0
         while len(self._batches) <= number:
             batch = next(self._source, None)
             if batch is None:
@@ -68,21 +65,23 @@ class LossMeter:
 
     def size(self, number: int) -> int:
         """Samples of a batch."""
-        if self.by_batch and number == 0:
-            return len(self._batches)
         return batch_size(self._batches[number]) if self.has(number) else 0
 
     @property
-    def unit(self) -> int:
-        """Forward passes that it takes to measure all samples of the first batch."""
-        return len(self._batches) if self.by_batch else 1
+    def is_biased(self) -> bool:
+        """Whether pieces were seen to lose something else than the whole batch, as where samples are compared."""
+        return self.least > 2
 
-    def take_whole_batches(self) -> None:
-        """Measure whole batches from now on: pieces lose something else, and what is best for them need not be best."""
-        while len(self._batches) < BATCHES and self.has(len(self._batches)):
-            pass
-        self.by_batch, self.in_pieces, self.has_slopes = True, False, False
-        self.elements = batch_size(self._batches[0])
+    def take_larger_pieces(self) -> None:
+        """Measure the pieces of a whole batch, and none that are smaller, from now on."""
+        self.least = max(3, self.size(0) // RUNS)
+
+    def whole(self, state: Mapping[str, Tensor]) -> float:
+        """The loss of the first batch as a whole."""
+        batch, size = self._batches[0], self.size(0)
+        (value,), _ = self._run(state, cut(batch, 0, size, size), 0, _place(0, 0))
+        self._spend(1.0)
+        return value
 
     def losses(self, state: Mapping[str, Tensor], number: int, start: int = 0, stop: int | None = None) -> list[float]:
         """The losses of samples ``start`` to ``stop`` of a batch, or of pieces where the loss is no mean over samples.
@@ -91,8 +90,6 @@ class LossMeter:
         """
         batch, size = self._batches[number], self.size(number)
         stop = size if stop is None else min(stop, size)
-        if self.by_batch:
-            return [loss for k in range(start, stop) for loss in self._of_whole(state, k)]
         count = stop - start
         seen = None
         if not self.in_pieces:
@@ -100,11 +97,11 @@ class LossMeter:
             self._spend(count / max(size, 1))
             if len(values) > 1 or count < 2 or self._uneven:
                 return values
-            self.in_pieces, self.whole = True, values[0]
+            self.in_pieces, self.at_first = True, values[0]
             if count < 2 * RUNS:
                 return values
         found, elements = [], 0
-        for first, last in pieces(count, RUNS):
+        for first, last in pieces(count, RUNS, self.least):
             value, piece = self._run(
                 state, cut(batch, start + first, start + last, size), 0, _place(number, start + first)
             )
@@ -118,17 +115,8 @@ class LossMeter:
                 return told
         return found
 
-    def _of_whole(self, state: Mapping[str, Tensor], number: int) -> list[float]:
-        batch = self._batches[number]
-        size = batch_size(batch)
-        found, _ = self._run(state, cut(batch, 0, size, size), 0, _place(number, 0))
-        self._spend(1.0)
-        return found
-
     def slopes(self, state: Mapping[str, Tensor], number: int, stop: int = 0) -> list[tuple[list[float], Tensor]]:
         """Losses and gradient, folded if it is long, of the smallest pieces of a batch or of its first samples."""
-        if self.by_batch:
-            raise RuntimeError("a loss of whole batches has no gradients by sample")
         found = self.gradients(state, number, self.size(number), stop)
         return [(losses, folded(slopes.values())) for losses, slopes in found]
 
@@ -136,10 +124,10 @@ class LossMeter:
         self, state: Mapping[str, Tensor], number: int, most: int = PIECES, stop: int = 0
     ) -> Iterator[tuple[list[float], dict[str, Tensor]]]:
         """Losses and gradient, by name of the parameter, of so many pieces of a batch or of its first samples."""
-        batch, size = self._batches[number], batch_size(self._batches[number])
+        batch, size = self._batches[number], self.size(number)
         named = self.model.named_parameters(remove_duplicate=False)
         weights = {name: p for name, p in named if p.is_floating_point()}
-        for start, end in pieces(stop or size, most):
+        for start, end in pieces(stop or size, most, self.least):
             part = cut(batch, start, end, size)
             with self._ready(state, _place(number, start)), torch.enable_grad():
                 for weight in weights.values():
@@ -331,7 +319,8 @@ def cut(batch: Any, start: int, stop: int, size: int) -> Any:
     return tree_map(part, batch)
 
 
-def pieces(count: int, most: int = PIECES) -> Sequence[tuple[int, int]]:
-    """Where to cut a batch; no piece has fewer than two samples."""
-    step = max(2, -(-count // most))
-    return [(start, min(start + step, count)) for start in range(0, count, step) if count - start >= 2 or start == 0]
+def pieces(count: int, most: int = PIECES, least: int = 2) -> Sequence[tuple[int, int]]:
+    """Where to cut a batch; no piece has fewer samples than the least."""
+    step = max(least, -(-count // most))
+    starts = range(0, count, step)
+    return [(start, min(start + step, count)) for start in starts if count - start >= least or start == 0]

@@ -270,6 +270,22 @@ def test_short_training_is_told_from_a_wrong_mapping_by_what_a_step_gains(far):
     assert (Bench({}, meter, None, fresh).gain(state, losses) >= GAIN) == far
 
 
+def test_a_mapping_where_a_gradient_is_above_its_noise_is_asked_what_a_step_gains(monkeypatch):
+    """Names that lie about gates and rotary rows left a loss that had fallen and a gradient of twice its noise."""
+    generator = torch.Generator().manual_seed(0)
+    net, x = nn.Linear(6, 1, bias=False), torch.randn(32, 6, generator=generator)
+    wanted = torch.randn(1, 6, generator=generator)
+    meter = LossMeter(net, lambda net, batch: F.mse_loss(net(batch[0]), batch[1]), [(x, x @ wanted.T)])
+    assert meter.has(0)
+    for unrest, gain, borne_out in ((0.5, 1.0, True), (2.0, 1.0, False), (2.0, 0.0, True)):
+        monkeypatch.setattr("lit_wsl.matching.bench.unrest_of", lambda products, unrest=unrest: unrest)
+        monkeypatch.setattr(Bench, "gain", lambda *args, gain=gain: gain)
+        monkeypatch.setattr(Bench, "falls", lambda *args: True)
+        plan = SimpleNamespace(entries=())
+        monkeypatch.setattr("lit_wsl.matching.bench.values", lambda plan, tensors: {"weight": wanted})
+        assert Bench({}, meter, None, [9.0] * 32).bears_out(plan) is borne_out
+
+
 def test_where_names_mislead_the_data_finds_what_is_right():
     class Misnamed(Old):
         def __init__(self) -> None:
@@ -341,19 +357,34 @@ def squares(net, batch):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_loss_of_whole_batches_is_measured_batch_by_batch(whole):
+def test_a_loss_that_compares_samples_is_measured_in_large_pieces(whole):
     torch.manual_seed(0)
     meter = LossMeter(nn.Linear(6, 12), unlike if whole else squares, [(torch.randn(32, 6),) for _ in range(8)])
     assert meter.has(0)
     found = fresh_losses(meter)
-    assert meter.by_batch is whole
-    if whole:
-        assert found == [float(unlike(meter.model, batch)) for batch in meter._batches]
-        assert meter.size(0) == meter.unit == len(found)
-        assert not meter.has(1)
-        assert meter.losses({}, 0, 2, 4) == found[2:4]
-    else:
-        assert sum(found) / len(found) == pytest.approx(float(squares(meter.model, meter._batches[0])), rel=1e-4)
+    assert meter.is_biased is whole
+    assert len(meter.losses({}, 0, 0, 16)) == (4 if whole else 8)
+    assert Bench({}, meter, None, found).depend is whole
+    with torch.no_grad():
+        one = float((unlike if whole else squares)(meter.model, meter._batches[0]))
+    assert meter.at_first == meter.whole({}) == one
+    assert (sum(found) / len(found) == pytest.approx(one, rel=1e-4)) is not whole
+
+
+def test_pieces_decide_nothing_that_a_whole_batch_gainsays():
+    whole = {(0,): 2.0, (1,): 3.0, (2,): 1.0, (3,): 4.0}
+    meter = SimpleNamespace(in_pieces=True, is_biased=True, at_first=9.0, whole=lambda state: whole[state])
+    pieces = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95]
+    judge = judge_with(meter=meter, state=lambda choice: choice, losses=lambda choice: pieces)
+    judge.budget = SimpleNamespace(room=4)
+    risks = {(1,): 0.001, (2,): 0.002, (3,): 0.5}
+    assert judge.confirmed((0,), risks) == {(1,): 0.001, (2,): 1.0, (3,): 0.5}
+    judge.budget.room = 1  # too few passes to ask
+    assert judge.confirmed((0,), risks) == dict.fromkeys(risks, 1.0)
+    meter.is_biased = False
+    assert judge.confirmed((0,), risks) == risks
+    judge.trials.losses = lambda choice: [loss + 3 for loss in pieces]  # other weights show what the fresh ones hide
+    assert judge.confirmed((0,), risks) == dict.fromkeys(risks, 1.0)
 
 
 @pytest.mark.parametrize("size", [6, 20, 32, 50])
