@@ -55,11 +55,11 @@ from lit_wsl.matching.likeness import (
 from lit_wsl.matching.numbers import (
     NUMBERS,
     counted_down,
-    feeds_first,
     in_count,
     known_for_roles,
     number_map,
     runs_apart,
+    runs_otherwise,
 )
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import MOVED, ORDER, ORDER_ALONE, is_moved
@@ -404,7 +404,7 @@ class ClassSolver:
         if not sure or not open_s or not open_t:
             return
         left_s, left_t = [fs[i] for i in sorted(open_s)], [ft[j] for j in sorted(open_t)]
-        otherwise = feeds_first(left_t, region.target) or (self.ordered and feeds_first(left_s, region.source))
+        otherwise = runs_otherwise(left_t, region.target) or (self.ordered and runs_otherwise(left_s, region.source))
         ways = () if otherwise else ((in_count(left_s, left_t), COUNT), (known_for_roles(left_s, left_t), KNOWN))
         for paired, cell in ways:
             for f, g in paired:

@@ -14,6 +14,7 @@ from itertools import combinations, permutations
 from lit_wsl.matching.formula import Letters, spelled
 from lit_wsl.matching.likeness import GENERAL
 from lit_wsl.matching.regions import FEED, Region
+from lit_wsl.matching.replaced import mean_otherwise
 from lit_wsl.matching.shapes import join_axis, transpose_shape, transposed
 from lit_wsl.matching.tree import (
     Family,
@@ -104,7 +105,8 @@ def _spelled(name: str, labels: Sequence[str], parts: Sequence[str]) -> PartOrde
     initials = [label[0] for label in labels]
     for order in permutations(range(len(labels))):
         if len(set(initials)) == len(initials) and any(
-            tok.endswith("".join(initials[i] for i in order)) and len(tok) <= len(labels) + 1 for tok in tokens
+            tok.endswith("".join(initials[i] for i in order)) and len(tok) <= len(labels) + 1 and tok not in GENERAL
+            for tok in tokens
         ):
             return PartOrder(order, SPELLED, reason)
         if all(label.isdigit() for label in labels) and "".join(labels[i] for i in order) in path_tokens(own):
@@ -260,7 +262,9 @@ def _fusions(
             continue  # something else has the size of the whole, so only its name can make it one
         if not region.complete and best.order.strength == NUMBERED:
             continue
-        cell = _cell(whole, best, choices, judged)
+        told = region.letters_of(whole.members[0], int(whole_is_target))  # the letters of an attention
+        others = not told and _stand_in_others(whole, best.parts, root_w, root_p)
+        cell = "" if others else _cell(whole, best, choices, judged)
         for k, member in enumerate(whole.members):
             fusion = _build(member, k, choices, whole_is_target, cell, turned)
             if fusion is not None:
@@ -274,6 +278,13 @@ def _same_letters(whole: Family, parts: Sequence[Family], region: Region, whole_
     if theirs and region.part_of(whole.members[0], int(whole_is_target)) == FEED:
         return False
     return ours == theirs or (not theirs if ours else "o" not in theirs)
+
+
+def _stand_in_others(whole: Family, parts: Sequence[Family], root_w: Item, root_p: Item) -> bool:
+    """Whether what the parts stand in is called after something else than what the whole stands in."""
+    places = [_ancestor(relative(f.members[0].main, root), 1) for f, root in ((whole, root_w), (parts[0], root_p))]
+    names = [tuple(plain_words(place)) for place in places]
+    return mean_otherwise(*names)
 
 
 def _cell(

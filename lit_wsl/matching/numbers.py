@@ -213,13 +213,12 @@ FINAL, OUTPUT = frozenset(("final",)), frozenset(("final", "output"))
 def _places(side: Sequence[Family], last: frozenset[str]) -> list[int]:
     """Where the two norms of a block stand by their words: 0 before the attention, 1 behind it; -1 if not told.
 
-    Of three the second stands before the cross attention, if they are registered so: some decoders begin with it.
+    Of three the second stands before the cross attention.
     """
     if len(side) not in (2, 3) or any(f.members[0].rank >= 2 for f in side):
         return []
     if len(side) == 3:
-        counts = [_place_of_three({*f.words}, last) for f in side]
-        return counts if counts == [sorted(f.start for f in side).index(f.start) for f in side] else []
+        return [_place_of_three({*f.words}, last) for f in side]
     return [place_by(set(ws), last) for ws in (telling_words(side) if last is FINAL else [f.words for f in side])]
 
 
@@ -230,8 +229,17 @@ def _place_of_three(words: set[str], last: frozenset[str]) -> int:
     return 0 if words & (ATTENTIONS | {"self"}) else 2 if words & (FEEDS | last) else -1
 
 
-def feeds_first(side: Sequence[Family], root: Item) -> bool:
-    """Whether a block begins with its feed-forward: that is registered first, and so is the norm named after it."""
+def runs_otherwise(side: Sequence[Family], root: Item) -> bool:
+    """Whether a block is registered in another order than usual, so that its norms may be counted otherwise.
+
+    It begins with its feed-forward, and so does the norm named after it; or with its cross attention.
+    """
+    if len(side) == 3:
+        words = [({*plain_words(relative(u.main, root))}, u.start) for u in root.units if u.rank >= 2]
+        crossed = min((k for ws, k in words if ws & CROSS), default=-1)
+        return told_otherwise(side) or -1 < crossed < min(
+            (k for ws, k in words if ws & (ATTENTIONS | {"self"}) and not ws & CROSS), default=-1
+        )
     places = _places(side, OUTPUT) if len(side) == 2 else []
     if sorted(places) != [0, 1] or side[places.index(0)].start < side[places.index(1)].start:
         return False

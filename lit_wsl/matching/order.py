@@ -17,8 +17,11 @@ from rapidfuzz.distance import Levenshtein
 from lit_wsl.matching.dissent import are_front_and_end
 from lit_wsl.matching.learned import Renames, ascending
 from lit_wsl.matching.likeness import (
+    ATTENTIONS,
     BACK,
+    FEEDS,
     FRONT,
+    NOTHING,
     SIDES,
     liken,
     own_name,
@@ -178,6 +181,8 @@ def against_order(tie: Tie, region: Region, cell: str, renames: Renames) -> str:
         return COUNTED_OTHERWISE
     if _stand_otherwise(tie) or told_otherwise(tie.sources) or told_otherwise(tie.targets):
         return COUNTED_OTHERWISE
+    if _follow_otherwise(tie.sources, region.source) or _follow_otherwise(tie.targets, region.target):
+        return COUNTED_OTHERWISE
     if _leaves_formula(tie.sources, 0, tie.targets, region) or _leaves_formula(tie.targets, 1, tie.sources, region):
         return COUNTED_OTHERWISE
     if (
@@ -232,6 +237,30 @@ def _stand_otherwise(tie: Tie) -> bool:
     )
     ours, theirs = ([(k, n) for _, k, n in row] for row in rows)
     return ours != theirs
+
+
+def _follow_otherwise(side: Sequence[Family], root: Item) -> bool:
+    """Whether norms are called after parts of their block, and not registered in the order of these parts."""
+    if any(len(f.members) > 1 or f.members[0].rank > 1 or f.members[0].level == 2 for f in side):
+        return False
+    parts: dict[frozenset[str], int] = {}
+    for unit in root.units:
+        if unit.rank > 1:
+            parts.setdefault(_part_words(plain_words(relative(unit.main, root).partition(".")[0])), unit.start)
+    found = []
+    for f in sorted(side, key=lambda f: f.start):
+        words = _part_words(f.words)
+        if words in parts:
+            found.append(parts[words])
+    return found != sorted(found)
+
+
+def _part_words(words: Iterable[str]) -> frozenset[str]:
+    """What a part of a block is, by the words that name it or its norm."""
+    known = {**dict.fromkeys(ATTENTIONS, "attention"), **dict.fromkeys((*FEEDS, "forward"), "feed")}
+    return frozenset(
+        known.get(w, w) for w in words if w not in NOTHING and "norm" not in w and w not in ("self", "layer")
+    )
 
 
 def _leaves_formula(named: Sequence[Family], side: int, counted_only: Sequence[Family], region: Region) -> bool:

@@ -260,6 +260,44 @@ def test_a_list_beside_another_one_that_alone_has_another_name_may_be_another(na
     assert {"table", "head", "1.attn.qkv", "0.norm1"} <= right
 
 
+@pytest.mark.parametrize("cross_first", [True, False])
+def test_three_norms_are_counted_as_their_parts_run(cross_first: bool):
+    def rows(order: str, norms: str) -> str:
+        parts = zip(order.split(), norms.split())
+        return " ".join(f"l.#.{n}:norm:n_{p} l.#.{p}.q:map:{p}q l.#.{p}.o:map:{p}o" for p, n in parts)
+
+    order = "cross_attn self_attn mlp" if cross_first else "self_attn cross_attn mlp"
+    old = network(rows(order, "norm1 norm2 norm3"), range(2))
+    new = network(rows("self_attn cross_attn mlp", "norm_self norm_cross norm_mlp"), range(2))
+    wrong, right = wrong_and_right(old, new)
+    assert not wrong
+    assert cross_first or {"0.n_self_attn", "1.n_cross_attn"} <= right
+
+
+def test_norms_that_are_not_registered_as_the_parts_they_are_called_after_have_no_order():
+    attention = " ".join(f"l.#.attn.{name}:map:{name}" for name in "qkvo")
+    parts = f"l.#.ff1:pair:ff1 {attention} l.#.conv_module.pw:whole:pw l.#.conv_module.dw:head:dw l.#.ff2:pair:ff2"
+    norms = "macaron mha conv ff final"
+    old = parts + "".join(f" l.#.norm{k}:norm:n_{norm}" for k, norm in enumerate(norms.split()))
+    new = f"{attention} l.#.ff:pair:ff2 l.#.ff_macaron:pair:ff1 l.#.conv_module.pw:whole:pw l.#.conv_module.dw:head:dw"
+    for norm in ["ff", "mha", "ff_macaron", "conv", "final"]:
+        new += f" l.#.norm_{norm}:norm:n_{norm.removeprefix('ff_')}"
+    wrong, right = wrong_and_right(network(old, range(2)), network(new, range(2)))
+    assert not [name for name in wrong if "norm" in name]
+    assert {"0.pw", "1.q"} <= right
+
+
+@pytest.mark.parametrize("names", ["f c fc", "b n bn", "prenet.fc1 prenet.fc2 postnet.w12"])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_whole_is_not_made_of_what_only_its_letters_or_numbers_spell(names: str, ordered: bool):
+    *parts, whole = names.split()
+    old = network(" ".join(["stem:table", *(f"{part}:map:{part}" for part in parts), "head:head"]), range(1))
+    new = network(f"stem:table {whole}:pair:new head:head", range(1))
+    wrong, right = wrong_and_right(old, new, ordered=ordered)
+    assert not wrong
+    assert right == {"table", "head"}
+
+
 def test_initials_pair_nothing_that_the_user_forbids():
     old, new = ({name: nn.Linear(WIDTH, WIDTH) for name in names.split()} for names in ("l_out r_out", "right left"))
     source, target = Tree(old | {"head": nn.Linear(WIDTH, 3)}), Tree(new | {"head": nn.Linear(WIDTH, 3)})
