@@ -107,6 +107,8 @@ class Bench:
             steps = {n: share * weights[n].norm() / s.norm().clamp_min(1e-30) * s for n, s in slopes.items()}
             lower = {**state, **{n: weights[n] - step for n, step in steps.items()}}
             found.append(mean(meter.losses(lower, 0, half, size)))
+            if found[-1] >= found[0]:  # a longer step gains no more
+                break
         return found[0] - min(x for x in found if math.isfinite(x))
 
     def falls(self, best: Sequence[float]) -> bool:
