@@ -487,17 +487,25 @@ def _around(path: str) -> tuple[str, ...]:
     return split_numbers(path.rpartition(".")[0])[0]
 
 
+@lru_cache(maxsize=100_000)
+def _block(path: str) -> tuple[str, ...]:
+    """The pattern of the block of a list that a module stands in."""
+    parts = path.split(".")
+    last = max((k for k, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ("block", *split_numbers(".".join(parts[: last + 1]))[0])
+
+
 def _makes(s: ParameterInfo, t: ParameterInfo) -> tuple[Make, ...]:
     """What a pair of matrices shares its orientation with, the nearest first.
 
-    The matrices of the module that it stands in, on both sides, or on the source's where it is known how torch stores
-    the target's; all of its kind, where the kinds of both are known.
+    The matrices of the module that it stands in, on both sides, or on the source's, and there in the block of a list,
+    where it is known how torch stores the target's; all of its kind, where the kinds of both are known.
     """
     both = (_make(s), _make(t))
     around = _around(s.module_path), _around(t.module_path)
     makes: list[Make] = [(around, *both)]
     if t.module_type in LINEAR:
-        makes.append((around[0], both[0]))
+        makes += [(around[0], both[0]), (_block(s.module_path), both[0])]
     return (*makes, both) if s.module_type and t.module_type else tuple(makes)
 
 
