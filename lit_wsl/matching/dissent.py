@@ -56,6 +56,7 @@ OTHER_TOWER = (
 LEFT_HOME = (
     "what one of them stands in is still there without it, and their names have nothing in common: it may be a new part"
 )
+NAMED_ELSEWHERE = "another part of the other model, where it fits too, is called like what one of them stands in"
 LEFT_BLOCK = "one of them stands in a block, its attention or its feed-forward, and the other does not"
 OTHER_MAKE = "one is a layer's weight and the other a tensor of its own, and their names have nothing in common"
 OTHER_VALUES = "one is named after a function of the other, so its values are different"
@@ -89,6 +90,8 @@ def against(p: Pair, region: Region, agree: str, *, certain: bool, weak: bool) -
         return OTHER_NUMBER
     if counted_down(p.source, p.target, region):
         return OTHER_DIRECTION
+    if certain and _fits_where_it_is_named(p.source, p.target, region):
+        return NAMED_ELSEWHERE
     if not region.complete and p.cell.startswith(STRONG):
         if agree in ("against order", "out of line"):
             return OUT_OF_ORDER
@@ -192,6 +195,22 @@ def _beside_of_one_make(tower: Item, region: Region, side: int) -> list[Item]:
     around = region.homes[side].get(id(tower))
     beside = [i for i in around.children if i is not tower and i.level == 2] if around else []
     return [i for i in beside if 2 * (i.profile & tower.profile).total() >= len(tower.tensors)]
+
+
+def _fits_where_it_is_named(s: Item, t: Item, region: Region) -> bool:
+    """Whether a part of the other side is called like what one of two stands in, and holds matrices of its shapes.
+
+    What tells one of two parts from the other may have moved: a norm, an adapter, the layer between two stages.
+    """
+    first = [relative(i, root).partition(".")[0] for i, root in ((s, region.source), (t, region.target))]
+    if not all(first) or first[0] == first[1] or max(s.rank, t.rank) < 2:
+        return False
+    for side, item in enumerate((s, t)):
+        named = region.parts_alike[side].get(first[side], first[1 - side])
+        found = region.shapes_by_part[1 - side][named] if named != first[1 - side] else ()
+        if any(u.main.shape in found for u in item.units if u.rank >= 2):
+            return True
+    return False
 
 
 def _leaves_row(s: Item, t: Item, region: Region) -> bool:
