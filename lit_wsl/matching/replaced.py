@@ -171,12 +171,13 @@ def _alike_inside(s: Item, t: Item, region: Region) -> bool:
     if _are_called_one(*names) or max(s.level, t.level) < 2:
         return _are_called_one(*names) or of_one_role(*names)
     blocks = any(c.level == 2 and relative(c, s).partition(".")[0].isdigit() for c in s.children)
+    blocks = blocks or s.path.rpartition(".")[2].isdigit()
     large = min(len(i.tensors) for i in (s, t)) >= TOWER and not {*names[0]} & {*names[1]} & LISTS  # lstm_, attn_layers
     inside = zip(s.units, *([plain_words(place_in(u, i)) for u in i.units] for i in (s, t)))
     around = {own_name(u) for u in region.source.units if not _is_in(u, s)}
     for unit, a, b in inside:
         told = not blocks or ({*a} - NOTHING - BLOCKS and not roles_of(unit.path))
-        if told and own_name(unit) not in around and ((a == b and a and large) or (of_one_role(a, b) and not blocks)):
+        if told and own_name(unit) not in around and ((a and large) if a == b else of_one_role(a, b) and not blocks):
             return True
     return False
 
