@@ -298,6 +298,31 @@ def test_a_whole_is_not_made_of_what_only_its_letters_or_numbers_spell(names: st
     assert right == {"table", "head"}
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("encoder.fc:map:1 encoder.norm:norm:2 head.fc:map:3", "encoder.lin:map:1 head.norm:norm:2 head.lin:map:3"),
+        (
+            "reward.trunk:map:1 cost.trunk:map:2 reward.norm:norm:3",
+            "reward_model.body:map:1 cost_model.body:map:2 cost_model.norm:norm:4",
+        ),
+        ("l.0.qkv:map:1 l.0.gate:head:2 l.1.qkv:map:3", "b.0.sa.qkv:map:1 b.1.sa.qkv:map:3 b.1.gate:head:4"),
+        ("down.0.res:map:1 down.0.ds:pair:2 down.1.res:map:3", "down.0.c:map:1 down.1.ds:pair:2 down.1.c:map:3"),
+        ("text.h.0.fc:map:1 image.h.0.fc:map:2", "text.blocks.0.lin:map:1 audio.blocks.0.lin:map:3"),
+        ("fc_pitch:head:1 fc_duration:head:2", "pitch.fc:head:1 tension.fc:head:3"),
+        ("heads.mnli.dense:pair:1 heads.mnli.out_proj:slim:2", "heads.qnli.dense:pair:3 heads.qnli.out_proj:slim:4"),
+        ("pose_head.dense:pair:1 pose_head.out_proj:slim:2", "mask_head.dense:pair:3 mask_head.out_proj:slim:4"),
+    ],
+    ids=["norm", "norm of other networks", "gate", "stage", "tower", "predictor", "task", "head"],
+)
+def test_names_are_not_crossed_by_a_part_that_moved_or_was_exchanged(old: str, new: str, ordered: bool):
+    sides = (network(f"embed:table {rows} post:up", range(1)) for rows in (old, new))
+    wrong, right = wrong_and_right(*sides, ordered=ordered)
+    assert not wrong
+    assert {"table", "up"} <= right
+
+
 def test_initials_pair_nothing_that_the_user_forbids():
     old, new = ({name: nn.Linear(WIDTH, WIDTH) for name in names.split()} for names in ("l_out r_out", "right left"))
     source, target = Tree(old | {"head": nn.Linear(WIDTH, 3)}), Tree(new | {"head": nn.Linear(WIDTH, 3)})
