@@ -64,14 +64,7 @@ from lit_wsl.matching.numbers import (
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import MOVED, ORDER, ORDER_ALONE, is_moved
 from lit_wsl.matching.regions import Decision, Pair, Region, Sides, Tie, other_name
-from lit_wsl.matching.replaced import (
-    RENAMED_ALONE,
-    are_kept_apart,
-    are_others,
-    mean_otherwise,
-    other_head,
-    renamed_alone,
-)
+from lit_wsl.matching.replaced import RENAMED_ALONE, are_kept_apart, are_others, other_head, renamed_alone
 from lit_wsl.matching.risks import may_load, refusal
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts, cut_by_shapes, transpose_shape
 from lit_wsl.matching.tree import (
@@ -422,10 +415,9 @@ class ClassSolver:
             i, j = next(iter(open_s)), next(iter(open_t))
             s, t = left_s[0].members[0], left_t[0].members[0]
             better = max(*shared[i], *(row[j] for row in shared)) > shared[i][j]
-            better = better or are_others(s, t, self.learned.renames, fixed=fixed, told=bool(leading))
-            if any(kinds[a][b] in (WORDS, SHORT_WORDS) for a, b in leading):  # so these would have kept theirs, too
-                otherwise = mean_otherwise(words_apart(fs, ft)[i], words_apart(ft, fs)[j])
-                better = better or (otherwise and not same_role(owner_path(s.main.path), owner_path(t.main.path)))
+            named = any(kinds[a][b] in (WORDS, SHORT_WORDS) for a, b in leading)  # so these would have kept theirs, too
+            words = (words_apart(fs, ft)[i], words_apart(ft, fs)[j]) if named else ((), ())
+            better = better or are_others(s, t, self.learned.renames, fixed=fixed, told=bool(leading), words=words)
             head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
                 out.ties.append(Tie.between(left_s, left_t, OTHER_HEAD if head else OTHER_WORDS))

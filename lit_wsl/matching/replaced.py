@@ -27,7 +27,7 @@ from lit_wsl.matching.likeness import (
     same_role,
     strength,
 )
-from lit_wsl.matching.regions import Pair, Region
+from lit_wsl.matching.regions import Pair, Region, member_of
 from lit_wsl.matching.tree import Item, owner_path, place_in, relative
 from lit_wsl.matching.words import plain_words
 
@@ -197,7 +197,15 @@ def are_kept_apart(s: Item, t: Item) -> bool:
     return bool(likeness.left_s and likeness.left_t) and not is_listed(s, t)
 
 
-def are_others(s: Item, t: Item, renames: Renames, *, fixed: bool, told: bool = False) -> bool:
+def are_others(
+    s: Item,
+    t: Item,
+    renames: Renames,
+    *,
+    fixed: bool,
+    told: bool = False,
+    words: tuple[Sequence[str], Sequence[str]] = ((), ()),
+) -> bool:
     """Whether the last two left are no partners: their siblings kept their paths, or names told these apart.
 
     Args:
@@ -206,11 +214,24 @@ def are_others(s: Item, t: Item, renames: Renames, *, fixed: bool, told: bool = 
         renames: Which names changed.
         fixed: Whether others of their size have the same path on both sides.
         told: Whether names told others of their size apart.
+        words: What tells each from its siblings, if words told these apart.
     """
     whole = told and min(s.level, t.level) == 2 and not renames.are_all(s, t)
     if (fixed and are_kept_apart(s, t)) or ((fixed or whole) and called_otherwise(s, t)):
         return True
-    return (fixed or told) and _is_something_else(s, t)
+    return ((fixed or told) and _is_something_else(s, t)) or _are_called_apart(s, t, words)
+
+
+def _are_called_apart(s: Item, t: Item, words: tuple[Sequence[str], Sequence[str]]) -> bool:
+    """Whether what tells two units from their siblings means different things on the two sides.
+
+    The parts of a block are few and of known kinds, so that there only the names around the block count.
+    """
+    names = []
+    for item, telling in zip((s, t), words):
+        around, inside = member_of(owner_path(item.main.path))
+        names.append([w for w in telling if w not in SIDES and not (around and w in plain_words(inside))])
+    return mean_otherwise(*names) and not same_role(owner_path(s.main.path), owner_path(t.main.path))
 
 
 def _is_something_else(s: Item, t: Item) -> bool:
