@@ -393,7 +393,7 @@ class ClassSolver:
         for i, j in leading:
             cell = kinds[i][j]
             cell = cell if cell != LAYER_ONLY else WORDS if complete else ""  # which tells nothing beside rivals
-            if not cell:
+            if not cell or (cell == INITIALS and not sure):
                 continue
             cell = cell if sure else "open " + cell
             if not may_load(cell) or (fixed and are_kept_apart(fs[i].members[0], ft[j].members[0])):

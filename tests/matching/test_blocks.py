@@ -329,3 +329,12 @@ def test_initials_pair_nothing_that_the_user_forbids():
     report = transfer_weights(target, source.state_dict(), min_coverage=0.0, incompatible_pairs=[({"l"}, {"left"})])
     assert "head.weight" in report.loaded
     assert "left.weight" not in report.loaded
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_initials_pair_nothing_where_parts_are_gone_and_others_new(ordered: bool):
+    old = network("embed:table l_out:map:1 r_out:map:2 extra:head:3 scale:norm:4", range(1))
+    new = network("embed:table lidar_out:map:5 radar_out:map:6 shift:whole:7", range(1))
+    wrong, right = wrong_and_right(old, new, ordered=ordered)
+    assert not wrong
+    assert right == {"table"}
