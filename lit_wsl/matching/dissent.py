@@ -206,9 +206,11 @@ def _fits_where_it_is_named(s: Item, t: Item, region: Region) -> bool:
     if not all(first) or first[0] == first[1] or max(s.rank, t.rank) < 2:
         return False
     for side, item in enumerate((s, t)):
-        named = region.parts_alike[side].get(first[side], first[1 - side])
-        found = region.shapes_by_part[1 - side][named] if named != first[1 - side] else ()
-        if any(u.main.shape in found for u in item.units if u.rank >= 2):
+        shapes = (u.main.shape for u in item.units if u.rank >= 2)
+        fits = {part for shape in shapes for part in region.parts_by_shape[1 - side].get(shape, ())} - {first[1 - side]}
+        if (
+            fits and region.parts_alike[side].get(first[side]) in fits
+        ):  # names are compared only where there is a choice
             return True
     return False
 

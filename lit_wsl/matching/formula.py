@@ -62,9 +62,7 @@ def letters_below(root: Item) -> Letters:
         named = [(u, letters) for u in units if (letters := u.letters)]
         wholes = frozenset[str]().union(*(letters for _, letters in named if len(letters) > 1))
         named = [(u, letters) for u, letters in named if len(letters) > 1 or not letters <= wholes]  # v1 beside kv
-        named = [
-            (u, letters) for u, letters in named if not _is_of_another_manner(u, letters, named)
-        ]  # v1 beside value
+        named = [own for own in named if not _is_of_another_manner(*own, named)]  # v1 beside value
         if len({x for _, letters in named for x in letters}) > 1:
             found |= {u.name: letters for u, letters in named}
             outputs = _outputs([u for u in units if u.unit.rank >= 2 and not u.letters], [u for u, _ in named])

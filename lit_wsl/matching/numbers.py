@@ -234,18 +234,18 @@ def runs_otherwise(side: Sequence[Family], root: Item) -> bool:
 
     It begins with its feed-forward, and so does the norm named after it; or with its cross attention.
     """
-    if len(side) == 3:
-        words = [({*plain_words(relative(u.main, root))}, u.start) for u in root.units if u.rank >= 2]
-        crossed = min((k for ws, k in words if ws & CROSS), default=-1)
-        return told_otherwise(side) or -1 < crossed < min(
-            (k for ws, k in words if ws & (ATTENTIONS | {"self"}) and not ws & CROSS), default=-1
-        )
     places = _places(side, OUTPUT) if len(side) == 2 else []
-    if sorted(places) != [0, 1] or side[places.index(0)].start < side[places.index(1)].start:
+    fed = sorted(places) == [0, 1] and side[places.index(1)].start < side[places.index(0)].start
+    if not fed and len(side) != 3:
         return False
     matrices = [({*plain_words(relative(u.main, root))}, u.start) for u in root.units if u.rank >= 2]
-    firsts = [min((k for words, k in matrices if words & known), default=-1) for known in (FEEDS, ATTENTIONS)]
-    return -1 < firsts[0] < firsts[1]
+
+    def first(known: frozenset[str], without: frozenset[str] = frozenset()) -> int:
+        return min((start for words, start in matrices if words & known and not words & without), default=-1)
+
+    if fed:
+        return -1 < first(FEEDS) < first(ATTENTIONS)
+    return told_otherwise(side) or -1 < first(CROSS) < first(ATTENTIONS | {"self"}, CROSS)
 
 
 def _numbers(side: Sequence[Family]) -> list[int]:

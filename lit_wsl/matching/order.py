@@ -47,6 +47,7 @@ MANY = 4  # by chance one in 24 orders is the reverse of another
 AS_ELSEWHERE, AS_OFTEN, AS_SOMEWHERE = "as elsewhere", "as often elsewhere", "as somewhere else"
 UNLIKE_ELSEWHERE = "unlike elsewhere"
 NEEDED = {ORDER_ALONE: (AS_ELSEWHERE, AS_OFTEN), BESIDE_ONE: (AS_ELSEWHERE, AS_OFTEN)}  # of other regions of this level
+PART_WORDS = {**dict.fromkeys(ATTENTIONS, "attention"), **dict.fromkeys((*FEEDS, "forward"), "feed")}
 COUNTED_OTHERWISE = "numbered in one order and registered in another"
 TOWERS = (
     "whole networks of the same structure, named differently on the two sides; order alone does not show which is which"
@@ -243,24 +244,18 @@ def _follow_otherwise(side: Sequence[Family], root: Item) -> bool:
     """Whether norms are called after parts of their block, and not registered in the order of these parts."""
     if any(len(f.members) > 1 or f.members[0].rank > 1 or f.members[0].level == 2 for f in side):
         return False
+    norms = [_part_words(f.words) for f in sorted(side, key=lambda f: f.start)]
     parts: dict[frozenset[str], int] = {}
     for unit in root.units:
         if unit.rank > 1:
             parts.setdefault(_part_words(plain_words(relative(unit.main, root).partition(".")[0])), unit.start)
-    found = []
-    for f in sorted(side, key=lambda f: f.start):
-        words = _part_words(f.words)
-        if words in parts:
-            found.append(parts[words])
+    found = [parts[words] for words in norms if words in parts]
     return found != sorted(found)
 
 
 def _part_words(words: Iterable[str]) -> frozenset[str]:
     """What a part of a block is, by the words that name it or its norm."""
-    known = {**dict.fromkeys(ATTENTIONS, "attention"), **dict.fromkeys((*FEEDS, "forward"), "feed")}
-    return frozenset(
-        known.get(w, w) for w in words if w not in NOTHING and "norm" not in w and w not in ("self", "layer")
-    )
+    return frozenset(PART_WORDS.get(w, w) for w in words if w not in NOTHING and "norm" not in w and w != "self")
 
 
 def _leaves_formula(named: Sequence[Family], side: int, counted_only: Sequence[Family], region: Region) -> bool:

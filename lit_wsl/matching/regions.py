@@ -128,22 +128,22 @@ class Region:
         return _homes(self.source), _homes(self.target)
 
     @cached_property
-    def shapes_by_part(self) -> tuple[dict[str, set[Shape]], dict[str, set[Shape]]]:
-        """By the first part of their paths the shapes of all matrices; source and target."""
-        sides: tuple[dict[str, set[Shape]], dict[str, set[Shape]]] = ({}, {})
+    def parts_by_shape(self) -> tuple[dict[Shape, dict[str, None]], dict[Shape, dict[str, None]]]:
+        """By the shape of a matrix the first parts of the paths that lead to one; source and target."""
+        sides: tuple[dict[Shape, dict[str, None]], dict[Shape, dict[str, None]]] = ({}, {})
         for found, root in zip(sides, (self.source, self.target)):
             for unit in root.units:
                 if unit.rank >= 2:
-                    found.setdefault(relative(unit, root).partition(".")[0], set()).add(unit.main.shape)
+                    found.setdefault(unit.main.shape, {})[relative(unit, root).partition(".")[0]] = None
         return sides
 
     @cached_property
     def parts_alike(self) -> tuple[dict[str, str], dict[str, str]]:
-        """By the first part of their paths, which parts of the two sides are called alike; both ways."""
-        ours, theirs = ([*side] for side in self.shapes_by_part)
-        numbers = [{part for part in side if part.isdigit()} for side in (ours, theirs)]
+        """By the first part of the paths to matrices, which parts of the two sides are called alike; both ways."""
+        parts = [dict.fromkeys(part for known in side.values() for part in known) for side in self.parts_by_shape]
+        numbers = [{part for part in side if part.isdigit()} for side in parts]
         pairs = {part: part for part in numbers[0] if numbers[0] == numbers[1]}
-        ours, theirs = ([part for part in side if not part.isdigit()] for side in (ours, theirs))
+        ours, theirs = ([part for part in side if not part.isdigit()] for side in parts)
         alike = [[liken(plain_words(a), plain_words(b)) for b in theirs] for a in ours]
         shared = [[x.shared if x.kind in TELLING and not x.only_layers else 0.0 for x in row] for row in alike]
         pairs |= {ours[i]: theirs[j] for i, j in (leads(shared) if theirs else [])}

@@ -6,6 +6,7 @@ What fits is nearly always the same part under another name, unless everything a
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 from lit_wsl.matching.learned import Learned, Renames
 from lit_wsl.matching.likeness import (
@@ -82,6 +83,7 @@ def renamed_alone(p: Pair, region: Region, learned: Learned) -> bool:
     return not any(_are_renamed(ours, theirs) for ours, theirs in others)
 
 
+@lru_cache(maxsize=10_000)  # asked for every name with every other
 def _change_of(ours: tuple[str, ...], theirs: tuple[str, ...]) -> tuple[frozenset[str], ...]:
     """The words that took the place of others; none if one side has no words of its own."""
     likeness = liken(ours, theirs)
