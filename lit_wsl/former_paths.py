@@ -22,6 +22,7 @@ FORMER_PATHS = {
     "lit_wsl.mapper.options": "lit_wsl.matching.options",
     "lit_wsl.mapper.planner": "lit_wsl.matching.planner",
     "lit_wsl.mapper.proof": "lit_wsl.matching.proof",
+    "lit_wsl.mapper.result": "lit_wsl.mapper.weight_mapper",
     "lit_wsl.mapper.scoring": "lit_wsl.matching.scoring",
     "lit_wsl.models.checkpoint": "lit_wsl.checkpoint",
     "lit_wsl.models.weight_mapper": "lit_wsl.mapper.weight_mapper",

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -15,13 +16,19 @@ from torch import Tensor, nn
 
 from lit_wsl.checkpoint import open_checkpoint
 from lit_wsl.errors import ArgumentTypeError, MappingError, ShownInNotebooks, did_you_mean, listed, printable
-from lit_wsl.mapper.result import MappingResult
 from lit_wsl.matching.layouts import hidden_layouts
 from lit_wsl.matching.options import BufferMode, MatchingOptions, Strategy
 from lit_wsl.matching.planner import build_plan
-from lit_wsl.plan.coverage import measure_coverage
+from lit_wsl.plan.coverage import Coverage, excluded_names, measure_coverage
+from lit_wsl.plan.entries import Side
+from lit_wsl.plan.plan import TransferPlan
+from lit_wsl.report.drawing import as_html
 from lit_wsl.report.report import TransferReport
-from lit_wsl.report.rows import By
+from lit_wsl.report.rows import By, describe_from_plan, percent
+from lit_wsl.report.saving import save_html, save_json
+from lit_wsl.report.scores import BreakdownView
+from lit_wsl.report.terminal import AnalysisView, MappingView, ReportView
+from lit_wsl.report.trees import HierarchyView
 from lit_wsl.structure.description import (
     ModelDescription,
     ModuleNode,
@@ -60,12 +67,6 @@ class HierarchyNode:
     parent: HierarchyNode | None = field(repr=False)  # the module that holds it
     parameter_group: Group | None = field(default=None, repr=False)  # its own tensors, if it has any
     children: Mapping[str, HierarchyNode] = field(default_factory=dict, repr=False)  # name -> module inside it
-
-    def walk(self) -> Iterator[HierarchyNode]:
-        """The node and all below it, parents first."""
-        yield self
-        for child in self.children.values():
-            yield from child.walk()
 
 
 def groups_of(side: ModelDescription) -> Mapping[str, Group]:
@@ -108,6 +109,107 @@ def _whole_number(**options: int | None) -> None:
     for option, value in options.items():
         if value is not None and not isinstance(value, int):
             raise ArgumentTypeError(f"{option} must be a whole number, or None for all; got {value!r}.")
+
+
+class MappingResult(ShownInNotebooks, Mapping[str, str]):
+    """Source name -> target name, as a read-only mapping, and the plan that it stands for.
+
+    The mapping holds the steps that take *one* tensor to *one* tensor under a new name: exact copies, casts,
+    transposes, permutes and reshapes. A step with several sources or targets (``q, k, v -> qkv``) cannot be said as
+    a name for a name; those are in :attr:`plan`, and :attr:`composite` lists their names. So renaming a
+    checkpoint's keys with this mapping never invents a name for half a tensor.
+
+    Attributes:
+        plan: Everything that would be loaded, as data.
+        coverage: The share of both sides that the plan moves.
+
+    >>> import torch
+    >>> from lit_wsl import WeightMapper
+    >>> result = WeightMapper(torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)).suggest_mapping()
+    >>> dict(result)
+    {'weight': 'weight', 'bias': 'bias'}
+    >>> result.coverage.target.share
+    1.0
+    """
+
+    def __init__(self, plan: TransferPlan, coverage: Coverage) -> None:
+        self.plan = plan
+        self.coverage = coverage
+
+    @cached_property
+    def _scored(self) -> dict[str, tuple[str, float]]:
+        return {
+            entry.sources[0]: (entry.targets[0], entry.score)
+            for entry in self.plan.entries
+            if len(entry.sources) == len(entry.targets) == 1
+        }
+
+    def __getitem__(self, source: str) -> str:
+        return self._scored[source][0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scored)
+
+    def __len__(self) -> int:
+        return len(self._scored)
+
+    @property
+    def composite(self) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
+        """Sources and targets of the steps with several names on a side, in the plan's order."""
+        return tuple(
+            (entry.sources, entry.targets)
+            for entry in self.plan.entries
+            if not len(entry.sources) == len(entry.targets) == 1
+        )
+
+    def get_mapping_with_scores(self) -> dict[str, tuple[str, float]]:
+        """Source name -> (target name, score from 0 to 1)."""
+        return dict(self._scored)
+
+    def get_mapping_dict(self) -> dict[str, str]:
+        """The mapping as a plain dict, which is yours to change."""
+        return dict(self)
+
+    copy = get_mapping_dict
+
+    def __or__(self, other: Mapping[str, str]) -> dict[str, str]:
+        return {**self, **other} if isinstance(other, Mapping) else NotImplemented
+
+    def __ror__(self, other: Mapping[str, str]) -> dict[str, str]:
+        return {**other, **self} if isinstance(other, Mapping) else NotImplemented
+
+    def get_unmatched(self) -> dict[str, list[str]]:
+        """Names without a partner: ``{"source": [...], "target": [...]}``.
+
+        Ambiguous targets are among them; excluded buffers, which nobody asked for, are not.
+        """
+        found: dict[str, list[str]] = {}
+        for side in get_args(Side):
+            aside = excluded_names(self.plan, side, describe_from_plan(self.plan, side))
+            found[side] = [left.name for left in self.plan.unmatched(side) if left.name not in aside]
+        ambiguous = (name for case in self.plan.ambiguous for name in case.targets)
+        return {**found, "target": list(dict.fromkeys([*found["target"], *ambiguous]))}
+
+    def __repr__(self) -> str:
+        sides = f"{self.plan.source.label} -> {self.plan.target.label}"
+        steps = f"{len(self)} one-to-one, {len(self.composite)} composite"
+        return printable(f"<MappingResult {sides}: {percent(self.coverage.target.share)} of the model, {steps}>")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._view()
+
+    def _repr_html_(self) -> str:
+        return as_html(self._view())
+
+    def _view(self) -> ReportView:
+        source, target = describe_from_plan(self.plan, "source"), describe_from_plan(self.plan, "target")
+        report = TransferReport.of(self.plan, self.coverage, source, target, notes=self.plan.notes)
+        return _brief(replace(report, applied=False))
+
+
+def _brief(report: TransferReport) -> ReportView:
+    """A mapping on one screen."""
+    return ReportView(report, "Mapping", modules=False, mapping=MappingView(report.plan, max_rows=10))
 
 
 Pairs = Sequence[tuple[Any, Any]]
@@ -354,8 +456,6 @@ class WeightMapper(ShownInNotebooks):
         Raises:
             MappingError: If an option has a value that is not allowed.
         """
-        from lit_wsl.report.terminal import MappingView, ReportView
-
         if by not in get_args(By):
             raise MappingError(f"by must be one of {', '.join(map(repr, get_args(By)))}; got {by!r}.")
         _whole_number(max_matches=max_matches, max_unmatched=max_unmatched)
@@ -377,8 +477,6 @@ class WeightMapper(ShownInNotebooks):
             folded: Fold repeated modules into one line, ``{0..11} x12``.
             console: Where to print.
         """
-        from lit_wsl.report.trees import HierarchyView
-
         _whole_number(max_depth=max_depth)
         plan = self.result.plan if show_matches else None
         view = HierarchyView(self.source, self.target, plan, max_depth=max_depth, folded=folded)
@@ -394,9 +492,11 @@ class WeightMapper(ShownInNotebooks):
         Raises:
             MappingError: If neither model has a tensor of this name; the message names the nearest ones.
         """
-        from lit_wsl.report.scores import BreakdownView
-
-        self._check_name(name)
+        if name not in self.source and name not in self.target:
+            known = dict.fromkeys(info.name for side in (self.source, self.target) for info in side.parameters)
+            inside = [tensor for tensor in known if tensor.startswith(f"{name}.")]
+            hint = f" It is a module; its tensors are {listed(inside)}." if inside else did_you_mean(str(name), known)
+            raise MappingError(f"neither model has a tensor named {name!r}.{hint}")
         view = BreakdownView(name, self.result.plan, self.source, self.target, self.options)
         (console or Console()).print(view)
 
@@ -408,8 +508,6 @@ class WeightMapper(ShownInNotebooks):
             show_unmatched: Also show what found no partner.
             console: Where to print.
         """
-        from lit_wsl.report.terminal import AnalysisView
-
         _whole_number(top_n=top_n)
         view = AnalysisView(self._report(), top_n=top_n, show_unmatched=show_unmatched)
         (console or Console()).print(view)
@@ -423,8 +521,6 @@ class WeightMapper(ShownInNotebooks):
         Raises:
             CheckpointError: If the file cannot be written.
         """
-        from lit_wsl.report.saving import save_json
-
         return save_json(self.result, output_path, **self._context())
 
     def save_html(self, path: str | os.PathLike[str]) -> Path:
@@ -433,19 +529,12 @@ class WeightMapper(ShownInNotebooks):
         Raises:
             CheckpointError: If the file cannot be written.
         """
-        from lit_wsl.report.saving import save_html
-
         return save_html(self.result, path, **self._context())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from lit_wsl.report.terminal import MappingView, ReportView
-
-        report = self._report()
-        yield ReportView(report, "Mapping", modules=False, mapping=MappingView(report.plan, max_rows=10))
+        yield _brief(self._report())
 
     def _repr_html_(self) -> str:
-        from lit_wsl.report.drawing import as_html
-
         return as_html(self)
 
     def _report(self, result: MappingResult | None = None) -> TransferReport:
@@ -460,14 +549,6 @@ class WeightMapper(ShownInNotebooks):
     def _context(self) -> dict[str, Any]:
         """What a saved report shows besides the result, once that is there: making it adds notes."""
         return {"source": self.source, "target": self.target, "notes": self._notes, "options": self.options}
-
-    def _check_name(self, name: str) -> None:
-        if name in self.source or name in self.target:
-            return
-        known = dict.fromkeys(info.name for side in (self.source, self.target) for info in side.parameters)
-        inside = [tensor for tensor in known if tensor.startswith(f"{name}.")]
-        hint = f" It is a module; its tensors are {listed(inside)}." if inside else did_you_mean(str(name), known)
-        raise MappingError(f"neither model has a tensor named {name!r}.{hint}")
 
     def __repr__(self) -> str:
         state = "not matched yet" if self._result is None else f"{len(self._result.plan)} steps"
@@ -513,6 +594,5 @@ class WeightMapper(ShownInNotebooks):
 
     def _asked(self, side: ModelDescription) -> ModelDescription:
         """A side without its buffers where these are excluded."""
-        if not self.options.excludes_buffers:
-            return side
-        return replace(side, parameters=tuple(info for info in side.parameters if info.kind == "parameter"))
+        parameters = (info for info in side.parameters if info.kind == "parameter")
+        return side.part(parameters) if self.options.excludes_buffers else side
