@@ -246,27 +246,15 @@ def numpy_array(record: Any) -> np.ndarray[Any, Any] | None:
     return flat.reshape(shape, order="F" if fortran else "C").copy("K")
 
 
-def _made_of(cls: Any, *kinds: type) -> Callable[..., Any]:
-    """An object of a class of Python's own, from arguments of these kinds only."""
+def _made_of(cls: Any, *kinds: type, longest: float = math.inf) -> Callable[..., Any]:
+    """An object of a class of Python's own, from arguments of these kinds only, none longer as text."""
 
     def build(*args: Any) -> Any:
-        if not all(isinstance(arg, kinds) for arg in args):
+        if not all(isinstance(arg, kinds) and (longest == math.inf or len(str(arg)) <= longest) for arg in args):
             raise _NotPlainError
         return cls(*args)
 
     return build
-
-
-def _decimal(text: Any) -> Any:
-    if not isinstance(text, str) or len(text) > _MOST_DIGITS:
-        raise _NotPlainError
-    return decimal.Decimal(text)
-
-
-def _fraction(*parts: Any) -> Any:
-    if not all(isinstance(part, (int, str)) and len(str(part)) <= _MOST_DIGITS for part in parts):
-        raise _NotPlainError
-    return fractions.Fraction(*parts)
 
 
 def _deque(items: Any = (), longest: Any = None) -> Any:
@@ -285,8 +273,8 @@ _BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
         for name in ("Path", "PurePath", "PosixPath", "PurePosixPath")
     },
     **{("datetime", cls.__name__): _made_of(cls, *_OF_TIMES) for cls in _TIMES},
-    ("decimal", "Decimal"): _decimal,
-    ("fractions", "Fraction"): _fraction,
+    ("decimal", "Decimal"): _made_of(decimal.Decimal, str, longest=_MOST_DIGITS),
+    ("fractions", "Fraction"): _made_of(fractions.Fraction, int, str, longest=_MOST_DIGITS),
     ("collections", "deque"): _deque,
     **{("builtins", cls.__name__): _made_of(cls, int, type(None)) for cls in (range, slice)},
 }

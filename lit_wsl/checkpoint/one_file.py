@@ -116,7 +116,9 @@ def read_archive(data: memoryview) -> Archive:
     for (_, end, name), (begin, _, other) in pairwise(spans):
         if end > begin:
             raise RefusedError(f"a zip archive whose members {name!r:.200} and {other!r:.200} overlap")
-    folder = _common_folder([*members, *sorted(compressed)])
+    names = [*members, *compressed]
+    folders = {name.partition("/")[0] for name in names}  # torch puts all members in one
+    folder = f"{folders.pop()}/" if len(folders) == 1 and all("/" in name for name in names) else ""
     return Archive(
         {name[len(folder) :]: member for name, member in members.items()},
         frozenset(name[len(folder) :] for name in compressed),
@@ -151,12 +153,6 @@ def _data_start(data: memoryview, entry: zipfile.ZipInfo) -> int:
     if start + entry.compress_size > len(data):
         raise RefusedError(f"a zip archive with the member {entry.filename!r:.200} beyond its end (truncated?)")
     return start
-
-
-def _common_folder(names: list[str]) -> str:
-    """The one folder that torch puts all members in, with its slash; empty for other archives."""
-    folders = {name.partition("/")[0] for name in names}
-    return f"{folders.pop()}/" if len(folders) == 1 and all("/" in name for name in names) else ""
 
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -278,8 +274,6 @@ def read_zip(file: MappedFile, start: int = 0, length: int | None = None) -> Unp
 def verify_checksums(path: Path) -> int:
     """Read a whole file of ``torch.save``, compare the CRC-32 of each part, and give the number of bytes compared."""
     file = MappedFile(path)
-    if file.data[:2] != b"PK":
-        return 0
     archive = read_archive(file.data)
     for name in archive.members:
         archive.bytes_of(file.data, name)

@@ -10,7 +10,7 @@ import os
 import posixpath
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ from lit_wsl.checkpoint.allowlist import RefusedError
 from lit_wsl.checkpoint.document import Document, LazyTensor
 from lit_wsl.checkpoint.one_file import is_safetensors, read_safetensors, read_torch_file, verify_checksums
 from lit_wsl.checkpoint.records import ForeignObject, as_mapping
-from lit_wsl.checkpoint.sharded import is_deepspeed, read_deepspeed, read_distributed
+from lit_wsl.checkpoint.sharded import ReadFile, is_deepspeed, read_deepspeed, read_distributed
 from lit_wsl.checkpoint.weights import Selection, Weights, select_weights
 from lit_wsl.errors import CheckpointError
 from lit_wsl.files import not_found
@@ -68,14 +68,17 @@ def bring(path: str | os.PathLike[str]) -> Local:
     if not is_address(path):
         local = Path(path).expanduser()
         collapsed = _COLLAPSED.match(os.fspath(path))
-        if collapsed and isinstance(path, Path) and not local.exists() and _is_scheme(collapsed[1]):
-            raise CheckpointError(
-                f"{path} looks like an address that went through pathlib.Path, which joins its slashes. Give the "
-                f"address as a string, {collapsed[1]}://..."
-            )
+        if collapsed and isinstance(path, Path) and not local.exists():
+            from fsspec import available_protocols  # type: ignore[import-untyped]
+
+            if collapsed[1] in available_protocols():
+                raise CheckpointError(
+                    f"{path} looks like an address that went through pathlib.Path, which joins its slashes. Give the "
+                    f"address as a string, {collapsed[1]}://..."
+                )
         return Local(local, Path(path))
     assert isinstance(path, str)
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
     from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
     with _told(path):
@@ -93,12 +96,6 @@ def bring(path: str | os.PathLike[str]) -> Local:
         return Local(copy, path, keep)
 
 
-def _is_scheme(word: str) -> bool:
-    from fsspec import available_protocols
-
-    return word in available_protocols()
-
-
 @contextmanager
 def _told(address: str) -> Iterator[None]:
     """Turn whatever a file system raises into an error that has the address and the remedy."""
@@ -114,7 +111,6 @@ def _told(address: str) -> Iterator[None]:
         ) from error
 
 
-ReadFile = Callable[[Path], Document]
 MAX_INDEX = 256 << 20
 
 

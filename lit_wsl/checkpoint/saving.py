@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,17 +135,9 @@ def save_safetensors(
         except Exception as error:
             if isinstance(error, OSError):
                 raise
-            found = _errno_in(str(error))
-            if found is not None:
-                raise OSError(found, os.strerror(found)) from error
+            if system := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(system[1]), os.strerror(int(system[1]))) from error
             raise CheckpointError(f"Cannot write {path}: {error}") from error
-
-
-def _errno_in(message: str) -> int | None:
-    """Find the system error in a safetensors message such as ``... (os error 28)``."""
-    _, mark, rest = message.partition("(os error ")
-    digits = rest.partition(")")[0]
-    return int(digits) if mark and digits.isdigit() else None
 
 
 _PythonPickler: Any = pickle._Pickler  # the C pickler cannot be taught new types' opcodes

@@ -32,6 +32,7 @@ from lit_wsl.errors import CheckpointError
 
 LIGHTNING_METADATA = "meta.pt"
 MAX_ELEMENTS = 1 << 48
+ReadFile = Callable[[Path], Document]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class _Files:
         return self._open[name]
 
 
-def read_distributed(path: Path, read_file: Callable[[Path], Document]) -> Document:
+def read_distributed(path: Path, read_file: ReadFile) -> Document:
     """Read a distributed checkpoint's index; its tensors are joined when asked for."""
     found = unpickle(MappedFile(path / ".metadata").data)
     index = found.value.state if isinstance(found.value, ForeignObject) else {}
@@ -81,17 +82,10 @@ def read_distributed(path: Path, read_file: Callable[[Path], Document]) -> Docum
     leaves = {name: _leaf(name, entry, shards.get(name, {}), files) for name, entry in entries.items()}
     planned = index.get("planner_data")
     tree = _nest(leaves, planned if isinstance(planned, dict) else {})
-    rest, stubbed, notes = _lightning_metadata(path, read_file)
-    return Document("dcp", {**rest, **tree}, stubbed, notes, lazy=True)
-
-
-def _lightning_metadata(
-    path: Path, read_file: Callable[[Path], Document]
-) -> tuple[Mapping[str, Any], tuple[str, ...], tuple[str, ...]]:
     if not (path / LIGHTNING_METADATA).is_file():
-        return {}, (), ()
-    document = read_file(path / LIGHTNING_METADATA)
-    return dict(as_mapping(document.tree) or {}), document.stubbed, document.notes
+        return Document("dcp", tree, lazy=True)
+    rest = read_file(path / LIGHTNING_METADATA)
+    return Document("dcp", {**(as_mapping(rest.tree) or {}), **tree}, rest.stubbed, rest.notes, lazy=True)
 
 
 def _shards(places: Mapping[Any, Any], files: _Files) -> dict[str, dict[tuple[int, ...], tuple[str, int, int]]]:
@@ -210,7 +204,6 @@ def _lists(value: Any) -> Any:
     return inner
 
 
-ReadFile = Callable[[Path], Document]
 Piece = tuple[Tensor, int, int]  # a flat vector, and the part of it that is meant
 
 

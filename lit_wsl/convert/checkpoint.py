@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,26 +88,8 @@ def lightning_optimizers(content: Mapping[Any, Any]) -> tuple[tuple[str, ...], l
     return (tuple(single), [content[key] for key in single]) if single else None
 
 
-def gather_optimizers(entries: dict[Hashable, Any]) -> None:
-    """Put optimizers that are entries of their own into Lightning's list."""
-    keys, states = lightning_optimizers(entries) or ((), [])
-    if keys and "optimizer_states" not in entries:
-        for key in keys:
-            del entries[key]
-        entries["optimizer_states"] = states
-
-
 ARGUMENTS = frozenset({"hyper_parameters", "datamodule_hyper_parameters"})  # what nothing restores
 TRAINING = frozenset({"optimizer_states", "lr_schedulers", "callbacks"})  # what ``save_weights_only`` leaves out
-
-
-@dataclass(frozen=True)
-class Kept:
-    """How much of a checkpoint goes into the new one, as :func:`convert_checkpoint` says."""
-
-    drop: Sequence[str] = ()  # entries that stay behind
-    weights_only: bool = False  # whether optimizers, schedulers and callbacks do
-    foreign: bool = False  # whether calls of foreign functions come along
 
 
 def convert_checkpoint(
@@ -183,8 +165,7 @@ def convert_checkpoint(
             "(weights_only=True, --weights-only)."
         )
     carry = CarryOptions(parameter_names, on_lost, optimizer_settings, schedule)
-    keep = Kept(drop, weights_only, keep_foreign)
-    document, done = _convert_document(sides, optimizers, carry, keep, progress)
+    document, done = _convert_document(sides, optimizers, carry, drop, weights_only, keep_foreign, progress)
     atomic_save(document, destination, keep_foreign=keep_foreign)
     return replace(done, coverage=coverage)
 
@@ -229,12 +210,14 @@ def _convert_document(
     sides: Translation,
     optimizers: Sequence[Optimizer] | None,
     carry: CarryOptions,
-    keep: Kept,
+    drop: Sequence[str],
+    weights_only: bool,
+    keep_foreign: bool,
     progress: Progress | None,
 ) -> tuple[Any, Conversion]:
     """Convert the whole content of a checkpoint in memory."""
     checkpoint = sides.checkpoint
-    document = without_dropped(checkpoint.document(), keep.drop, str(checkpoint.path))
+    document = without_dropped(checkpoint.document(), drop, str(checkpoint.path))
     tree = as_mapping(document)
     if tree is None or not checkpoint.prefix:
         raise CheckpointError(f"{checkpoint.path} holds weights only; there is nothing else to convert.")
@@ -242,11 +225,11 @@ def _convert_document(
         raise CheckpointError("optimizers= needs the model whose parameters they hold: give target= too.")
     state, notes = convert_weights(sides, progress)
     entries: dict[Hashable, Any] = {}
-    calls = (lambda _: []) if keep.foreign else foreign_calls
+    calls = (lambda _: []) if keep_foreign else foreign_calls
     training = TRAINING | {place[0] for place in find_optimizers(tree)}
     copies = CopyConverter(sides)
     for key, value in tree.items():
-        if keep.weights_only and (key in training or (checkpoint.lossy and contains_foreign(value)) or calls(value)):
+        if weights_only and (key in training or (checkpoint.lossy and contains_foreign(value)) or calls(value)):
             notes.append(f"left out: {key!r}")
         elif key == checkpoint.prefix[0]:
             entries[key] = replace_at(value, checkpoint.prefix[1:], state)
@@ -259,12 +242,15 @@ def _convert_document(
         raise CheckpointError(f"{checkpoint.path}: {problem} {problem.remedy}")
     notes += [*copies.notes, *(f"{p} It was left as it is." for p in copies.problems)]
     states = carried = 0
-    if not keep.weights_only:
+    if not weights_only:
         notes += remembered_files(tree.get("callbacks"))
         made, saved, remarks = _convert_training(tree, optimizers, carry, copies)
         entries.update(made)
-        if checkpoint.format == "dcp":  # sharded files hold them one by one; in one file Lightning looks for a list
-            gather_optimizers(entries)
+        if checkpoint.format == "dcp" and "optimizer_states" not in entries:
+            # sharded files hold them one by one; in one file Lightning looks for a list
+            keys, listed_states = lightning_optimizers(entries) or ((), [])
+            entries = {key: value for key, value in entries.items() if key not in keys}
+            entries |= {"optimizer_states": listed_states} if keys else {}
         notes += remarks
         carried, states = len(saved), sum(len(optimizer["state"]) for optimizer in saved)
     classes = sorted(names_of_classes(entries))

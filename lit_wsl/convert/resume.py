@@ -169,7 +169,8 @@ class Resume:
         made: dict[Any, Any] = {}
         for key, state in callbacks.items():
             mine = [c for c in self.trainer.callbacks if _is_state_of(c, key)]  # type: ignore[attr-defined]
-            made[mine[0].state_key if mine and isinstance(key, ForeignName) else _plain_key(key)] = state
+            known = mine[0].state_key if mine and isinstance(key, ForeignName) else key
+            made[str(known) if isinstance(known, ForeignName) else known] = state
             if mine:
                 self._refuse_foreign(checkpoint, ("callbacks", key), state)
         return made
@@ -409,10 +410,6 @@ class Resume:
                 "or the convert command), and resume from that."
             )
         return Whole(trainer, self.model, self.sides.order)
-
-
-def _plain_key(key: Any) -> Any:
-    return str(key) if isinstance(key, ForeignName) else key
 
 
 def _is_state_of(callback: Any, key: Any) -> bool:
