@@ -260,7 +260,7 @@ def resume(path: Path, gigabytes: float) -> Measured:
     def work() -> None:
         sides = Translation.of(checkpoint, plan, model)
         engine, old = Sharded(run, model, sides.order), sides.old_parameters
-        order = replace(engine.order(), groups=engine.groups)
+        order = replace(engine.order, groups=engine.groups)
         states = checkpoint.unread["optimizer_states"]
         engine.load(convert_optimizers(states, plan, old, order, keep=engine.keep).states)
 

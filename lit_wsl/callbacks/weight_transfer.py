@@ -60,7 +60,7 @@ from lit_wsl.transfer.memory import (
     watch_optimizers,
 )
 from lit_wsl.transfer.ranks import ALONE, Ranks, refuse_wrapped
-from lit_wsl.transfer.sides import OLD_MODEL, Source, Target, open_source
+from lit_wsl.transfer.sides import OLD_MODEL, Source, Target
 from lit_wsl.transfer.undo import UndoLog, admit_loss, only_filler
 
 if TYPE_CHECKING:
@@ -515,14 +515,14 @@ class WeightTransferCallback(Callback):
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: str, ranks: Ranks
     ) -> tuple[Source, Target, str]:
         """Open the checkpoint and describe the model, with a sample where there is one, or a remark why not."""
-        opened = ranks.together(lambda: open_source(self.checkpoint, self.checkpoint_weights))
+        opened = ranks.together(lambda: Source.open(self.checkpoint, self.checkpoint_weights, old=self.source_module))
         if self.plan is not None and not is_lazy(model):
             samples: list[Call] = []  # a plan is replayed as it is: no need to run anything
             remark = ""
         else:
             samples, remark = find_samples(trainer, model, stage)
         with quiet(trainer, model):
-            return Source(self.checkpoint, opened, self.source_module, samples), Target.of(model, samples), remark
+            return replace(opened, samples=samples), Target.of(model, samples), remark
 
     def _yield_to(self, model: pl.LightningModule, why: str, say: Callable[[str], Any] = rank_zero_info) -> None:
         """Report that other weights win, such as those of a resumed checkpoint, or those that training made."""

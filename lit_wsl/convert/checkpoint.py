@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +63,6 @@ def find_optimizers(tree: Mapping[Any, Any]) -> list[tuple[Any, ...]]:
         elif isinstance(value, Mapping) and any(map(is_optimizer, value.values())):
             found += [(key, name) for name in value if is_optimizer(value[name])]
     return found
-
-
-def at(tree: Any, place: Sequence[Any]) -> Any:
-    """What is at a place of nested containers."""
-    for key in place:
-        tree = tree[key]
-    return tree
 
 
 def is_lightning_key(key: Any) -> bool:
@@ -310,7 +305,7 @@ def _convert_training(
     for chosen in (main, [place for place in places if place not in main]):
         if not chosen:
             continue
-        data = [build_plain(at(tree, place)) for place in chosen]
+        data = [build_plain(reduce(getitem, place, tree)) for place in chosen]
         names, groups = recorded_names(data, copies)
         if optimizers is not None and sides.target is not None and chosen is main:
             groups = groups_of(optimizers, sides.target)

@@ -37,11 +37,7 @@ class Whole:
     def __init__(self, trainer: pl.Trainer, model: nn.Module, order: NewOrder) -> None:
         self.trainer = trainer
         self.groups = groups_of(trainer.optimizers, model)
-        self._order = order
-
-    def order(self) -> NewOrder:
-        """That of the model that the plan fills."""
-        return self._order
+        self.order = order  # that of the model that the plan fills
 
     def load(self, states: Sequence[dict[str, Any]]) -> None:
         """As Lightning does, devices included."""
@@ -94,25 +90,21 @@ class Flattened:
     keep: Keep | None = None
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], target: ModelDescription) -> None:
-        self.model, self.optimizers, self.target = model, optimizers, target
+        from torch.distributed.fsdp import FlatParameter
+
+        self.model, self.optimizers = model, optimizers
         with _whole_states(model) as fsdp:
             told = [fsdp.optim_state_dict(model, optimizer)["param_groups"] for optimizer in optimizers]
         self.groups: Layout = [
             [NewGroup(tuple(group["params"]), {k: v for k, v in group.items() if k != "params"}) for group in groups]
             for groups in told
         ]
-
-    def order(self) -> NewOrder:
-        """The order in which the parameters were registered; where they have been joined, that of the joined ones."""
-        from torch.distributed.fsdp import FlatParameter
-
-        if any(
-            isinstance(p, FlatParameter) for o in self.optimizers for group in o.param_groups for p in group["params"]
-        ):
-            return NewOrder(
-                tuple(name for groups in self.groups for group in groups for name in group.names), known=True
-            )
-        return NewOrder(tuple(info.name for info in self.target.parameters if info.kind == "parameter"), known=True)
+        # in which the parameters were registered; where they have been joined, that of the joined ones
+        names = [info.name for info in target.parameters if info.kind == "parameter"]
+        held = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+        if any(isinstance(p, FlatParameter) for p in held):
+            names = [name for groups in self.groups for group in groups for name in group.names]
+        self.order = NewOrder(tuple(names), known=True)
 
     def load(self, states: Sequence[dict[str, Any]]) -> None:
         """Give the optimizers their parts of whole states."""

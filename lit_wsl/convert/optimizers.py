@@ -305,22 +305,7 @@ class _Carrier:
                 "states anew (on_lost='initialize', --on-lost initialize), or convert the weights only."
             )
         self.notes += [f"optimizer state starts anew for {name}: {why}" for name, why in self.lost.items()]
-        if removed:
-            self.notes.append(
-                f"optimizer states of {len(removed)} parameters that the new model does not have are left out: "
-                f"{listed(removed)}"
-            )
-        if untrained:
-            self.notes.append(
-                f"optimizer states of {len(untrained)} parameters that no optimizer of the new run holds (frozen?) are "
-                f"left out: {listed(untrained)}"
-            )
         trained = list(dict.fromkeys(name for group_list in self.groups for name in _members(group_list)))
-        fresh = [name for name in trained if name not in self.plan.by_target]
-        if fresh:
-            self.notes.append(
-                f"optimizer state starts anew for {len(fresh)} parameters without a source: {listed(fresh)}"
-            )
         waited = [
             name
             for name in trained
@@ -328,11 +313,15 @@ class _Carrier:
             and name not in self.lost
             and not any(s in self.owners for s in self.plan.by_target[name].sources)
         ]
-        if waited:
-            self.notes.append(
-                f"optimizer state starts anew for {len(waited)} parameters that no optimizer of the checkpoint holds "
-                f"(frozen?): {listed(waited)}"
-            )
+        gone, anew = "optimizer states of {} parameters that", "optimizer state starts anew for {} parameters"
+        for told, names in (
+            (f"{gone} the new model does not have are left out", removed),
+            (f"{gone} no optimizer of the new run holds (frozen?) are left out", untrained),
+            (f"{anew} without a source", [name for name in trained if name not in self.plan.by_target]),
+            (f"{anew} that no optimizer of the checkpoint holds (frozen?)", waited),
+        ):
+            if names:
+                self.notes.append(f"{told.format(len(names))}: {listed(names)}")
 
     # -- groups ------------------------------------------------------------------------------------------------------
 
@@ -358,7 +347,6 @@ class _Carrier:
                 return (min(number, len(self.optimizers) - 1), position) if self.optimizers else None
             return None
         first = next(iter(places))
-        chosen = self._settings(first)
         for other in places:
             if group.settings is not None:
                 told_apart = is_other_kind(self._settings(other), group.settings)
@@ -369,19 +357,12 @@ class _Carrier:
                         f"new ones {told_apart[1]}. Use the same optimizer, or transfer the weights only "
                         "(resume='weights')."
                     )
-            self._refuse_contradictions(number, position, chosen, first, other, places)
+            self._refuse_contradictions(number, position, places, other)
         return first
 
-    def _refuse_contradictions(
-        self,
-        number: int,
-        position: int,
-        chosen: Mapping[str, Any],
-        first: Place,
-        other: Place,
-        places: Mapping[Place, str],
-    ) -> None:
-        theirs = self._settings(other)
+    def _refuse_contradictions(self, number: int, position: int, places: Mapping[Place, str], other: Place) -> None:
+        first = next(iter(places))
+        chosen, theirs = self._settings(first), self._settings(other)
         rates = rate_keys(chosen, theirs)
         told = self.groups[number][position].settings is not None
         for side, option, keys in (

@@ -373,7 +373,7 @@ class Resume:
             content["optimizer_states"],
             self.sides.plan,
             self.sides.old_parameters,
-            replace(engine.order(), groups=engine.groups),
+            replace(engine.order, groups=engine.groups),
             options=self._carry_options,
             doubtful=self.sides.doubtful,
             keep=engine.keep,

@@ -164,12 +164,6 @@ def _trunk(infos: Iterable[ParameterInfo]) -> tuple[str, ...]:
         paths = inside
 
 
-def _row_of(info: ParameterInfo, trunk: tuple[str, ...]) -> str:
-    path = info.name.split(".")[:-1]
-    inside = path[: len(trunk) + 1] if tuple(path[: len(trunk)]) == trunk else path
-    return ".".join(inside) or "(root)"
-
-
 def excluded_names(plan: PlanData, side: Side, described: ModelDescription) -> frozenset[str]:
     """The tensors of a side that nobody asked for: they keep what they have, and are neither missing nor unused.
 
@@ -190,7 +184,9 @@ def measure_coverage(plan: PlanData, source: ModelDescription, target: ModelDesc
     rows: dict[str, list[ParameterInfo]] = {}
     trunk = _trunk(target.parameters)
     for info in target.parameters:
-        rows.setdefault(_row_of(info, trunk), []).append(info)
+        path = info.name.split(".")[:-1]
+        inside = path[: len(trunk) + 1] if tuple(path[: len(trunk)]) == trunk else path
+        rows.setdefault(".".join(inside) or "(root)", []).append(info)
 
     def row(module: str, infos: list[ParameterInfo]) -> ModuleCoverage:
         doubtful = [i for i in infos if i.name in unsure and i.name not in filled]

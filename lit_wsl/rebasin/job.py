@@ -406,8 +406,7 @@ def _only(state: StateDict, names: Collection[str] | None) -> StateDict:
 def _vector(state: StateDict, pretrained: StateDict | None, options: AlignOptions) -> dict[str, Tensor]:
     if options.on == "weights":
         return {name: tensor.detach() for name, tensor in state.items() if tensor.is_floating_point()}
-    if pretrained is None:
-        raise RebasinError("task vectors need the pretrained model")
+    assert pretrained is not None  # refused before
     return task_vector(state, pretrained, strict=False)
 
 

@@ -190,9 +190,8 @@ def _reason(error: Exception) -> tuple[float, str]:
 
 
 def _furthest(reasons: Sequence[tuple[float, str]]) -> str:
-    if not reasons:
-        return "there is no sample of what the model takes"
-    return max(reasons, key=lambda reason: reason[0])[1]  # the first of equals: the likeliest call
+    none = (0.0, "there is no sample of what the model takes")
+    return max(reasons, key=lambda reason: reason[0], default=none)[1]  # the first of equals: the likeliest call
 
 
 def _nothing_found(spec: PermutationSpec, default: bool) -> str:

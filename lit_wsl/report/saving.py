@@ -148,15 +148,12 @@ def _pair(material: Material, entry: PlanEntry, source: str, target: str, named:
 
 
 def _score_parts(parts: ScoreBreakdown) -> dict[str, Any]:
+    several = ("name_parts", "hierarchy_parts", "weights")
     return {
         "source": parts.source,
         "target": parts.target,
-        "shape": _round(parts.shape),
-        "name": _round(parts.name),
-        "hierarchy": _round(parts.hierarchy),
-        "name_parts": {key: _round(value) for key, value in parts.name_parts.items()},
-        "hierarchy_parts": {key: _round(value) for key, value in parts.hierarchy_parts.items()},
-        "weights": {key: _round(value) for key, value in parts.weights.items()},
+        **{key: _round(getattr(parts, key)) for key in ("shape", "name", "hierarchy")},
+        **{key: {part: _round(value) for part, value in getattr(parts, key).items()} for key in several},
         "parents": None if parts.parents is None else _round(parts.parents),
         "score": _round(parts.total),
     }
@@ -255,11 +252,7 @@ def page_data(material: Material) -> dict[str, Any]:
         "source": _side(material, "source", shapes, texts),
         "target": _side(material, "target", shapes, texts),
     }
-    numbers = {side: {name: i for i, name in enumerate(sides[side]["names"])} for side in ("source", "target")}
-    where = {
-        "source": _Finder(material.source, numbers["source"]),
-        "target": _Finder(material.target, numbers["target"]),
-    }
+    where = {"source": _finder(material.source), "target": _finder(material.target)}
     entries = [_entry(material, i, entry, where, texts, badges) for i, entry in enumerate(plan.entries)]
     weights = material.options.score_weights
     notes = list(material.notes)
@@ -287,8 +280,8 @@ def page_data(material: Material) -> dict[str, Any]:
         "entries": entries,
         "ambiguous": [
             {
-                "t": where["target"].all(case.targets),
-                "c": [[where["source"].all(c.sources), round(c.score, 3)] for c in case.candidates],
+                "t": where["target"](case.targets),
+                "c": [[where["source"](c.sources), round(c.score, 3)] for c in case.candidates],
                 "reason": case.reason,
             }
             for case in plan.ambiguous
@@ -306,17 +299,14 @@ def _excluded(plan: TransferPlan, target: ModelDescription) -> list[str]:
     return [f"buffers: {'; '.join([lines[0], *([' '.join(lines[1:])] if lines[1:] else [])])}"] if lines else []
 
 
-class _Finder:
-    """Number of a tensor by its name, or by another name of the same tensor."""
+_Finder = Callable[[tuple[str, ...]], list[int]]
 
-    def __init__(self, side: ModelDescription, numbers: dict[str, int]) -> None:
-        self._side = side
-        self._numbers = numbers
 
-    def all(self, names: tuple[str, ...]) -> list[int]:
-        """The numbers of the names that are known."""
-        found = (self._numbers.get(self._side.tied.get(name, name)) for name in names)
-        return [number for number in found if number is not None]
+def _finder(side: ModelDescription) -> _Finder:
+    """Gives the numbers of tensors by their names, those that are known, or by other names of the same tensors."""
+    numbers = {info.name: number for number, info in enumerate(side.parameters)}
+    known = numbers | {alias: numbers[name] for alias, name in side.tied.items() if name in numbers}
+    return lambda names: [known[name] for name in names if name in known]
 
 
 def _side(material: Material, which: Side, shapes: _Numbers, texts: _Numbers) -> dict[str, Any]:
@@ -351,16 +341,16 @@ def _entry(
     found = []
     explained = len(material.plan.entries) <= _MOST_BREAKDOWNS
     for source, target in pairs(entry) if explained else ():
-        s, t = where["source"].all((source,)), where["target"].all((target,))
+        s, t = where["source"]((source,)), where["target"]((target,))
         if s and t:
             pair = [s[0], t[0], *_parts(breakdown(material, entry, source, target))]
             if number in material.questioned:
                 other = runner_up(material, entry, source, target)
-                pair.append(None if other is None else [*where["source"].all((other.source,)), *_parts(other)])
+                pair.append(None if other is None else [*where["source"]((other.source,)), *_parts(other)])
             found.append(pair)
     return [
-        where["source"].all(entry.sources),
-        where["target"].all(entry.targets),
+        where["source"](entry.sources),
+        where["target"](entry.targets),
         badges[entry.badge],
         round(entry.score, 3),
         round(entry.margin, 3),
@@ -408,32 +398,20 @@ def decision_chart(measured: Measured) -> str:
 
     height = TOP + ROW * len(drawn) + 26
     left_out = len(measured.decisions) - len(drawn)
+    title = "loss: each answer (full) and its best rival (hollow), and the fresh model (dashed)"
+    below = "risk: that the answer is no better than its rivals; where it is above 1 %, nothing is taken"
     parts = [
         f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'aria-label="Loss of each decision and of its best rival" font-family="sans-serif" font-size="12" '
         'fill="currentColor">',
-        _text(
-            LEFT, 16, "loss: each answer (full) and its best rival (hollow), and the fresh model (dashed)", weight=600
-        ),
-        _text(
-            LEFT,
-            34,
-            "risk: that the answer is no better than its rivals; where it is above 1 %, nothing is taken",
-            GREY,
-        ),
+        _text(LEFT, 16, title, weight=600),
+        _text(LEFT, 34, below, GREY),
     ]
     if math.isfinite(measured.fresh):
         at = x(measured.fresh)
+        anchor = "middle" if 60 < at < 600 else "start" if at < 300 else "end"
         parts.append(_line(at, TOP - 12, at, height - 22, GREY, ' stroke-dasharray="4 4"'))
-        parts.append(
-            _text(
-                at,
-                height - 8,
-                f"fresh {measured.fresh:.4g}",
-                GREY,
-                anchor="middle" if 60 < at < 600 else "start" if at < 300 else "end",
-            )
-        )
+        parts.append(_text(at, height - 8, f"fresh {measured.fresh:.4g}", GREY, anchor=anchor))
     for row, decided in enumerate(drawn):
         parts += _row(decided, TOP + ROW * row, x)
     if left_out:

@@ -102,10 +102,12 @@ class Material:
         evidence for the alignment and no part of the sum.
         """
         found = score_pair(source, target, self.options, operation=operation, context=self.context)
-        order = order_agreement(self, source, target)
-        if order is None:
+        if source.execution_order is None or target.execution_order is None:
             return found
-        return replace(found, hierarchy_parts={**found.hierarchy_parts, "order": order})
+        first, last = (
+            place / most for place, most in zip((source.execution_order, target.execution_order), self.last_places)
+        )
+        return replace(found, hierarchy_parts={**found.hierarchy_parts, "order": 1.0 - abs(first - last)})
 
     @classmethod
     def gather(
@@ -140,7 +142,7 @@ class Material:
             source=source,
             target=target,
             coverage=counted,
-            options=options or options_of(plan),
+            options=options or MatchingOptions.of(plan.options),
             warnings=(*getattr(result, "warnings", ()), *warnings),
             notes=tuple(dict.fromkeys((*remarks, *notes))),
         )
@@ -155,11 +157,6 @@ def _description(result: Any, side: str) -> ModelDescription | None:
     return found if isinstance(found, ModelDescription) else None
 
 
-def options_of(plan: TransferPlan) -> MatchingOptions:
-    """The options that a plan was made with, its defaults where it doesn't say."""
-    return MatchingOptions.of(plan.options)
-
-
 def pairs(entry: PlanEntry) -> Iterator[tuple[str, str]]:
     """The pairs of tensors of one step that belong together, for scores: ``q -> qkv``, ``k -> qkv``, ``v -> qkv``."""
     if len(entry.sources) == len(entry.targets):
@@ -172,14 +169,6 @@ def breakdown(material: Material, entry: PlanEntry, source: str, target: str) ->
     """Score one pair of a step, with the evidence that both descriptions give."""
     one, other = _info(material.source, source), _info(material.target, target)
     return material.score(one, other, operation=entry.badge not in ("exact", "cast"))
-
-
-def order_agreement(material: Material, source: ParameterInfo, target: ParameterInfo) -> float | None:
-    """How well two places in the execution order agree, 0 to 1; ``None`` where either has none."""
-    if source.execution_order is None or target.execution_order is None:
-        return None
-    first, second = material.last_places
-    return 1.0 - abs(source.execution_order / first - target.execution_order / second)
 
 
 def _info(side: ModelDescription, name: str) -> ParameterInfo:

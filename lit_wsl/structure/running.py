@@ -287,13 +287,14 @@ def _walk(queue: list[Any]) -> Iterator[Callable[[], Any]]:
     import numpy
 
     seen: set[int] = set()
-    plain = (*_SKIP, torch.Tensor, numpy.ndarray)
+    code = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+    plain = (*_SKIP, torch.Tensor, numpy.ndarray, *code)
     pending = collections.deque(queue)
     while pending and len(seen) < _LIMIT:
         value = pending.popleft()
         if isinstance(value, types.MethodType):  # a bound method is its object's state
             value = value.__self__
-        if isinstance(value, plain) or id(value) in seen or _is_code(value):
+        if isinstance(value, plain) or id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, torch.Generator):
@@ -317,24 +318,14 @@ def _walk(queue: list[Any]) -> Iterator[Callable[[], Any]]:
         elif isinstance(getattr(value, "__dict__", None), dict):
             attributes = vars(value)
             yield partial(_refill, attributes, dict(attributes))
-            if not _is_engine(value):
+            if not isinstance(value, nn.Module) and not hasattr(value, "fit_loop"):  # the trainer has guards of its own
                 pending.extend(attributes.values())
-
-
-def _is_code(value: Any) -> bool:
-    """Whether a value is code, not state: functions, classes and modules of Python."""
-    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type))
 
 
 def _belongs_to_the_process(value: Any) -> bool:
     """Whether an object is the standard library's own, such as loggers, locks, files and threads: no state of ours."""
     home = type(value).__module__.partition(".")[0]
     return home in sys.stdlib_module_names and not isinstance(value, types.SimpleNamespace) and home != "__main__"
-
-
-def _is_engine(value: Any) -> bool:
-    """Whether to stop at an object: networks and the trainer have guards of their own."""
-    return isinstance(value, nn.Module) or hasattr(value, "fit_loop")
 
 
 def exchanged(thing: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:

@@ -273,12 +273,9 @@ def apply_plan(
     casts: Counter[tuple[str, str]] = Counter()
     for counts in counted if divided else counted[:1]:
         casts.update(counts)
-    told = (f"cast {n} tensors from {a} to {b}{_rounded(a, b)}" for (a, b), n in sorted(casts.items()))
+    rounds = {kinds: ", which rounds them" if Cast(*kinds).rounds else "" for kinds in casts}
+    told = (f"cast {n} tensors from {a} to {b}{rounds[a, b]}" for (a, b), n in sorted(casts.items()))
     return Applied(tuple(warnings), tuple(told))
-
-
-def _rounded(source: str, target: str) -> str:
-    return ", which rounds them" if Cast(source, target).rounds else ""
 
 
 def holds(plan: TransferPlan, tensors: Mapping[str, Tensor], model: nn.Module, apart_from: Container[str] = ()) -> bool:

@@ -68,7 +68,21 @@ class Source:
         samples: Sequence[Call] = (),
     ) -> Source:
         """Open a source; files are opened lazily and without running code."""
-        return cls(given, open_source(given, checkpoint_weights), old, samples)
+        if isinstance(given, nn.Module):
+            state = given.state_dict(keep_vars=True)
+            tensors: Mapping[str, Tensor] = {n: t.detach() for n, t in state.items() if isinstance(t, Tensor)}
+        elif isinstance(given, (str, os.PathLike)):
+            require_path(given, "source")
+            tensors = open_checkpoint(given, weights=checkpoint_weights)
+        elif isinstance(given, Mapping):
+            refuse_whole_checkpoint(given, "source")
+            require_state_dict(given, "source")
+            tensors = given
+        else:
+            hint = f" Make one first: {given.__name__}()." if isinstance(given, type) else ""
+            what = what_it_is(given)
+            raise ArgumentTypeError(f"source must be a path, a state dict or a module, but it is {what}.{hint}")
+        return cls(given, tensors, old, samples)
 
     @property
     def label(self) -> str | None:
@@ -145,21 +159,6 @@ class Target:
         if self.shaped is None or not is_lazy(self.model):
             return lambda: None
         return take_shapes(self.model, self.shaped)
-
-
-def open_source(source: Given, checkpoint_weights: Which = "auto") -> Mapping[str, Tensor]:
-    """The tensors of a source by name; files are opened lazily and without running code."""
-    if isinstance(source, nn.Module):
-        return {n: t.detach() for n, t in source.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    if isinstance(source, (str, os.PathLike)):
-        require_path(source, "source")
-        return open_checkpoint(source, weights=checkpoint_weights)
-    if isinstance(source, Mapping):
-        refuse_whole_checkpoint(source, "source")
-        require_state_dict(source, "source")
-        return source
-    hint = f" Make one first: {source.__name__}()." if isinstance(source, type) else ""
-    raise ArgumentTypeError(f"source must be a path, a state dict or a module, but it is {what_it_is(source)}.{hint}")
 
 
 def _run_samples(model: nn.Module, samples: Sequence[Call]) -> tuple[nn.Module, dict[str, int], str]:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.plan.entries import PlanEntry, SideSummary
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.saving import save_html
@@ -162,13 +163,13 @@ def test_click_shows_the_breakdown_and_marks_the_partners(page):
 
 
 def test_the_details_compare_with_the_runner_up_that_the_terminal_names(page, example):
-    from lit_wsl.report.scores import candidates, options_of
+    from lit_wsl.report.scores import candidates
 
     source, target, plan = example
     material = Material.gather(plan, source=source, target=target)
     entry = plan.by_target["blocks.3.norm.weight"]
     best = candidates(material, target["blocks.3.norm.weight"], "source", (8,), partners=entry.sources)[0]
-    assert options_of(plan) == material.options
+    assert MatchingOptions.of(plan.options) == material.options
     page.driver.find_element("id", "fold").click()
     page.search("blocks.3.norm")
     page.wait("return document.getElementById('found').textContent === '1 match'")

@@ -10,13 +10,14 @@ from torch import nn
 
 from lit_wsl import transfer_weights
 from lit_wsl.mapper import WeightMapper
+from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.plan.coverage import measure_coverage
 from lit_wsl.plan.entries import Ambiguity, Candidate, PlanEntry, SideSummary
 from lit_wsl.plan.plan import TransferPlan
 from lit_wsl.report.drawing import as_html, plain
 from lit_wsl.report.report import TransferReport
 from lit_wsl.report.rows import describe_from_plan, mapping_rows, open_questions
-from lit_wsl.report.scores import BreakdownView, options_of
+from lit_wsl.report.scores import BreakdownView
 from lit_wsl.report.terminal import (
     AnalysisView,
     MappingView,
@@ -63,7 +64,7 @@ def all_views(example):
     yield HierarchyView(source, target, plan)
     yield AnalysisView(report)
     for name in ("embed.weight", "blocks.3.attn.qkv.weight", "new_head.weight", "pair.x"):
-        yield BreakdownView(name, plan, source, target, options_of(plan))
+        yield BreakdownView(name, plan, source, target, MatchingOptions.of(plan.options))
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -254,7 +255,7 @@ def test_names_cannot_control_the_terminal(evil, capsys):
     plan = TransferPlan((entry,), SideSummary.of(source), SideSummary.of(target))
     report = report_of((source, target, plan), warnings=(evil,), notes=(evil,))
     views = [ReportView(report, mapping=MappingView(plan)), AnalysisView(report), HierarchyView(source, target, plan)]
-    views.append(BreakdownView("p.weight", plan, source, target, options_of(plan)))
+    views.append(BreakdownView("p.weight", plan, source, target, MatchingOptions.of(plan.options)))
     print_report(report)
     texts = [show(view) for view in views] + [str(report), markdown(report), repr(report), capsys.readouterr().out]
     for text in texts:
@@ -331,7 +332,7 @@ def test_badges_tell_weight_bias_shape_and_buffers():
 
 def test_breakdown_adds_up_to_the_score(example):
     source, target, plan = example
-    text = show(BreakdownView("embed.weight", plan, source, target, options_of(plan)))
+    text = show(BreakdownView("embed.weight", plan, source, target, MatchingOptions.of(plan.options)))
     rows = dict(re.findall(r"^│ +(\w+) +([01]\.\d\d) ", text, re.M))
     for part in ("shape", "name", "hierarchy", "token", "edit", "substring", "depth", "path", "order"):
         assert part in rows
@@ -343,11 +344,11 @@ def test_breakdown_adds_up_to_the_score(example):
 
 def test_breakdown_of_a_fused_step_shows_the_pair_asked_for(example):
     source, target, plan = example
-    view = BreakdownView("encoder.layer.3.attention.key.weight", plan, source, target, options_of(plan))
+    view = BreakdownView("encoder.layer.3.attention.key.weight", plan, source, target, MatchingOptions.of(plan.options))
     text = show(view)
     assert text.count("hierarchy") == 1
     assert "concat" in text
-    whole = show(BreakdownView("blocks.3.attn.qkv.weight", plan, source, target, options_of(plan)))
+    whole = show(BreakdownView("blocks.3.attn.qkv.weight", plan, source, target, MatchingOptions.of(plan.options)))
     assert whole.count("hierarchy") == 3
     assert "why: fused" in whole
 

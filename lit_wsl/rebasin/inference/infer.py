@@ -92,8 +92,10 @@ def step(run: Run, node: Node) -> None:
     """Apply the rule of one node."""
     run.algebra.node = node.number + 1
     function = find_rule(node)
-    if node.name not in SEGMENT_RULES:
-        _unsegment(run, node)
+    if node.name not in SEGMENT_RULES:  # labels by expert end at operations that do not know them
+        for ref in tensor_args(node):
+            if ref.number in run.labels:
+                run.labels[ref.number] = run.algebra.unsegmented(run.label(ref))
     if function in MOVING_RULES:
         run.moves.append(Move(function, node, {ref.number: run.label(ref) for ref in tensor_args(node)}))
     run.looked.clear()
@@ -140,13 +142,6 @@ def _check_routing(run: Run, node: Node, labels: Sequence[Label]) -> None:
         return
     for ref in tensor_args(node):
         run.algebra.freeze_named(run.label(ref))
-
-
-def _unsegment(run: Run, node: Node) -> None:
-    """Labels by expert end at operations that do not know them."""
-    for ref in tensor_args(node):
-        if ref.number in run.labels:
-            run.labels[ref.number] = run.algebra.unsegmented(run.label(ref))
 
 
 FREE_RULES = {*MOVING_RULES, *(RULES[f"aten.{name}"] for name in ("clone", "expand", "pointwise"))}

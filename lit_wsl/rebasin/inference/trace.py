@@ -237,11 +237,6 @@ def _varies(tensor: Tensor) -> tuple[bool, ...] | None:
     return tuple(not torch.equal(tensor, tensor.narrow(a, 0, 1).expand_as(tensor)) for a in range(tensor.ndim))
 
 
-def all_output_tensors(output: Any) -> list[Tensor]:
-    """The tensors that a model returned, positions and masks too."""
-    return list(nested_tensors(output))
-
-
 def output_tensors(output: Any) -> list[Tensor]:
     """The tensors that a model returned, floating and complex ones only."""
     return [tensor for tensor in nested_tensors(output) if tensor.is_floating_point() or tensor.is_complex()]
@@ -294,7 +289,7 @@ def trace_forward(
     try:
         with Escapes(recorder), recorder:
             output = model(*example_args, **(example_kwargs or {}))
-        found = all_output_tensors(outputs(output) if outputs else output)
+        found = list(nested_tensors(outputs(output) if outputs else output))  # positions and masks, too
     except RebasinError:
         raise
     except Exception as error:

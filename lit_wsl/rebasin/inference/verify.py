@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from lit_wsl.errors import RebasinError
 from lit_wsl.rebasin.inference.additions import candidates, on_own_axes, with_slots
-from lit_wsl.rebasin.inference.trace import all_output_tensors, named_tensors, traceable
+from lit_wsl.rebasin.inference.trace import named_tensors, traceable
 from lit_wsl.rebasin.spec.axis import Permutations
 from lit_wsl.rebasin.spec.spec import PermutationSpec, Proof, apply_permutation
 from lit_wsl.structure.description import require_module, require_sample
@@ -173,7 +173,7 @@ class _Function:
         seed(0, cuda_devices(self.model))
         with double_default(), _DoubleKernels(self.seen):
             output = functional_call(model, full, args, kwargs, tie_weights=False)
-        found = [tensor.detach() for tensor in all_output_tensors(self.outputs(output) if self.outputs else output)]
+        found = [tensor.detach() for tensor in nested_tensors(self.outputs(output) if self.outputs else output)]
         if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in found):
             raise RebasinError("The model returned no floating tensor, so there is nothing to compare.")
         return [_double(tensor) if tensor.is_complex() else tensor.double() for tensor in found]
@@ -303,11 +303,6 @@ def with_interchangeable_slots(
         return spec
 
 
-def draws_for(spec: PermutationSpec, risk: float) -> int:
-    """Number of uniform draws that a wrong spec passes with at most this probability."""
-    return max(1, math.ceil(-math.log2(risk))) if spec.groups else 0
-
-
 class _Proving:
     """Draws elements of a group until the risk is small enough, and takes out what breaks the function."""
 
@@ -340,7 +335,8 @@ class _Proving:
         bad: tuple[str, ...] = ()
         remaining, drawn = spec, 0
         while True:
-            count = draws_for(remaining, self.risk)
+            # uniform draws, which a wrong spec passes with at most this risk
+            count = max(1, math.ceil(-math.log2(self.risk))) if remaining.groups else 0
             found: tuple[str, ...] = ()
             worst = 0.0
             for number in range(count + 1 if count else 0):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lit_wsl.rebasin.matching.assignment import Solution, TreeSolver
 from lit_wsl.rebasin.matching.objective import Similarity, Term, Tree, build_trees, dot, norm, spread, tree_roots
-from lit_wsl.rebasin.spec.spec import PermutationSpec, permute_axes
+from lit_wsl.rebasin.spec.spec import PermutationSpec, path_to, permute_axes
 
 
 class Evidence:
@@ -167,15 +167,9 @@ class PresentOrder:
         result = {}
         for group in groups:
             family = (*self.spec.ancestors(group), group)
-            if not any(member in later for member in family):
-                continue
-            shape = self.spec.permutation_shape(group)
-            grid = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
-            path = tuple(
-                later[member][tuple(grid[: level + 1])] if member in later else grid[level]
-                for level, member in enumerate(family)
-            )
-            result[group] = self.permutations[group][path]
+            if any(member in later for member in family):
+                own = self.permutations[group]
+                result[group] = own[path_to(later, family, own.shape)]
         return result
 
     def _permuted(self, name: str, axes: Iterable[int]) -> Tensor:

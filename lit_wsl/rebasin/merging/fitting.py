@@ -34,14 +34,9 @@ Maps = Mapping[str, Tensor]
 SWEEPS, ENOUGH = 10, 1e-3
 
 
-def innermost(spec: PermutationSpec) -> list[str]:
-    """The groups that nothing is nested in."""
-    return [group for group in spec.groups if not spec.children(group)]
-
-
 def identity_maps(spec: PermutationSpec) -> dict[str, Tensor]:
-    """The maps that turn nothing."""
-    shapes = {group: spec.permutation_shape(group) for group in innermost(spec)}
+    """The maps that turn nothing, for the groups that nothing is nested in."""
+    shapes = {group: spec.permutation_shape(group) for group in spec.groups if not spec.children(group)}
     return {
         group: torch.eye(shape[-1], dtype=torch.float64).expand(math.prod(shape[:-1]), -1, -1).clone()
         for group, shape in shapes.items()

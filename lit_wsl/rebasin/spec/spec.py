@@ -556,25 +556,21 @@ def _rows_of_old_places(spec: PermutationSpec, permutations: Permutations, name:
     ancestors = spec.ancestors(name)
     if not ancestors:
         return rows
-    sizes = spec.permutation_shape(name)[:-1]
-    grid = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij")
     result = torch.empty_like(rows)
-    path = (
-        permutations[ancestor][tuple(grid[: level + 1])] if ancestor in permutations else grid[level]
-        for level, ancestor in enumerate(ancestors)
-    )
-    result[tuple(path)] = rows
+    result[path_to(permutations, ancestors, spec.permutation_shape(name)[:-1])] = rows
     return result
+
+
+def path_to(permutations: Permutations, family: Sequence[str], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Where each unit of groups inside each other comes from, an index for each level; what is absent stays."""
+    grid = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij")
+    return tuple(
+        permutations[member][tuple(grid[: level + 1])] if member in permutations else grid[level]
+        for level, member in enumerate(family)
+    )
 
 
 def compose_permutations(spec: PermutationSpec, first: Permutations, second: Permutations) -> dict[str, Tensor]:
     """The permutations whose application equals applying ``first`` and then ``second``."""
-    identity = spec.identity()
-    one, two = {**identity, **first}, {**identity, **second}
-    result: dict[str, Tensor] = {}
-    for name in spec.groups:
-        sizes = spec.permutation_shape(name)
-        grid = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij")
-        members = enumerate((*spec.ancestors(name), name))
-        result[name] = one[name][tuple(two[member][tuple(grid[: level + 1])] for level, member in members)]
-    return result
+    one = {**spec.identity(), **first}
+    return {name: one[name][path_to(second, (*spec.ancestors(name), name), one[name].shape)] for name in spec.groups}
