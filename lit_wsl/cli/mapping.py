@@ -37,7 +37,6 @@ from lit_wsl.report.rows import gaps, open_questions
 from lit_wsl.report.terminal import MappingView, ReportView, amount, excluded_lines, gap_lines
 from lit_wsl.structure.description import shape_text
 from lit_wsl.structure.families import fold
-from lit_wsl.structure.running import Call
 from lit_wsl.transfer.api import OnData, prepare_transfer
 from lit_wsl.transfer.sides import Source, Target
 
@@ -48,7 +47,8 @@ def map_(options: Any) -> int:
     data_module = data_from_config(options.config) if options.config and options.proof == "auto" else None
     model = build_model(options, meta=options.sample is None and data_module is None)
     call = sample_call(options.sample, model)
-    samples = [_where_the_model_is(call, model)] if call else []
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))  # on meta only shapes count
+    samples = [tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, call)] if call else []
     source = Source.open(options.checkpoint, options.checkpoint_weights, old=old, samples=samples)
     data = _data(model, data_module) if data_module is not None else []
     matching = matching_options(options)
@@ -136,13 +136,6 @@ def _show(report: TransferReport) -> None:
 def _score(value: float | list[list[float]]) -> str:
     """The lowest score of a family."""
     return f"{value if isinstance(value, float) else min(score for _, score in value):.2f}"
-
-
-def _where_the_model_is(call: Call, model: nn.Module) -> Call:
-    """The sample on the model's device; on the meta device only shapes count."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    moved: Call = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, call)
-    return moved
 
 
 def convert(options: Any) -> int:

@@ -85,14 +85,9 @@ def score_text(score: float) -> Text:
 
 @dataclass(frozen=True)
 class Wrapped:
-    """Names that are broken behind dots and blanks only, what follows indented, so that words stay whole.
+    """Names that are broken behind dots and blanks only, what follows indented, so that words stay whole."""
 
-    Attributes:
-        lines: The lines, each with names.
-        style: Their style.
-    """
-
-    lines: tuple[str, ...]
+    lines: tuple[str, ...]  # each with names
     style: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -130,12 +125,7 @@ def broken(line: str, width: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Hanging:
-    """A line of text; what does not fit goes on below it, indented further. Whole where lines are not wrapped.
-
-    Attributes:
-        line: The line.
-        style: Its style.
-    """
+    """A line of text; what does not fit goes on below it, indented further. Whole where lines are not wrapped."""
 
     line: str
     style: str = ""
@@ -152,17 +142,11 @@ class Hanging:
 
 @dataclass(frozen=True)
 class Bar:
-    """A horizontal bar of shares, as wide as its cell.
+    """A horizontal bar of shares, as wide as its cell."""
 
-    Attributes:
-        share: Filled share, 0 to 1.
-        style: Colour of the filled part.
-        width: Width in characters.
-    """
-
-    share: float
-    style: str = "green"
-    width: int = 20
+    share: float  # filled share, 0 to 1
+    style: str = "green"  # colour of the filled part
+    width: int = 20  # in characters
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = max(1, min(self.width, options.max_width))

@@ -305,19 +305,12 @@ def _some(words: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """A line of the coverage table: a module, or layers that are loaded alike.
+    """A line of the coverage table: a module, or layers that are loaded alike."""
 
-    Attributes:
-        module: Path of the module, numbers folded.
-        cells: The line as text.
-        share: Share of its elements that is loaded.
-        state: ``"all"``, ``"part"`` or ``"none"`` of its tensors are loaded.
-    """
-
-    module: str
-    cells: tuple[str, ...]
-    share: float
-    state: str
+    module: str  # path of the module, numbers folded
+    cells: tuple[str, ...]  # the line as text
+    share: float  # share of its elements that is loaded
+    state: str  # ``"all"``, ``"part"`` or ``"none"`` of its tensors are loaded
 
 
 def module_rows(coverage: Coverage) -> tuple[list[str], list[ModuleRow], str]:

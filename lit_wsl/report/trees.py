@@ -20,29 +20,17 @@ from lit_wsl.structure.families import fold_names, ranges
 
 @dataclass(frozen=True)
 class TreeLine:
-    """One line of a tree.
+    """One line of a tree."""
 
-    Attributes:
-        label: Name of the module; ``{0..11}`` where modules are folded.
-        depth: Number of levels above it.
-        paths: Paths of the modules that the line stands for.
-        group: The own tensors of the first of them.
-        numel: Number of elements below all of them.
-        status: Whether ``all``, ``part`` or ``none`` of the tensors below are matched; ``""`` if nobody asked.
-        hidden: Number of modules below that the depth limit hides.
-        guide: The lines to the left of the name.
-        hang: The lines to the left of what doesn't fit beside the name.
-    """
-
-    label: str
-    depth: int
-    paths: tuple[str, ...]
-    group: ParameterGroup
-    numel: int
-    status: str
-    hidden: int
-    guide: str
-    hang: str
+    label: str  # name of the module; ``{0..11}`` where modules are folded
+    depth: int  # number of levels above it
+    paths: tuple[str, ...]  # paths of the modules that the line stands for
+    group: ParameterGroup  # the own tensors of the first of them
+    numel: int  # number of elements below all of them
+    status: str  # whether ``all``, ``part`` or ``none`` of the tensors below are matched; ``""`` if nobody asked
+    hidden: int  # number of modules below that the depth limit hides
+    guide: str  # the lines to the left of the name
+    hang: str  # the lines to the left of what doesn't fit beside the name
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,12 @@ def candidates(spec: PermutationSpec) -> Iterator[Slots]:
         found = {name: slots for name in names if (slots := _slots_of(spec, name))}
         for first, second in pairwise(found):
             for count in sorted(set(found[first]) | set(found[second])):
+                # so many slots, or more: a fused projection has the keys behind the queries
                 places = {
-                    place: name for name in (first, second) for size, place in _reaching(found[name], count) if size
+                    place: name
+                    for name in (first, second)
+                    for size, those in found[name].items()
+                    for place in (those if size >= count else ())
                 }
                 if {first, second} == set(places.values()):
                     yield Slots(count, parent, places)
@@ -111,13 +115,6 @@ def _slots_of(spec: PermutationSpec, name: str) -> dict[int, list[Place]]:
         if axis.outer_axis is None and axis.stack_axis is None and use.positions.shape[-1] > 1:
             found.setdefault(int(use.positions.shape[-1]), []).append((use.tensor, use.axis))
     return found
-
-
-def _reaching(slots: Mapping[int, list[Place]], count: int) -> Iterator[tuple[int, Place]]:
-    """Axes with so many slots, or with more: a fused projection has the keys behind the queries."""
-    for size, places in slots.items():
-        if size >= count:
-            yield from ((size, place) for place in places)
 
 
 def _leaves(spec: PermutationSpec, axis: AxisSpec) -> list[str]:

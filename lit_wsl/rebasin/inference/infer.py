@@ -412,10 +412,6 @@ def refined(joints: Mapping[Place, Joint], asked: Sequence[tuple[Place, Joint]])
             above = {outer: result.get((number, outer), Joint(())) for outer in joint.outer}
             usable = [o for o, j in above.items() if j.blocks is None and axis not in j.outer]
             every = {*usable, *(a for outer in usable for a in above[outer].outer)} - {axis}
-            ordered = tuple(sorted(every, key=lambda a: (len(_outer(result, number, a)), a)))
-            result[number, axis] = replace(joint, outer=ordered)
+            depths = {a: len(result.get((number, a), Joint(())).outer) for a in every}
+            result[number, axis] = replace(joint, outer=tuple(sorted(every, key=lambda a: (depths[a], a))))
     return {place: joint for place, joint in result.items() if joint.outer}
-
-
-def _outer(joints: Mapping[Place, Joint], number: int, axis: int) -> tuple[int, ...]:
-    return joints.get((number, axis), Joint(())).outer

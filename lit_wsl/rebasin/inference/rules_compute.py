@@ -218,7 +218,8 @@ def reduction(run: Run, node: Node) -> Label | Sequence[Label]:
     outs = list(flat_refs(node.outs))
     settled = run.algebra.settle(label)
     run.algebra.sign(settled, 0)
-    positions = node.name in ("aten.argmax", "aten.argmin") or (len(outs) == 2 and "indices" in _return_names(node))
+    named_outs = [value.name for value in node.func._schema.returns]
+    positions = node.name in ("aten.argmax", "aten.argmin") or (len(outs) == 2 and "indices" in named_outs)
     named = settled.factors[0].ravel() if positions and _alone(settled, dims) else None
     if positions and named is None:
         label = run.algebra.pinned(label, dims, "its positions are counted")
@@ -233,10 +234,6 @@ def _alone(label: Label, dims: Sequence[int]) -> bool:
     """Whether one factor of one axis is all that moves a tensor, and each unit stands at one place."""
     found = len(label.factors) == 1 == len(dims) and depends(label.factors[0]) == set(dims)
     return found and len(distinct(label.factors[0])) == label.factors[0].size
-
-
-def _return_names(node: Node) -> list[str]:
-    return [value.name for value in node.func._schema.returns]
 
 
 @rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")

@@ -60,8 +60,6 @@ class Run:
     wishes: list[tuple[tuple[int, int], Joint]] = field(default_factory=list)
     # (parameter, axis) whose order stays, so that no finer units are of use there
     ordered: set[tuple[int, int]] = field(default_factory=set)
-    # operations without a rule that something moved has entered, and how often
-    unknown: dict[str, int] = field(default_factory=dict)
     used: set[int] = field(default_factory=set)  # tensors that entered an operation
     looked: set[int] = field(default_factory=set)  # tensors whose label was asked for since this was last emptied
     moves: list[Move] = field(default_factory=list)  # what only put positions elsewhere, with the labels before
@@ -189,7 +187,7 @@ class Run:
     def replica(self) -> Run:
         """The same trace without labels, with units of its own: to apply a rule once more and see what it does."""
         other = copy(self)
-        other.algebra, other.labels, other.requests, other.wishes, other.unknown = Algebra(), {}, [], [], {}
+        other.algebra, other.labels, other.requests, other.wishes = Algebra(), {}, [], []
         other.views, other.stale, other.moves = {}, set(), []
         return other
 
@@ -258,15 +256,8 @@ def _pointwise(node: Node) -> bool:
 
 def unknown(run: Run, node: Node) -> list[Label]:
     """Freeze all that enters an operation without a rule."""
-    moved = [label for ref in tensor_args(node) if _moves(label := run.label(ref))]
-    if moved:
-        run.unknown[node.name] = run.unknown.get(node.name, 0) + 1
     random = torch.Tag.nondeterministic_seeded in node.func.tags
     why = "which draws other random numbers for each position" if random else "which has no rule"
-    for label in moved:
+    for label in [run.label(ref) for ref in tensor_args(node)]:
         run.algebra.freeze(label, f"operation {node.name}, {why}")
     return [Label(run.trace.tensors[out.number].shape, tainted=True) for out in flat_refs(node.outs)]
-
-
-def _moves(label: Label) -> bool:
-    return bool(label.factors) or label.values is not None or label.segments is not None

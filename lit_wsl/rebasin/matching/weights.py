@@ -312,18 +312,13 @@ def weight_matching_for_task_vectors(
     require_state_dicts(task_vectors, "task_vectors")
     if not task_vectors:
         raise RebasinError("no task vectors to match: give the reference and at least one other")
-    reference = task_vectors[0]
-    results = [_identity(spec, reference)]
+    reference, still = task_vectors[0], spec.identity()
+    square = sum(dot(reference[n], reference[n]) for n in matched_names(spec, reference))
+    results = [MatchingResult(still, square, square, identity_share(still), 0, True, True, "identity")]
     for vector in task_vectors[1:]:
         how: dict[str, Any] = {"restarts": restarts, "device": device, "progress": progress}
         results.append(weight_matching(spec, reference, vector, max_iter, seed, **how))
     return results
-
-
-def _identity(spec: PermutationSpec, reference: Mapping[str, Tensor]) -> MatchingResult:
-    square = sum(dot(reference[n], reference[n]) for n in matched_names(spec, reference))
-    permutations = spec.identity()
-    return MatchingResult(permutations, square, square, identity_share(permutations), 0, True, True, "identity")
 
 
 @overload
