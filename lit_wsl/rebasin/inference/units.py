@@ -415,16 +415,12 @@ def _of_distinct_rows(units: Units, matrix: Array) -> Array | None:
             if len(distinct(pairs[1])) == len(distinct(pairs[0])):
                 return value
             if below is None:
-                return value if _same_in_rows(matrix, live) else None
+                high = matrix.max(axis=1)[:, None]
+                return value if (np.where(live, matrix, high) == high).all() else None
             return _insert(units, below, live, row_id, value)
         if level == 0:
             return _insert(units, current, live, distinct_rows(matrix)[1], None)
         below, level = current, level - 1
-
-
-def _same_in_rows(matrix: Array, live: NDArray[np.bool_]) -> bool:
-    high = matrix.max(axis=1)[:, None]
-    return bool((np.where(live, matrix, high) == high).all())
 
 
 def _insert(units: Units, members: Array, live: NDArray[np.bool_], row_id: Array, around: Array | None) -> Array | None:

@@ -72,16 +72,11 @@ class Evidence:
                 free &= (axis_spec.coords[row] < 0).reshape(-1, axis_spec.length).all(dim=0)
         return free
 
-    def _usable(self, term: Term) -> bool:
-        if any(tree in self.open for tree in term.trees):
-            return False
-        return not term.quadratic or term.units[0] == 1
-
     def terms(self, root: str) -> list[tuple[Term, dict[int, Tensor]]]:
         """Terms of a tree that can be used now, with the limits on other axes."""
         usable = []
         for term in self.trees[root].terms:
-            if not self._usable(term):
+            if any(tree in self.open for tree in term.trees) or (term.quadratic and term.units[0] != 1):
                 continue
             limits = {}
             for axis in self.axes[term.tensor]:

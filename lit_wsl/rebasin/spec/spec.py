@@ -547,17 +547,11 @@ def apply_permutation(
 
 def invert_permutations(spec: PermutationSpec, permutations: Permutations) -> dict[str, Tensor]:
     """The permutations that undo ``permutations``: applying both, in either order, changes nothing."""
-    rows = {name: permutations[name].argsort(dim=-1) for name in spec.groups if name in permutations}
-    return {name: _rows_of_old_places(spec, permutations, name, own) for name, own in rows.items()}
-
-
-def _rows_of_old_places(spec: PermutationSpec, permutations: Permutations, name: str, rows: Tensor) -> Tensor:
-    """Bring row ``i`` (of the new place) to where the unit came from, for each level of nesting."""
-    ancestors = spec.ancestors(name)
-    if not ancestors:
-        return rows
-    result = torch.empty_like(rows)
-    result[path_to(permutations, ancestors, spec.permutation_shape(name)[:-1])] = rows
+    result = {name: permutations[name].argsort(dim=-1) for name in spec.groups if name in permutations}
+    for name, rows in result.items():
+        if ancestors := spec.ancestors(name):  # row ``i``, of the new place, goes to where the unit came from
+            result[name] = torch.empty_like(rows)
+            result[name][path_to(permutations, ancestors, rows.shape[:-1])] = rows
     return result
 
 
