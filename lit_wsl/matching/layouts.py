@@ -137,7 +137,8 @@ class _Inputs:
         vectors = {i.shape[0] for i in target.parameters if len(i.shape) == 1 and i.kind == "parameter"}
         tables = [i for i in target.parameters if _looked_up(i) and i.shape[1] in vectors]
         self.words = max((i.shape[0] for i in tables), default=0)
-        self.speaks = any(_puts_out_words(side, t.shape) for t in tables if t.shape[0] == self.words for side in sides)
+        words = Counter(t.shape for t in tables if t.shape[0] == self.words)
+        self.speaks = any(_puts_out_words(side, *each) for each in words.items() for side in sides)
         convolutions = [i for i in target.parameters if _is_convolution(i)]
         self.pictures = _reading_input(convolutions, target)
         self._above = {""}
@@ -179,10 +180,10 @@ def _residual_width(infos: Sequence[ParameterInfo]) -> int:
     return max(lengths, key=lambda n: (lengths[n], -n), default=0)
 
 
-def _puts_out_words(side: ModelDescription, vocabulary: Shape) -> bool:
-    """Whether a head of the vocabulary's shape stands beside it, outside of all blocks, or is tied to it."""
+def _puts_out_words(side: ModelDescription, vocabulary: Shape, tables: int) -> bool:
+    """Whether a head of the vocabulary's shape stands beside its tables, outside of all blocks, or is tied to one."""
     alike = [i.name for i in side.parameters if i.shape == vocabulary and not any(c.isdigit() for c in i.name)]
-    return len(alike) > 1 or any(first in alike for first in side.tied.values())
+    return len(alike) > tables or any(first in alike for first in side.tied.values())
 
 
 def _is_plain_norm(group: ParameterGroup, width: int) -> bool:

@@ -155,9 +155,21 @@ CALLED = (  # what one thing is called: tables of words and of positions, the tw
     frozenset(("word", "words", "token", "tokens", "tok", "wte", "vocab", "emb", "table")),
     frozenset(("pos", "position", "positions", "positional", "place", "places", "wpe", "emb", "table")),
     frozenset(("segment", "segments", "seg", "token", "type", "emb", "table")),
+    FRONT | {"word", "words", "token", "tokens", "tok", "wte", "vocab"},
     ATTENTIONS,
     FEEDS,
 )
+SYNONYMS = tuple(map(frozenset, (  # words that name one thing in different code, and hardly two things in one model
+    ("actor", "policy", "pi"), ("critic", "vf", "baseline"),
+    ("begin", "start", "onset"), ("end", "finish", "stop"),
+    ("mean", "mu", "loc"), ("var", "variance"), ("std", "sigma", "stddev"), ("logvar", "lnvar"), ("logstd", "logsigma"),
+    ("image", "img", "visual", "vision", "picture"), ("text", "textual", "txt", "language"), ("audio", "sound", "acoustic"),
+    ("document", "passage"), ("query", "question"), ("user", "customer"),
+    ("up", "expand", "widen"), ("down", "contract", "reduce", "shrink"),
+    ("fuse", "merge", "combine"), ("time", "temporal"), ("space", "spatial"), ("box", "bbox", "boxes"),
+    ("shared", "common"), ("backward", "reverse"),
+)))  # fmt: skip
+SPREADS = frozenset(("var", "variance", "std", "sigma", "scale"))
 PREFIXES = frozenset((  # turn a word into another
     "un", "non", "not", "no", "in", "im", "dis", "de", "anti", "con", "a", "fe", "sub", "super", "hyper", "inter",
     "intra",
@@ -172,6 +184,8 @@ def strength(a: str, b: str) -> tuple[float, int]:
         return 1.0, 3
     if a.isdigit() or b.isdigit():
         return 0.0, 0
+    if any(a in words and b in words for words in SYNONYMS):
+        return 0.8, 2
     a, b = (w[1:] if len(w) == 2 and w[0] == "w" else w for w in (a, b))  # wq: the weight of the queries
     if a == b:
         return 0.9, 1 + (a.isdigit() or a in FORMULA)
@@ -180,6 +194,8 @@ def strength(a: str, b: str) -> tuple[float, int]:
         return 0.0, 0  # two letters begin many words, or are the initials of two: ca, cs, ln
     if is_abbreviation(short, long) and (long.startswith(short) or not set(short[1:]) & set("aeiou")):
         return (0.8, 2) if len(short) > 1 else (0.7, 1) if short in FORMULA else (0.0, 0)
+    if short in SPREADS and long == f"log{short}":  # maps to logarithms are called after the values, too
+        return 0.6, 2
     if len(short) >= 4 and long.endswith(short):  # an end is no part of attend
         return (0.0, 0) if long.removesuffix(short) in PREFIXES else (0.6, 2)
     stem = next((k for k, (x, y) in enumerate(zip(short, long)) if x != y), len(short))

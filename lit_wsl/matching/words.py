@@ -31,19 +31,20 @@ _ORDINALS = {
 
 
 _VERSION = re.compile(r"(?<=\w)_v(\d+)(?=\.|$)")
+_FROM_TO = re.compile(r"(?<![a-zA-Z])([a-zA-Z])2([a-zA-Z])(?![a-zA-Z])")  # A2B counts nothing
 
 
 @lru_cache(maxsize=200_000)
 def path_tokens(path: str) -> tuple[str, ...]:
     """Tokens of a dotted path, numbers included, ordinals and versions as numbers; cached.
 
-    >>> path_tokens("blocks.0.norm_before"), path_tokens("to_out_v2")
-    (('blocks', '0', 'norm', 'before'), ('to', 'out', '2'))
+    >>> path_tokens("blocks.0.norm_before"), path_tokens("to_out_v2"), path_tokens("G_A2B")
+    (('blocks', '0', 'norm', 'before'), ('to', 'out', '2'), ('g', 'ab'))
     """
     around, dot, part = path.rpartition(".")
     if dot:  # modules are cut once, and not again for each tensor in them
         return path_tokens(around) + path_tokens(part)
-    return tuple(_ORDINALS.get(token, token) for token in tokenize(_VERSION.sub(r"_\1", part)))
+    return tuple(_ORDINALS.get(token, token) for token in tokenize(_FROM_TO.sub(r"\1\2", _VERSION.sub(r"_\1", part))))
 
 
 @lru_cache(maxsize=200_000)
@@ -86,7 +87,7 @@ def counted(path: str) -> tuple[tuple[str, str], ...]:
 @lru_cache(maxsize=4096)
 def _number_in(part: str) -> tuple[str, str] | None:
     """Where one part of a path counts, and the number."""
-    digits = "".join(c for c in part if c.isdigit())
+    digits = "".join(c for c in _FROM_TO.sub("", part) if c.isdigit())
     return (re.sub(r"\d+", "#", part), str(int(digits))) if digits else None  # 9 and 10 in one place; 00 is 0
 
 
