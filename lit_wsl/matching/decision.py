@@ -50,7 +50,6 @@ from lit_wsl.matching.likeness import (
     liken,
     own_words,
     paired_by_initials,
-    same_role,
 )
 from lit_wsl.matching.numbers import (
     NUMBERS,
@@ -64,7 +63,14 @@ from lit_wsl.matching.numbers import (
 from lit_wsl.matching.options import MatchingOptions
 from lit_wsl.matching.order import MOVED, ORDER, ORDER_ALONE, is_moved
 from lit_wsl.matching.regions import Decision, Pair, Region, Sides, Tie, other_name
-from lit_wsl.matching.replaced import RENAMED_ALONE, are_kept_apart, are_others, other_head, renamed_alone
+from lit_wsl.matching.replaced import (
+    RENAMED_ALONE,
+    are_kept_apart,
+    are_of_one_role,
+    are_others,
+    other_head,
+    renamed_alone,
+)
 from lit_wsl.matching.risks import may_load, refusal
 from lit_wsl.matching.shapes import TRANSPOSED, PairCosts, cut_by_shapes, transpose_shape
 from lit_wsl.matching.tree import (
@@ -74,7 +80,6 @@ from lit_wsl.matching.tree import (
     families_of,
     is_strong,
     literal_if_needed,
-    owner_path,
     relative,
     role_of,
     words_apart,
@@ -148,8 +153,7 @@ class ClassSolver:
             return p.cell
         kind = other_name(p.source, p.target, region)
         if kind and max(p.source.level, p.target.level) < 2:
-            known = same_role(owner_path(p.source.main.path), owner_path(p.target.main.path))
-            kind = "" if known else kind + self._around(p, region)
+            kind = "" if are_of_one_role(p.source, p.target) else kind + self._around(p, region)
         named = is_named(p.cell) or p.cell.startswith(ORDER)
         order = "" if named else self.learned.rows.agree(region, p.source, p.target) if self.ordered else "unordered"
         return ", ".join(filter(None, (p.cell, kind, order)))
@@ -368,7 +372,7 @@ class ClassSolver:
         n, m = len(fs), len(ft)
         if n == m == 1:
             if sure or fs[0].pattern == ft[0].pattern:
-                if are_others(fs[0].members[0], ft[0].members[0], self.learned.renames, fixed=fixed):
+                if are_others(fs[0].members[0], ft[0].members[0], region, self.learned.renames, fixed=fixed):
                     out.ties.append(Tie.between(fs, ft, OTHER_WORDS))
                     return
                 cell = EXCLUSION if fixed else ALONE if region.complete else STRONG
@@ -415,9 +419,10 @@ class ClassSolver:
             i, j = next(iter(open_s)), next(iter(open_t))
             s, t = left_s[0].members[0], left_t[0].members[0]
             better = max(*shared[i], *(row[j] for row in shared)) > shared[i][j]
+            renames = self.learned.renames
             named = any(kinds[a][b] in (WORDS, SHORT_WORDS) for a, b in leading)  # so these would have kept theirs, too
             words = (words_apart(fs, ft)[i], words_apart(ft, fs)[j]) if named else ((), ())
-            better = better or are_others(s, t, self.learned.renames, fixed=fixed, told=bool(leading), words=words)
+            better = better or are_others(s, t, region, renames, fixed=fixed, told=bool(leading), words=words)
             head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
             if better or head:
                 out.ties.append(Tie.between(left_s, left_t, OTHER_HEAD if head else OTHER_WORDS))
@@ -459,7 +464,8 @@ class ClassSolver:
                     continue
                 blocks = min(m.level for m in (f.members[0], g.members[0])) == 2
                 likeness = liken(words_s[i], words_t[j], near_s, near_t, BLOCKS if blocks else LAYERS)
-                shared[i][j] = likeness.shared
+                apart = likeness.shared > 0 and letters_apart(f.members[0], g.members[0], region)
+                shared[i][j] = 0.0 if apart else likeness.shared
                 elsewhere = likeness.only_near and (region.loose or SIDES & set(f.words) != SIDES & set(g.words))
                 kinds[i][j] = NEAR_WORDS if elsewhere else likeness.kind
                 if likeness.only_layers and kinds[i][j] in (WORDS, SHORT_WORDS):

@@ -14,7 +14,7 @@ from itertools import combinations, permutations
 from lit_wsl.matching.formula import Letters, spelled
 from lit_wsl.matching.likeness import GENERAL
 from lit_wsl.matching.regions import FEED, Region
-from lit_wsl.matching.replaced import mean_otherwise
+from lit_wsl.matching.replaced import are_called_one, mean_otherwise
 from lit_wsl.matching.shapes import join_axis, transpose_shape, transposed
 from lit_wsl.matching.tree import (
     Family,
@@ -284,7 +284,7 @@ def _stand_in_others(whole: Family, parts: Sequence[Family], root_w: Item, root_
     """Whether what the parts stand in is called after something else than what the whole stands in."""
     places = [_ancestor(relative(f.members[0].main, root), 1) for f, root in ((whole, root_w), (parts[0], root_p))]
     names = [tuple(plain_words(place)) for place in places]
-    return mean_otherwise(*names)
+    return mean_otherwise(*names) and not are_called_one(*names)
 
 
 def _cell(

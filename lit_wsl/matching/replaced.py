@@ -100,7 +100,7 @@ def _is_most(s: Item, t: Item, region: Region) -> bool:
 
 def _are_renamed(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:
     """Whether one thing is called after different things on the two sides, as far as its names say what it is for."""
-    known = ours == theirs or of_one_role(ours, theirs) or _are_called_one(ours, theirs)
+    known = ours == theirs or of_one_role(ours, theirs) or are_called_one(ours, theirs)
     return not known and mean_otherwise(ours, theirs)
 
 
@@ -170,8 +170,8 @@ def _alike_inside(s: Item, t: Item, region: Region) -> bool:
     of two small modules are called alike wherever they are of one class.
     """
     names = own_name(s), own_name(t)
-    if _are_called_one(*names) or max(s.level, t.level) < 2:
-        return _are_called_one(*names) or of_one_role(*names)
+    if are_called_one(*names) or max(s.level, t.level) < 2:
+        return are_called_one(*names) or of_one_role(*names)
     blocks = any(c.level == 2 and relative(c, s).partition(".")[0].isdigit() for c in s.children)
     blocks = blocks or s.path.rpartition(".")[2].isdigit()
     large = min(len(i.tensors) for i in (s, t)) >= TOWER and not {*names[0]} & {*names[1]} & LISTS  # lstm_, attn_layers
@@ -202,6 +202,7 @@ def are_kept_apart(s: Item, t: Item) -> bool:
 def are_others(
     s: Item,
     t: Item,
+    region: Region,
     renames: Renames,
     *,
     fixed: bool,
@@ -210,14 +211,19 @@ def are_others(
 ) -> bool:
     """Whether the last two left are no partners: their siblings kept their paths, or names told these apart.
 
+    The output of an attention may be called anything.
+
     Args:
         s: Of the source.
         t: Of the target.
+        region: Where they are compared.
         renames: Which names changed.
         fixed: Whether others of their size have the same path on both sides.
         told: Whether names told others of their size apart.
         words: What tells each from its siblings, if words told these apart.
     """
+    if region.letters_of(s, 0) == {"o"} == region.letters_of(t, 1):
+        return False
     whole = told and min(s.level, t.level) == 2 and not renames.are_all(s, t)
     if (fixed and are_kept_apart(s, t)) or ((fixed or whole) and called_otherwise(s, t)):
         return True
@@ -239,17 +245,17 @@ def _are_called_apart(s: Item, t: Item, words: tuple[Sequence[str], Sequence[str
 def _is_something_else(s: Item, t: Item) -> bool:
     """Whether two units outside of all lists are called after different things; norms say only where they stand."""
     names = own_name(s), own_name(t)
-    if is_listed(s, t) or of_one_role(*names) or _are_called_one(*names):
+    if is_listed(s, t) or of_one_role(*names) or are_called_one(*names):
         return False
     return mean_otherwise(*([w for w in name if w not in SIDES and "norm" not in w] for name in names))
 
 
 def are_of_one_role(s: Item, t: Item) -> bool:
     """Whether two layers are known for one role, or two tables hold words or positions."""
-    return same_role(owner_path(s.main.path), owner_path(t.main.path)) or _are_called_one(own_name(s), own_name(t))
+    return same_role(owner_path(s.main.path), owner_path(t.main.path)) or are_called_one(own_name(s), own_name(t))
 
 
-def _are_called_one(ours: Collection[str], theirs: Collection[str]) -> bool:
+def are_called_one(ours: Collection[str], theirs: Collection[str]) -> bool:
     """Whether two names are two of those that one thing goes by."""
     telling = [{*name} - NOTHING for name in (ours, theirs)]
     return all(telling) and any(telling[0] | telling[1] <= names for names in CALLED)
