@@ -110,14 +110,15 @@ def _outputs(units: Sequence[Named], named: Sequence[Named]) -> list[Named]:
     """The unit that is called in the manner of queries, keys and values, but is none of them; all that may be it."""
     manners = {tuple(w for w in u.words if not _letters_in(w)) for u in named}
     short = any(u.words in (("wq",), ("wk",), ("wv",)) for u in named)
-    every = []
-    for outputs in OUTPUTS:
-        told = [u for u in units if any(w in outputs for w in u.words)]
-        fitting = [u for u in told if not manners.isdisjoint(_without(u.words, outputs))]
-        alike = [u for u in fitting if (u.words == ("wo",)) == short]
-        for found in (alike, fitting, told if outputs != OUTPUTS[-1] else []):
+    rows = [[u for u in units if any(w in outputs for w in u.words)] for outputs in OUTPUTS]
+    fits = [[u for u in row if not manners.isdisjoint(_without(u.words, own))] for row, own in zip(rows, OUTPUTS)]
+    alike = [[u for u in row if (u.words == ("wo",)) == short] for row in fits]
+    every: list[Named] = []
+    for k, (told, fitting) in enumerate(zip(rows, fits)):
+        others = [u for row in alike[k + 1 :] for u in row if u not in told]  # proj beside query is no less than wo
+        for found in (alike[k], fitting, told if k < len(OUTPUTS) - 1 else []):
             if len(found) == 1:
-                return found
+                return found if found == alike[k] or not others else [*found, *others]
         every += [u for u in told if u not in every]
         if fitting:
             break
