@@ -395,8 +395,7 @@ class ClassSolver:
         leading = [(i, j) for i, j in initials if shared[i][j] >= 0] or leads(shared)
         complete = len(leading) == n == m
         for i, j in leading:
-            cell = kinds[i][j]
-            cell = cell if cell != LAYER_ONLY else WORDS if complete else ""  # which tells nothing beside rivals
+            cell = WORDS if complete and kinds[i][j] == LAYER_ONLY else kinds[i][j].removeprefix(LAYER_ONLY)
             if not cell or (cell == INITIALS and not sure):
                 continue
             cell = cell if sure else "open " + cell
@@ -419,12 +418,11 @@ class ClassSolver:
             i, j = next(iter(open_s)), next(iter(open_t))
             s, t = left_s[0].members[0], left_t[0].members[0]
             better = max(*shared[i], *(row[j] for row in shared)) > shared[i][j]
-            renames = self.learned.renames
             named = any(kinds[a][b] in (WORDS, SHORT_WORDS) for a, b in leading)  # so these would have kept theirs, too
             words = (words_apart(fs, ft)[i], words_apart(ft, fs)[j]) if named else ((), ())
-            better = better or are_others(s, t, region, renames, fixed=fixed, told=bool(leading), words=words)
+            apart = are_others(s, t, region, self.learned.renames, fixed=fixed, told=bool(leading), words=words)
             head = any(self._is_other_head(a, b) for a, b in zip(left_s[0].members, left_t[0].members))
-            if better or head:
+            if better or apart or head:
                 out.ties.append(Tie.between(left_s, left_t, OTHER_HEAD if head else OTHER_WORDS))
             else:  # if all others stand as in other blocks, there is more to it than their names
                 cell = ROLE + ", last" if len(by_role) == n - 1 else EXCLUSION

@@ -277,7 +277,15 @@ def counts_of(side: Sequence[Family]) -> list[int]:
     if all(word.isdigit() for word in told):
         return [sorted(set(map(int, told))).index(int(word)) for word in told]
     # of a gated linear unit the gate's matrix is numbered first (Shazeer, GLU Variants Improve Transformer, 2020)
-    for row in ("abcdefgh", ("before", "after"), ("pre", "post"), ("gate", "up"), ("in", "out"), ("wi", "wo")):
+    for row in (
+        "abcdefgh",
+        ("before", "after"),
+        ("pre", "post"),
+        ("pre", "mid"),
+        ("gate", "up"),
+        ("in", "out"),
+        ("wi", "wo"),
+    ):
         if set(told) == set(row[: len(set(told))]):
             return [row.index(word) for word in told]
     return []

@@ -172,8 +172,7 @@ def _alike_inside(s: Item, t: Item, region: Region) -> bool:
     names = own_name(s), own_name(t)
     if are_called_one(*names) or max(s.level, t.level) < 2:
         return are_called_one(*names) or of_one_role(*names)
-    blocks = any(c.level == 2 and relative(c, s).partition(".")[0].isdigit() for c in s.children)
-    blocks = blocks or s.path.rpartition(".")[2].isdigit()
+    blocks = _is_list(s) or s.path.rpartition(".")[2].isdigit()
     large = min(len(i.tensors) for i in (s, t)) >= TOWER and not {*names[0]} & {*names[1]} & LISTS  # lstm_, attn_layers
     inside = zip(s.units, *([plain_words(place_in(u, i)) for u in i.units] for i in (s, t)))
     around = {own_name(u) for u in region.source.units if not _is_in(u, s)}
@@ -184,10 +183,16 @@ def _alike_inside(s: Item, t: Item, region: Region) -> bool:
     return False
 
 
+def _is_list(item: Item) -> bool:
+    return any(c.level == 2 and relative(c, item).partition(".")[0].isdigit() for c in item.children)
+
+
 def mean_otherwise(ours: Sequence[str], theirs: Sequence[str], nothing: Collection[str] = NOTHING) -> bool:
     """Whether both names hold words that tell something, and that the other one lacks."""
     likeness = liken(ours, theirs)
     left = (ours, likeness.left_s), (theirs, likeness.left_t)
+    if are_called_one(likeness.left_s, likeness.left_t):
+        return False
     return all(
         any((len(w) > 1 or w in FORMULA or len(name) > 1) and w not in nothing for w in words) for name, words in left
     )
@@ -225,6 +230,7 @@ def are_others(
     if region.letters_of(s, 0) == {"o"} == region.letters_of(t, 1):
         return False
     whole = told and min(s.level, t.level) == 2 and not renames.are_all(s, t)
+    whole = whole and not (_is_list(s) and _is_list(t))  # resblocks, layers: what stands around them tells
     if (fixed and are_kept_apart(s, t)) or ((fixed or whole) and called_otherwise(s, t)):
         return True
     return ((fixed or told) and _is_something_else(s, t)) or _are_called_apart(s, t, words)

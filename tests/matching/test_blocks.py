@@ -338,3 +338,107 @@ def test_initials_pair_nothing_where_parts_are_gone_and_others_new(ordered: bool
     wrong, right = wrong_and_right(old, new, ordered=ordered)
     assert not wrong
     assert right == {"table"}
+
+
+def towers(names: str, inside: str = "stem:table:t fc1:map:a fc2:pair:b", more: str = "") -> dict[str, Row]:
+    """Networks of the same layers beside each other, numbered by their order, and more beside them."""
+    layers = [part.split(":") for part in inside.split()]
+    rows = {f"{name}.{at}": (make, f"{k}.{own}") for k, name in enumerate(names.split()) for at, make, own in layers}
+    return rows | network(more, range(1))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("pi vf", "actor critic"),
+        ("critic_mlp actor_mlp", "vf pi"),
+        ("G_A2B G_B2A", "gen_ab gen_ba"),
+        ("gen_ba gen_ab", "G_B2A G_A2B"),
+        ("visual textual", "image_encoder text_encoder"),
+        ("begin_net end_net", "start finish"),
+    ],
+)
+def test_networks_are_told_by_words_that_mean_the_same(old: str, new: str, ordered: bool):
+    wrong, right = wrong_and_right(towers(old), towers(new), ordered=ordered)
+    assert not wrong
+    assert right == {f"{k}.{part}" for k in range(2) for part in "tab"}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("left right", "query_tower doc_tower"), ("rgb_stream flow_stream", "appearance motion"), ("pi vf", "left right")],
+)
+def test_networks_whose_names_say_nothing_of_each_other_stay_open(old: str, new: str, ordered: bool):
+    assert not any(wrong_and_right(towers(old), towers(new), ordered=ordered))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("stem:table:t body:pair:b mu:head:1 logvar:head:2", "wte:table:t body:pair:b to_mean:head:1 to_logvar:head:2"),
+        ("wte:table:t body:pair:b fc_mu:head:1 fc_var:head:2", "stem:table:t body:pair:b mu:head:1 logvar:head:2"),
+        (
+            "patch_embed:table:t body:pair:b begin:head:1 finish:slim:2",
+            "embeddings.word:table:t body:pair:b start:head:1 end:slim:2",
+        ),
+    ],
+)
+@pytest.mark.parametrize("ordered", [True, False])
+def test_entrances_and_heads_are_told_by_words_that_mean_the_same(old: str, new: str, ordered: bool):
+    wrong, right = wrong_and_right(network(old, range(1)), network(new, range(1)), ordered=ordered)
+    assert not wrong
+    assert right == {"t", "b", "1", "2"}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_output_of_an_attention_may_be_called_anything_where_the_rest_kept_its_names(ordered: bool):
+    old = block("- norm1:norm:a\nattention query:map:q key:map:k value:map:v proj:map:o")
+    new = block("- norm1:norm:a\nmixer query:map:q key:map:k value:map:v out:map:o")
+    wrong, right = wrong_and_right(network(old, range(2)), network(new, range(2)), ordered=ordered)
+    assert not wrong
+    assert {"0.o", "1.o"} <= right
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_parts_are_joined_wherever_a_feed_forward_is_one(ordered: bool):
+    old = block("attn qkv:whole:qkv wo:map:o\nffn gate:pair:gate up:pair:up")
+    source = Tree({n: MAKES[m]() for n, (m, _) in network(old, range(2)).items()})
+    whole = {n: m for n, (m, _) in network(block("attn qkv:whole:qkv wo:map:o"), range(2)).items()}
+    target = Tree(
+        {n: MAKES[m]() for n, m in whole.items()}
+        | {f"h.{k}.feed_forward.gate_up_proj": nn.Linear(WIDTH, 4 * WIDTH) for k in range(2)}
+    )
+    state = source.state_dict()
+    transfer_weights(target, state if ordered else dict(sorted(state.items())), min_coverage=0.0)
+    for k in range(2):
+        parts = [state[f"h.{k}.ffn.{part}.weight"] for part in ("gate", "up")]
+        assert torch.equal(target.state_dict()[f"h.{k}.feed_forward.gate_up_proj.weight"], torch.cat(parts))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_is_called_like_an_output_is_none_beside_one_that_is_called_like_the_queries(ordered: bool):
+    old = block("attn wq:map:q wk:map:k wv:map:v wo:map:o\nfeed_forward fc1:map:1 fc2:map:2")
+    new = block("- query:map:q key:map:k value:map:v proj:map:o wi:map:1 wo:map:2")
+    wrong, _ = wrong_and_right(network(old, range(2)), network(new, range(2)), ordered=ordered)
+    assert not wrong
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_tables_of_two_towers_are_no_head_that_puts_out_words(ordered: bool):
+    inside = "stem:table:t {}:map:q {}:map:k {}:map:v {}:map:o neck:norm:n"
+    old = towers("left right", inside.format("wq", "wk", "wv", "wo"), "loss:head:l")
+    new = towers("left right", inside.format("query", "key", "value", "out"), "loss:head:l")
+    wrong, right = wrong_and_right(old, new, ordered=ordered)
+    assert not wrong
+    assert {"0.q", "1.k"} <= right
+
+
+def test_a_list_of_blocks_in_a_tower_without_a_name_is_that_of_the_named_one_whose_like_is_told():
+    inside = "{}.0.fc1:map:1 {}.0.fc2:pair:2 {}.1.fc1:map:3 {}.1.fc2:pair:4"
+    old = towers("visual.transformer transformer", inside.replace("{}", "resblocks"), "embed:table head:head")
+    new = towers("vision_model.encoder text_model.encoder", inside.replace("{}", "layers"), "embed:table head:head")
+    wrong, right = wrong_and_right(old, new)
+    assert not wrong
+    assert {"0.1", "1.4"} <= right

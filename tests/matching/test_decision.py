@@ -45,8 +45,8 @@ def named(**modules):
 
 
 def test_two_networks_of_one_shape_are_not_told_apart_by_order_alone():
-    old, new = named(actor=mlp(), critic=mlp()), named(value_net=mlp(), policy_net=mlp())
-    _, wrong, left = fill(old, new, renamed(value_net="critic", policy_net="actor"))
+    old, new = named(left=mlp(), right=mlp()), named(doc_tower=mlp(), query_tower=mlp())
+    _, wrong, left = fill(old, new, renamed(doc_tower="right", query_tower="left"))
     assert not wrong
     assert len(left) == 12
 
