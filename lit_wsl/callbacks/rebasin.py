@@ -94,7 +94,7 @@ class RebasinCallback(Callback):
         outputs: What has to stay as it is of what the model returns, lambda output: output.logits; from YAML the
             import path of a function. By default all floating tensors but hidden states, attention maps and caches
             that come beside others.
-        verify: Whether to prove an inferred spec (two more forward passes).
+        verify: Whether to prove an inferred spec (23 forward passes).
         spectra: Whether to compute the metrics that need singular value decompositions.
         log_layers: Whether loggers get the metrics of every layer too; the JSON always has them.
         save_weights: Whether to write aligned checkpoints.
