@@ -35,10 +35,12 @@ from lit_wsl.matching.dissent import (
 )
 from lit_wsl.matching.learned import FEW, Learned, are_partners, ascending
 from lit_wsl.matching.likeness import (
+    ALL_OR_NONE,
     BLOCKS,
     ENDS,
     HALF_WORDS,
     INITIALS,
+    LAYER_ONLY,
     LAYERS,
     NEAR_WORDS,
     SHORT_WORDS,
@@ -96,7 +98,6 @@ MIRRORED = "the blocks of one list stand the other way round, so that the list m
 NUMBERED_OTHERWISE = "numbered differently on the two sides, and it is unknown which numbers correspond"
 OTHER_HEAD = "they would fit, but their names mean different things: it may be another head"
 EXCLUSION, KNOWN = "exclusion", "known for one role"
-LAYER_ONLY = "layers"  # both names say a kind of layer and no more
 
 
 def is_named(cell: str) -> bool:
@@ -375,8 +376,7 @@ class ClassSolver:
                 if are_others(fs[0].members[0], ft[0].members[0], region, self.learned.renames, fixed=fixed):
                     out.ties.append(Tie.between(fs, ft, OTHER_WORDS))
                     return
-                cell = EXCLUSION if fixed else ALONE if region.complete else STRONG
-                cell = cell if sure else "open " + cell
+                cell = ("" if sure else "open ") + (EXCLUSION if fixed else ALONE if region.complete else STRONG)
                 if any(self._is_other_head(a, b) for a, b in zip(fs[0].members, ft[0].members)):
                     out.ties.append(Tie.between(fs, ft, OTHER_HEAD))
                 elif may_load(cell):
@@ -395,10 +395,10 @@ class ClassSolver:
         leading = [(i, j) for i, j in initials if shared[i][j] >= 0] or leads(shared)
         complete = len(leading) == n == m
         for i, j in leading:
-            cell = WORDS if complete and kinds[i][j] == LAYER_ONLY else kinds[i][j].removeprefix(LAYER_ONLY)
+            cell = kinds[i][j] if complete or kinds[i][j] not in ALL_OR_NONE else ""
             if not cell or (cell == INITIALS and not sure):
                 continue
-            cell = cell if sure else "open " + cell
+            cell = ("" if sure else "open ") + ALL_OR_NONE.get(cell, cell)
             if not may_load(cell) or (fixed and are_kept_apart(fs[i].members[0], ft[j].members[0])):
                 continue
             self._zip(fs[i], ft[j], cell, out, region)

@@ -14,7 +14,9 @@ from itertools import combinations, pairwise
 from lit_wsl.matching.formula import spelled
 from lit_wsl.matching.likeness import (
     BACK,
+    FORMULA,
     FRONT,
+    GENERAL,
     HALF_WORDS,
     INITIALS,
     LETTERS,
@@ -144,8 +146,8 @@ def are_opposite(s: Item, t: Item, region: Region) -> bool:
 
 
 def _stand_at_other_parts(s: Item, t: Item) -> bool:
-    """Whether one norm is called after the attention of a block and the other after its feed-forward."""
-    if max(s.level, t.level) == 2 or max(s.rank, t.rank) >= 2:
+    """Whether one layer is called after the attention of a block and the other after its feed-forward."""
+    if max(s.level, t.level) == 2:
         return False
     places = [-1 if BEHIND & {*own_name(i)} else place_by({*own_name(i)}) for i in (s, t)]
     return min(places) >= 0 and places[0] != places[1]
@@ -409,7 +411,14 @@ def letters_apart(s: Item, t: Item, region: Region) -> bool:
         return all(names) and not names[0] & names[1]
     if names[0] & names[1]:
         return names[0] | names[1] == {"v"} and ours != theirs  # a value beside queries, and one beside a gate
-    return all(names)
+    return all(names) or _has_other_letter(ours, t) or _has_other_letter(theirs, s)
+
+
+def _has_other_letter(letters: frozenset[str], other: Item) -> bool:
+    """Whether nothing but a letter tells what another item is beside queries, keys and values: ``wg``."""
+    name = [w for w in plain_words(other.called.rpartition(".")[2]) if w not in GENERAL]
+    letter = name[0].removeprefix("w") if len(name) == 1 else ""
+    return len(letter) == 1 and bool(letters & {*FORMULA}) and letter not in letters
 
 
 def lettered_apart(s: Item, t: Item, region: Region) -> bool:

@@ -384,8 +384,9 @@ def _build(
         return Fusion((whole, *parts), steps, cell, whole_is_target) if steps else None
     known = choices[0].order.known
     orders = [[p.members[k] for p in c.parts] for c in choices if c.order.known == known][:MAX_ORDERS]
-    if not known:
-        orders = [list(order) for order in permutations(parts)][:MAX_ORDERS]
+    if not known:  # and what else may be the parts is no more certain to be something else
+        sets = [[p.members[k] for p in c.parts] for c in choices if c.key == choices[0].key]
+        orders = [list(order) for parts in sets for order in permutations(parts)][:MAX_ORDERS]
     rows: dict[tuple[str, tuple[int, ...]], list[Step]] = {}
     for order in orders:
         for step in _steps(whole, order, whole_is_target, turned):

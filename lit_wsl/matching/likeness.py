@@ -122,6 +122,9 @@ WORDS, HALF_WORDS = "words", "half words"
 LETTERS, NEAR_WORDS = "letters", "neighbour's words"
 INITIALS = f"{LETTERS}, initials"
 SHORT_WORDS = "short words"
+MEANING = "meaning"  # words that mean the same
+LAYER_ONLY = "layers"  # both names say a kind of layer and no more
+ALL_OR_NONE = {LAYER_ONLY: WORDS, MEANING: SHORT_WORDS}  # what tells nothing beside a rival that nothing tells
 WEAK = (SHORT_WORDS, HALF_WORDS, "open ")  # what order may overrule
 FORMULA = ("q", "k", "v")  # the letters of Attention(Q, K, V); any other letter may stand for anything
 ENDS = frozenset((  # what the last layer is called in any model, so that it says nothing about what it is for
@@ -144,7 +147,7 @@ LAYER_NAMES = (ENDS | KINDS | LAYERS) - {"decoder"}  # say a kind of layer, or a
 INFLECTION = 5  # letters at the end of a word that only change its form: combine, combination
 LITTLE = 0.1  # what a word for any layer says, beside words that say which
 GENERAL = (ENDS | KINDS | {"and"}) - {"decoder"}  # words that name a kind of layer, or a place that any model has
-ATTENTIONS = frozenset(("attention", "attn", "att", "sa", "mha", "selfattention", "mixer"))
+ATTENTIONS = frozenset(("attention", "attn", "att", "sa", "mha", "msa", "selfattention", "mixer"))
 FEEDS = frozenset(("ffn", "ff", "mlp", "feed", "feedforward"))
 CROSS = frozenset(("cross", "ca", "crossattention", "crossattn", "xattn", "encoder", "encdec", "memory", "context"))
 TASKS = frozenset(("cls", "classifier", "classify", "lm"))  # what some last layers are for
@@ -179,13 +182,13 @@ SIDES = frozenset(("pre", "post", "before", "after"))  # says that the other wor
 
 @lru_cache(maxsize=200_000)
 def strength(a: str, b: str) -> tuple[float, int]:
-    """How strongly two words stand for each other, and how: 3 equal, 2 abbreviated or inflected, 1 a letter."""
+    """How strongly two words stand for each other, and how: 3 equal, 2 cut or inflected, 1 a letter, 0 by meaning."""
     if a == b:
         return 1.0, 3
     if a.isdigit() or b.isdigit():
         return 0.0, 0
     if any(a in words and b in words for words in SYNONYMS):
-        return 0.8, 2
+        return 0.8, 0
     a, b = (w[1:] if len(w) == 2 and w[0] == "w" else w for w in (a, b))  # wq: the weight of the queries
     if a == b:
         return 0.9, 1 + (a.isdigit() or a in FORMULA)
@@ -215,6 +218,7 @@ class Likeness:
     only_near: bool = False
     only_layers: bool = False
     only_sides: bool = False
+    meant: bool = False  # whether some words only mean the same
 
     @property
     def kind(self) -> str:
@@ -226,6 +230,8 @@ class Likeness:
             return ""
         if self.best == 1:
             return LETTERS
+        if self.meant:
+            return "" if all(any(not _is_general(w) for w in ws) for ws in (self.left_s, self.left_t)) else MEANING
         if self.left_s and self.left_t:
             if not all(map(_is_general, left)):
                 return ""
@@ -261,7 +267,7 @@ def _liken(
     )
     used_a: set[int] = set()
     used_b: set[int] = set()
-    shared, best, near, layers, exact, sides = 0.0, 0, True, True, True, True
+    shared, best, near, layers, exact, sides, meant = 0.0, 0, True, True, True, True, False
     for value, kind, i, j in scored:
         if i not in used_a and j not in used_b:
             used_a.add(i)
@@ -269,6 +275,7 @@ def _liken(
             known = _names_layer(a[i], b[j], general)
             shared += LITTLE if known else -value if kind == -1 else 1.0
             best = max(best, -kind)
+            meant = meant or kind == 0
             exact = exact and kind == -3
             near = near and (a[i] in near_a or b[j] in near_b)
             layers = layers and known
@@ -280,7 +287,7 @@ def _liken(
     if used_a and not (left_a or left_b):
         shared += LITTLE * (1 + exact) * (LITTLE if layers else 1.0)
     some = bool(used_a)
-    return Likeness(shared, best, left_a, left_b, some and near, some and layers, some and sides and not layers)
+    return Likeness(shared, best, left_a, left_b, some and near, some and layers, some and sides and not layers, meant)
 
 
 def _names_layer(a: str, b: str, general: frozenset[str]) -> bool:

@@ -149,9 +149,9 @@ def _renamed_to_other(s: Item, t: Item, region: Region) -> bool:
 
 
 def _telling_names(s: Item, t: Item, region: Region) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Their own names, or all of their places if these are the same and say nothing, as in ``flow.layers``."""
+    """Their own names, or all of their places if these are the same; of modules if they tell nothing."""
     names = own_name(s), own_name(t)
-    if names[0] != names[1] or not NOTHING.issuperset(names[0]):
+    if names[0] != names[1] or (min(s.level, t.level) == 2 and not NOTHING.issuperset(names[0])):
         return names
     ours, theirs = (tuple(plain_words(place_in(i, r))) for i, r in ((s, region.source), (t, region.target)))
     return ours, theirs

@@ -438,7 +438,33 @@ def test_the_tables_of_two_towers_are_no_head_that_puts_out_words(ordered: bool)
 def test_a_list_of_blocks_in_a_tower_without_a_name_is_that_of_the_named_one_whose_like_is_told():
     inside = "{}.0.fc1:map:1 {}.0.fc2:pair:2 {}.1.fc1:map:3 {}.1.fc2:pair:4"
     old = towers("visual.transformer transformer", inside.replace("{}", "resblocks"), "embed:table head:head")
-    new = towers("vision_model.encoder text_model.encoder", inside.replace("{}", "layers"), "embed:table head:head")
+    new = towers("visual_model.encoder text_model.encoder", inside.replace("{}", "layers"), "embed:table head:head")
     wrong, right = wrong_and_right(old, new)
     assert not wrong
     assert {"0.1", "1.4"} <= right
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("attn.q_proj:map:q attn.v_proj:map:v", "attn.q_proj:map:q attn.wg:map:g"),
+        ("attn.q:map:q attn.k:map:k gate_msa:norm:a", "attn.q:map:q attn.k:map:k gate_mlp:norm:b"),
+        ("q:map:q obs_rms.mean:norm:a", "q:map:q ret_rms.mean:norm:b"),
+    ],
+    ids=["letters", "gates", "statistics"],
+)
+def test_what_is_left_is_no_partner_if_letters_or_its_place_mean_something_else(old: str, new: str, ordered: bool):
+    sides = (network(f"embed:table {rows} head:head", range(1)) for rows in (old, new))
+    wrong, right = wrong_and_right(*sides, ordered=ordered)
+    assert not wrong
+    assert {"table", "head", "q"} <= right
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_words_that_mean_the_same_tell_nothing_beside_rivals_of_which_nothing_tells(ordered: bool):
+    old = towers("visual audio", more="embed:table head:head")
+    new = towers("image depth", more="embed:table head:head")
+    wrong, right = wrong_and_right(old, {n: (m, k.replace("1.", "2.")) for n, (m, k) in new.items()}, ordered=ordered)
+    assert not wrong
+    assert {"table", "head"} <= right
